@@ -1,0 +1,38 @@
+# Both `make demo` and `make test` set up everything they need in $(VENV) first.
+PYTHON ?= python3
+VENV ?= .venv
+DEMO ?= demo
+BIN = $(VENV)/bin
+PY = $(BIN)/python
+
+.PHONY: demo test bench clean
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_ARGS) "torch>=2.6,<2.14"
+	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_ARGS) --editable ".[dev]"
+	@touch $@
+
+demo: $(VENV)/.installed
+	@echo "1/3  a synthetic cohort whose readmissions follow a known law"
+	@$(PY) -m hymate.data.prepare source=synthetic out=$(DEMO)/data synthetic.subjects=1200 synthetic.mean_events=300
+	@echo "2/3  pretraining: 2 Ray workers, DeepSpeed ZeRO-2"
+	@$(PY) pretrain/run.py data.path=$(DEMO)/data model=debug train=zero2 train.num_workers=2 \
+		data.context=512 data.tokens_per_row=4096 train.max_steps=200 train.eval_every=50 \
+		run.dir=$(DEMO)/runs run.name=pretrain
+	@echo "3/3  fine-tuning for readmission: a search over 4 trials"
+	@$(PY) finetune/tune.py task=readmission data.path=$(DEMO)/data init=$(DEMO)/runs/pretrain search=quick \
+		search.num_trials=4 run.dir=$(DEMO)/runs run.name=readmission
+
+test: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(PY) -m pytest -q
+
+bench: $(VENV)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_ARGS) --editable ".[bench]"
+	$(PY) tests/benchmarks/mixers.py
+
+clean:
+	rm -rf $(VENV) $(DEMO)

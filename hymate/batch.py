@@ -1,0 +1,77 @@
+"""A packed row of patient histories: what the loader makes and the model reads.
+
+Shape legend, used throughout the code base:
+    L  events in the row, all patients one after the other, no padding
+    S  segments: one patient's window of events each (a patient may fill several rows, one segment in each)
+    F  static events (sex, age at admission, ...) of all segments
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+UNKNOWN_ID = 0
+MASK_ID = 1
+FIRST_CODE_ID = 2
+
+
+@dataclass
+class Batch:
+    """One packed row. All tensors are on one device; a patient's outputs never depend on the others'.
+
+    code_L: int64, model vocabulary ids (UNKNOWN_ID for rare codes).
+    value_L: float32, robustly normalised value; NaN where the event has none.
+    quantile_L: float32 in [-1, 1], the value's rank within its code's training distribution; NaN likewise.
+    time_hours_L: float32, hours since the window's first event.
+    gap_hours_L: float32, hours since the event before (0 for a window's first).
+    segment_L: int32, 0..S-1, non-decreasing.
+    cu_seqlens: S+1 Python ints; segment s is events cu_seqlens[s]:cu_seqlens[s+1]. Never empty segments.
+    static_code_F, static_value_F, static_quantile_F, static_segment_F: as above, for events without a time.
+    age_years_S: float32, age at the window's end where the birth is known, else NaN.
+    lag_hours_S: float32, hours from the window's last event to the prediction time (0 in pretraining).
+    example_S: int64, the position of each segment's example in the loader's list (its subject, its label).
+    label_S: float32, the task's label; NaN in pretraining.
+    weight: the row's share of its optimiser step times the number of rows in it, so that the mean over rows
+        of weight * (row mean) is the mean over the step.
+    seed: a number that depends only on the run's seed and the row's place in the data order.
+    """
+
+    code_L: Tensor
+    value_L: Tensor
+    quantile_L: Tensor
+    time_hours_L: Tensor
+    gap_hours_L: Tensor
+    segment_L: Tensor
+    cu_seqlens: list[int]
+    static_code_F: Tensor
+    static_value_F: Tensor
+    static_quantile_F: Tensor
+    static_segment_F: Tensor
+    age_years_S: Tensor
+    lag_hours_S: Tensor
+    example_S: Tensor
+    label_S: Tensor
+    weight: float = 1.0
+    seed: int = 0
+
+    @property
+    def num_events(self) -> int:
+        """L."""
+        return int(self.code_L.shape[0])
+
+    @property
+    def num_segments(self) -> int:
+        """S."""
+        return len(self.cu_seqlens) - 1
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same row on `device`."""
+        moved = {
+            f.name: getattr(self, f.name).to(device, non_blocking=True)
+            for f in fields(self)
+            if isinstance(getattr(self, f.name), Tensor)
+        }
+        return replace(self, **moved)

@@ -1,0 +1,437 @@
+"""Hydra configuration -> checked, frozen dataclasses.
+
+`load` composes a YAML file of `configs/` with the command line's overrides and builds one of the dataclasses
+below from it. Everything a user can get wrong in a configuration (a misspelt key, a value of the wrong type or
+outside its range, a required key left out) ends here, as one line that names the key and the remedy.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import sys
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+T = TypeVar("T")
+
+
+class UserError(Exception):
+    """A mistake the user can mend; its text is one line: what, where, how to mend it."""
+
+
+class ConfigError(UserError):
+    """A mistake in the configuration."""
+
+
+# --------------------------------------------------------------------------------------------------- sections
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """A prepared dataset and how its histories are cut and packed.
+
+    path: folder written by `python -m hymate.data.prepare`.
+    context: most events of one history that the model sees (a random window of it in pretraining, the last
+        events up to the prediction time in fine-tuning).
+    tokens_per_row: most events packed into one row, which is what one worker computes at a time.
+    min_count: codes with fewer training events share the unknown id.
+    """
+
+    path: str
+    context: int = 8192
+    tokens_per_row: int = 16384
+    min_count: int = 10
+
+    def __post_init__(self) -> None:
+        _positive(self, "context", "tokens_per_row", "min_count")
+        _require(
+            self.tokens_per_row >= self.context,
+            "data.tokens_per_row",
+            f"must be at least data.context={self.context}, got {self.tokens_per_row}",
+        )
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Widths and the layer pattern of a HyMaTE encoder.
+
+    layers: one letter a block, M a Mamba mixer, A self-attention (e.g. "MMMA").
+    mixer: "mamba2" (Dao & Gu 2024) or "mamba1" (Gu & Dao 2023, the paper's).
+    window: sliding attention window in events on each side; 0 is full attention.
+    bidirectional: each M block reads its history in both directions.
+    pooling: "fusion" (additive attention, the paper's), "last" (last event's state) or "mean".
+    num_queries: attention queries of the fusion pooling; their results are concatenated.
+    """
+
+    d_model: int = 64
+    layers: str = "MMMA"
+    mixer: Literal["mamba1", "mamba2"] = "mamba2"
+    bidirectional: bool = False
+    d_state: int = 32
+    d_conv: int = 4
+    expand: int = 2
+    headdim: int = 32
+    chunk_size: int = 64
+    num_heads: int = 4
+    window: int = 512
+    mlp_ratio: float = 2.0
+    dropout: float = 0.1
+    pooling: Literal["fusion", "last", "mean"] = "fusion"
+    num_queries: int = 4
+
+    def __post_init__(self) -> None:
+        _positive(
+            self,
+            "d_model",
+            "d_state",
+            "d_conv",
+            "expand",
+            "headdim",
+            "chunk_size",
+            "num_heads",
+            "num_queries",
+        )
+        _require(self.window >= 0, "model.window", f"must be 0 (full attention) or more, got {self.window}")
+        _require(self.mlp_ratio > 0, "model.mlp_ratio", f"must be positive, got {self.mlp_ratio}")
+        _require(0 <= self.dropout < 1, "model.dropout", f"must be in [0, 1), got {self.dropout}")
+        _require(
+            bool(self.layers) and set(self.layers) <= set("MA"),
+            "model.layers",
+            f'takes the letters M (Mamba) and A (attention), e.g. "MMMA"; got {self.layers!r}',
+        )
+        _require(
+            self.mixer == "mamba1" or (self.expand * self.d_model) % self.headdim == 0,
+            "model.headdim",
+            f"must divide expand * d_model = {self.expand * self.d_model}, got {self.headdim}",
+        )
+        _require(
+            self.d_model % self.num_heads == 0,
+            "model.num_heads",
+            f"must divide d_model={self.d_model}, got {self.num_heads}",
+        )
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """Weights and settings of the self-supervised objectives; a weight of 0 leaves a term out.
+
+    code_weight, value_weight: `masked_event`, the hidden code (cross-entropy) and value (Huber).
+    forecast_weight: `forecast`, the mean normalised value of each variable in the `horizon_hours` after
+        `forecast_points` random times of each history (the state at that time sees only the past, so this
+        needs a model that is not bidirectional).
+    mask_share: share of events hidden; span_share: part of it that falls in whole spans of mean span_length.
+    """
+
+    code_weight: float = 1.0
+    value_weight: float = 1.0
+    forecast_weight: float = 0.0
+    mask_share: float = 0.2
+    span_share: float = 0.5
+    span_length: int = 8
+    horizon_hours: float = 24.0
+    forecast_points: int = 8
+    forecast_variables: int = 64
+
+    def __post_init__(self) -> None:
+        for name in ("code_weight", "value_weight", "forecast_weight"):
+            _require(
+                getattr(self, name) >= 0,
+                f"objective.{name}",
+                f"must not be negative, got {getattr(self, name)}",
+            )
+        _require(
+            self.code_weight + self.value_weight + self.forecast_weight > 0,
+            "objective",
+            "every weight is 0: give code_weight, value_weight or forecast_weight a positive value",
+        )
+        _require(0 < self.mask_share < 1, "objective.mask_share", f"must be in (0, 1), got {self.mask_share}")
+        _require(0 <= self.span_share <= 1, "objective.span_share", f"must be in [0, 1], got {self.span_share}")
+        _require(self.horizon_hours > 0, "objective.horizon_hours", f"must be positive, got {self.horizon_hours}")
+        _positive(self, "span_length", "forecast_points", "forecast_variables")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run.
+
+    rows_per_step: packed rows of one optimiser step over all workers; it stays the same when the number of
+        workers changes (each worker accumulates rows_per_step / num_workers rows).
+    max_steps: optimiser steps; warmup_steps: linear warm-up, then cosine decay to min_lr_share * learning_rate.
+    eval_every: steps between evaluations on the tuning split, each followed by a checkpoint.
+    keep: best checkpoints kept, besides the last. patience: evaluations without improvement before the run
+        stops early (0: never).
+    max_failures: how often dead workers are replaced before the run gives up.
+    """
+
+    num_workers: int = 1
+    zero_stage: int = 2
+    precision: Literal["fp32", "bf16"] = "fp32"
+    rows_per_step: int = 4
+    max_steps: int = 1000
+    warmup_steps: int = 50
+    learning_rate: float = 1e-3
+    min_lr_share: float = 0.1
+    weight_decay: float = 0.05
+    beta1: float = 0.9
+    beta2: float = 0.98
+    clip_norm: float = 1.0
+    activation_checkpointing: bool = False
+    eval_every: int = 100
+    log_every: int = 10
+    keep: int = 2
+    patience: int = 0
+    max_failures: int = 3
+    cpus_per_worker: int = 1
+    use_gpu: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _positive(
+            self,
+            "num_workers",
+            "rows_per_step",
+            "max_steps",
+            "eval_every",
+            "log_every",
+            "keep",
+            "cpus_per_worker",
+        )
+        _positive(self, "learning_rate", "clip_norm")
+        _require(
+            self.zero_stage in (0, 1, 2, 3),
+            "train.zero_stage",
+            f"must be 0, 1, 2 or 3 (DeepSpeed ZeRO), got {self.zero_stage}",
+        )
+        _require(
+            self.rows_per_step % self.num_workers == 0,
+            "train.rows_per_step",
+            f"must be a multiple of train.num_workers={self.num_workers}, got {self.rows_per_step}",
+        )
+        _require(
+            0 <= self.warmup_steps < self.max_steps,
+            "train.warmup_steps",
+            f"must be at least 0 and below train.max_steps={self.max_steps}, got {self.warmup_steps}",
+        )
+        _require(
+            self.eval_every <= self.max_steps,
+            "train.eval_every",
+            f"must not exceed train.max_steps={self.max_steps}, got {self.eval_every}",
+        )
+        _require(0 <= self.min_lr_share <= 1, "train.min_lr_share", f"must be in [0, 1], got {self.min_lr_share}")
+        for name in ("weight_decay", "patience", "max_failures", "seed"):
+            _require(getattr(self, name) >= 0, f"train.{name}", f"must not be negative, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where a run lives: `<dir>/<name>`; the same name continues the run that is there."""
+
+    name: str
+    dir: str = "runs"
+
+    def __post_init__(self) -> None:
+        _require(
+            bool(self.name) and "/" not in self.name and not self.name.startswith("."),
+            "run.name",
+            f"must be a plain folder name, got {self.name!r}",
+        )
+
+    @property
+    def path(self) -> Path:
+        """Absolute folder of the run (workers run in other working directories)."""
+        return (Path(self.dir) / self.name).absolute()
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """A prediction task: a folder of MEDS labels, or an ACES definition that makes them.
+
+    labels: folder of MEDS label Parquet files; null: `labels/<name>` of the dataset where it exists, else
+        extracted with `definition`.
+    definition: ACES task (predicates, trigger, windows; one window has a `label`, one an `index_timestamp`) or
+        null.
+    competing: the predicate of `definition` that stands for death, where death is a competing risk: a patient
+        who died up to the prediction time gets no label, and for a death before the label window ends without
+        the label's event competing_rule says "negative" (it did not happen) or "exclude" (no label).
+    longer_than_days: null, or the label is whether the label window ends more than this after the trigger.
+    """
+
+    name: str
+    labels: str | None = None
+    definition: dict[str, Any] | None = None
+    competing: str | None = None
+    competing_rule: Literal["negative", "exclude"] = "negative"
+    longer_than_days: float | None = None
+
+    def __post_init__(self) -> None:
+        _require(
+            bool(self.name) and "/" not in self.name and not self.name.startswith("."),
+            "task.name",
+            f"must be a plain folder name, got {self.name!r}",
+        )
+        _require(
+            self.longer_than_days is None or self.longer_than_days > 0,
+            "task.longer_than_days",
+            f"must be positive or null, got {self.longer_than_days}",
+        )
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """The fine-tuning search.
+
+    space: parameter -> {choice: [...]} | {uniform: [low, high]} | {loguniform: [low, high]}; parameters are
+        `backbone_lr`, `head_lr`, `dropout`, `frozen`, `context`, `pooling`, `weight_decay`.
+    metric: what picks the best checkpoint on the tuning split: "mean" of AUROC and AUPRC, or either.
+    grace_steps: steps before ASHA may stop a trial.
+    """
+
+    num_trials: int = 8
+    metric: Literal["mean", "auroc", "auprc"] = "mean"
+    max_concurrent: int = 0
+    grace_steps: int = 100
+    reduction_factor: int = 3
+    max_failures: int = 1
+    space: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _positive(self, "num_trials", "grace_steps")
+        _require(self.max_concurrent >= 0, "search.max_concurrent", "must be 0 (what the machine holds) or more")
+        _require(
+            self.reduction_factor >= 2,
+            "search.reduction_factor",
+            f"must be at least 2, got {self.reduction_factor}",
+        )
+
+
+# ------------------------------------------------------------------------------------------------------ loading
+
+
+def load(config_name: str, overrides: Sequence[str], schema: type[T]) -> T:
+    """Compose `configs/<config_name>.yaml` with Hydra overrides into `schema`.
+
+    Raises ConfigError (one line) for anything wrong in either.
+    """
+    try:
+        GlobalHydra.instance().clear()
+        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            composed = compose(config_name, overrides=list(overrides))
+        missing = sorted(OmegaConf.missing_keys(composed))
+        if missing:
+            raise ConfigError(f"{missing[0]} is required: add {missing[0]}=VALUE to the command")
+        tree = OmegaConf.to_container(composed, resolve=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_one_line(error)) from error
+    return build(schema, typing.cast("dict[str, Any]", tree))
+
+
+def main(config_name: str, schema: type[T], run: Callable[[T], object], argv: Sequence[str] | None = None) -> None:
+    """A command's entry point: `run(config)`; a user's mistake becomes one line on stderr and exit code 2."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if "--help" in argv or "-h" in argv:
+            print(_help(config_name))
+            return
+        run(load(config_name, argv, schema))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def build(schema: type[T], tree: Mapping[str, Any], where: str = "") -> T:
+    """Build a dataclass from a plain tree, checking names and types.
+
+    >>> build(RunConfig, {"name": "a", "dri": "b"})
+    Traceback (most recent call last):
+    ...
+    hymate.config.ConfigError: dri is not a known key: did you mean dir?
+    """
+    hints = typing.get_type_hints(schema)
+    known = {f.name: f for f in dataclasses.fields(schema)}  # type: ignore[arg-type]
+    values: dict[str, Any] = {}
+    for key, value in tree.items():
+        path = f"{where}{key}"
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {where}{close[0]}?" if close else f"known keys are {', '.join(known)}"
+            raise ConfigError(f"{path} is not a known key: {hint}")
+        values[key] = _convert(hints[key], value, path)
+    for name, spec in known.items():
+        if name not in values and spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING:
+            raise ConfigError(f"{where}{name} is required: add {where}{name}=VALUE to the command")
+    return schema(**values)
+
+
+def _convert(hint: Any, value: Any, path: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in args:
+            return None
+        return _convert(next(a for a in args if a is not type(None)), value, path)
+    if origin is Literal:
+        if value not in args:
+            raise ConfigError(f"{path} must be one of {', '.join(map(str, args))}; got {value!r}")
+        return value
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{path} must be a section of keys, got {value!r}")
+        return build(typing.cast("type[Any]", hint), value, f"{path}.")
+    if origin in (list, tuple):
+        if not isinstance(value, (list, tuple)):
+            raise ConfigError(f"{path} must be a list, got {value!r}")
+        return origin(_convert(args[0], item, f"{path}[{i}]") for i, item in enumerate(value))
+    if origin is dict or hint is dict:
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{path} must be a section of keys, got {value!r}")
+        return dict(value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is str and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value)
+    if hint is Any or (isinstance(value, hint) and not (hint is int and isinstance(value, bool))):
+        return value
+    raise ConfigError(f"{path} must be {hint.__name__}, got {value!r}")
+
+
+def to_tree(config: Any) -> dict[str, Any]:
+    """The plain nested dictionary of a configuration, for YAML and JSON."""
+    return dataclasses.asdict(config)
+
+
+def _help(config_name: str) -> str:
+    groups = "\n".join(
+        f"  {folder.name}: {', '.join(sorted(p.stem for p in folder.glob('*.yaml')))}"
+        for folder in sorted(CONFIGS.iterdir())
+        if folder.is_dir()
+    )
+    text = (CONFIGS / f"{config_name}.yaml").read_text()
+    return f"Override any key as key=value, choose a group's file as group=file.\n\nGroups:\n{groups}\n\n{text}"
+
+
+def _one_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:3])
+
+
+def _require(condition: bool, key: str, text: str) -> None:
+    if not condition:
+        raise ConfigError(f"{key} {text}")
+
+
+def _positive(config: object, *names: str) -> None:
+    section = type(config).__name__.removesuffix("Config").lower()
+    for name in names:
+        value = getattr(config, name)
+        _require(value > 0, f"{section}.{name}", f"must be positive, got {value}")

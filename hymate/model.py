@@ -1,0 +1,503 @@
+"""The HyMaTE encoder (arXiv 2509.24118), top-down readable: embedding, mixers, attention, block, pooling, heads.
+
+Shape legend (with `hymate.batch`):
+    L  events in the packed row     S  segments (patients' windows)     F  static events
+    B  batch rows of a mixer        D  d_model                          V  vocabulary size
+    Q  pooling queries              E  width of the patient vector
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from hymate import ops
+from hymate.batch import Batch
+from hymate.config import ModelConfig, ObjectiveConfig, UserError
+from hymate.objectives import forecast_targets, hide_events, masked_mean
+
+TIME_PERIODS_HOURS = (2.0, 6.0, 24.0, 72.0, 168.0, 720.0, 2160.0, 8766.0)
+NO_VALUE, HIDDEN_VALUE = 0, 1
+
+
+# -------------------------------------------------------------------------------------------------- embedding
+
+
+class TripletEmbedding(nn.Module):
+    """e = code + value + time, one vector for each event (the paper's triplet).
+
+    The value passes through a small network that also sees the code, because what a value means depends on it; a
+    missing and a hidden value each have their own vector. Time enters as log-scaled hours since the window began
+    and since the event before, and as phases of daily to yearly cycles.
+    """
+
+    def __init__(self, vocab_size: int, d_model: int) -> None:
+        super().__init__()
+        self.code = nn.Embedding(vocab_size, d_model)
+        self.no_value = nn.Embedding(2, d_model)
+        self.value_in = nn.Linear(4, d_model)
+        self.value_code = nn.Linear(d_model, d_model, bias=False)
+        self.value_out = nn.Linear(d_model, d_model)
+        self.time_in = nn.Linear(2 + 2 * len(TIME_PERIODS_HOURS), d_model)
+        self.time_out = nn.Linear(d_model, d_model)
+        self.frequency_K: Tensor
+        self.register_buffer("frequency_K", 2 * math.pi / torch.tensor(TIME_PERIODS_HOURS), persistent=False)
+        nn.init.normal_(self.code.weight, std=0.5)
+        nn.init.normal_(self.no_value.weight, std=0.5)
+
+    def forward(
+        self,
+        code_L: Tensor,
+        value_L: Tensor,
+        quantile_L: Tensor,
+        hidden_L: Tensor | None = None,
+        time_hours_L: Tensor | None = None,
+        gap_hours_L: Tensor | None = None,
+    ) -> Tensor:
+        """(L,) ids, normalised values, ranks, value-hidden flags and times -> (L, D); static events have no time."""
+        code_LD = self.code(code_L)
+        missing_L = torch.isnan(value_L)
+        z_L, rank_L = torch.nan_to_num(value_L), torch.nan_to_num(quantile_L)
+        absent_L = missing_L if hidden_L is None else missing_L | hidden_L
+        features = torch.stack([torch.asinh(z_L), z_L.clamp(-3, 3), rank_L, rank_L.square()], dim=-1)
+        value_LD = self.value_out(F.gelu(self.value_in(features) + self.value_code(code_LD)))
+        kind_L = torch.full_like(code_L, NO_VALUE)
+        if hidden_L is not None:
+            kind_L = torch.where(hidden_L, HIDDEN_VALUE, kind_L)
+        event_LD = code_LD + torch.where(absent_L[:, None], self.no_value(kind_L), value_LD)
+        if time_hours_L is not None and gap_hours_L is not None:
+            event_LD = event_LD + self._time(time_hours_L, gap_hours_L)
+        return event_LD
+
+    def _time(self, time_hours_L: Tensor, gap_hours_L: Tensor) -> Tensor:
+        phase_LK = time_hours_L[:, None] * self.frequency_K
+        logs = torch.stack([torch.log1p(time_hours_L), torch.log1p(gap_hours_L)], dim=-1)
+        features = torch.cat([logs, phase_LK.sin(), phase_LK.cos()], dim=-1)
+        return self.time_out(F.gelu(self.time_in(features)))
+
+
+# ------------------------------------------------------------------------------------------------------ mixers
+
+
+class GatedRMSNorm(nn.Module):
+    """rmsnorm(x * silu(z)) * weight, in groups (`mamba_ssm`'s RMSNormGated with norm_before_gate=False)."""
+
+    def __init__(self, d: int, group_size: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(d))
+        self.group_size, self.eps = group_size, eps
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        """x, z: (..., d)."""
+        return ops.gated_rms_norm(x, z, self.weight, self.eps, self.group_size)
+
+
+class Mamba2Mixer(nn.Module):
+    """Mamba-2 (Dao & Gu 2024, arXiv 2405.21060) with `mamba_ssm.Mamba2`'s keywords, parameter names and shapes."""
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int = 128,
+        d_conv: int = 4,
+        expand: int = 2,
+        headdim: int = 64,
+        ngroups: int = 1,
+        A_init_range: tuple[float, float] = (1, 16),
+        dt_min: float = 0.001,
+        dt_max: float = 0.1,
+        dt_init_floor: float = 1e-4,
+        bias: bool = False,
+        conv_bias: bool = True,
+        chunk_size: int = 64,
+    ) -> None:
+        super().__init__()
+        self.d_model, self.d_state, self.headdim, self.ngroups = d_model, d_state, headdim, ngroups
+        self.d_inner, self.chunk_size = expand * d_model, chunk_size
+        assert self.d_inner % headdim == 0, "headdim must divide expand * d_model"
+        self.nheads = self.d_inner // headdim
+        self.d_xbc = self.d_inner + 2 * ngroups * d_state
+        self.in_proj = nn.Linear(d_model, self.d_inner + self.d_xbc + self.nheads, bias=bias)
+        self.conv1d = nn.Conv1d(self.d_xbc, self.d_xbc, d_conv, groups=self.d_xbc, padding=d_conv - 1, bias=conv_bias)
+        self.dt_bias = nn.Parameter(_dt_bias(self.nheads, dt_min, dt_max, dt_init_floor))
+        self.A_log = nn.Parameter(torch.empty(self.nheads).uniform_(*A_init_range).log())
+        self.D = nn.Parameter(torch.ones(self.nheads))
+        self.norm = GatedRMSNorm(self.d_inner, self.d_inner // ngroups)
+        self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias)
+
+    def forward(self, u_BLD: Tensor, segment_BL: Tensor | None = None) -> Tensor:
+        """(B, L, D) -> (B, L, D); segment_BL: int32 patient index of each event, None for one patient a row."""
+        z, xbc, dt = self.in_proj(u_BLD).split([self.d_inner, self.d_xbc, self.nheads], dim=-1)
+        xbc = ops.causal_conv1d(xbc, self.conv1d.weight[:, 0], self.conv1d.bias, segment_BL=segment_BL)
+        width = self.ngroups * self.d_state
+        x, B, C = xbc.split([self.d_inner, width, width], dim=-1)
+        y = ops.ssd_scan(
+            x.unflatten(-1, (self.nheads, self.headdim)),
+            F.softplus(dt.float() + self.dt_bias.float()),
+            -self.A_log.float().exp(),
+            B.unflatten(-1, (self.ngroups, self.d_state)),
+            C.unflatten(-1, (self.ngroups, self.d_state)),
+            self.D,
+            chunk_size=self.chunk_size,
+            segment_BL=segment_BL,
+        )
+        return self.out_proj(self.norm(y.flatten(-2), z))
+
+
+class Mamba1Mixer(nn.Module):
+    """Mamba (Gu & Dao 2023, arXiv 2312.00752) with `mamba_ssm.Mamba`'s keywords, parameter names and shapes."""
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: int = 2,
+        dt_rank: int | str = "auto",
+        dt_min: float = 0.001,
+        dt_max: float = 0.1,
+        dt_init_floor: float = 1e-4,
+        conv_bias: bool = True,
+        bias: bool = False,
+    ) -> None:
+        super().__init__()
+        self.d_inner, self.d_state = expand * d_model, d_state
+        self.dt_rank = math.ceil(d_model / 16) if isinstance(dt_rank, str) else dt_rank
+        self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=bias)
+        self.conv1d = nn.Conv1d(
+            self.d_inner, self.d_inner, d_conv, groups=self.d_inner, padding=d_conv - 1, bias=conv_bias
+        )
+        self.x_proj = nn.Linear(self.d_inner, self.dt_rank + 2 * d_state, bias=False)
+        self.dt_proj = nn.Linear(self.dt_rank, self.d_inner)
+        nn.init.uniform_(self.dt_proj.weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
+        with torch.no_grad():
+            self.dt_proj.bias.copy_(_dt_bias(self.d_inner, dt_min, dt_max, dt_init_floor))
+        A = torch.arange(1, d_state + 1, dtype=torch.float32).repeat(self.d_inner, 1)
+        self.A_log = nn.Parameter(A.log())
+        self.D = nn.Parameter(torch.ones(self.d_inner))
+        self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias)
+
+    def forward(self, u_BLD: Tensor, segment_BL: Tensor | None = None) -> Tensor:
+        """(B, L, D) -> (B, L, D); segment_BL: int32 patient index of each event, None for one patient a row."""
+        x, z = self.in_proj(u_BLD).chunk(2, dim=-1)
+        x = ops.causal_conv1d(x, self.conv1d.weight[:, 0], self.conv1d.bias, segment_BL=segment_BL)
+        dt, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        dt = F.softplus(self.dt_proj(dt).float())
+        y = ops.selective_scan(x, dt, -self.A_log.float().exp(), B, C, self.D, segment_BL=segment_BL)
+        return self.out_proj(y * F.silu(z))
+
+
+def _dt_bias(n: int, dt_min: float, dt_max: float, floor: float) -> Tensor:
+    """softplus^-1 of n step sizes drawn log-uniformly from [dt_min, dt_max]."""
+    dt = torch.exp(torch.rand(n) * (math.log(dt_max) - math.log(dt_min)) + math.log(dt_min)).clamp(min=floor)
+    return dt + torch.log(-torch.expm1(-dt))
+
+
+class MambaBlockMixer(nn.Module):
+    """The M of a layer pattern: one Mamba mixer, or one in each direction whose outputs are added."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.forwards = _mamba(config)
+        self.backwards = _mamba(config) if config.bidirectional else None
+
+    def forward(self, x_LD: Tensor, batch: Batch) -> Tensor:
+        """(L, D) -> (L, D), each segment by itself."""
+        segment_L = batch.segment_L
+        y_LD = self.forwards(x_LD[None], segment_L[None])[0]
+        if self.backwards is not None:
+            flipped_L = (segment_L[-1] - segment_L).flip(0)
+            y_LD = y_LD + self.backwards(x_LD.flip(0)[None], flipped_L[None])[0].flip(0)
+        return y_LD
+
+
+def _mamba(config: ModelConfig) -> Mamba1Mixer | Mamba2Mixer:
+    c = config
+    if c.mixer == "mamba1":
+        return Mamba1Mixer(c.d_model, c.d_state, c.d_conv, c.expand)
+    return Mamba2Mixer(c.d_model, c.d_state, c.d_conv, c.expand, headdim=c.headdim, chunk_size=c.chunk_size)
+
+
+class SelfAttention(nn.Module):
+    """The A of a layer pattern: multi-head attention within a segment; position comes from the events' time."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.num_heads, self.window = config.num_heads, config.window or None
+        self.causal = not config.bidirectional
+        self.dropout = config.dropout
+        self.qkv = nn.Linear(config.d_model, 3 * config.d_model, bias=False)
+        self.out = nn.Linear(config.d_model, config.d_model, bias=False)
+
+    def forward(self, x_LD: Tensor, batch: Batch) -> Tensor:
+        """(L, D) -> (L, D), each segment by itself."""
+        q, k, v = self.qkv(x_LD).unflatten(-1, (3, self.num_heads, -1)).unbind(dim=1)
+        y_LHE = ops.packed_attention(
+            q,
+            k,
+            v,
+            batch.cu_seqlens,
+            window=self.window,
+            causal=self.causal,
+            dropout_p=self.dropout if self.training else 0.0,
+        )
+        return self.out(y_LHE.flatten(1))
+
+
+# ------------------------------------------------------------------------------------------ encoder and pooling
+
+
+class GatedMLP(nn.Module):
+    """SwiGLU (Shazeer 2020)."""
+
+    def __init__(self, d_model: int, ratio: float) -> None:
+        super().__init__()
+        hidden = int(d_model * ratio)
+        self.up = nn.Linear(d_model, 2 * hidden, bias=False)
+        self.down = nn.Linear(hidden, d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        value, gate = self.up(x).chunk(2, dim=-1)
+        return self.down(value * F.silu(gate))
+
+
+class Block(nn.Module):
+    """Pre-norm mixer, then pre-norm gated MLP, each added to its input."""
+
+    def __init__(self, config: ModelConfig, kind: str) -> None:
+        super().__init__()
+        self.mixer_norm = nn.RMSNorm(config.d_model)
+        self.mixer = MambaBlockMixer(config) if kind == "M" else SelfAttention(config)
+        self.mlp_norm = nn.RMSNorm(config.d_model)
+        self.mlp = GatedMLP(config.d_model, config.mlp_ratio)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x_LD: Tensor, batch: Batch) -> Tensor:
+        """(L, D) -> (L, D)."""
+        x_LD = x_LD + self.dropout(self.mixer(self.mixer_norm(x_LD), batch))
+        return x_LD + self.dropout(self.mlp(self.mlp_norm(x_LD)))
+
+
+class FusionPooling(nn.Module):
+    """Additive attention over a segment's events, `num_queries` times; the weights say what the model looked at."""
+
+    def __init__(self, d_model: int, num_queries: int) -> None:
+        super().__init__()
+        self.key = nn.Linear(d_model, d_model)
+        self.query = nn.Linear(d_model, num_queries, bias=False)
+
+    def forward(self, h_LD: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(L, D) -> pooled (S, Q * D) and weights (L, Q) that sum to 1 over each segment."""
+        score_LQ, h_LD = _wide(self.query(torch.tanh(self.key(h_LD)))), _wide(h_LD)
+        segment_L, S = batch.segment_L.long(), batch.num_segments
+        index_LQ = segment_L[:, None].expand_as(score_LQ)
+        top_SQ = score_LQ.new_full((S, score_LQ.shape[1]), -torch.inf)
+        top_SQ = top_SQ.scatter_reduce(0, index_LQ, score_LQ.detach(), "amax")
+        weight_LQ = (score_LQ - top_SQ[segment_L]).exp()
+        total_SQ = torch.zeros_like(top_SQ).index_add(0, segment_L, weight_LQ)
+        weight_LQ = weight_LQ / total_SQ[segment_L]
+        # one query at a time, so that no (L, Q, D) array is made
+        columns = [_segment_sum(weight_L[:, None] * h_LD, segment_L, S) for weight_L in weight_LQ.unbind(dim=1)]
+        return torch.cat(columns, dim=-1), weight_LQ
+
+
+class HyMaTE(nn.Module):
+    """The encoder: events of packed patient histories -> contextual states and one vector for each patient.
+
+    Args:
+        config: widths and layer pattern.
+        vocab_size: V, ids including the unknown and the mask id.
+    """
+
+    def __init__(self, config: ModelConfig, vocab_size: int) -> None:
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = False
+        self.embedding = TripletEmbedding(vocab_size, config.d_model)
+        self.blocks = nn.ModuleList(Block(config, kind) for kind in config.layers)
+        self.norm = nn.RMSNorm(config.d_model)
+        for block in self.blocks:
+            _scale_residual(block, len(self.blocks))
+
+    def encode(self, batch: Batch, hidden_L: Tensor | None = None) -> Tensor:
+        """Contextual event states (L, D); hidden_L: bool, events whose value the model must not see."""
+        h_LD = self.embedding(
+            batch.code_L, batch.value_L, batch.quantile_L, hidden_L, batch.time_hours_L, batch.gap_hours_L
+        )
+        for block in self.blocks:
+            if self.gradient_checkpointing and self.training:
+                h_LD = checkpoint(block, h_LD, batch, use_reentrant=False)
+            else:
+                h_LD = block(h_LD, batch)
+        return self.norm(h_LD)
+
+    forward = encode
+
+
+def _scale_residual(block: nn.Module, num_blocks: int) -> None:
+    """Shrink what each of the 2 * num_blocks branches adds, so that the residual stream keeps its size (GPT-2)."""
+    with torch.no_grad():
+        for name, weight in block.named_parameters():
+            if name.endswith(("out_proj.weight", "out.weight", "down.weight")):
+                weight.div_(math.sqrt(2 * num_blocks))
+
+
+class PatientPooling(nn.Module):
+    """Event states and static features -> one vector for each patient's window.
+
+    Pooled events (by `config.pooling`), the mean of the static events' embeddings through a layer, and four
+    scalars: age, whether it is known, hours since the last event and number of events (both log-scaled).
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.kind = config.pooling
+        self.fusion = FusionPooling(config.d_model, config.num_queries) if self.kind == "fusion" else None
+        self.static = nn.Linear(config.d_model, config.d_model)
+        self.width = config.d_model * (1 + (config.num_queries if self.kind == "fusion" else 1)) + 4
+
+    def forward(self, h_LD: Tensor, batch: Batch, embedding: TripletEmbedding) -> tuple[Tensor, Tensor | None]:
+        """(L, D) -> patient vectors (S, E) and the fusion weights (L, Q), None for other poolings."""
+        weight_LQ = None
+        last_S = torch.tensor(batch.cu_seqlens[1:], device=h_LD.device) - 1
+        count_S = torch.tensor(batch.cu_seqlens, device=h_LD.device, dtype=torch.float32).diff()
+        if self.fusion is not None:
+            pooled, weight_LQ = self.fusion(h_LD, batch)
+        elif self.kind == "last":
+            pooled = _wide(h_LD[last_S])
+        else:
+            pooled = _segment_mean(h_LD, batch.segment_L, batch.num_segments)
+        static_FD = embedding(batch.static_code_F, batch.static_value_F, batch.static_quantile_F)
+        static_SD = F.gelu(self.static(_segment_mean(static_FD, batch.static_segment_F, batch.num_segments)))
+        known_S = ~torch.isnan(batch.age_years_S)
+        age_S = torch.nan_to_num(batch.age_years_S) / 100
+        scalars = torch.stack([age_S, known_S.float(), torch.log1p(batch.lag_hours_S), torch.log(count_S) / 10], -1)
+        return torch.cat([pooled, _wide(static_SD), scalars.to(pooled.dtype)], dim=-1), weight_LQ
+
+
+def _segment_mean(x_LD: Tensor, segment_L: Tensor, num_segments: int) -> Tensor:
+    """Mean over each segment (S, D); zero where a segment has nothing."""
+    index = segment_L.long()
+    count_S = torch.bincount(index, minlength=num_segments).clamp(min=1)
+    return _segment_sum(_wide(x_LD), index, num_segments) / count_S[:, None]
+
+
+def _segment_sum(x_LD: Tensor, segment_L: Tensor, num_segments: int) -> Tensor:
+    return x_LD.new_zeros(num_segments, x_LD.shape[1]).index_add(0, segment_L, x_LD)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """At least float32: sums over a whole history are not for half precision."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+# ------------------------------------------------------------------------------------------------------- models
+
+
+class PretrainModel(nn.Module):
+    """HyMaTE with the heads of the self-supervised objectives (`hymate.objectives`)."""
+
+    def __init__(self, config: ModelConfig, objective: ObjectiveConfig, vocab_size: int) -> None:
+        super().__init__()
+        self.objective = objective
+        self.backbone = HyMaTE(config, vocab_size)
+        self.code_head = _head(config, vocab_size) if objective.code_weight else None
+        self.value_head = _head(config, 1) if objective.value_weight else None
+        self.forecast_head = _head(config, objective.forecast_variables) if objective.forecast_weight else None
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Scalars: "loss", each term's loss, and each term's own metric."""
+        hidden = hide_events(batch, self.objective)
+        h_LD = self.backbone(hidden.batch, hidden.value_L)
+        terms: dict[str, Tensor] = {}
+        loss = h_LD.new_zeros(())
+        if self.code_head is not None:
+            target = batch.code_L[hidden.code_L]
+            logits = self.code_head(h_LD[hidden.code_L]).float()
+            terms["code_loss"] = masked_mean(F.cross_entropy(logits, target, reduction="none"))
+            terms["code_accuracy"] = masked_mean((logits.argmax(-1) == target).float())
+            loss = loss + self.objective.code_weight * terms["code_loss"]
+        if self.value_head is not None:
+            at = hidden.value_L & ~torch.isnan(batch.value_L)
+            error = self.value_head(h_LD[at])[:, 0].float() - batch.value_L[at].clamp(-5, 5)
+            terms["value_loss"] = masked_mean(F.huber_loss(error, torch.zeros_like(error), reduction="none"))
+            terms["value_mae"] = masked_mean(error.abs())
+            loss = loss + self.objective.value_weight * terms["value_loss"]
+        if self.forecast_head is not None:
+            anchor_A, target_AK = forecast_targets(batch, self.objective)
+            measured = ~torch.isnan(target_AK)
+            error = self.forecast_head(h_LD[anchor_A]).float()[measured] - target_AK[measured].clamp(-5, 5)
+            terms["forecast_loss"] = masked_mean(F.huber_loss(error, torch.zeros_like(error), reduction="none"))
+            terms["forecast_mae"] = masked_mean(error.abs())
+            loss = loss + self.objective.forecast_weight * terms["forecast_loss"]
+        return {"loss": loss, **{name: value.detach() for name, value in terms.items()}}
+
+
+class RiskModel(nn.Module):
+    """HyMaTE with one binary head for each task."""
+
+    def __init__(self, config: ModelConfig, vocab_size: int, tasks: Sequence[str]) -> None:
+        super().__init__()
+        self.backbone = HyMaTE(config, vocab_size)
+        self.pooling = PatientPooling(config)
+        self.heads = nn.ModuleDict({name: _head(config, 1, self.pooling.width) for name in tasks})
+
+    def patient(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """Patient vectors (S, E) and fusion weights (L, Q) or None."""
+        return self.pooling(self.backbone(batch), batch, self.backbone.embedding)
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """ "logit_S" of the first task, and "loss", its mean binary cross-entropy over the labelled segments."""
+        patient_SE, _ = self.patient(batch)
+        head = next(iter(self.heads.values()))
+        logit_S = head(patient_SE)[:, 0].float()
+        labelled = ~torch.isnan(batch.label_S)
+        loss = F.binary_cross_entropy_with_logits(logit_S[labelled], batch.label_S[labelled], reduction="none")
+        return {"loss": masked_mean(loss), "logit_S": logit_S.detach() if not self.training else logit_S}
+
+
+def _head(config: ModelConfig, width_out: int, width_in: int | None = None) -> nn.Sequential:
+    width_in = width_in or config.d_model
+    return nn.Sequential(
+        nn.RMSNorm(width_in),
+        nn.Linear(width_in, config.d_model),
+        nn.GELU(),
+        nn.Dropout(config.dropout),
+        nn.Linear(config.d_model, width_out),
+    )
+
+
+def load_backbone(model: PretrainModel | RiskModel, state: Mapping[str, Tensor]) -> None:
+    """Copy the backbone's weights out of another model's state.
+
+    Raises UserError when they don't fit.
+    """
+    weights = {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}
+    own = model.backbone.state_dict()
+    for name in own:
+        if name not in weights or weights[name].shape != own[name].shape:
+            raise UserError(
+                f"the pretrained weights do not fit this model at backbone.{name}: use the model and vocabulary "
+                "settings of the run they come from"
+            )
+    model.backbone.load_state_dict(weights)
+
+
+def decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """AdamW groups: matrices decay; biases, norms, embeddings and the scan's A_log, D and dt_bias never do."""
+    embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
+    decayed: list[nn.Parameter] = []
+    kept: list[nn.Parameter] = []
+    for name, p in module.named_parameters():
+        if p.requires_grad:
+            plain = p.ndim < 2 or id(p) in embeddings or name.endswith("A_log")
+            (kept if plain else decayed).append(p)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
+    return [g for g in groups if g["params"]]

@@ -1,0 +1,147 @@
+"""The operators behind the Mamba mixers, written as plain loops that are obviously right.
+
+Everything else in this package is tested against this file. It needs only torch, runs on any device
+and in any floating dtype, and its gradients are autograd's.
+
+Shape legend: B batch rows, L events, H heads, P headdim, G groups, N d_state, D channels, K conv width.
+``segment_BL`` holds a non-decreasing segment (patient) index per row: the state is zero where a
+segment starts. The initial state enters the first segment that is processed; the final state is that
+of the last one. ``reverse`` processes every row from its end to its start.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _order(length: int, reverse: bool) -> range:
+    return range(length - 1, -1, -1) if reverse else range(length)
+
+
+def _starts(segment_BL: Tensor | None, order: range) -> list[Tensor | None]:
+    """For each step in processing order, which rows (B,) start a new segment there."""
+    if segment_BL is None:
+        return [None] * len(order)
+    changes = [segment_BL[:, now] != segment_BL[:, before] for before, now in zip(order, order[1:], strict=False)]
+    return [None, *changes]
+
+
+def ssd_scan(
+    x_BLHP: Tensor,
+    dt_BLH: Tensor,
+    A_H: Tensor,
+    B_BLGN: Tensor,
+    C_BLGN: Tensor,
+    D_H: Tensor,
+    *,
+    chunk_size: int = 64,
+    segment_BL: Tensor | None = None,
+    initial_state_BHPN: Tensor | None = None,
+    reverse: bool = False,
+    return_final_state: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Mamba-2 recurrence (Dao & Gu 2024, arXiv 2405.21060): h = exp(dt A) h + dt x B, y = h C + D x."""
+    acc = _accumulation_dtype(x_BLHP.dtype)
+    _, length, heads, headdim = x_BLHP.shape
+    groups, d_state = B_BLGN.shape[2:]
+    x, dt, A, D = x_BLHP.to(acc), dt_BLH.to(acc), A_H.to(acc), D_H.to(acc)
+    B_BLHN = B_BLGN.to(acc).repeat_interleave(heads // groups, dim=2)
+    C_BLHN = C_BLGN.to(acc).repeat_interleave(heads // groups, dim=2)
+    state = x.new_zeros(x.shape[0], heads, headdim, d_state)
+    if initial_state_BHPN is not None:
+        state = initial_state_BHPN.to(acc)
+
+    order = _order(length, reverse)
+    outputs = {}
+    for t, starts_B in zip(order, _starts(segment_BL, order), strict=True):
+        if starts_B is not None:
+            state = torch.where(starts_B[:, None, None, None], torch.zeros_like(state), state)
+        decay_BH = torch.exp(dt[:, t] * A)
+        inflow = (dt[:, t, :, None] * x[:, t])[..., None] * B_BLHN[:, t, :, None, :]
+        state = decay_BH[..., None, None] * state + inflow
+        outputs[t] = (state * C_BLHN[:, t, :, None, :]).sum(-1) + D[:, None] * x[:, t]
+    y_BLHP = torch.stack([outputs[t] for t in range(length)], dim=1).to(x_BLHP.dtype)
+    return (y_BLHP, state) if return_final_state else y_BLHP
+
+
+def selective_scan(
+    x_BLD: Tensor,
+    dt_BLD: Tensor,
+    A_DN: Tensor,
+    B_BLN: Tensor,
+    C_BLN: Tensor,
+    D_D: Tensor,
+    *,
+    segment_BL: Tensor | None = None,
+    initial_state_BDN: Tensor | None = None,
+    reverse: bool = False,
+    return_final_state: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Mamba-1 recurrence (Gu & Dao 2023, arXiv 2312.00752): h = exp(dt A) h + dt x B, y = h C + D x."""
+    acc = _accumulation_dtype(x_BLD.dtype)
+    x, dt, A, B, C, D = (v.to(acc) for v in (x_BLD, dt_BLD, A_DN, B_BLN, C_BLN, D_D))
+    length = x.shape[1]
+    state = x.new_zeros(x.shape[0], *A.shape)
+    if initial_state_BDN is not None:
+        state = initial_state_BDN.to(acc)
+
+    order = _order(length, reverse)
+    outputs = {}
+    for t, starts_B in zip(order, _starts(segment_BL, order), strict=True):
+        if starts_B is not None:
+            state = torch.where(starts_B[:, None, None], torch.zeros_like(state), state)
+        decay_BDN = torch.exp(dt[:, t, :, None] * A)
+        state = decay_BDN * state + (dt[:, t] * x[:, t])[..., None] * B[:, t, None, :]
+        outputs[t] = (state * C[:, t, None, :]).sum(-1) + D * x[:, t]
+    y_BLD = torch.stack([outputs[t] for t in range(length)], dim=1).to(x_BLD.dtype)
+    return (y_BLD, state) if return_final_state else y_BLD
+
+
+def causal_conv1d(
+    x_BLD: Tensor,
+    weight_DK: Tensor,
+    bias_D: Tensor | None,
+    *,
+    segment_BL: Tensor | None = None,
+    initial_state_BDK1: Tensor | None = None,
+    return_final_state: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Depthwise causal convolution then SiLU: y_t = silu(bias + sum_k weight_k x_{t-K+1+k}).
+
+    The state is the last K-1 inputs of the segment, oldest first, zero where there are none.
+    """
+    acc = _accumulation_dtype(x_BLD.dtype)
+    x, weight = x_BLD.to(acc), weight_DK.to(acc)
+    batch, length, channels = x.shape
+    width = weight.shape[1]
+    window_BDK = x.new_zeros(batch, channels, width)
+    if initial_state_BDK1 is not None:
+        window_BDK = torch.cat([x.new_zeros(batch, channels, 1), initial_state_BDK1.to(acc)], dim=2)
+
+    order = range(length)
+    outputs = []
+    for t, starts_B in zip(order, _starts(segment_BL, order), strict=True):
+        if starts_B is not None:
+            window_BDK = torch.where(starts_B[:, None, None], torch.zeros_like(window_BDK), window_BDK)
+        window_BDK = torch.cat([window_BDK[:, :, 1:], x[:, t, :, None]], dim=2)
+        pre = (window_BDK * weight).sum(-1)
+        outputs.append(F.silu(pre if bias_D is None else pre + bias_D.to(acc)))
+    y_BLD = torch.stack(outputs, dim=1).to(x_BLD.dtype)
+    return (y_BLD, window_BDK[:, :, 1:].to(x_BLD.dtype)) if return_final_state else y_BLD
+
+
+def gated_rms_norm(x: Tensor, z: Tensor, weight: Tensor, eps: float, group_size: int) -> Tensor:
+    """Root-mean-square norm of x * silu(z) over groups of ``group_size`` channels, times weight.
+
+    As ``RMSNormGated(norm_before_gate=False)`` of mamba_ssm.
+    """
+    acc = _accumulation_dtype(x.dtype)
+    gated = (x.to(acc) * F.silu(z.to(acc))).unflatten(-1, (-1, group_size))
+    normed = gated * torch.rsqrt(gated.square().mean(-1, keepdim=True) + eps)
+    return (normed.flatten(-2) * weight.to(acc)).to(x.dtype)

@@ -1,0 +1,73 @@
+"""Random packed rows for tests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hymate.batch import FIRST_CODE_ID, Batch
+
+
+def random_row(lengths: Sequence[int], *, vocab_size: int = 30, seed: int = 0, statics: int = 2) -> Batch:
+    """One row with a segment of each length: random codes, values (a third missing), times and labels."""
+    g = torch.Generator().manual_seed(seed)
+    L, S = sum(lengths), len(lengths)
+    counts = torch.tensor(list(lengths))
+    segment = torch.arange(S, dtype=torch.int32).repeat_interleave(counts)
+    gaps = torch.rand(L, generator=g) * 3
+    starts = torch.cat([torch.zeros(1, dtype=torch.long), counts.cumsum(0)[:-1]])
+    gaps[starts] = 0.0
+    times = gaps.cumsum(0)
+    times = times - times[starts].repeat_interleave(counts)
+
+    def values(n: int) -> tuple[Tensor, Tensor]:
+        z = torch.randn(n, generator=g)
+        z[torch.rand(n, generator=g) < 1 / 3] = torch.nan
+        return z, torch.tanh(z)
+
+    value, quantile = values(L)
+    static_value, static_quantile = values(S * statics)
+    return Batch(
+        code_L=torch.randint(FIRST_CODE_ID, vocab_size, (L,), generator=g),
+        value_L=value,
+        quantile_L=quantile,
+        time_hours_L=times,
+        gap_hours_L=gaps,
+        segment_L=segment,
+        cu_seqlens=[0, *counts.cumsum(0).tolist()],
+        static_code_F=torch.randint(FIRST_CODE_ID, vocab_size, (S * statics,), generator=g),
+        static_value_F=static_value,
+        static_quantile_F=static_quantile,
+        static_segment_F=torch.arange(S, dtype=torch.int32).repeat_interleave(statics),
+        age_years_S=torch.where(torch.rand(S, generator=g) < 0.3, torch.nan, 60 + torch.randn(S, generator=g)),
+        lag_hours_S=torch.rand(S, generator=g),
+        example_S=torch.arange(S),
+        label_S=(torch.rand(S, generator=g) < 0.5).float(),
+        seed=seed,
+    )
+
+
+def segment_of(batch: Batch, s: int) -> Batch:
+    """Patient s of a row in a row of its own."""
+    a, b = batch.cu_seqlens[s], batch.cu_seqlens[s + 1]
+    own = batch.static_segment_F == s
+    return Batch(
+        code_L=batch.code_L[a:b],
+        value_L=batch.value_L[a:b],
+        quantile_L=batch.quantile_L[a:b],
+        time_hours_L=batch.time_hours_L[a:b],
+        gap_hours_L=batch.gap_hours_L[a:b],
+        segment_L=torch.zeros(b - a, dtype=torch.int32),
+        cu_seqlens=[0, b - a],
+        static_code_F=batch.static_code_F[own],
+        static_value_F=batch.static_value_F[own],
+        static_quantile_F=batch.static_quantile_F[own],
+        static_segment_F=torch.zeros(int(own.sum()), dtype=torch.int32),
+        age_years_S=batch.age_years_S[s : s + 1],
+        lag_hours_S=batch.lag_hours_S[s : s + 1],
+        example_S=batch.example_S[s : s + 1],
+        label_S=batch.label_S[s : s + 1],
+        seed=batch.seed,
+    )

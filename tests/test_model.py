@@ -1,0 +1,148 @@
+"""The model: packed equals alone, causality, mamba_ssm's parameters, decay groups, objectives' use of it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from rows import random_row, segment_of
+from torch import Tensor
+
+from hymate.config import ModelConfig, ObjectiveConfig, UserError
+from hymate.model import HyMaTE, Mamba1Mixer, Mamba2Mixer, PretrainModel, RiskModel, decay_groups, load_backbone
+
+VOCAB = 30
+LENGTHS = (7, 1, 23, 40)
+CONFIGS = {
+    "mamba2": ModelConfig(d_model=16, layers="MA", d_state=8, headdim=8, window=6, dropout=0.0),
+    "mamba1": ModelConfig(d_model=16, layers="MMA", mixer="mamba1", d_state=4, window=0, dropout=0.0),
+    "bidirectional": ModelConfig(
+        d_model=16, layers="MA", d_state=8, headdim=8, window=6, dropout=0.0, bidirectional=True
+    ),
+    "last": ModelConfig(d_model=16, layers="M", d_state=8, headdim=8, dropout=0.0, pooling="last"),
+    "mean": ModelConfig(d_model=16, layers="M", d_state=8, headdim=8, dropout=0.0, pooling="mean"),
+}
+
+
+def risk_model(name: str) -> RiskModel:
+    torch.manual_seed(0)
+    return RiskModel(CONFIGS[name], VOCAB, ["readmission"]).double()
+
+
+def in_double(batch):
+    floats = {k: v.double() for k, v in vars(batch).items() if isinstance(v, Tensor) and v.is_floating_point()}
+    return replace(batch, **floats)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_packed_equals_alone_forward_and_gradients(name: str) -> None:
+    model = risk_model(name)
+    row = in_double(random_row(LENGTHS, vocab_size=VOCAB))
+    packed = model(row)["logit_S"]
+    weights = torch.arange(1.0, len(LENGTHS) + 1, dtype=packed.dtype)
+    (packed * weights).sum().backward()
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters()}
+    model.zero_grad()
+    alone = torch.cat([model(segment_of(row, s))["logit_S"] for s in range(len(LENGTHS))])
+    (alone * weights).sum().backward()
+    torch.testing.assert_close(packed, alone, rtol=1e-5, atol=1e-5)  # logits are float32
+    for n, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, gradients[n], rtol=1e-4, atol=1e-5, msg=lambda m, n=n: f"{n}: {m}")
+
+
+def test_event_states_of_a_unidirectional_model_see_only_the_past() -> None:
+    torch.manual_seed(0)
+    model = HyMaTE(CONFIGS["mamba2"], VOCAB).eval()
+    row = random_row((30,), vocab_size=VOCAB)
+    changed = replace(row, code_L=row.code_L.clone())
+    changed.code_L[20] = 2 + (changed.code_L[20] - 1) % (VOCAB - 2)
+    before, after = model(row), model(changed)
+    torch.testing.assert_close(before[:20], after[:20])
+    assert not torch.allclose(before[20:], after[20:])
+
+
+def test_fusion_weights_sum_to_one_for_each_patient() -> None:
+    model = risk_model("mamba2")
+    row = in_double(random_row(LENGTHS, vocab_size=VOCAB))
+    _, weight_LQ = model.patient(row)
+    for a, b in zip(row.cu_seqlens, row.cu_seqlens[1:], strict=False):
+        torch.testing.assert_close(weight_LQ[a:b].sum(0), torch.ones(weight_LQ.shape[1], dtype=weight_LQ.dtype))
+
+
+def test_mixers_hold_the_parameter_names_and_shapes_of_mamba_ssm() -> None:
+    mamba2 = Mamba2Mixer(d_model=32, d_state=16, d_conv=4, expand=2, headdim=16, ngroups=1, chunk_size=32)
+    assert {n: tuple(p.shape) for n, p in mamba2.named_parameters()} == {
+        "dt_bias": (4,),
+        "A_log": (4,),
+        "D": (4,),
+        "in_proj.weight": (2 * 64 + 2 * 16 + 4, 32),
+        "conv1d.weight": (64 + 2 * 16, 1, 4),
+        "conv1d.bias": (96,),
+        "norm.weight": (64,),
+        "out_proj.weight": (32, 64),
+    }
+    mamba1 = Mamba1Mixer(d_model=32, d_state=16, d_conv=4, expand=2)
+    assert {n: tuple(p.shape) for n, p in mamba1.named_parameters()} == {
+        "A_log": (64, 16),
+        "D": (64,),
+        "in_proj.weight": (128, 32),
+        "conv1d.weight": (64, 1, 4),
+        "conv1d.bias": (64,),
+        "x_proj.weight": (2 + 32, 64),
+        "dt_proj.weight": (64, 2),
+        "dt_proj.bias": (64,),
+        "out_proj.weight": (32, 64),
+    }
+
+
+def test_scan_parameters_norms_and_embeddings_never_decay() -> None:
+    model = risk_model("mamba1")
+    names = {id(p): n for n, p in model.named_parameters()}
+    decayed = {names[id(p)] for g in decay_groups(model, 0.1) if g["weight_decay"] for p in g["params"]}
+    kept = set(names.values()) - decayed
+    assert all(n.endswith("weight") for n in decayed)
+    assert {n for n in names.values() if n.endswith(("A_log", ".D", "bias"))} <= kept
+    assert {n for n in names.values() if "norm" in n or "embedding.code" in n} <= kept
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_pretraining_learns_a_row_by_heart(bidirectional: bool) -> None:
+    torch.manual_seed(0)
+    config = replace(CONFIGS["mamba2"], d_model=32, bidirectional=bidirectional)
+    objective = ObjectiveConfig(forecast_weight=0.0 if bidirectional else 1.0, forecast_variables=8)
+    model = PretrainModel(config, objective, VOCAB)
+    row = random_row((60, 50), vocab_size=VOCAB)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(60):
+        terms = model(row)
+        optimizer.zero_grad()
+        terms["loss"].backward()
+        optimizer.step()
+        losses.append(float(terms["loss"].detach()))
+    assert losses[-1] < 0.5 * losses[0]
+    assert 0 <= float(terms["code_accuracy"]) <= 1
+
+
+def test_activation_checkpointing_changes_no_gradient() -> None:
+    config = replace(CONFIGS["mamba2"], dropout=0.2)
+    row = random_row(LENGTHS, vocab_size=VOCAB)
+    gradients = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = RiskModel(config, VOCAB, ["mortality"])
+        model.backbone.gradient_checkpointing = checkpointing
+        torch.manual_seed(1)
+        model(row)["loss"].backward()
+        gradients.append([p.grad for p in model.parameters()])
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
+def test_backbone_moves_from_pretraining_to_the_risk_model() -> None:
+    pretrained = PretrainModel(CONFIGS["mamba2"], ObjectiveConfig(), VOCAB)
+    model = RiskModel(CONFIGS["mamba2"], VOCAB, ["mortality"])
+    load_backbone(model, pretrained.state_dict())
+    torch.testing.assert_close(model.backbone.state_dict(), pretrained.backbone.state_dict())
+    with pytest.raises(UserError, match="do not fit"):
+        load_backbone(RiskModel(CONFIGS["mamba2"], VOCAB + 1, ["mortality"]), pretrained.state_dict())
