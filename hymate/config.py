@@ -169,7 +169,8 @@ class TrainConfig:
     rows_per_step: packed rows of one optimiser step over all workers; it stays the same when the number of
         workers changes (each worker accumulates rows_per_step / num_workers rows).
     max_steps: optimiser steps; warmup_steps: linear warm-up, then cosine decay to min_lr_share * learning_rate.
-    eval_every: steps between evaluations on the tuning split, each followed by a checkpoint.
+    eval_every: steps between evaluations on the tuning split, each followed by a checkpoint; in pretraining an
+        evaluation reads about eval_rows packed rows.
     keep: best checkpoints kept, besides the last. patience: evaluations without improvement before the run
         stops early (0: never).
     max_failures: how often dead workers are replaced before the run gives up.
@@ -189,6 +190,7 @@ class TrainConfig:
     clip_norm: float = 1.0
     activation_checkpointing: bool = False
     eval_every: int = 100
+    eval_rows: int = 64
     log_every: int = 10
     keep: int = 2
     patience: int = 0
@@ -204,6 +206,7 @@ class TrainConfig:
             "rows_per_step",
             "max_steps",
             "eval_every",
+            "eval_rows",
             "log_every",
             "keep",
             "cpus_per_worker",

@@ -231,22 +231,13 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.num_heads, self.window = config.num_heads, config.window or None
         self.causal = not config.bidirectional
-        self.dropout = config.dropout
         self.qkv = nn.Linear(config.d_model, 3 * config.d_model, bias=False)
         self.out = nn.Linear(config.d_model, config.d_model, bias=False)
 
     def forward(self, x_LD: Tensor, batch: Batch) -> Tensor:
         """(L, D) -> (L, D), each segment by itself."""
         q, k, v = self.qkv(x_LD).unflatten(-1, (3, self.num_heads, -1)).unbind(dim=1)
-        y_LHE = ops.packed_attention(
-            q,
-            k,
-            v,
-            batch.cu_seqlens,
-            window=self.window,
-            causal=self.causal,
-            dropout_p=self.dropout if self.training else 0.0,
-        )
+        y_LHE = ops.packed_attention(q, k, v, batch.cu_seqlens, window=self.window, causal=self.causal)
         return self.out(y_LHE.flatten(1))
 
 

@@ -56,9 +56,9 @@ def ssd_scan(
     through = cum[:, :, -1].exp() * (seg[:, :, -1] == carried)[..., None, None]
     state = x.new_zeros(b, G, r, P, N) if initial_state_BHPN is None else initial_state_BHPN.to(acc).view(b, G, r, P, N)
     starts = []
-    for i in range(n):
+    for part, gain in zip(states.unbind(1), through.unbind(1)):
         starts.append(state)
-        state = state * through[:, i, ..., None, None] + states[:, i]
+        state = state * gain[..., None, None] + part
     from_start = cum.exp() * (seg == carried[..., None])[..., None, None]
     y = y + torch.einsum("bntgk,bngrpk->bntgrp", C, torch.stack(starts, 1)) * from_start[..., None]
     y = y.reshape(b, L + pad, H, P)[:, :L] + D_H.to(acc)[:, None] * x0

@@ -1,0 +1,185 @@
+"""The portable model: what people share and deploy.
+
+A bundle is a folder:
+    model.safetensors   the weights in float32
+    config.yaml         format version, kind, model and data settings, tasks, checksums of the other files
+    vocabulary.parquet  codes and their value statistics
+    README.md           the model card (free to edit: it has no checksum)
+
+Nothing in a bundle is ever unpickled, and YAML is read with the safe loader only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from hymate.config import DataConfig, ModelConfig, UserError, build
+from hymate.data.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from hymate.model import RiskModel
+
+FORMAT_VERSION = 1
+Kind = Literal["pretrained", "risk"]
+WEIGHTS, CONFIG, VOCABULARY, CARD = "model.safetensors", "config.yaml", "vocabulary.parquet", "README.md"
+CHECKED = (WEIGHTS, VOCABULARY)
+MAX_CONFIG_BYTES = 1 << 20
+
+
+@dataclass
+class Bundle:
+    """A bundle read back.
+
+    kind: "pretrained" (state of PretrainModel) or "risk" (state of RiskModel, one head for each of `tasks`).
+    data: how histories were cut and packed; its path is empty, for a bundle belongs to no dataset.
+    """
+
+    kind: str
+    model: ModelConfig
+    data: DataConfig
+    tasks: list[str]
+    vocabulary: Vocabulary
+    state: dict[str, Tensor]
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def write_bundle(
+    folder: Path,
+    model_state: dict[str, Tensor],
+    *,
+    kind: Kind,
+    model: ModelConfig,
+    data: DataConfig,
+    vocabulary: Vocabulary,
+    tasks: Sequence[str] = (),
+    card: str = "",
+    extra: dict[str, Any] | None = None,
+) -> None:
+    """Write a bundle in one move: a temporary folder beside `folder` takes its place when it is complete.
+
+    card: text of the model card below its title. extra: plain values kept in config.yaml (metrics, fingerprint).
+    """
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+        new = Path(scratch) / "new"
+        new.mkdir()
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in model_state.items()}
+        save_file(state, new / WEIGHTS, metadata={"format": "pt"})
+        vocabulary.write(new / VOCABULARY)
+        tree = {
+            "format_version": FORMAT_VERSION,
+            "kind": kind,
+            "model": dataclasses.asdict(model),
+            "data": {key: value for key, value in dataclasses.asdict(data).items() if key != "path"},
+            "tasks": list(tasks),
+            "extra": extra or {},
+            "sha256": {name: _sha256(new / name) for name in CHECKED},
+        }
+        (new / CONFIG).write_text(yaml.safe_dump(tree, sort_keys=False))
+        (new / CARD).write_text(f"# HyMaTE {kind} model\n\n{card.strip()}\n")
+        if folder.exists():
+            os.replace(folder, Path(scratch) / "old")
+        os.replace(new, folder)
+
+
+def read_bundle(path: Path, kind: Kind | None = None) -> Bundle:
+    """Read a bundle, or a run folder's `bundle`; `kind` is the one the caller needs.
+
+    Raises UserError (one line) where it is missing, damaged, of a newer format or of another kind.
+    """
+    folder = find_bundle(Path(path))
+    tree = _read_config(folder)
+    if kind is not None and tree["kind"] != kind:
+        raise UserError(f"{folder} holds a {tree['kind']} model, but a {kind} model is needed here")
+    for name in CHECKED:
+        _check_file(folder, name, tree["sha256"])
+    try:
+        model = build(ModelConfig, tree["model"], "model.")
+        data = build(DataConfig, {**tree["data"], "path": ""}, "data.")
+        tasks = [str(task) for task in tree["tasks"]]
+    except (UserError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder / CONFIG} is not usable: {error}") from error
+    try:
+        state = load_file(folder / WEIGHTS)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{folder / WEIGHTS} is damaged ({error}): copy the bundle again") from error
+    vocabulary = Vocabulary.read(folder / VOCABULARY)
+    return Bundle(tree["kind"], model, data, tasks, vocabulary, state, dict(tree.get("extra") or {}))
+
+
+def build_model(bundle: Bundle) -> RiskModel:
+    """The risk model of a bundle, with its weights, in evaluation mode."""
+    from hymate.model import RiskModel  # late: reading a bundle's settings needs no model code
+
+    if bundle.kind != "risk":
+        raise UserError(f"a {bundle.kind} model has no risk heads: fine-tune it first (python finetune/tune.py)")
+    model = RiskModel(bundle.model, bundle.vocabulary.size, bundle.tasks)
+    try:
+        model.load_state_dict(bundle.state)
+    except RuntimeError as error:
+        detail = " ".join(str(error).split())[:300]
+        raise UserError(f"the bundle's weights do not fit its own config.yaml: {detail}") from error
+    return model.eval()
+
+
+def find_bundle(path: Path) -> Path:
+    """The bundle's folder: `path` itself, or `path`/bundle of a run folder."""
+    folder = path / "bundle" if (path / "bundle").is_dir() else path
+    if not folder.is_dir():
+        raise UserError(f"{path} does not exist: give the folder of a bundle or of a finished run")
+    if not (folder / CONFIG).is_file():
+        raise UserError(f"{path} holds no bundle ({CONFIG} is missing): a run writes its bundle when it finishes")
+    return folder
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG
+    try:
+        if path.stat().st_size > MAX_CONFIG_BYTES:
+            raise ValueError(f"larger than {MAX_CONFIG_BYTES} bytes")
+        tree = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError, OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not a readable bundle configuration ({_first_line(error)})") from error
+    if not isinstance(tree, dict) or not isinstance(tree.get("format_version"), int):
+        raise UserError(f"{folder} is not a bundle: {CONFIG} names no format_version (a run writes one at its end)")
+    if tree["format_version"] > FORMAT_VERSION:
+        raise UserError(
+            f"{folder} has bundle format {tree['format_version']}, this version reads up to {FORMAT_VERSION}: "
+            "update hymate"
+        )
+    for key, of in {"kind": str, "model": dict, "data": dict, "tasks": list, "sha256": dict}.items():
+        if not isinstance(tree.get(key), of):
+            raise UserError(f"{path} is damaged: {key} is missing or malformed")
+    if tree["kind"] not in ("pretrained", "risk"):
+        raise UserError(f"{path} is of an unknown kind {tree['kind']!r}: expected pretrained or risk")
+    return tree
+
+
+def _check_file(folder: Path, name: str, sha256: dict[str, Any]) -> None:
+    if not (folder / name).is_file():
+        raise UserError(f"{folder / name} is missing: copy the whole bundle again")
+    if _sha256(folder / name) != sha256.get(name):
+        raise UserError(f"{folder / name} is damaged (its checksum differs from {CONFIG}): copy the bundle again")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:200] if lines else type(error).__name__

@@ -1,0 +1,286 @@
+"""Prepared histories: one row a subject in sharded Parquet, read by row group.
+
+Shape legend: R events of a shard's chunk, N subjects, L events of one subject, F its static events.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import meds
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from hymate.config import UserError
+from hymate.data.meds import STATIC_TIME, Events, atomic_path, iter_events
+
+FORMAT_VERSION = 1
+FOLDER = "histories"
+HISTORY_SCHEMA = pa.schema(
+    [
+        ("subject_id", pa.int64()),
+        ("birth_time", pa.int64()),
+        ("static_code", pa.list_(pa.int32())),
+        ("static_value", pa.list_(pa.float32())),
+        ("time", pa.list_(pa.int64())),
+        ("code", pa.list_(pa.int32())),
+        ("value", pa.list_(pa.float32())),
+    ],
+    metadata={"hymate.format_version": str(FORMAT_VERSION), "time_unit": "us"},
+)
+INDEX_SCHEMA = pa.schema(
+    [
+        ("subject_id", pa.int64()),
+        ("split", pa.string()),
+        ("shard", pa.string()),
+        ("row_group", pa.int32()),
+        ("row", pa.int32()),
+        ("num_events", pa.int32()),
+    ]
+)
+# Times rise in small steps, so differences beat a dictionary in size and in speed.
+_ENCODING = {
+    "compression": "zstd",
+    "use_dictionary": [f"{name}.list.element" for name in ("static_code", "static_value", "code", "value")],
+    "column_encoding": {"time.list.element": "DELTA_BINARY_PACKED"},
+}
+_CACHE_BYTES = 256 << 20
+_OPEN_FILES = 32
+
+
+@dataclass(frozen=True)
+class History:
+    """One subject's events; the arrays are views that must not be written to.
+
+    birth_time: microseconds since 1970, None where unknown.
+    static_code_F int32, static_value_F float32: events without a time.
+    time_L int64 (microseconds since 1970, non-decreasing), code_L int32 (the dataset's ids: rows of its
+    vocabulary), value_L float32 (raw; NaN where none).
+    """
+
+    subject_id: int
+    birth_time: int | None
+    static_code: np.ndarray
+    static_value: np.ndarray
+    time: np.ndarray
+    code: np.ndarray
+    value: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.time)
+
+
+# ------------------------------------------------------------------------------------------------------ writing
+
+
+def write_histories(data: Path, histories: Path, shard: str, code_ids: dict[str, int], splits: Splits) -> pa.Table:
+    """Write one MEDS shard (`data`) as histories, atomically, and return its part of the index.
+
+    code_ids: every code of the shard -> its row in the vocabulary.
+    """
+    parts = []
+    with atomic_path(histories) as temporary, pq.ParquetWriter(temporary, HISTORY_SCHEMA, **_ENCODING) as writer:
+        for row_group, events in enumerate(iter_events(data, code_ids)):
+            rows = _rows(events, code_ids.get(meds.birth_code, -1))
+            writer.write_table(rows, row_group_size=rows.num_rows)
+            subject_id_N = rows["subject_id"].to_numpy()
+            parts.append(
+                pa.table(
+                    [
+                        rows["subject_id"],
+                        pa.array(splits.of(subject_id_N), pa.string()),
+                        pa.array([shard] * rows.num_rows, pa.string()),
+                        np.full(rows.num_rows, row_group, np.int32),
+                        np.arange(rows.num_rows, dtype=np.int32),
+                        rows["time"].combine_chunks().value_lengths(),
+                    ],
+                    schema=INDEX_SCHEMA,
+                )
+            )
+    return pa.concat_tables(parts)
+
+
+class Splits:
+    """The split of each subject."""
+
+    def __init__(self, table: pa.Table) -> None:
+        table = table.sort_by("subject_id")
+        self._subject_id_N = table["subject_id"].to_numpy()
+        splits = table["split"].combine_chunks().dictionary_encode()
+        self._names = np.array(splits.dictionary.to_pylist(), dtype=object)
+        self._split_N = splits.indices.to_numpy()
+
+    def of(self, subject_id_N: np.ndarray) -> np.ndarray:
+        """Split names (object array) of subjects, every one of which has one."""
+        position_N = np.searchsorted(self._subject_id_N, subject_id_N)
+        assert np.array_equal(self._subject_id_N[position_N], subject_id_N), "a subject without a split"
+        return self._names[self._split_N[position_N]]
+
+
+def _rows(events: Events, birth_id: int) -> pa.Table:
+    """Whole subjects' events as rows of HISTORY_SCHEMA."""
+    starts = events.starts
+    subject_R = np.repeat(np.arange(len(starts)), np.diff(starts, append=len(events)))
+    static_R = events.time_R == STATIC_TIME
+
+    def lists(values_R: np.ndarray, kept_R: np.ndarray) -> pa.ListArray:
+        lengths_N = np.bincount(subject_R[kept_R], minlength=len(starts))
+        offsets = np.concatenate([[0], np.cumsum(lengths_N)]).astype(np.int32)
+        return pa.ListArray.from_arrays(offsets, values_R[kept_R])
+
+    birth_R = (events.code_R == birth_id) & ~static_R
+    # the birth has a column of its own: as an event it would start the history decades before all others
+    event_R = ~static_R & ~birth_R
+    births = np.flatnonzero(birth_R)
+    born, first = np.unique(subject_R[births], return_index=True)
+    birth_N = np.zeros(len(starts), np.int64)
+    birth_N[born] = events.time_R[births[first]]
+    return pa.table(
+        [
+            events.subject_id_R[starts],
+            pa.array(birth_N, mask=~np.isin(np.arange(len(starts)), born)),
+            lists(events.code_R, static_R),
+            lists(events.value_R, static_R),
+            *(lists(column_R, event_R) for column_R in (events.time_R, events.code_R, events.value_R)),
+        ],
+        schema=HISTORY_SCHEMA,
+    )
+
+
+# ------------------------------------------------------------------------------------------------------ reading
+
+
+class Histories:
+    """The histories of a prepared dataset.
+
+    codes: the dataset's codes; History.code holds positions in it.
+    index: arrays of one entry a subject: subject_id, split, shard, row_group, row, num_events (without the
+        static ones). A subject's place in these arrays is its position.
+    fingerprint: a digest of what the dataset was prepared from.
+    """
+
+    def __init__(self, path: Path, codes: list[str], index: dict[str, np.ndarray], fingerprint: str) -> None:
+        self.path = path
+        self.codes = codes
+        self.index = index
+        self.fingerprint = fingerprint
+        self._cache = _RowGroups(path / FOLDER)
+
+    @classmethod
+    def open(cls, path: str | Path) -> Histories:
+        """Open a folder that `python -m hymate.data.prepare` wrote; raises UserError where it is not complete."""
+        path = Path(path)
+        metadata = read_metadata(path)
+        if metadata is None:
+            raise UserError(f"{path}: not a prepared dataset: run python -m hymate.data.prepare source=... out={path}")
+        try:
+            codes = pq.read_table(path / FOLDER / "vocabulary.parquet", columns=["code"])["code"].to_pylist()
+            table = pq.read_table(path / FOLDER / "index.parquet").select(INDEX_SCHEMA.names)
+        except (OSError, KeyError, pa.ArrowException) as error:
+            raise UserError(f"{path / FOLDER}: damaged: delete {path} and prepare the dataset again") from error
+        index = {name: _array(table[name]) for name in INDEX_SCHEMA.names}
+        return cls(path, codes, index, metadata["fingerprint"])
+
+    def __len__(self) -> int:
+        return len(self.index["subject_id"])
+
+    def rows_of(self, split: str) -> np.ndarray:
+        """Positions (int64) of the subjects of a split."""
+        return np.flatnonzero(self.index["split"] == split)
+
+    def read(self, positions: Sequence[int] | np.ndarray) -> list[History]:
+        """The histories at `positions`, in that order; each row group is decoded once."""
+        positions = np.asarray(positions, np.int64)
+        shards, groups = self.index["shard"], self.index["row_group"]
+        keys = [(shards[p], int(groups[p])) for p in positions]
+        histories: list[History | None] = [None] * len(positions)
+        for k in sorted(range(len(positions)), key=lambda k: keys[k]):
+            rows = self._cache.get(*keys[k])
+            histories[k] = rows.history(int(self.index["row"][positions[k]]))
+        return [history for history in histories if history is not None]
+
+
+def read_metadata(path: Path) -> dict | None:
+    """histories/metadata.json of a prepared dataset, None where it is not there.
+
+    Raises UserError where another version of the format wrote it.
+    """
+    file = path / FOLDER / "metadata.json"
+    if not file.is_file():
+        return None
+    try:
+        metadata = json.loads(file.read_text())
+        version = metadata["format_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file}: damaged: delete {path} and prepare the dataset again") from error
+    if version != FORMAT_VERSION:
+        raise UserError(
+            f"{file}: format version {version}, this program reads {FORMAT_VERSION}: "
+            "run python -m hymate.data.prepare into a new folder, or use the program's other version"
+        )
+    return metadata
+
+
+def _array(column: pa.ChunkedArray) -> np.ndarray:
+    """A column as an array; equal strings are one object, so that an entry costs 8 bytes."""
+    if not pa.types.is_string(column.type):
+        return column.to_numpy()
+    encoded = column.combine_chunks().dictionary_encode()
+    return np.array(encoded.dictionary.to_pylist(), dtype=object)[encoded.indices.to_numpy()]
+
+
+class _Rows:
+    """A decoded row group."""
+
+    def __init__(self, table: pa.Table) -> None:
+        self._subject_id = table["subject_id"].to_numpy()
+        self._birth_time = table["birth_time"].to_pylist()
+        self.nbytes = table.nbytes
+        self._lists = {}
+        for name in HISTORY_SCHEMA.names[2:]:
+            column = table[name].combine_chunks()
+            self._lists[name] = (column.offsets.to_numpy(), column.values.to_numpy())
+
+    def history(self, row: int) -> History:
+        views = {name: values[offsets[row] : offsets[row + 1]] for name, (offsets, values) in self._lists.items()}
+        return History(int(self._subject_id[row]), self._birth_time[row], **views)
+
+
+class _RowGroups:
+    """Decoded row groups, the most recently used ones kept; safe to use from several threads."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._lock = threading.Lock()
+        self._groups: OrderedDict[tuple[str, int], _Rows] = OrderedDict()
+        self._files: OrderedDict[str, pq.ParquetFile] = OrderedDict()
+        self._nbytes = 0
+
+    def get(self, shard: str, row_group: int) -> _Rows:
+        with self._lock:
+            key = (shard, row_group)
+            if key not in self._groups:
+                self._groups[key] = self._read(shard, row_group)
+                self._nbytes += self._groups[key].nbytes
+                while self._nbytes > _CACHE_BYTES and len(self._groups) > 1:
+                    self._nbytes -= self._groups.popitem(last=False)[1].nbytes
+            self._groups.move_to_end(key)
+            return self._groups[key]
+
+    def _read(self, shard: str, row_group: int) -> _Rows:
+        path = self._folder / f"{shard}.parquet"
+        try:
+            if shard not in self._files:
+                self._files[shard] = pq.ParquetFile(path)
+                while len(self._files) > _OPEN_FILES:
+                    self._files.popitem(last=False)[1].close()
+            self._files.move_to_end(shard)
+            return _Rows(self._files[shard].read_row_group(row_group, use_threads=False))
+        except (OSError, pa.ArrowException) as error:
+            raise UserError(f"{path}: missing or damaged: prepare the dataset again") from error

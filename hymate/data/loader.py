@@ -1,0 +1,417 @@
+"""Prepared histories -> packed rows, in an order that any number of workers can share and resume.
+
+The place of a row is (epoch, row). What stands there (which examples, which windows of them, the row's seed) is a
+pure function of (seed, epoch, row): shuffling and random windows come from a counter-based hash, never from a
+generator with a state. A cursor is therefore enough to go on exactly, also on more or fewer workers.
+
+Shuffling keeps reads local. An epoch shuffles the row groups of the files, takes consecutive ones together as a
+block of about BLOCK_EVENTS events, and shuffles, packs and again shuffles inside the block.
+
+Legend, besides that of `hymate.batch`: E examples, P subjects in the dataset's index, G row groups.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections import deque
+from collections.abc import Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import islice
+from typing import Literal, NamedTuple, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from hymate.batch import UNKNOWN_ID, Batch
+from hymate.config import UserError
+from hymate.data.histories import Histories
+from hymate.data.packing import pack
+from hymate.data.vocabulary import Vocabulary
+
+BLOCK_EVENTS = 4_000_000  # 64 MB of times, codes and values
+ROWS_AHEAD = 8  # rows that the background thread keeps ready
+NO_TIME = -1  # prediction_time_E of pretraining examples
+US_PER_HOUR = 3_600_000_000
+US_PER_YEAR = 31_557_600_000_000  # 365.25 days
+EVALUATION = -1  # the "epoch" of an unshuffled pass
+
+# What a random number is for; a part of its hash, so that no two uses share numbers.
+_GROUP, _EXAMPLE, _ROW, _WINDOW, _SEED = range(5)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Examples:
+    """What an epoch visits: histories, each up to a time.
+
+    position_E: int64, position of the history in the dataset's index.
+    stop_E: int64, how many of its events may be used: those at or before the prediction time.
+    prediction_time_E: int64, microseconds since 1970; NO_TIME in pretraining.
+    label_E: float32; NaN in pretraining and where the label is null.
+    subject_id_E: int64.
+    dropped: how many labels were left out, by reason.
+    """
+
+    position_E: np.ndarray
+    stop_E: np.ndarray
+    prediction_time_E: np.ndarray
+    label_E: np.ndarray
+    subject_id_E: np.ndarray
+    dropped: dict[str, int] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.position_E)
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """The next row of a run. The end of an epoch and the start of the next are the same place."""
+
+    epoch: int = 0
+    row: int = 0
+
+
+def pretraining_examples(histories: Histories, split: str) -> Examples:
+    """Every history of `split` that has events, whole and without a label. UserError when there is none."""
+    position_E = np.asarray(histories.rows_of(split), dtype=np.int64)
+    stop_E = histories.index["num_events"][position_E].astype(np.int64)
+    has_events = stop_E > 0
+    if not has_events.any():
+        raise UserError(f"no history with events in split {split!r}: prepare the dataset with subjects in this split")
+    position_E, stop_E = position_E[has_events], stop_E[has_events]
+    return Examples(
+        position_E=position_E,
+        stop_E=stop_E,
+        prediction_time_E=np.full(len(position_E), NO_TIME),
+        label_E=np.full(len(position_E), np.nan, dtype=np.float32),
+        subject_id_E=histories.index["subject_id"][position_E],
+        dropped={"without_events": int((~has_events).sum())},
+    )
+
+
+def labelled_examples(histories: Histories, labels: pa.Table, split: str) -> Examples:
+    """The labels of `split`'s subjects, each with the events at or before its prediction time.
+
+    labels: MEDS labels (subject_id, prediction_time and, where known, boolean_value).
+    Dropped and counted: labels whose subject is not in the dataset (`unknown_subject`), and labels without any
+    event up to the prediction time (`without_events`). Sorted by position and time, whatever the labels' order.
+    Raises UserError when no label is left.
+    """
+    subject_id_N = labels["subject_id"].to_numpy().astype(np.int64)
+    time_N = labels["prediction_time"].cast(pa.timestamp("us")).cast(pa.int64()).to_numpy()
+    label_N = _truth(labels)
+
+    known = np.isin(subject_id_N, histories.index["subject_id"])
+    position_N, in_split = _join(subject_id_N, histories, split)
+    order = np.lexsort((time_N, position_N))
+    order = order[in_split[order]]
+    position_E, time_E = position_N[order], time_N[order]
+    stop_E = _events_until(histories, position_E, time_E)
+    kept = stop_E > 0
+    dropped = {"unknown_subject": int((~known).sum()), "without_events": int((~kept).sum())}
+    if not kept.any():
+        counts = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
+        raise UserError(
+            f"none of {len(labels)} labels can be used in split {split!r} ({counts}): check that labels and dataset "
+            "hold the same subject ids and that events precede the prediction times"
+        )
+    return Examples(
+        position_E=position_E[kept],
+        stop_E=stop_E[kept],
+        prediction_time_E=time_E[kept],
+        label_E=label_N[order][kept],
+        subject_id_E=subject_id_N[order][kept],
+        dropped=dropped,
+    )
+
+
+class Rows:
+    """Packed rows of `examples`, endless for training (`steps`) or one pass for evaluation (`once`).
+
+    context: most events of one history; longer ones are cut to a window: crop "random" draws one per (seed,
+        epoch, example) with every start equally likely, "last" takes the events just before the end.
+    tokens_per_row: most events of one row.
+    weight_by: what counts equally within an optimiser step, "events" or "segments" (see Batch.weight).
+    """
+
+    def __init__(
+        self,
+        histories: Histories,
+        vocabulary: Vocabulary,
+        examples: Examples,
+        *,
+        context: int,
+        tokens_per_row: int,
+        seed: int,
+        crop: Literal["random", "last"],
+        weight_by: Literal["events", "segments"],
+    ) -> None:
+        assert len(examples) > 0 and 0 < context <= tokens_per_row
+        self.histories, self.vocabulary, self.examples = histories, vocabulary, examples
+        self.tokens_per_row, self.seed, self.crop, self.weight_by = tokens_per_row, seed, crop, weight_by
+        self._length_E = np.minimum(examples.stop_E, context)
+        self._id_of_code = vocabulary.ids_of(histories.codes).astype(np.int64)
+        self._groups = _GroupedExamples(histories, examples.position_E)
+        self._events_seen = 0
+        self._events_unknown = 0
+
+    # -------------------------------------------------------------------------------------------- public passes
+
+    def steps(
+        self, cursor: Cursor, rows_per_step: int, rank: int, world_size: int
+    ) -> Generator[tuple[list[Batch], Cursor], None, None]:
+        """Endless optimiser steps from `cursor` on: this rank's rows and the cursor after the step.
+
+        Row i of a step goes to rank i % world_size. An epoch's leftover rows open the next step.
+        """
+        assert rows_per_step % world_size == 0
+        with contextlib.closing(_prefetched(self._rows_of_rank(cursor, rows_per_step, rank, world_size))) as rows:
+            while step := list(islice(rows, rows_per_step // world_size)):
+                yield [batch for batch, _ in step], step[-1][1]
+
+    def once(self, rank: int, world_size: int) -> Generator[tuple[Batch, bool], None, None]:
+        """One unshuffled pass, the same every time, in the same number of rows on every rank.
+
+        Ranks that run short repeat the last row with False: it is there to keep the ranks in step, not to count.
+        """
+        with contextlib.closing(_prefetched(self._evaluation_of_rank(rank, world_size))) as rows:
+            yield from rows
+
+    # ----------------------------------------------------------------------------------------------- statistics
+
+    @property
+    def num_events(self) -> int:
+        """Events of one epoch, after cutting to the context."""
+        return int(self._length_E.sum())
+
+    @cached_property
+    def rows_per_epoch(self) -> int:
+        """Rows of epoch 0; later epochs differ by a few where the data fills several shuffle blocks."""
+        return sum(1 for _ in self._order(0))
+
+    @property
+    def packing_efficiency(self) -> float:
+        """Share of the rows' token budget that holds events."""
+        return self.num_events / (self.rows_per_epoch * self.tokens_per_row)
+
+    @property
+    def unknown_share(self) -> float:
+        """Share of the events read so far whose code the vocabulary does not have; NaN before the first row."""
+        return self._events_unknown / self._events_seen if self._events_seen else math.nan
+
+    # ---------------------------------------------------------------------------------------------------- order
+
+    def _order(self, epoch: int) -> Iterator[np.ndarray]:
+        """The rows of an epoch, each an array of examples; packed block by block, as they are asked for."""
+        groups = self._permutation(epoch, _GROUP, np.arange(self._groups.num_groups))
+        for block in self._groups.blocks(groups):
+            members = np.concatenate([self._groups.examples_of(group) for group in block])
+            members = members[self._permutation(epoch, _EXAMPLE, members)]
+            rows = [members[row] for row in pack(self._length_E[members], self.tokens_per_row)]
+            for row in self._permutation(epoch, _ROW, np.array([row[0] for row in rows])):
+                yield rows[row]
+
+    def _permutation(self, epoch: int, use: int, key: np.ndarray) -> np.ndarray:
+        """A random order of things with distinct keys; the given order in evaluation."""
+        if epoch == EVALUATION:
+            return np.arange(len(key))
+        return np.argsort(_hash(self.seed, epoch, use, key), kind="stable")
+
+    def _places(self, cursor: Cursor) -> Iterator[_Place]:
+        epoch, first = cursor.epoch, cursor.row
+        while True:
+            for row, examples in enumerate(self._order(epoch)):
+                if row >= first:
+                    yield _Place(epoch, row, examples)
+            epoch, first = epoch + 1, 0
+
+    def _rows_of_rank(
+        self, cursor: Cursor, rows_per_step: int, rank: int, world_size: int
+    ) -> Iterator[tuple[Batch, Cursor]]:
+        places = self._places(cursor)
+        while True:
+            step = list(islice(places, rows_per_step))
+            after = Cursor(step[-1].epoch, step[-1].row + 1)
+            sizes = np.array([self._weighed(place.examples) for place in step])
+            for i in range(rank, rows_per_step, world_size):
+                yield self._batch(step[i], weight=float(sizes[i] / sizes.mean())), after
+
+    def _evaluation_of_rank(self, rank: int, world_size: int) -> Iterator[tuple[Batch, bool]]:
+        rows = list(self._order(EVALUATION))
+        num_turns = math.ceil(len(rows) / world_size)
+        for turn in range(rank, num_turns * world_size, world_size):
+            row = min(turn, len(rows) - 1)
+            yield self._batch(_Place(EVALUATION, row, rows[row]), weight=1.0), turn < len(rows)
+
+    def _weighed(self, examples: np.ndarray) -> int:
+        return int(self._length_E[examples].sum()) if self.weight_by == "events" else len(examples)
+
+    # ------------------------------------------------------------------------------------------------- assembly
+
+    def _batch(self, place: _Place, weight: float) -> Batch:
+        """Read, cut, translate and join the histories of one row."""
+        example_S = place.examples
+        length_S = self._length_E[example_S]
+        start_S = self._starts(place.epoch, example_S)
+        read = self.histories.read(self.examples.position_E[example_S])
+        windows = [slice(start, start + n) for start, n in zip(start_S.tolist(), length_S.tolist(), strict=True)]
+        cut = list(zip(read, windows, strict=True))
+
+        id_L = self._id_of_code[np.concatenate([history.code[window] for history, window in cut])]
+        z_L, quantile_L = self.vocabulary.normalise(id_L, np.concatenate([h.value[window] for h, window in cut]))
+        static_id_F = self._id_of_code[np.concatenate([history.static_code for history in read])]
+        static_value_F = np.concatenate([history.static_value for history in read])
+        static_z_F, static_quantile_F = self.vocabulary.normalise(static_id_F, static_value_F)
+        segment_S = np.arange(len(read), dtype=np.int32)
+
+        time_L = np.concatenate([history.time[window] for history, window in cut])
+        cu_seqlens = np.concatenate([[0], np.cumsum(length_S)])
+        first_S, last_S = cu_seqlens[:-1], cu_seqlens[1:] - 1
+        gap_L = np.diff(time_L, prepend=time_L[:1])
+        gap_L[first_S] = 0
+        prediction_time_S = self.examples.prediction_time_E[example_S]
+        end_S = np.where(prediction_time_S == NO_TIME, time_L[last_S], prediction_time_S)
+
+        self._events_seen += len(id_L)
+        self._events_unknown += int(np.count_nonzero(id_L == UNKNOWN_ID))
+        return Batch(
+            code_L=torch.from_numpy(id_L),
+            value_L=torch.from_numpy(z_L),
+            quantile_L=torch.from_numpy(quantile_L),
+            time_hours_L=_ratio(time_L - np.repeat(time_L[first_S], length_S), US_PER_HOUR),
+            gap_hours_L=_ratio(gap_L, US_PER_HOUR),
+            segment_L=torch.from_numpy(np.repeat(segment_S, length_S)),
+            cu_seqlens=cu_seqlens.tolist(),
+            static_code_F=torch.from_numpy(static_id_F),
+            static_value_F=torch.from_numpy(static_z_F),
+            static_quantile_F=torch.from_numpy(static_quantile_F),
+            static_segment_F=torch.from_numpy(np.repeat(segment_S, [len(history.static_code) for history in read])),
+            age_years_S=_ages([history.birth_time for history in read], end_S),
+            lag_hours_S=_ratio(end_S - time_L[last_S], US_PER_HOUR),
+            example_S=torch.from_numpy(example_S),
+            label_S=torch.from_numpy(self.examples.label_E[example_S]),
+            weight=weight,
+            seed=int(_hash(self.seed, place.epoch, _SEED, np.array([place.row]))[0] >> np.uint64(1)),
+        )
+
+    def _starts(self, epoch: int, example_S: np.ndarray) -> np.ndarray:
+        """The first event of each example's window."""
+        spare_S = self.examples.stop_E[example_S] - self._length_E[example_S]
+        if self.crop == "last":
+            return spare_S
+        return (_hash(self.seed, epoch, _WINDOW, example_S) % (spare_S + 1).astype(np.uint64)).astype(np.int64)
+
+
+# ------------------------------------------------------------------------------------------------------- pieces
+
+
+class _Place(NamedTuple):
+    """A row in the order of a run."""
+
+    epoch: int
+    row: int
+    examples: np.ndarray
+
+
+class _GroupedExamples:
+    """Which examples lie in which row group of the files, and how many events each group holds."""
+
+    def __init__(self, histories: Histories, position_E: np.ndarray) -> None:
+        shard_P, row_group_P = histories.index["shard"], histories.index["row_group"]
+        new_P = (shard_P[1:] != shard_P[:-1]) | (row_group_P[1:] != row_group_P[:-1])
+        group_P = np.concatenate([[0], np.cumsum(new_P)])
+        events_of_group = np.bincount(group_P, weights=histories.index["num_events"])
+        used, group_E, counts = np.unique(group_P[position_E], return_inverse=True, return_counts=True)
+        self.num_groups = len(used)
+        self._events_G = events_of_group[used]
+        self._order_E = np.argsort(group_E, kind="stable")
+        self._ends_G = np.cumsum(counts)
+
+    def examples_of(self, group: int) -> np.ndarray:
+        start = self._ends_G[group - 1] if group else 0
+        return self._order_E[start : self._ends_G[group]]
+
+    def blocks(self, group_G: np.ndarray) -> list[np.ndarray]:
+        """Consecutive groups, together about BLOCK_EVENTS events (always at least one group)."""
+        events_G = self._events_G[group_G]
+        block_G = (np.cumsum(events_G) - events_G) // BLOCK_EVENTS
+        return np.split(group_G, np.flatnonzero(np.diff(block_G)) + 1)
+
+
+def _truth(labels: pa.Table) -> np.ndarray:
+    """boolean_value as float32 0 or 1, NaN where it is null or there is none."""
+    if "boolean_value" not in labels.column_names:
+        return np.full(len(labels), np.nan, dtype=np.float32)
+    return labels["boolean_value"].cast(pa.uint8()).cast(pa.float32()).to_numpy()
+
+
+def _join(subject_id_N: np.ndarray, histories: Histories, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """For each subject id: its position in the index, and whether it is in `split` (if not, the position is void)."""
+    position_P = np.asarray(histories.rows_of(split), dtype=np.int64)
+    if len(position_P) == 0:
+        return np.zeros(len(subject_id_N), dtype=np.int64), np.zeros(len(subject_id_N), dtype=bool)
+    subject_id_P = histories.index["subject_id"][position_P]
+    order_P = np.argsort(subject_id_P)
+    at_N = np.minimum(np.searchsorted(subject_id_P[order_P], subject_id_N), len(order_P) - 1)
+    position_N = position_P[order_P[at_N]]
+    return position_N, histories.index["subject_id"][position_N] == subject_id_N
+
+
+def _events_until(histories: Histories, position_E: np.ndarray, time_E: np.ndarray) -> np.ndarray:
+    """How many events lie at or before each time. Reads at most about BLOCK_EVENTS events at once.
+
+    position_E must be sorted.
+    """
+    stop_E = np.empty(len(position_E), dtype=np.int64)
+    block_E = np.cumsum(histories.index["num_events"][position_E].astype(np.int64)) // BLOCK_EVENTS
+    for block in np.split(np.arange(len(position_E)), np.flatnonzero(np.diff(block_E)) + 1):
+        for example, history in zip(block.tolist(), histories.read(position_E[block]), strict=True):
+            stop_E[example] = np.searchsorted(history.time, time_E[example], side="right")
+    return stop_E
+
+
+def _ages(birth_time: list[int | None], end_S: np.ndarray) -> torch.Tensor:
+    known_S = np.array([birth is not None for birth in birth_time])
+    age_us_S = end_S - np.array([birth or 0 for birth in birth_time], dtype=np.int64)
+    return _ratio(np.where(known_S, age_us_S, np.nan), US_PER_YEAR)
+
+
+def _ratio(difference_us: np.ndarray, unit_us: int) -> torch.Tensor:
+    """Time differences in another unit, float32; the difference itself was taken in integers."""
+    return torch.from_numpy((difference_us / unit_us).astype(np.float32))
+
+
+def _hash(*parts: int | np.ndarray) -> np.ndarray:
+    """Chained SplitMix64 finalisers (Steele, Lea and Flood 2014): uint64, uniform, equal on every machine.
+
+    The last part is an array; the others are integers, taken modulo 2**64.
+    """
+    state = np.zeros(1, dtype=np.uint64)
+    for part in parts:
+        state = (state ^ np.asarray(part).astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
+        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        state = state ^ (state >> np.uint64(31))
+    return state
+
+
+def _prefetched(items: Iterator[T]) -> Generator[T, None, None]:
+    """`items`, made by a background thread up to ROWS_AHEAD before they are asked for.
+
+    An exception in the making is raised here, in its turn. Closing the generator ends the thread.
+    """
+    end = object()
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="hymate-loader") as thread:
+        pending = deque(thread.submit(next, items, end) for _ in range(ROWS_AHEAD))
+        try:
+            while (item := pending.popleft().result()) is not end:
+                pending.append(thread.submit(next, items, end))
+                yield item  # type: ignore[misc]
+        finally:
+            for future in pending:
+                future.cancel()

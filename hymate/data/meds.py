@@ -1,0 +1,526 @@
+"""MEDS 0.4 (Medical Event Data Standard): reading, checking and writing shards, splits and labels.
+
+A shard holds whole subjects, each contiguous and sorted by time; events without a time are static. Readers here
+stream: what they hold does not grow with a shard.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import meds
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from flexible_schema.exceptions import SchemaValidationError, TableValidationError  # type: ignore[import-untyped]
+
+from hymate.config import ConfigError, UserError
+
+DATA_SCHEMA: pa.Schema = meds.DataSchema.schema().remove(4)  # text_value is never used
+LABEL_SCHEMA: pa.Schema = meds.LabelSchema.schema()
+MEDS_VERSION = "0.4"
+SPLITS = (meds.train_split, meds.tuning_split, meds.held_out_split)
+STATIC_TIME = np.iinfo(np.int64).min  # stands for a null time in integer arrays
+ROWS = 1 << 18  # rows decoded at once, and rows of a written row group (about 4 MB)
+
+
+class DataError(UserError):
+    """The data a user handed in are wrong; one line that names the file and the remedy."""
+
+
+class Source(Protocol):
+    """Raw data that can be written as MEDS, shard by shard, in several processes (so it pickles)."""
+
+    @property
+    def name(self) -> str:
+        """As in source=NAME."""
+
+    def fingerprint(self) -> str:
+        """A digest of everything the output depends on."""
+
+    def shards(self) -> list[str]:
+        """Names such as "train/0"; raises DataError where the raw data are visibly wrong."""
+
+    def write_shard(self, shard: str, out: Path) -> None:
+        """Write data/<shard>.parquet and labels/<task>/<shard>.parquet, atomically."""
+
+    def finish(self, out: Path) -> None:
+        """Write metadata/ (subject_splits.parquet, codes.parquet, dataset.json) once every shard is written."""
+
+
+@dataclass(frozen=True)
+class SplitsConfig:
+    """Shares of the subjects in each split; they add up to 1."""
+
+    train: float = 0.8
+    tuning: float = 0.1
+    held_out: float = 0.1
+
+    def __post_init__(self) -> None:
+        shares = (self.train, self.tuning, self.held_out)
+        if min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
+            raise ConfigError(
+                f"splits must be shares that add up to 1, got {shares}: "
+                "e.g. splits.train=0.8 splits.tuning=0.1 splits.held_out=0.1"
+            )
+
+    def assign(self, share_N: np.ndarray) -> np.ndarray:
+        """Split names for numbers in [0, 1)."""
+        bounds = np.cumsum([self.train, self.tuning])
+        return np.array(SPLITS)[np.searchsorted(bounds, share_N, side="right")]
+
+
+# ------------------------------------------------------------------------------------------------------ writing
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write to: it takes the place of `path` when the block ends well, else it vanishes.
+
+    Raises UserError where the disk is full.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.unlink(missing_ok=True)
+        yield temporary
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise UserError(
+                f"{path}: no space left to write it: free some and run the same command again, it continues"
+            ) from error
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_parquet(table: pa.Table, path: Path) -> None:
+    """Write a table atomically (zstd), making its folder."""
+    with atomic_path(path) as temporary:
+        pq.write_table(table, temporary, compression="zstd", row_group_size=ROWS)
+
+
+def write_text(text: str, path: Path) -> None:
+    """Write a text file atomically, making its folder."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text)
+
+
+def write_metadata(out: Path, dataset: Mapping[str, Any], splits: pa.Table, codes: pa.Table) -> None:
+    """Write MEDS metadata/: dataset.json, subject_splits.parquet (subject_id, split) and codes.parquet."""
+    write_parquet(meds.SubjectSplitSchema.align(splits), out / meds.subject_splits_filepath)
+    write_parquet(meds.CodeMetadataSchema.align(codes), out / meds.code_metadata_filepath)
+    dataset = {"meds_version": meds.__version__, **dataset}
+    write_text(json.dumps(dataset, indent=1) + "\n", out / meds.dataset_metadata_filepath)
+
+
+def codes_table(descriptions: Mapping[str, str | None]) -> pa.Table:
+    """MEDS code metadata from code -> description."""
+    return pa.table(
+        {
+            "code": pa.array(list(descriptions), pa.string()),
+            "description": pa.array(list(descriptions.values()), pa.string()),
+            "parent_codes": pa.nulls(len(descriptions), pa.list_(pa.string())),
+        }
+    )
+
+
+# ------------------------------------------------------------------------------------------------------ reading
+
+
+@dataclass(frozen=True)
+class Events:
+    """Consecutive rows of a shard (R of them) that hold whole subjects.
+
+    subject_id_R int64; time_R int64, microseconds since 1970, STATIC_TIME where null; code_R int32;
+    value_R float32, NaN where none; first_row: row number in the shard of the first.
+    """
+
+    subject_id_R: np.ndarray
+    time_R: np.ndarray
+    code_R: np.ndarray
+    value_R: np.ndarray
+    first_row: int = field(kw_only=True)
+
+    def __len__(self) -> int:
+        return len(self.subject_id_R)
+
+    @property
+    def starts(self) -> np.ndarray:
+        """Positions of the subjects' first rows."""
+        return np.flatnonzero(np.diff(self.subject_id_R, prepend=self.subject_id_R[0] - 1))
+
+    def slice(self, start: int, stop: int) -> Events:
+        """Rows start:stop."""
+        columns = (column_R[start:stop] for column_R in self._columns)
+        return Events(*columns, first_row=self.first_row + start)
+
+    def followed_by(self, other: Events) -> Events:
+        """These rows and those."""
+        columns = (np.concatenate(pair) for pair in zip(self._columns, other._columns, strict=True))
+        return Events(*columns, first_row=self.first_row)
+
+    @property
+    def _columns(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        return self.subject_id_R, self.time_R, self.code_R, self.value_R
+
+
+def iter_events(path: Path, code_ids: dict[str, int], named: Path | None = None) -> Iterator[Events]:
+    """A shard's rows in order, about ROWS at a time, never cutting a subject in two.
+
+    code_ids: code -> the integer that stands for it; new codes are added with the next free number.
+    named: the file that errors name, where it is not `path`.
+
+    Raises DataError for an unreadable file and null subjects or codes.
+    """
+    carried: Events | None = None
+    row = 0
+    for batch in _batches(path, DATA_SCHEMA.names, named or path):
+        part = _decode(batch, code_ids, row, named or path)
+        row += len(part)
+        part = carried.followed_by(part) if carried is not None else part
+        others = np.flatnonzero(part.subject_id_R != part.subject_id_R[-1])
+        cut = int(others[-1]) + 1 if len(others) else 0
+        if cut:
+            yield part.slice(0, cut)
+        carried = part.slice(cut, len(part))
+    if carried is not None:
+        yield carried
+
+
+def _batches(path: Path, columns: Sequence[str], named: Path) -> Iterator[pa.RecordBatch]:
+    try:
+        with pq.ParquetFile(path, read_dictionary=["code"], buffer_size=1 << 20, pre_buffer=False) as file:
+            present = [c for c in columns if c in file.schema_arrow.names]
+            for batch in file.iter_batches(batch_size=ROWS, columns=present, use_threads=False):
+                if batch.num_rows:
+                    yield batch
+    except (pa.ArrowInvalid, OSError) as error:
+        raise _unreadable(named) from error
+
+
+def _unreadable(path: Path) -> DataError:
+    return DataError(f"{path}: not a readable Parquet file (truncated or damaged): fetch or write it again")
+
+
+def _decode(batch: pa.RecordBatch, code_ids: dict[str, int], first_row: int, named: Path) -> Events:
+    for name in ("subject_id", "code"):
+        if batch.column(name).null_count:
+            row = first_row + int(pc.index(batch.column(name).is_null(), pa.scalar(True)).as_py())
+            raise DataError(f"{named}: row {row}: {name} is null: drop such rows from the dataset")
+    codes = batch.column("code")
+    codes = codes if isinstance(codes, pa.DictionaryArray) else codes.dictionary_encode()
+    ids = np.array([code_ids.setdefault(c, len(code_ids)) for c in codes.dictionary.to_pylist()], np.int32)
+    time_R = batch.column("time").cast(pa.int64()).fill_null(STATIC_TIME).to_numpy()
+    if "numeric_value" in batch.schema.names:
+        value_R = batch.column("numeric_value").fill_null(np.nan).to_numpy()
+    else:
+        value_R = np.full(batch.num_rows, np.nan, np.float32)
+    return Events(
+        batch.column("subject_id").to_numpy(), time_R, ids[codes.indices.to_numpy()], value_R, first_row=first_row
+    )
+
+
+def read_splits(root: Path) -> pa.Table:
+    """The subjects' splits (subject_id int64, split string) of a MEDS folder.
+
+    Raises DataError where the file is missing, malformed or names a subject twice.
+    """
+    path = root / meds.subject_splits_filepath
+    table = _read(path, meds.SubjectSplitSchema)
+    ids = table["subject_id"].to_numpy()
+    order = np.argsort(ids, kind="stable")
+    twice = np.flatnonzero(np.diff(ids[order]) == 0)
+    if len(twice):
+        rows = sorted(int(r) for r in order[twice[0] : twice[0] + 2])
+        raise DataError(f"{path}: rows {rows[0]} and {rows[1]} are the same subject: a subject has one split")
+    return table
+
+
+def read_labels(folder: Path) -> pa.Table:
+    """All MEDS labels under a folder: subject_id, prediction_time and the value columns that hold anything.
+
+    Columns that are null throughout, which label extractors write, are dropped. Raises DataError where there are
+    no labels or they are malformed.
+    """
+    files = sorted(p for p in folder.rglob("*.parquet") if not p.name.startswith("."))
+    if not files:
+        raise DataError(f"{folder}: no label files (*.parquet): give a folder of MEDS labels")
+    return _without_null_columns(pa.concat_tables([_read_label_file(path) for path in files]))
+
+
+def _without_null_columns(labels: pa.Table) -> pa.Table:
+    def is_null(name: str) -> bool:
+        return labels[name].null_count == labels.num_rows and (labels.num_rows > 0 or name != "boolean_value")
+
+    return labels.drop_columns([name for name in labels.column_names[2:] if is_null(name)])
+
+
+def _read_label_file(path: Path) -> pa.Table:
+    try:
+        table = pq.read_table(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise _unreadable(path) from error
+    columns = []
+    for spec in LABEL_SCHEMA:
+        required = spec.name in LABEL_SCHEMA.names[:2]
+        if spec.name not in table.column_names:
+            if required:
+                raise DataError(f"{path}: column {spec.name} is missing: MEDS labels need it")
+            columns.append(pa.nulls(table.num_rows, spec.type))
+            continue
+        try:
+            columns.append(table[spec.name].cast(spec.type))
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            found = table[spec.name].type
+            raise DataError(f"{path}: column {spec.name} is {found}, MEDS labels have {spec.type}: cast it") from error
+        if (required or spec.name == "boolean_value") and 0 < table[spec.name].null_count < table.num_rows:
+            raise DataError(f"{path}: column {spec.name} has nulls: drop those rows")
+    return pa.table(columns, schema=LABEL_SCHEMA)
+
+
+def _read(path: Path, schema: Any) -> pa.Table:
+    """A small MEDS file as its schema wants it."""
+    if not path.is_file():
+        raise DataError(f"{path}: missing: a MEDS dataset has it")
+    try:
+        return schema.align(pq.read_table(path))
+    except (SchemaValidationError, TableValidationError) as error:
+        raise DataError(f"{path}: {error}: write it as MEDS {MEDS_VERSION} has it") from error
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
+        raise _unreadable(path) from error
+
+
+# ----------------------------------------------------------------------------------------------- a MEDS dataset
+
+
+@dataclass(frozen=True)
+class MedsSource:
+    """A MEDS 0.4 dataset: checked, then linked (copied where linking is impossible).
+
+    Subjects keep the splits of metadata/subject_splits.parquet; without that file they are split by a seeded hash
+    of their ids into the shares of `splits`. Label folders (labels/<task>/) come along.
+    """
+
+    raw: Path
+    splits: SplitsConfig
+    seed: int
+    name: str = "meds"
+
+    def shards(self) -> list[str]:
+        if not self.raw.is_dir():
+            raise DataError(f"{self.raw}: no such folder: raw=DIR must be a MEDS dataset (data/, metadata/)")
+        folder = self.raw / meds.data_subdirectory
+        shards = sorted(
+            p.relative_to(folder).with_suffix("").as_posix()
+            for p in folder.rglob("*.parquet")
+            if not p.name.startswith(".")
+        )
+        if not shards:
+            raise DataError(f"{folder}: no *.parquet shards: raw=DIR must be a MEDS dataset (data/, metadata/)")
+        self._check_version()
+        return shards
+
+    def _check_version(self) -> None:
+        path = self.raw / meds.dataset_metadata_filepath
+        try:
+            version = json.loads(path.read_text())["meds_version"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                f'{path}: missing or without "meds_version": write {{"meds_version": "{meds.__version__}"}} there '
+                f"if this is a MEDS {MEDS_VERSION} dataset"
+            ) from error
+        if str(version).split(".")[:2] != MEDS_VERSION.split("."):
+            raise DataError(
+                f"{path}: MEDS version {version} is not supported: convert the dataset to MEDS {MEDS_VERSION}"
+            )
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        files = [self._raw_shard(shard) for shard in self.shards()]
+        files.append(self.raw / meds.dataset_metadata_filepath)
+        files += self._label_files()
+        splits = self.raw / meds.subject_splits_filepath
+        if splits.is_file():
+            files.append(splits)
+        else:
+            digest.update(repr((self.splits, self.seed)).encode())
+        for path in files:
+            # A Parquet footer holds sizes, offsets and statistics of all columns: it stands for the content.
+            with path.open("rb") as file:
+                size = file.seek(0, os.SEEK_END)
+                file.seek(max(0, size - (1 << 16)))
+                digest.update(f"{path.relative_to(self.raw)} {size}\n".encode())
+                digest.update(file.read())
+        return digest.hexdigest()
+
+    def write_shard(self, shard: str, out: Path) -> None:
+        raw = self._raw_shard(shard)
+        conforms = _check_schema(raw)
+        with atomic_path(out / meds.data_subdirectory / f"{shard}.parquet") as temporary:
+            if conforms:
+                _link_or_copy(raw, temporary)
+            else:
+                _copy_aligned(raw, temporary)
+            check_events(temporary, named=raw)
+
+    def finish(self, out: Path) -> None:
+        subject_id_N = self._subjects()
+        if (self.raw / meds.subject_splits_filepath).is_file():
+            splits = read_splits(self.raw)
+            self._check_all_split(subject_id_N, splits["subject_id"].to_numpy())
+        else:
+            split_N = self.splits.assign(hash64(subject_id_N.view(np.uint64), self.seed) / 2.0**64)
+            splits = pa.table({"subject_id": subject_id_N, "split": split_N})
+        codes_path = self.raw / meds.code_metadata_filepath
+        codes = _read(codes_path, meds.CodeMetadataSchema) if codes_path.is_file() else codes_table({})
+        dataset = json.loads((self.raw / meds.dataset_metadata_filepath).read_text())
+        write_metadata(out, dataset, splits, codes)
+        for path in self._label_files():
+            write_parquet(_without_null_columns(_read_label_file(path)), out / path.relative_to(self.raw))
+
+    def _raw_shard(self, shard: str) -> Path:
+        return self.raw / meds.data_subdirectory / f"{shard}.parquet"
+
+    def _label_files(self) -> list[Path]:
+        return sorted(p for p in (self.raw / "labels").glob("*/**/*.parquet") if not p.name.startswith("."))
+
+    def _subjects(self) -> np.ndarray:
+        """All subjects, sorted; raises DataError where one is in two shards."""
+        shards = self.shards()
+        ids = [_subjects_of(self._raw_shard(shard)) for shard in shards]
+        shard_N = np.repeat(np.arange(len(shards)), [len(i) for i in ids])
+        subject_id_N = np.concatenate(ids)
+        order = np.argsort(subject_id_N, kind="stable")
+        subject_id_N = subject_id_N[order]
+        twice = np.flatnonzero(np.diff(subject_id_N) == 0)
+        if len(twice):
+            first, second = (self._raw_shard(shards[shard_N[order[twice[0] + k]]]) for k in (0, 1))
+            raise DataError(f"{first} and {second}: share {len(twice)} subject(s): write each subject into one shard")
+        return subject_id_N
+
+    def _check_all_split(self, subject_id_N: np.ndarray, known_M: np.ndarray) -> None:
+        without = int((~np.isin(subject_id_N, known_M)).sum())
+        if without:
+            path = self.raw / meds.subject_splits_filepath
+            raise DataError(
+                f"{path}: {without} of {len(subject_id_N)} subjects have no split: add them, "
+                "or remove the file to have all subjects split by hash"
+            )
+
+
+def hash64(key_N: np.ndarray, seed: int) -> np.ndarray:
+    """Well mixed 64-bit hashes (splitmix64) of uint64 keys."""
+    x = key_N.astype(np.uint64) + np.uint64((seed + 1) * 0x9E3779B97F4A7C15 % 2**64)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def check_events(path: Path, named: Path) -> None:
+    """Check what schemas cannot say of a shard: subjects contiguous, times sorted, values finite, not empty.
+
+    Raises DataError that names the file `named`.
+    """
+    subjects = []
+    for events in iter_events(path, {}, named):
+        starts = events.starts
+        subjects.append(events.subject_id_R[starts])
+        _check_sorted(events, named)
+        infinite = np.flatnonzero(np.isinf(events.value_R))
+        if len(infinite):
+            row = events.first_row + infinite[0]
+            raise DataError(f"{named}: row {row}: numeric_value is infinite: write null where there is no number")
+    if not subjects:
+        raise DataError(f"{named}: holds no rows: delete the shard or extract it again")
+    subject_id_N = np.concatenate(subjects)
+    scattered = len(subject_id_N) - len(np.unique(subject_id_N))
+    if scattered:
+        raise DataError(f"{named}: {scattered} subject(s) not contiguous: sort the shard by subject_id, time")
+
+
+def _check_sorted(events: Events, named: Path) -> None:
+    timed = np.flatnonzero(events.time_R != STATIC_TIME)
+    same_subject = np.diff(events.subject_id_R[timed]) == 0
+    earlier = np.flatnonzero((np.diff(events.time_R[timed]) < 0) & same_subject)
+    if len(earlier):
+        row = events.first_row + timed[earlier[0] + 1]
+        raise DataError(f"{named}: row {row}: earlier than the row before: sort the shard by subject_id, time")
+
+
+def _check_schema(path: Path) -> bool:
+    """Whether a shard conforms to the MEDS schema as it is; False where a cast makes it.
+
+    Raises DataError for columns that are missing or of another kind.
+    """
+    try:
+        schema = pq.read_schema(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise _unreadable(path) from error
+    kinds = {
+        "subject_id": pa.types.is_integer,
+        "time": pa.types.is_timestamp,
+        "code": _is_text,
+        "numeric_value": lambda t: pa.types.is_floating(t) or pa.types.is_integer(t) or pa.types.is_null(t),
+    }
+    for name, is_kind in kinds.items():
+        if name in schema.names and not is_kind(schema.field(name).type):
+            wanted, found = DATA_SCHEMA.field(name).type, schema.field(name).type
+            raise DataError(f"{path}: column {name} is {found}, MEDS {MEDS_VERSION} has {wanted}: write it as that")
+    try:
+        meds.DataSchema.validate(schema.empty_table())
+    except SchemaValidationError as error:
+        if error.missing_req_cols:
+            missing = ", ".join(error.missing_req_cols)
+            raise DataError(f"{path}: column {missing} is missing: MEDS {MEDS_VERSION} shards have it") from error
+        return False
+    return True
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+
+def _copy_aligned(raw: Path, target: Path) -> None:
+    """Copy a shard's MEDS columns, cast to the standard's types."""
+    with pq.ParquetWriter(target, DATA_SCHEMA, compression="zstd") as writer:
+        for number, batch in enumerate(_batches(raw, DATA_SCHEMA.names, raw)):
+            try:
+                columns = [_aligned(batch, spec) for spec in DATA_SCHEMA]
+            except pa.ArrowInvalid as error:
+                rows = f"rows from {number * ROWS}"
+                raise DataError(f"{raw}: {rows}: {error}: write the columns with the types of MEDS") from error
+            writer.write_table(pa.table(columns, schema=DATA_SCHEMA))
+
+
+def _aligned(batch: pa.RecordBatch, spec: pa.Field) -> pa.Array:
+    if spec.name not in batch.schema.names:
+        return pa.nulls(batch.num_rows, spec.type)
+    return batch.column(spec.name).cast(spec.type)
+
+
+def _link_or_copy(raw: Path, target: Path) -> None:
+    try:
+        os.link(raw, target)
+    except OSError:  # another file system, or one without links
+        shutil.copyfile(raw, target)
+
+
+def _subjects_of(path: Path) -> np.ndarray:
+    """The subjects of a shard, sorted."""
+    batches = _batches(path, ["subject_id"], path)
+    return np.unique(np.concatenate([np.unique(batch.column(0).to_numpy()) for batch in batches])).astype(np.int64)

@@ -1,0 +1,326 @@
+"""Command: raw data -> MEDS -> prepared histories and vocabulary.
+
+    python -m hymate.data.prepare source=meds raw=RAW_DIR out=DATA_DIR workers=4
+
+Each stage goes over the shards in parallel processes and streams through a shard: a process holds about ROWS
+events, one subject, the splits of all subjects (about 16 bytes each) and per code at most SAMPLE_SIZE values,
+whatever the size of the dataset. Files appear whole or not at all, and a journal under histories/.work says which
+are done, so that a killed preparation continues when the command is given again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import meds
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from hymate.config import ConfigError, UserError, main
+from hymate.data.histories import FOLDER, FORMAT_VERSION, Splits, read_metadata, write_histories
+from hymate.data.meds import (
+    DataError,
+    MedsSource,
+    Source,
+    SplitsConfig,
+    codes_table,
+    iter_events,
+    read_splits,
+    write_parquet,
+    write_text,
+)
+from hymate.data.physionet2012 import PhysioNet2012Source
+from hymate.data.statistics import CodeStatistics
+from hymate.data.synthetic import SyntheticConfig, SyntheticSource
+
+WORK = ".work"  # inside histories/: the journal and what later stages need
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    """source: what `raw` holds ("synthetic" makes its own data and needs none).
+
+    splits: shares of the subjects, where the source does not bring its own splits; seed: of everything random.
+    workers: processes; each holds at most 1.5 GiB.
+    """
+
+    source: Literal["physionet2012", "meds", "synthetic"]
+    out: str
+    raw: str | None = None
+    splits: SplitsConfig = field(default_factory=SplitsConfig)
+    seed: int = 0
+    workers: int = 2
+    synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
+
+    def __post_init__(self) -> None:
+        if self.workers < 1:
+            raise ConfigError(f"workers must be at least 1, got {self.workers}")
+        if self.source != "synthetic" and self.raw is None:
+            raise ConfigError(f"raw is required with source={self.source}: add raw=DIR to the command")
+
+    def open_source(self) -> Source:
+        """The configured source."""
+        if self.source == "synthetic":
+            return SyntheticSource(self.synthetic, self.splits)
+        kind = PhysioNet2012Source if self.source == "physionet2012" else MedsSource
+        return kind(Path(str(self.raw)).absolute(), self.splits, self.seed)
+
+
+def prepare(config: PrepareConfig) -> None:
+    """Write the prepared dataset to `config.out`, continuing what an earlier run left there.
+
+    Raises DataError where the raw data are wrong (nothing is left in `out` then), UserError where `out` belongs
+    to something else or the disk is full.
+    """
+    console = Console(stderr=True)
+    source, out = config.open_source(), Path(config.out).absolute()
+    shards = source.shards()
+    fingerprint = hashlib.sha256(f"{FORMAT_VERSION} {source.name} {source.fingerprint()}".encode()).hexdigest()
+    if _is_complete(out, fingerprint):
+        console.print(f"{out} is already prepared from this source: nothing to do")
+        return
+    with _locked(out), _bar(console) as bar:
+        started = time.monotonic()
+        journal = Journal(out / FOLDER / WORK / "journal.jsonl", fingerprint)
+        try:
+            with _Stages(journal, bar, shards, config.workers) as stages:
+                _run(source, out, fingerprint, stages)
+        except DataError:
+            _remove(out)
+            raise
+    shutil.rmtree(out / FOLDER / WORK)
+    metadata = read_metadata(out) or {}
+    for split, size in metadata["splits"].items():
+        console.print(f"{split}: {size['subjects']:,} subjects, {size['events']:,} events")
+    console.print(f"prepared {out} in {time.monotonic() - started:.0f} s")
+
+
+def _run(source: Source, out: Path, fingerprint: str, stages: _Stages) -> None:
+    stages.each("write MEDS", functools.partial(source.write_shard, out=out))
+    stages.once("metadata", functools.partial(source.finish, out))
+    stages.each("count codes", functools.partial(count_shard, out=out))
+    stages.once("vocabulary", functools.partial(_write_vocabulary, out, stages.shards))
+    stages.each("write histories", functools.partial(encode_shard, out=out))
+    _write_index(out, stages.shards, source.name, fingerprint)
+
+
+# ------------------------------------------------------------------------------------------------------- stages
+
+
+def count_shard(shard: str, out: Path) -> None:
+    """Gather the code statistics of one written shard."""
+    statistics = CodeStatistics()
+    splits = _splits(out)
+    for events in iter_events(out / meds.data_subdirectory / f"{shard}.parquet", statistics.code_ids):
+        starts = events.starts
+        is_train_N = splits.of(events.subject_id_R[starts]) == meds.train_split
+        is_train_R = np.repeat(is_train_N, np.diff(starts, append=len(events)))
+        statistics.add(events, is_train_R, shard)
+    write_parquet(statistics.table(), out / FOLDER / WORK / "statistics" / f"{shard}.parquet")
+
+
+def encode_shard(shard: str, out: Path) -> None:
+    """Write the histories of one shard and its part of the index."""
+    codes = pq.read_table(out / FOLDER / "vocabulary.parquet", columns=["code"])["code"].to_pylist()
+    data = out / meds.data_subdirectory / f"{shard}.parquet"
+    code_ids = {code: id for id, code in enumerate(codes)}
+    index = write_histories(data, out / FOLDER / f"{shard}.parquet", shard, code_ids, _splits(out))
+    write_parquet(index, out / FOLDER / WORK / "index" / f"{shard}.parquet")
+
+
+def _splits(out: Path) -> Splits:
+    return _splits_of(out, (out / meds.subject_splits_filepath).stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=1)
+def _splits_of(out: Path, version: int) -> Splits:
+    return Splits(read_splits(out))
+
+
+def _write_vocabulary(out: Path, shards: Sequence[str]) -> None:
+    statistics = CodeStatistics()
+    for shard in shards:
+        statistics.merge(pq.read_table(out / FOLDER / WORK / "statistics" / f"{shard}.parquet"))
+    vocabulary = statistics.vocabulary()
+    write_parquet(vocabulary, out / FOLDER / "vocabulary.parquet")
+
+    described = pq.read_table(out / meds.code_metadata_filepath)
+    others = vocabulary["code"].filter(pc.invert(pc.is_in(vocabulary["code"], described["code"])))
+    added = codes_table(dict.fromkeys(others.to_pylist()))
+    write_parquet(
+        pa.concat_tables([described, added], promote_options="default"),
+        out / meds.code_metadata_filepath,
+    )
+
+
+def _write_index(out: Path, shards: Sequence[str], source: str, fingerprint: str) -> None:
+    index = pa.concat_tables([pq.read_table(out / FOLDER / WORK / "index" / f"{shard}.parquet") for shard in shards])
+    write_parquet(index, out / FOLDER / "index.parquet")
+    sizes = index.group_by("split").aggregate([("subject_id", "count"), ("num_events", "sum")]).to_pylist()
+    metadata = {
+        "format_version": FORMAT_VERSION,
+        "source": source,
+        "fingerprint": fingerprint,
+        "splits": {
+            size["split"]: {"subjects": size["subject_id_count"], "events": size["num_events_sum"]}
+            for size in sorted(sizes, key=lambda size: size["split"])
+        },
+    }
+    write_text(json.dumps(metadata, indent=1) + "\n", out / FOLDER / "metadata.json")
+
+
+class Journal:
+    """The finished (stage, shard) pairs of an unfinished preparation: a JSON line each, after one that names it."""
+
+    def __init__(self, path: Path, fingerprint: str) -> None:
+        header = {"fingerprint": fingerprint}
+        if not path.is_file():
+            write_text(json.dumps(header) + "\n", path)
+        # A line that a kill cut short is no newline-ended line: it does not count, and the next one starts afresh.
+        lines = path.read_text().split("\n")[:-1]
+        if json.loads(lines[0]) != header:
+            out = path.parents[2]
+            raise UserError(
+                f"{out}: holds an unfinished preparation of other data or settings: delete it, or change out"
+            )
+        write_text("\n".join(lines) + "\n", path)
+        self._done = {tuple(json.loads(line)) for line in lines[1:]}
+        self._path = path
+
+    def is_done(self, stage: str, shard: str) -> bool:
+        return (stage, shard) in self._done
+
+    def record(self, stage: str, shard: str) -> None:
+        with self._path.open("a") as file:
+            file.write(json.dumps([stage, shard]) + "\n")
+
+
+class _Stages:
+    """Runs stages over shards in processes, leaving out what the journal has as done."""
+
+    def __init__(self, journal: Journal, bar: Progress, shards: Sequence[str], workers: int) -> None:
+        self.shards = shards
+        self._journal = journal
+        self._bar = bar
+        self._pool = None
+        if workers > 1:
+            context = multiprocessing.get_context("spawn")
+            self._pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
+
+    def __enter__(self) -> _Stages:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool:
+            self._pool.shutdown(cancel_futures=True)
+
+    def each(self, stage: str, task: Callable[[str], None]) -> None:
+        """Run `task(shard)` for every shard."""
+        todo = [shard for shard in self.shards if not self._journal.is_done(stage, shard)]
+        row = self._bar.add_task(stage, total=len(self.shards), completed=len(self.shards) - len(todo))
+        for shard in self._results(task, todo):
+            self._journal.record(stage, shard)
+            self._bar.advance(row)
+
+    def once(self, stage: str, task: Callable[[], None]) -> None:
+        """Run `task()`."""
+        row = self._bar.add_task(stage, total=1)
+        if not self._journal.is_done(stage, ""):
+            task()
+            self._journal.record(stage, "")
+        self._bar.advance(row)
+
+    def _results(self, task: Callable[[str], None], todo: Sequence[str]) -> Iterator[str]:
+        if self._pool is None:
+            for shard in todo:
+                task(shard)
+                yield shard
+            return
+        futures = {self._pool.submit(task, shard): shard for shard in todo}
+        try:
+            for future in as_completed(futures):
+                future.result()
+                yield futures.pop(future)
+        except BrokenProcessPool as error:
+            raise UserError(
+                "a worker process was killed, perhaps for want of memory: run the same command with fewer workers=, "
+                "it continues"
+            ) from error
+
+
+def _start_worker() -> None:
+    pa.set_cpu_count(1)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)  # a killed command leaves no process behind that still writes
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+# ------------------------------------------------------------------------------------------------ output folder
+
+
+def _is_complete(out: Path, fingerprint: str) -> bool:
+    """Whether `out` holds this preparation, finished; raises UserError where it holds something else."""
+    metadata = read_metadata(out)
+    if metadata is not None:
+        if metadata["fingerprint"] != fingerprint:
+            raise UserError(f"{out}: prepared from other data or settings: delete it, or change out=DIR")
+        shutil.rmtree(out / FOLDER / WORK, ignore_errors=True)
+        return True
+    if out.exists() and not (out / FOLDER / WORK).is_dir() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: not empty: out=DIR must be a new or empty folder, or one to continue")
+    return False
+
+
+@contextlib.contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    work = out / FOLDER / WORK
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written to ({error.strerror}): change out=DIR") from error
+    with (work / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"{out}: another preparation is writing there: wait for it, or change out=DIR") from error
+        yield
+
+
+def _remove(out: Path) -> None:
+    for name in ("data", "labels", "metadata", FOLDER):
+        shutil.rmtree(out / name, ignore_errors=True)
+    with contextlib.suppress(OSError):  # it holds something else
+        out.rmdir()
+
+
+def _bar(console: Console) -> Progress:
+    columns = (TextColumn("{task.description:15}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console)
+
+
+if __name__ == "__main__":
+    main("prepare", PrepareConfig, prepare)

@@ -1,0 +1,135 @@
+"""Metrics of binary risk predictions, with intervals that know that labels of one patient belong together.
+
+Every number is None, not a made-up value, where it is undefined: AUROC and AUPRC need both classes.
+
+Shape legend:
+    N  labels
+    G  groups of labels with equal scores (ties), best first
+    P  patients
+    B  bootstrap samples
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Array = NDArray[Any]
+ELEMENTS_AT_ONCE = 2_000_000  # of the (B, N) weights: bounds the bootstrap's memory to some 100 MB
+
+
+def auroc(label_N: ArrayLike, score_N: ArrayLike) -> float | None:
+    """Area under the ROC curve: the chance that a positive is scored above a negative, ties counting half."""
+    return _defined(_areas(label_N, score_N)[0])
+
+
+def auprc(label_N: ArrayLike, score_N: ArrayLike) -> float | None:
+    """Average precision: precision at each distinct score, weighted by the recall gained there (no interpolation)."""
+    return _defined(_areas(label_N, score_N)[1])
+
+
+def brier(label_N: ArrayLike, prob_N: ArrayLike) -> float | None:
+    """Mean squared difference of probability and label (Brier 1950); 0 is best."""
+    label_N, prob_N = _checked(label_N, prob_N)
+    return float(np.mean((prob_N - label_N) ** 2)) if len(label_N) else None
+
+
+def ece(label_N: ArrayLike, prob_N: ArrayLike, bins: int = 10) -> float | None:
+    """Expected calibration error (Naeini et al. 2015): |mean probability - share of positives| in equally wide
+    bins of the probability, averaged over the labels; 0 is best.
+    """
+    label_N, prob_N = _checked(label_N, prob_N)
+    if not len(label_N):
+        return None
+    bin_N = np.minimum((prob_N * bins).astype(int), bins - 1)
+    return float(np.abs(np.bincount(bin_N, prob_N - label_N, bins)).sum() / len(label_N))
+
+
+def intervals(
+    label_N: ArrayLike,
+    prob_N: ArrayLike,
+    subject_N: ArrayLike,
+    num_samples: int = 1000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> dict[str, tuple[float, float] | None]:
+    """Percentile bootstrap intervals of "auroc" and "auprc" that resample patients, each with all their labels.
+
+    Samples without both classes are skipped. None where no sample has both or there is one patient only.
+    """
+    label_N, prob_N = _checked(label_N, prob_N)
+    subject_P, patient_N = np.unique(np.asarray(subject_N), return_inverse=True)
+    assert patient_N.shape == label_N.shape, f"{patient_N.shape} subjects for {label_N.shape} labels"
+    areas = [np.empty((2, 0))]
+    if len(subject_P) > 1:
+        rng = np.random.default_rng(seed)
+        share_P = np.full(len(subject_P), 1 / len(subject_P))
+        at_once = max(1, ELEMENTS_AT_ONCE // len(label_N))
+        for start in range(0, num_samples, at_once):
+            times_BP = rng.multinomial(len(subject_P), share_P, size=min(at_once, num_samples - start))
+            areas.append(_areas(label_N, prob_N, times_BP[:, patient_N].astype(np.float64)))
+    tails = [50 * (1 - level), 50 * (1 + level)]
+    result: dict[str, tuple[float, float] | None] = {}
+    for name, area_B in zip(("auroc", "auprc"), np.concatenate(areas, axis=1), strict=True):
+        area_B = area_B[~np.isnan(area_B)]
+        low_high = np.percentile(area_B, tails) if len(area_B) else None
+        result[name] = None if low_high is None else (float(low_high[0]), float(low_high[1]))
+    return result
+
+
+def scores(label_N: ArrayLike, prob_N: ArrayLike, subject_N: ArrayLike) -> dict[str, Any]:
+    """Everything a results table needs, as plain JSON values; see `intervals` for `ci` (95 %)."""
+    label_N, prob_N = _checked(label_N, prob_N)
+    ci = intervals(label_N, prob_N, subject_N)
+    return {
+        "num_labels": len(label_N),
+        "num_subjects": len(np.unique(np.asarray(subject_N))),
+        "prevalence": float(label_N.mean()) if len(label_N) else None,
+        "auroc": {"value": auroc(label_N, prob_N), "ci": _listed(ci["auroc"])},
+        "auprc": {"value": auprc(label_N, prob_N), "ci": _listed(ci["auprc"])},
+        "brier": brier(label_N, prob_N),
+        "ece": ece(label_N, prob_N),
+    }
+
+
+def _areas(label_N: ArrayLike, score_N: ArrayLike, weight_BN: Array | None = None) -> Array:
+    """(2, B): AUROC and average precision under each row of label weights; NaN where a class has no weight."""
+    label_N, score_N = _checked(label_N, score_N, low=-np.inf, high=np.inf)
+    weight_BN = np.ones((1, len(label_N))) if weight_BN is None else weight_BN
+    if not len(label_N):
+        return np.full((2, len(weight_BN)), np.nan)
+    order_N = np.argsort(-score_N, kind="stable")
+    end_G = np.append(np.flatnonzero(np.diff(score_N[order_N])), len(score_N) - 1)
+    weight_BN = weight_BN[:, order_N]
+    # weight of the positives, and of everyone, scored at least as high as each group
+    positive_BG = np.cumsum(weight_BN * label_N[order_N], axis=1)[:, end_G]
+    all_BG = np.cumsum(weight_BN, axis=1)[:, end_G]
+    negative_BG = all_BG - positive_BG
+    gained_BG = np.diff(positive_BG, axis=1, prepend=0)
+    positives_B, negatives_B = positive_BG[:, -1], negative_BG[:, -1]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        below_BG = negatives_B[:, None] - negative_BG + np.diff(negative_BG, axis=1, prepend=0) / 2
+        roc_B = (gained_BG * below_BG).sum(1) / (positives_B * negatives_B)
+        # before the first sampled label precision is 0 / 0, where no recall is gained either
+        precision_BG = positive_BG / np.maximum(all_BG, np.finfo(float).tiny)
+        pr_B = (gained_BG * precision_BG).sum(1) / positives_B
+    pr_B[negatives_B == 0] = np.nan
+    return np.stack([roc_B, pr_B])
+
+
+def _checked(label_N: ArrayLike, score_N: ArrayLike, low: float = 0.0, high: float = 1.0) -> tuple[Array, Array]:
+    label_N, score_N = np.asarray(label_N, dtype=np.float64), np.asarray(score_N, dtype=np.float64)
+    assert label_N.ndim == 1 and label_N.shape == score_N.shape, f"{label_N.shape} labels, {score_N.shape} scores"
+    assert np.isin(label_N, (0, 1)).all(), "labels must be 0 or 1"
+    assert ((score_N >= low) & (score_N <= high)).all(), f"scores must be in [{low}, {high}] and not NaN"
+    return label_N, score_N
+
+
+def _defined(value_1: Array) -> float | None:
+    return None if np.isnan(value_1[0]) else float(value_1[0])
+
+
+def _listed(interval: tuple[float, float] | None) -> list[float] | None:
+    return None if interval is None else list(interval)

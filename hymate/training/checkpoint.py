@@ -1,0 +1,157 @@
+"""The training state on disk: what a run continues from, on any number of workers and at any ZeRO stage.
+
+A checkpoint is a folder:
+    state.json                          step, data cursor, best score, ... (plain JSON)
+    model.safetensors                   all weights in float32
+    optimizer-RANK-of-WORLD.safetensors Adam's moments of every WORLD-th parameter
+
+Each worker writes one share of the optimiser state. The state is keyed by parameter and not by worker, so it
+carries no trace of how ZeRO had cut it, and nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+STATE, WEIGHTS = "state.json", "model.safetensors"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def save(engine: Any, folder: Path, state: dict[str, Any]) -> None:
+    """Write this worker's share of a checkpoint; collective: every rank calls it with a folder of its own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    moments = {}
+    for index, (name, parameter) in enumerate(_trained(engine.module)):
+        for key in MOMENTS:
+            full = _full_moment(engine, parameter, key)
+            if index % world_size == rank:
+                moments[f"{key}/{name}"] = full.detach().cpu().contiguous()
+    save_file(moments, folder / _shard_name(rank, world_size))
+    weights = full_weights(engine)
+    if rank == 0:
+        save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+        temporary = folder / f".{STATE}"
+        temporary.write_text(json.dumps({**state, "world_size": world_size}, indent=1))
+        os.replace(temporary, folder / STATE)
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The plain values of a checkpoint."""
+    return json.loads((folder / STATE).read_text())
+
+
+def load_weights(module: nn.Module, folder: Path) -> None:
+    """Fill a module that no engine has taken yet."""
+    module.load_state_dict(load_file(folder / WEIGHTS))
+
+
+def load_optimizer(engine: Any, folder: Path) -> None:
+    """Give a fresh engine the optimiser state of a checkpoint, whatever its world size and ZeRO stage."""
+    state = read_state(folder)
+    _create_adam_state(engine, float(state["step"]))
+    trained = dict(_trained(engine.module))
+    restored = set()
+    for rank in range(state["world_size"]):
+        with safe_open(folder / _shard_name(rank, state["world_size"]), framework="pt") as shard:
+            for entry in shard.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
+                key, name = entry.split("/", 1)
+                _set_moment(engine, trained[name], key, shard.get_tensor(entry))
+                restored.add(name)
+    assert restored == set(trained), "checkpoint and model hold different parameters"
+
+
+def full_weights(engine: Any) -> dict[str, Tensor]:
+    """float32 weights and buffers of an engine on the CPU, on rank 0 (elsewhere empty); collective."""
+    import deepspeed
+
+    weights = {}
+    for name, parameter in engine.module.named_parameters(remove_duplicate=False):
+        with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+            if dist.get_rank() == 0:
+                weights[name] = parameter.detach().to("cpu", torch.float32, copy=True).contiguous()
+    if dist.get_rank() == 0:
+        kept = engine.module.state_dict().keys()
+        buffers = engine.module.named_buffers(remove_duplicate=False)
+        weights.update({name: buffer.detach().cpu().clone() for name, buffer in buffers if name in kept})
+    return weights
+
+
+def _trained(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    return ((name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad)
+
+
+def _shard_name(rank: int, world_size: int) -> str:
+    return f"optimizer-{rank:05d}-of-{world_size:05d}.safetensors"
+
+
+def _full_moment(engine: Any, parameter: nn.Parameter, key: str) -> Tensor:
+    """One of Adam's moments of a whole parameter; collective under ZeRO 1 to 3."""
+    if engine.zero_optimization_stage() == 3:
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        return safe_get_full_optimizer_state(parameter, key)
+    if not engine.zero_optimization():
+        return engine.optimizer.state[parameter][key]
+    full = torch.zeros(parameter.numel(), device=parameter.device)
+    part = _own_part(engine, parameter, key)
+    if part is not None:
+        values, start = part
+        full.narrow(0, start, values.numel()).copy_(values)
+    dist.all_reduce(full)
+    return full.view_as(parameter)
+
+
+def _create_adam_state(engine: Any, step: float) -> None:
+    """Zero moments where torch would create them at its first step; DeepSpeed keeps them in flat partitions."""
+    if engine.zero_optimization_stage() == 3:
+        adam, flat = engine.optimizer.optimizer, engine.optimizer.fp32_partitioned_groups_flat
+    else:
+        adam = engine.optimizer.optimizer if engine.zero_optimization() else engine.optimizer
+        flat = [parameter for group in adam.param_groups for parameter in group["params"]]
+    for parameter in flat:
+        adam.state[parameter] = {"step": torch.tensor(step), **{key: torch.zeros_like(parameter) for key in MOMENTS}}
+
+
+def _set_moment(engine: Any, parameter: nn.Parameter, key: str, value: Tensor) -> None:
+    """Copy this rank's part of a whole moment to where the engine keeps it."""
+    flat = value.flatten()
+    if engine.zero_optimization_stage() == 3:
+        from deepspeed.utils import safe_set_local_optimizer_state
+
+        share = math.ceil(flat.numel() / dist.get_world_size())
+        padded = F.pad(flat, (0, share * dist.get_world_size() - flat.numel()))
+        safe_set_local_optimizer_state(parameter, padded.narrow(0, share * dist.get_rank(), share), key)
+    elif engine.zero_optimization():
+        part = _own_part(engine, parameter, key)
+        if part is not None:
+            values, start = part
+            values.copy_(flat.narrow(0, start, values.numel()))
+    else:
+        engine.optimizer.state[parameter][key].copy_(value)
+
+
+def _own_part(engine: Any, parameter: nn.Parameter, key: str) -> tuple[Tensor, int] | None:
+    """ZeRO 1 and 2: this rank's part of a flattened moment and where it starts; None if it has no part.
+
+    deepspeed.utils.safe_get_full_optimizer_state does the same, but in 0.19 it misses every parameter group but
+    the first until the second step.
+    """
+    mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+    if mapping is None:
+        return None
+    adam, of, at = engine.optimizer.optimizer, mapping.lp_fragment_address, mapping.hp_fragment_address
+    partition = adam.param_groups[mapping.param_group_index]["params"][0]
+    return adam.state[partition][key].narrow(0, at.start, at.numel), of.start

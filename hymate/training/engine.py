@@ -1,0 +1,358 @@
+"""One training run of one worker: build, step, loop, evaluate. Knows DeepSpeed, knows nothing of Ray.
+
+Every worker runs `train` with its own rank. The learning rate, the data order and the random numbers of each row
+are pure functions of the step, so a run resumed from a checkpoint repeats exactly what an undisturbed one does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import math
+import os
+import shutil
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from hymate.config import TrainConfig
+from hymate.telemetry import Telemetry
+from hymate.training import checkpoint
+from hymate.training.zero import deepspeed_config
+
+if TYPE_CHECKING:
+    from hymate.batch import Batch
+    from hymate.data.loader import Cursor
+
+
+@dataclass(frozen=True)
+class Worker:
+    """Which process of the run this is."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+
+
+class TrainingRows(Protocol):
+    """What the engine needs of `hymate.data.loader.Rows`."""
+
+    tokens_per_row: int
+
+    def steps(
+        self, cursor: Cursor, rows_per_step: int, rank: int, world_size: int
+    ) -> Iterator[tuple[list[Batch], Cursor]]: ...
+
+
+@dataclass
+class Job:
+    """What is trained on what.
+
+    groups: AdamW parameter groups, each with its own "lr" (the schedule multiplies it).
+    evaluate: takes the DeepSpeed engine, returns metrics; collective, every rank gets the same values.
+    score, mode: which of these metrics picks the best checkpoint, and whether small or large is good.
+    """
+
+    module: nn.Module
+    groups: list[dict[str, Any]]
+    rows: TrainingRows
+    evaluate: Callable[[Any], dict[str, float]]
+    score: str
+    mode: Literal["min", "max"]
+
+
+@dataclass
+class Standing:
+    """Where a run stands; kept in every checkpoint. stale: evaluations since the score last improved."""
+
+    step: int = 0
+    cursor: dict[str, int] = field(default_factory=dict)
+    best: float | None = None
+    stale: int = 0
+
+    def judge(self, score: float, mode: str) -> None:
+        """Take in a new score."""
+        if self.best is None or (score < self.best if mode == "min" else score > self.best):
+            self.best, self.stale = score, 0
+        else:
+            self.stale += 1
+
+    def finished(self, config: TrainConfig) -> bool:
+        """Whether the last step is taken or patience has run out."""
+        return self.step >= config.max_steps or 0 < config.patience <= self.stale
+
+
+Report = Callable[[dict[str, float], Path], None]
+
+
+# --------------------------------------------------------------------------------------------------------- loop
+
+
+def train(
+    job: Job,
+    config: TrainConfig,
+    worker: Worker,
+    *,
+    report: Report,
+    telemetry: Telemetry,
+    resume: Path | None,
+    scratch: Path,
+    description: str = "",
+) -> None:
+    """Train to the last step, or until patience runs out; continues from the checkpoint `resume` where given.
+
+    After each evaluation every rank calls `report(metrics, folder)` with its part of a checkpoint, a folder under
+    `scratch` that is removed when report returns. `description` is the
+    configuration's text for TensorBoard. Raises FloatingPointError at a loss that is not finite.
+    """
+    engine, standing = start(job, config, worker, resume)
+    base_lrs = [group["lr"] for group in job.groups]
+    telemetry.start(standing.step)
+    telemetry.text("config", description)
+    meter = Meter(worker, job.rows.tokens_per_row)
+    steps = job.rows.steps(_cursor(standing), config.rows_per_step, worker.rank, worker.world_size)
+    try:
+        while not standing.finished(config):
+            rows, cursor = next(steps)
+            share = schedule(standing.step, config)
+            set_learning_rates(engine, [lr * share for lr in base_lrs])
+            meter.add(train_step(engine, rows, worker.device, standing.step))
+            standing.step, standing.cursor = standing.step + 1, asdict(cursor)
+            if standing.step % config.log_every == 0:
+                telemetry.scalars("train", {**meter.mean(), "learning_rate": base_lrs[0] * share}, standing.step)
+            telemetry.progress(**_progress(meter, standing, job, config))
+            if standing.step % config.eval_every == 0 or standing.step == config.max_steps:
+                evaluate_and_save(engine, job, config, standing, report=report, telemetry=telemetry, scratch=scratch)
+        telemetry.progress(force=True, **_progress(meter, standing, job, config))
+    finally:
+        close = getattr(steps, "close", None)
+        if close is not None:
+            close()  # stops the loader's thread
+        telemetry.close()
+        engine.destroy()
+
+
+def train_step(engine: Any, rows: list[Batch], device: torch.device, step: int) -> dict[str, Tensor]:
+    """One optimiser step over this worker's rows; the sums over them of the model's outputs.
+
+    DeepSpeed divides each loss by the number of accumulated rows and averages over workers, so the gradient is
+    that of the mean over the step's rows; it clips and updates at the last row.
+    """
+    sums: dict[str, Tensor] = {}
+    for row in rows:
+        row = row.to(device)
+        torch.manual_seed(row.seed)
+        outputs = engine(row)
+        loss = outputs["loss"] * row.weight
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"the loss of step {step + 1} is {float(loss)}")
+        engine.backward(loss)
+        norm = _unclipped_norm(engine)
+        engine.step()
+        outputs = {name: value.detach() * row.weight for name, value in outputs.items() if value.ndim == 0}
+        for name, value in {**outputs, "num_events": torch.tensor(float(row.num_events))}.items():
+            sums[name] = sums.get(name, torch.zeros(())) + value.float().cpu()
+    sums["num_rows"] = torch.tensor(float(len(rows)))
+    sums["gradient_norm"] = torch.as_tensor(engine.get_global_grad_norm() if norm is None else norm).float().cpu()
+    return sums
+
+
+def evaluate_and_save(
+    engine: Any,
+    job: Job,
+    config: TrainConfig,
+    standing: Standing,
+    *,
+    report: Report,
+    telemetry: Telemetry,
+    scratch: Path,
+) -> None:
+    """Score the model, write a checkpoint and report both; collective."""
+    engine.eval()
+    with torch.no_grad():
+        metrics = job.evaluate(engine)
+    engine.train()
+    standing.judge(metrics[job.score], job.mode)
+    telemetry.scalars("validation", metrics, standing.step)
+    telemetry.flush()
+    folder = scratch / f"step-{standing.step:08d}"
+    checkpoint.save(engine, folder, {**asdict(standing), "score": metrics[job.score], "config": asdict(config)})
+    epoch = standing.cursor.get("epoch", 0)
+    report({**metrics, "step": standing.step, "epoch": epoch}, folder)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def mean_outputs(engine: Any, rows: Iterable[tuple[Batch, bool]], worker: Worker) -> dict[str, float]:
+    """Mean of the model's scalar outputs over evaluation rows of all ranks, weighted by events; collective.
+
+    rows: `Rows.once` of this rank; a row with False only keeps the ranks in step and is not counted.
+    """
+    sums: dict[str, Tensor] = {}
+    events = torch.zeros(())
+    for row, counted in rows:
+        torch.manual_seed(row.seed)
+        outputs = engine(row.to(worker.device))
+        weight = float(row.num_events) if counted else 0.0
+        events = events + weight
+        for name, value in outputs.items():
+            if value.ndim == 0:
+                sums[name] = sums.get(name, torch.zeros(())) + value.float().cpu() * weight
+    names = sorted(sums)
+    total = _all_reduced(torch.stack([events, *(sums[name] for name in names)]), worker.device)
+    return {name: float(total[i + 1] / total[0]) for i, name in enumerate(names)}
+
+
+# -------------------------------------------------------------------------------------------------------- build
+
+
+def start(job: Job, config: TrainConfig, worker: Worker, resume: Path | None) -> tuple[Any, Standing]:
+    """A DeepSpeed engine around the job's module, fresh or as it was in a checkpoint."""
+    if resume is not None:
+        checkpoint.load_weights(job.module, resume)
+    optimizer = torch.optim.AdamW(job.groups, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay)
+    engine = build_engine(job.module, optimizer, config, worker)
+    if resume is None:
+        return engine, Standing()
+    checkpoint.load_optimizer(engine, resume)
+    state = checkpoint.read_state(resume)
+    return engine, Standing(state["step"], state["cursor"], state["best"], state["stale"])
+
+
+def build_engine(module: nn.Module, optimizer: torch.optim.Optimizer, config: TrainConfig, worker: Worker) -> Any:
+    """deepspeed.initialize, without its noise."""
+    if worker.device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is imported
+    import deepspeed
+
+    deepspeed.utils.logger.setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    # a shared-memory kernel for inference only; DeepSpeed would compile it with the machine's C++ compiler
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    with contextlib.redirect_stdout(io.StringIO()):
+        engine, *_ = deepspeed.initialize(
+            model=module.to(worker.device),
+            optimizer=optimizer,
+            config=deepspeed_config(config, worker.world_size),
+            dist_init_required=False,
+        )
+    return engine
+
+
+@contextmanager
+def single_process(use_gpu: bool = False) -> Iterator[Worker]:
+    """A process group of this process alone, for a run that needs no launcher."""
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+    device = torch.device("cuda", 0) if use_gpu else torch.device("cpu")
+    with tempfile.TemporaryDirectory() as folder:
+        dist.init_process_group(
+            "nccl" if use_gpu else "gloo", init_method=f"file://{folder}/store", rank=0, world_size=1
+        )
+        try:
+            yield Worker(0, 1, 0, device)
+        finally:
+            dist.destroy_process_group()
+
+
+# ----------------------------------------------------------------------------------------- schedule and measures
+
+
+def schedule(step: int, config: TrainConfig) -> float:
+    """Share of the base learning rate at the step after `step` steps: linear warm-up, then cosine decay.
+
+    >>> config = TrainConfig(max_steps=10, warmup_steps=2, eval_every=1, min_lr_share=0.1)
+    >>> [round(schedule(step, config), 2) for step in (0, 1, 2, 6, 10)]
+    [0.5, 1.0, 1.0, 0.55, 0.1]
+    """
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    done = min(1.0, (step - config.warmup_steps) / (config.max_steps - config.warmup_steps))
+    return config.min_lr_share + (1 - config.min_lr_share) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def set_learning_rates(engine: Any, lrs: list[float]) -> None:
+    """Set each parameter group's learning rate."""
+    for group, lr in zip(engine.optimizer.param_groups, lrs, strict=True):
+        group["lr"] = lr
+
+
+class Meter:
+    """Sums the outputs of steps until they are read, and the time they took."""
+
+    def __init__(self, worker: Worker, tokens_per_row: int) -> None:
+        self.worker, self.tokens_per_row = worker, tokens_per_row
+        self.loss: float | None = None
+        self.events_per_second = 0.0
+        self.steps_per_second = 0.0
+        self._reset()
+
+    def _reset(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._steps, self._started = 0, time.monotonic()
+
+    def add(self, sums: dict[str, Tensor]) -> None:
+        """Take in a step of this worker."""
+        self._steps += 1
+        for name, value in sums.items():
+            self._sums[name] = self._sums.get(name, torch.zeros(())) + value
+        elapsed = time.monotonic() - self._started
+        self.loss = float(self._sums["loss"] / self._sums["num_rows"])
+        self.steps_per_second = self._steps / elapsed
+        self.events_per_second = float(self._sums["num_events"]) * self.worker.world_size / elapsed
+
+    def mean(self) -> dict[str, float]:
+        """Means over the rows of all ranks since the last call; collective."""
+        names = sorted(self._sums)
+        total = _all_reduced(torch.stack([self._sums[name] for name in names]), self.worker.device)
+        values = dict(zip(names, total.tolist(), strict=True))
+        elapsed = time.monotonic() - self._started
+        num_rows, num_events = values.pop("num_rows"), values.pop("num_events")
+        norm = values.pop("gradient_norm") / (self._steps * self.worker.world_size)
+        means = {name: value / num_rows for name, value in values.items()}
+        self._reset()
+        efficiency = num_events / (num_rows * self.tokens_per_row)
+        rate = num_events / elapsed
+        return {**means, "gradient_norm": norm, "events_per_second": rate, "packing_efficiency": efficiency}
+
+
+def _unclipped_norm(engine: Any) -> Tensor | None:
+    """Gradient norm without ZeRO, which DeepSpeed clips by but does not tell; None under ZeRO."""
+    if engine.zero_optimization() or not engine.is_gradient_accumulation_boundary():
+        return None
+    gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
+    return torch.nn.utils.get_total_norm(gradients)
+
+
+def _all_reduced(values: Tensor, device: torch.device) -> Tensor:
+    moved = values.double().to(device)
+    dist.all_reduce(moved)
+    return moved.cpu()
+
+
+def _cursor(standing: Standing) -> Cursor:
+    from hymate.data.loader import Cursor
+
+    return Cursor(**standing.cursor)
+
+
+def _progress(meter: Meter, standing: Standing, job: Job, config: TrainConfig) -> dict[str, Any]:
+    left = config.max_steps - standing.step
+    return {
+        "step": standing.step,
+        "max_steps": config.max_steps,
+        "loss": meter.loss,
+        "score_name": job.score,
+        "score": standing.best,
+        "events_per_second": meter.events_per_second,
+        "eta_s": left / meter.steps_per_second if meter.steps_per_second else None,
+    }

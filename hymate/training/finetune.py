@@ -1,0 +1,169 @@
+"""One fine-tuning trial: a pretrained backbone (or none), a new head, trained on labels and scored; no Ray."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+import yaml
+from torch import Tensor
+
+from hymate import metrics, predict
+from hymate.bundle import read_bundle
+from hymate.config import ConfigError, DataConfig, ModelConfig, TrainConfig
+from hymate.data.histories import Histories
+from hymate.data.loader import Examples, Rows, labelled_examples
+from hymate.data.vocabulary import Vocabulary
+from hymate.model import RiskModel, decay_groups, load_backbone
+from hymate.telemetry import Telemetry
+from hymate.training import engine
+
+# model settings that a pretrained backbone leaves open: they change no shape of it and not what it computes
+OPEN_SETTINGS = ("dropout", "pooling", "num_queries", "chunk_size")
+
+
+@dataclass(frozen=True)
+class Start:
+    """What every trial starts from; state is None when training from scratch."""
+
+    model: ModelConfig
+    data: DataConfig
+    vocabulary: Vocabulary
+    state: Mapping[str, Tensor] | None
+
+
+@dataclass(frozen=True)
+class TrialConfig:
+    """One point of the search space.
+
+    frozen: the backbone keeps its pretrained weights; pooling and head alone are trained.
+    """
+
+    task: str
+    data: DataConfig
+    model: ModelConfig
+    train: TrainConfig
+    backbone_lr: float
+    head_lr: float
+    frozen: bool = False
+
+
+@dataclass(frozen=True)
+class Study:
+    """What the trials of a search share; metric: "mean" of AUROC and AUPRC on the tuning split, or either."""
+
+    start: Start
+    labels: pa.Table
+    metric: str
+    trials: list[TrialConfig]
+    run_path: Path
+
+
+def starting_point(data: DataConfig, model: ModelConfig | None, init: str | None) -> Start:
+    """The bundle's model, vocabulary and rare-code rule, or with `init` None the configuration's own.
+
+    With a bundle, `model` may be left out, or may differ from the bundle's in OPEN_SETTINGS.
+    """
+    if init is None:
+        if model is None:
+            raise ConfigError("init=null trains from scratch and needs a model: add model=small (or another size)")
+        vocabulary = Vocabulary.read(Path(data.path) / "histories" / "vocabulary.parquet", data.min_count)
+        return Start(model, data, vocabulary, None)
+    bundle = read_bundle(Path(init))
+    for field in dataclasses.fields(ModelConfig):
+        own = getattr(bundle.model, field.name)
+        given = own if model is None else getattr(model, field.name)
+        if given != own and field.name not in OPEN_SETTINGS:
+            raise ConfigError(
+                f"model.{field.name}={given} does not fit the bundle, which has {own}: leave model out, or init=null"
+            )
+    data = dataclasses.replace(data, min_count=bundle.data.min_count)
+    return Start(model or bundle.model, data, bundle.vocabulary, bundle.state)
+
+
+def risk_model(start: Start, trial: TrialConfig) -> RiskModel:
+    """The trial's model: new weights from the run's seed, then the pretrained backbone's over them."""
+    torch.manual_seed(trial.train.seed)
+    model = RiskModel(trial.model, start.vocabulary.size, tasks=[trial.task])
+    if start.state is not None:
+        load_backbone(model, start.state)
+    model.backbone.requires_grad_(not trial.frozen)
+    model.backbone.gradient_checkpointing = trial.train.activation_checkpointing
+    return model
+
+
+def parameter_groups(model: RiskModel, trial: TrialConfig) -> list[dict[str, Any]]:
+    """AdamW groups: the backbone at its learning rate, pooling and head (new in every trial) at theirs."""
+    groups = []
+    for part, lr in ((model.backbone, trial.backbone_lr), (model.pooling, trial.head_lr), (model.heads, trial.head_lr)):
+        groups += [{**group, "lr": lr} for group in decay_groups(part, trial.train.weight_decay)]
+    return groups
+
+
+def labelled_rows(start: Start, trial: TrialConfig, histories: Histories, examples: Examples) -> Rows:
+    """The last events up to each prediction time; every labelled segment weighs the same."""
+    return Rows(
+        histories,
+        start.vocabulary,
+        examples,
+        context=trial.data.context,
+        tokens_per_row=trial.data.tokens_per_row,
+        seed=trial.train.seed,
+        crop="last",
+        weight_by="segments",
+    )
+
+
+def tuning_scores(label_E: np.ndarray, logit_E: np.ndarray) -> dict[str, float]:
+    """What a checkpoint is chosen by: AUROC, AUPRC, their mean, and the cross-entropy for the record."""
+    auroc, auprc = metrics.auroc(label_E, logit_E), metrics.auprc(label_E, logit_E)
+    assert auroc is not None and auprc is not None, "the tuning split has both classes"
+    loss = float(np.mean(np.logaddexp(0.0, np.where(label_E > 0.5, -logit_E, logit_E))))
+    return {"auroc": auroc, "auprc": auprc, "mean": (auroc + auprc) / 2, "loss": loss}
+
+
+def run_trial(
+    study: Study,
+    trial: TrialConfig,
+    *,
+    worker: engine.Worker,
+    report: engine.Report,
+    resume: Path | None,
+    telemetry: Telemetry,
+    scratch: Path,
+) -> None:
+    """Train one trial to its end, or until the caller's `report` stops it."""
+    start, histories = study.start, Histories.open(trial.data.path)
+    training = labelled_examples(histories, study.labels, "train")
+    tuning = labelled_examples(histories, study.labels, "tuning")
+    tuning_rows = labelled_rows(start, trial, histories, tuning)
+
+    def evaluate(model: Any) -> dict[str, float]:
+        return tuning_scores(tuning.label_E, predict.score(model, tuning_rows, worker.device))
+
+    model = risk_model(start, trial)
+    job = engine.Job(
+        module=model,
+        groups=parameter_groups(model, trial),
+        rows=labelled_rows(start, trial, histories, training),
+        evaluate=evaluate,
+        score=study.metric,
+        mode="max",
+    )
+    description = yaml.safe_dump(dataclasses.asdict(trial), sort_keys=False)
+    engine.train(
+        job,
+        trial.train,
+        worker,
+        report=report,
+        telemetry=telemetry,
+        resume=resume,
+        scratch=scratch,
+        description=description,
+    )

@@ -1,0 +1,227 @@
+"""Ray Train around the engine: workers, restarts, the best and the last checkpoint, one progress line."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import tempfile
+import traceback
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+from hymate.config import UserError, build, to_tree
+from hymate.telemetry import Telemetry, progress_line, write_json
+from hymate.training import engine, pretraining
+from hymate.training.engine import Worker
+from hymate.training.pretraining import MODE, SCORE, PretrainConfig
+
+RESULT = "result.json"
+CHECKPOINTS = "checkpoints"
+SETTINGS = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.3",  # how soon a written checkpoint counts
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # it only logs that it cannot start
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # it would print everything twice
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_STATE_ACTOR_RECONCILIATION": "0",  # it asks a dashboard that we do not start
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+OBJECT_STORE_BYTES = 128 << 20  # Ray's minimum is 75 MB; workers exchange nothing through it
+
+
+def pretrain(config: PretrainConfig) -> Path:
+    """Run, continue or repeat a pretraining run; returns the path of its bundle.
+
+    Raises UserError before any worker starts where the configuration, data or machine cannot do it, and exits
+    with status 1 and the failing worker's own error where training fails.
+    """
+    config = _absolute(config)
+    histories = pretraining.check(config)
+    if not os.environ.get("RAY_ADDRESS"):
+        pretraining.check_machine(config.train)
+    pretraining.claim_run_folder(config, histories.fingerprint)
+    run = config.run.path
+    result = _finished(config)
+    if result is None:
+        with ray_session(config), progress_line(run):
+            best, metrics = _fit(config)
+        bundle = pretraining.export_bundle(config, best, metrics, histories)
+        result = {"bundle": str(bundle), SCORE: metrics[SCORE], "step": metrics["step"], "config": to_tree(config)}
+        write_json(run / RESULT, result)
+    print(f"best {SCORE} {result[SCORE]:.4f} at step {int(result['step'])}")
+    print(f"bundle: {run / 'bundle'}")
+    print(f"curves: tensorboard --logdir {run.parent}")
+    return run / "bundle"
+
+
+def _fit(config: PretrainConfig) -> tuple[Path, dict[str, float]]:
+    """Train; the best checkpoint's folder and its metrics."""
+    from ray.train.v2.api.exceptions import TrainingFailedError
+
+    try:
+        result = _trainer(config).fit()
+    except TrainingFailedError as error:
+        _explain(error)
+    best = result.get_best_checkpoint(SCORE, MODE)
+    assert best is not None, "a run that ends has evaluated at its last step"
+    metrics = next(metrics for kept, metrics in result.best_checkpoints if kept.path == best.path)
+    return Path(best.path), metrics
+
+
+def _trainer(config: PretrainConfig) -> Any:
+    from ray import train
+    from ray.train.torch import TorchTrainer
+
+    return TorchTrainer(
+        train_worker,
+        train_loop_config=to_tree(config),
+        scaling_config=train.ScalingConfig(
+            num_workers=config.train.num_workers,
+            use_gpu=config.train.use_gpu,
+            resources_per_worker={"CPU": config.train.cpus_per_worker, **({"GPU": 1} if config.train.use_gpu else {})},
+        ),
+        run_config=train.RunConfig(
+            name=CHECKPOINTS,
+            storage_path=str(config.run.path),
+            failure_config=train.FailureConfig(max_failures=config.train.max_failures),
+            # Ray keeps the latest checkpoint besides the num_to_keep best
+            checkpoint_config=train.CheckpointConfig(
+                num_to_keep=config.train.keep, checkpoint_score_attribute=SCORE, checkpoint_score_order=MODE
+            ),
+            logging_config=train.LoggingConfig(log_level="ERROR"),
+        ),
+    )
+
+
+def train_worker(tree: dict[str, Any]) -> None:
+    """What each worker runs. An exception takes its traceback along, which Ray does not send to the driver."""
+    try:
+        _train_worker(build(PretrainConfig, tree))
+    except Exception as error:
+        error.add_note(traceback.format_exc())
+        raise
+
+
+def _train_worker(config: PretrainConfig) -> None:
+    """The engine, with Ray as the place where checkpoints go and come from."""
+    from ray import train
+    from ray.train.torch import get_device
+
+    _quiet()
+    context = train.get_context()
+    worker = Worker(context.get_world_rank(), context.get_world_size(), context.get_local_rank(), get_device())
+    telemetry = Telemetry(config.run.path, enabled=worker.rank == 0)
+    job = pretraining.pretraining_job(config, worker)
+
+    def report(metrics: dict[str, float], folder: Path) -> None:
+        train.report(metrics, checkpoint=train.Checkpoint.from_directory(folder))
+
+    with tempfile.TemporaryDirectory() as scratch, _latest_checkpoint() as resume:
+        engine.train(
+            job,
+            config.train,
+            worker,
+            report=report,
+            telemetry=telemetry,
+            resume=resume,
+            scratch=Path(scratch),
+            description=yaml.safe_dump(to_tree(config), sort_keys=False),
+        )
+
+
+@contextmanager
+def _latest_checkpoint() -> Iterator[Path | None]:
+    from ray import train
+
+    checkpoint = train.get_checkpoint()
+    if checkpoint is None:
+        yield None
+    else:
+        with checkpoint.as_directory() as folder:
+            yield Path(folder)
+
+
+@contextmanager
+def ray_session(config: PretrainConfig) -> Iterator[None]:
+    """The cluster at RAY_ADDRESS, or one of our own on this machine for the time of the run."""
+    if not os.environ.get("RAY_ADDRESS"):
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # other users of this machine stay out
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(**quiet)
+        _note_missing_machines(config, ray.cluster_resources())
+    else:
+        ray.init(
+            address="local",
+            num_cpus=pretraining.available_cpus(),
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            **quiet,
+        )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _note_missing_machines(config: PretrainConfig, resources: Mapping[str, float]) -> None:
+    """Ray waits for machines to join; the user should know what it waits for."""
+    train = config.train
+    for kind, wanted in {
+        "CPU": train.num_workers * train.cpus_per_worker,
+        "GPU": train.use_gpu * train.num_workers,
+    }.items():
+        if wanted > resources.get(kind, 0):
+            print(
+                f"waiting for machines: the run needs {wanted} {kind}s, the cluster has {int(resources.get(kind, 0))}"
+            )
+
+
+def _quiet() -> None:
+    """Silence what Ray Train says at every report; errors reach the driver as exceptions."""
+    import ray.train.v2._internal.execution.context as context
+
+    context.logger.setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+
+
+def _explain(error: Any) -> NoReturn:
+    """Print the error that stopped training, not those it caused on other workers, and exit with status 1."""
+    failures = getattr(error, "worker_failures", {})
+    followed = ("Connection closed by peer", "Connection reset by peer", "DistBackendError", "Broken pipe")
+    causes = {rank: cause for rank, cause in failures.items() if not any(text in str(cause) for text in followed)}
+    rank, cause = next(iter((causes or failures).items()), (None, error))
+    if isinstance(cause, UserError):
+        raise cause
+    where = "" if rank is None else f" on worker {rank}"
+    print(f"error: training failed{where}\n{''.join(traceback.format_exception_only(cause))}", file=sys.stderr)
+    sys.exit(1)
+
+
+def _finished(config: PretrainConfig) -> dict[str, Any] | None:
+    """The result of this very run, if it has ended already and its bundle is there."""
+    path = config.run.path / RESULT
+    if not path.is_file() or not (config.run.path / "bundle").is_dir():
+        return None
+    result = yaml.safe_load(path.read_text())
+    return result if result["config"] == to_tree(config) else None
+
+
+def _absolute(config: PretrainConfig) -> PretrainConfig:
+    """Workers run in other working directories."""
+    data = replace(config.data, path=str(Path(config.data.path).absolute()))
+    return replace(config, data=data, run=replace(config.run, dir=str(Path(config.run.dir).absolute())))

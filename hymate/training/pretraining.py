@@ -1,0 +1,255 @@
+"""What pretraining trains on what, and what can be checked before a worker starts. Knows nothing of Ray."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from hymate.bundle import write_bundle
+from hymate.config import (
+    ConfigError,
+    DataConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    RunConfig,
+    TrainConfig,
+    UserError,
+    to_tree,
+)
+from hymate.data.histories import FOLDER, Histories
+from hymate.data.loader import Examples, Rows, pretraining_examples
+from hymate.data.vocabulary import Vocabulary
+from hymate.model import PretrainModel, decay_groups
+from hymate.training import checkpoint
+from hymate.training.engine import Job, Worker, mean_outputs
+
+SCORE = "val_loss"
+MODE: Literal["min"] = "min"
+TRAIN_SPLIT, TUNING_SPLIT = "train", "tuning"
+# Keys that a run may change when it is continued: they move it to other machines or end it sooner or later.
+CHANGEABLE = {
+    "data.path",
+    "run.dir",
+    *(
+        f"train.{key}"
+        for key in (
+            "num_workers",
+            "cpus_per_worker",
+            "use_gpu",
+            "zero_stage",
+            "activation_checkpointing",
+            "max_steps",
+            "eval_every",
+            "log_every",
+            "keep",
+            "patience",
+            "max_failures",
+        )
+    ),
+}
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Everything of a pretraining run."""
+
+    data: DataConfig
+    model: ModelConfig
+    objective: ObjectiveConfig
+    train: TrainConfig
+    run: RunConfig
+
+    def __post_init__(self) -> None:
+        if self.objective.forecast_weight > 0 and self.model.bidirectional:
+            raise ConfigError(
+                "objective.forecast_weight needs model.bidirectional=false: a bidirectional model has already seen "
+                "the future it would forecast; set either"
+            )
+
+
+# ------------------------------------------------------------------------------------------------------- checks
+
+
+def check(config: PretrainConfig) -> Histories:
+    """Everything that can be known before a worker starts; UserError in one line. Returns the opened dataset."""
+    histories = Histories.open(config.data.path)
+    for split in (TRAIN_SPLIT, TUNING_SPLIT):
+        if not len(histories.rows_of(split)):
+            raise UserError(
+                f"data.path={config.data.path} has no subject in its {split} split: pretraining needs a train and a "
+                "tuning split, prepare the dataset with both"
+            )
+    return histories
+
+
+def check_machine(train: TrainConfig) -> None:
+    """Whether this machine holds the workers."""
+    cpus, wanted = available_cpus(), train.num_workers * train.cpus_per_worker
+    if wanted > cpus:
+        raise UserError(
+            f"train.num_workers={train.num_workers} x train.cpus_per_worker={train.cpus_per_worker} needs {wanted} "
+            f"CPUs, this machine has {cpus}: lower either, or set RAY_ADDRESS to a cluster"
+        )
+    if train.use_gpu and torch.cuda.device_count() < train.num_workers:
+        raise UserError(
+            f"train.use_gpu=true with train.num_workers={train.num_workers} needs as many CUDA devices, this machine "
+            f"has {torch.cuda.device_count()}: set train.use_gpu=false or fewer workers"
+        )
+
+
+def available_cpus() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def claim_run_folder(config: PretrainConfig, fingerprint: str) -> None:
+    """Write `<run>/config.yaml`, or check that the run found there is this one."""
+    path = config.run.path / "config.yaml"
+    tree = {**to_tree(config), "data_fingerprint": fingerprint}
+    if path.is_file():
+        try:
+            before = yaml.safe_load(path.read_text())
+        except yaml.YAMLError as error:
+            raise UserError(f"{path} is not readable: choose another run.name") from error
+        _check_unchanged(before, tree, config.run.path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(".config.yaml")
+    temporary.write_text(yaml.safe_dump(tree, sort_keys=False))
+    os.replace(temporary, path)
+
+
+def _check_unchanged(before: Any, now: Mapping[str, Any], run: Path) -> None:
+    old, new = _flat(before if isinstance(before, dict) else {}), _flat(now)
+    for key in sorted(old.keys() | new.keys()):
+        if key not in CHANGEABLE and old.get(key) != new.get(key):
+            what = "the dataset" if key == "data_fingerprint" else key
+            raise UserError(
+                f"{run} holds a run with another configuration: {what} was {old.get(key)}, now {new.get(key)}; "
+                f"choose another run.name, or delete {run}"
+            )
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+# ---------------------------------------------------------------------------------------------------------- job
+
+
+def pretraining_job(config: PretrainConfig, worker: Worker) -> Job:
+    """Model, rows and evaluation of one worker."""
+    histories = Histories.open(config.data.path)
+    vocabulary = read_vocabulary(config.data)
+    torch.manual_seed(config.train.seed)
+    module = PretrainModel(config.model, config.objective, vocabulary.size)
+    module.backbone.gradient_checkpointing = config.train.activation_checkpointing
+    groups = decay_groups(module, config.train.weight_decay)
+    training = _rows(config, histories, vocabulary, pretraining_examples(histories, TRAIN_SPLIT))
+    tuning_examples = pretraining_examples(histories, TUNING_SPLIT)
+    tuning = _rows(config, histories, vocabulary, some(tuning_examples, config.data, config.train))
+
+    def evaluate(engine: Any) -> dict[str, float]:
+        outputs = mean_outputs(engine, tuning.once(worker.rank, worker.world_size), worker)
+        return {f"val_{name}": value for name, value in outputs.items()}
+
+    return Job(
+        module=module,
+        groups=[{**group, "lr": config.train.learning_rate} for group in groups],
+        rows=training,
+        evaluate=evaluate,
+        score=SCORE,
+        mode=MODE,
+    )
+
+
+def read_vocabulary(data: DataConfig) -> Vocabulary:
+    """The model's vocabulary of a prepared dataset."""
+    return Vocabulary.read(Path(data.path) / FOLDER / "vocabulary.parquet", data.min_count)
+
+
+def some(examples: Examples, data: DataConfig, train: TrainConfig) -> Examples:
+    """A seeded choice of examples that fills about `eval_rows` rows, in their own order; at least one."""
+    order = np.random.default_rng(train.seed).permutation(len(examples))
+    events = np.minimum(examples.stop_E, data.context)[order].cumsum()
+    count = max(1, int(np.searchsorted(events, train.eval_rows * data.tokens_per_row, side="right")))
+    chosen = np.sort(order[:count])
+    arrays = {
+        field.name: getattr(examples, field.name)[chosen]
+        for field in dataclasses.fields(examples)
+        if isinstance(getattr(examples, field.name), np.ndarray)
+    }
+    return dataclasses.replace(examples, **arrays)
+
+
+def _rows(config: PretrainConfig, histories: Histories, vocabulary: Vocabulary, examples: Examples) -> Rows:
+    return Rows(
+        histories,
+        vocabulary,
+        examples,
+        context=config.data.context,
+        tokens_per_row=config.data.tokens_per_row,
+        seed=config.train.seed,
+        crop="random",
+        weight_by="events",
+    )
+
+
+# ------------------------------------------------------------------------------------------------------- bundle
+
+
+def export_bundle(config: PretrainConfig, best: Path, metrics: Mapping[str, float], histories: Histories) -> Path:
+    """The weights of checkpoint `best` as the run's bundle."""
+    folder = config.run.path / "bundle"
+    numbers = {name: float(value) for name, value in metrics.items()}
+    write_bundle(
+        folder,
+        load_file(best / checkpoint.WEIGHTS),
+        kind="pretrained",
+        model=config.model,
+        data=config.data,
+        vocabulary=read_vocabulary(config.data),
+        card=_card(config, numbers, histories),
+        extra={"metrics": numbers, "data_fingerprint": histories.fingerprint},
+    )
+    return folder
+
+
+def _card(config: PretrainConfig, metrics: Mapping[str, float], histories: Histories) -> str:
+    rows = "\n".join(f"| {name} | {value:.4g} |" for name, value in sorted(metrics.items()))
+    splits = {split: len(histories.rows_of(split)) for split in (TRAIN_SPLIT, TUNING_SPLIT)}
+    return f"""\
+A hybrid Mamba + Transformer encoder of patient histories, pretrained without labels. Fine-tune it before use
+(`python finetune/tune.py init=THIS_FOLDER ...`): it predicts no outcome by itself.
+
+## Data
+
+Dataset fingerprint `{histories.fingerprint}`: {splits[TRAIN_SPLIT]} histories for training, {splits[TUNING_SPLIT]}
+for validation. Histories are cut to {config.data.context} events.
+
+## Metrics on the tuning split (best checkpoint)
+
+| metric | value |
+| --- | --- |
+{rows}
+
+## Limits
+
+Not a medical device. The model knows only the codes, units and practices of the dataset it was trained on; on
+another site's data check the share of unknown codes and validate locally before any use. Weights trained on patient
+data may carry traces of it: share them under the same terms as the data.
+"""

@@ -1,0 +1,240 @@
+"""The fine-tuning search: Ray Tune over trials, the best of all their checkpoints, one look at the held-out split."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors.torch import load_file
+
+from hymate import metrics
+from hymate.bundle import Bundle, write_bundle
+from hymate.config import (
+    ConfigError,
+    DataConfig,
+    ModelConfig,
+    RunConfig,
+    SearchConfig,
+    TaskConfig,
+    TrainConfig,
+    UserError,
+    build,
+    to_tree,
+)
+from hymate.data.histories import Histories
+from hymate.data.loader import Examples, labelled_examples
+from hymate.data.meds import SPLITS, write_parquet, write_text
+from hymate.data.tasks import LabelSet, labels
+from hymate.predict import predict, prediction_table
+from hymate.training import results, space
+from hymate.training.finetune import Start, Study, TrialConfig, starting_point
+from hymate.training.launch import ray_session
+from hymate.training.results import Outcome
+
+# keys that a search may change when it is continued: they move it to other machines
+CHANGEABLE = {"data.path", "run.dir", "search.max_concurrent", "train.cpus_per_worker", "train.use_gpu"}
+
+
+@dataclass(frozen=True)
+class TuneConfig:
+    """`finetune/tune.py`'s configuration.
+
+    init: run folder or bundle of a pretrained model; null trains from scratch.
+    model: needed when init is null; with init it may be left out.
+    """
+
+    data: DataConfig
+    train: TrainConfig
+    task: TaskConfig
+    search: SearchConfig
+    run: RunConfig
+    init: str | None
+    model: ModelConfig | None = None
+
+    def __post_init__(self) -> None:
+        if self.train.num_workers != 1:
+            raise ConfigError(
+                f"train.num_workers={self.train.num_workers}: a trial trains on one worker and trials run side by "
+                "side; leave it at 1 (train.cpus_per_worker gives a trial more CPUs)"
+            )
+        space.check(self.search.space)
+
+
+# ------------------------------------------------------------------------------------------------------- search
+
+
+def search(config: TuneConfig) -> Path:
+    """Search, keep the best model, score it on the held-out split once; returns the run's folder.
+
+    The same command continues a search that was killed, and shows the results of one that is finished.
+    """
+    config = _absolute(config)
+    run_path = config.run.path
+    histories = Histories.open(config.data.path)
+    claim = {**to_tree(config), "data_fingerprint": histories.fingerprint}
+    _check_same_run(run_path, claim)
+    finished = results.read(run_path)
+    if finished is not None:
+        results.show(finished, run_path)
+        return run_path
+    start = starting_point(config.data, config.model, config.init)
+    points = space.draw(config.search.space, config.search.num_trials, config.train.seed)
+    trials = [trial_config(config, start, point) for point in points]
+    label_set = labels(Path(config.data.path), config.task)
+    examples = {split: labelled_examples(histories, label_set.table, split) for split in SPLITS}
+    _require_both_classes(examples)
+
+    write_text(yaml.safe_dump(claim, sort_keys=False), run_path / "config.yaml")
+    study = Study(start, label_set.table, config.search.metric, trials, run_path)
+    with ray_session(config):
+        from hymate.training.trials import run_trials  # late: Ray takes its settings when it is imported
+
+        outcomes = run_trials(study, config.search, config.train)
+    best = _best(outcomes, config.search.metric, run_path)
+    winner = _winner(start, trials[best.index], best)
+    found = _score_held_out(config, winner, histories, label_set, examples, outcomes, best)
+    _write_hyperparameters(run_path, trials, outcomes)
+    results.write(found, run_path)
+    shutil.rmtree(run_path / "scratch", ignore_errors=True)
+    results.show(found, run_path)
+    return run_path
+
+
+def _absolute(config: TuneConfig) -> TuneConfig:
+    """Workers run in other folders."""
+    data = dataclasses.replace(config.data, path=os.path.abspath(config.data.path))
+    task = config.task
+    if task.labels is not None:
+        task = dataclasses.replace(task, labels=os.path.abspath(task.labels))
+    init = None if config.init is None else os.path.abspath(config.init)
+    return dataclasses.replace(config, data=data, task=task, init=init)
+
+
+def _check_same_run(run_path: Path, claim: Mapping[str, Any]) -> None:
+    """A run's folder belongs to one configuration and dataset."""
+    path = run_path / "config.yaml"
+    if not path.exists():
+        return
+    before, now = _flat(yaml.safe_load(path.read_text())), _flat(claim)
+    for key in sorted((before.keys() | now.keys()) - CHANGEABLE):
+        if before.get(key) != now.get(key):
+            what = "the dataset" if key == "data_fingerprint" else key
+            raise UserError(
+                f"{run_path} holds a search with another configuration: {what} was {before.get(key)}, now "
+                f"{now.get(key)}; choose another run.name, or delete {run_path}"
+            )
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value})
+    return flat
+
+
+def _require_both_classes(examples: Mapping[str, Examples]) -> None:
+    """Trials learn from the train split and are compared on the tuning split: both need both classes."""
+    for split in ("train", "tuning"):
+        label_E = examples[split].label_E
+        positives = int((label_E > 0.5).sum())
+        if positives in (0, len(label_E)):
+            raise UserError(
+                f"the {split} split has {positives} positive and {len(label_E) - positives} negative labels: a search "
+                "needs both; prepare the dataset with more subjects in this split, or choose another task"
+            )
+
+
+def trial_config(config: TuneConfig, start: Start, point: Mapping[str, Any]) -> TrialConfig:
+    """The trial at a point of the space; what the point leaves out comes from the other sections.
+
+    Raises ConfigError where a value is impossible.
+    """
+    train = config.train
+    settings = {"backbone_lr": train.learning_rate, "head_lr": train.learning_rate, "frozen": False, **point}
+    if start.state is None:
+        settings["frozen"] = False  # nothing pretrained to keep
+    for name in ("backbone_lr", "head_lr"):
+        if not settings[name] > 0:
+            raise ConfigError(f"search.space.{name} must be positive, got {settings[name]}")
+    if not isinstance(settings["frozen"], bool):
+        raise ConfigError(f"search.space.frozen must be true or false, got {settings['frozen']!r}")
+
+    def replaced(section: Any, *names: str) -> Any:
+        tree = {**to_tree(section), **{name: settings[name] for name in names if name in settings}}
+        return build(type(section), tree, "search.space: ")
+
+    return TrialConfig(
+        task=config.task.name,
+        data=replaced(start.data, "context"),
+        model=replaced(start.model, "dropout", "pooling"),
+        train=replaced(train, "weight_decay"),
+        backbone_lr=float(settings["backbone_lr"]),
+        head_lr=float(settings["head_lr"]),
+        frozen=settings["frozen"],
+    )
+
+
+# ------------------------------------------------------------------------------------------------------- winner
+
+
+def _best(outcomes: list[Outcome], metric: str, run_path: Path) -> Outcome:
+    """The trial with the best checkpoint. Raises UserError where every trial failed."""
+    scored = [outcome for outcome in outcomes if outcome.status != "failed" and outcome.checkpoint is not None]
+    if not scored:
+        raise UserError(
+            f"all {len(outcomes)} trials failed, the first with {outcomes[0].error} "
+            f"(tracebacks: {run_path}/trials/trial-*/error.txt); the same command tries them again"
+        )
+    return max(scored, key=lambda outcome: outcome.best[metric])
+
+
+def _winner(start: Start, trial: TrialConfig, best: Outcome) -> Bundle:
+    assert best.checkpoint is not None
+    state = load_file(best.checkpoint / "model.safetensors")
+    return Bundle("risk", trial.model, trial.data, [trial.task], start.vocabulary, state)
+
+
+def _score_held_out(
+    config: TuneConfig,
+    winner: Bundle,
+    histories: Histories,
+    label_set: LabelSet,
+    examples: Mapping[str, Examples],
+    outcomes: list[Outcome],
+    best: Outcome,
+) -> dict[str, Any]:
+    """Predictions and bundle into the run's folder, and the content of results.json."""
+    run_path, held_out = config.run.path, examples["held_out"]
+    probability_E, _ = predict(winner, histories, held_out)
+    scores = metrics.scores(held_out.label_E, probability_E, held_out.subject_id_E)
+    write_parquet(prediction_table(held_out, probability_E), run_path / "predictions.parquet")
+    found = results.collect(config.task, scores, label_set, examples, config.search.metric, outcomes, best)
+    found |= {"bundle": str(run_path / "bundle"), "init": config.init, "config": to_tree(config)}
+    write_bundle(
+        run_path / "bundle",
+        winner.state,
+        kind="risk",
+        model=winner.model,
+        data=winner.data,
+        vocabulary=winner.vocabulary,
+        tasks=winner.tasks,
+        card=results.card(found),
+        extra={"held_out": scores, "fingerprint": histories.fingerprint},
+    )
+    return found
+
+
+def _write_hyperparameters(run_path: Path, trials: list[TrialConfig], outcomes: list[Outcome]) -> None:
+    """TensorBoard's HPARAMS tab: each trial's point of the space and best scores."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    for outcome in outcomes:
+        scores = {f"best/{name}": value for name, value in outcome.best.items()}
+        with SummaryWriter(str(run_path / "tb" / f"trial-{outcome.index}" / "tb")) as writer:
+            writer.add_hparams(outcome.parameters, scores, run_name=".")

@@ -1,0 +1,62 @@
+"""The search space of fine-tuning: what a configuration may say, and the points that a search tries."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from hymate.config import ConfigError
+
+PARAMETERS = ("backbone_lr", "head_lr", "dropout", "frozen", "context", "pooling", "weight_decay")
+
+
+def check(space: Mapping[str, Any]) -> None:
+    """Raises ConfigError for an unknown parameter or a malformed distribution."""
+    for name, spec in space.items():
+        key = f"search.space.{name}"
+        if name not in PARAMETERS:
+            raise ConfigError(f"{key} is not a parameter: it can be {', '.join(PARAMETERS)}")
+        if not isinstance(spec, Mapping):
+            continue
+        kind, values = next(iter(spec.items()), ("", None))
+        if len(spec) > 1:
+            raise ConfigError(
+                f"{key} has several distributions ({', '.join(spec)}): drop the old one with ~{key}.{kind}"
+            )
+        if kind not in ("choice", "uniform", "loguniform") or not isinstance(values, Sequence):
+            raise ConfigError(f"{key} must be a value, {{choice: [...]}} or {{uniform or loguniform: [low, high]}}")
+        if kind == "choice":
+            if not values:
+                raise ConfigError(f"{key}.choice is empty: give at least one value")
+        elif len(values) != 2 or not all(isinstance(v, int | float) for v in values) or not values[0] < values[1]:
+            raise ConfigError(f"{key}.{kind} must be [low, high] with low < high, got {list(values)}")
+        elif kind == "loguniform" and values[0] <= 0:
+            raise ConfigError(f"{key}.loguniform needs positive bounds, got {list(values)}")
+
+
+def draw(space: Mapping[str, Any], num_trials: int, seed: int) -> list[dict[str, Any]]:
+    """Points of the space as a Latin hypercube: each parameter's values are spread evenly over the trials.
+
+    >>> sorted(p["context"] for p in draw({"context": {"choice": [512, 1024]}}, num_trials=4, seed=0))
+    [512, 512, 1024, 1024]
+    """
+    generator = np.random.default_rng(seed)
+    columns = {}
+    for name, spec in space.items():
+        share_N = (generator.permutation(num_trials) + generator.random(num_trials)) / num_trials
+        columns[name] = [_value(spec, share) for share in share_N.tolist()]
+    return [{name: column[i] for name, column in columns.items()} for i in range(num_trials)]
+
+
+def _value(spec: Any, share: float) -> Any:
+    """What lies at `share` in [0, 1) of a parameter's distribution."""
+    if not isinstance(spec, Mapping):
+        return spec
+    ((kind, values),) = spec.items()
+    if kind == "choice":
+        return values[int(share * len(values))]
+    low, high = values
+    return low + share * (high - low) if kind == "uniform" else math.exp(math.log(low) + share * math.log(high / low))

@@ -1,0 +1,36 @@
+"""TrainConfig -> DeepSpeed configuration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hymate.config import TrainConfig
+
+NEVER = 10**9
+
+
+def deepspeed_config(train: TrainConfig, world_size: int) -> dict[str, Any]:
+    """The DeepSpeed configuration of one run; the optimiser itself (torch AdamW) is passed to the engine.
+
+    A worker computes one packed row at a time and accumulates the gradients of its share of `rows_per_step`.
+    bf16 is autocast around float32 parameters: weights, A_log, dt_bias, gradients and what ZeRO moves between
+    workers stay float32, and only the arithmetic inside a step is bf16.
+
+    >>> config = deepspeed_config(TrainConfig(rows_per_step=8, zero_stage=1), world_size=2)
+    >>> config["gradient_accumulation_steps"], config["zero_optimization"]["stage"]
+    (4, 1)
+    """
+    assert train.rows_per_step % world_size == 0, "TrainConfig checks this"
+    return {
+        "train_batch_size": train.rows_per_step,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": train.rows_per_step // world_size,
+        "gradient_clipping": train.clip_norm,
+        "zero_optimization": {"stage": train.zero_stage},
+        "torch_autocast": {
+            "enabled": train.precision == "bf16",
+            "dtype": "bfloat16",
+            "lower_precision_safe_modules": [],
+        },
+        "steps_per_print": NEVER,
+    }

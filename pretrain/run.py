@@ -1,0 +1,18 @@
+"""Command: pretrain on prepared histories with Ray Train and DeepSpeed (see configs/pretrain.yaml).
+
+python pretrain/run.py data.path=DATA_DIR model=small train=zero2 train.num_workers=4
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout that is not installed
+
+from hymate.config import main
+from hymate.training.launch import pretrain
+from hymate.training.pretraining import PretrainConfig
+
+if __name__ == "__main__":
+    main("pretrain", PretrainConfig, pretrain)

@@ -1,0 +1,302 @@
+"""Fine-tuning: the search space, what a trial trains, and a whole search that is killed and continued."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from small_cohort import SIZES, prepare_small
+
+from hymate.bundle import read_bundle, write_bundle
+from hymate.config import ConfigError, DataConfig, ModelConfig, ObjectiveConfig, TrainConfig, UserError, load
+from hymate.data.histories import Histories
+from hymate.data.loader import labelled_examples
+from hymate.data.meds import read_labels
+from hymate.data.vocabulary import Vocabulary
+from hymate.model import PretrainModel
+from hymate.predict import predict, prediction_table
+from hymate.training import space
+from hymate.training.finetune import TrialConfig, parameter_groups, risk_model, starting_point
+from hymate.training.search import TuneConfig, search, trial_config
+
+ROOT = Path(__file__).resolve().parent.parent
+MODEL = ModelConfig(d_model=16, layers="MA", d_state=8, headdim=8, num_heads=2, window=8, num_queries=2)
+CUT = ["data.context=32", "data.tokens_per_row=256"]
+DIVERGING = 1e36  # as a learning rate
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepare_small(tmp_path_factory.mktemp("cohort"))
+
+
+@pytest.fixture(scope="module")
+def pretrained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    vocabulary = Vocabulary.read(data / "histories" / "vocabulary.parquet", min_count=1)
+    torch.manual_seed(1)
+    state = PretrainModel(MODEL, ObjectiveConfig(), vocabulary.size).state_dict()
+    folder = tmp_path_factory.mktemp("pretrained") / "bundle"
+    settings = DataConfig(str(data), context=64, tokens_per_row=256, min_count=1)
+    write_bundle(folder, state, kind="pretrained", model=MODEL, data=settings, vocabulary=vocabulary)
+    return folder
+
+
+def configured(data: Path, init: Path | None, *overrides: str) -> TuneConfig:
+    init_key = "init=null" if init is None else f"init={init}"
+    return load("tune", ["task=readmission", f"data.path={data}", init_key, *CUT, *overrides], TuneConfig)
+
+
+# -------------------------------------------------------------------------------------------------------- space
+
+
+@given(num_trials=st.integers(1, 20), seed=st.integers(0, 100))
+def test_points_spread_evenly_over_the_space(num_trials: int, seed: int) -> None:
+    drawn = space.draw(
+        {
+            "head_lr": {"loguniform": [1e-4, 1e-2]},
+            "dropout": {"uniform": [0.1, 0.3]},
+            "pooling": {"choice": ["last", "mean"]},
+            "frozen": True,
+        },
+        num_trials,
+        seed,
+    )
+    below = sum(point["head_lr"] < 1e-3 for point in drawn)
+    assert abs(below - num_trials / 2) <= 1
+    assert abs(sum(point["pooling"] == "last" for point in drawn) - num_trials / 2) <= 1
+    assert all(1e-4 <= p["head_lr"] <= 1e-2 and 0.1 <= p["dropout"] <= 0.3 and p["frozen"] is True for p in drawn)
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("+search.space.head_lrr=0.1", "search.space.head_lrr"),
+        ("search.space.head_lr.loguniform=[0.1]", "search.space.head_lr.loguniform"),
+        ("search.space.head_lr.loguniform=[0,1]", "search.space.head_lr.loguniform"),
+        ("search.space.pooling.choice=[]", "search.space.pooling.choice"),
+        ("+search.space.dropout.choice=[0.1]", "~search.space.dropout.uniform"),
+        ("train.num_workers=2", "train.num_workers"),
+    ],
+)
+def test_an_impossible_search_is_refused_when_it_is_configured(data: Path, override: str, named: str) -> None:
+    with pytest.raises(ConfigError, match=named.replace(".", r"\.")):
+        configured(data, None, override, "train.rows_per_step=2")
+
+
+@pytest.mark.parametrize(
+    "point", [{"context": 1024}, {"pooling": "first"}, {"dropout": 1.5}, {"head_lr": -1.0}, {"frozen": "yes"}]
+)
+def test_an_impossible_point_is_refused_before_any_trial(data: Path, pretrained: Path, point: dict) -> None:
+    config = configured(data, pretrained)
+    with pytest.raises(ConfigError):
+        trial_config(config, starting_point(config.data, None, str(pretrained)), point)
+
+
+# ------------------------------------------------------------------------------------------------------- trials
+
+
+def test_the_bundle_brings_model_vocabulary_and_rare_code_rule(data: Path, pretrained: Path) -> None:
+    start = starting_point(DataConfig(str(data), context=32, min_count=1000), None, str(pretrained))
+    assert start.model == MODEL and start.data.min_count == 1 and start.data.context == 32
+    assert len(start.vocabulary.codes) == 3
+    wider = ModelConfig(**{**vars(MODEL), "num_heads": 4})
+    with pytest.raises(ConfigError, match=r"model\.num_heads=4 .* 2"):
+        starting_point(start.data, wider, str(pretrained))
+    with pytest.raises(ConfigError, match="model=small"):
+        starting_point(start.data, None, None)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_backbone_and_head_have_their_own_learning_rates(data: Path, pretrained: Path, frozen: bool) -> None:
+    start = starting_point(DataConfig(str(data), min_count=1), None, str(pretrained))
+    trial = TrialConfig("readmission", start.data, start.model, TrainConfig(), 1e-4, 1e-3, frozen)
+    model = risk_model(start, trial)
+    for name, weight in model.backbone.state_dict().items():
+        assert torch.equal(weight, start.state[f"backbone.{name}"])
+    lrs = {id(p): group["lr"] for group in parameter_groups(model, trial) for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        expected = 1e-3 if not name.startswith("backbone.") else None if frozen else 1e-4
+        assert lrs.get(id(parameter)) == expected, name
+
+
+def test_a_tuning_split_of_one_class_is_refused_with_its_counts(data: Path, tmp_path: Path) -> None:
+    held = read_labels(data / "labels" / "readmission" / "train").to_pylist()
+    tuning = [{**row, "boolean_value": True} for row in read_labels(data / "labels/readmission/tuning").to_pylist()]
+    rest = read_labels(data / "labels" / "readmission" / "held_out").to_pylist()
+    table = read_labels(data / "labels" / "readmission").schema
+    pq.write_table(_table(held + tuning + rest, table), tmp_path / "0.parquet")
+    config = configured(data, None, "model=debug", f"task.labels={tmp_path}", f"run.dir={tmp_path}/runs")
+    with pytest.raises(UserError, match="the tuning split has 48 positive and 0 negative labels"):
+        search(config)
+    assert not (tmp_path / "runs").exists()
+
+
+def _table(rows: list[dict], schema: object) -> object:
+    import pyarrow as pa
+
+    return pa.Table.from_pylist(rows, schema)
+
+
+# ------------------------------------------------------------------------------------------------------- search
+
+
+@pytest.fixture(scope="module")
+def ray_env() -> Iterator[dict[str, str]]:
+    # Ray's sockets need a short path
+    with tempfile.TemporaryDirectory(prefix="hy", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        yield {**os.environ, "RAY_TMPDIR": folder, "TORCHDYNAMO_DISABLE": "1"}
+
+
+def command(data: Path, init: Path, runs: Path, head_lrs: str, *overrides: str) -> list[str]:
+    """Two short trials with head learning rates `head_lrs`."""
+    short = ["train.max_steps=8", "train.eval_every=2", "train.warmup_steps=1", "train.patience=0", "train.log_every=2"]
+    short += ["search.num_trials=2", "search.grace_steps=8", "search.max_failures=0"]
+    given = ["task=readmission", f"data.path={data}", f"init={init}", f"run.dir={runs}", "run.name=r"]
+    lrs = ["~search.space.head_lr", f"+search.space.head_lr={{choice:{head_lrs}}}", "search.space.frozen=false"]
+    return [sys.executable, str(ROOT / "finetune" / "tune.py"), *given, *CUT, *short, *lrs, *overrides]
+
+
+@pytest.fixture(scope="module")
+def run(data: Path, pretrained: Path, ray_env: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A search in which one trial diverges, killed in the middle and continued by the same command."""
+    runs = tmp_path_factory.mktemp("tuned")
+    line = command(data, pretrained, runs, f"[1e-3,{DIVERGING}]")
+    with subprocess.Popen(line, env=ray_env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as killed:
+        assert killed.stdout is not None
+        said = []
+        for text in killed.stdout:
+            said.append(text)
+            if len(_steps(runs / "r")) >= 2:
+                killed.send_signal(signal.SIGKILL)
+                break
+        assert killed.wait(60) == -signal.SIGKILL, "".join(said)
+    assert not (runs / "r" / "results.json").exists()
+    done = subprocess.run(line, env=ray_env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (runs / "said.txt").write_text(done.stdout)
+    return runs / "r"
+
+
+def _steps(run_path: Path) -> list[int]:
+    """Steps that the good trials reported, in order."""
+    logs = sorted((run_path / "trials").glob("trial-*/result.json"))
+    return [json.loads(line)["step"] for log in logs for line in log.read_text().splitlines() if line.endswith("}")]
+
+
+@pytest.mark.slow
+def test_a_killed_search_goes_on_where_it_was(run: Path) -> None:
+    steps = _steps(run)
+    assert steps[0] == 2 and steps[-1] == 8
+    assert steps.count(2) == 1, "the trial began again from scratch"
+
+
+@pytest.mark.slow
+def test_a_finished_search_leaves_everything_it_promises(run: Path, data: Path) -> None:
+    found = json.loads((run / "results.json").read_text())
+    assert (found["task"], found["split"]) == ("readmission", "held_out")
+    assert found["num_labels"] == 2 * SIZES["held_out"] and found["num_subjects"] == SIZES["held_out"]
+    assert found["prevalence"] == 0.5
+    for name in ("auroc", "auprc"):
+        low, high = found[name]["ci"]
+        assert 0 <= low <= found[name]["value"] <= high <= 1
+    assert 0 <= found["brier"] <= 1 and 0 <= found["ece"] <= 1
+    assert "too few" in found["note"]
+    assert found["labels"]["labels"] == 2 * sum(SIZES.values())
+    assert found["splits"]["tuning"]["positives"] == SIZES["tuning"]
+    assert found["splits"]["train"]["subjects"] == SIZES["train"]
+
+    good = found["trials"][found["best_trial"]]
+    checkpoints = [json.loads(path.read_text())["score"] for path in (run / "trials").glob("*/checkpoint_*/state.json")]
+    assert good["status"] == "finished" and good["step"] == 8
+    assert good["best"]["mean"] == pytest.approx(max(checkpoints))
+    assert good["best"]["mean"] == pytest.approx((good["best"]["auroc"] + good["best"]["auprc"]) / 2)
+
+    report = (run / "report.md").read_text()
+    assert f"{found['auroc']['value']:.3f}" in report and "too few" in report
+    said = (run.parent / "said.txt").read_text()
+    assert f"{found['auprc']['value']:.3f}" in said and str(run / "bundle") in said and "tensorboard --logdir" in said
+
+
+@pytest.mark.slow
+def test_a_failed_trial_is_told_and_sinks_nothing(run: Path) -> None:
+    found = json.loads((run / "results.json").read_text())
+    (failed,) = [trial for trial in found["trials"] if trial["index"] != found["best_trial"]]
+    assert failed["status"] == "failed" and failed["parameters"]["head_lr"] == DIVERGING
+    assert failed["error"].startswith("FloatingPointError")
+    assert failed["error"] in (run / "report.md").read_text()
+    assert f"trial-{failed['index']} failed: FloatingPointError" in (run.parent / "said.txt").read_text()
+
+
+@pytest.mark.slow
+def test_the_bundle_gives_the_predictions_that_were_scored(run: Path, data: Path) -> None:
+    bundle = read_bundle(run, kind="risk")
+    assert bundle.tasks == ["readmission"] and bundle.data.context == 32
+    histories = Histories.open(data)
+    examples = labelled_examples(histories, read_labels(data / "labels" / "readmission"), "held_out")
+    probability, _ = predict(bundle, histories, examples)
+    written = pq.read_table(run / "predictions.parquet")
+    assert prediction_table(examples, probability).equals(written)
+    found = json.loads((run / "results.json").read_text())
+    label, prob = (written[name].to_numpy() for name in ("boolean_value", "predicted_boolean_probability"))
+    pairs = (prob[label][:, None] > prob[~label]) + 0.5 * (prob[label][:, None] == prob[~label])
+    assert found["auroc"]["value"] == pytest.approx(pairs.mean())
+    assert found["brier"] == pytest.approx(np.mean((prob - label) ** 2), abs=1e-6)
+
+
+@pytest.mark.slow
+def test_meds_evaluation_reads_the_predictions(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "scores.json"
+    line = [sys.executable, "-m", "meds_evaluation", f"predictions_path={run / 'predictions.parquet'}"]
+    line += [f"output_file={out}", f"hydra.run.dir={tmp_path}/hydra"]
+    subprocess.run(line, check=True, capture_output=True, timeout=120)
+    theirs = json.loads(out.read_text())["samples_equally_weighted"]
+    ours = json.loads((run / "results.json").read_text())
+    assert theirs["roc_auc_score"] == pytest.approx(ours["auroc"]["value"])
+    assert theirs["average_precision_score"] == pytest.approx(ours["auprc"]["value"])
+
+
+@pytest.mark.slow
+def test_tensorboard_has_curves_and_hyperparameters(run: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = json.loads((run / "results.json").read_text())
+    events = EventAccumulator(str(run / "tb" / f"trial-{found['best_trial']}" / "tb"))
+    events.Reload()
+    assert {"validation/auroc", "train/loss", "best/auroc"} <= set(events.Tags()["scalars"])
+    assert "_hparams_/session_start_info" in events.summary_metadata
+
+
+@pytest.mark.slow
+def test_a_finished_search_only_shows_its_results_again(run: Path, ray_env: dict[str, str]) -> None:
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
+    config = json.loads((run / "results.json").read_text())["config"]
+    line = command(Path(config["data"]["path"]), Path(config["init"]), run.parent, f"[1e-3,{DIVERGING}]")
+    again = subprocess.run(line, env=ray_env, capture_output=True, text=True, timeout=120)
+    assert again.returncode == 0 and str(run / "bundle") in again.stdout, again.stderr
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()} == before
+    other = subprocess.run([*line, "train.seed=1"], env=ray_env, capture_output=True, text=True, timeout=120)
+    assert other.returncode == 2 and "train.seed was 0, now 1" in other.stderr
+    assert len(other.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_a_search_whose_trials_all_fail_says_why(
+    data: Path, pretrained: Path, ray_env: dict[str, str], tmp_path: Path
+) -> None:
+    line = command(data, pretrained, tmp_path, f"[{DIVERGING}]", "search.num_trials=1")
+    failed = subprocess.run(line, env=ray_env, capture_output=True, text=True, timeout=300)
+    assert failed.returncode == 2
+    assert "all 1 trials failed, the first with FloatingPointError" in failed.stderr
+    assert not (tmp_path / "r" / "results.json").exists() and not (tmp_path / "r" / "bundle").exists()

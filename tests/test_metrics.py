@@ -1,0 +1,120 @@
+"""Metrics: agreement with scikit-learn, undefined cases, and intervals that resample patients."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import average_precision_score, brier_score_loss, roc_auc_score
+
+from hymate import metrics
+
+# few distinct scores, so that ties within and across classes are common
+cases = st.lists(st.tuples(st.booleans(), st.integers(0, 6).map(lambda k: k / 6)), min_size=2, max_size=40)
+two_classes = cases.filter(lambda rows: len({label for label, _ in rows}) == 2)
+
+
+@settings(deadline=None, max_examples=50)
+@given(two_classes)
+def test_metrics_equal_scikit_learn_with_ties(rows: list[tuple[bool, float]]) -> None:
+    label, score = map(np.array, zip(*rows, strict=True))
+    assert metrics.auroc(label, score) == pytest.approx(roc_auc_score(label, score), abs=1e-12)
+    assert metrics.auprc(label, score) == pytest.approx(average_precision_score(label, score), abs=1e-12)
+    assert metrics.brier(label, score) == pytest.approx(brier_score_loss(label, score), abs=1e-12)
+
+
+@settings(deadline=None, max_examples=50)
+@given(two_classes, st.integers(0, 5))
+def test_a_sample_weighs_like_repeated_labels(rows: list[tuple[bool, float]], seed: int) -> None:
+    label, score = map(np.array, zip(*rows, strict=True))
+    times = np.random.default_rng(seed).integers(0, 3, len(label))
+    roc, pr = metrics._areas(label, score, times[None].astype(float))[:, 0]
+    repeated = np.repeat(np.arange(len(label)), times)
+    if len(set(label[repeated])) < 2:
+        assert np.isnan(roc) and np.isnan(pr)
+    else:
+        assert roc == pytest.approx(roc_auc_score(label[repeated], score[repeated]), abs=1e-12)
+        assert pr == pytest.approx(average_precision_score(label[repeated], score[repeated]), abs=1e-12)
+
+
+def test_ece_by_hand() -> None:
+    # bin [0, 0.1): two labels, mean probability 0.05, none positive; bin [0.9, 1]: one label, 1.0, positive
+    assert metrics.ece([0, 0, 1], [0.04, 0.06, 1.0]) == pytest.approx((2 * 0.05 + 0) / 3)
+    assert metrics.ece([0, 1], [1.0, 0.0]) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("label", [[0, 0, 0], [1, 1, 1]])
+def test_one_class_is_undefined_not_half(label: list[int]) -> None:
+    result = metrics.scores(label, [0.2, 0.4, 0.9], [1, 2, 3])
+    assert result["auroc"] == {"value": None, "ci": None}
+    assert result["auprc"] == {"value": None, "ci": None}
+    assert result["brier"] is not None and result["prevalence"] == label[0]
+
+
+def test_no_labels_is_undefined() -> None:
+    result = metrics.scores([], [], [])
+    assert result["num_labels"] == 0
+    assert result["prevalence"] is result["brier"] is result["ece"] is result["auroc"]["value"] is None
+
+
+def test_nan_scores_are_refused() -> None:
+    with pytest.raises(AssertionError, match="NaN"):
+        metrics.auroc([0, 1], [0.1, float("nan")])
+
+
+def cohort(num_subjects: int, labels_each: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Labels and probabilities that are the same for all of a subject's rows."""
+    rng = np.random.default_rng(seed)
+    prob = rng.uniform(size=num_subjects)
+    label = rng.uniform(size=num_subjects) < prob
+    return np.repeat(label, labels_each), np.repeat(prob, labels_each), np.repeat(np.arange(num_subjects), labels_each)
+
+
+def test_intervals_resample_patients_not_labels() -> None:
+    one = metrics.intervals(*cohort(80, 1))
+    ten = metrics.intervals(*cohort(80, 10))
+    for name in ("auroc", "auprc"):
+        assert ten[name] == pytest.approx(one[name], abs=1e-9)  # ten equal labels of a patient tell no more than one
+    label, prob, _ = cohort(80, 10)
+    alone = metrics.intervals(label, prob, np.arange(len(label)))
+    for name, interval in ten.items():
+        assert interval is not None and alone[name] is not None
+        assert interval[1] - interval[0] > 2 * (alone[name][1] - alone[name][0])
+
+
+def test_interval_of_the_auroc_agrees_with_its_standard_error() -> None:
+    label, prob, subject = cohort(2000, 1)
+    auc = metrics.auroc(label, prob)
+    low, high = metrics.intervals(label, prob, subject)["auroc"]
+    # Hanley & McNeil 1982
+    positives, negatives = label.sum(), (~label).sum()
+    q1, q2 = auc / (2 - auc), 2 * auc**2 / (1 + auc)
+    variance = auc * (1 - auc) + (positives - 1) * (q1 - auc**2) + (negatives - 1) * (q2 - auc**2)
+    error = np.sqrt(variance / (positives * negatives))
+    assert low < auc < high
+    assert (high - low) / (2 * 1.96 * error) == pytest.approx(1, abs=0.15)
+
+
+def test_undefined_samples_are_skipped_and_one_patient_has_no_interval() -> None:
+    # two patients, one positive: half of the samples hold one of them twice
+    assert metrics.intervals([0, 1], [0.1, 0.9], [1, 2])["auroc"] == (1.0, 1.0)
+    assert metrics.intervals([0, 1], [0.1, 0.9], [7, 7]) == {"auroc": None, "auprc": None}
+
+
+def test_intervals_depend_on_the_seed_alone_and_not_on_the_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = cohort(30, 2)
+    whole = metrics.intervals(*data, num_samples=50)
+    assert metrics.intervals(*data, num_samples=50, seed=1) != whole
+    monkeypatch.setattr(metrics, "ELEMENTS_AT_ONCE", 7 * 60)
+    assert metrics.intervals(*data, num_samples=50) == whole
+
+
+def test_scores_are_plain_json() -> None:
+    label, prob, subject = cohort(20, 3)
+    result = metrics.scores(label, prob.astype(np.float32), subject)
+    assert json.loads(json.dumps(result)) == result
+    assert (result["num_labels"], result["num_subjects"]) == (60, 20)
+    assert result["auroc"]["ci"][0] <= result["auroc"]["value"] <= result["auroc"]["ci"][1]

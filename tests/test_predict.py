@@ -1,0 +1,130 @@
+"""Prediction: any MEDS folder, the bundle's own vocabulary, the MEDS prediction schema, and clear refusals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from meds_evaluation.schema import PredictionSchema
+from small_cohort import SIZES, prepare_small, write_meds
+
+from hymate.bundle import write_bundle
+from hymate.config import DataConfig, ModelConfig, UserError, load
+from hymate.data.meds import read_labels, write_parquet
+from hymate.data.vocabulary import Vocabulary
+from hymate.model import RiskModel
+from hymate.predict import PredictConfig, run
+
+MODEL = ModelConfig(d_model=16, layers="MA", d_state=8, headdim=8, num_heads=2, window=8, num_queries=2)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepare_small(tmp_path_factory.mktemp("cohort"))
+
+
+@pytest.fixture(scope="module")
+def bundle(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that does not know the code LAB//glucose."""
+    vocabulary = pq.read_table(data / "histories" / "vocabulary.parquet")
+    known = tmp_path_factory.mktemp("known") / "vocabulary.parquet"
+    pq.write_table(vocabulary.filter(pa.compute.field("code") != "LAB//glucose"), known)
+    vocabulary = Vocabulary.read(known)
+    torch.manual_seed(1)
+    state = RiskModel(MODEL, vocabulary.size, ["readmission"]).state_dict()
+    folder = tmp_path_factory.mktemp("risk") / "bundle"
+    settings = DataConfig(str(data), context=24, tokens_per_row=128, min_count=1)
+    tasks = ["readmission"]
+    write_bundle(folder, state, kind="risk", model=MODEL, data=settings, vocabulary=vocabulary, tasks=tasks)
+    return folder
+
+
+def predicted(bundle: Path, data: Path, out: Path, *overrides: str) -> pa.Table:
+    given = ["task=readmission", f"bundle={bundle}", f"data.path={data}", f"out={out}", *overrides]
+    run(load("predict", given, PredictConfig))
+    return pq.read_table(out)
+
+
+def test_every_label_gets_a_prediction_in_the_meds_schema(data: Path, bundle: Path, tmp_path: Path) -> None:
+    table = predicted(bundle, data, tmp_path / "new" / "p.parquet")
+    PredictionSchema.validate(table)
+    assert table.num_rows == 2 * sum(SIZES.values())
+    labels = read_labels(data / "labels" / "readmission").sort_by(
+        [("subject_id", "ascending"), ("prediction_time", "ascending")]
+    )
+    assert table.select(labels.column_names).equals(labels)
+    probability = table["predicted_boolean_probability"].to_numpy()
+    assert np.array_equal(table["predicted_boolean_value"].to_numpy(), probability >= 0.5)
+    assert len(np.unique(probability)) > 100
+
+
+def test_an_unprepared_meds_folder_gives_the_same(data: Path, bundle: Path, tmp_path: Path) -> None:
+    raw = write_meds(tmp_path / "raw")
+    before = sorted(tmp_path.rglob("*"))
+    prepared = predicted(bundle, data, tmp_path / "a.parquet")
+    assert predicted(bundle, raw, tmp_path / "b.parquet").equals(prepared)
+    assert sorted(tmp_path.rglob("*")) == sorted([*before, tmp_path / "a.parquet", tmp_path / "b.parquet"])
+
+
+def test_a_split_can_be_chosen(data: Path, bundle: Path, tmp_path: Path) -> None:
+    everyone = predicted(bundle, data, tmp_path / "a.parquet").to_pandas().set_index(["subject_id", "prediction_time"])
+    part = predicted(bundle, data, tmp_path / "b.parquet", "split=held_out").to_pandas()
+    part = part.set_index(["subject_id", "prediction_time"])
+    assert len(part) == 2 * SIZES["held_out"]
+    same = everyone.loc[part.index]
+    name = "predicted_boolean_probability"
+    assert np.allclose(part[name], same[name], atol=1e-6)
+
+
+def test_labels_without_outcomes_give_the_prediction_columns_alone(data: Path, bundle: Path, tmp_path: Path) -> None:
+    times = read_labels(data / "labels" / "readmission").drop_columns(["boolean_value"])
+    write_parquet(times, tmp_path / "times" / "0.parquet")
+    table = predicted(bundle, data, tmp_path / "p.parquet", f"task.labels={tmp_path / 'times'}")
+    assert table.column_names[2:] == ["predicted_boolean_value", "predicted_boolean_probability"]
+    assert table.num_rows == times.num_rows
+
+
+def test_the_share_of_unknown_codes_is_told(
+    data: Path, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    predicted(bundle, data, tmp_path / "p.parquet")
+    share = float(capsys.readouterr().out.split("%")[0])
+    assert 28 < share < 38  # one of three equally frequent codes
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["task=mortality"], "the bundle predicts readmission, not task=mortality"),
+        (["bundle=/nowhere"], "does not exist"),
+        (["data.path=/nowhere"], "not a prepared dataset"),
+    ],
+)
+def test_what_cannot_be_predicted_is_refused(
+    data: Path, bundle: Path, tmp_path: Path, overrides: list[str], said: str
+) -> None:
+    with pytest.raises(UserError, match=said) as refused:
+        predicted(bundle, data, tmp_path / "p.parquet", *overrides)
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "p.parquet").exists()
+
+
+def test_a_dataset_coded_differently_is_refused(bundle: Path, tmp_path: Path) -> None:
+    raw = write_meds(tmp_path / "raw", prefix="OTHER//")
+    with pytest.raises(UserError, match="none of the codes"):
+        predicted(bundle, raw, tmp_path / "p.parquet")
+
+
+def test_a_pretrained_model_is_refused(data: Path, bundle: Path, tmp_path: Path) -> None:
+    config = bundle / "config.yaml"
+    other = tmp_path / "other"
+    other.mkdir()
+    for path in bundle.iterdir():
+        (other / path.name).write_bytes(path.read_bytes())
+    (other / "config.yaml").write_text(config.read_text().replace("kind: risk", "kind: pretrained"))
+    with pytest.raises(UserError, match="pretrained"):
+        predicted(other, data, tmp_path / "p.parquet")

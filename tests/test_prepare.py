@@ -1,0 +1,518 @@
+"""`hymate.data.prepare` on MEDS datasets: round trip, streaming, continuing, and everything a user can get wrong."""
+
+from __future__ import annotations
+
+import datetime
+import errno
+import fcntl
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import meds
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hymate.config import ConfigError, UserError
+from hymate.data import prepare as module
+from hymate.data.histories import HISTORY_SCHEMA, Histories
+from hymate.data.meds import DATA_SCHEMA, DataError, SplitsConfig, read_labels, read_splits
+from hymate.data.prepare import PrepareConfig, prepare
+
+ROOT = Path(__file__).resolve().parent.parent
+Row = tuple[int, int | None, str, float | None]  # subject_id, time in microseconds, code, numeric_value
+BIRTH = -(10**15)
+ROWS: dict[str, list[Row]] = {
+    "train/0": [
+        (1, None, "GENDER//F", None),
+        (1, BIRTH, "MEDS_BIRTH", None),
+        (1, 10, "HR", 80.0),
+        (1, 10, "K", 4.5),
+        (1, 20, "HR", None),
+        (2, 5, "HR", 90.0),
+    ],
+    "train/1": [(3, None, "Height", 170.0), (3, 7, "K", 4.0)],
+    "tuning/0": [(4, 1, "HR", 85.0)],
+    "held_out/0": [(5, 2, "Na", 140.0), (5, 3, "HR", 70.0)],
+}
+
+
+def data_table(rows: list[Row]) -> pa.Table:
+    columns = list(zip(*rows, strict=True)) or [[], [], [], []]
+    return pa.table([pa.array(c, spec.type) for c, spec in zip(columns, DATA_SCHEMA, strict=True)], schema=DATA_SCHEMA)
+
+
+def write_raw(raw: Path, rows: dict[str, list[Row]] = ROWS, with_splits: bool = True) -> Path:
+    """A MEDS dataset whose splits are the first parts of the shards' names."""
+    for shard, shard_rows in rows.items():
+        write(data_table(shard_rows), raw / "data" / f"{shard}.parquet")
+    splits = {row[0]: shard.split("/")[0] for shard, shard_rows in rows.items() for row in shard_rows}
+    if with_splits:
+        write(pa.table({"subject_id": list(splits), "split": list(splits.values())}), splits_file(raw))
+    (raw / "metadata").mkdir(exist_ok=True, parents=True)
+    (raw / "metadata" / "dataset.json").write_text(json.dumps({"meds_version": "0.4.1", "license": "CC0"}))
+    return raw
+
+
+def write(table: pa.Table, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table, path)
+
+
+def splits_file(raw: Path) -> Path:
+    return raw / "metadata" / "subject_splits.parquet"
+
+
+def config(raw: Path, out: Path, **changes: object) -> PrepareConfig:
+    return PrepareConfig(**{"source": "meds", "raw": str(raw), "out": str(out), "workers": 1, **changes})  # type: ignore[arg-type]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def read_back(out: Path) -> dict[int, list[Row]]:
+    """subject -> rows as in ROWS."""
+    histories = Histories.open(out)
+    found = {}
+    for history in histories.read(np.arange(len(histories))):
+        code = np.concatenate([history.static_code, history.code])
+        value = np.concatenate([history.static_value, history.value])
+        times = [None] * len(history.static_code) + history.time.tolist()
+        found[history.subject_id] = [
+            (history.subject_id, t, histories.codes[c], None if np.isnan(v) else float(v))
+            for t, c, v in zip(times, code, value, strict=True)
+        ]
+    return found
+
+
+def by_subject(rows: dict[str, list[Row]]) -> dict[int, list[Row]]:
+    """subject -> its rows, without the births, which histories hold apart."""
+    found: dict[int, list[Row]] = {}
+    for row in (row for shard_rows in rows.values() for row in shard_rows):
+        found.setdefault(row[0], [])
+        if row[2] != "MEDS_BIRTH" or row[1] is None:
+            found[row[0]].append(row)
+    return found
+
+
+# ----------------------------------------------------------------------------------------------- what it writes
+
+
+def test_everything_of_the_output_folder(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    prepare(config(write_raw(tmp_path / "raw"), out))
+    histories = Histories.open(out)
+    assert read_back(out) == by_subject(ROWS)
+    assert [h.birth_time for h in histories.read([0, 1])] == [None, BIRTH]  # shards go by name: held_out first
+    assert histories.index["subject_id"].tolist() == [5, 1, 2, 3, 4]
+    assert histories.index["num_events"].tolist() == [2, 3, 1, 1, 1]
+    assert [histories.index["subject_id"][p] for p in histories.rows_of("train")] == [1, 2, 3]
+    vocabulary = pq.read_table(out / "histories" / "vocabulary.parquet")
+    assert set(vocabulary["code"].to_pylist()) == {row[2] for row in sum(ROWS.values(), [])}
+    counts = dict(zip(vocabulary["code"].to_pylist(), vocabulary["count"].to_pylist(), strict=True))
+    assert counts["HR"] == 3 and counts["Na"] == 0  # of the train split
+    metadata = json.loads((out / "histories" / "metadata.json").read_text())
+    assert metadata["splits"]["train"] == {"subjects": 3, "events": 5}
+    schema = pq.read_schema(out / "histories" / "train" / "0.parquet")
+    assert schema.equals(HISTORY_SCHEMA) and schema.metadata[b"time_unit"] == b"us"
+    assert not (out / "histories" / ".work").exists()
+
+
+def test_the_meds_part_is_valid_meds(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    prepare(config(write_raw(tmp_path / "raw"), out))
+    for shard, rows in ROWS.items():
+        table = pq.read_table(out / "data" / f"{shard}.parquet")
+        meds.DataSchema.validate(table)
+        assert table.equals(data_table(rows))
+    meds.SubjectSplitSchema.validate(pq.read_table(splits_file(out)))
+    codes = pq.read_table(out / "metadata" / "codes.parquet")
+    meds.CodeMetadataSchema.validate(codes)
+    assert {"HR", "Na", "GENDER//F"} <= set(codes["code"].to_pylist())
+    dataset = json.loads((out / "metadata" / "dataset.json").read_text())
+    assert dataset == {"meds_version": "0.4.1", "license": "CC0"}
+
+
+rows_of_subject = st.lists(
+    st.tuples(
+        st.one_of(st.none(), st.integers(-(10**15), 10**15)),
+        st.sampled_from(["MEDS_BIRTH", "HR", "K", "Na", "DIED"]),
+        st.one_of(st.none(), st.floats(-1e6, 1e6, width=32)),
+    ),
+    min_size=1,
+    max_size=12,
+)
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.lists(st.lists(rows_of_subject, min_size=1, max_size=4), min_size=1, max_size=3), st.integers(1, 9))
+def test_any_dataset_comes_back_whatever_the_chunk(shards: list[list[list[tuple]]], chunk: int) -> None:
+    rows: dict[str, list[Row]] = {}
+    subject = 0
+    for number, subjects in enumerate(shards):
+        rows[f"train/{number}"] = []
+        for events in subjects:
+            subject += 1
+            ordered = sorted(events, key=lambda e: -(10**16) if e[0] is None else e[0])
+            rows[f"train/{number}"] += [(subject, *event) for event in ordered]
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hymate.data.meds.ROWS", chunk)
+        prepare(config(write_raw(Path(folder) / "raw", rows), Path(folder) / "out"))
+        assert read_back(Path(folder) / "out") == by_subject(rows)
+        born: dict[int, int] = {}
+        for s, time, code, _ in sum(rows.values(), []):
+            if code == "MEDS_BIRTH" and time is not None:
+                born.setdefault(s, time)
+        histories = Histories.open(Path(folder) / "out")
+        for history in histories.read(range(len(histories))):
+            assert history.birth_time == born.get(history.subject_id)
+
+
+def test_chunks_and_workers_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = write_raw(tmp_path / "raw")
+    prepare(config(raw, tmp_path / "one"))
+    prepare(config(raw, tmp_path / "two", workers=2))
+    assert files(tmp_path / "one") == files(tmp_path / "two")
+    monkeypatch.setattr("hymate.data.meds.ROWS", 2)
+    prepare(config(raw, tmp_path / "small"))
+    one, small = (pq.read_table(tmp_path / name / "histories" / "vocabulary.parquet") for name in ("one", "small"))
+    assert one.equals(small)
+    assert Histories.open(tmp_path / "small").index["row_group"].max() > 0
+    assert read_back(tmp_path / "small") == read_back(tmp_path / "one")
+
+
+def test_reading_needs_few_decoded_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hymate.data.meds.ROWS", 1)
+    prepare(config(write_raw(tmp_path / "raw"), tmp_path / "out"))
+    monkeypatch.setattr("hymate.data.histories._CACHE_BYTES", 1)
+    monkeypatch.setattr("hymate.data.histories._OPEN_FILES", 1)
+    histories = Histories.open(tmp_path / "out")
+    order = [4, 0, 2, 0, 1, 3]
+    assert [h.subject_id for h in histories.read(order)] == histories.index["subject_id"][order].tolist()
+
+
+def test_types_that_a_cast_mends_are_mended(tmp_path: Path) -> None:
+    raw = write_raw(tmp_path / "raw", {"train/0": ROWS["train/0"]})
+    loose = [("subject_id", pa.int32()), ("time", pa.timestamp("ns")), ("code", pa.large_string())]
+    table = data_table(ROWS["train/0"]).cast(pa.schema([*loose, ("numeric_value", pa.float64())]))
+    write(
+        table.append_column("text_value", pa.nulls(table.num_rows, pa.string())), raw / "data" / "train" / "0.parquet"
+    )
+    prepare(config(raw, tmp_path / "out"))
+    assert pq.read_table(tmp_path / "out" / "data" / "train" / "0.parquet").equals(data_table(ROWS["train/0"]))
+    assert read_back(tmp_path / "out") == by_subject({"train/0": ROWS["train/0"]})
+
+
+def test_numeric_value_may_be_absent(tmp_path: Path) -> None:
+    raw = write_raw(tmp_path / "raw", {"train/0": [(1, 1, "A", None)]})
+    path = raw / "data" / "train" / "0.parquet"
+    write(pq.read_table(path).drop_columns("numeric_value"), path)
+    prepare(config(raw, tmp_path / "out"))
+    assert read_back(tmp_path / "out") == {1: [(1, 1, "A", None)]}
+
+
+def test_subjects_without_splits_are_split_by_hash(tmp_path: Path) -> None:
+    rows = {"0": [(s, 1, "A", None) for s in range(2000)]}
+    raw = write_raw(tmp_path / "raw", rows, with_splits=False)
+    prepare(config(raw, tmp_path / "a", splits=SplitsConfig(0.5, 0.3, 0.2)))
+    splits = read_splits(tmp_path / "a")
+    shares = {s: pc.sum(pc.equal(splits["split"], s)).as_py() / 2000 for s in ("train", "tuning", "held_out")}
+    assert shares == pytest.approx({"train": 0.5, "tuning": 0.3, "held_out": 0.2}, abs=0.04)
+    prepare(config(raw, tmp_path / "b", splits=SplitsConfig(0, 0, 1)))
+    assert set(read_splits(tmp_path / "b")["split"].to_pylist()) == {"held_out"}
+    prepare(config(raw, tmp_path / "c", splits=SplitsConfig(0.5, 0.3, 0.2), seed=1))
+    assert read_splits(tmp_path / "c")["split"] != splits["split"]
+
+
+def test_labels_come_along_without_null_columns(tmp_path: Path) -> None:
+    raw = write_raw(tmp_path / "raw")
+    when = datetime.datetime(2020, 1, 1)
+    labels = {"subject_id": [1, 3], "prediction_time": pa.array([when, when], pa.timestamp("us"))}
+    nulls = pa.nulls(2, pa.float64())
+    write(
+        pa.table({**labels, "boolean_value": [True, False], "float_value": nulls}), raw / "labels/died/train/0.parquet"
+    )
+    prepare(config(raw, tmp_path / "out"))
+    table = read_labels(tmp_path / "out" / "labels" / "died")
+    meds.LabelSchema.validate(table)
+    assert table.column_names == ["subject_id", "prediction_time", "boolean_value"]
+    assert table["boolean_value"].to_pylist() == [True, False]
+
+
+def test_mimic_demo(tmp_path: Path, shared_data: Path) -> None:
+    raw = shared_data / "mimic_iv_demo_meds"
+    prepare(config(raw, tmp_path))
+    histories = Histories.open(tmp_path)
+    shards = {path.stem: pq.read_table(path) for path in (raw / "data" / "train").glob("*.parquet")}
+    rows = pa.concat_tables([pq.read_table(path) for path in (raw / "data").rglob("*.parquet")])
+    assert len(histories) == 80 and shards
+    births = pc.sum(pc.equal(rows["code"], "MEDS_BIRTH")).as_py()
+    assert histories.index["num_events"].sum() == rows.num_rows - rows["time"].null_count - births
+    sizes = pa.concat_tables(shards.values()).group_by("code").aggregate([("code", "count")])
+    expected = dict(zip(sizes["code"].to_pylist(), sizes["code_count"].to_pylist(), strict=True))
+    vocabulary = pq.read_table(tmp_path / "histories" / "vocabulary.parquet")
+    counts = dict(zip(vocabulary["code"].to_pylist(), vocabulary["count"].to_pylist(), strict=True))
+    assert {code: count for code, count in counts.items() if count} == expected
+
+
+# --------------------------------------------------------------------------------------- finished, and interrupted
+
+
+def test_finished_it_does_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = config(write_raw(tmp_path / "raw"), tmp_path / "out")
+    prepare(settings)
+    times = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*")}
+    prepare(settings)
+    assert "nothing to do" in capsys.readouterr().err.replace("\n", " ")
+    assert times == {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*")}
+
+
+@pytest.mark.parametrize("stage", ["count_shard", "encode_shard", "_write_vocabulary", "_write_index"])
+def test_interrupted_it_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
+    raw, out = write_raw(tmp_path / "raw"), tmp_path / "out"
+    prepare(config(raw, tmp_path / "undisturbed"))
+    original, calls = getattr(module, stage), []
+
+    def interrupted(*args: object, **kwargs: object) -> object:
+        calls.append(args)
+        if len(calls) == (3 if "shard" in stage else 1):
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(module, stage, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(config(raw, out))
+    with pytest.raises(UserError, match="not a prepared dataset"):
+        Histories.open(out)
+    with (out / "histories" / ".work" / "journal.jsonl").open("a") as journal:
+        journal.write('["write hist')  # the kill came while a line was written
+    calls.clear()
+    monkeypatch.setattr(module, stage, lambda *a, **k: (calls.append(a), original(*a, **k)))
+    prepare(config(raw, out))
+    assert len(calls) == (2 if "shard" in stage else 1)  # of four shards, two were done
+    assert files(out) == files(tmp_path / "undisturbed")
+
+
+def test_a_folder_with_anything_else_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw, out = write_raw(tmp_path / "raw"), tmp_path / "out"
+    write_raw(tmp_path / "other", {"train/0": [(9, 1, "A", None)]})
+    out.mkdir()
+    (out / "thesis.txt").write_text("precious")
+    with pytest.raises(UserError, match="not empty: out=DIR must be"):
+        prepare(config(raw, out))
+    (out / "thesis.txt").unlink()
+    monkeypatch.setattr(module, "count_shard", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        prepare(config(raw, out))
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="unfinished preparation of other data or settings"):
+        prepare(config(tmp_path / "other", out))
+    prepare(config(raw, out))
+    before = files(out)
+    with pytest.raises(UserError, match="prepared from other data or settings"):
+        prepare(config(tmp_path / "other", out))
+    assert files(out) == before
+
+
+def test_two_preparations_do_not_write_at_once(tmp_path: Path) -> None:
+    raw, out = write_raw(tmp_path / "raw"), tmp_path / "out"
+    (out / "histories" / ".work").mkdir(parents=True)
+    with (out / "histories" / ".work" / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another preparation is writing there"):
+            prepare(config(raw, out))
+    prepare(config(raw, out))
+
+
+def test_the_source_moved_is_the_same_source(tmp_path: Path) -> None:
+    prepare(config(write_raw(tmp_path / "raw"), tmp_path / "out"))
+    (tmp_path / "raw").rename(tmp_path / "moved")
+    before = files(tmp_path / "out")
+    prepare(config(tmp_path / "moved", tmp_path / "out"))
+    assert files(tmp_path / "out") == before
+
+
+# ----------------------------------------------------------------------------------------------------- bad input
+
+
+def edit(path: str, change: Callable[[pa.Table], pa.Table]) -> Callable[[Path], None]:
+    return lambda raw: write(change(pq.read_table(raw / path)), raw / path)
+
+
+def retype(name: str, values: list) -> Callable[[pa.Table], pa.Table]:
+    return lambda table: table.set_column(table.column_names.index(name), name, pa.array(values))
+
+
+def rows(*shard_rows: Row) -> Callable[[Path], None]:
+    return lambda raw: write(data_table(list(shard_rows)), raw / "data/train/1.parquet")
+
+
+def truncate(raw: Path) -> None:
+    path = raw / "data/train/1.parquet"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def damage(raw: Path) -> None:
+    path = raw / "data/train/1.parquet"
+    content = bytearray(path.read_bytes())
+    content[4:60] = bytes(56)  # pages, not the footer
+    path.write_bytes(content)
+
+
+BAD: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no folder": (lambda raw: raw.rename(raw.with_name("gone")), r"raw: no such folder: raw=DIR must be"),
+    "empty folder": (lambda raw: [p.unlink() for p in raw.rglob("*.parquet")], r"raw/data: no \*.parquet shards"),
+    "truncated": (truncate, r"train/1\.parquet: not a readable Parquet file .* fetch"),
+    "damaged": (damage, r"train/1\.parquet: not a readable Parquet file .* fetch"),
+    "no code": (
+        edit("data/train/1.parquet", lambda t: t.drop_columns("code")),
+        r"train/1\.parquet: column code is missing",
+    ),
+    "integer code": (
+        edit("data/train/1.parquet", retype("code", [1, 2])),
+        r"train/1\.parquet: column code is int64, MEDS 0\.4 has string: write it as that",
+    ),
+    "text subject": (
+        edit("data/train/1.parquet", retype("subject_id", ["3", "3"])),
+        r"train/1\.parquet: column subject_id is string, MEDS 0\.4 has int64",
+    ),
+    "times in nanoseconds that do not fit": (
+        edit("data/train/1.parquet", retype("time", pa.array([None, 1], pa.timestamp("ns")))),
+        r"train/1\.parquet: rows from 0: .*lose data",
+    ),
+    "unsorted": (
+        rows((3, 7, "K", 1.0), (3, 6, "K", 1.0)),
+        r"train/1\.parquet: row 1: earlier than the row before: sort the shard",
+    ),
+    "unsorted around a static row": (
+        rows((3, 7, "K", 1.0), (3, None, "A", None), (3, 6, "K", 1.0)),
+        r"train/1\.parquet: row 2: earlier than the row before",
+    ),
+    "not contiguous": (
+        rows((3, 7, "K", 1.0), (2, 7, "K", 1.0), (3, 8, "K", 1.0)),
+        r"train/1\.parquet: 1 subject\(s\) not contiguous: sort the shard",
+    ),
+    "two shards": (
+        rows((3, 7, "K", 1.0), (4, 7, "K", 1.0)),
+        r"train/1\.parquet and .*tuning/0\.parquet: share 1 subject\(s\): write each subject into one shard",
+    ),
+    "two splits": (
+        edit("metadata/subject_splits.parquet", lambda t: pa.concat_tables([t, t.slice(0, 1)])),
+        r"subject_splits\.parquet: rows 0 and 5 are the same subject: a subject has one split",
+    ),
+    "no split": (
+        edit("metadata/subject_splits.parquet", lambda t: t.slice(1)),
+        r"subject_splits\.parquet: 1 of 5 subjects have no split: add them",
+    ),
+    "splits without a column": (
+        edit("metadata/subject_splits.parquet", lambda t: t.drop_columns("split")),
+        r"subject_splits\.parquet: Missing required columns: split",
+    ),
+    "empty shard": (rows(), r"train/1\.parquet: holds no rows: delete the shard"),
+    "infinite": (
+        rows((3, 7, "K", 1.0), (3, 7, "K", -np.inf)),
+        r"train/1\.parquet: row 1: numeric_value is infinite: write null",
+    ),
+    "null subject": (rows((None, 7, "K", 1.0)), r"train/1\.parquet: row 0: subject_id is null"),  # type: ignore[arg-type]
+    "null code": (rows((3, 7, "K", 1.0), (3, 8, None, 1.0)), r"train/1\.parquet: row 1: code is null"),  # type: ignore[arg-type]
+    "other version": (
+        lambda raw: (raw / "metadata/dataset.json").write_text('{"meds_version": "0.3.3"}'),
+        r"dataset\.json: MEDS version 0\.3\.3 is not supported: convert",
+    ),
+    "no version": (
+        lambda raw: (raw / "metadata/dataset.json").unlink(),
+        r'dataset\.json: missing or without "meds_version"',
+    ),
+    "labels without a time": (
+        lambda raw: write(pa.table({"subject_id": [1], "boolean_value": [True]}), raw / "labels/t/0.parquet"),
+        r"labels/t/0\.parquet: column prediction_time is missing",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line_and_leaves_nothing(tmp_path: Path, name: str) -> None:
+    spoil, message = BAD[name]
+    raw = write_raw(tmp_path / "raw")
+    spoil(raw)
+    with pytest.raises(DataError, match=message) as raised:
+        prepare(config(raw, tmp_path / "out"))
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_input_found_by_a_worker_process(tmp_path: Path) -> None:
+    raw = write_raw(tmp_path / "raw")
+    BAD["unsorted"][0](raw)
+    with pytest.raises(DataError, match=BAD["unsorted"][1]):
+        prepare(config(raw, tmp_path / "out", workers=2))
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_linked_raw_data_stay_as_they_are(tmp_path: Path) -> None:
+    raw = write_raw(tmp_path / "raw")
+    before = files(raw)
+    prepare(config(raw, tmp_path / "out"))
+    assert files(raw) == before
+    assert os.stat(raw / "data/train/0.parquet").st_ino == os.stat(tmp_path / "out/data/train/0.parquet").st_ino
+
+
+def test_a_full_disk_is_one_line_and_the_command_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw, out = write_raw(tmp_path / "raw"), tmp_path / "out"
+    original = pq.write_table
+
+    def full(table: pa.Table, path: Path, **kwargs: object) -> None:
+        original(table, path, **kwargs)
+        if "statistics" in str(path) and "held_out" not in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(pq, "write_table", full)
+    with pytest.raises(UserError, match="no space left to write it: free some and run the same command again"):
+        prepare(config(raw, out))
+    assert not list(out.rglob("*.tmp"))
+    monkeypatch.undo()
+    prepare(config(raw, out))
+    assert read_back(out) == by_subject(ROWS)
+
+
+def test_the_command_exits_2_with_one_line_when_files_cannot_grow(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    noise = [(1, t, f"C{t % 7}", float(v)) for t, v in enumerate(rng.normal(size=5000))]
+    raw = write_raw(tmp_path / "raw", {"train/0": noise})
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # noqa: E731
+    command = [sys.executable, "-m", "hymate.data.prepare", "source=meds", f"raw={raw}", f"out={tmp_path / 'out'}"]
+    run = subprocess.run([*command, "workers=1"], cwd=ROOT, capture_output=True, text=True, preexec_fn=limit)
+    assert run.returncode == 2, run.stderr
+    assert "error: " in run.stderr.splitlines()[-1] and "no space left" in run.stderr.splitlines()[-1]
+    assert "Traceback" not in run.stderr and not list((tmp_path / "out").rglob("*.tmp"))
+
+
+def test_settings_that_cannot_be(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="splits must be shares that add up to 1"):
+        SplitsConfig(train=1)
+    with pytest.raises(ConfigError, match="workers must be at least 1"):
+        config(tmp_path, tmp_path, workers=0)
+    with pytest.raises(ConfigError, match="raw is required with source=meds"):
+        PrepareConfig(source="meds", out="x")
+    with pytest.raises(UserError, match="not a prepared dataset: run python -m hymate"):
+        Histories.open(tmp_path)
+
+
+def test_a_newer_format_is_refused(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    prepare(config(write_raw(tmp_path / "raw"), out))
+    path = out / "histories" / "metadata.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format_version": 2}))
+    with pytest.raises(UserError, match="format version 2, this program reads 1"):
+        Histories.open(out)

@@ -1,0 +1,299 @@
+"""The pretraining command, end to end: real Ray and DeepSpeed processes, killed and continued."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from hymate.bundle import read_bundle
+from hymate.config import UserError, load
+from hymate.training.launch import pretrain
+from hymate.training.pretraining import PretrainConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+STEPS, EVAL_EVERY = 60, 10
+PATIENCE_S = 180.0
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("synthetic") / "data"
+    arguments = ["source=synthetic", f"out={out}", "synthetic.subjects=60", "synthetic.mean_events=300"]
+    subprocess.run([sys.executable, "-m", "hymate.data.prepare", *arguments], cwd=ROOT, check=True)
+    return out
+
+
+@pytest.fixture(scope="module")
+def environment() -> Iterator[dict[str, str]]:
+    """Settings of every command here; Ray's files in a folder with a short name (its sockets' paths are limited)."""
+    folder = tempfile.mkdtemp(prefix="hy", dir="/tmp")
+    yield {**os.environ, "RAY_TMPDIR": folder, "TORCHDYNAMO_DISABLE": "1"}
+    wait_until(lambda: not ray_processes(folder), "Ray's processes end")
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def command(data: Path, runs: Path, *overrides: str) -> list[str]:
+    settings = {
+        "data.path": data,
+        "data.context": 512,
+        "data.tokens_per_row": 512,
+        "data.min_count": 2,
+        "model": "debug",
+        "train": "zero2",
+        "train.num_workers": 2,
+        "train.rows_per_step": 4,
+        "train.max_steps": STEPS,
+        "train.warmup_steps": 5,
+        "train.eval_every": EVAL_EVERY,
+        "train.eval_rows": 4,
+        "train.log_every": 1,
+        "run.dir": runs,
+    }
+    given = {override.partition("=")[0] for override in overrides}
+    kept = [f"{key}={value}" for key, value in settings.items() if key not in given]
+    return [sys.executable, str(ROOT / "pretrain" / "run.py"), *kept, *overrides]
+
+
+def run(arguments: list[str], environment: dict[str, str], cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(arguments, env=environment, cwd=cwd, capture_output=True, text=True, timeout=PATIENCE_S)
+
+
+def wait_until(condition: Callable[[], object], what: str) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline, f"waited in vain until {what}"
+        time.sleep(0.05)
+
+
+def processes() -> dict[int, tuple[int, str]]:
+    """pid -> (parent's pid, command line) of what runs on this machine."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            found[int(folder.name)] = (parent, (folder / "cmdline").read_text().replace("\0", " "))
+        except (OSError, ValueError):
+            continue  # it ended meanwhile
+    return found
+
+
+def ray_processes(folder: str) -> set[int]:
+    return {pid for pid, (_, line) in processes().items() if f"{folder}/" in line}
+
+
+def train_workers(folder: str) -> set[int]:
+    """The training workers below the raylet whose session is in `folder`."""
+    raylets = {pid for pid, (_, line) in processes().items() if "/raylet " in line and f"{folder}/" in line}
+    return {pid for pid, (parent, line) in processes().items() if parent in raylets and "RayTrainWorker" in line}
+
+
+def step_of(run_folder: Path) -> int:
+    try:
+        return json.loads((run_folder / "progress.json").read_text())["step"]
+    except (OSError, ValueError):
+        return 0
+
+
+@contextmanager
+def started(arguments: list[str], environment: dict[str, str], cwd: Path) -> Iterator[subprocess.Popen[bytes]]:
+    process = subprocess.Popen(arguments, env=environment, cwd=cwd, stdout=subprocess.DEVNULL)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def scalars(run_folder: Path, name: str) -> list[tuple[int, float]]:
+    events = EventAccumulator(str(run_folder / "tb"), size_guidance={"scalars": 0})
+    events.Reload()
+    return [(point.step, point.value) for point in events.Scalars(name)]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    data: Path, environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """A finished run of two workers and what its command said."""
+    runs = tmp_path_factory.mktemp("undisturbed")
+    done = run(command(data, runs), environment, runs)
+    assert done.returncode == 0, done.stderr
+    return runs / "pretrain", done
+
+
+def test_a_run_ends_in_a_bundle_and_says_where(
+    undisturbed: tuple[Path, subprocess.CompletedProcess[str]], data: Path
+) -> None:
+    folder, done = undisturbed
+    assert re.search(rf"best val_loss \d+\.\d+ at step \d+\nbundle: {folder}/bundle\ncurves: tensorboard", done.stdout)
+    assert re.search(rf"step {STEPS}/{STEPS}  loss .* val_loss .* events/s", done.stdout)
+    assert len(done.stdout.splitlines()) < 20 and not done.stderr, done.stderr
+    bundle = read_bundle(folder, kind="pretrained")
+    assert bundle.model.d_model == 32 and bundle.data.context == 512
+    assert bundle.extra["metrics"]["val_loss"] == json.loads((folder / "result.json").read_text())["val_loss"]
+    assert bundle.extra["data_fingerprint"] in (folder / "bundle" / "README.md").read_text()
+
+
+def test_a_run_learns_and_shows_it_on_tensorboard(undisturbed: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    folder, _ = undisturbed
+    losses = [value for _, value in scalars(folder, "train/loss")]
+    assert len(losses) == STEPS and sum(losses[-10:]) < sum(losses[:10])
+    for name in ("code_loss", "value_loss", "learning_rate", "gradient_norm", "events_per_second"):
+        assert len(scalars(folder, f"train/{name}")) == STEPS
+    assert all(0 < value <= 1 for _, value in scalars(folder, "train/packing_efficiency"))
+    assert [step for step, _ in scalars(folder, "validation/val_loss")] == [*range(EVAL_EVERY, STEPS + 1, EVAL_EVERY)]
+
+
+def test_the_best_checkpoints_and_the_last_are_kept(undisturbed: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    folder, _ = undisturbed
+    scores = dict(scalars(folder, "validation/val_loss"))
+    kept = {json.loads(path.read_text())["step"] for path in (folder / "checkpoints").glob("*/state.json")}
+    assert kept == {*sorted(scores, key=lambda step: scores[step])[:2], STEPS}
+
+
+def test_a_finished_run_is_not_run_again(
+    undisturbed: tuple[Path, subprocess.CompletedProcess[str]], data: Path, environment: dict[str, str]
+) -> None:
+    folder, done = undisturbed
+    before = (folder / "bundle" / "model.safetensors").stat().st_mtime_ns
+    again = run(command(data, folder.parent), environment, folder)
+    assert again.stdout.splitlines() == done.stdout.splitlines()[-3:]
+    assert (folder / "bundle" / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_another_configuration_does_not_continue_the_run(
+    undisturbed: tuple[Path, subprocess.CompletedProcess[str]], data: Path, environment: dict[str, str]
+) -> None:
+    folder, _ = undisturbed
+    other = run(command(data, folder.parent, "train.learning_rate=0.01"), environment, folder)
+    assert other.returncode == 2
+    assert "train.learning_rate was 0.001, now 0.01; choose another run.name" in other.stderr
+    assert len(other.stderr.splitlines()) == 1
+
+
+def test_killed_workers_and_a_killed_driver_change_nothing(
+    undisturbed: tuple[Path, subprocess.CompletedProcess[str]],
+    data: Path,
+    environment: dict[str, str],
+    tmp_path: Path,
+) -> None:
+    whole, _ = undisturbed
+    arguments, folder, ray_folder = command(data, tmp_path), tmp_path / "pretrain", environment["RAY_TMPDIR"]
+    with started(arguments, environment, tmp_path) as driver:
+        wait_until(lambda: step_of(folder) > EVAL_EVERY or driver.poll() is not None, "the first checkpoint is there")
+        first = train_workers(ray_folder)
+        assert len(first) == 2
+        os.kill(max(first), signal.SIGKILL)
+        wait_until(
+            lambda: not first & train_workers(ray_folder) or driver.poll() is not None, "the workers are replaced"
+        )
+        wait_until(lambda: step_of(folder) > 2 * EVAL_EVERY or driver.poll() is not None, "the run goes on")
+        assert driver.poll() is None and step_of(folder) < STEPS, "the driver was to be killed in mid-run"
+    wait_until(lambda: not ray_processes(ray_folder), "the killed driver's cluster has ended")
+    resumed = run(arguments, environment, tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+
+    assert json.loads((folder / "result.json").read_text())["val_loss"] == pytest.approx(
+        json.loads((whole / "result.json").read_text())["val_loss"], abs=0, rel=0
+    )
+    expected, actual = (load_file(path / "bundle" / "model.safetensors") for path in (whole, folder))
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+    assert scalars(folder, "train/loss") == scalars(whole, "train/loss"), "steps are missing, doubled or different"
+
+
+@pytest.fixture(scope="module")
+def cluster(environment: dict[str, str]) -> Iterator[dict[str, str]]:
+    """Settings that lead to a running cluster."""
+    ray = str(Path(sys.executable).with_name("ray"))
+    port = "26379"
+    settings = {**environment, "RAY_AUTH_MODE": "disabled", "RAY_ADDRESS": f"127.0.0.1:{port}"}
+    options = ["--num-cpus", "2", "--include-dashboard", "false", "--disable-usage-stats"]
+    head = {key: value for key, value in settings.items() if key != "RAY_ADDRESS"}
+    subprocess.run(
+        [ray, "start", "--head", "--port", port, "--temp-dir", environment["RAY_TMPDIR"], *options],
+        env=head,
+        check=True,
+        capture_output=True,
+        cwd=ROOT,
+    )
+    yield settings
+    for pid in ray_processes(environment["RAY_TMPDIR"]):
+        os.kill(pid, signal.SIGKILL)
+
+
+def test_a_longer_run_goes_on_with_one_worker_on_a_running_cluster(
+    undisturbed: tuple[Path, subprocess.CompletedProcess[str]], data: Path, cluster: dict[str, str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "pretrain"
+    shutil.copytree(undisturbed[0], folder)
+    changes = ("train.num_workers=1", "train.zero_stage=3", f"train.max_steps={STEPS + EVAL_EVERY}")
+    longer = run(command(data, tmp_path, *changes), cluster, tmp_path)
+    assert longer.returncode == 0, longer.stderr
+    assert [step for step, _ in scalars(folder, "train/loss")] == [*range(1, STEPS + EVAL_EVERY + 1)]
+    kept = {json.loads(path.read_text())["step"] for path in (folder / "checkpoints").glob("*/state.json")}
+    assert STEPS + EVAL_EVERY in kept
+
+
+def test_a_failing_worker_ends_the_command_with_its_own_error(
+    data: Path, cluster: dict[str, str], tmp_path: Path
+) -> None:
+    changes = ("train.learning_rate=1e30", "train.warmup_steps=0", "train.num_workers=1", "train.max_failures=0")
+    failed = run(command(data, tmp_path, *changes), cluster, tmp_path)
+    assert failed.returncode == 1
+    assert re.search(r"FloatingPointError: the loss of step \d+ is nan", failed.stderr), failed.stderr
+    assert not (tmp_path / "pretrain" / "bundle").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.path=nowhere"], "not a prepared dataset"),
+        (["train.num_workers=1000", "train.rows_per_step=1000"], "CPUs, this machine has"),
+        (["train.use_gpu=true"], "CUDA devices"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_any_worker(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str], message: str
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(UserError, match=message) as caught:
+        pretrain(load("pretrain", command(data, tmp_path, *overrides)[2:], PretrainConfig))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "pretrain").exists()
+
+
+def test_a_dataset_without_a_tuning_split_is_refused(data: Path, tmp_path: Path) -> None:
+    shutil.copytree(data, tmp_path / "data")
+    index = tmp_path / "data" / "histories" / "index.parquet"
+    table = pq.read_table(index)
+    split = pc.replace_substring(table["split"], "tuning", "train")
+    pq.write_table(table.set_column(1, pa.field("split", pa.string()), split), index)
+    with pytest.raises(UserError, match="no subject in its tuning split"):
+        pretrain(load("pretrain", command(tmp_path / "data", tmp_path)[2:], PretrainConfig))
+
+
+def test_the_run_folder_keeps_its_configuration(undisturbed: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    tree = yaml.safe_load((undisturbed[0] / "config.yaml").read_text())
+    assert tree["train"]["max_steps"] == STEPS and tree["model"]["d_model"] == 32 and tree["data_fingerprint"]

@@ -1,0 +1,349 @@
+"""Tasks: each labelling rule on a hand-written history, and all of them against a plain count on real data."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+from meds import LabelSchema
+
+from hymate.config import TaskConfig, UserError, load
+from hymate.data import tasks
+
+START = datetime(2100, 1, 1)
+ADMITTED, HOME, DIED = "HOSPITAL_ADMISSION//EW EMER.", "HOSPITAL_DISCHARGE//HOME", "HOSPITAL_DISCHARGE//DIED"
+DEATH, LAB = "MEDS_DEATH", "LAB//50912//mg/dL"
+History = list[tuple[float, str]]  # days since START, code
+Labels = dict[float, bool]  # prediction time in days since START -> label
+
+
+@dataclass(frozen=True)
+class Root:
+    task: TaskConfig
+
+
+def task(name: str, *overrides: str) -> TaskConfig:
+    return load(f"task/{name}", overrides, Root).task
+
+
+def write(root: Path, histories: list[History], shard: str = "train/0", first_subject: int = 1) -> None:
+    """A MEDS shard with one subject a history, each with a static event."""
+    rows: list[tuple[int, datetime | None, str]] = []
+    for subject, history in enumerate(histories, start=first_subject):
+        rows.append((subject, None, "GENDER//F"))
+        rows += [(subject, START + timedelta(days=day), code) for day, code in history]
+    subjects, times, codes = zip(*rows, strict=True)
+    path = root / "data" / f"{shard}.parquet"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    columns = {
+        "subject_id": pa.array(subjects, pa.int64()),
+        "time": pa.array(times, pa.timestamp("us")),
+        "code": pa.array(codes, pa.string()),
+        "numeric_value": pa.nulls(len(rows), pa.float32()),
+    }
+    pq.write_table(pa.table(columns), path)
+
+
+def stay(start: float, end: float, discharge: str = HOME) -> History:
+    return [(start, ADMITTED), (end, discharge)]
+
+
+def days(time: datetime) -> float:
+    return round((time - START) / timedelta(days=1), 6)
+
+
+def extract(root: Path, history: History, config: TaskConfig) -> tuple[Labels, dict[str, int]]:
+    """Labels and counts of one history; a second subject makes sure that there is a label at all."""
+    other = [*stay(0, 2), *stay(10, 12), (100, LAB)]
+    write(root, [history, other])
+    result = tasks.labels(root, config)
+    rows = [row for row in result.table.to_pylist() if row["subject_id"] == 1]
+    return {days(row["prediction_time"]): row["boolean_value"] for row in rows}, result.counts
+
+
+# ------------------------------------------------------------------------------------------------- readmission
+
+# history, its labels, and what it adds to the counts
+READMISSION: dict[str, tuple[History, Labels, dict[str, int]]] = {
+    "readmitted": ([*stay(0, 3), (20, ADMITTED), (80, LAB)], {3: True}, {}),
+    "on day 30 exactly": ([*stay(0, 3), (33, ADMITTED), (80, LAB)], {3: True}, {}),
+    "a minute too late": ([*stay(0, 3), (33 + 1 / 1440, ADMITTED), (80, LAB)], {3: False}, {}),
+    "never readmitted": ([*stay(0, 3), (80, LAB)], {3: False}, {}),
+    "followed up to the window's end": ([*stay(0, 3), (33, LAB)], {3: False}, {}),
+    "record ends early": ([*stay(0, 3), (32.9, LAB)], {}, {"censored": 1}),
+    "record ends at the discharge": (stay(0, 3), {}, {"censored": 1}),
+    "positive although the record ends early": ([*stay(0, 3), (20, ADMITTED), (21, LAB)], {3: True}, {}),
+    "positive although death follows": ([*stay(0, 3), (20, ADMITTED), (25, DEATH)], {3: True}, {}),
+    "discharge coded as death": ([*stay(0, 3, DIED), (3.5, LAB)], {}, {"died_in_hospital": 1}),
+    "death stamped after the discharge": ([*stay(0, 3, DIED), (3.3, DEATH)], {}, {"died_in_hospital": 1}),
+    "death stamped at the discharge": ([(0, ADMITTED), (3, HOME), (3, DEATH)], {}, {"died_in_hospital": 1}),
+    "death stamped before the discharge": ([(0, ADMITTED), (2.9, DEATH), (3, HOME)], {}, {"died_in_hospital": 1}),
+    "dead, yet admitted again": ([*stay(0, 3, DIED), (9, ADMITTED), (80, LAB)], {}, {"died_in_hospital": 1}),
+    "death at home": ([*stay(0, 3), (3.3, DEATH)], {3: False}, {"competing_deaths": 1}),
+    "death on day 30": ([*stay(0, 3), (33, DEATH), (33, LAB)], {3: False}, {"competing_deaths": 1}),
+    "death after the window": ([*stay(0, 3), (34, DEATH)], {3: False}, {}),
+    "transfer at the same instant": ([*stay(0, 3), *stay(3, 9), (80, LAB)], {3: False, 9: False}, {"triggers": 1}),
+    "two discharges at one time": ([(0, ADMITTED), (3, HOME), (3, HOME), (80, LAB)], {3: False}, {}),
+    "every discharge": ([*stay(0, 3), *stay(9, 12), (80, LAB)], {3: True, 12: False}, {"triggers": 1}),
+    "no admission seen": ([(3, HOME), (80, LAB)], {3: False}, {}),
+}
+
+
+@pytest.mark.parametrize("case", READMISSION)
+def test_readmission_rules(case: str, tmp_path: Path) -> None:
+    history, expected, added = READMISSION[case]
+    found, counts = extract(tmp_path, history, task("readmission"))
+    assert found == expected
+    base = {"triggers": 3, "excluded": 0, "died_in_hospital": 0, "competing_deaths": 0, "censored": 0}
+    base["triggers"] += added.get("triggers", 0)
+    assert {name: counts[name] for name in base} == {**base, **added, "triggers": base["triggers"]}
+    assert counts["labels"] == 2 + len(expected)
+    assert counts["positives"] == 1 + sum(expected.values())
+    assert counts["subjects"] == 1 + bool(expected)
+
+
+def test_competing_deaths_can_be_excluded(tmp_path: Path) -> None:
+    config = task("readmission", "task.competing_rule=exclude")
+    found, counts = extract(tmp_path, [*stay(0, 3), *stay(20, 22), (30, DEATH)], config)
+    assert found == {3: True}  # a readmission before the death stays positive; the second discharge goes
+    assert (counts["triggers"], counts["competing_deaths"], counts["labels"]) == (4, 1, 3)
+
+
+def test_without_a_competing_event_death_is_the_end_of_the_record(tmp_path: Path) -> None:
+    found, counts = extract(tmp_path, [*stay(0, 3), (10, DEATH)], task("readmission", "task.competing=null"))
+    assert found == {}
+    assert (counts["censored"], counts["competing_deaths"]) == (1, 0)
+
+
+# --------------------------------------------------------------------------------- mortality and length of stay
+
+MORTALITY: dict[str, tuple[History, Labels]] = {
+    "discharged": (stay(0, 5), {1: False}),
+    "died": (stay(0, 5, DIED), {1: True}),
+    "death stamped after the discharge coded as death": ([*stay(0, 5, DIED), (5.4, DEATH)], {1: True}),
+    "death stamped without a discharge": ([(0, ADMITTED), (5, DEATH)], {1: True}),
+    "death at the discharge time": ([*stay(0, 5), (5, DEATH)], {1: True}),
+    "died at home": ([*stay(0, 5), (5.4, DEATH)], {1: False}),
+    "died in the second day": (stay(0, 1.5, DIED), {1: True}),
+    "discharged within 24 hours": (stay(0, 0.9), {}),
+    "discharged at 24 hours": (stay(0, 1), {}),
+    "died within 24 hours": (stay(0, 0.9, DIED), {}),
+    "stay not seen to end": ([(0, ADMITTED), (9, LAB)], {}),
+    "admitted anew within 24 hours": ([(0, ADMITTED), *stay(0.5, 5)], {1.5: False}),
+    "transfer at the same instant": ([*stay(0, 3), *stay(3, 9, DIED)], {1: False, 4: True}),
+}
+
+
+@pytest.mark.parametrize("case", MORTALITY)
+def test_mortality_rules(case: str, tmp_path: Path) -> None:
+    history, expected = MORTALITY[case]
+    found, counts = extract(tmp_path, history, task("mortality"))
+    assert found == expected
+    assert counts["labels"] == 2 + len(expected)
+    admissions = sum(code == ADMITTED for _, code in history)
+    assert (counts["triggers"], counts["excluded"]) == (2 + admissions, admissions - len(expected))
+
+
+def test_the_gap_before_the_target_can_be_widened(tmp_path: Path) -> None:
+    config = task("mortality", "task.definition.windows.gap.end='start + 48h'")
+    found, _ = extract(tmp_path, [*stay(0, 1.5, DIED), *stay(10, 15, DIED)], config)
+    assert found == {11: True}
+
+
+@pytest.mark.parametrize(
+    ("history", "expected", "stayed"),
+    [
+        (stay(0, 7), {1: False}, 7),
+        (stay(0, 7.01), {1: True}, 7.01),
+        (stay(2, 12.5, DIED), {3: True}, 10.5),
+        (stay(0, 0.9), {}, None),
+    ],
+)
+def test_length_of_stay_rules(history: History, expected: Labels, stayed: float | None, tmp_path: Path) -> None:
+    found, _ = extract(tmp_path, history, task("length_of_stay"))
+    assert found == expected
+    rows = [row for row in tasks.labels(tmp_path, task("length_of_stay")).table.to_pylist() if row["subject_id"] == 1]
+    assert [row["float_value"] for row in rows] == ([] if stayed is None else [pytest.approx(stayed)])
+
+
+# ------------------------------------------------------------------------------------------- where labels come from
+
+
+def test_shards_are_labelled_alike_and_written_as_meds(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    histories = [[*stay(0, 3), *stay(9, 12, DIED)], [*stay(5, 8), (90, LAB)]]
+    write(tmp_path, histories, "train/0", 1)
+    write(tmp_path, histories, "held_out/0", 11)
+    write(tmp_path, [[(0, LAB)]], "train/1", 21)  # a shard without a trigger
+    caplog.set_level(logging.WARNING)
+    result = tasks.labels(tmp_path, task("mortality"))
+    assert not caplog.records
+    one, other = (pq.read_table(tmp_path / "labels/mortality" / f"{s}.parquet") for s in ("train/0", "held_out/0"))
+    assert one.drop_columns("subject_id").equals(other.drop_columns("subject_id"))
+    assert one.num_rows == 3
+    for path in (tmp_path / "labels/mortality").rglob("*.parquet"):
+        LabelSchema.validate(pq.read_table(path))
+    summary = json.loads((tmp_path / "labels/mortality/counts.json").read_text())
+    assert summary["counts"] == result.counts
+    assert summary["shards"]["train/0"] == summary["shards"]["held_out/0"]
+    assert summary["shards"]["train/1"]["triggers"] == 0
+    assert result.counts["labels"] == result.table.num_rows == 6
+
+
+def test_extraction_happens_once_and_again_when_definition_or_data_change(tmp_path: Path) -> None:
+    write(tmp_path, [[*stay(0, 3), (20, ADMITTED), (80, LAB)]])
+    first = tasks.labels(tmp_path, task("readmission"))
+    written = tmp_path / "labels/readmission/train/0.parquet"
+    stamp = written.stat().st_mtime_ns
+    assert tasks.labels(tmp_path, task("readmission")) == first
+    assert written.stat().st_mtime_ns == stamp
+    shorter = task("readmission", "task.definition.windows.target.end='start + 10d'")
+    assert tasks.labels(tmp_path, shorter).counts["positives"] == 0
+    assert tasks.labels(tmp_path, task("readmission")) == first
+    write(tmp_path, [[*stay(0, 3), (80, LAB)], [*stay(0, 3), (80, LAB)]])
+    assert tasks.labels(tmp_path, task("readmission")).counts["labels"] == 2
+    assert [path.name for path in (tmp_path / "labels").iterdir()] == ["readmission"]
+
+
+def test_an_interrupted_extraction_leaves_nothing(tmp_path: Path) -> None:
+    write(tmp_path, [[*stay(0, 3), (80, LAB)]], "train/0")
+    (tmp_path / "data/train/1.parquet").write_bytes(b"PAR1 not a table")
+    with pytest.raises(UserError, match=r"train/1\.parquet"):
+        tasks.labels(tmp_path, task("readmission"))
+    assert list((tmp_path / "labels").iterdir()) == []
+
+
+def test_predicates_are_overridden_from_the_command_line(tmp_path: Path) -> None:
+    write(tmp_path, [[(0, "ADM-1"), (3, "DIS-1"), (9, "ADM-2"), (80, LAB)]])
+    with pytest.raises(UserError, match=r"matches its trigger hospital_discharge: .*predicates\.hospital_discharge"):
+        tasks.labels(tmp_path, task("readmission"))
+    config = task(
+        "readmission",
+        "task.definition.predicates.hospital_admission.code.regex='^ADM.*'",
+        "task.definition.predicates.hospital_discharge.code=DIS-1",
+    )
+    assert tasks.labels(tmp_path, config).table["boolean_value"].to_pylist() == [True]
+
+
+def test_label_folders_are_taken_as_they_are(tmp_path: Path) -> None:
+    """A folder as aces-cli writes it, with columns that are null throughout."""
+    columns = {
+        "subject_id": pa.array([1, 1, 2], pa.int64()),
+        "prediction_time": pa.array([START, START + timedelta(days=1), START], pa.timestamp("us")),
+        "boolean_value": pa.array([True, False, False]),
+        "integer_value": pa.nulls(3, pa.int64()),
+        "float_value": pa.nulls(3, pa.float32()),
+        "categorical_value": pa.nulls(3, pa.string()),
+    }
+    counts = {"labels": 3, "positives": 1, "subjects": 2}
+    for folder in (tmp_path / "mine", tmp_path / "labels" / "readmission"):
+        (folder / "train").mkdir(parents=True)
+        pq.write_table(pa.table(columns), folder / "train" / "0.parquet")
+    given = tasks.labels(tmp_path, task("readmission", f"task.labels={tmp_path / 'mine'}"))
+    assert given.counts == counts
+    assert given.table.column_names == ["subject_id", "prediction_time", "boolean_value"]
+    # labels that came with the dataset go before the definition, and are never overwritten
+    assert tasks.labels(tmp_path, task("readmission")) == given
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["task.labels=nowhere"], "task.labels: nowhere is not a folder"),
+        (["task.definition=null"], "give task.labels=FOLDER or a task.definition"),
+        (["task.competing=dead"], "task.competing=dead is no predicate"),
+        (["task.definition.windows.target.label=null"], "a window with a label"),
+        (["task.definition.trigger=discharge"], "not an ACES task: .*discharge"),
+        (["task.definition.predicates.died.code.regex='(['"], "not an ACES task: .*regex"),
+        (["+task.definition.windoes=1"], "not an ACES task: .*windoes"),
+        (["task.definition.predicates.died.code.regex='.'"], "no trigger gets a label .*1 died_in_hospital"),
+    ],
+)
+def test_mistakes_are_one_clear_line(overrides: list[str], message: str, tmp_path: Path) -> None:
+    write(tmp_path, [[*stay(0, 3), (80, LAB)]])
+    with pytest.raises(UserError, match=message) as error:
+        tasks.labels(tmp_path, task("readmission", *overrides))
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "labels" / "readmission").exists()
+
+
+def test_a_folder_without_data_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"holds no MEDS shards: .*hymate\.data\.prepare"):
+        tasks.labels(tmp_path, task("mortality"))
+
+
+# ----------------------------------------------------------------------------------------------------- real data
+
+
+def counted_by_hand(path: Path) -> dict[str, Counter[str]]:
+    """The counts of each task in a MIMIC-style shard, by loops over a patient's events and nothing else."""
+    table = pq.read_table(path, columns=["subject_id", "time", "code"])
+    ends = table.group_by("subject_id").aggregate([("time", "max")]).to_pydict()
+    patients: dict[int, list[tuple[datetime, str]]] = {subject: [] for subject in ends["subject_id"]}
+    for row in table.filter(pc.match_substring_regex(table["code"], "^(HOSPITAL_|MEDS_DEATH)")).to_pylist():
+        patients[row["subject_id"]].append((row["time"], row["code"]))
+    counts: dict[str, Counter[str]] = {name: Counter() for name in ("readmission", "mortality", "length_of_stay")}
+    for events, last in zip(patients.values(), ends["time_max"], strict=True):
+        admissions = [t for t, code in events if code.startswith("HOSPITAL_ADMISSION//")]
+        discharges = [t for t, code in events if code.startswith("HOSPITAL_DISCHARGE//")]
+        deaths = [t for t, code in events if code in (DEATH, DIED)]
+        labelled: Counter[str] = Counter()
+        for t in sorted(set(discharges)):
+            outcome = readmission_by_hand(t, admissions, deaths, last)
+            counts["readmission"].update(["triggers", outcome])
+            labelled["readmission"] += outcome in ("positives", "negatives", "competing_deaths")
+        for t in sorted(set(admissions)):
+            ends = [e for e in (*discharges, *deaths) if e > t]
+            anew = any(t < a <= t + timedelta(days=1) for a in admissions)
+            if anew or not ends or min(ends) <= t + timedelta(days=1):
+                continue
+            counts["mortality"].update(["labels", *(["positives"] if min(ends) in deaths else [])])
+            counts["length_of_stay"].update(["labels", *(["positives"] if min(ends) - t > timedelta(days=7) else [])])
+        counts["readmission"]["subjects"] += labelled["readmission"] > 0
+    readmission = counts["readmission"]
+    readmission["labels"] = readmission["positives"] + readmission["negatives"] + readmission["competing_deaths"]
+    return counts
+
+
+def readmission_by_hand(t: datetime, admissions: list[datetime], deaths: list[datetime], last: datetime) -> str:
+    end = t + timedelta(days=30)
+    if any(d <= t for d in deaths):
+        return "died_in_hospital"
+    if any(t < a <= end for a in admissions):
+        return "positives"
+    if any(d <= end for d in deaths):
+        return "competing_deaths"
+    return "negatives" if last >= end else "censored"
+
+
+def test_mimic_counts_equal_a_count_by_hand(shared_data: Path, tmp_path: Path) -> None:
+    data = shared_data / "mimic_iv_demo_meds" / "data"
+    (tmp_path / "data").symlink_to(data.resolve())
+    by_hand: dict[str, Counter[str]] = {}
+    for path in sorted(data.rglob("*.parquet")):
+        for name, counts in counted_by_hand(path).items():
+            by_hand.setdefault(name, Counter()).update(counts)
+    for name, expected in by_hand.items():
+        result = tasks.labels(tmp_path, task(name))
+        told = [key for key in expected if key != "negatives"]
+        assert {key: result.counts[key] for key in told} == {key: expected[key] for key in told}, name
+        assert result.counts["labels"] == len(result.table)
+    assert by_hand["readmission"] == {
+        "triggers": 214,
+        "died_in_hospital": 11,
+        "positives": 44,
+        "negatives": 127,
+        "competing_deaths": 6,
+        "censored": 26,
+        "labels": 177,
+        "subjects": 57,
+    }
+    assert by_hand["mortality"] == {"labels": 188, "positives": 10}
+    assert by_hand["length_of_stay"] == {"labels": 188, "positives": 70}
