@@ -48,8 +48,7 @@ ROWS: dict[str, list[Row]] = {
 
 
 def data_table(rows: list[Row]) -> pa.Table:
-    columns = list(zip(*rows, strict=True)) or [[], [], [], []]
-    return pa.table([pa.array(c, spec.type) for c, spec in zip(columns, DATA_SCHEMA, strict=True)], schema=DATA_SCHEMA)
+    return pa.Table.from_pylist([dict(zip(DATA_SCHEMA.names, row, strict=True)) for row in rows], DATA_SCHEMA)
 
 
 def write_raw(raw: Path, rows: dict[str, list[Row]] = ROWS, with_splits: bool = True) -> Path:
@@ -119,7 +118,7 @@ def test_everything_of_the_output_folder(tmp_path: Path) -> None:
     assert histories.index["num_events"].tolist() == [2, 3, 1, 1, 1]
     assert [histories.index["subject_id"][p] for p in histories.rows_of("train")] == [1, 2, 3]
     vocabulary = pq.read_table(out / "histories" / "vocabulary.parquet")
-    assert set(vocabulary["code"].to_pylist()) == {row[2] for row in sum(ROWS.values(), [])}
+    assert set(vocabulary["code"].to_pylist()) == {row[2] for rows in ROWS.values() for row in rows}
     counts = dict(zip(vocabulary["code"].to_pylist(), vocabulary["count"].to_pylist(), strict=True))
     assert counts["HR"] == 3 and counts["Na"] == 0  # of the train split
     metadata = json.loads((out / "histories" / "metadata.json").read_text())
@@ -171,7 +170,7 @@ def test_any_dataset_comes_back_whatever_the_chunk(shards: list[list[list[tuple]
         prepare(config(write_raw(Path(folder) / "raw", rows), Path(folder) / "out"))
         assert read_back(Path(folder) / "out") == by_subject(rows)
         born: dict[int, int] = {}
-        for s, time, code, _ in sum(rows.values(), []):
+        for s, time, code, _ in (row for shard_rows in rows.values() for row in shard_rows):
             if code == "MEDS_BIRTH" and time is not None:
                 born.setdefault(s, time)
         histories = Histories.open(Path(folder) / "out")
@@ -223,7 +222,7 @@ def test_numeric_value_may_be_absent(tmp_path: Path) -> None:
 
 
 def test_subjects_without_splits_are_split_by_hash(tmp_path: Path) -> None:
-    rows = {"0": [(s, 1, "A", None) for s in range(2000)]}
+    rows: dict[str, list[Row]] = {"0": [(s, 1, "A", None) for s in range(2000)]}
     raw = write_raw(tmp_path / "raw", rows, with_splits=False)
     prepare(config(raw, tmp_path / "a", splits=SplitsConfig(0.5, 0.3, 0.2)))
     splits = read_splits(tmp_path / "a")
@@ -282,7 +281,12 @@ def test_finished_it_does_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_interrupted_it_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
     raw, out = write_raw(tmp_path / "raw"), tmp_path / "out"
     prepare(config(raw, tmp_path / "undisturbed"))
-    original, calls = getattr(module, stage), []
+    original = getattr(module, stage)
+    calls: list[tuple] = []
+
+    def counted(*args: object, **kwargs: object) -> object:
+        calls.append(args)
+        return original(*args, **kwargs)
 
     def interrupted(*args: object, **kwargs: object) -> object:
         calls.append(args)
@@ -298,7 +302,7 @@ def test_interrupted_it_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with (out / "histories" / ".work" / "journal.jsonl").open("a") as journal:
         journal.write('["write hist')  # the kill came while a line was written
     calls.clear()
-    monkeypatch.setattr(module, stage, lambda *a, **k: (calls.append(a), original(*a, **k)))
+    monkeypatch.setattr(module, stage, counted)
     prepare(config(raw, out))
     assert len(calls) == (2 if "shard" in stage else 1)  # of four shards, two were done
     assert files(out) == files(tmp_path / "undisturbed")
@@ -363,6 +367,11 @@ def truncate(raw: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
 
+def without_shards(raw: Path) -> None:
+    for path in raw.rglob("*.parquet"):
+        path.unlink()
+
+
 def damage(raw: Path) -> None:
     path = raw / "data/train/1.parquet"
     content = bytearray(path.read_bytes())
@@ -372,7 +381,7 @@ def damage(raw: Path) -> None:
 
 BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "no folder": (lambda raw: raw.rename(raw.with_name("gone")), r"raw: no such folder: raw=DIR must be"),
-    "empty folder": (lambda raw: [p.unlink() for p in raw.rglob("*.parquet")], r"raw/data: no \*.parquet shards"),
+    "empty folder": (without_shards, r"raw/data: no \*.parquet shards"),
     "truncated": (truncate, r"train/1\.parquet: not a readable Parquet file .* fetch"),
     "damaged": (damage, r"train/1\.parquet: not a readable Parquet file .* fetch"),
     "no code": (
@@ -488,7 +497,7 @@ def test_a_full_disk_is_one_line_and_the_command_continues(tmp_path: Path, monke
 
 def test_the_command_exits_2_with_one_line_when_files_cannot_grow(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
-    noise = [(1, t, f"C{t % 7}", float(v)) for t, v in enumerate(rng.normal(size=5000))]
+    noise: list[Row] = [(1, t, f"C{t % 7}", float(v)) for t, v in enumerate(rng.normal(size=5000))]
     raw = write_raw(tmp_path / "raw", {"train/0": noise})
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # noqa: E731
     command = [sys.executable, "-m", "hymate.data.prepare", "source=meds", f"raw={raw}", f"out={tmp_path / 'out'}"]

@@ -10,6 +10,7 @@ Shape legend: R rows of a shard's text files, E events made of them, N stays.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import functools
 import hashlib
@@ -17,7 +18,7 @@ import io
 import lzma
 import re
 import tarfile
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -123,27 +124,42 @@ class _Set:
     stays: Path
     outcomes: Path
 
-    def texts(self, wanted: Collection[int] | None = None) -> Iterator[tuple[Path, int, bytes]]:
-        """(path, RecordID, text) of the stays, those of `wanted` or all."""
-        for path, read in self._files():
-            if not re.fullmatch(r"[0-9]{1,18}", path.stem):
-                raise DataError(f"{path}: not the name of a stay (<RecordID>.txt): remove the file")
-            if wanted is None or int(path.stem) in wanted:
-                yield path, int(path.stem), read()
+    def records(self) -> set[int]:
+        """The RecordIDs of all stays."""
+        with self._reading():
+            return {record for _, record, _ in self._files()}
 
-    def _files(self) -> Iterator[tuple[Path, functools.partial[bytes]]]:
+    def texts(self, wanted: Collection[int]) -> Iterator[tuple[Path, int, bytes]]:
+        """(path, RecordID, text) of the stays in `wanted`."""
+        with self._reading():
+            for path, record, read in self._files():
+                if record in wanted:
+                    yield path, record, read()
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            yield
+        except (tarfile.TarError, lzma.LZMAError, EOFError, OSError) as error:
+            raise DataError(f"{self.stays}: not readable (truncated or damaged): fetch it again") from error
+
+    def _files(self) -> Iterator[tuple[Path, int, Callable[[], bytes]]]:
         if self.stays.is_dir():
             for path in sorted(self.stays.glob("*.txt")):
-                yield path, functools.partial(path.read_bytes)
+                yield path, _record(path), path.read_bytes
             return
-        try:
-            with tarfile.open(self.stays, "r|*") as archive:
-                for member in archive:
-                    file = archive.extractfile(member) if member.isfile() else None
-                    if file is not None and member.name.endswith(".txt"):
-                        yield self.stays / member.name, functools.partial(file.read)
-        except (tarfile.TarError, lzma.LZMAError, EOFError, OSError) as error:
-            raise DataError(f"{self.stays}: not a readable archive (truncated or damaged): fetch it again") from error
+        with tarfile.open(self.stays, "r|*") as archive:
+            for member in archive:
+                file = archive.extractfile(member) if member.isfile() else None
+                if file is not None and member.name.endswith(".txt"):
+                    path = self.stays / member.name
+                    yield path, _record(path), file.read
+
+
+def _record(path: Path) -> int:
+    if not re.fullmatch(r"[0-9]{1,18}", path.stem):
+        raise DataError(f"{path}: not the name of a stay (<RecordID>.txt): remove the file")
+    return int(path.stem)
 
 
 @dataclass(frozen=True)
@@ -177,7 +193,7 @@ class PhysioNet2012Source:
         for letter, files in self._sets.items():
             digest.update(f"set {letter}\n".encode() + files.outcomes.read_bytes())
             if files.stays.is_dir():
-                for path, _, text in files.texts():
+                for path, _, text in files.texts(files.records()):
                     digest.update(path.name.encode() + text)
             else:
                 digest.update(files.stays.read_bytes())
@@ -239,7 +255,7 @@ class PhysioNet2012Source:
         columns: list[tuple[int, str, bool, float]] = []
         for letter, files in self._sets.items():
             outcomes = _read_outcomes(files.outcomes)
-            records = {record for _, record, _ in files.texts()}
+            records = files.records()
             for first, second, lack in (
                 (records, outcomes, "no outcome"),
                 (outcomes, records, "an outcome but no stay"),

@@ -113,8 +113,8 @@ def train(
     """Train to the last step, or until patience runs out; continues from the checkpoint `resume` where given.
 
     After each evaluation every rank calls `report(metrics, folder)` with its part of a checkpoint, a folder under
-    `scratch` that is removed when report returns. `description` is the
-    configuration's text for TensorBoard. Raises FloatingPointError at a loss that is not finite.
+    `scratch` that is removed when report returns. `description` is the configuration's text for TensorBoard.
+    Raises FloatingPointError at a loss that is not finite.
     """
     engine, standing = start(job, config, worker, resume)
     base_lrs = [group["lr"] for group in job.groups]

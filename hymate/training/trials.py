@@ -139,7 +139,7 @@ def _outcome(result: tune.Result, study: Study) -> Outcome:
         step=step,
         best={key: best[key] for key in ("step", "mean", "auroc", "auprc", "loss") if key in best},
         checkpoint=None if checkpoint is None else Path(checkpoint.path),
-        error=None if result.error is None else _cause(result.error),
+        error=None if result.error is None else _cause(str(result.error)),
     )
 
 
@@ -155,10 +155,9 @@ def _parameters(trial: TrialConfig) -> dict[str, Any]:
     }
 
 
-def _cause(error: Exception) -> str:
+def _cause(traceback: str) -> str:
     """The last line of a remote traceback, which names the exception."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+    return next((line.strip() for line in reversed(traceback.splitlines()) if line.strip()), "unknown cause")
 
 
 class Progress(tune.Callback):
@@ -174,9 +173,8 @@ class Progress(tune.Callback):
         self._print(trials)
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        """A trial failed for good, or will be tried again."""
-        error = trial.get_error() or trial.get_pickled_error()
-        print(f"{_trial_name(trial)} failed: {_cause(error) if error else 'unknown cause'}", flush=True)
+        """A trial failed for good."""
+        print(f"{_trial_name(trial)} failed: {_cause(Path(trial.error_file).read_text())}", flush=True)
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """A trial ended well."""

@@ -84,8 +84,9 @@ def report(name: str, measured: tuple[float, float, dict[int, float]], out: Path
     events = sum(split["events"] for split in metadata["splits"].values())
     highest = ", ".join(f"{peak:.0f}" for peak in sorted(peaks.values(), reverse=True))
     print(
-        f"{name}: {events / 1e6:.1f} M events in {seconds:.0f} s with {workers} workers "
-        f"({events / seconds / 1e6:.2f} M events/s; {events / processor / 1e6:.2f} M events per processor second); peak resident MiB per process: {highest} (limit {LIMIT_MIB})",
+        f"{name}: {events / 1e6:.1f} M events in {seconds:.0f} s with {workers} workers ({events / seconds / 1e6:.2f} "
+        f"M events/s; {events / processor / 1e6:.2f} M events per processor second); "
+        f"peak resident MiB per process: {highest} (limit {LIMIT_MIB})",
         flush=True,
     )
     return max(peaks.values()) <= LIMIT_MIB
