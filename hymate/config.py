@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import sys
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
@@ -411,6 +413,43 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
 def to_tree(config: Any) -> dict[str, Any]:
     """The plain nested dictionary of a configuration, for YAML and JSON."""
     return dataclasses.asdict(config)
+
+
+def check_same_run(run: Path, tree: Mapping[str, Any], changeable: Set[str]) -> None:
+    """Whether the configuration that a run folder holds, if any, is this one but for `changeable` keys.
+
+    Raises ConfigError naming the first key that differs.
+    """
+    path = run / "config.yaml"
+    if not path.is_file():
+        return
+    try:
+        before = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not readable: choose another run.name") from error
+    old, new = _flat(before if isinstance(before, dict) else {}), _flat(tree)
+    for key in sorted((old.keys() | new.keys()) - changeable):
+        if old.get(key) != new.get(key):
+            what = "the dataset" if key == "data_fingerprint" else key
+            raise ConfigError(
+                f"{run} holds a run with another configuration: {what} was {old.get(key)}, now {new.get(key)}; "
+                f"choose another run.name, or delete {run}"
+            )
+
+
+def write_run_config(run: Path, tree: Mapping[str, Any]) -> None:
+    """Write `config.yaml` of a run folder, atomically."""
+    run.mkdir(parents=True, exist_ok=True)
+    temporary = run / ".config.yaml"
+    temporary.write_text(yaml.safe_dump(dict(tree), sort_keys=False))
+    os.replace(temporary, run / "config.yaml")
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
 
 
 def _help(config_name: str) -> str:

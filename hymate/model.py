@@ -134,10 +134,10 @@ class Mamba2Mixer(nn.Module):
     def forward(self, u_BLD: Tensor, segment_BL: Tensor | None = None) -> Tensor:
         """(B, L, D) -> (B, L, D); segment_BL: int32 patient index of each event, None for one patient a row."""
         z, xbc, dt = self.in_proj(u_BLD).split([self.d_inner, self.d_xbc, self.nheads], dim=-1)
-        xbc = ops.causal_conv1d(xbc, self.conv1d.weight[:, 0], self.conv1d.bias, segment_BL=segment_BL)
+        xbc, _ = ops.causal_conv1d(xbc, self.conv1d.weight[:, 0], self.conv1d.bias, segment_BL=segment_BL)
         width = self.ngroups * self.d_state
         x, B, C = xbc.split([self.d_inner, width, width], dim=-1)
-        y = ops.ssd_scan(
+        y, _ = ops.ssd_scan(
             x.unflatten(-1, (self.nheads, self.headdim)),
             F.softplus(dt.float() + self.dt_bias.float()),
             -self.A_log.float().exp(),
@@ -186,10 +186,10 @@ class Mamba1Mixer(nn.Module):
     def forward(self, u_BLD: Tensor, segment_BL: Tensor | None = None) -> Tensor:
         """(B, L, D) -> (B, L, D); segment_BL: int32 patient index of each event, None for one patient a row."""
         x, z = self.in_proj(u_BLD).chunk(2, dim=-1)
-        x = ops.causal_conv1d(x, self.conv1d.weight[:, 0], self.conv1d.bias, segment_BL=segment_BL)
+        x, _ = ops.causal_conv1d(x, self.conv1d.weight[:, 0], self.conv1d.bias, segment_BL=segment_BL)
         dt, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         dt = F.softplus(self.dt_proj(dt).float())
-        y = ops.selective_scan(x, dt, -self.A_log.float().exp(), B, C, self.D, segment_BL=segment_BL)
+        y, _ = ops.selective_scan(x, dt, -self.A_log.float().exp(), B, C, self.D, segment_BL=segment_BL)
         return self.out_proj(y * F.silu(z))
 
 

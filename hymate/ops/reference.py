@@ -11,6 +11,8 @@ of the last one. ``reverse`` processes every row from its end to its start.
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -28,7 +30,7 @@ def _starts(segment_BL: Tensor | None, order: range) -> list[Tensor | None]:
     """For each step in processing order, which rows (B,) start a new segment there."""
     if segment_BL is None:
         return [None] * len(order)
-    changes = [segment_BL[:, now] != segment_BL[:, before] for before, now in zip(order, order[1:], strict=False)]
+    changes = [segment_BL[:, now] != segment_BL[:, before] for before, now in itertools.pairwise(order)]
     return [None, *changes]
 
 

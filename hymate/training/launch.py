@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 import yaml
 
-from hymate.config import UserError, build, to_tree
+from hymate.config import TrainConfig, UserError, build, check_same_run, to_tree, write_run_config
 from hymate.telemetry import Telemetry, progress_line, write_json
 from hymate.training import engine, pretraining
 from hymate.training.engine import Worker
@@ -46,11 +46,13 @@ def pretrain(config: PretrainConfig) -> Path:
     histories = pretraining.check(config)
     if not os.environ.get("RAY_ADDRESS"):
         pretraining.check_machine(config.train)
-    pretraining.claim_run_folder(config, histories.fingerprint)
     run = config.run.path
+    claim = {**to_tree(config), "data_fingerprint": histories.fingerprint}
+    check_same_run(run, claim, pretraining.CHANGEABLE)
+    write_run_config(run, claim)
     result = _finished(config)
     if result is None:
-        with ray_session(config), progress_line(run):
+        with ray_session(config.train), progress_line(run):
             best, metrics = _fit(config)
         bundle = pretraining.export_bundle(config, best, metrics, histories)
         result = {"bundle": str(bundle), SCORE: metrics[SCORE], "step": metrics["step"], "config": to_tree(config)}
@@ -149,7 +151,7 @@ def _latest_checkpoint() -> Iterator[Path | None]:
 
 
 @contextmanager
-def ray_session(config: PretrainConfig) -> Iterator[None]:
+def ray_session(train: TrainConfig) -> Iterator[None]:
     """The cluster at RAY_ADDRESS, or one of our own on this machine for the time of the run."""
     if not os.environ.get("RAY_ADDRESS"):
         os.environ.setdefault("RAY_AUTH_MODE", "token")  # other users of this machine stay out
@@ -163,7 +165,7 @@ def ray_session(config: PretrainConfig) -> Iterator[None]:
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
     if os.environ.get("RAY_ADDRESS"):
         ray.init(**quiet)
-        _note_missing_machines(config, ray.cluster_resources())
+        _note_missing_machines(train, ray.cluster_resources())
     else:
         ray.init(
             address="local",
@@ -178,9 +180,8 @@ def ray_session(config: PretrainConfig) -> Iterator[None]:
         ray.shutdown()
 
 
-def _note_missing_machines(config: PretrainConfig, resources: Mapping[str, float]) -> None:
+def _note_missing_machines(train: TrainConfig, resources: Mapping[str, float]) -> None:
     """Ray waits for machines to join; the user should know what it waits for."""
-    train = config.train
     for kind, wanted in {
         "CPU": train.num_workers * train.cpus_per_worker,
         "GPU": train.use_gpu * train.num_workers,

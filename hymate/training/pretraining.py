@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import yaml
 from safetensors.torch import load_file
 
 from hymate.bundle import write_bundle
@@ -23,7 +22,6 @@ from hymate.config import (
     RunConfig,
     TrainConfig,
     UserError,
-    to_tree,
 )
 from hymate.data.histories import FOLDER, Histories
 from hymate.data.loader import Examples, Rows, pretraining_examples
@@ -109,43 +107,6 @@ def check_machine(train: TrainConfig) -> None:
 def available_cpus() -> int:
     """CPUs that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def claim_run_folder(config: PretrainConfig, fingerprint: str) -> None:
-    """Write `<run>/config.yaml`, or check that the run found there is this one."""
-    path = config.run.path / "config.yaml"
-    tree = {**to_tree(config), "data_fingerprint": fingerprint}
-    if path.is_file():
-        try:
-            before = yaml.safe_load(path.read_text())
-        except yaml.YAMLError as error:
-            raise UserError(f"{path} is not readable: choose another run.name") from error
-        _check_unchanged(before, tree, config.run.path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(".config.yaml")
-    temporary.write_text(yaml.safe_dump(tree, sort_keys=False))
-    os.replace(temporary, path)
-
-
-def _check_unchanged(before: Any, now: Mapping[str, Any], run: Path) -> None:
-    old, new = _flat(before if isinstance(before, dict) else {}), _flat(now)
-    for key in sorted(old.keys() | new.keys()):
-        if key not in CHANGEABLE and old.get(key) != new.get(key):
-            what = "the dataset" if key == "data_fingerprint" else key
-            raise UserError(
-                f"{run} holds a run with another configuration: {what} was {old.get(key)}, now {new.get(key)}; "
-                f"choose another run.name, or delete {run}"
-            )
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat.update(_flat(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 # ---------------------------------------------------------------------------------------------------------- job

@@ -161,8 +161,8 @@ def card(found: Mapping[str, Any]) -> str:
 
 
 def score_rows(found: Mapping[str, Any]) -> list[list[str]]:
-    """Header and the line of the held-out scores."""
-    return [
+    """Header and the line of the held-out scores; of a synthetic cohort also what its law makes possible."""
+    rows = [
         ["split", "labels", "subjects", "prevalence", "AUROC [95 % CI]", "AUPRC [95 % CI]", "Brier", "ECE"],
         [
             found["split"],
@@ -175,6 +175,10 @@ def score_rows(found: Mapping[str, Any]) -> list[list[str]]:
             _number(found["ece"]),
         ],
     ]
+    if "ceiling" in found:
+        best = [_number(found["ceiling"][name]) for name in ("auroc", "auprc", "brier")]
+        rows.append(["best possible", "", "", "", *best, ""])
+    return rows
 
 
 def split_rows(found: Mapping[str, Any]) -> list[list[str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -10,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from safetensors.torch import load_file
 
 from hymate import metrics
@@ -25,16 +25,19 @@ from hymate.config import (
     TrainConfig,
     UserError,
     build,
+    check_same_run,
     to_tree,
+    write_run_config,
 )
 from hymate.data.histories import Histories
 from hymate.data.loader import Examples, labelled_examples
-from hymate.data.meds import SPLITS, write_parquet, write_text
+from hymate.data.meds import SPLITS, write_parquet
 from hymate.data.tasks import LabelSet, labels
 from hymate.predict import predict, prediction_table
 from hymate.training import results, space
 from hymate.training.finetune import Start, Study, TrialConfig, starting_point
 from hymate.training.launch import ray_session
+from hymate.training.pretraining import check_machine
 from hymate.training.results import Outcome
 
 # keys that a search may change when it is continued: they move it to other machines
@@ -78,11 +81,13 @@ def search(config: TuneConfig) -> Path:
     run_path = config.run.path
     histories = Histories.open(config.data.path)
     claim = {**to_tree(config), "data_fingerprint": histories.fingerprint}
-    _check_same_run(run_path, claim)
+    check_same_run(run_path, claim, CHANGEABLE)
     finished = results.read(run_path)
     if finished is not None:
         results.show(finished, run_path)
         return run_path
+    if not os.environ.get("RAY_ADDRESS"):
+        check_machine(config.train)
     start = starting_point(config.data, config.model, config.init)
     points = space.draw(config.search.space, config.search.num_trials, config.train.seed)
     trials = [trial_config(config, start, point) for point in points]
@@ -90,9 +95,9 @@ def search(config: TuneConfig) -> Path:
     examples = {split: labelled_examples(histories, label_set.table, split) for split in SPLITS}
     _require_both_classes(examples)
 
-    write_text(yaml.safe_dump(claim, sort_keys=False), run_path / "config.yaml")
+    write_run_config(run_path, claim)
     study = Study(start, label_set.table, config.search.metric, trials, run_path)
-    with ray_session(config):
+    with ray_session(config.train):
         from hymate.training.trials import run_trials  # late: Ray takes its settings when it is imported
 
         outcomes = run_trials(study, config.search, config.train)
@@ -114,28 +119,6 @@ def _absolute(config: TuneConfig) -> TuneConfig:
         task = dataclasses.replace(task, labels=os.path.abspath(task.labels))
     init = None if config.init is None else os.path.abspath(config.init)
     return dataclasses.replace(config, data=data, task=task, init=init)
-
-
-def _check_same_run(run_path: Path, claim: Mapping[str, Any]) -> None:
-    """A run's folder belongs to one configuration and dataset."""
-    path = run_path / "config.yaml"
-    if not path.exists():
-        return
-    before, now = _flat(yaml.safe_load(path.read_text())), _flat(claim)
-    for key in sorted((before.keys() | now.keys()) - CHANGEABLE):
-        if before.get(key) != now.get(key):
-            what = "the dataset" if key == "data_fingerprint" else key
-            raise UserError(
-                f"{run_path} holds a search with another configuration: {what} was {before.get(key)}, now "
-                f"{now.get(key)}; choose another run.name, or delete {run_path}"
-            )
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value})
-    return flat
 
 
 def _require_both_classes(examples: Mapping[str, Examples]) -> None:
@@ -216,6 +199,9 @@ def _score_held_out(
     write_parquet(prediction_table(held_out, probability_E), run_path / "predictions.parquet")
     found = results.collect(config.task, scores, label_set, examples, config.search.metric, outcomes, best)
     found |= {"bundle": str(run_path / "bundle"), "init": config.init, "config": to_tree(config)}
+    oracle = Path(config.data.path) / "oracle" / f"{config.task.name}.json"
+    if oracle.is_file():  # a synthetic cohort, whose law says how well anything can predict
+        found["ceiling"] = json.loads(oracle.read_text())["ceiling"]["held_out"]
     write_bundle(
         run_path / "bundle",
         winner.state,
