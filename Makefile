@@ -15,14 +15,15 @@ $(VENV)/.installed: pyproject.toml
 
 demo: $(VENV)/.installed
 	@echo "1/3  a synthetic cohort whose readmissions follow a known law"
-	@$(PY) -m hymate.data.prepare source=synthetic out=$(DEMO)/data synthetic.subjects=1200 synthetic.mean_events=300
+	@$(PY) -m hymate.data.prepare source=synthetic out=$(DEMO)/data synthetic.subjects=1500 synthetic.mean_events=250
 	@echo "2/3  pretraining: 2 Ray workers, DeepSpeed ZeRO-2"
 	@$(PY) pretrain/run.py data.path=$(DEMO)/data model=debug train=zero2 train.num_workers=2 \
-		data.context=512 data.tokens_per_row=4096 train.max_steps=200 train.eval_every=50 \
-		run.dir=$(DEMO)/runs run.name=pretrain
+		data.context=512 data.tokens_per_row=4096 train.learning_rate=3e-3 train.max_steps=150 train.eval_every=50 \
+		train.eval_rows=8 run.dir=$(DEMO)/runs run.name=pretrain
 	@echo "3/3  fine-tuning for readmission: a search over 4 trials"
 	@$(PY) finetune/tune.py task=readmission data.path=$(DEMO)/data init=$(DEMO)/runs/pretrain search=quick \
-		search.num_trials=4 run.dir=$(DEMO)/runs run.name=readmission
+		data.context=256 data.tokens_per_row=4096 train.rows_per_step=1 train.max_steps=600 train.eval_every=100 \
+		run.dir=$(DEMO)/runs run.name=readmission
 
 test: $(VENV)/.installed
 	$(BIN)/ruff check .

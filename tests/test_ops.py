@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -202,6 +204,61 @@ def test_two_pieces_with_the_carried_state_equal_one_pass(name: str) -> None:
     torch.testing.assert_close(state, final, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("name", ["ssd", "selective"])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_long_rows_and_wide_heads_equal_the_reference(name: str, reverse: bool) -> None:
+    """Long enough to be cut into several units of work along the row, wide enough to be cut across channels."""
+    case = Case(1, (520, 1, 90, 40), 4, 2, 96, 4, 64, reverse, True, 3)
+    inputs, function = PROBLEMS[name](case)
+    expected = outputs_and_gradients(inputs, function, "reference")
+    assert_all_close(outputs_and_gradients(inputs, function, "cpu"), expected, TOLERANCE[torch.float64])
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_gradients_of_a_packed_row_equal_those_of_its_segments_alone(name: str) -> None:
+    case = Case(1, (9, 1, 30, 17), 4, 2, 8, 16, 8, False, False, 4)
+    inputs, function = PROBLEMS[name](case)
+    events = {"ssd": (0, 1, 3, 4), "selective": (0, 1, 3, 4), "conv": (0,)}[name]
+    packed = outputs_and_gradients(inputs, lambda x: (function(x)[0] ** 2,), "cpu")[1:]
+    start, alone = 0, []
+    for n in case.lengths:
+        _, own = PROBLEMS[name](Case(1, (n,), 4, 2, 8, 16, 8, False, False, 4))
+        pieces = [x[:, start : start + n].clone() if i in events else x.clone() for i, x in enumerate(inputs)]
+        leaves = [x.requires_grad_() for x in pieces]
+        weight = torch.linspace(0.5, 1.5, packed[0].numel()).view(packed[0].shape)[:, start : start + n]
+        with ops.forced("cpu"):
+            alone.append(torch.autograd.grad((own(leaves)[0] ** 2 * weight).sum(), leaves))
+        start += n
+    for i, gradient in enumerate(packed):
+        parts = [gradients[i] for gradients in alone]
+        together = torch.cat(parts, dim=1) if i in events else torch.stack(parts).sum(0)
+        torch.testing.assert_close(gradient, together, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_results_do_not_depend_on_the_number_of_threads(name: str) -> None:
+    inputs, function = PROBLEMS[name](Case(2, (300, 400), 4, 2, 40, 8, 16, False, False, 5))
+    threads = torch.get_num_threads()
+    two = outputs_and_gradients(inputs, function, "cpu")
+    try:
+        torch.set_num_threads(1)
+        one = outputs_and_gradients(inputs, function, "cpu")
+        assert torch.get_num_threads() == 1, "torch's own setting is left alone"
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(one[:2], two[:2], strict=True))
+
+
+def test_extreme_gates_stay_finite_and_nan_is_not_swallowed() -> None:
+    x, z = torch.ones(1, 7), torch.tensor([[-1e4, -89.0, -1.0, 0.0, 1.0, 89.0, 1e4]])
+    with ops.forced("cpu"):
+        y = ops.gated_rms_norm(x, z, torch.ones(7), 1e-5, 7)
+        diverged = ops.gated_rms_norm(x * torch.nan, z, torch.ones(7), 1e-5, 7)
+    with ops.forced("reference"):
+        torch.testing.assert_close(y, ops.gated_rms_norm(x, z, torch.ones(7), 1e-5, 7))
+    assert diverged.isnan().all()
+
+
 def test_gated_rms_norm_equals_reference() -> None:
     torch.manual_seed(0)
     inputs = [torch.randn(3, 5, 12, dtype=torch.float64), torch.randn(3, 5, 12, dtype=torch.float64)]
@@ -254,3 +311,12 @@ def test_the_implementation_can_be_forced_by_the_environment(monkeypatch: pytest
     monkeypatch.setenv("HYMATE_OPS", "quick")
     with pytest.raises(UserError, match="HYMATE_OPS must be one of reference, cpu, fused"):
         ops.gated_rms_norm(torch.ones(1, 2), torch.ones(1, 2), torch.ones(2), 1e-5, 2)
+
+
+def test_the_first_operator_leaves_the_number_of_threads_alone() -> None:
+    """Numba's OpenMP layer resets it when it starts, which made trials that run side by side stall each other."""
+    program = (
+        "import torch; torch.set_num_threads(1); from hymate import ops; x = torch.ones(1, 7); "
+        "ops.gated_rms_norm(x, x, torch.ones(7), 1e-5, 7); assert torch.get_num_threads() == 1"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)

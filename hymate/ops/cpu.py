@@ -2,8 +2,8 @@
 
 Both scans run the recurrence itself, one block of channels at a time, so that the state stays in the
 first-level cache. On a CPU this needs no more arithmetic than the chunked matrix form, reads every input
-once, costs time and memory linear in L, and gives a segment the same output bits alone or packed. The
-forward keeps the state before every T-th event; the backward recomputes the others from it.
+once and costs time and memory linear in L. The forward keeps the state before every chunk of events; the
+backward recomputes the others from it. Accumulation is in float32, or in float64 for float64 inputs.
 
 Shape legend: as in reference.py, which also defines what each function computes.
 """
@@ -18,16 +18,19 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hymate.ops import kernels
+from hymate.ops import kernels, launch
 
+SSD_CHUNK = 64  # Mamba-2: most events between two saved states; what is between stays in cache
+SELECTIVE_CHUNK = 16  # Mamba-1: events between two saved states
 SPAN = 512  # fewest events in one unit of work of a scan, where the row has so many
-SELECTIVE_CHUNK = 16  # Mamba-1: events between two saved states; what is between stays in cache
-
 
 
 def _run(kernel: Callable[..., None], units: int, *args: Any) -> None:
     arrays = (a.detach().numpy() if isinstance(a, Tensor) else a for a in args)
-    kernels.run(kernel, units, torch.get_num_threads(), *arrays)
+    threads = torch.get_num_threads()
+    launch.run(kernel, units, threads, *arrays)
+    if torch.get_num_threads() != threads:  # starting Numba's OpenMP layer resets the calling thread's setting
+        torch.set_num_threads(threads)
 
 
 def _prepare(dtype: torch.dtype, *tensors: Tensor) -> list[Tensor]:
@@ -99,16 +102,8 @@ class _SSDScan(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         batch, length, heads, headdim = x_BLHP.shape
         groups, d_state = B_BLGN.shape[2:]
-        inputs = _prepare(
-            x_BLHP.dtype,
-            x_BLHP.reshape(-1, heads * headdim),
-            dt_BLH.reshape(-1, heads),
-            A_H,
-            B_BLGN.reshape(-1, groups * d_state),
-            C_BLGN.reshape(-1, groups * d_state),
-            D_H,
-        )
-        x = inputs[0]
+        matrices = [t.flatten(0, 1).flatten(1) for t in (x_BLHP, dt_BLH, B_BLGN, C_BLGN)]
+        x, dt, B, C, A, D = _prepare(x_BLHP.dtype, *matrices, A_H, D_H)
         initial = x.new_zeros(batch, d_state, heads * headdim)
         if initial_BHPN is not None:
             initial.copy_(initial_BHPN.flatten(1, 2).transpose(1, 2))
@@ -116,7 +111,6 @@ class _SSDScan(torch.autograd.Function):
         spans, slots = _spans(starts, reverse, chunk)
         blocks = _blocks(heads * headdim, groups)
         plan = (len(spans) * len(blocks), spans, blocks, d_state, headdim, chunk, reverse)
-        x, dt, A, B, C, D = inputs
         decay = torch.exp(dt * A).masked_fill_(torch.from_numpy(starts).view(-1, 1), 0)
         A_D, D_D = A.repeat_interleave(headdim), D.repeat_interleave(headdim)
         saved = x.new_empty(slots if keep else 0, *initial.shape[1:])
@@ -166,10 +160,11 @@ def ssd_scan(
     reverse: bool = False,
     return_final_state: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Mamba-2 scan; the backward keeps one state in every ``chunk_size`` events."""
-    chunk = chunk_size + chunk_size % 2
+    """Mamba-2 scan; ``chunk_size`` events, but at most SSD_CHUNK, lie between two states kept for the backward."""
+    chunk = min(chunk_size + chunk_size % 2, SSD_CHUNK)
+    keep = torch.is_grad_enabled()
     y_BLHP, final_BHPN = _SSDScan.apply(
-        x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, D_H, initial_state_BHPN, segment_BL, reverse, chunk, torch.is_grad_enabled()
+        x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, D_H, initial_state_BHPN, segment_BL, reverse, chunk, keep
     )
     return (y_BLHP, final_BHPN) if return_final_state else y_BLHP
 
@@ -190,17 +185,16 @@ class _SelectiveScan(torch.autograd.Function):
         keep: bool,
     ) -> tuple[Tensor, Tensor]:
         batch, length, channels = x_BLD.shape
-        inputs = _prepare(
-            x_BLD.dtype, x_BLD.flatten(0, 1), dt_BLD.flatten(0, 1), A_DN.T, B_BLN.flatten(0, 1), C_BLN.flatten(0, 1), D_D
-        )
-        x = inputs[0]
+        matrices = (x_BLD.flatten(0, 1), dt_BLD.flatten(0, 1), A_DN.T, B_BLN.flatten(0, 1), C_BLN.flatten(0, 1))
+        x, *_ = inputs = _prepare(x_BLD.dtype, *matrices, D_D)
         initial = x.new_zeros(batch, A_DN.shape[1], channels)
         if initial_BDN is not None:
             initial.copy_(initial_BDN.transpose(1, 2))
         starts = _starts(segment_BL, (batch, length), reverse, initial_BDN is not None)
         spans, slots = _spans(starts, reverse, SELECTIVE_CHUNK)
+        starts = starts.reshape(1, -1)
         blocks = _blocks(channels, 1)
-        plan = (len(spans) * len(blocks), spans, blocks, starts.reshape(1, -1).astype(np.int64), SELECTIVE_CHUNK, reverse)
+        plan = (len(spans) * len(blocks), spans, blocks, starts.astype(np.int64), SELECTIVE_CHUNK, reverse)
         saved = x.new_empty(slots if keep else 0, *initial.shape[1:])
         y, final = torch.empty_like(x), torch.empty_like(initial)
         _run(kernels.selective_forward, *plan, *inputs, initial, y, saved, final)
@@ -269,7 +263,7 @@ class _CausalConv1d(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_BSD: Tensor, weight_DK: Tensor, bias_D: Tensor, segment_BL: Tensor | None) -> Tensor:
-        x, weight, bias = inputs = _prepare(x_BSD.dtype, x_BSD, weight_DK.T, bias_D)
+        x, weight, _ = inputs = _prepare(x_BSD.dtype, x_BSD, weight_DK.T, bias_D)
         batch, padded, channels = x.shape
         length = padded - len(weight) + 1
         y = x.new_empty(batch, length, channels)

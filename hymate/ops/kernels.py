@@ -1,13 +1,13 @@
-"""Compiled loops of the CPU operators (Numba); cpu.py wraps them in autograd functions.
+"""Compiled loops of the CPU operators (Numba); launch.py runs them, cpu.py wraps them in autograd functions.
 
 Legend: M events of all rows, B batch rows, H heads, P headdim, G groups, N d_state, D channels,
-K conv width, S spans, W = BLOCK. Every array is a matrix; all floating arrays of a call share one dtype.
+K conv width, W = BLOCK. Every array is a matrix; all floating arrays of a call share one dtype.
 
 A scan is cut into independent units of work, a span times a block of channels. A *span* is a run of whole
 segments of one row: (batch row, first event, one past the last event, index of its first saved state,
 whether it is processed first in its row, whether last). A *block* is at most W channels of one group:
-(first channel, number of channels, group, its number within the group). Nothing depends on the number of
-threads, so results are reproducible to the bit.
+(first channel, number of channels, group, its number within the group). The cut does not depend on the
+number of threads, so neither do the results.
 
 The inner loops always run over W channels (unused ones hold zeros) and take their operands from one scratch
 row at constant offsets: that lets the compiler vectorise them with next to no run-time alias checks.
@@ -15,17 +15,14 @@ row at constant offsets: that lets the compiler vectorise them with next to no r
 
 from __future__ import annotations
 
-import functools
 import math
-import threading
-from collections.abc import Callable
 from typing import Any
 
-import numba
 import numpy as np
-from llvmlite import ir
-from numba import carray, cfunc, njit, prange, types
-from numba.extending import intrinsic, overload
+from numba import carray, njit, types
+from numba.extending import intrinsic
+
+from hymate.ops.exponential import exp
 
 # Reductions may be reordered and multiply-adds contracted; NaN and infinity keep their meaning.
 OPTIONS: dict[str, Any] = {"fastmath": {"reassoc", "contract", "nsz", "arcp"}, "error_model": "numpy"}
@@ -36,10 +33,9 @@ INDEX = 0xFFFFFFFF  # as a mask, tells the compiler that an index is not negativ
 _inlined = njit(**OPTIONS)
 
 
-# ----------------------------------------------------------------------------------------------- launching
-# kernel(unit, table, zero) does one unit of work; it is compiled once per dtype (that of zero) and called by
-# address from one small parallel loop: a parallel loop of its own for each makes compiling three times as
-# long. The table holds (address, rows, columns) of every array and (value, 0, 0) of every integer argument.
+# ----------------------------------------------------------------------------------------------- arguments
+# launch.py calls kernel(unit, table, zero): the table holds (address, rows, columns) of every matrix and
+# (value, 0, 0) of every integer; zero has the dtype of the floating matrices.
 
 
 @intrinsic
@@ -59,91 +55,6 @@ def _number(table, k):
 def _matrix(table, k, like):
     row = carray(_pointer(table, 0), 3 * (k + 1))
     return carray(_pointer(row[3 * k], like), (row[3 * k + 1], row[3 * k + 2]))
-
-
-@njit(parallel=True, cache=True)
-def _launch(kernel, units, table, zero):
-    for unit in prange(units):
-        kernel(np.int64(unit), table, zero)
-
-
-@functools.cache
-def _compiled(kernel: Callable[..., None], dtype: np.dtype) -> Any:
-    real = types.float64 if dtype == np.float64 else types.float32
-    return cfunc(types.void(types.int64, types.int64, real), cache=True, **OPTIONS)(kernel)
-
-
-_launching = threading.Lock()  # Numba's fallback threading layer aborts when two threads launch at once
-
-
-def run(kernel: Callable[..., None], units: int, threads: int, *args: np.ndarray | int) -> None:
-    """Do all units of work of a kernel, on at most so many threads."""
-    table = np.zeros((len(args), 3), np.int64)
-    for row, arg in zip(table, args, strict=True):
-        if isinstance(arg, np.ndarray):
-            assert arg.flags.c_contiguous, "kernels take contiguous arrays"
-            columns = arg.shape[-1]
-            row[:] = arg.ctypes.data, arg.size // columns if columns else 0, columns
-        else:
-            row[0] = arg
-    dtype = next(a.dtype for a in args if isinstance(a, np.ndarray) and a.dtype.kind == "f")
-    entry = _compiled(kernel, dtype)
-    with _launching:
-        numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
-        _launch(entry, units, table.ctypes.data, dtype.type(0))
-
-
-# --------------------------------------------------------------------------------------------- exponential
-
-LOG2E = np.float32(1.4426950408889634)
-LN2_HIGH = np.float32(0.693359375)
-LN2_LOW = np.float32(-2.12194440e-4)
-ROUND = np.float32(12582912.0)  # 1.5 * 2**23: adding it rounds a float32 to an integer
-
-
-@intrinsic
-def _bits(typingctx: Any, value: Any) -> Any:
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.bitcast(args[0], ir.IntType(32))
-
-    return types.int32(types.float32), codegen
-
-
-@intrinsic
-def _float(typingctx: Any, value: Any) -> Any:
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.bitcast(args[0], ir.FloatType())
-
-    return types.float32(types.int32), codegen
-
-
-@njit(fastmath={"contract"})
-def _exp32(x):
-    """Without branches, so that loops around it vectorise; Cephes' polynomial, good to about one ulp."""
-    x = min(max(x, np.float32(-87.0)), np.float32(88.0))
-    shifted = x * LOG2E + ROUND
-    k = shifted - ROUND
-    r = x - k * LN2_HIGH
-    r = r - k * LN2_LOW
-    p = np.float32(1.9875691500e-4)
-    p = p * r + np.float32(1.3981999507e-3)
-    p = p * r + np.float32(8.3334519073e-3)
-    p = p * r + np.float32(4.1665795894e-2)
-    p = p * r + np.float32(1.6666665459e-1)
-    p = p * r + np.float32(5.0000001201e-1)
-    p = p * r * r + r + np.float32(1.0)
-    return p * _float(np.int32(np.int32(_bits(shifted) << np.int32(23)) + np.int32(0x3F800000)))
-
-
-def _exp(x):
-    raise NotImplementedError("compiled code only")
-
-
-@overload(_exp)
-def _overload_exp(x):
-    if x == types.float32:
-        return lambda x: _exp32(x)
-    return lambda x: math.exp(x)
 
 
 # -------------------------------------------------------------------------------------- both scans: states
@@ -179,6 +90,7 @@ EVENT = A1
 
 @_inlined
 def _ssd_load(m, c0, width, P, x, dt, decay, row, offset):
+    offset &= INDEX
     h = c0 // P
     left = (h + 1) * P - c0
     for j in range(width):
@@ -252,30 +164,32 @@ def ssd_forward(unit, table, zero):
 
 @_inlined
 def _ssd_load_gradient(m, c0, width, y, D, dy, row, offset):
+    offset &= INDEX
     for j in range(width):
         row[offset + G0 + j] = dy[m, (c0 & INDEX) + j]
     for j in range(width):
         row[offset + R0 + j] = y[m, (c0 & INDEX) + j] - D[0, (c0 & INDEX) + j] * row[offset + X0 + j]
 
 
-# Sums of one unit of work: the gradient of log(decay), which adds up over later events, those of A and of D;
-# then A and D themselves.
-L_, DA, DD, A_, D_ = (BLOCK * k for k in range(5))
+# Sums of one unit of work: the gradient of log(decay), which adds up over later events, those of A and of D; then A
+# and D themselves.
+SUM_LOG, SUM_A, SUM_D, AS, DS = (BLOCK * k for k in range(5))
 
 
 @_inlined
 def _ssd_finish(m, c0, width, row, offset, sums, dx, ddt, zero):
     """The gradients of one event that take no further pass over the state."""
+    offset &= INDEX
     for j in range(BLOCK):
         dy, du, xj, t = row[offset + G0 + j], row[offset + Y0 + j], row[offset + X0 + j], row[offset + T0 + j]
-        v = sums[L_ + j] + dy * row[offset + R0 + j] - row[offset + U0 + j] * du
+        v = sums[SUM_LOG + j] + dy * row[offset + R0 + j] - row[offset + U0 + j] * du
         if row[offset + A0 + j] == 0:  # where a segment starts
             v = zero
-        sums[L_ + j] = v
-        sums[DA + j] += t * v
-        sums[DD + j] += xj * dy
-        row[offset + T0 + j] = t * du + sums[D_ + j] * dy
-        row[offset + X0 + j] = sums[A_ + j] * v + xj * du
+        sums[SUM_LOG + j] = v
+        sums[SUM_A + j] += t * v
+        sums[SUM_D + j] += xj * dy
+        row[offset + T0 + j] = t * du + sums[DS + j] * dy
+        row[offset + X0 + j] = sums[AS + j] * v + xj * du
     for j in range(width):
         dx[m, (c0 & INDEX) + j] = row[offset + T0 + j]
     for j in range(width):
@@ -287,12 +201,13 @@ def ssd_backward(unit, table, zero):
     block of a group. A and D come per channel."""
     spans, blocks = _matrix(table, 0, 0), _matrix(table, 1, 0)
     N, P, chunk, reverse = _number(table, 2), _number(table, 3), _number(table, 4), _number(table, 5)
-    x, dt, decay, A = _matrix(table, 6, zero), _matrix(table, 7, zero), _matrix(table, 8, zero), _matrix(table, 9, zero)
-    B, C, D = _matrix(table, 10, zero), _matrix(table, 11, zero), _matrix(table, 12, zero)
+    x, dt, decay = _matrix(table, 6, zero), _matrix(table, 7, zero), _matrix(table, 8, zero)
+    A, B, C, D = _matrix(table, 9, zero), _matrix(table, 10, zero), _matrix(table, 11, zero), _matrix(table, 12, zero)
     y, saved = _matrix(table, 13, zero), _matrix(table, 14, zero)
     dy, dfinal = _matrix(table, 15, zero), _matrix(table, 16, zero)
-    dx, ddt, dA, dB = _matrix(table, 17, zero), _matrix(table, 18, zero), _matrix(table, 19, zero), _matrix(table, 20, zero)
-    dC, dD, dinitial = _matrix(table, 21, zero), _matrix(table, 22, zero), _matrix(table, 23, zero)
+    dx, ddt, dA = _matrix(table, 17, zero), _matrix(table, 18, zero), _matrix(table, 19, zero)
+    dB, dC, dD = _matrix(table, 20, zero), _matrix(table, 21, zero), _matrix(table, 22, zero)
+    dinitial = _matrix(table, 23, zero)
 
     s, k = unit // len(blocks), unit % len(blocks)
     c0, width, part = blocks[k, 0], blocks[k, 1], blocks[k, 3] * len(x)
@@ -303,8 +218,8 @@ def ssd_backward(unit, table, zero):
     rows = np.zeros((chunk // 2, 2 * EVENT), x.dtype)
     sums = np.zeros(5 * BLOCK, x.dtype)
     for j in range(width):
-        sums[A_ + j] = A[0, c0 + j]
-        sums[D_ + j] = D[0, c0 + j]
+        sums[AS + j] = A[0, c0 + j]
+        sums[DS + j] = D[0, c0 + j]
     events = spans[s, 2] - spans[s, 1]
     for first in range((events - 1) // chunk * chunk, -1, -chunk):
         last = min(first + chunk, events) - 1
@@ -335,10 +250,10 @@ def ssd_backward(unit, table, zero):
                 dC[part + m0, g] = sum0
         # Added up over a long row, the gradient of log(decay) would gather rounding errors: start it anew.
         for j in range(BLOCK):
-            sums[L_ + j] = 0
+            sums[SUM_LOG + j] = 0
         for n in range(N):
             for j in range(BLOCK):
-                sums[L_ + j] += state[n, j] * grad[n, j]
+                sums[SUM_LOG + j] += state[n, j] * grad[n, j]
         for i in range((last - first) // 2 * 2 + first, first - 1, -2):
             m0 = _event(spans, s, i, reverse)
             m1 = _event(spans, s, min(i + 1, last), reverse)
@@ -361,8 +276,8 @@ def ssd_backward(unit, table, zero):
             for e in range(1 if m1 != m0 else 0, -1, -1):
                 _ssd_finish(m1 if e else m0, c0, width, row, e * EVENT, sums, dx, ddt, zero)
     for j in range(width):
-        dA[s, c0 + j] = sums[DA + j]
-        dD[s, c0 + j] = sums[DD + j]
+        dA[s, c0 + j] = sums[SUM_A + j]
+        dD[s, c0 + j] = sums[SUM_D + j]
     if spans[s, 4]:
         _write(grad, 0, N, c0, width, dinitial, spans[s, 0])
 
@@ -411,7 +326,7 @@ def selective_forward(unit, table, zero):
             h = state[n]
             Bn, Cn = B[m, n], C[m, n]
             for j in range(BLOCK):
-                v = live * _exp(row[T + j] * h[BLOCK + j]) * h[j] + row[U + j] * Bn
+                v = live * exp(row[T + j] * h[BLOCK + j]) * h[j] + row[U + j] * Bn
                 row[Y + j] += v * Cn
                 h[j] = v
         for j in range(width):
@@ -427,8 +342,9 @@ def selective_backward(unit, table, zero):
     x, dt, A = _matrix(table, 5, zero), _matrix(table, 6, zero), _matrix(table, 7, zero)
     B, C, D = _matrix(table, 8, zero), _matrix(table, 9, zero), _matrix(table, 10, zero)
     saved, dy, dfinal = _matrix(table, 11, zero), _matrix(table, 12, zero), _matrix(table, 13, zero)
-    dx, ddt, dA, dB = _matrix(table, 14, zero), _matrix(table, 15, zero), _matrix(table, 16, zero), _matrix(table, 17, zero)
-    dC, dD, dinitial = _matrix(table, 18, zero), _matrix(table, 19, zero), _matrix(table, 20, zero)
+    dx, ddt, dA = _matrix(table, 14, zero), _matrix(table, 15, zero), _matrix(table, 16, zero)
+    dB, dC, dD = _matrix(table, 17, zero), _matrix(table, 18, zero), _matrix(table, 19, zero)
+    dinitial = _matrix(table, 20, zero)
 
     s, k = unit // len(blocks), unit % len(blocks)
     c0, width, part, N = blocks[k, 0], blocks[k, 1], blocks[k, 3] * len(x), len(A)
@@ -456,7 +372,7 @@ def selective_backward(unit, table, zero):
                 Bn = B[m, n]
                 total = zero
                 for j in range(BLOCK):
-                    h[BLOCK + j] = live * _exp(row[T + j] * g[2 * BLOCK + j])
+                    h[BLOCK + j] = live * exp(row[T + j] * g[2 * BLOCK + j])
                 for j in range(BLOCK):
                     v = h[BLOCK + j] * h[j] + row[U + j] * Bn
                     after[j] = v
@@ -523,7 +439,7 @@ def conv_forward(unit, table, zero):
         out = y[b * L + t]
         _convolve(x, b * (L + len(weight) - 1) + t, weight, bias, first[b, t], out)
         for j in range(out.size):
-            out[j] = out[j] / (one + _exp(-out[j]))
+            out[j] = out[j] / (one + exp(-out[j]))
 
 
 def conv_backward(unit, table, zero):
@@ -544,7 +460,7 @@ def conv_backward(unit, table, zero):
         _convolve(x, b * padded + t, weight, bias, first[b, t], pre)
         dyt = dy[b * L + t]
         for j in range(pre.size):
-            gate = one / (one + _exp(-pre[j]))
+            gate = one / (one + exp(-pre[j]))
             pre[j] = dyt[j] * gate * (one + pre[j] * (one - gate))
         if t >= lo:
             total = dbias[unit]
@@ -569,7 +485,7 @@ def norm_forward(unit, table, zero):
         xm, zm, out, w = x[m], z[m], y[m], weight[m % len(weight)]
         total = zero
         for j in range(xm.size):
-            v = xm[j] * zm[j] / (one + _exp(-zm[j]))
+            v = xm[j] * zm[j] / (one + exp(-zm[j]))
             out[j] = v
             total += v * v
         scale = one / math.sqrt(total / x.dtype.type(xm.size) + eps[0, 0])
@@ -584,7 +500,7 @@ def norm_backward(unit, table, zero):
     dx, dz, dweight = _matrix(table, 5, zero), _matrix(table, 6, zero), _matrix(table, 7, zero)
 
     one = x.dtype.type(1)
-    size = x.shape[1]
+    size = x.shape[1] & INDEX
     row = np.empty(2 * size, x.dtype)  # the gate sigmoid(z), then x * silu(z)
     for m in range(unit * ROWS, min(len(x), (unit + 1) * ROWS)):
         group = m % len(weight)
@@ -592,7 +508,7 @@ def norm_backward(unit, table, zero):
         dxm, dzm, dw = dx[m], dz[m], dweight[unit * len(weight) + group]
         total = inner = zero
         for j in range(size):
-            gate = one / (one + _exp(-zm[j]))
+            gate = one / (one + exp(-zm[j]))
             v = xm[j] * zm[j] * gate
             row[j] = gate
             row[size + j] = v

@@ -52,10 +52,10 @@ def ssd_scan(
     acc = _accumulation_dtype(x_BLHP.dtype)
     _, length, heads, headdim = x_BLHP.shape
     groups, d_state = B_BLGN.shape[2:]
-    x, dt, A, D = x_BLHP.to(acc), dt_BLH.to(acc), A_H.to(acc), D_H.to(acc)
-    B_BLHN = B_BLGN.to(acc).repeat_interleave(heads // groups, dim=2)
-    C_BLHN = C_BLGN.to(acc).repeat_interleave(heads // groups, dim=2)
-    state = x.new_zeros(x.shape[0], heads, headdim, d_state)
+    A, D = A_H.to(acc), D_H.to(acc)
+    B_BLHN, C_BLHN = (v.repeat_interleave(heads // groups, dim=2) for v in (B_BLGN, C_BLGN))
+    x, dt, B, C = (v.to(acc).unbind(1) for v in (x_BLHP, dt_BLH, B_BLHN, C_BLHN))  # one tensor an event
+    state = A.new_zeros(x_BLHP.shape[0], heads, headdim, d_state)
     if initial_state_BHPN is not None:
         state = initial_state_BHPN.to(acc)
 
@@ -64,10 +64,10 @@ def ssd_scan(
     for t, starts_B in zip(order, _starts(segment_BL, order), strict=True):
         if starts_B is not None:
             state = torch.where(starts_B[:, None, None, None], torch.zeros_like(state), state)
-        decay_BH = torch.exp(dt[:, t] * A)
-        inflow = (dt[:, t, :, None] * x[:, t])[..., None] * B_BLHN[:, t, :, None, :]
-        state = decay_BH[..., None, None] * state + inflow
-        outputs[t] = (state * C_BLHN[:, t, :, None, :]).sum(-1) + D[:, None] * x[:, t]
+        decay_BH = torch.exp(dt[t] * A)
+        inflow_BHPN = (dt[t][..., None] * x[t])[..., None] * B[t][:, :, None, :]
+        state = decay_BH[..., None, None] * state + inflow_BHPN
+        outputs[t] = (state * C[t][:, :, None, :]).sum(-1) + D[:, None] * x[t]
     y_BLHP = torch.stack([outputs[t] for t in range(length)], dim=1).to(x_BLHP.dtype)
     return (y_BLHP, state) if return_final_state else y_BLHP
 
@@ -87,9 +87,10 @@ def selective_scan(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Mamba-1 recurrence (Gu & Dao 2023, arXiv 2312.00752): h = exp(dt A) h + dt x B, y = h C + D x."""
     acc = _accumulation_dtype(x_BLD.dtype)
-    x, dt, A, B, C, D = (v.to(acc) for v in (x_BLD, dt_BLD, A_DN, B_BLN, C_BLN, D_D))
-    length = x.shape[1]
-    state = x.new_zeros(x.shape[0], *A.shape)
+    A, D = A_DN.to(acc), D_D.to(acc)
+    x, dt, B, C = (v.to(acc).unbind(1) for v in (x_BLD, dt_BLD, B_BLN, C_BLN))  # one tensor an event
+    length = len(x)
+    state = A.new_zeros(x_BLD.shape[0], *A.shape)
     if initial_state_BDN is not None:
         state = initial_state_BDN.to(acc)
 
@@ -98,9 +99,9 @@ def selective_scan(
     for t, starts_B in zip(order, _starts(segment_BL, order), strict=True):
         if starts_B is not None:
             state = torch.where(starts_B[:, None, None], torch.zeros_like(state), state)
-        decay_BDN = torch.exp(dt[:, t, :, None] * A)
-        state = decay_BDN * state + (dt[:, t] * x[:, t])[..., None] * B[:, t, None, :]
-        outputs[t] = (state * C[:, t, None, :]).sum(-1) + D * x[:, t]
+        decay_BDN = torch.exp(dt[t][..., None] * A)
+        state = decay_BDN * state + (dt[t] * x[t])[..., None] * B[t][:, None, :]
+        outputs[t] = (state * C[t][:, None, :]).sum(-1) + D * x[t]
     y_BLD = torch.stack([outputs[t] for t in range(length)], dim=1).to(x_BLD.dtype)
     return (y_BLD, state) if return_final_state else y_BLD
 
@@ -119,19 +120,18 @@ def causal_conv1d(
     The state is the last K-1 inputs of the segment, oldest first, zero where there are none.
     """
     acc = _accumulation_dtype(x_BLD.dtype)
-    x, weight = x_BLD.to(acc), weight_DK.to(acc)
-    batch, length, channels = x.shape
-    width = weight.shape[1]
-    window_BDK = x.new_zeros(batch, channels, width)
+    x, weight = x_BLD.to(acc).unbind(1), weight_DK.to(acc)
+    batch, length, channels = x_BLD.shape
+    window_BDK = weight.new_zeros(batch, channels, weight.shape[1])
     if initial_state_BDK1 is not None:
-        window_BDK = torch.cat([x.new_zeros(batch, channels, 1), initial_state_BDK1.to(acc)], dim=2)
+        window_BDK = torch.cat([window_BDK[:, :, :1], initial_state_BDK1.to(acc)], dim=2)
 
     order = range(length)
     outputs = []
     for t, starts_B in zip(order, _starts(segment_BL, order), strict=True):
         if starts_B is not None:
             window_BDK = torch.where(starts_B[:, None, None], torch.zeros_like(window_BDK), window_BDK)
-        window_BDK = torch.cat([window_BDK[:, :, 1:], x[:, t, :, None]], dim=2)
+        window_BDK = torch.cat([window_BDK[:, :, 1:], x[t][..., None]], dim=2)
         pre = (window_BDK * weight).sum(-1)
         outputs.append(F.silu(pre if bias_D is None else pre + bias_D.to(acc)))
     y_BLD = torch.stack(outputs, dim=1).to(x_BLD.dtype)

@@ -162,7 +162,9 @@ def ray_session(train: TrainConfig) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    # Ray sets the number of threads for some kinds of processes only; more threads than CPUs stall each other
+    threads = {"env_vars": {"OMP_NUM_THREADS": str(train.cpus_per_worker)}}
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "runtime_env": threads}
     if os.environ.get("RAY_ADDRESS"):
         ray.init(**quiet)
         _note_missing_machines(train, ray.cluster_resources())
