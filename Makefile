@@ -2,6 +2,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 DEMO ?= demo
+SUBJECTS ?= 2000
+PRETRAIN_STEPS ?= 150
+TUNE_STEPS ?= 900
 BIN = $(VENV)/bin
 PY = $(BIN)/python
 
@@ -15,14 +18,14 @@ $(VENV)/.installed: pyproject.toml
 
 demo: $(VENV)/.installed
 	@echo "1/3  a synthetic cohort whose readmissions follow a known law"
-	@$(PY) -m hymate.data.prepare source=synthetic out=$(DEMO)/data synthetic.subjects=1500 synthetic.mean_events=250
+	@$(PY) -m hymate.data.prepare source=synthetic out=$(DEMO)/data synthetic.subjects=$(SUBJECTS) synthetic.mean_events=250
 	@echo "2/3  pretraining: 2 Ray workers, DeepSpeed ZeRO-2"
 	@$(PY) pretrain/run.py data.path=$(DEMO)/data model=debug train=zero2 train.num_workers=2 \
-		data.context=512 data.tokens_per_row=4096 train.learning_rate=3e-3 train.max_steps=150 train.eval_every=50 \
+		data.context=512 data.tokens_per_row=4096 train.learning_rate=3e-3 train.max_steps=$(PRETRAIN_STEPS) train.eval_every=50 \
 		train.eval_rows=8 run.dir=$(DEMO)/runs run.name=pretrain
 	@echo "3/3  fine-tuning for readmission: a search over 4 trials"
 	@$(PY) finetune/tune.py task=readmission data.path=$(DEMO)/data init=$(DEMO)/runs/pretrain search=quick \
-		data.context=256 data.tokens_per_row=4096 train.rows_per_step=1 train.max_steps=600 train.eval_every=100 \
+		data.context=256 data.tokens_per_row=4096 train.rows_per_step=1 train.max_steps=$(TUNE_STEPS) train.eval_every=100 \
 		run.dir=$(DEMO)/runs run.name=readmission
 
 test: $(VENV)/.installed

@@ -17,8 +17,8 @@ import pytest
 from small_cohort import write_meds
 
 ROOT = Path(__file__).resolve().parent.parent
-# not run here: make test is what runs this file, make demo and the job have tests of their own, and the last
-# needs a CUDA compiler
+# not run by test_readme_commands_run: make test is what runs this file, make demo is below, the job is in
+# test_pretrain.py, and the last needs a CUDA compiler
 ELSEWHERE = ("make test", "make demo", "ray job submit", "pip install")
 SMALL = {
     "pretrain/run.py": "data.context=64 data.tokens_per_row=256 data.min_count=1 train.max_steps=4 train.eval_every=2 "
@@ -66,6 +66,19 @@ def test_readme_commands_run(place: Path) -> None:
     assert len(ran) >= 9
     assert (place / "runs" / "mortality" / "report.md").is_file()
     assert (place / "predictions.parquet").is_file()
+
+
+def test_the_demo_ends_in_a_table(tmp_path: Path) -> None:
+    sizes = ["SUBJECTS=150", "PRETRAIN_STEPS=50", "TUNE_STEPS=100"]
+    venv = Path(sys.executable).parent.parent
+    with tempfile.TemporaryDirectory(prefix="hy", dir="/tmp") as ray_files:
+        environment = {**os.environ, "RAY_TMPDIR": ray_files, "TORCHDYNAMO_DISABLE": "1"}
+        arguments = ["make", "demo", "-o", f"{venv}/.installed", f"VENV={venv}", f"DEMO={tmp_path}", *sizes]
+        done = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    for expected in ("held_out", "best possible", "AUROC [95 % CI]", "bundle ", "tensorboard --logdir"):
+        assert expected in done.stdout
+    assert (tmp_path / "runs" / "readmission" / "bundle" / "model.safetensors").is_file()
 
 
 def test_readme_names_every_configuration_file() -> None:
