@@ -36,7 +36,7 @@ test: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_ARGS) --editable ".[bench]"
-	$(PY) tests/benchmarks/mixers.py
+	$(PY) tests/benchmarks/mixers.py --mambapy
 
 clean:
 	rm -rf $(VENV) $(DEMO)
