@@ -69,7 +69,7 @@ def test_readme_commands_run(place: Path) -> None:
 
 
 def test_the_demo_ends_in_a_table(tmp_path: Path) -> None:
-    sizes = ["SUBJECTS=150", "PRETRAIN_STEPS=50", "TUNE_STEPS=100"]
+    sizes = ["SUBJECTS=150", "PRETRAIN_STEPS=100", "TUNE_STEPS=100"]
     venv = Path(sys.executable).parent.parent
     with tempfile.TemporaryDirectory(prefix="hy", dir="/tmp") as ray_files:
         environment = {**os.environ, "RAY_TMPDIR": ray_files, "TORCHDYNAMO_DISABLE": "1"}
