@@ -2,9 +2,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 DEMO ?= demo
-SUBJECTS ?= 2000
+SUBJECTS ?= 1500
 PRETRAIN_STEPS ?= 150
-TUNE_STEPS ?= 900
+TUNE_STEPS ?= 600
 BIN = $(VENV)/bin
 PY = $(BIN)/python
 
