@@ -91,7 +91,7 @@ class ModelConfig:
     mlp_ratio: float = 2.0
     dropout: float = 0.1
     pooling: Literal["fusion", "last", "mean"] = "fusion"
-    num_queries: int = 4
+    num_queries: int = 8
 
     def __post_init__(self) -> None:
         _positive(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import cycle, islice
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from hymate.config import ModelConfig, ObjectiveConfig, UserError
 from hymate.objectives import forecast_targets, hide_events, masked_mean
 
 TIME_PERIODS_HOURS = (2.0, 6.0, 24.0, 72.0, 168.0, 720.0, 2160.0, 8766.0)
+HORIZONS_HOURS = (8766.0, 168.0, 24.0, 4.0)  # a year to the last few events: how far pooling first looks back
 NO_VALUE, HIDDEN_VALUE = 0, 1
 
 
@@ -32,9 +34,9 @@ NO_VALUE, HIDDEN_VALUE = 0, 1
 class TripletEmbedding(nn.Module):
     """e = code + value + time, one vector for each event (the paper's triplet).
 
-    The value passes through a small network that also sees the code, because what a value means depends on it; a
-    missing and a hidden value each have their own vector. Time enters as log-scaled hours since the window began
-    and since the event before, and as phases of daily to yearly cycles.
+    A small network encodes the value and the code scales each of its channels, because what a value means depends
+    on the code; a missing and a hidden value each have their own vector. Time enters as log-scaled hours since the
+    window began and since the event before, and as phases of daily to yearly cycles.
     """
 
     def __init__(self, vocab_size: int, d_model: int) -> None:
@@ -66,7 +68,7 @@ class TripletEmbedding(nn.Module):
         z_L, rank_L = torch.nan_to_num(value_L), torch.nan_to_num(quantile_L)
         absent_L = missing_L if hidden_L is None else missing_L | hidden_L
         features = torch.stack([torch.asinh(z_L), z_L.clamp(-3, 3), rank_L, rank_L.square()], dim=-1)
-        value_LD = self.value_out(F.gelu(self.value_in(features) + self.value_code(code_LD)))
+        value_LD = self.value_out(F.gelu(self.value_in(features)) * self.value_code(code_LD))
         kind_L = torch.full_like(code_L, NO_VALUE)
         if hidden_L is not None:
             kind_L = torch.where(hidden_L, HIDDEN_VALUE, kind_L)
@@ -277,26 +279,38 @@ class Block(nn.Module):
 
 
 class FusionPooling(nn.Module):
-    """Additive attention over a segment's events, `num_queries` times; the weights say what the model looked at."""
+    """The paper's additive attention over a segment's events, `num_queries` times; its weights explain the prediction.
+
+    Each query also forgets: an event's score falls with its hours before the segment's end, at a learned rate that
+    starts at one of HORIZONS_HOURS. It returns the level of what it attends to (the weighted mean of the
+    states) and its trend: the weighted covariance of states and time over the standard deviation of time, which is
+    the least-squares slope in units of that deviation.
+    """
 
     def __init__(self, d_model: int, num_queries: int) -> None:
         super().__init__()
         self.key = nn.Linear(d_model, d_model)
         self.query = nn.Linear(d_model, num_queries, bias=False)
+        horizon_Q = torch.tensor(list(islice(cycle(HORIZONS_HOURS), num_queries)))
+        self.log_rate_Q = nn.Parameter(-horizon_Q.log())
+        self.width = 2 * num_queries * d_model
 
     def forward(self, h_LD: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """(L, D) -> pooled (S, Q * D) and weights (L, Q) that sum to 1 over each segment."""
-        score_LQ, h_LD = _wide(self.query(torch.tanh(self.key(h_LD)))), _wide(h_LD)
+        """(L, D) -> pooled (S, 2 * Q * D) and weights (L, Q) that sum to 1 over each segment."""
         segment_L, S = batch.segment_L.long(), batch.num_segments
-        index_LQ = segment_L[:, None].expand_as(score_LQ)
+        last_L = torch.tensor(batch.cu_seqlens[1:], device=h_LD.device)[segment_L] - 1
+        hours_L1 = (batch.time_hours_L - batch.time_hours_L[last_L])[:, None]  # 0 at the end, negative before
+        score_LQ = _wide(self.query(torch.tanh(self.key(h_LD)))) + hours_L1 * self.log_rate_Q.exp()
         top_SQ = score_LQ.new_full((S, score_LQ.shape[1]), -torch.inf)
-        top_SQ = top_SQ.scatter_reduce(0, index_LQ, score_LQ.detach(), "amax")
+        top_SQ = top_SQ.scatter_reduce(0, segment_L[:, None].expand_as(score_LQ), score_LQ.detach(), "amax")
         weight_LQ = (score_LQ - top_SQ[segment_L]).exp()
-        total_SQ = torch.zeros_like(top_SQ).index_add(0, segment_L, weight_LQ)
-        weight_LQ = weight_LQ / total_SQ[segment_L]
-        # one query at a time, so that no (L, Q, D) array is made
-        columns = [_segment_sum(weight_L[:, None] * h_LD, segment_L, S) for weight_L in weight_LQ.unbind(dim=1)]
-        return torch.cat(columns, dim=-1), weight_LQ
+        weight_LQ = weight_LQ / _segment_sum(weight_LQ, segment_L, S)[segment_L]
+        offset_LQ = hours_L1 - _segment_sum(weight_LQ * hours_L1, segment_L, S)[segment_L]
+        variance_SQ = _segment_sum(weight_LQ * offset_LQ.square(), segment_L, S)
+        trend_LQ = weight_LQ * offset_LQ * (variance_SQ + 1.0).rsqrt()[segment_L]  # 1: an hour, where time stands still
+        lengths = torch.tensor(batch.cu_seqlens).diff().tolist()
+        parts = zip(torch.cat([weight_LQ, trend_LQ], dim=1).split(lengths), _wide(h_LD).split(lengths), strict=True)
+        return torch.stack([basis.T @ h for basis, h in parts]).flatten(1), weight_LQ
 
 
 class HyMaTE(nn.Module):
@@ -352,7 +366,8 @@ class PatientPooling(nn.Module):
         self.kind = config.pooling
         self.fusion = FusionPooling(config.d_model, config.num_queries) if self.kind == "fusion" else None
         self.static = nn.Linear(config.d_model, config.d_model)
-        self.width = config.d_model * (1 + (config.num_queries if self.kind == "fusion" else 1)) + 4
+        pooled = config.d_model if self.fusion is None else self.fusion.width
+        self.width = pooled + config.d_model + 4
 
     def forward(self, h_LD: Tensor, batch: Batch, embedding: TripletEmbedding) -> tuple[Tensor, Tensor | None]:
         """(L, D) -> patient vectors (S, E) and the fusion weights (L, Q), None for other poolings."""

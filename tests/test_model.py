@@ -10,7 +10,16 @@ from rows import random_row, segment_of
 from torch import Tensor
 
 from hymate.config import ModelConfig, ObjectiveConfig, UserError
-from hymate.model import HyMaTE, Mamba1Mixer, Mamba2Mixer, PretrainModel, RiskModel, decay_groups, load_backbone
+from hymate.model import (
+    FusionPooling,
+    HyMaTE,
+    Mamba1Mixer,
+    Mamba2Mixer,
+    PretrainModel,
+    RiskModel,
+    decay_groups,
+    load_backbone,
+)
 
 VOCAB = 30
 LENGTHS = (7, 1, 23, 40)
@@ -68,6 +77,25 @@ def test_fusion_weights_sum_to_one_for_each_patient() -> None:
     _, weight_LQ = model.patient(row)
     for a, b in zip(row.cu_seqlens, row.cu_seqlens[1:], strict=False):
         torch.testing.assert_close(weight_LQ[a:b].sum(0), torch.ones(weight_LQ.shape[1], dtype=weight_LQ.dtype))
+
+
+def test_fusion_pooling_returns_levels_and_least_squares_slopes() -> None:
+    pooling = FusionPooling(d_model=3, num_queries=2).double()
+    with torch.no_grad():
+        pooling.query.weight.zero_()
+        pooling.log_rate_Q.copy_(torch.tensor([1 / 5.0, 1e-9]).log())
+    row = in_double(random_row((12,), vocab_size=VOCAB))
+    h_LD = torch.randn(12, 3, dtype=torch.float64)
+    pooled, weight_LQ = pooling(h_LD, row)
+    hours_L = row.time_hours_L
+    expected = torch.exp((hours_L - hours_L[-1]) / 5)
+    torch.testing.assert_close(weight_LQ[:, 0], expected / expected.sum())
+    torch.testing.assert_close(weight_LQ[:, 1], torch.full((12,), 1 / 12, dtype=torch.float64))
+    level_QD, trend_QD = pooled.view(2, 2, 3)
+    torch.testing.assert_close(level_QD[1], h_LD.mean(0))
+    slope_D = torch.linalg.lstsq(torch.stack([hours_L, torch.ones(12)], 1).double(), h_LD).solution[0]
+    variance = hours_L.var(correction=0)
+    torch.testing.assert_close(trend_QD[1], slope_D * variance / (variance + 1).sqrt())
 
 
 def test_mixers_hold_the_parameter_names_and_shapes_of_mamba_ssm() -> None:
