@@ -66,7 +66,7 @@ class RandomRows:
         while True:
             indices = range(first + rank, first + rows_per_step, world_size)
             first += rows_per_step
-            yield [self._row(i) for i in indices], Cursor(0, first)
+            yield [self._row(i) for i in indices], Cursor(row=first)
 
     def once(self, rank: int, world_size: int) -> Iterator[tuple[Batch, bool]]:
         """Three rows: with two ranks, the second repeats one that does not count."""

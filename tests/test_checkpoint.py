@@ -100,7 +100,7 @@ def test_a_checkpoint_says_where_the_run_stands_and_holds_no_pickle(root: Path) 
     folder = root / "whole-2" / "step-4"
     state: dict[str, Any] = json.loads((folder / "state.json").read_text())
     assert state["step"] == 4 and state["world_size"] == 2
-    assert state["cursor"] == {"epoch": 0, "row": 4 * CONFIG.rows_per_step}
+    assert state["cursor"] == {"epoch": 0, "block": 0, "row": 4 * CONFIG.rows_per_step}
     assert {file.name for file in folder.iterdir()} == {
         "state.json",
         "model.safetensors",

@@ -1,11 +1,12 @@
 """Prepared histories -> packed rows, in an order that any number of workers can share and resume.
 
-The place of a row is (epoch, row). What stands there (which examples, which windows of them, the row's seed) is a
-pure function of (seed, epoch, row): shuffling and random windows come from a counter-based hash, never from a
+The place of a row is (epoch, block, row). What stands there (which examples, which windows of them, the row's seed)
+is a pure function of the seed and the place: shuffling and random windows come from a counter-based hash, never from a
 generator with a state. A cursor is therefore enough to go on exactly, also on more or fewer workers.
 
 Shuffling keeps reads local. An epoch shuffles the row groups of the files, takes consecutive ones together as a
-block of about BLOCK_EVENTS events, and shuffles, packs and again shuffles inside the block.
+block of about BLOCK_EVENTS events, and shuffles, packs and again shuffles inside the block. Going on in the middle of
+an epoch packs one block, not those before it.
 
 Legend, besides that of `hymate.batch`: E examples, P subjects in the dataset's index, G row groups.
 """
@@ -19,7 +20,7 @@ from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import islice
+from itertools import count, islice
 from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
@@ -73,7 +74,8 @@ class Cursor:
     """The next row of a run. The end of an epoch and the start of the next are the same place."""
 
     epoch: int = 0
-    row: int = 0
+    block: int = 0
+    row: int = 0  # of the block
 
 
 def pretraining_examples(histories: Histories, split: str) -> Examples:
@@ -206,15 +208,16 @@ class Rows:
 
     # ---------------------------------------------------------------------------------------------------- order
 
-    def _order(self, epoch: int) -> Iterator[np.ndarray]:
-        """The rows of an epoch, each an array of examples; packed block by block, as they are asked for."""
+    def _order(self, epoch: int, first_block: int = 0) -> Iterator[_Place]:
+        """The rows of an epoch from a block on; packed block by block, as they are asked for."""
         groups = self._permutation(epoch, _GROUP, np.arange(self._groups.num_groups))
-        for block in self._groups.blocks(groups):
-            members = np.concatenate([self._groups.examples_of(group) for group in block])
+        for block, members_G in enumerate(self._groups.blocks(groups)[first_block:], start=first_block):
+            members = np.concatenate([self._groups.examples_of(group) for group in members_G])
             members = members[self._permutation(epoch, _EXAMPLE, members)]
             rows = [members[row] for row in pack(self._length_E[members], self.tokens_per_row)]
-            for row in self._permutation(epoch, _ROW, np.array([row[0] for row in rows])):
-                yield rows[row]
+            order = self._permutation(epoch, _ROW, np.array([row[0] for row in rows]))
+            for place, row in enumerate(order):
+                yield _Place(epoch, block, place, rows[row])
 
     def _permutation(self, epoch: int, use: int, key: np.ndarray) -> np.ndarray:
         """A random order of things with distinct keys; the given order in evaluation."""
@@ -223,12 +226,11 @@ class Rows:
         return np.argsort(_hash(self.seed, epoch, use, key), kind="stable")
 
     def _places(self, cursor: Cursor) -> Iterator[_Place]:
-        epoch, first = cursor.epoch, cursor.row
-        while True:
-            for row, examples in enumerate(self._order(epoch)):
-                if row >= first:
-                    yield _Place(epoch, row, examples)
-            epoch, first = epoch + 1, 0
+        for place in self._order(cursor.epoch, cursor.block):
+            if (place.block, place.row) >= (cursor.block, cursor.row):
+                yield place
+        for epoch in count(cursor.epoch + 1):
+            yield from self._order(epoch)
 
     def _rows_of_rank(
         self, cursor: Cursor, rows_per_step: int, rank: int, world_size: int
@@ -236,17 +238,16 @@ class Rows:
         places = self._places(cursor)
         while True:
             step = list(islice(places, rows_per_step))
-            after = Cursor(step[-1].epoch, step[-1].row + 1)
+            after = Cursor(step[-1].epoch, step[-1].block, step[-1].row + 1)
             sizes = np.array([self._weighed(place.examples) for place in step])
             for i in range(rank, rows_per_step, world_size):
                 yield self._batch(step[i], weight=float(sizes[i] / sizes.mean())), after
 
     def _evaluation_of_rank(self, rank: int, world_size: int) -> Iterator[tuple[Batch, bool]]:
-        rows = list(self._order(EVALUATION))
-        num_turns = math.ceil(len(rows) / world_size)
+        places = list(self._order(EVALUATION))
+        num_turns = math.ceil(len(places) / world_size)
         for turn in range(rank, num_turns * world_size, world_size):
-            row = min(turn, len(rows) - 1)
-            yield self._batch(_Place(EVALUATION, row, rows[row]), weight=1.0), turn < len(rows)
+            yield self._batch(places[min(turn, len(places) - 1)], weight=1.0), turn < len(places)
 
     def _weighed(self, examples: np.ndarray) -> int:
         return int(self._length_E[examples].sum()) if self.weight_by == "events" else len(examples)
@@ -296,7 +297,7 @@ class Rows:
             example_S=torch.from_numpy(example_S),
             label_S=torch.from_numpy(self.examples.label_E[example_S]),
             weight=weight,
-            seed=int(_hash(self.seed, place.epoch, _SEED, np.array([place.row]))[0] >> np.uint64(1)),
+            seed=int(_hash(self.seed, place.epoch, _SEED, place.block, np.array([place.row]))[0] >> np.uint64(1)),
         )
 
     def _starts(self, epoch: int, example_S: np.ndarray) -> np.ndarray:
@@ -314,6 +315,7 @@ class _Place(NamedTuple):
     """A row in the order of a run."""
 
     epoch: int
+    block: int
     row: int
     examples: np.ndarray
 
