@@ -38,7 +38,7 @@ start() {
         </dev/null >"$folder/log" 2>&1 &
     echo $! >"$folder/pid"
     until grep -q "Ray runtime started" "$folder/log"; do
-        running || fail "Ray did not start:"$'\n'"$(cat "$folder/log")"
+        kill -0 $! 2>/dev/null || fail "Ray did not start:"$'\n'"$(cat "$folder/log")"
         sleep 0.2
     done
     address=$(sed -n "s/.*RAY_API_SERVER_ADDRESS='\([^']*\)'.*/\1/p" "$folder/log")
