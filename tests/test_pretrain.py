@@ -10,8 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,17 +20,15 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from commands import ROOT, points, run, step_of, wait_until
 from safetensors.torch import load_file
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hymate.bundle import read_bundle
 from hymate.config import UserError, load
 from hymate.training.launch import pretrain
 from hymate.training.pretraining import PretrainConfig
 
-ROOT = Path(__file__).resolve().parent.parent
 STEPS, EVAL_EVERY = 60, 10
-PATIENCE_S = 180.0
 
 pytestmark = pytest.mark.slow
 
@@ -75,17 +72,6 @@ def command(data: Path, runs: Path, *overrides: str) -> list[str]:
     return [sys.executable, str(ROOT / "pretrain" / "run.py"), *kept, *overrides]
 
 
-def run(arguments: list[str], environment: dict[str, str], cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(arguments, env=environment, cwd=cwd, capture_output=True, text=True, timeout=PATIENCE_S)
-
-
-def wait_until(condition: Callable[[], object], what: str) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < deadline, f"waited in vain until {what}"
-        time.sleep(0.05)
-
-
 def processes() -> dict[int, tuple[int, str]]:
     """pid -> (parent's pid, command line) of what runs on this machine."""
     found = {}
@@ -108,13 +94,6 @@ def train_workers(folder: str) -> set[int]:
     return {pid for pid, (parent, line) in processes().items() if parent in raylets and "RayTrainWorker" in line}
 
 
-def step_of(run_folder: Path) -> int:
-    try:
-        return json.loads((run_folder / "progress.json").read_text())["step"]
-    except (OSError, ValueError):
-        return 0
-
-
 @contextmanager
 def started(arguments: list[str], environment: dict[str, str], cwd: Path) -> Iterator[subprocess.Popen[bytes]]:
     process = subprocess.Popen(arguments, env=environment, cwd=cwd, stdout=subprocess.DEVNULL)
@@ -126,9 +105,7 @@ def started(arguments: list[str], environment: dict[str, str], cwd: Path) -> Ite
 
 
 def scalars(run_folder: Path, name: str) -> list[tuple[int, float]]:
-    events = EventAccumulator(str(run_folder / "tb"), size_guidance={"scalars": 0})
-    events.Reload()
-    return [(point.step, point.value) for point in events.Scalars(name)]
+    return [(point.step, point.value) for point in points(run_folder, name)]
 
 
 @pytest.fixture(scope="module")

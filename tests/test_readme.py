@@ -17,8 +17,8 @@ import pytest
 from small_cohort import write_meds
 
 ROOT = Path(__file__).resolve().parent.parent
-# not run by test_readme_commands_run: make test is what runs this file, make demo is below, a job needs a cluster, and
-# the last needs a CUDA compiler
+# not run by test_readme_commands_run: make test is what runs this file, make demo is below, jobs are in test_jobs.py,
+# and the last needs a CUDA compiler
 ELSEWHERE = ("make test", "make demo", "ray job submit", "pip install")
 SMALL = {
     "pretrain/run.py": "data.context=64 data.tokens_per_row=256 data.min_count=1 train.max_steps=4 train.eval_every=2 "

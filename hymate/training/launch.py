@@ -225,6 +225,15 @@ def _finished(config: PretrainConfig) -> dict[str, Any] | None:
 
 
 def _absolute(config: PretrainConfig) -> PretrainConfig:
-    """Workers run in other working directories."""
-    data = replace(config.data, path=str(Path(config.data.path).absolute()))
-    return replace(config, data=data, run=replace(config.run, dir=str(Path(config.run.dir).absolute())))
+    data = replace(config.data, path=absolute("data.path", config.data.path))
+    return replace(config, data=data, run=replace(config.run, dir=absolute("run.dir", config.run.dir)))
+
+
+def absolute(key: str, path: str) -> str:
+    """The path as workers, which run in other folders, can use it. Raises UserError where that is no use either."""
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and not os.path.isabs(path):  # Ray sets it for a job's driver
+        raise UserError(
+            f"{key}={path}: a Ray job runs in a temporary folder of the cluster; give an absolute path that every "
+            "machine sees"
+        )
+    return os.path.abspath(path)

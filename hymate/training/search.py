@@ -36,7 +36,7 @@ from hymate.data.tasks import LabelSet, labels
 from hymate.predict import predict, prediction_table
 from hymate.training import results, space
 from hymate.training.finetune import Start, Study, TrialConfig, starting_point
-from hymate.training.launch import ray_session
+from hymate.training.launch import absolute, ray_session
 from hymate.training.pretraining import check_machine
 from hymate.training.results import Outcome
 
@@ -112,13 +112,13 @@ def search(config: TuneConfig) -> Path:
 
 
 def _absolute(config: TuneConfig) -> TuneConfig:
-    """Workers run in other folders."""
-    data = dataclasses.replace(config.data, path=os.path.abspath(config.data.path))
+    data = dataclasses.replace(config.data, path=absolute("data.path", config.data.path))
+    run = dataclasses.replace(config.run, dir=absolute("run.dir", config.run.dir))
     task = config.task
     if task.labels is not None:
-        task = dataclasses.replace(task, labels=os.path.abspath(task.labels))
-    init = None if config.init is None else os.path.abspath(config.init)
-    return dataclasses.replace(config, data=data, task=task, init=init)
+        task = dataclasses.replace(task, labels=absolute("task.labels", task.labels))
+    init = None if config.init is None else absolute("init", config.init)
+    return dataclasses.replace(config, data=data, run=run, task=task, init=init)
 
 
 def _require_both_classes(examples: Mapping[str, Examples]) -> None:

@@ -1,0 +1,41 @@
+"""Commands run as a user runs them, and what can be seen of their runs from outside."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+ROOT = Path(__file__).resolve().parent.parent
+PATIENCE_S = 180.0
+
+
+def run(arguments: list[str], environment: dict[str, str], cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(arguments, env=environment, cwd=cwd, capture_output=True, text=True, timeout=PATIENCE_S)
+
+
+def wait_until(condition: Callable[[], object], what: str) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline, f"waited in vain until {what}"
+        time.sleep(0.05)
+
+
+def points(run_folder: Path, name: str) -> list[Any]:
+    """The curve `name` of a run: `wall_time`, `step` and `value` of each point."""
+    events = EventAccumulator(str(run_folder / "tb"), size_guidance={"scalars": 0})
+    events.Reload()
+    return events.Scalars(name)
+
+
+def step_of(run_folder: Path) -> int:
+    """How far a pretraining run is that may be running: its checkpoints up to the last but one certainly count."""
+    try:
+        return json.loads((run_folder / "progress.json").read_text())["step"]
+    except (OSError, ValueError):
+        return 0
