@@ -392,6 +392,29 @@ def _wide(x: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------------- models
 
 
+class ScoredLinear(nn.Linear):
+    """A linear layer onto classes that never holds all its outputs: only how well they meet their targets."""
+
+    def forward(self, x_ND: Tensor, target_N: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean cross-entropy and accuracy over N events."""
+        return ops.linear_cross_entropy(x_ND, self.weight, self.bias, target_N)
+
+
+class CodeHead(nn.Sequential):
+    """The head of the hidden codes."""
+
+    def __init__(self, config: ModelConfig, vocab_size: int) -> None:
+        *hidden, _ = _head(config, 1)
+        super().__init__(*hidden, ScoredLinear(config.d_model, vocab_size))
+
+    def forward(self, h_ND: Tensor, target_N: Tensor) -> tuple[Tensor, Tensor]:
+        """(N, D) states and the codes hidden there -> mean cross-entropy and accuracy."""
+        *hidden, out = self
+        for layer in hidden:
+            h_ND = layer(h_ND)
+        return out(h_ND, target_N)
+
+
 class PretrainModel(nn.Module):
     """HyMaTE with the heads of the self-supervised objectives (`hymate.objectives`)."""
 
@@ -399,7 +422,7 @@ class PretrainModel(nn.Module):
         super().__init__()
         self.objective = objective
         self.backbone = HyMaTE(config, vocab_size)
-        self.code_head = _head(config, vocab_size) if objective.code_weight else None
+        self.code_head = CodeHead(config, vocab_size) if objective.code_weight else None
         self.value_head = _head(config, 1) if objective.value_weight else None
         self.forecast_head = _head(config, objective.forecast_variables) if objective.forecast_weight else None
 
@@ -410,10 +433,7 @@ class PretrainModel(nn.Module):
         terms: dict[str, Tensor] = {}
         loss = h_LD.new_zeros(())
         if self.code_head is not None:
-            target = batch.code_L[hidden.code_L]
-            logits = self.code_head(h_LD[hidden.code_L]).float()
-            terms["code_loss"] = masked_mean(F.cross_entropy(logits, target, reduction="none"))
-            terms["code_accuracy"] = masked_mean((logits.argmax(-1) == target).float())
+            terms["code_loss"], terms["code_accuracy"] = self.code_head(h_LD[hidden.code_L], batch.code_L[hidden.code_L])
             loss = loss + self.objective.code_weight * terms["code_loss"]
         if self.value_head is not None:
             at = hidden.value_L & ~torch.isnan(batch.value_L)

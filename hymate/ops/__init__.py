@@ -25,8 +25,17 @@ from torch import Tensor
 
 from hymate.config import UserError
 from hymate.ops.attention import packed_attention
+from hymate.ops.cross_entropy import linear_cross_entropy
 
-__all__ = ["causal_conv1d", "forced", "gated_rms_norm", "packed_attention", "selective_scan", "ssd_scan"]
+__all__ = [
+    "causal_conv1d",
+    "forced",
+    "gated_rms_norm",
+    "linear_cross_entropy",
+    "packed_attention",
+    "selective_scan",
+    "ssd_scan",
+]
 
 IMPLEMENTATIONS = ("reference", "cpu", "fused")
 _forced: list[str] = []
