@@ -259,6 +259,18 @@ class GatedMLP(nn.Module):
         return self.down(value * F.silu(gate))
 
 
+class ResidualDropout(nn.Module):
+    """Add a branch to the residual stream; in training, elements of the branch are dropped."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: Tensor, branch: Tensor) -> Tensor:
+        """Both of one shape."""
+        return ops.add_dropout(x, branch, self.p if self.training else 0.0)
+
+
 class Block(nn.Module):
     """Pre-norm mixer, then pre-norm gated MLP, each added to its input."""
 
@@ -268,12 +280,12 @@ class Block(nn.Module):
         self.mixer = MambaBlockMixer(config) if kind == "M" else SelfAttention(config)
         self.mlp_norm = nn.RMSNorm(config.d_model)
         self.mlp = GatedMLP(config.d_model, config.mlp_ratio)
-        self.dropout = nn.Dropout(config.dropout)
+        self.add = ResidualDropout(config.dropout)
 
     def forward(self, x_LD: Tensor, batch: Batch) -> Tensor:
         """(L, D) -> (L, D)."""
-        x_LD = x_LD + self.dropout(self.mixer(self.mixer_norm(x_LD), batch))
-        return x_LD + self.dropout(self.mlp(self.mlp_norm(x_LD)))
+        x_LD = self.add(x_LD, self.mixer(self.mixer_norm(x_LD), batch))
+        return self.add(x_LD, self.mlp(self.mlp_norm(x_LD)))
 
 
 class FusionPooling(nn.Module):
@@ -395,24 +407,22 @@ def _wide(x: Tensor) -> Tensor:
 class ScoredLinear(nn.Linear):
     """A linear layer onto classes that never holds all its outputs: only how well they meet their targets."""
 
-    def forward(self, x_ND: Tensor, target_N: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x_ND: Tensor, target_N: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """Mean cross-entropy and accuracy over N events."""
         return ops.linear_cross_entropy(x_ND, self.weight, self.bias, target_N)
 
 
-class CodeHead(nn.Sequential):
-    """The head of the hidden codes."""
+class CodeHead(nn.Module):
+    """The head of the hidden codes: their mean cross-entropy and accuracy."""
 
     def __init__(self, config: ModelConfig, vocab_size: int) -> None:
-        *hidden, _ = _head(config, 1)
-        super().__init__(*hidden, ScoredLinear(config.d_model, vocab_size))
+        super().__init__()
+        self.hidden = _head(config, 1)[:-1]
+        self.out = ScoredLinear(config.d_model, vocab_size)
 
     def forward(self, h_ND: Tensor, target_N: Tensor) -> tuple[Tensor, Tensor]:
-        """(N, D) states and the codes hidden there -> mean cross-entropy and accuracy."""
-        *hidden, out = self
-        for layer in hidden:
-            h_ND = layer(h_ND)
-        return out(h_ND, target_N)
+        """(N, D) states of the events whose codes are hidden, and these codes."""
+        return self.out(self.hidden(h_ND), target_N)
 
 
 class PretrainModel(nn.Module):
@@ -433,7 +443,8 @@ class PretrainModel(nn.Module):
         terms: dict[str, Tensor] = {}
         loss = h_LD.new_zeros(())
         if self.code_head is not None:
-            terms["code_loss"], terms["code_accuracy"] = self.code_head(h_LD[hidden.code_L], batch.code_L[hidden.code_L])
+            at = hidden.code_L
+            terms["code_loss"], terms["code_accuracy"] = self.code_head(h_LD[at], batch.code_L[at])
             loss = loss + self.objective.code_weight * terms["code_loss"]
         if self.value_head is not None:
             at = hidden.value_L & ~torch.isnan(batch.value_L)
