@@ -25,7 +25,7 @@ class Count(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is scaled_dot_product_attention:
-            blocks, heads, queries = args[0].shape[:3]
+            blocks, _, queries = args[0].shape[:3]
             self.queries += blocks * queries
             self.pairs += blocks * queries * args[1].shape[2]
         return function(*args, **(kwargs or {}))
