@@ -261,6 +261,18 @@ class GatedMLP(nn.Module):
         return self.down(value * F.silu(gate))
 
 
+class ResidualDropout(nn.Module):
+    """Add a branch to the residual stream; in training, elements of the branch are dropped."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: Tensor, branch: Tensor) -> Tensor:
+        """Both of one shape."""
+        return ops.add_dropout(x, branch, self.p if self.training else 0.0)
+
+
 class Block(nn.Module):
     """Pre-norm mixer, then pre-norm gated MLP, each added to its input."""
 
@@ -270,12 +282,12 @@ class Block(nn.Module):
         self.mixer = MambaBlockMixer(config) if kind == "M" else SelfAttention(config)
         self.mlp_norm = nn.RMSNorm(config.d_model)
         self.mlp = GatedMLP(config.d_model, config.mlp_ratio)
-        self.dropout = nn.Dropout(config.dropout)
+        self.add = ResidualDropout(config.dropout)
 
     def forward(self, x_LD: Tensor, batch: Batch) -> Tensor:
         """(L, D) -> (L, D)."""
-        x_LD = x_LD + self.dropout(self.mixer(self.mixer_norm(x_LD), batch))
-        return x_LD + self.dropout(self.mlp(self.mlp_norm(x_LD)))
+        x_LD = self.add(x_LD, self.mixer(self.mixer_norm(x_LD), batch))
+        return self.add(x_LD, self.mlp(self.mlp_norm(x_LD)))
 
 
 class FusionPooling(nn.Module):
@@ -407,6 +419,27 @@ def _wide(x: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------------- models
 
 
+class ScoredLinear(nn.Linear):
+    """A linear layer onto classes that never holds all its outputs: only how well they meet their targets."""
+
+    def forward(self, x_ND: Tensor, target_N: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """Mean cross-entropy and accuracy over N events."""
+        return ops.linear_cross_entropy(x_ND, self.weight, self.bias, target_N)
+
+
+class CodeHead(nn.Module):
+    """The head of the hidden codes: their mean cross-entropy and accuracy."""
+
+    def __init__(self, config: ModelConfig, vocab_size: int) -> None:
+        super().__init__()
+        self.hidden = _head(config, 1)[:-1]
+        self.out = ScoredLinear(config.d_model, vocab_size)
+
+    def forward(self, h_ND: Tensor, target_N: Tensor) -> tuple[Tensor, Tensor]:
+        """(N, D) states of the events whose codes are hidden, and these codes."""
+        return self.out(self.hidden(h_ND), target_N)
+
+
 class PretrainModel(nn.Module):
     """HyMaTE with the heads of the self-supervised objectives (`hymate.objectives`)."""
 
@@ -414,7 +447,7 @@ class PretrainModel(nn.Module):
         super().__init__()
         self.objective = objective
         self.backbone = HyMaTE(config, vocab_size)
-        self.code_head = _head(config, vocab_size) if objective.code_weight else None
+        self.code_head = CodeHead(config, vocab_size) if objective.code_weight else None
         self.value_head = _head(config, 1) if objective.value_weight else None
         self.forecast_head = _head(config, objective.forecast_variables) if objective.forecast_weight else None
 
@@ -425,10 +458,8 @@ class PretrainModel(nn.Module):
         terms: dict[str, Tensor] = {}
         loss = h_LD.new_zeros(())
         if self.code_head is not None:
-            target = batch.code_L[hidden.code_L]
-            logits = self.code_head(h_LD[hidden.code_L]).float()
-            terms["code_loss"] = masked_mean(F.cross_entropy(logits, target, reduction="none"))
-            terms["code_accuracy"] = masked_mean((logits.argmax(-1) == target).float())
+            at = hidden.code_L
+            terms["code_loss"], terms["code_accuracy"] = self.code_head(h_LD[at], batch.code_L[at])
             loss = loss + self.objective.code_weight * terms["code_loss"]
         if self.value_head is not None:
             at = hidden.value_L & ~torch.isnan(batch.value_L)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from hymate.batch import FIRST_CODE_ID, MASK_ID, Batch
 from hymate.config import ObjectiveConfig
@@ -76,12 +77,12 @@ def forecast_targets(batch: Batch, objective: ObjectiveConfig) -> tuple[Tensor, 
     variable_L = batch.code_L - FIRST_CODE_ID
     counted = (variable_L >= 0) & (variable_L < K) & ~torch.isnan(batch.value_L)
     at = torch.nonzero(counted)[:, 0]
-    running = torch.zeros(2, batch.num_events + 1, K, dtype=torch.float64, device=device)
-    running[0, at + 1, variable_L[at]] = batch.value_L[at].double()
-    running[1, at + 1, variable_L[at]] = 1.0
-    running = running.cumsum(dim=1)
-    total, count = running[:, stop_A] - running[:, first_A]
-    return anchor_A, (total / count).float()
+    # by variable, then place: what lies ahead of an anchor is one run of each variable's values
+    key, order = (variable_L[at] * batch.num_events + at).sort()
+    running = F.pad(batch.value_L[at[order]].double().cumsum(dim=0), (1, 0))
+    variable_K = torch.arange(K, device=device) * batch.num_events
+    first_AK, stop_AK = (torch.searchsorted(key, place_A[:, None] + variable_K) for place_A in (first_A, stop_A))
+    return anchor_A, ((running[stop_AK] - running[first_AK]) / (stop_AK - first_AK)).float()
 
 
 def masked_mean(x: Tensor) -> Tensor:

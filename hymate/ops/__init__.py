@@ -22,11 +22,22 @@ from contextlib import contextmanager
 from types import ModuleType
 
 from torch import Tensor
+from torch.nn import functional as F
 
 from hymate.config import UserError
 from hymate.ops.attention import packed_attention
+from hymate.ops.cross_entropy import linear_cross_entropy
 
-__all__ = ["causal_conv1d", "forced", "gated_rms_norm", "packed_attention", "selective_scan", "ssd_scan"]
+__all__ = [
+    "add_dropout",
+    "causal_conv1d",
+    "forced",
+    "gated_rms_norm",
+    "linear_cross_entropy",
+    "packed_attention",
+    "selective_scan",
+    "ssd_scan",
+]
 
 IMPLEMENTATIONS = ("reference", "cpu", "fused")
 _forced: list[str] = []
@@ -145,6 +156,18 @@ def causal_conv1d(
         initial_state_BDK1=initial_state_BDK1,
         return_final_state=True,
     )
+
+
+def add_dropout(x: Tensor, branch: Tensor, p: float) -> Tensor:
+    """x + branch, a share p of whose elements is zero and the rest 1 / (1 - p) times as large.
+
+    Which ones follows from torch's generator, but differs between implementations.
+    """
+    if p == 0:
+        return x + branch
+    if _implementation(x).__name__ == "hymate.ops.cpu":
+        return importlib.import_module("hymate.ops.dropout").add_dropout(x, branch, p)
+    return x + F.dropout(branch, p)
 
 
 def gated_rms_norm(x: Tensor, z: Tensor, weight: Tensor, eps: float, group_size: int) -> Tensor:

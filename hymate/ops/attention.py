@@ -37,43 +37,36 @@ def _one_segment(q_nHE: Tensor, k_nHE: Tensor, v_nHE: Tensor, window: int | None
 
 
 def _windowed(q_nHE: Tensor, k_nHE: Tensor, v_nHE: Tensor, window: int, causal: bool) -> Tensor:
-    """Blocks of `window` queries attend to their own block and its neighbours under a band mask.
+    """Blocks of queries attend to the keys that their events can see, under a band mask; nothing is padded.
 
-    Blocks inside the segment share one mask; those at its ends also mask what lies outside the segment.
+    The blocks between the first `window` queries and the last ones all see as many keys and share one mask; their
+    keys are overlapping views of one tensor.
     """
-    n, W, device = len(q_nHE), window, q_nHE.device
-    padded = [F.pad(x, (0, 0, 0, 0, 0, -n % W)) for x in (q_nHE, k_nHE, v_nHE)]
-    q, k, v = (x.unflatten(0, (-1, W)).transpose(1, 2) for x in padded)  # (blocks, H, W, E)
-    shifts = (-1, 0) if causal else (-1, 0, 1)
-    k, v = (torch.cat([_shifted(x, shift) for shift in shifts], dim=2) for x in (k, v))
-    query_W = torch.arange(W, device=device)
-    key_K = torch.arange(-W, (len(shifts) - 1) * W, device=device)
-    distance_WK = query_W[:, None] - key_K
-    band_WK = distance_WK.abs() < W
-    if causal:
-        band_WK &= distance_WK >= 0
+    n, W, ahead = len(q_nHE), window, 0 if causal else window
+    size = max(1, W // 4)  # of a block: small ones share less of their keys but compute less that is masked
+    count = max(0, (n - W - ahead) // size)
+    inner = slice(W, W + count * size)
 
-    def attend(first: int, stop: int) -> Tensor:
-        mask = band_WK
-        if first == 0 or stop == len(q):
-            begin = W * torch.arange(first, stop, device=device)[:, None, None]
-            key = begin + key_K
-            # a padded query sees everything, for a softmax over nothing would not be a number
-            mask = ((band_WK & (key >= 0) & (key < n)) | (begin + query_W[:, None] >= n))[:, None]
-        return F.scaled_dot_product_attention(q[first:stop], k[first:stop], v[first:stop], attn_mask=mask)
+    def attend(q: Tensor, k: Tensor, v: Tensor, offset: int) -> Tensor:
+        """(blocks, H, queries or keys, E); each block's first query is `offset` events after its first key."""
+        query, key = (torch.arange(x.shape[2], device=x.device) for x in (q, k))
+        distance = query[:, None] + offset - key
+        seen = (distance < W) & (distance >= 0 if causal else distance > -W)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
 
-    last = max(1, len(q) - (1 if causal else 2))
-    bounds = [0, 1, last, len(q)]
-    blocks = torch.cat([attend(a, b) for a, b in itertools.pairwise(bounds) if a < b])
-    return blocks.transpose(1, 2).flatten(0, 1)[:n]
+    def piece(x: Tensor, start: int, stop: int) -> Tensor:
+        return x[start:stop].transpose(0, 1)[None]
 
-
-def _shifted(x: Tensor, shift: int) -> Tensor:
-    """Each block's neighbour `shift` blocks on, zeros beyond the ends."""
-    if shift == 0:
-        return x
-    zero = torch.zeros_like(x[:1])
-    return torch.cat([zero, x[:-1]] if shift < 0 else [x[1:], zero])
+    parts = [attend(piece(q_nHE, 0, W), piece(k_nHE, 0, W + ahead), piece(v_nHE, 0, W + ahead), 0)]
+    if count:
+        q = q_nHE[inner].unflatten(0, (count, size)).transpose(1, 2)
+        reach = W + size + ahead
+        k, v = (x[: inner.stop + ahead].unfold(0, reach, size).transpose(2, 3) for x in (k_nHE, v_nHE))
+        parts.append(attend(q, k, v, W))
+    if inner.stop < n:
+        first = inner.stop - W
+        parts.append(attend(piece(q_nHE, inner.stop, n), piece(k_nHE, first, n), piece(v_nHE, first, n), W))
+    return torch.cat([part.transpose(1, 2).flatten(0, 1) for part in parts])
 
 
 def _fused(
