@@ -25,6 +25,10 @@ from hymate.objectives import forecast_targets, hide_events, masked_mean
 TIME_PERIODS_HOURS = (2.0, 6.0, 24.0, 72.0, 168.0, 720.0, 2160.0, 8766.0)
 NO_VALUE, HIDDEN_VALUE = 0, 1
 
+# What a block carries from a history's events to those after them (B = 1). M: the convolution's last inputs and the
+# scan's state; A: the keys and values (n, H, E) that later events can still see, n < window.
+BlockState = tuple[Tensor, Tensor]
+
 
 # -------------------------------------------------------------------------------------------------- embedding
 
@@ -133,11 +137,20 @@ class Mamba2Mixer(nn.Module):
 
     def forward(self, u_BLD: Tensor, segment_BL: Tensor | None = None) -> Tensor:
         """(B, L, D) -> (B, L, D); segment_BL: int32 patient index of each event, None for one patient a row."""
+        return self.carry(u_BLD, None, segment_BL)[0]
+
+    def carry(
+        self, u_BLD: Tensor, state: BlockState | None, segment_BL: Tensor | None = None
+    ) -> tuple[Tensor, BlockState]:
+        """`forward` after the events that left `state`, and the state that these leave."""
+        conv, scan = state or (None, None)
         z, xbc, dt = self.in_proj(u_BLD).split([self.d_inner, self.d_xbc, self.nheads], dim=-1)
-        xbc, _ = ops.causal_conv1d(xbc, self.conv1d.weight[:, 0], self.conv1d.bias, segment_BL=segment_BL)
+        xbc, conv = ops.causal_conv1d(
+            xbc, self.conv1d.weight[:, 0], self.conv1d.bias, segment_BL=segment_BL, initial_state_BDK1=conv
+        )
         width = self.ngroups * self.d_state
         x, B, C = xbc.split([self.d_inner, width, width], dim=-1)
-        y, _ = ops.ssd_scan(
+        y, scan = ops.ssd_scan(
             x.unflatten(-1, (self.nheads, self.headdim)),
             F.softplus(dt.float() + self.dt_bias.float()),
             -self.A_log.float().exp(),
@@ -146,8 +159,9 @@ class Mamba2Mixer(nn.Module):
             self.D,
             chunk_size=self.chunk_size,
             segment_BL=segment_BL,
+            initial_state_BHPN=scan,
         )
-        return self.out_proj(self.norm(y.flatten(-2), z))
+        return self.out_proj(self.norm(y.flatten(-2), z)), (conv, scan)
 
 
 class Mamba1Mixer(nn.Module):
@@ -185,12 +199,22 @@ class Mamba1Mixer(nn.Module):
 
     def forward(self, u_BLD: Tensor, segment_BL: Tensor | None = None) -> Tensor:
         """(B, L, D) -> (B, L, D); segment_BL: int32 patient index of each event, None for one patient a row."""
+        return self.carry(u_BLD, None, segment_BL)[0]
+
+    def carry(
+        self, u_BLD: Tensor, state: BlockState | None, segment_BL: Tensor | None = None
+    ) -> tuple[Tensor, BlockState]:
+        """`forward` after the events that left `state`, and the state that these leave."""
+        conv, scan = state or (None, None)
         x, z = self.in_proj(u_BLD).chunk(2, dim=-1)
-        x, _ = ops.causal_conv1d(x, self.conv1d.weight[:, 0], self.conv1d.bias, segment_BL=segment_BL)
+        x, conv = ops.causal_conv1d(
+            x, self.conv1d.weight[:, 0], self.conv1d.bias, segment_BL=segment_BL, initial_state_BDK1=conv
+        )
         dt, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         dt = F.softplus(self.dt_proj(dt).float())
-        y, _ = ops.selective_scan(x, dt, -self.A_log.float().exp(), B, C, self.D, segment_BL=segment_BL)
-        return self.out_proj(y * F.silu(z))
+        A = -self.A_log.float().exp()
+        y, scan = ops.selective_scan(x, dt, A, B, C, self.D, segment_BL=segment_BL, initial_state_BDN=scan)
+        return self.out_proj(y * F.silu(z)), (conv, scan)
 
 
 def _dt_bias(n: int, dt_min: float, dt_max: float, floor: float) -> Tensor:
@@ -216,6 +240,12 @@ class MambaBlockMixer(nn.Module):
             y_LD = y_LD + self.backwards(x_LD.flip(0)[None], flipped_L[None])[0].flip(0)
         return y_LD
 
+    def carry(self, x_LD: Tensor, state: BlockState | None) -> tuple[Tensor, BlockState]:
+        """One history's next events (L, D) -> (L, D), and what they leave to those after them."""
+        assert self.backwards is None, "a backward mixer would need the events to come"
+        y_BLD, state = self.forwards.carry(x_LD[None], state)
+        return y_BLD[0], state
+
 
 def _mamba(config: ModelConfig) -> Mamba1Mixer | Mamba2Mixer:
     c = config
@@ -239,6 +269,16 @@ class SelfAttention(nn.Module):
         q, k, v = self.qkv(x_LD).unflatten(-1, (3, self.num_heads, -1)).unbind(dim=1)
         y_LHE = ops.packed_attention(q, k, v, batch.cu_seqlens, window=self.window, causal=self.causal)
         return self.out(y_LHE.flatten(1))
+
+    def carry(self, x_LD: Tensor, state: BlockState | None) -> tuple[Tensor, BlockState]:
+        """One history's next events (L, D) -> (L, D), and what they leave to those after them."""
+        assert self.window is not None and self.causal, "without a window the state would grow"
+        q, k, v = self.qkv(x_LD).unflatten(-1, (3, self.num_heads, -1)).unbind(dim=1)
+        if state is not None:
+            k, v = (torch.cat(past_and_now) for past_and_now in zip(state, (k, v), strict=True))
+        y_LHE = ops.continued_attention(q, k, v, window=self.window)
+        kept = max(0, len(k) - self.window + 1)
+        return self.out(y_LHE.flatten(1)), (k[kept:].clone(), v[kept:].clone())
 
 
 # ------------------------------------------------------------------------------------------ encoder and pooling
@@ -265,6 +305,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, kind: str) -> None:
         super().__init__()
         self.mixer_norm = nn.RMSNorm(config.d_model)
+        self.mixer: MambaBlockMixer | SelfAttention
         self.mixer = MambaBlockMixer(config) if kind == "M" else SelfAttention(config)
         self.mlp_norm = nn.RMSNorm(config.d_model)
         self.mlp = GatedMLP(config.d_model, config.mlp_ratio)
@@ -272,7 +313,15 @@ class Block(nn.Module):
 
     def forward(self, x_LD: Tensor, batch: Batch) -> Tensor:
         """(L, D) -> (L, D)."""
-        x_LD = x_LD + self.dropout(self.mixer(self.mixer_norm(x_LD), batch))
+        return self._add(x_LD, self.mixer(self.mixer_norm(x_LD), batch))
+
+    def carry(self, x_LD: Tensor, state: BlockState | None) -> tuple[Tensor, BlockState]:
+        """One history's next events (L, D) -> (L, D), and what they leave to those after them."""
+        mixed_LD, state = self.mixer.carry(self.mixer_norm(x_LD), state)
+        return self._add(x_LD, mixed_LD), state
+
+    def _add(self, x_LD: Tensor, mixed_LD: Tensor) -> Tensor:
+        x_LD = x_LD + self.dropout(mixed_LD)
         return x_LD + self.dropout(self.mlp(self.mlp_norm(x_LD)))
 
 
@@ -286,7 +335,7 @@ class FusionPooling(nn.Module):
 
     def forward(self, h_LD: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """(L, D) -> pooled (S, Q * D) and weights (L, Q) that sum to 1 over each segment."""
-        score_LQ, h_LD = _wide(self.query(torch.tanh(self.key(h_LD)))), _wide(h_LD)
+        score_LQ, h_LD = self.score(h_LD), _wide(h_LD)
         segment_L, S = batch.segment_L.long(), batch.num_segments
         index_LQ = segment_L[:, None].expand_as(score_LQ)
         top_SQ = score_LQ.new_full((S, score_LQ.shape[1]), -torch.inf)
@@ -297,6 +346,10 @@ class FusionPooling(nn.Module):
         # one query at a time, so that no (L, Q, D) array is made
         columns = [_segment_sum(weight_L[:, None] * h_LD, segment_L, S) for weight_L in weight_LQ.unbind(dim=1)]
         return torch.cat(columns, dim=-1), weight_LQ
+
+    def score(self, h_LD: Tensor) -> Tensor:
+        """(L, D) -> logarithms of the weights (L, Q), up to a constant of each segment and query."""
+        return _wide(self.query(torch.tanh(self.key(h_LD))))
 
 
 class HyMaTE(nn.Module):
@@ -319,9 +372,7 @@ class HyMaTE(nn.Module):
 
     def encode(self, batch: Batch, hidden_L: Tensor | None = None) -> Tensor:
         """Contextual event states (L, D); hidden_L: bool, events whose value the model must not see."""
-        h_LD = self.embedding(
-            batch.code_L, batch.value_L, batch.quantile_L, hidden_L, batch.time_hours_L, batch.gap_hours_L
-        )
+        h_LD = self._embed(batch, hidden_L)
         for block in self.blocks:
             if self.gradient_checkpointing and self.training:
                 h_LD = checkpoint(block, h_LD, batch, use_reentrant=False)
@@ -330,6 +381,22 @@ class HyMaTE(nn.Module):
         return self.norm(h_LD)
 
     forward = encode
+
+    def carry(self, batch: Batch, states: Sequence[BlockState] | None) -> tuple[Tensor, tuple[BlockState, ...]]:
+        """`encode` for a history (one segment) that goes on from the events that left `states`, None at its start.
+
+        Returns the contextual states (L, D) of its next events and what the blocks carry on.
+        """
+        h_LD, carried = self._embed(batch), []
+        for block, state in zip(self.blocks, states or [None] * len(self.blocks), strict=True):
+            assert isinstance(block, Block)
+            h_LD, state = block.carry(h_LD, state)
+            carried.append(state)
+        return self.norm(h_LD), tuple(carried)
+
+    def _embed(self, batch: Batch, hidden_L: Tensor | None = None) -> Tensor:
+        events = (batch.code_L, batch.value_L, batch.quantile_L)
+        return self.embedding(*events, hidden_L, batch.time_hours_L, batch.gap_hours_L)
 
 
 def _scale_residual(block: nn.Module, num_blocks: int) -> None:
@@ -365,12 +432,16 @@ class PatientPooling(nn.Module):
             pooled = _wide(h_LD[last_S])
         else:
             pooled = _segment_mean(h_LD, batch.segment_L, batch.num_segments)
+        return self.join(pooled, count_S, batch, embedding), weight_LQ
+
+    def join(self, pooled: Tensor, count_S: Tensor, batch: Batch, embedding: TripletEmbedding) -> Tensor:
+        """Pooled events (S, Q * D) of count_S events each, and the batch's static features -> patient vectors (S, E)."""
         static_FD = embedding(batch.static_code_F, batch.static_value_F, batch.static_quantile_F)
         static_SD = F.gelu(self.static(_segment_mean(static_FD, batch.static_segment_F, batch.num_segments)))
         known_S = ~torch.isnan(batch.age_years_S)
         age_S = torch.nan_to_num(batch.age_years_S) / 100
         scalars = torch.stack([age_S, known_S.float(), torch.log1p(batch.lag_hours_S), torch.log(count_S) / 10], -1)
-        return torch.cat([pooled, _wide(static_SD), scalars.to(pooled.dtype)], dim=-1), weight_LQ
+        return torch.cat([pooled, _wide(static_SD), scalars.to(pooled.dtype)], dim=-1)
 
 
 def _segment_mean(x_LD: Tensor, segment_L: Tensor, num_segments: int) -> Tensor:
@@ -444,11 +515,15 @@ class RiskModel(nn.Module):
         """Patient vectors (S, E) and fusion weights (L, Q) or None."""
         return self.pooling(self.backbone(batch), batch, self.backbone.embedding)
 
+    def logit(self, patient_SE: Tensor) -> Tensor:
+        """The first task's logits (S,)."""
+        head = next(iter(self.heads.values()))
+        return head(patient_SE)[:, 0].float()
+
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """ "logit_S" of the first task, and "loss", its mean binary cross-entropy over the labelled segments."""
         patient_SE, _ = self.patient(batch)
-        head = next(iter(self.heads.values()))
-        logit_S = head(patient_SE)[:, 0].float()
+        logit_S = self.logit(patient_SE)
         labelled = ~torch.isnan(batch.label_S)
         loss = F.binary_cross_entropy_with_logits(logit_S[labelled], batch.label_S[labelled], reduction="none")
         return {"loss": masked_mean(loss), "logit_S": logit_S.detach() if not self.training else logit_S}

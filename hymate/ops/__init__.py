@@ -24,9 +24,17 @@ from types import ModuleType
 from torch import Tensor
 
 from hymate.config import UserError
-from hymate.ops.attention import packed_attention
+from hymate.ops.attention import continued_attention, packed_attention
 
-__all__ = ["causal_conv1d", "forced", "gated_rms_norm", "packed_attention", "selective_scan", "ssd_scan"]
+__all__ = [
+    "causal_conv1d",
+    "continued_attention",
+    "forced",
+    "gated_rms_norm",
+    "packed_attention",
+    "selective_scan",
+    "ssd_scan",
+]
 
 IMPLEMENTATIONS = ("reference", "cpu", "fused")
 _forced: list[str] = []

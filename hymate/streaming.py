@@ -1,0 +1,194 @@
+"""Histories of any length, scored as they grow: a state of bounded size stands for all events so far.
+
+A whole history in one pass and the same history in pieces give the same logits but for rounding. What is held in
+memory depends on the piece and on the model's window, not on the history; the cost of more events depends on their
+number alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hymate.batch import Batch
+from hymate.config import ModelConfig, UserError
+from hymate.data.histories import History
+from hymate.data.loader import US_PER_HOUR, ages, ratio
+from hymate.data.vocabulary import Vocabulary
+from hymate.model import BlockState, RiskModel
+
+CHUNK_EVENTS = 4096  # large enough for the matrix products, a few tens of MB for d_model 128
+EVENT = np.dtype([("time_us", "<i8"), ("id", "<i4"), ("value", "<f4")])
+NO_VALUE = np.float32(np.nan)  # one bit pattern, for events are also hashed
+NO_EVENTS = np.empty(0, EVENT)
+NOTHING = torch.empty(0)
+
+
+@dataclass(frozen=True)
+class PooledState:
+    """The weighted sum over the events so far, as a softmax that can go on (Milakov & Gimelshein 2018); float64.
+
+    top_Q: the largest score; weight_Q and sum_QD: sums of exp(score - top) and of exp(score - top) * h.
+    """
+
+    top_Q: Tensor
+    weight_Q: Tensor
+    sum_QD: Tensor
+
+
+@dataclass(frozen=True)
+class PatientState:
+    """What the model keeps of a patient's events so far. It is never changed: more events make a new one."""
+
+    blocks: tuple[BlockState, ...]
+    pooled: PooledState
+    num_events: int
+    first_time_us: int
+    last_time_us: int
+
+
+def check_streamable(config: ModelConfig) -> None:
+    """Raises UserError where no state of bounded size can stand for the events so far."""
+    if config.bidirectional:
+        raise UserError(
+            "a model that reads histories in both directions (model.bidirectional=true) cannot go on from a state: "
+            "use context=bundle, or train with model.bidirectional=false"
+        )
+    if "A" in config.layers and config.window == 0:
+        raise UserError(
+            "a model that attends to whole histories (model.window=0) has no state of bounded size: use "
+            "context=bundle, or train with a model.window"
+        )
+
+
+class StreamingModel:
+    """A risk model that reads each patient's history in pieces of any size.
+
+    model: in evaluation mode. codes: what History.code refers to (`Histories.codes`).
+    Raises UserError where `check_streamable` does.
+    """
+
+    def __init__(
+        self, model: RiskModel, vocabulary: Vocabulary, codes: Sequence[str], chunk_events: int = CHUNK_EVENTS
+    ) -> None:
+        check_streamable(model.backbone.config)
+        assert not model.training and chunk_events > 0
+        self._model, self._vocabulary, self._chunk_events = model, vocabulary, chunk_events
+        self._id_of_code = vocabulary.ids_of(codes)
+        self._like = next(model.parameters())
+
+    def events(self, history: History) -> np.ndarray:
+        """A history's events as the model knows them: EVENT (L,) of time, model id and raw value (NaN where none)."""
+        events_L = np.empty(len(history), EVENT)
+        events_L["time_us"], events_L["id"] = history.time, self._id_of_code[history.code]
+        events_L["value"] = np.where(np.isnan(history.value), NO_VALUE, history.value)
+        return events_L
+
+    def append(self, state: PatientState | None, events_L: np.ndarray) -> PatientState:
+        """The state after more events; `state` is None at a patient's first, of which there must be one.
+
+        Raises UserError where they are not in the order of their times.
+        """
+        time_L = events_L["time_us"]
+        if (np.diff(time_L, prepend=state.last_time_us if state else time_L[0]) < 0).any():
+            raise UserError("events must be appended in the order of their times")
+        with torch.no_grad():
+            for start in range(0, len(events_L), self._chunk_events):
+                state = self._append_chunk(state, events_L[start : start + self._chunk_events])
+        assert state is not None
+        return state
+
+    def logit(self, state: PatientState, history: History, prediction_time_us: int) -> float:
+        """The first task's logit at a time, after the events in `state`; `history` gives static events and birth."""
+        static_F = np.zeros(len(history.static_code), EVENT)
+        static_F["id"], static_F["value"] = self._id_of_code[history.static_code], history.static_value
+        end_S = np.array([prediction_time_us])
+        batch = self._batch(
+            static_F=static_F,
+            age_years_S=ages([history.birth_time], end_S),
+            lag_hours_S=ratio(end_S - state.last_time_us, US_PER_HOUR),
+        )
+        pooled_QD = (state.pooled.sum_QD / state.pooled.weight_Q[:, None]).to(self._like.dtype)
+        count_S = torch.tensor([float(state.num_events)], device=self._like.device)
+        with torch.no_grad():
+            patient_SE = self._model.pooling.join(
+                pooled_QD.view(1, -1), count_S, batch, self._model.backbone.embedding
+            )
+            return float(self._model.logit(patient_SE))
+
+    def _append_chunk(self, state: PatientState | None, events_L: np.ndarray) -> PatientState:
+        time_L = events_L["time_us"]
+        first_time_us = state.first_time_us if state else int(time_L[0])
+        batch = self._batch(
+            events_L=events_L,
+            time_hours_L=ratio(time_L - first_time_us, US_PER_HOUR),
+            gap_hours_L=ratio(np.diff(time_L, prepend=state.last_time_us if state else time_L[0]), US_PER_HOUR),
+        )
+        h_LD, blocks = self._model.backbone.carry(batch, state.blocks if state else None)
+        return PatientState(
+            blocks=blocks,
+            pooled=self._pool(state.pooled if state else None, h_LD),
+            num_events=(state.num_events if state else 0) + len(events_L),
+            first_time_us=first_time_us,
+            last_time_us=int(time_L[-1]),
+        )
+
+    def _pool(self, before: PooledState | None, h_LD: Tensor) -> PooledState:
+        """All poolings are one: for "mean" the scores are equal, for "last" nothing before the last event counts."""
+        pooling = self._model.pooling
+        if pooling.kind == "last":
+            before, h_LD = None, h_LD[-1:]
+        score_LQ = h_LD.new_zeros(len(h_LD), 1) if pooling.fusion is None else pooling.fusion.score(h_LD)
+        score_LQ, h_LD = score_LQ.double(), h_LD.double()
+        if before is None:
+            nothing_Q = torch.zeros_like(score_LQ[0])
+            before = PooledState(nothing_Q - torch.inf, nothing_Q, nothing_Q[:, None] * h_LD[0])
+        top_Q = torch.maximum(before.top_Q, score_LQ.amax(0))
+        kept_Q, weight_LQ = (before.top_Q - top_Q).exp(), (score_LQ - top_Q).exp()
+        return PooledState(
+            top_Q,
+            kept_Q * before.weight_Q + weight_LQ.sum(0),
+            kept_Q[:, None] * before.sum_QD + weight_LQ.T @ h_LD,
+        )
+
+    def _batch(
+        self,
+        events_L: np.ndarray = NO_EVENTS,
+        static_F: np.ndarray = NO_EVENTS,
+        time_hours_L: Tensor = NOTHING,
+        gap_hours_L: Tensor = NOTHING,
+        age_years_S: Tensor = NOTHING,
+        lag_hours_S: Tensor = NOTHING,
+    ) -> Batch:
+        """One segment's events, or one patient's static part; in the model's dtype and on its device."""
+        code_L, value_L, quantile_L = self._triplet(events_L)
+        static_code_F, static_value_F, static_quantile_F = self._triplet(static_F)
+        batch = Batch(
+            code_L=code_L,
+            value_L=value_L,
+            quantile_L=quantile_L,
+            time_hours_L=time_hours_L.to(self._like.dtype),
+            gap_hours_L=gap_hours_L.to(self._like.dtype),
+            segment_L=torch.zeros(len(events_L), dtype=torch.int32),
+            cu_seqlens=[0, len(events_L)],
+            static_code_F=static_code_F,
+            static_value_F=static_value_F,
+            static_quantile_F=static_quantile_F,
+            static_segment_F=torch.zeros(len(static_F), dtype=torch.int32),
+            age_years_S=age_years_S,
+            lag_hours_S=lag_hours_S,
+            example_S=torch.zeros(1, dtype=torch.int64),
+            label_S=torch.full((1,), torch.nan),
+        )
+        return batch.to(self._like.device)
+
+    def _triplet(self, events_L: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+        """Ids, normalised values and ranks."""
+        id_L = events_L["id"].astype(np.int64)
+        z_L, quantile_L = self._vocabulary.normalise(id_L, events_L["value"])
+        values = (torch.from_numpy(x).to(self._like.dtype) for x in (z_L, quantile_L))
+        return torch.from_numpy(id_L), *values
