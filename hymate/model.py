@@ -243,8 +243,8 @@ class MambaBlockMixer(nn.Module):
     def carry(self, x_LD: Tensor, state: BlockState | None) -> tuple[Tensor, BlockState]:
         """One history's next events (L, D) -> (L, D), and what they leave to those after them."""
         assert self.backwards is None, "a backward mixer would need the events to come"
-        y_BLD, state = self.forwards.carry(x_LD[None], state)
-        return y_BLD[0], state
+        y_BLD, (conv, scan) = self.forwards.carry(x_LD[None], state)
+        return y_BLD[0], (conv.clone(), scan)  # a view would keep all of this chunk's inputs
 
 
 def _mamba(config: ModelConfig) -> Mamba1Mixer | Mamba2Mixer:
@@ -388,9 +388,9 @@ class HyMaTE(nn.Module):
         Returns the contextual states (L, D) of its next events and what the blocks carry on.
         """
         h_LD, carried = self._embed(batch), []
-        for block, state in zip(self.blocks, states or [None] * len(self.blocks), strict=True):
+        for number, block in enumerate(self.blocks):
             assert isinstance(block, Block)
-            h_LD, state = block.carry(h_LD, state)
+            h_LD, state = block.carry(h_LD, states[number] if states else None)
             carried.append(state)
         return self.norm(h_LD), tuple(carried)
 
@@ -435,7 +435,7 @@ class PatientPooling(nn.Module):
         return self.join(pooled, count_S, batch, embedding), weight_LQ
 
     def join(self, pooled: Tensor, count_S: Tensor, batch: Batch, embedding: TripletEmbedding) -> Tensor:
-        """Pooled events (S, Q * D) of count_S events each, and the batch's static features -> patient vectors (S, E)."""
+        """Pooled events (S, Q * D), count_S of them, and the batch's static features and scalars -> (S, E)."""
         static_FD = embedding(batch.static_code_F, batch.static_value_F, batch.static_quantile_F)
         static_SD = F.gelu(self.static(_segment_mean(static_FD, batch.static_segment_F, batch.num_segments)))
         known_S = ~torch.isnan(batch.age_years_S)

@@ -115,9 +115,7 @@ class StreamingModel:
         pooled_QD = (state.pooled.sum_QD / state.pooled.weight_Q[:, None]).to(self._like.dtype)
         count_S = torch.tensor([float(state.num_events)], device=self._like.device)
         with torch.no_grad():
-            patient_SE = self._model.pooling.join(
-                pooled_QD.view(1, -1), count_S, batch, self._model.backbone.embedding
-            )
+            patient_SE = self._model.pooling.join(pooled_QD.view(1, -1), count_S, batch, self._model.backbone.embedding)
             return float(self._model.logit(patient_SE))
 
     def _append_chunk(self, state: PatientState | None, events_L: np.ndarray) -> PatientState:
@@ -190,5 +188,5 @@ class StreamingModel:
         """Ids, normalised values and ranks."""
         id_L = events_L["id"].astype(np.int64)
         z_L, quantile_L = self._vocabulary.normalise(id_L, events_L["value"])
-        values = (torch.from_numpy(x).to(self._like.dtype) for x in (z_L, quantile_L))
-        return torch.from_numpy(id_L), *values
+        dtype = self._like.dtype
+        return torch.from_numpy(id_L), torch.from_numpy(z_L).to(dtype), torch.from_numpy(quantile_L).to(dtype)
