@@ -100,8 +100,8 @@ def predict(bundle: Bundle, histories: Histories, examples: Examples) -> tuple[n
 
 def predict_whole(
     bundle: Bundle, histories: Histories, examples: Examples, states: StateFolder | None = None
-) -> tuple[np.ndarray, float]:
-    """Probability of each example (E,) from all events up to its time, and the share of unknown codes in those read.
+) -> tuple[np.ndarray, int, float]:
+    """Probability of each example (E,) from all events up to its time, how many were read, and how many unknown.
 
     Each history is read once, chunk by chunk, for all of its examples; it goes on from a state in `states` for
     the examples that lie after it, and leaves there its state after its last example. Raises as `score` does.
@@ -127,7 +127,7 @@ def predict_whole(
         _check_finite(logit_E[own_E])
         if states and state and (kept is None or kept.num_events < state.num_events):
             states.save(history.subject_id, state, events_L)
-    return _probability(logit_E), unknown / max(read, 1)
+    return _probability(logit_E), read, unknown / max(read, 1)
 
 
 def _device() -> torch.device:
@@ -163,14 +163,17 @@ def run(config: PredictConfig) -> None:
         raise UserError(f"the bundle predicts {', '.join(bundle.tasks)}, not task={config.task.name}")
     if config.context == "all":
         check_streamable(bundle.model)
-    states = StateFolder(Path(config.states), bundle.fingerprint) if config.states is not None else None
-    with prepared(Path(config.data.path)) as root:
+    with contextlib.ExitStack() as stack:
+        states = None
+        if config.states is not None:
+            states = stack.enter_context(StateFolder(Path(config.states), bundle.fingerprint))
+        root = stack.enter_context(prepared(Path(config.data.path)))
         histories = Histories.open(root)
         examples = _examples(histories, _prediction_times(root, config.task), config.split)
         if not bundle.vocabulary.ids_of(histories.codes).any():
             raise UserError(f"{config.data.path} has none of the codes that the bundle knows: it is coded differently")
         if config.context == "all":
-            probability_E, unknown_share = predict_whole(bundle, histories, examples, states)
+            probability_E, num_read, unknown_share = predict_whole(bundle, histories, examples, states)
         else:
             probability_E, rows = predict(bundle, histories, examples)
             unknown_share = rows.unknown_share
@@ -178,8 +181,8 @@ def run(config: PredictConfig) -> None:
     dropped = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in examples.dropped.items() if count)
     print(f"{unknown_share:.1%} of the events read have codes that the bundle does not know")
     if states is not None:
-        counts = ", ".join(f"{count} {outcome}" for outcome, count in states.counts.items())
-        print(f"states in {states.path}: {counts} (all but the continued were read from their start)")
+        counts = ", ".join(f"{count} {outcome}" for outcome, count in sorted(states.counts.items()))
+        print(f"{num_read} events read; states in {states.path}: {counts}")
     print(f"{len(examples)} predictions in {config.out}" + (f" (left out: {dropped})" if dropped else ""))
 
 

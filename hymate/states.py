@@ -8,7 +8,7 @@ id. Nothing in them is ever unpickled.
 
 Rules. A folder belongs to one bundle and is refused to any other. A state is used only where it is whole and the events
 it was made of are still the first ones of the history; otherwise the history is read from its start and the state
-replaced. A state is never replaced by one of fewer events of the same history.
+replaced. Prediction times before a state are computed from the start and leave it as it is.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ SCALARS = ("num_events", "first_time_us", "last_time_us")
 
 
 class StateFolder:
-    """The states in a folder, made (for its owner only) where there is none, and this program's until it ends.
+    """The states in a folder, made (for its owner only) where there is none; nobody else's inside a `with` block.
 
     bundle: fingerprint of the bundle that makes the states.
-    counts: how many histories were "continued", and how many read from their start because their state was "new"
-        (there was none), "damaged", or of "changed" events.
+    counts: how many states were found and fit ("known"), and why others did not: "new" (there was none), "damaged",
+        "changed" (the events are no longer those that it was made of).
     Raises UserError where the folder holds something else, another bundle's states, or is in use.
     """
 
@@ -54,13 +54,20 @@ class StateFolder:
             if any(path.iterdir()):
                 raise UserError(f"{path} holds other things than patient states: give states=DIR a folder of its own")
             write_text(json.dumps(self._owner) + "\n", marker)
-        if _json(marker.read_text()) != self._owner:
+        if _json(marker) != self._owner:
             raise UserError(f"{path} holds the states of another bundle or version: give states=DIR another folder")
-        self._lock = marker.open()
+
+    def __enter__(self) -> StateFolder:
+        self._lock = (self.path / MARKER).open()
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise UserError(f"{path} is in use by another program: wait for its end") from error
+            self._lock.close()
+            raise UserError(f"{self.path} is in use by another program: run again when it has ended") from error
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.close()
 
     def load(self, subject_id: int, events_L: np.ndarray, device: torch.device | str = "cpu") -> PatientState | None:
         """A subject's state on `device`; None where there is none that goes with `events_L`, its history by now."""
@@ -105,7 +112,7 @@ class StateFolder:
             blocks=tuple(zip(blocks[::2], blocks[1::2], strict=True)),
             pooled=PooledState(**{name.removeprefix("pooled."): t for name, t in tensors.items() if "pooled" in name}),
             **{name: header[name] for name in SCALARS},
-        ), "continued"
+        ), "known"
 
     def _file(self, subject_id: int) -> Path:
         return self.path / f"{subject_id}.safetensors"
@@ -125,8 +132,8 @@ def _digest(*parts: bytes) -> str:
     return digest.hexdigest()
 
 
-def _json(text: str) -> object:
+def _json(path: Path) -> object:
     try:
-        return json.loads(text)
+        return json.loads(path.read_text())
     except ValueError:
         return None
