@@ -21,7 +21,7 @@ from hymate.data.loader import US_PER_HOUR, ages, ratio
 from hymate.data.vocabulary import Vocabulary
 from hymate.model import BlockState, RiskModel
 
-CHUNK_EVENTS = 4096  # large enough for the matrix products, a few tens of MB for d_model 128
+CHUNK_EVENTS = 2048  # as fast as larger ones, at less memory
 EVENT = np.dtype([("time_us", "<i8"), ("id", "<i4"), ("value", "<f4")])
 NO_VALUE = np.float32(np.nan)  # one bit pattern, for events are also hashed
 NO_EVENTS = np.empty(0, EVENT)
@@ -103,7 +103,12 @@ class StreamingModel:
         return state
 
     def logit(self, state: PatientState, history: History, prediction_time_us: int) -> float:
-        """The first task's logit at a time, after the events in `state`; `history` gives static events and birth."""
+        """The first task's logit at a time, after the events in `state`; `history` gives static events and birth.
+
+        Raises UserError where the time lies before those events.
+        """
+        if prediction_time_us < state.last_time_us:
+            raise UserError("a prediction time must not lie before the events that it is predicted from")
         static_F = np.zeros(len(history.static_code), EVENT)
         static_F["id"], static_F["value"] = self._id_of_code[history.static_code], history.static_value
         end_S = np.array([prediction_time_us])

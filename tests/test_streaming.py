@@ -236,3 +236,5 @@ def test_events_out_of_order_are_refused(vocabulary: Vocabulary) -> None:
     for wrong in (events_L[:5], events_L[::-1]):
         with pytest.raises(UserError, match="order of their times"):
             streaming.append(state, wrong)
+    with pytest.raises(UserError, match="must not lie before"):
+        streaming.logit(state, history, int(history.time[-1]) - 1)
