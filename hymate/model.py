@@ -313,16 +313,14 @@ class Block(nn.Module):
 
     def forward(self, x_LD: Tensor, batch: Batch) -> Tensor:
         """(L, D) -> (L, D)."""
-        return self._add(x_LD, self.mixer(self.mixer_norm(x_LD), batch))
+        x_LD = x_LD + self.dropout(self.mixer(self.mixer_norm(x_LD), batch))
+        return x_LD + self.dropout(self.mlp(self.mlp_norm(x_LD)))
 
     def carry(self, x_LD: Tensor, state: BlockState | None) -> tuple[Tensor, BlockState]:
-        """One history's next events (L, D) -> (L, D), and what they leave to those after them."""
+        """One history's next events (L, D) -> (L, D), without dropout, and what they leave to those after them."""
         mixed_LD, state = self.mixer.carry(self.mixer_norm(x_LD), state)
-        return self._add(x_LD, mixed_LD), state
-
-    def _add(self, x_LD: Tensor, mixed_LD: Tensor) -> Tensor:
-        x_LD = x_LD + self.dropout(mixed_LD)
-        return x_LD + self.dropout(self.mlp(self.mlp_norm(x_LD)))
+        x_LD = x_LD + mixed_LD
+        return x_LD + self.mlp(self.mlp_norm(x_LD)), state
 
 
 class FusionPooling(nn.Module):
