@@ -23,6 +23,7 @@ from hymate.model import RiskModel
 from hymate.predict import PredictConfig, run
 from hymate.states import StateFolder
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 MODEL = ModelConfig(d_model=16, layers="MA", d_state=8, headdim=8, num_heads=2, window=8, num_queries=2)
 SUBJECTS = SIZES["held_out"]
 LAST = sum(SIZES.values())  # the held-out subjects have the highest ids

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -23,6 +22,7 @@ from hymate.data.vocabulary import Vocabulary
 from hymate.model import RiskModel
 from hymate.streaming import PatientState, StreamingModel
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 WINDOW, LENGTH = 5, 37
 MODEL = ModelConfig(d_model=16, layers="MA", d_state=8, headdim=8, num_heads=2, window=WINDOW, num_queries=3)
 CONFIGS = {
@@ -38,15 +38,6 @@ CONFIGS = {
     "last": replace(MODEL, pooling="last"),
 }
 START_US = 1_600_000_000_123_456
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Arrays this small only lose by threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

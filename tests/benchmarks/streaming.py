@@ -165,8 +165,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="hymate-streaming-") as name:
         folder = Path(name)
         write_model(folder / "bundle", write_dataset(folder, num_events + max(APPENDED)))
-        print(f"model small (d_model 128, {MODEL.layers}, window {MODEL.window}), float32; torch {torch.__version__}, ")
-        print(f"{options.threads} threads, {platform.machine()}")
+        print(f"model small (d_model 128, {MODEL.layers}, window {MODEL.window}), float32")
+        print(f"torch {torch.__version__}, {options.threads} threads, {platform.machine()}")
         compare(folder)
         subprocess.run([sys.executable, *sys.argv, "--measure", name], check=True)
 
