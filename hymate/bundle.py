@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import os
 import tempfile
 from collections.abc import Sequence
@@ -44,6 +45,7 @@ class Bundle:
 
     kind: "pretrained" (state of PretrainModel) or "risk" (state of RiskModel, one head for each of `tasks`).
     data: how histories were cut and packed; its path is empty, for a bundle belongs to no dataset.
+    fingerprint: a digest of all that its predictions depend on; empty where it was not read from a folder.
     """
 
     kind: str
@@ -53,6 +55,7 @@ class Bundle:
     vocabulary: Vocabulary
     state: dict[str, Tensor]
     extra: dict[str, Any] = field(default_factory=dict)
+    fingerprint: str = ""
 
 
 def write_bundle(
@@ -117,7 +120,10 @@ def read_bundle(path: Path, kind: Kind | None = None) -> Bundle:
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{folder / WEIGHTS} is damaged ({error}): copy the bundle again") from error
     vocabulary = Vocabulary.read(folder / VOCABULARY)
-    return Bundle(tree["kind"], model, data, tasks, vocabulary, state, dict(tree.get("extra") or {}))
+    extra = dict(tree.get("extra") or {})
+    identity = json.dumps([dataclasses.asdict(model), tasks, tree["sha256"]], sort_keys=True)
+    fingerprint = hashlib.sha256(identity.encode()).hexdigest()
+    return Bundle(tree["kind"], model, data, tasks, vocabulary, state, extra, fingerprint)
 
 
 def build_model(bundle: Bundle) -> RiskModel:

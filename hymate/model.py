@@ -27,6 +27,10 @@ TIME_PERIODS_HOURS = (2.0, 6.0, 24.0, 72.0, 168.0, 720.0, 2160.0, 8766.0)
 HORIZONS_HOURS = (8766.0, 168.0, 24.0, 4.0)  # a year to the last few events: how far pooling first looks back
 NO_VALUE, HIDDEN_VALUE = 0, 1
 
+# What a block carries from a history's events to those after them (B = 1). M: the convolution's last inputs and the
+# scan's state; A: the keys and values (n, H, E) that later events can still see, n < window.
+BlockState = tuple[Tensor, Tensor]
+
 
 # -------------------------------------------------------------------------------------------------- embedding
 
@@ -135,11 +139,20 @@ class Mamba2Mixer(nn.Module):
 
     def forward(self, u_BLD: Tensor, segment_BL: Tensor | None = None) -> Tensor:
         """(B, L, D) -> (B, L, D); segment_BL: int32 patient index of each event, None for one patient a row."""
+        return self.carry(u_BLD, None, segment_BL)[0]
+
+    def carry(
+        self, u_BLD: Tensor, state: BlockState | None, segment_BL: Tensor | None = None
+    ) -> tuple[Tensor, BlockState]:
+        """`forward` after the events that left `state`, and the state that these leave."""
+        conv, scan = state or (None, None)
         z, xbc, dt = self.in_proj(u_BLD).split([self.d_inner, self.d_xbc, self.nheads], dim=-1)
-        xbc, _ = ops.causal_conv1d(xbc, self.conv1d.weight[:, 0], self.conv1d.bias, segment_BL=segment_BL)
+        xbc, conv = ops.causal_conv1d(
+            xbc, self.conv1d.weight[:, 0], self.conv1d.bias, segment_BL=segment_BL, initial_state_BDK1=conv
+        )
         width = self.ngroups * self.d_state
         x, B, C = xbc.split([self.d_inner, width, width], dim=-1)
-        y, _ = ops.ssd_scan(
+        y, scan = ops.ssd_scan(
             x.unflatten(-1, (self.nheads, self.headdim)),
             F.softplus(dt.float() + self.dt_bias.float()),
             -self.A_log.float().exp(),
@@ -148,8 +161,9 @@ class Mamba2Mixer(nn.Module):
             self.D,
             chunk_size=self.chunk_size,
             segment_BL=segment_BL,
+            initial_state_BHPN=scan,
         )
-        return self.out_proj(self.norm(y.flatten(-2), z))
+        return self.out_proj(self.norm(y.flatten(-2), z)), (conv, scan)
 
 
 class Mamba1Mixer(nn.Module):
@@ -187,12 +201,22 @@ class Mamba1Mixer(nn.Module):
 
     def forward(self, u_BLD: Tensor, segment_BL: Tensor | None = None) -> Tensor:
         """(B, L, D) -> (B, L, D); segment_BL: int32 patient index of each event, None for one patient a row."""
+        return self.carry(u_BLD, None, segment_BL)[0]
+
+    def carry(
+        self, u_BLD: Tensor, state: BlockState | None, segment_BL: Tensor | None = None
+    ) -> tuple[Tensor, BlockState]:
+        """`forward` after the events that left `state`, and the state that these leave."""
+        conv, scan = state or (None, None)
         x, z = self.in_proj(u_BLD).chunk(2, dim=-1)
-        x, _ = ops.causal_conv1d(x, self.conv1d.weight[:, 0], self.conv1d.bias, segment_BL=segment_BL)
+        x, conv = ops.causal_conv1d(
+            x, self.conv1d.weight[:, 0], self.conv1d.bias, segment_BL=segment_BL, initial_state_BDK1=conv
+        )
         dt, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         dt = F.softplus(self.dt_proj(dt).float())
-        y, _ = ops.selective_scan(x, dt, -self.A_log.float().exp(), B, C, self.D, segment_BL=segment_BL)
-        return self.out_proj(y * F.silu(z))
+        A = -self.A_log.float().exp()
+        y, scan = ops.selective_scan(x, dt, A, B, C, self.D, segment_BL=segment_BL, initial_state_BDN=scan)
+        return self.out_proj(y * F.silu(z)), (conv, scan)
 
 
 def _dt_bias(n: int, dt_min: float, dt_max: float, floor: float) -> Tensor:
@@ -218,6 +242,12 @@ class MambaBlockMixer(nn.Module):
             y_LD = y_LD + self.backwards(x_LD.flip(0)[None], flipped_L[None])[0].flip(0)
         return y_LD
 
+    def carry(self, x_LD: Tensor, state: BlockState | None) -> tuple[Tensor, BlockState]:
+        """One history's next events (L, D) -> (L, D), and what they leave to those after them."""
+        assert self.backwards is None, "a backward mixer would need the events to come"
+        y_BLD, (conv, scan) = self.forwards.carry(x_LD[None], state)
+        return y_BLD[0], (conv.clone(), scan)  # a view would keep all of this chunk's inputs
+
 
 def _mamba(config: ModelConfig) -> Mamba1Mixer | Mamba2Mixer:
     c = config
@@ -241,6 +271,16 @@ class SelfAttention(nn.Module):
         q, k, v = self.qkv(x_LD).unflatten(-1, (3, self.num_heads, -1)).unbind(dim=1)
         y_LHE = ops.packed_attention(q, k, v, batch.cu_seqlens, window=self.window, causal=self.causal)
         return self.out(y_LHE.flatten(1))
+
+    def carry(self, x_LD: Tensor, state: BlockState | None) -> tuple[Tensor, BlockState]:
+        """One history's next events (L, D) -> (L, D), and what they leave to those after them."""
+        assert self.window is not None and self.causal, "without a window the state would grow"
+        q, k, v = self.qkv(x_LD).unflatten(-1, (3, self.num_heads, -1)).unbind(dim=1)
+        if state is not None:
+            k, v = (torch.cat(past_and_now) for past_and_now in zip(state, (k, v), strict=True))
+        y_LHE = ops.continued_attention(q, k, v, window=self.window)
+        kept = max(0, len(k) - self.window + 1)
+        return self.out(y_LHE.flatten(1)), (k[kept:].clone(), v[kept:].clone())
 
 
 # ------------------------------------------------------------------------------------------ encoder and pooling
@@ -279,6 +319,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, kind: str) -> None:
         super().__init__()
         self.mixer_norm = nn.RMSNorm(config.d_model)
+        self.mixer: MambaBlockMixer | SelfAttention
         self.mixer = MambaBlockMixer(config) if kind == "M" else SelfAttention(config)
         self.mlp_norm = nn.RMSNorm(config.d_model)
         self.mlp = GatedMLP(config.d_model, config.mlp_ratio)
@@ -288,6 +329,12 @@ class Block(nn.Module):
         """(L, D) -> (L, D)."""
         x_LD = self.add(x_LD, self.mixer(self.mixer_norm(x_LD), batch))
         return self.add(x_LD, self.mlp(self.mlp_norm(x_LD)))
+
+    def carry(self, x_LD: Tensor, state: BlockState | None) -> tuple[Tensor, BlockState]:
+        """One history's next events (L, D) -> (L, D), without dropout, and what they leave to those after them."""
+        mixed_LD, state = self.mixer.carry(self.mixer_norm(x_LD), state)
+        x_LD = x_LD + mixed_LD
+        return x_LD + self.mlp(self.mlp_norm(x_LD)), state
 
 
 class FusionPooling(nn.Module):
@@ -312,7 +359,7 @@ class FusionPooling(nn.Module):
         segment_L, S = batch.segment_L.long(), batch.num_segments
         last_L = torch.tensor(batch.cu_seqlens[1:], device=h_LD.device)[segment_L] - 1
         hours_L1 = (batch.time_hours_L - batch.time_hours_L[last_L])[:, None]  # 0 at the end, negative before
-        score_LQ = _wide(self.query(torch.tanh(self.key(h_LD)))) + hours_L1 * self.log_rate_Q.exp()
+        score_LQ = self.score(h_LD, hours_L1)
         top_SQ = score_LQ.new_full((S, score_LQ.shape[1]), -torch.inf)
         top_SQ = top_SQ.scatter_reduce(0, segment_L[:, None].expand_as(score_LQ), score_LQ.detach(), "amax")
         weight_LQ = (score_LQ - top_SQ[segment_L]).exp()
@@ -323,6 +370,10 @@ class FusionPooling(nn.Module):
         lengths = torch.tensor(batch.cu_seqlens).diff().tolist()
         parts = zip(torch.cat([weight_LQ, trend_LQ], dim=1).split(lengths), _wide(h_LD).split(lengths), strict=True)
         return torch.stack([basis.T @ h for basis, h in parts]).flatten(1), weight_LQ
+
+    def score(self, h_LD: Tensor, hours_L1: Tensor) -> Tensor:
+        """(L, D), hours from the end (not positive) -> logarithms of the weights (L, Q), up to a constant of each."""
+        return _wide(self.query(torch.tanh(self.key(h_LD)))) + hours_L1 * self.log_rate_Q.exp()
 
 
 class HyMaTE(nn.Module):
@@ -345,9 +396,7 @@ class HyMaTE(nn.Module):
 
     def encode(self, batch: Batch, hidden_L: Tensor | None = None) -> Tensor:
         """Contextual event states (L, D); hidden_L: bool, events whose value the model must not see."""
-        h_LD = self.embedding(
-            batch.code_L, batch.value_L, batch.quantile_L, hidden_L, batch.time_hours_L, batch.gap_hours_L
-        )
+        h_LD = self._embed(batch, hidden_L)
         for block in self.blocks:
             if self.gradient_checkpointing and self.training:
                 h_LD = checkpoint(block, h_LD, batch, use_reentrant=False)
@@ -356,6 +405,22 @@ class HyMaTE(nn.Module):
         return self.norm(h_LD)
 
     forward = encode
+
+    def carry(self, batch: Batch, states: Sequence[BlockState] | None) -> tuple[Tensor, tuple[BlockState, ...]]:
+        """`encode` for a history (one segment) that goes on from the events that left `states`, None at its start.
+
+        Returns the contextual states (L, D) of its next events and what the blocks carry on.
+        """
+        h_LD, carried = self._embed(batch), []
+        for number, block in enumerate(self.blocks):
+            assert isinstance(block, Block)
+            h_LD, state = block.carry(h_LD, states[number] if states else None)
+            carried.append(state)
+        return self.norm(h_LD), tuple(carried)
+
+    def _embed(self, batch: Batch, hidden_L: Tensor | None = None) -> Tensor:
+        events = (batch.code_L, batch.value_L, batch.quantile_L)
+        return self.embedding(*events, hidden_L, batch.time_hours_L, batch.gap_hours_L)
 
 
 def _scale_residual(block: nn.Module, num_blocks: int) -> None:
@@ -392,12 +457,16 @@ class PatientPooling(nn.Module):
             pooled = _wide(h_LD[last_S])
         else:
             pooled = _segment_mean(h_LD, batch.segment_L, batch.num_segments)
+        return self.join(pooled, count_S, batch, embedding), weight_LQ
+
+    def join(self, pooled: Tensor, count_S: Tensor, batch: Batch, embedding: TripletEmbedding) -> Tensor:
+        """Pooled events (S, Q * D), count_S of them, and the batch's static features and scalars -> (S, E)."""
         static_FD = embedding(batch.static_code_F, batch.static_value_F, batch.static_quantile_F)
         static_SD = F.gelu(self.static(_segment_mean(static_FD, batch.static_segment_F, batch.num_segments)))
         known_S = ~torch.isnan(batch.age_years_S)
         age_S = torch.nan_to_num(batch.age_years_S) / 100
         scalars = torch.stack([age_S, known_S.float(), torch.log1p(batch.lag_hours_S), torch.log(count_S) / 10], -1)
-        return torch.cat([pooled, _wide(static_SD), scalars.to(pooled.dtype)], dim=-1), weight_LQ
+        return torch.cat([pooled, _wide(static_SD), scalars.to(pooled.dtype)], dim=-1)
 
 
 def _segment_mean(x_LD: Tensor, segment_L: Tensor, num_segments: int) -> Tensor:
@@ -490,11 +559,15 @@ class RiskModel(nn.Module):
         """Patient vectors (S, E) and fusion weights (L, Q) or None."""
         return self.pooling(self.backbone(batch), batch, self.backbone.embedding)
 
+    def logit(self, patient_SE: Tensor) -> Tensor:
+        """The first task's logits (S,)."""
+        head = next(iter(self.heads.values()))
+        return head(patient_SE)[:, 0].float()
+
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """ "logit_S" of the first task, and "loss", its mean binary cross-entropy over the labelled segments."""
         patient_SE, _ = self.patient(batch)
-        head = next(iter(self.heads.values()))
-        logit_S = head(patient_SE)[:, 0].float()
+        logit_S = self.logit(patient_SE)
         labelled = ~torch.isnan(batch.label_S)
         loss = F.binary_cross_entropy_with_logits(logit_S[labelled], batch.label_S[labelled], reduction="none")
         return {"loss": masked_mean(loss), "logit_S": logit_S.detach() if not self.training else logit_S}

@@ -284,16 +284,16 @@ class Rows:
             code_L=torch.from_numpy(id_L),
             value_L=torch.from_numpy(z_L),
             quantile_L=torch.from_numpy(quantile_L),
-            time_hours_L=_ratio(time_L - np.repeat(time_L[first_S], length_S), US_PER_HOUR),
-            gap_hours_L=_ratio(gap_L, US_PER_HOUR),
+            time_hours_L=ratio(time_L - np.repeat(time_L[first_S], length_S), US_PER_HOUR),
+            gap_hours_L=ratio(gap_L, US_PER_HOUR),
             segment_L=torch.from_numpy(np.repeat(segment_S, length_S)),
             cu_seqlens=cu_seqlens.tolist(),
             static_code_F=torch.from_numpy(static_id_F),
             static_value_F=torch.from_numpy(static_z_F),
             static_quantile_F=torch.from_numpy(static_quantile_F),
             static_segment_F=torch.from_numpy(np.repeat(segment_S, [len(history.static_code) for history in read])),
-            age_years_S=_ages([history.birth_time for history in read], end_S),
-            lag_hours_S=_ratio(end_S - time_L[last_S], US_PER_HOUR),
+            age_years_S=ages([history.birth_time for history in read], end_S),
+            lag_hours_S=ratio(end_S - time_L[last_S], US_PER_HOUR),
             example_S=torch.from_numpy(example_S),
             label_S=torch.from_numpy(self.examples.label_E[example_S]),
             weight=weight,
@@ -377,13 +377,13 @@ def _events_until(histories: Histories, position_E: np.ndarray, time_E: np.ndarr
     return stop_E
 
 
-def _ages(birth_time: list[int | None], end_S: np.ndarray) -> torch.Tensor:
+def ages(birth_time: list[int | None], end_S: np.ndarray) -> torch.Tensor:
     known_S = np.array([birth is not None for birth in birth_time])
     age_us_S = end_S - np.array([birth or 0 for birth in birth_time], dtype=np.int64)
-    return _ratio(np.where(known_S, age_us_S, np.nan), US_PER_YEAR)
+    return ratio(np.where(known_S, age_us_S, np.nan), US_PER_YEAR)
 
 
-def _ratio(difference_us: np.ndarray, unit_us: int) -> torch.Tensor:
+def ratio(difference_us: np.ndarray, unit_us: int) -> torch.Tensor:
     """Time differences in another unit, float32; the difference itself was taken in integers."""
     return torch.from_numpy((difference_us / unit_us).astype(np.float32))
 

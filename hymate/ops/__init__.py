@@ -25,12 +25,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hymate.config import UserError
-from hymate.ops.attention import packed_attention
+from hymate.ops.attention import continued_attention, packed_attention
 from hymate.ops.cross_entropy import linear_cross_entropy
 
 __all__ = [
     "add_dropout",
     "causal_conv1d",
+    "continued_attention",
     "forced",
     "gated_rms_norm",
     "linear_cross_entropy",

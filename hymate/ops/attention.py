@@ -29,6 +29,23 @@ def packed_attention(
     return torch.cat([_one_segment(q, k, v, window, causal) for q, k, v in parts])
 
 
+def continued_attention(q_LHE: Tensor, k_KHE: Tensor, v_KHE: Tensor, *, window: int) -> Tensor:
+    """Causal attention (L, H, E) of the last L of K >= L events; those before them are seen and ask nothing.
+
+    As `packed_attention` over all K events gives for the last L, with the same window.
+    """
+    past, device = len(k_KHE) - len(q_LHE), q_LHE.device
+    outputs = []
+    for first in range(past, len(k_KHE), window):
+        stop, seen = min(first + window, len(k_KHE)), max(0, first - window + 1)
+        distance = torch.arange(first, stop, device=device)[:, None] - torch.arange(seen, stop, device=device)
+        q = q_LHE[first - past : stop - past].transpose(0, 1)[None]
+        k, v = (x[seen:stop].transpose(0, 1)[None] for x in (k_KHE, v_KHE))
+        mask = (distance >= 0) & (distance < window)
+        outputs.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask)[0].transpose(0, 1))
+    return torch.cat(outputs)
+
+
 def _one_segment(q_nHE: Tensor, k_nHE: Tensor, v_nHE: Tensor, window: int | None, causal: bool) -> Tensor:
     if window is not None and len(q_nHE) > window:
         return _windowed(q_nHE, k_nHE, v_nHE, window, causal)

@@ -1,0 +1,263 @@
+"""Kept states: predictions equal those of reading everything anew, and a state that does not fit is never used."""
+
+from __future__ import annotations
+
+import json
+import stat
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+import torch
+from small_cohort import SIZES, write_meds
+
+from hymate.bundle import read_bundle, write_bundle
+from hymate.config import ConfigError, DataConfig, ModelConfig, UserError, load
+from hymate.data.meds import write_parquet
+from hymate.data.prepare import PrepareConfig, prepare
+from hymate.data.vocabulary import Vocabulary
+from hymate.model import RiskModel
+from hymate.predict import PredictConfig, run
+from hymate.states import StateFolder
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+MODEL = ModelConfig(d_model=16, layers="MA", d_state=8, headdim=8, num_heads=2, window=8, num_queries=2)
+SUBJECTS = SIZES["held_out"]
+LAST = sum(SIZES.values())  # the held-out subjects have the highest ids
+NEW_EVENTS = 4  # of each subject from its first label to its second
+PROBABILITY = "predicted_boolean_probability"
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_meds(tmp_path_factory.mktemp("raw"))
+
+
+@pytest.fixture(scope="module")
+def data(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepared(raw, tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def yesterday(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The dataset up to each subject's first label: another vocabulary file, and fewer events."""
+    first = pa.concat_tables(pq.read_table(path) for path in (raw / "labels").rglob("*.parquet"))
+    first = first.group_by("subject_id").aggregate([("prediction_time", "min")])
+
+    def earlier(table: pa.Table) -> pa.Table:
+        until = pc.take(first["prediction_time_min"], pc.index_in(table["subject_id"], first["subject_id"]))
+        time = table["time" if "time" in table.column_names else "prediction_time"]
+        return table.filter(pc.less_equal(time, until))
+
+    return changed(raw, tmp_path_factory.mktemp("yesterday"), earlier)
+
+
+def prepared(raw: Path, out: Path) -> Path:
+    prepare(PrepareConfig(source="meds", raw=str(raw), out=str(out), workers=1))
+    return out
+
+
+def changed(raw: Path, folder: Path, change) -> Path:
+    """The dataset prepared after `change` was made to the events and labels of every shard."""
+    for path in raw.rglob("*"):
+        target = folder / "raw" / path.relative_to(raw)
+        if path.is_dir():
+            target.mkdir(parents=True, exist_ok=True)
+        elif path.suffix == ".parquet" and path.relative_to(raw).parts[0] in ("data", "labels"):
+            write_parquet(change(pq.read_table(path)), target)
+        else:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(path.read_bytes())
+    return prepared(folder / "raw", folder / "data")
+
+
+def bundle_of(config: ModelConfig, data: Path, folder: Path, seed: int = 1, context: int = 8) -> Path:
+    vocabulary = Vocabulary.read(data / "histories" / "vocabulary.parquet")
+    torch.manual_seed(seed)
+    state = RiskModel(config, vocabulary.size, ["readmission"]).state_dict()
+    settings = DataConfig(str(data), context=context, tokens_per_row=128, min_count=1)
+    tasks = ["readmission"]
+    write_bundle(folder, state, kind="risk", model=config, data=settings, vocabulary=vocabulary, tasks=tasks)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bundle(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return bundle_of(MODEL, data, tmp_path_factory.mktemp("risk") / "bundle")
+
+
+def predicted(bundle: Path, data: Path, out: Path, *overrides: str) -> pa.Table:
+    given = ["task=readmission", f"bundle={bundle}", f"data.path={data}", f"out={out / 'p.parquet'}"]
+    given += ["split=held_out", *overrides]
+    run(load("predict", given, PredictConfig))
+    return pq.read_table(out / "p.parquet")
+
+
+def kept(states: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in states.glob("*.safetensors")}
+
+
+def same(a: pa.Table, b: pa.Table) -> bool:
+    return a.drop_columns(PROBABILITY).equals(b.drop_columns(PROBABILITY)) and np.allclose(
+        a[PROBABILITY], b[PROBABILITY], atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("pooling", ["fusion", "mean", "last"])
+@pytest.mark.parametrize("mixer", ["mamba1", "mamba2"])
+def test_whole_histories_score_as_in_one_packed_pass(mixer: str, pooling: str, data: Path, tmp_path: Path) -> None:
+    """A context longer than every history crops nothing, so the two ways of reading must agree; a short one crops."""
+    config = ModelConfig(**{**vars(MODEL), "mixer": mixer, "pooling": pooling})
+    uncropped = bundle_of(config, data, tmp_path / "uncropped", context=64)
+    cropped = bundle_of(config, data, tmp_path / "cropped", context=8)
+    whole = predicted(cropped, data, tmp_path, "context=all")
+    assert same(whole, predicted(uncropped, data, tmp_path))
+    assert not same(whole, predicted(cropped, data, tmp_path))
+
+
+def test_kept_states_go_on_with_the_new_events_alone(
+    data: Path, yesterday: Path, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    states = tmp_path / "states"
+    overrides = ("context=all", f"states={states}")
+    before = predicted(bundle, yesterday, tmp_path, *overrides)
+    assert before.num_rows == SUBJECTS and len(kept(states)) == SUBJECTS
+    assert f"{SUBJECTS} new" in capsys.readouterr().out
+
+    table = predicted(bundle, data, tmp_path, *overrides)
+    said = capsys.readouterr().out
+    assert f"{SUBJECTS} known" in said
+    assert f"{NEW_EVENTS * SUBJECTS} events read" in said
+    assert same(table, predicted(bundle, data, tmp_path, "context=all"))
+
+
+def test_earlier_prediction_times_leave_a_state_as_it_is(
+    data: Path, yesterday: Path, bundle: Path, tmp_path: Path
+) -> None:
+    overrides = ("context=all", f"states={tmp_path / 'states'}")
+    table = predicted(bundle, data, tmp_path, *overrides)
+    last = kept(tmp_path / "states")
+    assert same(predicted(bundle, data, tmp_path, *overrides), table)
+    times = f"task.labels={yesterday / 'labels' / 'readmission'}"
+    early = predicted(bundle, data, tmp_path, *overrides, times)
+    assert early.num_rows == SUBJECTS
+    assert same(early, predicted(bundle, data, tmp_path, "context=all", times))
+    assert kept(tmp_path / "states") == last
+
+
+def test_a_state_ahead_of_the_dataset_is_not_used(
+    data: Path, yesterday: Path, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overrides = ("context=all", f"states={tmp_path / 'states'}")
+    predicted(bundle, data, tmp_path, *overrides)
+    capsys.readouterr()
+    table = predicted(bundle, yesterday, tmp_path, *overrides)
+    assert f"{SUBJECTS} changed" in capsys.readouterr().out
+    assert same(table, predicted(bundle, yesterday, tmp_path, "context=all"))
+
+
+@pytest.mark.parametrize("damage", ["cut short", "bit", "header", "of another subject", "empty"])
+def test_a_damaged_state_is_not_used(
+    damage: str, data: Path, yesterday: Path, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    states = tmp_path / "states"
+    overrides = ("context=all", f"states={states}")
+    predicted(bundle, yesterday, tmp_path, *overrides)
+    victim, other = sorted(states.glob("*.safetensors"))[:2]
+    content = bytearray(victim.read_bytes())
+    if damage == "cut short":
+        content = content[: len(content) // 2]
+    elif damage == "bit":
+        content[-5] ^= 1
+    elif damage == "header":
+        content = content.replace(b"num_events", b"mum_events")
+    elif damage == "of another subject":
+        content = bytearray(other.read_bytes())
+    else:
+        content = bytearray()
+    victim.write_bytes(content)
+    capsys.readouterr()
+    table = predicted(bundle, data, tmp_path, *overrides)
+    said = capsys.readouterr().out
+    assert "1 damaged" in said and f"{SUBJECTS - 1} known" in said
+    assert same(table, predicted(bundle, data, tmp_path, "context=all"))
+    capsys.readouterr()
+    predicted(bundle, data, tmp_path, *overrides)
+    assert f"{SUBJECTS} known" in capsys.readouterr().out
+
+
+def test_a_state_of_events_that_have_changed_is_not_used(
+    raw: Path, bundle: Path, yesterday: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One subject's first value is corrected, another's first event is taken back, as late corrections do."""
+
+    def corrected(table: pa.Table) -> pa.Table:
+        if "numeric_value" not in table.column_names:
+            return table
+        rows = table.to_pylist()
+        firsts = {row["subject_id"]: at for at, row in reversed(list(enumerate(rows)))}
+        if LAST in firsts:
+            rows[firsts[LAST]]["numeric_value"] += 1.0
+            del rows[firsts[LAST - 1]]
+        return pa.Table.from_pylist(rows, table.schema)
+
+    overrides = ("context=all", f"states={tmp_path / 'states'}")
+    predicted(bundle, yesterday, tmp_path, *overrides)
+    today = changed(raw, tmp_path / "today", corrected)
+    capsys.readouterr()
+    table = predicted(bundle, today, tmp_path, *overrides)
+    said = capsys.readouterr().out
+    assert "2 changed" in said and f"{SUBJECTS - 2} known" in said
+    assert same(table, predicted(bundle, today, tmp_path, "context=all"))
+
+
+def test_states_are_for_their_owner_and_hold_no_pickle(data: Path, bundle: Path, tmp_path: Path) -> None:
+    states = tmp_path / "new" / "states"
+    predicted(bundle, data, tmp_path, "context=all", f"states={states}")
+    assert stat.S_IMODE(states.stat().st_mode) == 0o700
+    assert {path.suffix for path in states.iterdir()} == {".json", ".safetensors"}
+    assert len(kept(states)) == SUBJECTS
+    assert set(json.loads((states / "states.json").read_text())) == {"format_version", "bundle"}
+
+
+def test_a_folder_belongs_to_one_bundle(data: Path, bundle: Path, tmp_path: Path) -> None:
+    states = tmp_path / "states"
+    predicted(bundle, data, tmp_path, "context=all", f"states={states}")
+    before = kept(states)
+    other = bundle_of(MODEL, data, tmp_path / "other", seed=2)
+    with pytest.raises(UserError, match="another bundle"):
+        predicted(other, data, tmp_path, "context=all", f"states={states}")
+    assert kept(states) == before
+
+
+def test_a_folder_in_use_is_refused(data: Path, bundle: Path, tmp_path: Path) -> None:
+    states = tmp_path / "states"
+    with StateFolder(states, read_bundle(bundle).fingerprint), pytest.raises(UserError, match="in use"):
+        predicted(bundle, data, tmp_path, "context=all", f"states={states}")
+    predicted(bundle, data, tmp_path, "context=all", f"states={states}")
+
+
+def test_a_folder_of_other_things_is_left_alone(data: Path, bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="holds other things"):
+        predicted(bundle, data, tmp_path, "context=all", f"states={tmp_path / 'home'}")
+    assert [path.name for path in (tmp_path / "home").iterdir()] == ["thesis.txt"]
+
+
+def test_states_without_whole_histories_are_refused(data: Path, bundle: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="states=DIR needs context=all"):
+        predicted(bundle, data, tmp_path, f"states={tmp_path / 'states'}")
+
+
+@pytest.mark.parametrize("setting", [{"window": 0}, {"bidirectional": True}])
+def test_a_model_that_cannot_stream_is_refused_before_any_data_is_read(
+    setting: dict, data: Path, tmp_path: Path
+) -> None:
+    cannot = bundle_of(ModelConfig(**{**vars(MODEL), **setting}), data, tmp_path / "bundle")
+    with pytest.raises(UserError, match="context=bundle") as refused:
+        predicted(cannot, tmp_path / "nowhere", tmp_path, "context=all")
+    assert "\n" not in str(refused.value)
