@@ -1,9 +1,11 @@
 """What the loader delivers from a prepared dataset, on one core.
 
-    python tests/benchmarks/loader.py DATA_DIR [DATA_DIR ...]
+    python tests/benchmarks/loader.py DATA_DIR [DATA_DIR ...] [--many]
 
-Prints the time from opening the dataset to the first row; events per second of a first epoch (files are decoded)
-and of a later one (row groups come from the cache where it holds them); and, per token budget,
+Prints the time from opening the dataset to the first row, and to the next one of a run that stopped in the middle of an
+epoch; events per second of a first epoch (files are decoded) and of a later one (row groups come from the cache where
+it holds them), beside what a training step of `small` takes; resident memory over the first epoch; how often
+neighbours in the order come from one row group, beside chance; and, per token budget,
 
     filled    share of the rows' budget that holds events: an epoch's last rows are shorter, not padded, so what is
               unfilled is not computed either
@@ -11,11 +13,17 @@ and of a later one (row groups come from the cache where it holds them); and, pe
               histories and a window of 512), and the queries that its kernels are given are counted
     padded    the same share for batches of as many histories as a packed row holds on average, in random order,
               padded to their longest
+
+--many first makes a synthetic dataset of 1,000 shards and one of 21 million events, and measures these too.
 """
 
 from __future__ import annotations
 
 import argparse
+import resource
+import subprocess
+import sys
+import tempfile
 import time
 from itertools import islice
 from pathlib import Path
@@ -26,11 +34,15 @@ import torch
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from hymate.config import load
 from hymate.data.histories import Histories
 from hymate.data.loader import Cursor, Rows, pretraining_examples
 from hymate.data.vocabulary import Vocabulary
+from hymate.model import PretrainModel
 from hymate.ops import packed_attention
+from hymate.training.pretraining import PretrainConfig
 
+ROOT = Path(__file__).resolve().parent.parent.parent
 WINDOW = 512
 BUDGETS = (4096, 8192, 16384, 32768, 65536)
 
@@ -49,14 +61,59 @@ def open_rows(path: Path, split: str, context: int, budget: int) -> Rows:
     )
 
 
-def epoch_speed(rows: Rows, epoch: int) -> tuple[float, float]:
-    """Events per second of wall time and of CPU time (all threads), over one epoch."""
-    wall, cpu = time.perf_counter(), time.process_time()
+def epoch_speed(rows: Rows, epoch: int) -> tuple[float, float, list[float]]:
+    """One epoch's events per second of wall time and of CPU time (all threads), and resident MiB at its quarters."""
+    num_rows, memory = rows.rows_per_epoch, []
+    quarters = {max(1, num_rows * k // 4) for k in range(1, 5)}
+    wall, cpu, events = time.perf_counter(), time.process_time(), 0
     steps = rows.steps(Cursor(epoch), 1, 0, 1)
-    events = sum(batch.num_events for (batch,), _ in islice(steps, rows.rows_per_epoch))
+    for number, ((batch,), _) in enumerate(islice(steps, num_rows), start=1):
+        events += batch.num_events
+        if number in quarters:
+            memory.append(resident_mib())
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     steps.close()
-    return events / wall, events / cpu
+    return events / wall, events / cpu, memory
+
+
+def resident_mib() -> float:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 2**20
+
+
+def seconds_to_first_row(path: Path, split: str, context: int, cursor: Cursor) -> float:
+    """From opening the dataset."""
+    start = time.perf_counter()
+    steps = open_rows(path, split, context, max(16384, context)).steps(cursor, 1, 0, 1)
+    next(steps)
+    seconds = time.perf_counter() - start
+    steps.close()
+    return seconds
+
+
+def consumption(rows: Rows) -> float:
+    """Events per second of forward + backward of `small` on one thread, over three rows."""
+    config = load("pretrain", [f"data.path={rows.histories.path}", "model=small"], PretrainConfig)
+    model = PretrainModel(config.model, config.objective, rows.vocabulary.size)
+    steps = rows.steps(Cursor(), 1, 0, 1)
+    batches = [batch for (batch,), _ in islice(steps, 4)]
+    steps.close()
+    for batch in batches:
+        if batch is batches[1]:
+            start = time.perf_counter()
+        model(batch)["loss"].backward()
+    return sum(batch.num_events for batch in batches[1:]) / (time.perf_counter() - start)
+
+
+def neighbours(rows: Rows) -> tuple[float, float]:
+    """Share of consecutive examples of epoch 0 that lie in one row group, and what chance would give."""
+    order_E = np.concatenate([place.examples for place in rows._order(0)])
+    index = rows.histories.index
+    key_P = np.char.add(index["shard"].astype(str), index["row_group"].astype(str))
+    _, group_P = np.unique(key_P, return_inverse=True)
+    group_E = group_P[rows.examples.position_E[order_E]]
+    chance = float(np.square(np.bincount(group_E) / len(group_E)).sum())
+    return float((np.diff(group_E) == 0).mean()), chance
 
 
 def padding_efficiency(length_E: np.ndarray, num_rows: int) -> float:
@@ -83,8 +140,8 @@ def computed_efficiency(rows: Rows) -> float:
     shares = []
     for window in (None, WINDOW):
         events, count = 0, CountQueries()
-        for row in rows._order(0):
-            cu_seqlens = [0, *np.cumsum(rows._length_E[row]).tolist()]
+        for place in rows._order(0):
+            cu_seqlens = [0, *np.cumsum(rows._length_E[place.examples]).tolist()]
             q_LHE = torch.zeros(cu_seqlens[-1], 1, 1)
             with count, torch.no_grad():
                 packed_attention(q_LHE, q_LHE, q_LHE, cu_seqlens, window=window, causal=True)
@@ -94,18 +151,24 @@ def computed_efficiency(rows: Rows) -> float:
 
 
 def measure(path: Path, split: str, context: int) -> None:
-    start = time.perf_counter()
+    first = seconds_to_first_row(path, split, context, Cursor())
     rows = open_rows(path, split, context, max(16384, context))
-    steps = rows.steps(Cursor(), 1, 0, 1)
-    next(steps)
-    first = time.perf_counter() - start
-    steps.close()
+    places = list(rows._order(0))
+    middle = places[len(places) // 2]
+    resumed = seconds_to_first_row(path, split, context, Cursor(0, middle.block, middle.row))
     lengths = rows.histories.index["num_events"][rows.examples.position_E]
     print(f"\n{path} {split}: {len(lengths):,} histories of {lengths.mean():,.0f} events (at most {lengths.max():,})")
-    print(f"first row after {first:.2f} s")
+    print(f"first row after {first:.2f} s; after a stop in the middle of the epoch {resumed:.2f} s")
     for epoch, name in ((0, "first epoch"), (1, "second epoch")):
-        wall, cpu = epoch_speed(rows, epoch)
-        print(f"{name}: {wall / 1e6:.2f} M events/s, {cpu / 1e6:.2f} M events per CPU second")
+        wall, cpu, memory = epoch_speed(rows, epoch)
+        print(f"{name}: {wall / 1e6:.2f} M events/s, {cpu / 1e6:.2f} M events per CPU second", end="; ")
+        print(f"resident MiB at its quarters {', '.join(f'{mib:.0f}' for mib in memory)}")
+    taken = consumption(rows)
+    print(
+        f"a training step of small takes {taken:,.0f} events/s on one thread: the loader gives {wall / taken:.0f} times"
+    )
+    same, chance = neighbours(rows)
+    print(f"neighbours from one row group: {same:.2%} (chance {chance:.2%})")
     print("\n| budget | context | rows | filled | computed | padded |\n|---|---|---|---|---|---|")
     for budget in BUDGETS:
         packed = open_rows(path, split, min(context, budget), budget)
@@ -114,12 +177,28 @@ def measure(path: Path, split: str, context: int) -> None:
         print(f"| {budget:,} | {min(context, budget):,} | {packed.rows_per_epoch:,} | {shares} |")
 
 
-if __name__ == "__main__":
+def prepared(out: Path, *overrides: str) -> Path:
+    command = [sys.executable, "-m", "hymate.data.prepare", "source=synthetic", f"out={out}", *overrides]
+    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    return out
+
+
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path, nargs="+", help="prepared datasets")
+    parser.add_argument("data", type=Path, nargs="*", help="prepared datasets")
     parser.add_argument("--split", default="train")
     parser.add_argument("--context", type=int, default=8192)
+    parser.add_argument("--many", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     for folder in arguments.data:
         measure(folder, arguments.split, arguments.context)
+    if arguments.many:
+        with tempfile.TemporaryDirectory() as folder:
+            shards = ("synthetic.subjects=2000", "synthetic.mean_events=250", "synthetic.shard_events=500")
+            measure(prepared(Path(folder) / "shards", *shards), arguments.split, arguments.context)
+            measure(prepared(Path(folder) / "events", "synthetic.subjects=10500"), arguments.split, arguments.context)
+
+
+if __name__ == "__main__":
+    main()
