@@ -5,6 +5,7 @@ DEMO ?= demo
 SUBJECTS ?= 1500
 PRETRAIN_STEPS ?= 150
 TUNE_STEPS ?= 600
+QUICK ?=
 BIN = $(VENV)/bin
 PY = $(BIN)/python
 
@@ -34,9 +35,15 @@ test: $(VENV)/.installed
 	$(BIN)/mypy
 	$(PY) -m pytest -q
 
+# every figure of tests/benchmarks/RESULTS.md that needs no data of its own; QUICK=--quick for a first look
 bench: $(VENV)/.installed
 	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_ARGS) --editable ".[bench]"
-	$(PY) tests/benchmarks/mixers.py --mambapy
+	$(PY) tests/benchmarks/mixers.py $(QUICK)
+	$(PY) tests/benchmarks/length.py $(QUICK)
+	$(PY) tests/benchmarks/streaming.py $(QUICK)
+	$(PY) -m hymate.data.prepare source=synthetic out=$(DEMO)/bench synthetic.subjects=300
+	$(PY) tests/benchmarks/loader.py $(DEMO)/bench
+	$(PY) tests/benchmarks/training.py $(DEMO)/bench $(QUICK)
 
 clean:
 	rm -rf $(VENV) $(DEMO)

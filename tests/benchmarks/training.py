@@ -1,6 +1,6 @@
 """What DeepSpeed and Ray cost over a bare loop, ZeRO 0 to 3 on one and two workers, and what a second worker brings.
 
-    python tests/benchmarks/training.py DATA_DIR [--model small] [--steps 40] [--repeats 2]
+    python tests/benchmarks/training.py DATA_DIR [--model small] [--steps 40] [--repeats 2] [--quick]
 
 Every worker has one CPU and one thread; a step is the same rows for any number of workers. A run's speed is the median
 over its windows of WINDOW steps, the first left out. The bare loop is the same model, rows, AdamW and clipping in plain
@@ -115,14 +115,18 @@ def main() -> None:
     parser.add_argument("--model", default="small")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--quick", action="store_true", help="ZeRO 2 alone, 20 steps, once")
     parser.add_argument("--bare", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    cases = CASES
+    if options.quick:
+        options.steps, options.repeats, cases = 20, 1, [(2, 1), (2, 2)]
     if options.bare:
         bare_loop(options)
         return
-    found: dict[tuple[int, int] | str, list[dict[str, float]]] = {"bare": [], **{case: [] for case in CASES}}
+    found: dict[tuple[int, int] | str, list[dict[str, float]]] = {"bare": [], **{case: [] for case in cases}}
     for _ in range(options.repeats):
-        for case in CASES:
+        for case in cases:
             if case[0] in (0, 2):
                 found["bare"].append(measured_bare(options))
             found[case].append(measured_run(options, *case))
@@ -131,7 +135,7 @@ def main() -> None:
     print(f"model {options.model}, {options.steps} steps; medians of {options.repeats} runs")
     print("| | events/s | of the bare loop | scaling from one worker | MiB a worker |\n|---|---|---|---|---|")
     print(f"| bare loop, 1 thread | {speed['bare']:,.0f} | 1.00 | | {memory['bare']:,.0f} |")
-    for stage, workers in CASES:
+    for stage, workers in cases:
         case = (stage, workers)
         scaling = f"{speed[case] / (workers * speed[stage, 1]):.0%}" if workers > 1 else ""
         line = f"| ZeRO {stage}, {workers} worker{'s' * (workers > 1)} | {speed[case]:,.0f} "
