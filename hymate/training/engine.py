@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from hymate.config import TrainConfig
 from hymate.telemetry import Telemetry
 from hymate.training import checkpoint
+from hymate.training.memory import keep_freed_memory
 from hymate.training.zero import deepspeed_config
 
 if TYPE_CHECKING:
@@ -116,6 +117,8 @@ def train(
     `scratch` that is removed when report returns. `description` is the configuration's text for TensorBoard.
     Raises FloatingPointError at a loss that is not finite.
     """
+    if worker.device.type == "cpu":
+        keep_freed_memory()
     engine, standing = start(job, config, worker, resume)
     base_lrs = [group["lr"] for group in job.groups]
     telemetry.start(standing.step)

@@ -30,6 +30,7 @@ from rows import random_row
 from hymate.batch import Batch
 from hymate.config import ModelConfig, ObjectiveConfig, load
 from hymate.model import PretrainModel, decay_groups
+from hymate.training.memory import keep_freed_memory
 from hymate.training.pretraining import PretrainConfig
 
 SHORT = 1024
@@ -46,6 +47,7 @@ class Trainer:
         objective: ObjectiveConfig = composed.objective
         if options.layers:
             model = dataclasses.replace(model, layers=options.layers)
+        keep_freed_memory()
         torch.manual_seed(0)
         self.model = PretrainModel(model, objective, options.vocabulary)
         self.model.backbone.gradient_checkpointing = options.checkpointing
