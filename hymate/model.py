@@ -37,9 +37,9 @@ NO_VALUE, HIDDEN_VALUE = 0, 1
 class TripletEmbedding(nn.Module):
     """e = code + value + time, one vector for each event (the paper's triplet).
 
-    A small network encodes the value and the code scales each of its channels, because what a value means depends
-    on the code; a missing and a hidden value each have their own vector. Time enters as log-scaled hours since the
-    window began and since the event before, and as phases of daily to yearly cycles.
+    A small network encodes the value, and the code shifts and scales each of its channels (FiLM, Perez et al. 2018),
+    because what a value means depends on the code; a missing and a hidden value each have their own vector. Time enters
+    as log-scaled hours since the window began and since the event before, and as phases of daily to yearly cycles.
     """
 
     def __init__(self, vocab_size: int, d_model: int) -> None:
@@ -47,7 +47,7 @@ class TripletEmbedding(nn.Module):
         self.code = nn.Embedding(vocab_size, d_model)
         self.no_value = nn.Embedding(2, d_model)
         self.value_in = nn.Linear(4, d_model)
-        self.value_code = nn.Linear(d_model, d_model, bias=False)
+        self.value_code = nn.Linear(d_model, 2 * d_model, bias=False)
         self.value_out = nn.Linear(d_model, d_model)
         self.time_in = nn.Linear(2 + 2 * len(TIME_PERIODS_HOURS), d_model)
         self.time_out = nn.Linear(d_model, d_model)
@@ -71,7 +71,8 @@ class TripletEmbedding(nn.Module):
         z_L, rank_L = torch.nan_to_num(value_L), torch.nan_to_num(quantile_L)
         absent_L = missing_L if hidden_L is None else missing_L | hidden_L
         features = torch.stack([torch.asinh(z_L), z_L.clamp(-3, 3), rank_L, rank_L.square()], dim=-1)
-        value_LD = self.value_out(F.gelu(self.value_in(features)) * self.value_code(code_LD))
+        shift_LD, scale_LD = self.value_code(code_LD).chunk(2, dim=-1)
+        value_LD = self.value_out(F.gelu(self.value_in(features) + shift_LD) * (1 + scale_LD))
         kind_L = torch.full_like(code_L, NO_VALUE)
         if hidden_L is not None:
             kind_L = torch.where(hidden_L, HIDDEN_VALUE, kind_L)
