@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hymate import ops
@@ -16,19 +15,6 @@ from hymate import ops
 # What a block carries from a history's events to those after them (B = 1). M: the convolution's last inputs and the
 # scan's state; A: the keys and values (n, H, E) that later events can still see, n < window.
 BlockState = tuple[Tensor, Tensor]
-
-
-class GatedRMSNorm(nn.Module):
-    """rmsnorm(x * silu(z)) * weight, in groups (`mamba_ssm`'s RMSNormGated with norm_before_gate=False)."""
-
-    def __init__(self, d: int, group_size: int, eps: float = 1e-5) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(d))
-        self.group_size, self.eps = group_size, eps
-
-    def forward(self, x: Tensor, z: Tensor) -> Tensor:
-        """x, z: (..., d)."""
-        return ops.gated_rms_norm(x, z, self.weight, self.eps, self.group_size)
 
 
 class Mamba2Mixer(nn.Module):
@@ -61,36 +47,38 @@ class Mamba2Mixer(nn.Module):
         self.dt_bias = nn.Parameter(_dt_bias(self.nheads, dt_min, dt_max, dt_init_floor))
         self.A_log = nn.Parameter(torch.empty(self.nheads).uniform_(*A_init_range).log())
         self.D = nn.Parameter(torch.ones(self.nheads))
-        self.norm = GatedRMSNorm(self.d_inner, self.d_inner // ngroups)
+        self.norm = nn.RMSNorm(self.d_inner, eps=1e-5)  # over each group, of what z gates
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias)
 
-    def forward(self, u_BLD: Tensor, segment_BL: Tensor | None = None) -> Tensor:
-        """(B, L, D) -> (B, L, D); segment_BL: int32 patient index of each event, None for one patient a row."""
-        return self.carry(u_BLD, None, segment_BL)[0]
+    def forward(self, u_BLD: Tensor, segment_BL: Tensor | None = None, *, reverse: bool = False) -> Tensor:
+        """(B, L, D) -> (B, L, D); segment_BL: int32 patient index of each event, None for one patient a row.
 
-    def carry(
-        self, u_BLD: Tensor, state: BlockState | None, segment_BL: Tensor | None = None
+        `reverse` reads every patient's history from its end to its start.
+        """
+        return self._mix(u_BLD, None, segment_BL, reverse)[0]
+
+    def carry(self, u_BLD: Tensor, state: BlockState | None) -> tuple[Tensor, BlockState]:
+        """`forward` of one patient a row after the events that left `state`, and the state that these leave."""
+        return self._mix(u_BLD, state, None, False)
+
+    def _mix(
+        self, u_BLD: Tensor, state: BlockState | None, segment_BL: Tensor | None, reverse: bool
     ) -> tuple[Tensor, BlockState]:
-        """`forward` after the events that left `state`, and the state that these leave."""
-        conv, scan = state or (None, None)
-        z, xbc, dt = self.in_proj(u_BLD).split([self.d_inner, self.d_xbc, self.nheads], dim=-1)
-        xbc, conv = ops.causal_conv1d(
-            xbc, self.conv1d.weight[:, 0], self.conv1d.bias, segment_BL=segment_BL, initial_state_BDK1=conv
-        )
-        width = self.ngroups * self.d_state
-        x, B, C = xbc.split([self.d_inner, width, width], dim=-1)
-        y, scan = ops.ssd_scan(
-            x.unflatten(-1, (self.nheads, self.headdim)),
-            F.softplus(dt.float() + self.dt_bias.float()),
+        y_BLD, state = ops.mamba2(
+            self.in_proj(u_BLD),
+            self.conv1d.weight[:, 0],
+            self.conv1d.bias,
+            self.dt_bias,
             -self.A_log.float().exp(),
-            B.unflatten(-1, (self.ngroups, self.d_state)),
-            C.unflatten(-1, (self.ngroups, self.d_state)),
             self.D,
+            self.norm.weight,
+            groups=self.ngroups,
             chunk_size=self.chunk_size,
             segment_BL=segment_BL,
-            initial_state_BHPN=scan,
+            state=state,
+            reverse=reverse,
         )
-        return self.out_proj(self.norm(y.flatten(-2), z)), (conv, scan)
+        return self.out_proj(y_BLD), state
 
 
 class Mamba1Mixer(nn.Module):
@@ -126,24 +114,34 @@ class Mamba1Mixer(nn.Module):
         self.D = nn.Parameter(torch.ones(self.d_inner))
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias)
 
-    def forward(self, u_BLD: Tensor, segment_BL: Tensor | None = None) -> Tensor:
-        """(B, L, D) -> (B, L, D); segment_BL: int32 patient index of each event, None for one patient a row."""
-        return self.carry(u_BLD, None, segment_BL)[0]
+    def forward(self, u_BLD: Tensor, segment_BL: Tensor | None = None, *, reverse: bool = False) -> Tensor:
+        """(B, L, D) -> (B, L, D); segment_BL: int32 patient index of each event, None for one patient a row.
 
-    def carry(
-        self, u_BLD: Tensor, state: BlockState | None, segment_BL: Tensor | None = None
+        `reverse` reads every patient's history from its end to its start.
+        """
+        return self._mix(u_BLD, None, segment_BL, reverse)[0]
+
+    def carry(self, u_BLD: Tensor, state: BlockState | None) -> tuple[Tensor, BlockState]:
+        """`forward` of one patient a row after the events that left `state`, and the state that these leave."""
+        return self._mix(u_BLD, state, None, False)
+
+    def _mix(
+        self, u_BLD: Tensor, state: BlockState | None, segment_BL: Tensor | None, reverse: bool
     ) -> tuple[Tensor, BlockState]:
-        """`forward` after the events that left `state`, and the state that these leave."""
-        conv, scan = state or (None, None)
-        x, z = self.in_proj(u_BLD).chunk(2, dim=-1)
-        x, conv = ops.causal_conv1d(
-            x, self.conv1d.weight[:, 0], self.conv1d.bias, segment_BL=segment_BL, initial_state_BDK1=conv
+        y_BLD, state = ops.mamba1(
+            self.in_proj(u_BLD),
+            self.conv1d.weight[:, 0],
+            self.conv1d.bias,
+            self.x_proj.weight,
+            self.dt_proj.weight,
+            self.dt_proj.bias,
+            -self.A_log.float().exp(),
+            self.D,
+            segment_BL=segment_BL,
+            state=state,
+            reverse=reverse,
         )
-        dt, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        dt = F.softplus(self.dt_proj(dt).float())
-        A = -self.A_log.float().exp()
-        y, scan = ops.selective_scan(x, dt, A, B, C, self.D, segment_BL=segment_BL, initial_state_BDN=scan)
-        return self.out_proj(y * F.silu(z)), (conv, scan)
+        return self.out_proj(y_BLD), state
 
 
 def _dt_bias(n: int, dt_min: float, dt_max: float, floor: float) -> Tensor:

@@ -104,8 +104,7 @@ class MambaBlockMixer(nn.Module):
         segment_L = batch.segment_L
         y_LD = self.forwards(x_LD[None], segment_L[None])[0]
         if self.backwards is not None:
-            flipped_L = (segment_L[-1] - segment_L).flip(0)
-            y_LD = y_LD + self.backwards(x_LD.flip(0)[None], flipped_L[None])[0].flip(0)
+            y_LD = y_LD + self.backwards(x_LD[None], segment_L[None], reverse=True)[0]
         return y_LD
 
     def carry(self, x_LD: Tensor, state: BlockState | None) -> tuple[Tensor, BlockState]:

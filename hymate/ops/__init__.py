@@ -7,7 +7,8 @@
 The choice is made once for each kind of device, logged with its reason on the logger "hymate", and can be forced with
 the environment variable HYMATE_OPS or, in tests, with `forced`.
 
-Shape legend: B batch rows, L events, H heads, P headdim, G groups, N d_state, D channels, K conv width.
+Shape legend: B batch rows, L events, H heads, P headdim, G groups, N d_state, D = H P channels, K conv width, R
+dt_rank.
 segment_BL: int32, non-decreasing index of the patient each event belongs to; nothing passes from one to the next.
 """
 
@@ -26,18 +27,17 @@ from torch.nn import functional as F
 
 from hymate.config import UserError
 from hymate.ops.attention import continued_attention, packed_attention
+from hymate.ops.compose import State
 from hymate.ops.cross_entropy import linear_cross_entropy
 
 __all__ = [
     "add_dropout",
-    "causal_conv1d",
     "continued_attention",
     "forced",
-    "gated_rms_norm",
     "linear_cross_entropy",
+    "mamba1",
+    "mamba2",
     "packed_attention",
-    "selective_scan",
-    "ssd_scan",
 ]
 
 IMPLEMENTATIONS = ("reference", "cpu", "fused")
@@ -80,82 +80,81 @@ def _choose(kind: str) -> tuple[str, str]:
     raise UserError('training on a GPU needs the fused kernels: pip install -e ".[cuda]", or train.use_gpu=false')
 
 
-def ssd_scan(
-    x_BLHP: Tensor,
-    dt_BLH: Tensor,
+def mamba2(
+    zxbcdt_BLE: Tensor,
+    conv_weight_XK: Tensor,
+    conv_bias_X: Tensor | None,
+    dt_bias_H: Tensor,
     A_H: Tensor,
-    B_BLGN: Tensor,
-    C_BLGN: Tensor,
     D_H: Tensor,
+    norm_weight_D: Tensor,
     *,
+    groups: int = 1,
+    eps: float = 1e-5,
     chunk_size: int = 64,
     segment_BL: Tensor | None = None,
-    initial_state_BHPN: Tensor | None = None,
+    state: State | None = None,
     reverse: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """Mamba-2's scan (arXiv 2405.21060): h = exp(dt A) h + dt x B, y = h C + D x; y (B, L, H, P), last h (B, H, P, N).
+) -> tuple[Tensor, State]:
+    """What lies between the two projections of a Mamba-2 mixer (arXiv 2405.21060): (B, L, D) and the state after it.
 
-    dt is positive (after softplus), A negative. The initial state enters the first segment processed, the final state
-    is the last one's; `reverse` runs every segment from its end to its start.
+    The columns of zxbcdt are z (D), x (D), B and C (G N each), dt (H). Depthwise causal convolution and SiLU of x, B
+    and C (X = D + 2 G N); dt = softplus(dt + bias); per head h = exp(dt A) h + dt x B, y = h C + D x; root-mean-square
+    norm of y silu(z) over each group. A is negative.
+
+    The state, (B, X, K-1) and (B, H, P, N), enters the first segment that is processed and comes from the last.
+    `reverse` runs every row from its end to its start.
     """
-    return _implementation(x_BLHP).ssd_scan(
-        x_BLHP,
-        dt_BLH,
+    return _implementation(zxbcdt_BLE).mamba2(
+        zxbcdt_BLE,
+        conv_weight_XK,
+        conv_weight_XK.new_zeros(len(conv_weight_XK)) if conv_bias_X is None else conv_bias_X,
+        dt_bias_H,
         A_H,
-        B_BLGN,
-        C_BLGN,
         D_H,
+        norm_weight_D,
+        groups=groups,
+        eps=eps,
         chunk_size=chunk_size,
         segment_BL=segment_BL,
-        initial_state_BHPN=initial_state_BHPN,
+        state=state,
         reverse=reverse,
-        return_final_state=True,
     )
 
 
-def selective_scan(
-    x_BLD: Tensor,
-    dt_BLD: Tensor,
+def mamba1(
+    xz_BLE: Tensor,
+    conv_weight_DK: Tensor,
+    conv_bias_D: Tensor | None,
+    x_weight_SD: Tensor,
+    dt_weight_DR: Tensor,
+    dt_bias_D: Tensor,
     A_DN: Tensor,
-    B_BLN: Tensor,
-    C_BLN: Tensor,
     D_D: Tensor,
     *,
     segment_BL: Tensor | None = None,
-    initial_state_BDN: Tensor | None = None,
+    state: State | None = None,
     reverse: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """Mamba-1's scan (arXiv 2312.00752): y (B, L, D) and the final state (B, D, N); otherwise as `ssd_scan`."""
-    return _implementation(x_BLD).selective_scan(
-        x_BLD,
-        dt_BLD,
+) -> tuple[Tensor, State]:
+    """What lies between the two projections of a Mamba mixer (arXiv 2312.00752): (B, L, D) and the state after it.
+
+    The columns of xz are x and z (D each). Depthwise causal convolution and SiLU of x; its projection (S = R + 2 N)
+    gives dt, B and C; dt = softplus(dt's projection + bias); h = exp(dt A) h + dt x B, y = h C + D x; y silu(z).
+
+    The state is (B, D, K-1) and (B, D, N); otherwise as `mamba2`.
+    """
+    return _implementation(xz_BLE).mamba1(
+        xz_BLE,
+        conv_weight_DK,
+        conv_weight_DK.new_zeros(len(conv_weight_DK)) if conv_bias_D is None else conv_bias_D,
+        x_weight_SD,
+        dt_weight_DR,
+        dt_bias_D,
         A_DN,
-        B_BLN,
-        C_BLN,
         D_D,
         segment_BL=segment_BL,
-        initial_state_BDN=initial_state_BDN,
+        state=state,
         reverse=reverse,
-        return_final_state=True,
-    )
-
-
-def causal_conv1d(
-    x_BLD: Tensor,
-    weight_DK: Tensor,
-    bias_D: Tensor | None,
-    *,
-    segment_BL: Tensor | None = None,
-    initial_state_BDK1: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Depthwise causal convolution, then SiLU: y (B, L, D) and the last K-1 inputs (B, D, K-1), oldest first."""
-    return _implementation(x_BLD).causal_conv1d(
-        x_BLD,
-        weight_DK,
-        bias_D,
-        segment_BL=segment_BL,
-        initial_state_BDK1=initial_state_BDK1,
-        return_final_state=True,
     )
 
 
@@ -169,8 +168,3 @@ def add_dropout(x: Tensor, branch: Tensor, p: float) -> Tensor:
     if _implementation(x).__name__ == "hymate.ops.cpu":
         return importlib.import_module("hymate.ops.dropout").add_dropout(x, branch, p)
     return x + F.dropout(branch, p)
-
-
-def gated_rms_norm(x: Tensor, z: Tensor, weight: Tensor, eps: float, group_size: int) -> Tensor:
-    """Root-mean-square norm of x * silu(z) over groups of `group_size` channels, times weight; x, z: (..., D)."""
-    return _implementation(x).gated_rms_norm(x, z, weight, eps, group_size)

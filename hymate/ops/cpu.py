@@ -1,11 +1,12 @@
-"""The operators on the CPU: compiled loops (kernels.py) inside hand-written autograd functions.
+"""The operators on the CPU: compiled loops inside hand-written autograd functions.
 
-Both scans run the recurrence itself, one block of channels at a time, so that the state stays in the
-first-level cache. On a CPU this needs no more arithmetic than the chunked matrix form, reads every input
-once and costs time and memory linear in L. The forward keeps the state before every chunk of events; the
-backward recomputes the others from it. Accumulation is in float32, or in float64 for float64 inputs.
+Each mixer is one autograd function from the output of its first projection to the input of its last. So the loops read
+the columns of one matrix in place, and write its gradient in place, where single operators would copy both.
 
-Shape legend: as in reference.py, which also defines what each function computes.
+Both scans keep the state before every chunk of events; the backward computes the others again from it. Time and memory
+are linear in L. Accumulation is in float32, or in float64 for float64 inputs.
+
+Shape legend: as in reference.py, which also defines what each function computes; M events of all rows.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
-from hymate.ops import kernels, launch
+from hymate.ops import launch, rowwise, selective, simd, ssd
+from hymate.ops.compose import State
 
 SSD_CHUNK = 64  # Mamba-2: most events between two saved states; what is between stays in cache
 SELECTIVE_CHUNK = 16  # Mamba-1: events between two saved states
@@ -39,18 +42,17 @@ def _prepare(dtype: torch.dtype, *tensors: Tensor) -> list[Tensor]:
     return [t.detach().to(acc).contiguous() for t in tensors]
 
 
-def _restore(gradients: tuple[Tensor, ...], dtypes: list[torch.dtype | None]) -> list[Tensor | None]:
-    return [None if dtype is None else g.to(dtype) for g, dtype in zip(gradients, dtypes, strict=True)]
+def _restore(gradients: tuple[Tensor, ...], inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    """Each gradient in the shape and dtype of its input."""
+    return [g.view(x.shape).to(x.dtype) for g, x in zip(gradients, inputs, strict=True)]
 
 
-def _dtypes(*tensors: Tensor | None) -> list[torch.dtype | None]:
-    return [None if t is None else t.dtype for t in tensors]
+# ------------------------------------------------------------------------------------------------- units of work
 
 
-def _starts(segment_BL: Tensor | None, shape: tuple[int, int], reverse: bool, carried: bool) -> np.ndarray:
-    """(B, L) True where the state before the event is zero; the first one processed may carry a state in."""
+def _starts(segment_BL: Tensor | None, shape: tuple[int, int], reverse: bool) -> np.ndarray:
+    """(B, L) True where the state before the event is zero."""
     starts = np.zeros(shape, np.bool_)
-    starts[:, -1 if reverse else 0] = not carried
     if segment_BL is not None:
         segment = segment_BL.numpy()
         inner = starts[:, :-1] if reverse else starts[:, 1:]
@@ -75,268 +77,296 @@ def _spans(starts: np.ndarray, reverse: bool, chunk: int) -> tuple[np.ndarray, i
     return np.array(spans, np.int64), slots
 
 
-def _blocks(channels: int, groups: int) -> np.ndarray:
-    """Cut channels into the blocks that kernels.py describes."""
-    size = channels // groups
-    cuts = range(0, size, kernels.BLOCK)
-    return np.array(
-        [(g * size + lo, min(kernels.BLOCK, size - lo), g, k) for g in range(groups) for k, lo in enumerate(cuts)]
-    )
+def _runs(heads: int, groups: int, spans: int) -> np.ndarray:
+    """Cut heads into the runs that ssd.py describes: as few as give every thread work, for each reads all of B and C
+    and has its own gradients of them."""
+    size = heads // groups
+    count = min(size, -(-torch.get_num_threads() // (spans * groups)))
+    cuts = [size * k // count for k in range(count + 1)]
+    return np.array([(g * size + cuts[k], cuts[k + 1] - cuts[k], g, k) for g in range(groups) for k in range(count)])
 
 
-class _SSDScan(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x_BLHP: Tensor,
-        dt_BLH: Tensor,
-        A_H: Tensor,
-        B_BLGN: Tensor,
-        C_BLGN: Tensor,
-        D_H: Tensor,
-        initial_BHPN: Tensor | None,
-        segment_BL: Tensor | None,
-        reverse: bool,
-        chunk: int,
-        keep: bool,
-    ) -> tuple[Tensor, Tensor]:
-        batch, length, heads, headdim = x_BLHP.shape
-        groups, d_state = B_BLGN.shape[2:]
-        matrices = [t.flatten(0, 1).flatten(1) for t in (x_BLHP, dt_BLH, B_BLGN, C_BLGN)]
-        x, dt, B, C, A, D = _prepare(x_BLHP.dtype, *matrices, A_H, D_H)
-        initial = x.new_zeros(batch, d_state, heads * headdim)
-        if initial_BHPN is not None:
-            initial.copy_(initial_BHPN.flatten(1, 2).transpose(1, 2))
-        starts = _starts(segment_BL, (batch, length), reverse, initial_BHPN is not None)
-        spans, slots = _spans(starts, reverse, chunk)
-        blocks = _blocks(heads * headdim, groups)
-        plan = (len(spans) * len(blocks), spans, blocks, d_state, headdim, chunk, reverse)
-        decay = torch.exp(dt * A).masked_fill_(torch.from_numpy(starts).view(-1, 1), 0)
-        A_D, D_D = A.repeat_interleave(headdim), D.repeat_interleave(headdim)
-        saved = x.new_empty(slots if keep else 0, *initial.shape[1:])
-        y, final = torch.empty_like(x), torch.empty_like(initial)
-        _run(kernels.ssd_forward, *plan, x, dt, decay, B, C, D_D, initial, y, saved, final)
-        ctx.save_for_backward(x, dt, decay, A_D, B, C, D_D, y, saved)
-        ctx.plan, ctx.groups = plan, groups
-        ctx.dtypes = _dtypes(x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, D_H, initial_BHPN)
-        return y.view(x_BLHP.shape).to(x_BLHP.dtype), final.transpose(1, 2).unflatten(1, (heads, headdim))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy_BLHP: Tensor, dfinal_BHPN: Tensor) -> tuple[Tensor | None, ...]:
-        *inputs, y, saved = ctx.saved_tensors
-        x, B = inputs[0], inputs[4]
-        batch, length, heads, headdim = dy_BLHP.shape
-        _, spans, blocks = ctx.plan[:3]
-        dy, dfinal = _prepare(x.dtype, dy_BLHP.reshape(x.shape), dfinal_BHPN.flatten(1, 2).transpose(1, 2))
-        dx, ddt, dinitial = torch.empty_like(x), torch.empty_like(x), torch.zeros_like(dfinal)
-        dA, dD = x.new_zeros(2, len(spans), x.shape[1])
-        dB, dC = x.new_empty(2, len(blocks) // ctx.groups, *B.shape)
-        outputs = (dx, ddt, dA, dB, dC, dD, dinitial)
-        _run(kernels.ssd_backward, *ctx.plan, *inputs, y, saved, dy, dfinal, *outputs)
-        gradients = (
-            dx.view(dy_BLHP.shape),
-            ddt.view(dy_BLHP.shape).sum(-1),
-            dA.sum(0).view(heads, headdim).sum(-1),
-            dB.sum(0).view(batch, length, ctx.groups, -1),
-            dC.sum(0).view(batch, length, ctx.groups, -1),
-            dD.sum(0).view(heads, headdim).sum(-1),
-            dinitial.transpose(1, 2).unflatten(1, (heads, headdim)),
-        )
-        return *_restore(gradients, ctx.dtypes), None, None, None, None
+def _blocks(channels: int) -> np.ndarray:
+    """Cut channels into the blocks that selective.py describes."""
+    size = selective.BLOCK
+    return np.array([(lo, min(size, channels - lo)) for lo in range(0, channels, size)])
 
 
-def ssd_scan(
-    x_BLHP: Tensor,
-    dt_BLH: Tensor,
-    A_H: Tensor,
-    B_BLGN: Tensor,
-    C_BLGN: Tensor,
-    D_H: Tensor,
-    *,
-    chunk_size: int = 64,
-    segment_BL: Tensor | None = None,
-    initial_state_BHPN: Tensor | None = None,
-    reverse: bool = False,
-    return_final_state: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """Mamba-2 scan; ``chunk_size`` events, but at most SSD_CHUNK, lie between two states kept for the backward."""
-    chunk = min(chunk_size + chunk_size % 2, SSD_CHUNK)
-    keep = torch.is_grad_enabled()
-    y_BLHP, final_BHPN = _SSDScan.apply(
-        x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, D_H, initial_state_BHPN, segment_BL, reverse, chunk, keep
-    )
-    return (y_BLHP, final_BHPN) if return_final_state else y_BLHP
-
-
-class _SelectiveScan(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x_BLD: Tensor,
-        dt_BLD: Tensor,
-        A_DN: Tensor,
-        B_BLN: Tensor,
-        C_BLN: Tensor,
-        D_D: Tensor,
-        initial_BDN: Tensor | None,
-        segment_BL: Tensor | None,
-        reverse: bool,
-        keep: bool,
-    ) -> tuple[Tensor, Tensor]:
-        batch, length, channels = x_BLD.shape
-        matrices = (x_BLD.flatten(0, 1), dt_BLD.flatten(0, 1), A_DN.T, B_BLN.flatten(0, 1), C_BLN.flatten(0, 1))
-        x, *_ = inputs = _prepare(x_BLD.dtype, *matrices, D_D)
-        initial = x.new_zeros(batch, A_DN.shape[1], channels)
-        if initial_BDN is not None:
-            initial.copy_(initial_BDN.transpose(1, 2))
-        starts = _starts(segment_BL, (batch, length), reverse, initial_BDN is not None)
-        spans, slots = _spans(starts, reverse, SELECTIVE_CHUNK)
-        starts = starts.reshape(1, -1)
-        blocks = _blocks(channels, 1)
-        plan = (len(spans) * len(blocks), spans, blocks, starts.astype(np.int64), SELECTIVE_CHUNK, reverse)
-        saved = x.new_empty(slots if keep else 0, *initial.shape[1:])
-        y, final = torch.empty_like(x), torch.empty_like(initial)
-        _run(kernels.selective_forward, *plan, *inputs, initial, y, saved, final)
-        ctx.save_for_backward(*inputs, saved)
-        ctx.plan = plan
-        ctx.dtypes = _dtypes(x_BLD, dt_BLD, A_DN, B_BLN, C_BLN, D_D, initial_BDN)
-        return y.view(x_BLD.shape).to(x_BLD.dtype), final.transpose(1, 2)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy_BLD: Tensor, dfinal_BDN: Tensor) -> tuple[Tensor | None, ...]:
-        *inputs, saved = ctx.saved_tensors
-        x, B = inputs[0], inputs[3]
-        _, spans, blocks = ctx.plan[:3]
-        dy, dfinal = _prepare(x.dtype, dy_BLD.flatten(0, 1), dfinal_BDN.transpose(1, 2))
-        dx, ddt, dinitial = torch.empty_like(x), torch.empty_like(x), torch.zeros_like(dfinal)
-        dA, dD = x.new_empty(len(spans), *saved.shape[1:]), x.new_empty(len(spans), x.shape[1])
-        dB, dC = x.new_empty(2, len(blocks), *B.shape)
-        outputs = (dx, ddt, dA, dB, dC, dD, dinitial)
-        _run(kernels.selective_backward, *ctx.plan, *inputs, saved, dy, dfinal, *outputs)
-        rows = dy_BLD.shape[:2]
-        gradients = (
-            dx.view(dy_BLD.shape),
-            ddt.view(dy_BLD.shape),
-            dA.sum(0).T,
-            dB.sum(0).unflatten(0, rows),
-            dC.sum(0).unflatten(0, rows),
-            dD.sum(0),
-            dinitial.transpose(1, 2),
-        )
-        return *_restore(gradients, ctx.dtypes), None, None, None
-
-
-def selective_scan(
-    x_BLD: Tensor,
-    dt_BLD: Tensor,
-    A_DN: Tensor,
-    B_BLN: Tensor,
-    C_BLN: Tensor,
-    D_D: Tensor,
-    *,
-    segment_BL: Tensor | None = None,
-    initial_state_BDN: Tensor | None = None,
-    reverse: bool = False,
-    return_final_state: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """Mamba-1 scan."""
-    y_BLD, final_BDN = _SelectiveScan.apply(
-        x_BLD, dt_BLD, A_DN, B_BLN, C_BLN, D_D, initial_state_BDN, segment_BL, reverse, torch.is_grad_enabled()
-    )
-    return (y_BLD, final_BDN) if return_final_state else y_BLD
-
-
-def _first_tap(segment_BL: Tensor | None, shape: tuple[int, int], width: int) -> np.ndarray:
-    """(B, L) the first tap of each event's window that lies in its own segment."""
+def _first_tap(segment_BL: Tensor | None, shape: tuple[int, int], width: int, reverse: bool) -> np.ndarray:
+    """(B, L) the first tap of each event's window, in the order of processing, that lies in its own segment."""
     since = np.full(shape, width - 1, np.int64)  # events since the segment's start, at most K-1
     if segment_BL is not None:
-        segment = segment_BL.numpy()
+        segment = segment_BL.numpy()[:, :: -1 if reverse else 1]
         for back in range(min(width, shape[1]) - 1, 0, -1):
             since[:, back:][segment[:, back:] != segment[:, :-back]] = back - 1
     return width - 1 - since
 
 
-class _CausalConv1d(torch.autograd.Function):
-    """``x`` begins with the K-1 events before the row."""
-
-    @staticmethod
-    def forward(ctx: Any, x_BSD: Tensor, weight_DK: Tensor, bias_D: Tensor, segment_BL: Tensor | None) -> Tensor:
-        x, weight, _ = inputs = _prepare(x_BSD.dtype, x_BSD, weight_DK.T, bias_D)
-        batch, padded, channels = x.shape
-        length = padded - len(weight) + 1
-        y = x.new_empty(batch, length, channels)
-        first = _first_tap(segment_BL, (batch, length), len(weight))
-        _run(kernels.conv_forward, batch * -(-length // kernels.ROWS), length, *inputs, first, y)
-        ctx.save_for_backward(*inputs)
-        ctx.first = first
-        ctx.dtypes = _dtypes(x_BSD, weight_DK, bias_D)
-        return y.to(x_BSD.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy_BLD: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias = inputs = ctx.saved_tensors
-        (dy,) = _prepare(x.dtype, dy_BLD)
-        dx = torch.zeros_like(x)
-        units = x.shape[0] * -(-x.shape[1] // kernels.ROWS)
-        dweight, dbias = x.new_zeros(units, *weight.shape), x.new_zeros(units, *bias.shape)
-        _run(kernels.conv_backward, units, dy_BLD.shape[1], *inputs, ctx.first, dy, dx, dweight, dbias)
-        return *_restore((dx, dweight.sum(0).T, dbias.sum(0)), ctx.dtypes), None
+# ------------------------------------------------------------------------------------------------- convolution
 
 
-def causal_conv1d(
-    x_BLD: Tensor,
-    weight_DK: Tensor,
-    bias_D: Tensor | None,
-    *,
-    segment_BL: Tensor | None = None,
-    initial_state_BDK1: Tensor | None = None,
-    return_final_state: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """Depthwise causal convolution then SiLU."""
-    batch, _, channels = x_BLD.shape
-    past = weight_DK.shape[1] - 1
-    if bias_D is None:
-        bias_D = weight_DK.new_zeros(channels)
-    if initial_state_BDK1 is None:
-        initial_state_BDK1 = x_BLD.new_zeros(batch, channels, past)
-    x_BSD = torch.cat([initial_state_BDK1.to(x_BLD.dtype).transpose(1, 2), x_BLD], dim=1)
-    y_BLD = _CausalConv1d.apply(x_BSD, weight_DK, bias_D, segment_BL)
-    if not return_final_state:
-        return y_BLD
-    final_BK1D = x_BSD[:, x_BSD.shape[1] - past :]
+class _Convolution:
+    """The convolution of one call: ``x`` are columns of a wider matrix."""
+
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        weight_DK: Tensor,
+        bias_D: Tensor,
+        past_BDK1: Tensor,
+        segment_BL: Tensor | None,
+        length: int,
+        reverse: bool,
+    ) -> None:
+        self.rows, self.length, self.reverse = len(past_BDK1), length, reverse
+        weight = torch.cat([weight_DK.T, bias_D[None]])
+        self.past, self.weight = _prepare(dtype, past_BDK1.transpose(1, 2), weight)
+        self.first = _first_tap(segment_BL, (self.rows, length), weight_DK.shape[1], reverse)
+        self.units = self.rows * -(-length // rowwise.ROWS)
+
+    def forward(self, x_MD: Tensor) -> Tensor:
+        y_MD = torch.empty(x_MD.shape, dtype=x_MD.dtype)
+        inputs = (x_MD, self.past, self.weight, self.first)
+        _run(rowwise.conv_forward, self.units, self.length, self.reverse, *inputs, y_MD)
+        return y_MD
+
+    def backward(self, x_MD: Tensor, dy_MD: Tensor, dx_MD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Fill dx; return the gradients of weight (D, K), bias (D) and past (B, D, K-1)."""
+        dpast, dweight = torch.zeros_like(self.past), self.weight.new_empty(self.units, *self.weight.shape)
+        inputs = (x_MD, self.past, self.weight, self.first, dy_MD)
+        _run(rowwise.conv_backward, self.units, self.length, self.reverse, *inputs, dx_MD, dpast, dweight)
+        dweight = dweight.sum(0)
+        return dweight[:-1].T.contiguous(), dweight[-1], dpast.transpose(1, 2).contiguous()
+
+
+def _past(state: State | None, x_BLD: Tensor, width: int) -> Tensor:
+    return x_BLD.new_zeros(x_BLD.shape[0], x_BLD.shape[2], width - 1) if state is None else state[0]
+
+
+def _last_inputs(x_BLD: Tensor, past_BDK1: Tensor, segment_BL: Tensor | None, reverse: bool) -> Tensor:
+    """(B, D, K-1) what the convolution carries on: the last inputs of the segment that is processed last."""
+    past = past_BDK1.shape[2]
+    order = slice(0, past) if reverse else slice(max(0, x_BLD.shape[1] - past), None)
+    window_BnD = x_BLD[:, order].flip(1) if reverse else x_BLD[:, order]
     if segment_BL is not None:
-        segment_BS = torch.cat([segment_BL[:, :1].expand(batch, past), segment_BL], dim=1)
-        final_BK1D = final_BK1D * (segment_BS[:, segment_BS.shape[1] - past :] == segment_BL[:, -1:])[..., None]
-    return y_BLD, final_BK1D.transpose(1, 2)
+        segment_Bn = segment_BL[:, order].flip(1) if reverse else segment_BL[:, order]
+        window_BnD = window_BnD * (segment_Bn == segment_Bn[:, -1:])[..., None]
+        first = segment_BL[:, -1:] if reverse else segment_BL[:, :1]
+        past_BDK1 = past_BDK1 * (first == segment_Bn[:, -1:])[..., None]
+    return torch.cat([past_BDK1.to(x_BLD.dtype), window_BnD.transpose(1, 2)], dim=2)[:, :, window_BnD.shape[1] :]
 
 
-class _GatedRMSNorm(torch.autograd.Function):
+# ----------------------------------------------------------------------------------------------------- Mamba-2
+
+
+class _Mamba2(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, z: Tensor, weight: Tensor, eps: float, group_size: int) -> Tensor:
-        inputs = [t.view(-1, group_size) for t in _prepare(x.dtype, x, z, weight)]
-        inputs.append(inputs[0].new_full((1, 1), eps))
-        y = torch.empty_like(inputs[0])
-        _run(kernels.norm_forward, -(-len(y) // kernels.ROWS), *inputs, y)
-        ctx.save_for_backward(*inputs)
-        ctx.dtypes = _dtypes(x, z, weight)
-        return y.view(x.shape).to(x.dtype)
+    def forward(
+        ctx: Any,
+        zxbcdt_BLE: Tensor,
+        conv_weight_XK: Tensor,
+        conv_bias_X: Tensor,
+        dt_bias_H: Tensor,
+        A_H: Tensor,
+        D_H: Tensor,
+        norm_weight_D: Tensor,
+        past_BXK1: Tensor,
+        initial_BHPN: Tensor,
+        segment_BL: Tensor | None,
+        groups: int,
+        eps: float,
+        chunk: int,
+        reverse: bool,
+        keep: bool,
+    ) -> tuple[Tensor, Tensor]:
+        batch, length, _ = zxbcdt_BLE.shape
+        _, heads, P, N = initial_BHPN.shape
+        D, X = heads * P, len(conv_bias_X)
+        (zxbcdt,) = _prepare(zxbcdt_BLE.dtype, zxbcdt_BLE.flatten(0, 1))
+        z, xbc, raw = zxbcdt.split([D, X, heads], dim=1)
+        weights = _prepare(zxbcdt.dtype, dt_bias_H, A_H, D_H, norm_weight_D, initial_BHPN.flatten(0, 2))
+        dt_bias, A, skip, norm_weight, initial = (w.view(-1, w.shape[-1]) for w in weights)
+
+        convolution = _Convolution(zxbcdt.dtype, conv_weight_XK, conv_bias_X, past_BXK1, segment_BL, length, reverse)
+        xbc = convolution.forward(xbc)
+        starts = _starts(segment_BL, (batch, length), reverse)
+        spans, slots = _spans(starts, reverse, chunk)
+        runs = _runs(heads, groups, len(spans))
+        plan = (len(spans) * len(runs), spans, runs, N, P, chunk, reverse)
+        dt = F.softplus(raw + dt_bias)
+        decay = torch.exp(dt * A).masked_fill_(torch.from_numpy(starts).view(-1, 1), 0)
+        inputs = (*xbc.split([D, groups * N, groups * N], dim=1), dt, decay, skip)
+        padded = [-(-n // simd.LANES) * simd.LANES for n in (N, P)]
+        saved = xbc.new_empty(slots * heads if keep else 0, *padded)
+        y, final = xbc.new_empty(len(xbc), D), torch.empty_like(initial)
+        _run(ssd.ssd_forward, *plan, *inputs, initial, y, saved, final)
+
+        norm = (D // groups, y, z, norm_weight, y.new_full((1, 1), eps))
+        out = torch.empty_like(y)
+        _run(rowwise.norm_forward, -(-len(y) // rowwise.ROWS), *norm, out)
+
+        parameters = (conv_weight_XK, conv_bias_X, dt_bias_H, A_H, D_H, norm_weight_D)
+        ctx.save_for_backward(zxbcdt_BLE, *parameters, past_BXK1, initial_BHPN, xbc, dt, decay, y, saved)
+        ctx.convolution, ctx.plan, ctx.groups, ctx.eps = convolution, plan, groups, eps
+        return out.view(batch, length, D).to(zxbcdt_BLE.dtype), final.view(initial_BHPN.shape)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, _, weight, _ = inputs = ctx.saved_tensors
-        rows_dy = _prepare(x.dtype, dy)[0].view(x.shape)
-        dx, dz = torch.empty_like(x), torch.empty_like(x)
-        units = -(-len(x) // kernels.ROWS)
-        dweight = x.new_zeros(units, *weight.shape)
-        _run(kernels.norm_backward, units, *inputs, rows_dy, dx, dz, dweight)
-        gradients = (dx.view(dy.shape), dz.view(dy.shape), dweight.sum(0).flatten())
-        return *_restore(gradients, ctx.dtypes), None, None
+    def backward(ctx: Any, dout_BLD: Tensor, dfinal_BHPN: Tensor) -> tuple[Tensor | None, ...]:
+        *originals, xbc, dt, decay, y, saved = ctx.saved_tensors
+        groups, (_, spans, runs, N, *_) = ctx.groups, ctx.plan
+        D, X, heads = y.shape[1], xbc.shape[1], dt.shape[1]
+        (zxbcdt,) = _prepare(y.dtype, originals[0].flatten(0, 1))
+        z, raw_xbc, _ = zxbcdt.split([D, X, heads], dim=1)
+        A, skip, norm_weight = (w.view(1, -1) for w in _prepare(y.dtype, *originals[4:7]))
+        dout, dfinal = _prepare(y.dtype, dout_BLD.flatten(0, 1), dfinal_BHPN.flatten(0, 2))
+        dzxbcdt = torch.empty_like(zxbcdt)
+        dz, draw_xbc, draw_dt = dzxbcdt.split([D, X, heads], dim=1)
+
+        units = -(-len(y) // rowwise.ROWS)
+        dxbc, dnorm = torch.empty_like(xbc), y.new_empty(units, D)
+        dx = dxbc[:, :D]  # the gradient of y at first, which the scan's backward replaces
+        norm = (D // groups, y, z, norm_weight, y.new_full((1, 1), ctx.eps))
+        _run(rowwise.norm_backward, units, *norm, dout, dx, dz, dnorm)
+
+        inputs = (*xbc.split([D, groups * N, groups * N], dim=1), dt, decay, skip, A, y, saved, dx, dfinal)
+        ddt, dinitial = torch.empty_like(dt), torch.zeros_like(dfinal)
+        dBC = y.new_empty(len(runs) // groups, len(y), X - D)
+        dA, dD = y.new_empty(2, len(spans), heads)
+        _run(ssd.ssd_backward, *ctx.plan, *inputs, dx, dBC, ddt, dA, dD, dinitial)
+        torch.sum(dBC, 0, out=dxbc[:, D:])
+        torch.mul(ddt, -torch.expm1(-dt), out=draw_dt)  # softplus'(v) = 1 - exp(-softplus(v))
+
+        dconv = ctx.convolution.backward(raw_xbc, dxbc, draw_xbc)
+        gradients = (dzxbcdt, *dconv[:2], draw_dt.sum(0), dA.sum(0), dD.sum(0), dnorm.sum(0), dconv[2], dinitial)
+        return *_restore(gradients, originals), None, None, None, None, None, None
 
 
-def gated_rms_norm(x: Tensor, z: Tensor, weight: Tensor, eps: float, group_size: int) -> Tensor:
-    """Root-mean-square norm of x * silu(z) over groups of ``group_size`` channels, times weight."""
-    return _GatedRMSNorm.apply(x, z, weight, eps, group_size)
+def mamba2(
+    zxbcdt_BLE: Tensor,
+    conv_weight_XK: Tensor,
+    conv_bias_X: Tensor,
+    dt_bias_H: Tensor,
+    A_H: Tensor,
+    D_H: Tensor,
+    norm_weight_D: Tensor,
+    *,
+    groups: int,
+    eps: float,
+    chunk_size: int,
+    segment_BL: Tensor | None,
+    state: State | None,
+    reverse: bool,
+) -> tuple[Tensor, State]:
+    """The inner part of a Mamba-2 mixer; about ``chunk_size`` events lie between two states kept for the backward."""
+    heads, D, X = len(A_H), len(norm_weight_D), len(conv_bias_X)
+    xbc_BLX = zxbcdt_BLE[..., D : D + X]
+    past = _past(state, xbc_BLX, conv_weight_XK.shape[1])
+    if state is None:
+        initial = A_H.new_zeros(len(past), heads, D // heads, (X - D) // (2 * groups))
+    else:
+        initial = state[1]
+    parameters = (conv_weight_XK, conv_bias_X, dt_bias_H, A_H, D_H, norm_weight_D)
+    chunk = min(-(-chunk_size // ssd.TIME) * ssd.TIME, SSD_CHUNK)
+    keep = torch.is_grad_enabled()
+    y, final = _Mamba2.apply(zxbcdt_BLE, *parameters, past, initial, segment_BL, groups, eps, chunk, reverse, keep)
+    return y, (_last_inputs(xbc_BLX, past, segment_BL, reverse), final)
+
+
+# ----------------------------------------------------------------------------------------------------- Mamba-1
+
+
+class _Mamba1(torch.autograd.Function):
+    """The products with the small projections are here, too: their outputs never leave the dtype of accumulation."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        xz_BLE: Tensor,
+        conv_weight_DK: Tensor,
+        conv_bias_D: Tensor,
+        x_weight_SD: Tensor,
+        dt_weight_DR: Tensor,
+        dt_bias_D: Tensor,
+        A_DN: Tensor,
+        D_D: Tensor,
+        past_BDK1: Tensor,
+        initial_BDN: Tensor,
+        segment_BL: Tensor | None,
+        reverse: bool,
+        keep: bool,
+    ) -> tuple[Tensor, Tensor]:
+        batch, length, _ = xz_BLE.shape
+        _, D, N = initial_BDN.shape
+        (xz,) = _prepare(xz_BLE.dtype, xz_BLE.flatten(0, 1))
+        x_weight, dt_weight, bias, A, skip = _prepare(xz.dtype, x_weight_SD, dt_weight_DR, dt_bias_D, A_DN.T, D_D)
+        (initial,) = _prepare(xz.dtype, initial_BDN.transpose(1, 2))
+        convolution = _Convolution(xz.dtype, conv_weight_DK, conv_bias_D, past_BDK1, segment_BL, length, reverse)
+        x = convolution.forward(xz[:, :D])
+        with torch.autocast("cpu", enabled=False):
+            small = x @ x_weight.T
+            raw = small[:, : -2 * N] @ dt_weight.T
+        starts = _starts(segment_BL, (batch, length), reverse)
+        spans, slots = _spans(starts, reverse, SELECTIVE_CHUNK)
+        blocks = _blocks(D)
+        starts = starts.reshape(1, -1).astype(np.int64)
+        plan = (len(spans) * len(blocks), spans, blocks, starts, SELECTIVE_CHUNK, reverse)
+        saved = x.new_empty(slots if keep else 0, N, D)
+        y, final = torch.empty_like(x), torch.empty_like(initial)
+        inputs = (x, xz[:, D:], raw, bias, A, small[:, -2 * N : -N], small[:, -N:], skip)
+        _run(selective.selective_forward, *plan, *inputs, initial, y, saved, final)
+
+        parameters = (conv_weight_DK, conv_bias_D, x_weight_SD, dt_weight_DR, dt_bias_D, A_DN, D_D)
+        ctx.save_for_backward(xz_BLE, *parameters, past_BDK1, initial_BDN, x, small, raw, saved)
+        ctx.convolution, ctx.plan = convolution, plan
+        return y.view(batch, length, D).to(xz_BLE.dtype), final.transpose(1, 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_BLD: Tensor, dfinal_BDN: Tensor) -> tuple[Tensor | None, ...]:
+        *originals, x, small, raw, saved = ctx.saved_tensors
+        _, spans, blocks, *_ = ctx.plan
+        N, D = saved.shape[1:]
+        (xz,) = _prepare(x.dtype, originals[0].flatten(0, 1))
+        x_weight, dt_weight, bias, A, skip = _prepare(x.dtype, *originals[3:6], originals[6].T, originals[7])
+        dy, dfinal = _prepare(x.dtype, dy_BLD.flatten(0, 1), dfinal_BDN.transpose(1, 2))
+        dxz, dsmall = torch.empty_like(xz), torch.empty_like(small)
+        dx, draw, dinitial = torch.empty_like(x), torch.empty_like(x), torch.zeros_like(dfinal)
+        dA, (dD, dbias) = x.new_empty(len(spans), N, D), x.new_empty(2, len(spans), D)
+        dBC = x.new_empty(len(blocks), len(x), 2 * N)
+        inputs = (x, xz[:, D:], raw, bias, A, small[:, -2 * N : -N], small[:, -N:], skip, saved, dy, dfinal)
+        outputs = (dx, dxz[:, D:], draw, dbias, dA, dBC, dD, dinitial)
+        _run(selective.selective_backward, *ctx.plan, *inputs, *outputs)
+
+        torch.sum(dBC, 0, out=dsmall[:, -2 * N :])
+        with torch.autocast("cpu", enabled=False):
+            torch.mm(draw, dt_weight, out=dsmall[:, : -2 * N])
+            ddt_weight, dx_weight = draw.T @ small[:, : -2 * N], dsmall.T @ x
+            dx.addmm_(dsmall, x_weight)
+        *dconv, dpast = ctx.convolution.backward(xz[:, :D], dx, dxz[:, :D])
+        dA = dA.sum(0).T.contiguous()
+        scan = (dx_weight, ddt_weight, dbias.sum(0), dA, dD.sum(0), dpast, dinitial.transpose(1, 2).contiguous())
+        return *_restore((dxz, *dconv, *scan), originals), None, None, None
+
+
+def mamba1(
+    xz_BLE: Tensor,
+    conv_weight_DK: Tensor,
+    conv_bias_D: Tensor,
+    x_weight_SD: Tensor,
+    dt_weight_DR: Tensor,
+    dt_bias_D: Tensor,
+    A_DN: Tensor,
+    D_D: Tensor,
+    *,
+    segment_BL: Tensor | None,
+    state: State | None,
+    reverse: bool,
+) -> tuple[Tensor, State]:
+    """The inner part of a Mamba-1 mixer."""
+    x_BLD = xz_BLE[..., : len(D_D)]
+    past = _past(state, x_BLD, conv_weight_DK.shape[1])
+    initial = A_DN.new_zeros(len(past), *A_DN.shape) if state is None else state[1]
+    parameters = (conv_weight_DK, conv_bias_D, x_weight_SD, dt_weight_DR, dt_bias_D, A_DN, D_D)
+    y, final = _Mamba1.apply(xz_BLE, *parameters, past, initial, segment_BL, reverse, torch.is_grad_enabled())
+    return y, (_last_inputs(x_BLD, past, segment_BL, reverse), final)

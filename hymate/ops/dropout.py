@@ -16,8 +16,8 @@ from numba import njit
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hymate.ops.cpu import _dtypes, _prepare, _restore, _run
-from hymate.ops.kernels import INDEX, OPTIONS, _matrix, _number
+from hymate.ops.cpu import _prepare, _run
+from hymate.ops.kernels import INDEX, OPTIONS, matrix, number
 
 SPAN = 1 << 14  # elements in one unit of work
 
@@ -44,8 +44,8 @@ def _keys(seed: Any, unit: Any) -> Any:
 
 def forward(unit: Any, table: Any, zero: Any) -> None:
     """out = x + branch / (1 - p) where the element's hash reaches p * 2**32, else x."""
-    seed, threshold, scale = _number(table, 0), np.uint32(_number(table, 1)), _matrix(table, 2, zero)[0, 0]
-    x, branch, out = _matrix(table, 3, zero)[0], _matrix(table, 4, zero)[0], _matrix(table, 5, zero)[0]
+    seed, threshold, scale = number(table, 0), np.uint32(number(table, 1)), matrix(table, 2, zero)[0, 0]
+    x, branch, out = matrix(table, 3, zero)[0], matrix(table, 4, zero)[0], matrix(table, 5, zero)[0]
 
     first, start = _keys(seed, unit)
     x, branch, out = x[unit * SPAN :], branch[unit * SPAN :], out[unit * SPAN :]
@@ -56,8 +56,8 @@ def forward(unit: Any, table: Any, zero: Any) -> None:
 
 def backward(unit: Any, table: Any, zero: Any) -> None:
     """The gradient of the branch from that of the output."""
-    seed, threshold, scale = _number(table, 0), np.uint32(_number(table, 1)), _matrix(table, 2, zero)[0, 0]
-    dout, dbranch = _matrix(table, 3, zero)[0], _matrix(table, 4, zero)[0]
+    seed, threshold, scale = number(table, 0), np.uint32(number(table, 1)), matrix(table, 2, zero)[0, 0]
+    dout, dbranch = matrix(table, 3, zero)[0], matrix(table, 4, zero)[0]
 
     first, start = _keys(seed, unit)
     dout, dbranch = dout[unit * SPAN :], dbranch[unit * SPAN :]
@@ -82,7 +82,7 @@ class _AddDropout(torch.autograd.Function):
         inputs = _prepare(dtype, x, branch)
         out = torch.empty_like(inputs[0])
         _launch(forward, seed, p, *inputs, out)
-        ctx.p, ctx.seed, ctx.dtypes = p, seed, _dtypes(x, branch)
+        ctx.p, ctx.seed, ctx.dtypes = p, seed, (x.dtype, branch.dtype)
         return out.to(dtype)
 
     @staticmethod
@@ -91,7 +91,8 @@ class _AddDropout(torch.autograd.Function):
         (wide,) = _prepare(dout.dtype, dout)
         dbranch = torch.empty_like(wide)
         _launch(backward, ctx.seed, ctx.p, wide, dbranch)
-        return *_restore((dout, dbranch), ctx.dtypes), None, None
+        x_dtype, branch_dtype = ctx.dtypes
+        return dout.to(x_dtype), dbranch.to(branch_dtype), None, None
 
 
 def add_dropout(x: Tensor, branch: Tensor, p: float) -> Tensor:

@@ -7,16 +7,19 @@ runs forward over the flipped row.
 
 from __future__ import annotations
 
+import functools
 import itertools
+import sys
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from hymate.config import UserError
+from hymate.ops import compose
 from hymate.ops.reference import gated_rms_norm
 
-__all__ = ["causal_conv1d", "gated_rms_norm", "selective_scan", "ssd_scan"]
+__all__ = ["causal_conv1d", "gated_rms_norm", "mamba1", "mamba2", "selective_scan", "ssd_scan"]
 
 
 def ssd_scan(
@@ -31,8 +34,7 @@ def ssd_scan(
     segment_BL: Tensor | None = None,
     initial_state_BHPN: Tensor | None = None,
     reverse: bool = False,
-    return_final_state: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Mamba-2's chunked scan, which takes a segment index."""
     from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 
@@ -40,7 +42,7 @@ def ssd_scan(
     segment = segment_BL
     if reverse:
         events = [event.flip(1) for event in events]
-        segment = None if segment is None else (segment[:, -1:] - segment).flip(1)
+        segment = _flipped(segment)
     x, dt, B, C = events
     y, final = mamba_chunk_scan_combined(
         x,
@@ -55,7 +57,7 @@ def ssd_scan(
         return_final_states=True,
     )
     y = y.flip(1) if reverse else y
-    return (y, final) if return_final_state else y
+    return y, final
 
 
 def selective_scan(
@@ -69,8 +71,7 @@ def selective_scan(
     segment_BL: Tensor | None = None,
     initial_state_BDN: Tensor | None = None,
     reverse: bool = False,
-    return_final_state: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Mamba-1's scan, one kernel call a segment."""
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
@@ -95,7 +96,7 @@ def selective_scan(
         states.append(state)
     y = torch.cat(rows)
     y = (y.flip(2) if reverse else y).transpose(1, 2)
-    return (y, torch.cat(states)) if return_final_state else y
+    return y, torch.cat(states)
 
 
 def causal_conv1d(
@@ -105,13 +106,15 @@ def causal_conv1d(
     *,
     segment_BL: Tensor | None = None,
     initial_state_BDK1: Tensor | None = None,
-    return_final_state: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+    reverse: bool = False,
+) -> tuple[Tensor, Tensor]:
     """causal_conv1d's kernel with its segment index; a carried state is put in front of the row."""
     from causal_conv1d import causal_conv1d_fn
 
     past = weight_DK.shape[1] - 1
     x, segment = x_BLD, segment_BL
+    if reverse:
+        x, segment = x.flip(1), _flipped(segment)
     if initial_state_BDK1 is not None:
         x = torch.cat([initial_state_BDK1.transpose(1, 2).to(x), x], dim=1)
         segment = None if segment is None else F.pad(segment[:, None].float(), (past, 0), "replicate")[:, 0].int()
@@ -122,13 +125,15 @@ def causal_conv1d(
         seq_idx=None if segment is None else segment.int().contiguous(),
         activation="silu",
     ).transpose(1, 2)[:, -x_BLD.shape[1] :]
-    if not return_final_state:
-        return y
     last = F.pad(x, (0, 0, past, 0))[:, -past:]
     if segment is not None:
         same = F.pad(segment, (past, 0), value=-1)[:, -past:] == segment[:, -1:]
         last = last * same[..., None]
-    return y, last.transpose(1, 2)
+    return y.flip(1) if reverse else y, last.transpose(1, 2)
+
+
+def _flipped(segment_BL: Tensor | None) -> Tensor | None:
+    return None if segment_BL is None else (segment_BL[:, -1:] - segment_BL).flip(1)
 
 
 def _segment_lengths(segment_BL: Tensor | None, row: int, length: int) -> list[int]:
@@ -137,3 +142,7 @@ def _segment_lengths(segment_BL: Tensor | None, row: int, length: int) -> list[i
     segment = segment_BL[row]
     cuts = [0, *(torch.nonzero(segment[1:] != segment[:-1])[:, 0] + 1).tolist(), length]
     return [stop - start for start, stop in itertools.pairwise(cuts)]
+
+
+mamba1 = functools.partial(compose.mamba1, sys.modules[__name__])
+mamba2 = functools.partial(compose.mamba2, sys.modules[__name__])

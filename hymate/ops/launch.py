@@ -1,4 +1,4 @@
-"""Run a kernel of kernels.py over its units of work, on several threads.
+"""Run a compiled kernel over its units of work, on several threads.
 
 Kernels are compiled at their first use, once for each dtype, and kept on disk (in __pycache__, or where the
 environment variable NUMBA_CACHE_DIR says). They are called by address from one small parallel loop: with a
@@ -34,14 +34,21 @@ def _compiled(kernel: Callable[..., None], dtype: np.dtype) -> Any:
 
 
 def run(kernel: Callable[..., None], units: int, threads: int, *args: np.ndarray | int) -> None:
-    """Do all units of work of a kernel; arrays are contiguous, of int64 or of one floating dtype."""
+    """Do all units of work of a kernel; arrays are of int64 or of one floating dtype.
+
+    They are contiguous, but for matrices, which may be some columns of wider ones.
+    """
     dtype = next(a.dtype for a in args if isinstance(a, np.ndarray) and a.dtype.kind == "f")
     table = np.zeros((len(args), 3), np.int64)
     for row, arg in zip(table, args, strict=True):
         if isinstance(arg, np.ndarray):
-            assert arg.flags.c_contiguous and arg.dtype in (dtype, np.int64)
-            columns = arg.shape[-1]
-            row[:] = arg.ctypes.data, arg.size // columns if columns else 0, columns
+            assert arg.dtype in (dtype, np.int64)
+            if arg.flags.c_contiguous:
+                columns = arg.shape[-1]
+                row[:] = arg.ctypes.data, arg.size // columns if columns else 0, columns
+            else:
+                assert arg.ndim == 2 and arg.strides[1] == arg.itemsize
+                row[:] = arg.ctypes.data, len(arg), arg.strides[0] // arg.itemsize
         else:
             row[0] = arg
     entry = _compiled(kernel, dtype)

@@ -11,11 +11,15 @@ of the last one. ``reverse`` processes every row from its end to its start.
 
 from __future__ import annotations
 
+import functools
 import itertools
+import sys
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from hymate.ops import compose
 
 
 def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -46,8 +50,7 @@ def ssd_scan(
     segment_BL: Tensor | None = None,
     initial_state_BHPN: Tensor | None = None,
     reverse: bool = False,
-    return_final_state: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Mamba-2 recurrence (Dao & Gu 2024, arXiv 2405.21060): h = exp(dt A) h + dt x B, y = h C + D x."""
     acc = _accumulation_dtype(x_BLHP.dtype)
     _, length, heads, headdim = x_BLHP.shape
@@ -69,7 +72,7 @@ def ssd_scan(
         state = decay_BH[..., None, None] * state + inflow_BHPN
         outputs[t] = (state * C[t][:, :, None, :]).sum(-1) + D[:, None] * x[t]
     y_BLHP = torch.stack([outputs[t] for t in range(length)], dim=1).to(x_BLHP.dtype)
-    return (y_BLHP, state) if return_final_state else y_BLHP
+    return y_BLHP, state
 
 
 def selective_scan(
@@ -83,8 +86,7 @@ def selective_scan(
     segment_BL: Tensor | None = None,
     initial_state_BDN: Tensor | None = None,
     reverse: bool = False,
-    return_final_state: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Mamba-1 recurrence (Gu & Dao 2023, arXiv 2312.00752): h = exp(dt A) h + dt x B, y = h C + D x."""
     acc = _accumulation_dtype(x_BLD.dtype)
     A, D = A_DN.to(acc), D_D.to(acc)
@@ -103,7 +105,7 @@ def selective_scan(
         state = decay_BDN * state + (dt[t] * x[t])[..., None] * B[t][:, None, :]
         outputs[t] = (state * C[t][:, None, :]).sum(-1) + D * x[t]
     y_BLD = torch.stack([outputs[t] for t in range(length)], dim=1).to(x_BLD.dtype)
-    return (y_BLD, state) if return_final_state else y_BLD
+    return y_BLD, state
 
 
 def causal_conv1d(
@@ -113,11 +115,11 @@ def causal_conv1d(
     *,
     segment_BL: Tensor | None = None,
     initial_state_BDK1: Tensor | None = None,
-    return_final_state: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """Depthwise causal convolution then SiLU: y_t = silu(bias + sum_k weight_k x_{t-K+1+k}).
+    reverse: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Depthwise causal convolution then SiLU: y_t = silu(bias + sum_k weight_k x_{t-K+1+k}), mirrored in reverse.
 
-    The state is the last K-1 inputs of the segment, oldest first, zero where there are none.
+    The state is the last K-1 inputs of the segment in the order of processing, zero where there are none.
     """
     acc = _accumulation_dtype(x_BLD.dtype)
     x, weight = x_BLD.to(acc).unbind(1), weight_DK.to(acc)
@@ -126,16 +128,16 @@ def causal_conv1d(
     if initial_state_BDK1 is not None:
         window_BDK = torch.cat([window_BDK[:, :, :1], initial_state_BDK1.to(acc)], dim=2)
 
-    order = range(length)
-    outputs = []
+    order = _order(length, reverse)
+    outputs = {}
     for t, starts_B in zip(order, _starts(segment_BL, order), strict=True):
         if starts_B is not None:
             window_BDK = torch.where(starts_B[:, None, None], torch.zeros_like(window_BDK), window_BDK)
         window_BDK = torch.cat([window_BDK[:, :, 1:], x[t][..., None]], dim=2)
         pre = (window_BDK * weight).sum(-1)
-        outputs.append(F.silu(pre if bias_D is None else pre + bias_D.to(acc)))
-    y_BLD = torch.stack(outputs, dim=1).to(x_BLD.dtype)
-    return (y_BLD, window_BDK[:, :, 1:].to(x_BLD.dtype)) if return_final_state else y_BLD
+        outputs[t] = F.silu(pre if bias_D is None else pre + bias_D.to(acc))
+    y_BLD = torch.stack([outputs[t] for t in range(length)], dim=1).to(x_BLD.dtype)
+    return y_BLD, window_BDK[:, :, 1:].to(x_BLD.dtype)
 
 
 def gated_rms_norm(x: Tensor, z: Tensor, weight: Tensor, eps: float, group_size: int) -> Tensor:
@@ -147,3 +149,7 @@ def gated_rms_norm(x: Tensor, z: Tensor, weight: Tensor, eps: float, group_size:
     gated = (x.to(acc) * F.silu(z.to(acc))).unflatten(-1, (-1, group_size))
     normed = gated * torch.rsqrt(gated.square().mean(-1, keepdim=True) + eps)
     return (normed.flatten(-2) * weight.to(acc)).to(x.dtype)
+
+
+mamba1 = functools.partial(compose.mamba1, sys.modules[__name__])
+mamba2 = functools.partial(compose.mamba2, sys.modules[__name__])
