@@ -229,11 +229,6 @@ class TrainConfig:
             "train.warmup_steps",
             f"must be at least 0 and below train.max_steps={self.max_steps}, got {self.warmup_steps}",
         )
-        _require(
-            self.eval_every <= self.max_steps,
-            "train.eval_every",
-            f"must not exceed train.max_steps={self.max_steps}, got {self.eval_every}",
-        )
         _require(0 <= self.min_lr_share <= 1, "train.min_lr_share", f"must be in [0, 1], got {self.min_lr_share}")
         for name in ("weight_decay", "patience", "max_failures", "seed"):
             _require(getattr(self, name) >= 0, f"train.{name}", f"must not be negative, got {getattr(self, name)}")
