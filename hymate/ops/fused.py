@@ -39,7 +39,7 @@ def ssd_scan(
     from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 
     events = [x_BLHP, dt_BLH, B_BLGN.to(x_BLHP.dtype), C_BLGN.to(x_BLHP.dtype)]
-    segment = segment_BL
+    segment = None if segment_BL is None else segment_BL - segment_BL[:, :1]  # a state only enters segment 0
     if reverse:
         events = [event.flip(1) for event in events]
         segment = _flipped(segment)
@@ -119,7 +119,7 @@ def causal_conv1d(
         x = torch.cat([initial_state_BDK1.transpose(1, 2).to(x), x], dim=1)
         segment = None if segment is None else F.pad(segment[:, None].float(), (past, 0), "replicate")[:, 0].int()
     y = causal_conv1d_fn(
-        x.transpose(1, 2),
+        x.contiguous().transpose(1, 2),  # the rows of a wider matrix are seldom aligned as it wants
         weight_DK.to(x.dtype),
         None if bias_D is None else bias_D.to(x.dtype),
         seq_idx=None if segment is None else segment.int().contiguous(),
