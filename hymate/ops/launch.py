@@ -28,7 +28,7 @@ def _for_each_unit(kernel, units, table, zero):  # type: ignore[no-untyped-def]
 
 
 @functools.cache
-def _compiled(kernel: Callable[..., None], dtype: np.dtype) -> Any:
+def compiled(kernel: Callable[..., None], dtype: np.dtype) -> Any:
     real = types.float64 if dtype == np.float64 else types.float32
     return cfunc(types.void(types.int64, types.int64, real), cache=True, **OPTIONS)(kernel)
 
@@ -51,7 +51,7 @@ def run(kernel: Callable[..., None], units: int, threads: int, *args: np.ndarray
                 row[:] = arg.ctypes.data, len(arg), arg.strides[0] // arg.itemsize
         else:
             row[0] = arg
-    entry = _compiled(kernel, dtype)
+    entry = compiled(kernel, dtype)
     with _launching:
         numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
         _for_each_unit(entry, units, table.ctypes.data, dtype.type(0))
