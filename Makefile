@@ -40,6 +40,7 @@ test: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_ARGS) --editable ".[bench]"
 	$(PY) tests/benchmarks/mixers.py $(QUICK)
+	$(PY) tests/benchmarks/peers.py $(QUICK)
 	$(PY) tests/benchmarks/length.py $(QUICK)
 	$(PY) tests/benchmarks/streaming.py $(QUICK)
 	$(PY) -m hymate.data.prepare source=synthetic out=$(DEMO)/bench synthetic.subjects=300

@@ -82,7 +82,7 @@ def ratio(options: argparse.Namespace) -> dict[str, float]:
     return {"short": min(s for s, _ in times), "long": min(s for _, s in times)}
 
 
-def _free_bytes() -> int:
+def free_bytes() -> int:
     """What a case may take: three quarters of the memory available."""
     lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     return 768 * int(lines["MemAvailable"].split()[0])
@@ -99,8 +99,8 @@ def memory_table(options: argparse.Namespace, lengths: tuple[int, ...]) -> None:
     for checkpointing, name in ((True, "recomputed"), (False, "kept")):
         peaks: dict[int, float] = {}
         for events in lengths:
-            if peaks and peaks[max(peaks)] * events / max(peaks) > _free_bytes():
-                print(f"| {name} | {events:,} | not run: more than {_free_bytes() / 2**30:.0f} GiB | |")
+            if peaks and peaks[max(peaks)] * events / max(peaks) > free_bytes():
+                print(f"| {name} | {events:,} | not run: more than {free_bytes() / 2**30:.0f} GiB | |")
                 continue
             case = _in_process("memory", options, layers="", checkpointing=checkpointing, events=events)
             peaks[events] = case["peak"]
