@@ -20,7 +20,7 @@ from torch import Tensor
 
 from hymate.config import ObjectiveConfig
 from hymate.model import PretrainModel
-from hymate.ops import reference
+from hymate.ops import fused, reference
 
 needs_kernels = pytest.mark.skipif(
     not (torch.cuda.is_available() and importlib.util.find_spec("mamba_ssm")), reason="no GPU with mamba_ssm"
@@ -77,15 +77,20 @@ def kernels() -> None:
 
 
 @pytest.mark.parametrize("name", MIXERS)
-@given(case=cases())
-@settings(max_examples=15, deadline=None)
-def test_what_surrounds_the_kernels_equals_the_reference(kernels: None, name: str, case: Case) -> None:
+@given(case=cases(), has_causal_conv1d=st.booleans())
+@settings(max_examples=25, deadline=None)
+def test_what_surrounds_the_kernels_equals_the_reference(
+    kernels: None, name: str, case: Case, has_causal_conv1d: bool
+) -> None:
     """Segments, states and reversed rows; also segments that do not count from zero."""
     if name == "mamba1" and case.carried:
         return  # refused: the kernel takes no initial state
     inputs, function = problem(name, case)
     expected = outputs_and_gradients(inputs, function, "reference")
-    assert_all_close(outputs_and_gradients(inputs, function, "fused"), expected, TOLERANCE[torch.float64])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused, "HAS_CAUSAL_CONV1D", has_causal_conv1d)
+        actual = outputs_and_gradients(inputs, function, "fused")
+    assert_all_close(actual, expected, TOLERANCE[torch.float64])
 
 
 @pytest.mark.gpu

@@ -2,7 +2,7 @@
 
     reference   plain loops, obviously right; what the others are tested against
     cpu         compiled loops with hand-written backwards
-    fused       mamba_ssm's and causal_conv1d's CUDA kernels
+    fused       mamba_ssm's CUDA kernels, and causal_conv1d's where it is installed
 
 The choice is made once for each kind of device, logged with its reason on the logger "hymate", and can be forced with
 the environment variable HYMATE_OPS or, in tests, with `forced`.
@@ -75,8 +75,8 @@ def _choose(kind: str) -> tuple[str, str]:
         return wanted, "HYMATE_OPS"
     if kind == "cpu":
         return "cpu", "compiled loops"
-    if importlib.util.find_spec("mamba_ssm") and importlib.util.find_spec("causal_conv1d"):
-        return "fused", "mamba_ssm and causal_conv1d are installed"
+    if importlib.util.find_spec("mamba_ssm"):
+        return "fused", f"mamba_ssm with{'' if importlib.util.find_spec('causal_conv1d') else 'out'} causal_conv1d"
     raise UserError('training on a GPU needs the fused kernels: pip install -e ".[cuda]", or train.use_gpu=false')
 
 

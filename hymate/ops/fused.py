@@ -1,4 +1,5 @@
-"""The operators on a GPU: mamba_ssm's and causal_conv1d's kernels behind the signatures of reference.py.
+"""The operators on a GPU: mamba_ssm's kernels, and causal_conv1d's where it is installed, behind the signatures of
+reference.py.
 
 Not yet run on a GPU. What the kernels cannot do is done around them: Mamba-1's take neither a segment index nor an
 initial state nor a direction, so a packed row is cut at its segments and each one runs by itself; a scan in reverse
@@ -8,6 +9,7 @@ runs forward over the flipped row.
 from __future__ import annotations
 
 import functools
+import importlib.util
 import itertools
 import sys
 
@@ -20,6 +22,8 @@ from hymate.ops import compose
 from hymate.ops.reference import gated_rms_norm
 
 __all__ = ["causal_conv1d", "gated_rms_norm", "mamba1", "mamba2", "selective_scan", "ssd_scan"]
+
+HAS_CAUSAL_CONV1D = importlib.util.find_spec("causal_conv1d") is not None
 
 
 def ssd_scan(
@@ -108,9 +112,7 @@ def causal_conv1d(
     initial_state_BDK1: Tensor | None = None,
     reverse: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """causal_conv1d's kernel with its segment index; a carried state is put in front of the row."""
-    from causal_conv1d import causal_conv1d_fn
-
+    """causal_conv1d with its segment index, or plain PyTorch without it; a carried state is put in front of the row."""
     past = weight_DK.shape[1] - 1
     x, segment = x_BLD, segment_BL
     if reverse:
@@ -118,18 +120,37 @@ def causal_conv1d(
     if initial_state_BDK1 is not None:
         x = torch.cat([initial_state_BDK1.transpose(1, 2).to(x), x], dim=1)
         segment = None if segment is None else F.pad(segment[:, None].float(), (past, 0), "replicate")[:, 0].int()
-    y = causal_conv1d_fn(
-        x.contiguous().transpose(1, 2),  # the rows of a wider matrix are seldom aligned as it wants
-        weight_DK.to(x.dtype),
-        None if bias_D is None else bias_D.to(x.dtype),
-        seq_idx=None if segment is None else segment.int().contiguous(),
-        activation="silu",
-    ).transpose(1, 2)[:, -x_BLD.shape[1] :]
+    convolve = _kernel_conv1d if HAS_CAUSAL_CONV1D else _plain_conv1d
+    bias = None if bias_D is None else bias_D.to(x.dtype)
+    y = convolve(x, weight_DK.to(x.dtype), bias, segment)[:, -x_BLD.shape[1] :]
     last = F.pad(x, (0, 0, past, 0))[:, -past:]
     if segment is not None:
         same = F.pad(segment, (past, 0), value=-1)[:, -past:] == segment[:, -1:]
         last = last * same[..., None]
     return y.flip(1) if reverse else y, last.transpose(1, 2)
+
+
+def _kernel_conv1d(x_BLD: Tensor, weight_DK: Tensor, bias_D: Tensor | None, segment_BL: Tensor | None) -> Tensor:
+    from causal_conv1d import causal_conv1d_fn
+
+    return causal_conv1d_fn(
+        x_BLD.contiguous().transpose(1, 2),  # the rows of a wider matrix are seldom aligned as it wants
+        weight_DK,
+        bias_D,
+        seq_idx=None if segment_BL is None else segment_BL.int().contiguous(),
+        activation="silu",
+    ).transpose(1, 2)
+
+
+def _plain_conv1d(x_BLD: Tensor, weight_DK: Tensor, bias_D: Tensor | None, segment_BL: Tensor | None) -> Tensor:
+    length = x_BLD.shape[1]
+    y = x_BLD * weight_DK[:, -1]
+    for back in range(1, min(weight_DK.shape[1], length)):
+        before = x_BLD[:, :-back]
+        if segment_BL is not None:
+            before = before * (segment_BL[:, back:] == segment_BL[:, :-back])[..., None]
+        y = y + F.pad(before, (0, 0, back, 0)) * weight_DK[:, -1 - back]
+    return F.silu(y if bias_D is None else y + bias_D)
 
 
 def _flipped(segment_BL: Tensor | None) -> Tensor | None:
