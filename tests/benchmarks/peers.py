@@ -139,7 +139,7 @@ def run_case(name: str, events: int, repeats: int) -> None:
 
 
 def measured(name: str, events: int, options: argparse.Namespace) -> dict[str, float] | str:
-    repeats = 1 if events > 16384 else 3
+    repeats = 2 if events > 16384 else 3
     command = [sys.executable, __file__, "--case", name, str(events), str(repeats)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=(repeats + 1) * options.limit)
