@@ -130,12 +130,12 @@ def selective_backward(unit, table, zero):
     c0, width, N, part = blocks[k, 0], blocks[k, 1], len(A), k * len(x)
     nothing, one, minus = splat(zero), splat(x.dtype.type(1)), splat(x.dtype.type(-1))
     log_2 = splat(x.dtype.type(math.log(2)))
-    scratch = np.zeros((3 * N + 4 + chunk * ROWS, BLOCK), x.dtype)
-    log_decay, dstate, dlog = scratch[:N], scratch[N : 2 * N], scratch[2 * N : 3 * N]
-    unit_rows, rows = scratch[3 * N :], scratch[3 * N + 4 :]
-    # the state before an event, then the decay at it
-    states = np.zeros((chunk * N + N, 2 * BLOCK), x.dtype)
-    sums = np.zeros((N, LANES), x.dtype)  # over the channels, of what is the gradient of B or C
+    scratch = np.zeros((4 * N + 4 + chunk * ROWS, BLOCK), x.dtype)
+    log_decay, dstate, dlog, before = scratch[:N], scratch[N : 2 * N], scratch[2 * N : 3 * N], scratch[3 * N : 4 * N]
+    unit_rows, rows = scratch[4 * N :], scratch[4 * N + 4 :]
+    # one vector of channels at a time: the state before an event, then the decay at it
+    states = np.zeros((chunk * N + N, 2 * LANES), x.dtype)
+    sums = np.zeros((chunk * 2 * N, LANES), x.dtype)  # over the channels, of what is the gradient of B, then of C
     _log_decays(A, N, c0, width, log_decay)
     _get(bias, 0, c0, width, unit_rows, BIAS)
     _get(D, 0, c0, width, unit_rows, SKIP)
@@ -144,16 +144,19 @@ def selective_backward(unit, table, zero):
     events = spans[s, 2] - spans[s, 1]
     for first in range((events - 1) // chunk * chunk, -1, -chunk):
         last = min(first + chunk, events) - 1
-        _get_all(saved, spans[s, 3] + first // chunk, N, c0, width, states, 0)
+        _get_all(saved, spans[s, 3] + first // chunk, N, c0, width, before, 0)
+        sums[:] = 0
         for i in range(first, last + 1):
-            m, at, r = event(spans, s, i, reverse), (i - first) * N, (i - first) * ROWS
-            live = splat(x.dtype.type(0 if starts[0, m] else 1))
+            m, r = event(spans, s, i, reverse), (i - first) * ROWS
             _get_event(x, raw, m, c0, width, unit_rows, rows, r)
             _get(z, m, c0, width, rows, r + Z)
             _get(dy, m, c0, width, rows, r + DY)
+        for j in range(0, BLOCK, LANES):
             for n in range(N):
-                store(sums, n, 0, nothing)
-            for j in range(0, BLOCK, LANES):
+                store(states, n, 0, load(before, n, j))
+            for i in range(first, last + 1):
+                m, at, r = event(spans, s, i, reverse), (i - first) * N, (i - first) * ROWS
+                live = splat(x.dtype.type(0 if starts[0, m] else 1))
                 z_j = load(rows, r + Z, j)
                 gate = sigmoid(z_j)
                 silu, dout = mul(z_j, gate), load(rows, r + DY, j)
@@ -162,30 +165,24 @@ def selective_backward(unit, table, zero):
                 store(rows, r + GY, j, g)
                 for n in range(N):
                     decay = mul(live, exp2(mul(step, load(log_decay, n, j))))
-                    h = fma(decay, load(states, at + n, j), mul(u, broadcast(B, m, n)))
-                    store(states, at + n, BLOCK + j, decay)
-                    store(states, at + N + n, j, h)
+                    h = fma(decay, load(states, at + n, 0), mul(u, broadcast(B, m, n)))
+                    store(states, at + n, LANES, decay)
+                    store(states, at + N + n, 0, h)
                     out = fma(h, broadcast(C, m, n), out)
-                    store(sums, n, 0, fma(h, g, load(sums, n, 0)))
+                    store(sums, 2 * at + N + n, 0, fma(h, g, load(sums, 2 * at + N + n, 0)))
                 slope = fma(silu, fma(gate, minus, one), gate)
                 store(rows, r + Z, j, mul(mul(dout, slope), out))
-            _put(rows, r + Z, width, dz, m, c0)
-            for n in range(N):
-                dBC[part + m, N + n] = total(load(sums, n, 0))
-        for i in range(last, first - 1, -1):
-            m, at, r = event(spans, s, i, reverse), (i - first) * N, (i - first) * ROWS
-            for n in range(N):
-                store(sums, n, 0, nothing)
-            for j in range(0, BLOCK, LANES):
+            for i in range(last, first - 1, -1):
+                m, at, r = event(spans, s, i, reverse), (i - first) * N, (i - first) * ROWS
                 step, u, g = load(rows, r + STEP, j), load(rows, r + U, j), load(rows, r + GY, j)
                 du, dstep = nothing, nothing
                 for n in range(N):
                     dh = fma(g, broadcast(C, m, n), load(dstate, n, j))
-                    store(sums, n, 0, fma(dh, u, load(sums, n, 0)))
+                    store(sums, 2 * at + n, 0, fma(dh, u, load(sums, 2 * at + n, 0)))
                     du = fma(dh, broadcast(B, m, n), du)
-                    dh = mul(dh, load(states, at + n, BLOCK + j))
+                    dh = mul(dh, load(states, at + n, LANES))
                     store(dstate, n, j, dh)
-                    dh = mul(dh, load(states, at + n, j))
+                    dh = mul(dh, load(states, at + n, 0))
                     store(dlog, n, j, fma(dh, step, load(dlog, n, j)))
                     dstep = fma(dh, load(log_decay, n, j), dstep)
                 x_j = load(rows, r + X, j)
@@ -196,10 +193,13 @@ def selective_backward(unit, table, zero):
                 store(rows, r + OUT, j, fma(step, du, mul(load(unit_rows, SKIP, j), g)))
                 store(unit_rows, SUM_D, j, fma(x_j, g, load(unit_rows, SUM_D, j)))
                 store(unit_rows, SUM_BIAS, j, fma(one, dstep, load(unit_rows, SUM_BIAS, j)))
+        for i in range(first, last + 1):
+            m, at, r = event(spans, s, i, reverse), (i - first) * N, (i - first) * ROWS
+            _put(rows, r + Z, width, dz, m, c0)
             _put(rows, r + OUT, width, dx, m, c0)
             _put(rows, r + DSTEP, width, draw, m, c0)
-            for n in range(N):
-                dBC[part + m, n] = total(load(sums, n, 0))
+            for n in range(2 * N):
+                dBC[part + m, n] = total(load(sums, 2 * at + n, 0))
     _put_all(dlog, N, width, dA, s, c0)
     _put(unit_rows, SUM_D, width, dD, s, c0)
     _put(unit_rows, SUM_BIAS, width, dbias, s, c0)
