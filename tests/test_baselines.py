@@ -1,0 +1,186 @@
+"""The baselines' command on a cohort with a known law, and what their models make of a feature table."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from meds_evaluation.schema import PredictionSchema
+from sklearn.metrics import average_precision_score, roc_auc_score
+
+from hymate import baselines
+from hymate.baselines import BaselinesConfig, fit, importance, run
+from hymate.config import CONFIGS, UserError, load, to_tree
+from hymate.data import synthetic_law as law
+from hymate.data.features import Column, FeatureConfig, FeatureSpec, FeatureTable
+from hymate.data.loader import Examples
+from hymate.data.meds import read_labels, write_parquet
+from hymate.data.prepare import PrepareConfig, prepare
+from hymate.data.synthetic import DISTRACTORS, SyntheticConfig
+
+KINDS = ["gradient_boosting", "logistic_regression", "lightgbm"]
+SETTINGS = ["features.min_labels=40", "features.windows_hours=[24,48,720]"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("cohort")
+    cohort = SyntheticConfig(subjects=700, mean_events=250)
+    prepare(PrepareConfig(source="synthetic", out=str(out), synthetic=cohort, workers=1))
+    return out
+
+
+@pytest.fixture(autouse=True)
+def few_trees(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(baselines, "MOST_TREES", 150)
+    monkeypatch.setattr(baselines, "LEARNING_RATE", 0.05)
+    monkeypatch.setattr(baselines, "STRENGTHS", (1e-3, 1e-2))
+
+
+def scored(data: Path, out: Path, *overrides: str) -> tuple[dict[str, Any], pa.Table]:
+    run(
+        load(
+            "baselines", ["task=readmission", f"data.path={data}", f"out={out}", *SETTINGS, *overrides], BaselinesConfig
+        )
+    )
+    return json.loads((out / "results.json").read_text()), pq.read_table(out / "predictions.parquet")
+
+
+@pytest.mark.parametrize("kind", ["gradient_boosting", "logistic_regression"])
+def test_a_known_law_is_learned_and_not_beaten(
+    data: Path, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found, predictions = scored(data, tmp_path / "new", f"model={kind}")
+    PredictionSchema.validate(predictions)
+    label, probability = (predictions[c].to_numpy() for c in ("boolean_value", "predicted_boolean_probability"))
+    assert found["auroc"]["value"] == pytest.approx(roc_auc_score(label, probability), abs=1e-5)
+    assert found["auprc"]["value"] == pytest.approx(average_precision_score(label, probability), abs=1e-4)
+    assert 0.62 < found["auroc"]["value"] < found["ceiling"]["auroc"] + 0.01
+    assert found["num_labels"] == predictions.num_rows
+    variables = list(found["importance"]["variables"])
+    drivers = [law.HEART_FAILURE, law.CREATININE, law.HAEMOGLOBIN]
+    assert max(map(variables.index, drivers[:2])) < min(map(variables.index, DISTRACTORS))
+    assert all(name.startswith(tuple(variables[:10])) for name in found["importance"]["features"])
+    shown = capsys.readouterr().out
+    for expected in ("tuning", "held_out", "best possible", str(tmp_path / "new" / "results.json")):
+        assert expected in shown
+
+
+def test_a_seed_gives_the_same_predictions(data: Path, tmp_path: Path) -> None:
+    first, second, other = (
+        scored(data, tmp_path / name, f"seed={seed}")[1] for name, seed in (("a", 3), ("b", 3), ("c", 4))
+    )
+    assert first.equals(second)
+    assert not first.equals(other)
+
+
+def test_the_held_out_labels_are_only_scored(data: Path, tmp_path: Path) -> None:
+    labels = read_labels(data / "labels" / "readmission")
+    index = pq.read_table(data / "histories" / "index.parquet")
+    held_out = index.filter(pc.field("split") == "held_out")["subject_id"]
+    turned = pc.xor(labels["boolean_value"], pc.is_in(labels["subject_id"], held_out.combine_chunks()))
+    column = labels.column_names.index("boolean_value")
+    write_parquet(labels.set_column(column, "boolean_value", turned), tmp_path / "turned" / "0.parquet")
+    found, predictions = scored(data, tmp_path / "a", "model=logistic_regression")
+    other, predictions_of_other = scored(
+        data, tmp_path / "b", "model=logistic_regression", f"task.labels={tmp_path / 'turned'}"
+    )
+    probability = "predicted_boolean_probability"
+    assert predictions[probability].equals(predictions_of_other[probability])
+    for same in ("tuning", "chosen", "importance", "num_features"):
+        assert found[same] == other[same]
+    assert other["auroc"]["value"] == pytest.approx(1 - found["auroc"]["value"])
+
+
+# ------------------------------------------------------------------------------------------------------- models
+
+
+def table(seed: int, num_examples: int = 400) -> FeatureTable:
+    """A lab is missing in most positives, and its level says nothing; one value is a recording error."""
+    rng = np.random.default_rng(seed)
+    label_E = rng.random(num_examples) < 0.5
+    missing_E = rng.random(num_examples) < np.where(label_E, 0.8, 0.2)
+    level_E = rng.normal(size=num_examples)
+    level_E[5] = 1e9
+    columns = (Column("lab", "mean"), Column("lab", "maximum"), Column("noise", "count"), Column("never", "slope"))
+    noise_E, never_E = rng.poisson(3, num_examples), np.full(num_examples, np.nan)
+    value_EX = np.stack([level_E, level_E + 1, noise_E, never_E], axis=1).astype(np.float32)
+    value_EX[missing_E, :2] = np.nan
+    nobody_E = np.zeros(num_examples, np.int64)
+    examples = Examples(nobody_E, nobody_E, nobody_E, label_E.astype(np.float32), np.arange(num_examples))
+    return FeatureTable(FeatureSpec((), columns), examples, value_EX)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_absence_is_information(kind: Any) -> None:
+    if kind == "lightgbm":
+        pytest.importorskip("lightgbm")
+    model = fit(kind, table(0), table(1), seed=0)
+    held_out = table(2)
+    falls = importance(model, held_out, [column.variable for column in held_out.spec.columns], seed=0)
+    assert next(iter(falls)) == "lab"
+    assert falls["lab"] > 0.2
+    assert falls["never"] == 0
+    auroc = roc_auc_score(held_out.examples.label_E, model.probability(held_out.value_EX))
+    assert 0.72 < auroc < 0.88  # 0.8 by the law
+
+
+def test_importance_leaves_the_table_as_it_was() -> None:
+    model = fit("logistic_regression", table(0), table(1), seed=0)
+    held_out = table(2)
+    before = held_out.value_EX.copy()
+    importance(model, held_out, ["a", "a", "", "b"], seed=0)
+    np.testing.assert_array_equal(held_out.value_EX, before)
+
+
+# ------------------------------------------------------------------------------------------------------ mistakes
+
+
+def test_the_file_names_every_setting_with_the_default_of_the_code() -> None:
+    written = yaml.safe_load((CONFIGS / "baselines.yaml").read_text())
+    assert {**written["features"], "windows_hours": tuple(written["features"]["windows_hours"])} == to_tree(
+        FeatureConfig()
+    )
+    assert written["model"] == BaselinesConfig.model and written["seed"] == BaselinesConfig.seed
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["data.path=/nowhere"], "not a prepared dataset"),
+        (["model=forest"], "model must be one of gradient_boosting, logistic_regression, lightgbm"),
+        (["features.max_feature=3"], "did you mean features.max_features"),
+        (["features.windows_hours=[48,24]"], "features.windows_hours must be positive and rise"),
+        (["seed=-1"], "seed must not be negative"),
+    ],
+)
+def test_what_cannot_be_run_is_refused(data: Path, tmp_path: Path, overrides: list[str], said: str) -> None:
+    with pytest.raises(UserError, match=said) as refused:
+        scored(data, tmp_path / "out", *overrides)
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_lightgbm_has_to_be_installed(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lightgbm", None)
+    with pytest.raises(UserError, match="model=lightgbm needs LightGBM: pip install"):
+        scored(data, tmp_path / "out", "model=lightgbm")
+
+
+@pytest.mark.parametrize("split", ["train", "tuning"])
+def test_labels_that_are_all_alike_are_refused(data: Path, tmp_path: Path, split: str) -> None:
+    labels = read_labels(data / "labels" / "readmission")
+    index = pq.read_table(data / "histories" / "index.parquet")
+    of_split = index.filter(pc.field("split") == split)["subject_id"].combine_chunks()
+    kept = pc.or_(pc.invert(pc.is_in(labels["subject_id"], of_split)), labels["boolean_value"])
+    write_parquet(labels.filter(kept), tmp_path / "labels" / "0.parquet")
+    with pytest.raises(UserError, match=f"labels of the {split} split are alike"):
+        scored(data, tmp_path / "out", f"task.labels={tmp_path / 'labels'}")
