@@ -40,8 +40,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def few_trees(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(baselines, "MOST_TREES", 150)
-    monkeypatch.setattr(baselines, "LEARNING_RATE", 0.05)
+    monkeypatch.setattr(baselines, "NUM_TREES", 120)
+    monkeypatch.setattr(baselines, "LEARNING_RATE", 0.1)
     monkeypatch.setattr(baselines, "STRENGTHS", (1e-3, 1e-2))
 
 
@@ -58,7 +58,7 @@ def scored(data: Path, out: Path, *overrides: str) -> tuple[dict[str, Any], pa.T
 def test_a_known_law_is_learned_and_not_beaten(
     data: Path, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found, predictions = scored(data, tmp_path / "new", f"model={kind}")
+    found, predictions = scored(data, tmp_path / "new", f"baseline={kind}")
     PredictionSchema.validate(predictions)
     label, probability = (predictions[c].to_numpy() for c in ("boolean_value", "predicted_boolean_probability"))
     assert found["auroc"]["value"] == pytest.approx(roc_auc_score(label, probability), abs=1e-5)
@@ -89,9 +89,9 @@ def test_the_held_out_labels_are_only_scored(data: Path, tmp_path: Path) -> None
     turned = pc.xor(labels["boolean_value"], pc.is_in(labels["subject_id"], held_out.combine_chunks()))
     column = labels.column_names.index("boolean_value")
     write_parquet(labels.set_column(column, "boolean_value", turned), tmp_path / "turned" / "0.parquet")
-    found, predictions = scored(data, tmp_path / "a", "model=logistic_regression")
+    found, predictions = scored(data, tmp_path / "a", "baseline=logistic_regression")
     other, predictions_of_other = scored(
-        data, tmp_path / "b", "model=logistic_regression", f"task.labels={tmp_path / 'turned'}"
+        data, tmp_path / "b", "baseline=logistic_regression", f"task.labels={tmp_path / 'turned'}"
     )
     probability = "predicted_boolean_probability"
     assert predictions[probability].equals(predictions_of_other[probability])
@@ -149,15 +149,15 @@ def test_the_file_names_every_setting_with_the_default_of_the_code() -> None:
     assert {**written["features"], "windows_hours": tuple(written["features"]["windows_hours"])} == to_tree(
         FeatureConfig()
     )
-    assert written["model"] == BaselinesConfig.model and written["seed"] == BaselinesConfig.seed
+    assert written["baseline"] == BaselinesConfig.baseline and written["seed"] == BaselinesConfig.seed
 
 
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
         (["data.path=/nowhere"], "not a prepared dataset"),
-        (["model=forest"], "model must be one of gradient_boosting, logistic_regression, lightgbm"),
-        (["features.max_feature=3"], "did you mean features.max_features"),
+        (["baseline=forest"], "baseline must be one of gradient_boosting, logistic_regression, lightgbm"),
+        (["features.max_feature=3"], "Could not override .features.max_feature."),
         (["features.windows_hours=[48,24]"], "features.windows_hours must be positive and rise"),
         (["seed=-1"], "seed must not be negative"),
     ],
@@ -171,8 +171,8 @@ def test_what_cannot_be_run_is_refused(data: Path, tmp_path: Path, overrides: li
 
 def test_lightgbm_has_to_be_installed(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lightgbm", None)
-    with pytest.raises(UserError, match="model=lightgbm needs LightGBM: pip install"):
-        scored(data, tmp_path / "out", "model=lightgbm")
+    with pytest.raises(UserError, match="baseline=lightgbm needs LightGBM: pip install"):
+        scored(data, tmp_path / "out", "baseline=lightgbm")
 
 
 @pytest.mark.parametrize("split", ["train", "tuning"])

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hymate.config import ConfigError
+from hymate.config import ConfigError, UserError
 from hymate.data import features as module
 from hymate.data.features import AGE, EVENTS, VALUE_STATISTICS, Column, FeatureConfig, FeatureSpec, choose, features
 from hymate.data.histories import HISTORY_SCHEMA, Histories
@@ -198,6 +198,11 @@ def test_the_budget_goes_to_the_codes_that_most_labels_have(tmp_path: Path) -> N
     assert {column.variable for column in everything} == {EVENTS, "LAB//a", "VISIT"}
     fewer = chosen(tmp_path / "b", cohort, max_features=len(everything) - 1)
     assert fewer == [column for column in everything if column.variable != "VISIT"]
+
+
+def test_a_choice_of_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="leave no feature of 1 training labels"):
+        chosen(tmp_path, [{"events": visits(3)}], min_labels=2)
 
 
 def test_a_dataset_with_other_codes_is_described_with_the_same_columns(tmp_path: Path) -> None:

@@ -23,13 +23,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hymate.config import ConfigError
+from hymate.config import ConfigError, UserError
 from hymate.data.histories import Histories
 from hymate.data.loader import NO_TIME, US_PER_HOUR, Examples, ages
 
 BLOCK_EVENTS = 500_000
 WHOLE = 0  # the window that is the whole history
-AGE, EVENTS = "age", "events"  # variables that are no codes
+AGE, EVENTS = "(age)", "(events)"  # variables that are no codes
 VALUE_STATISTICS = ("minimum", "maximum", "mean", "deviation", "first", "last", "slope")
 
 
@@ -105,7 +105,10 @@ class FeatureTable:
 
 
 def choose(histories: Histories, examples: Examples, config: FeatureConfig) -> FeatureSpec:
-    """The columns that `examples` (of the train split, at least one) fill often enough, within the budget."""
+    """The columns that `examples` (of the train split) fill often enough, within the budget.
+
+    Raises UserError where there is none.
+    """
     num_windows, num_codes = 1 + len(config.windows_hours), len(histories.codes)
     count_WV, value_count_WV = np.zeros((2, num_windows, num_codes), np.int64)
     static_V, static_value_V = np.zeros((2, num_codes), np.int64)
@@ -138,10 +141,13 @@ def choose(histories: Histories, examples: Examples, config: FeatureConfig) -> F
             columns += [Column(code, s, w) for s in VALUE_STATISTICS] if value_count_WV[w, v] >= enough else []
         variables.append(columns)
     fits = np.cumsum([len(columns) for columns in variables]) <= config.max_features
-    return FeatureSpec(
-        config.windows_hours,
-        tuple(column for columns, kept in zip(variables, fits, strict=True) if kept for column in columns),
-    )
+    chosen = tuple(column for columns, kept in zip(variables, fits, strict=True) if kept for column in columns)
+    if not chosen:
+        raise UserError(
+            f"features.min_labels={enough} and features.max_features={config.max_features} leave no feature of "
+            f"{len(examples)} training labels: lower the one or raise the other"
+        )
+    return FeatureSpec(config.windows_hours, chosen)
 
 
 def _labels_having(key_L: np.ndarray, example_L: np.ndarray, size: int) -> np.ndarray:
