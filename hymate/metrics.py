@@ -7,16 +7,19 @@ Shape legend:
     G  groups of labels with equal scores (ties), best first
     P  patients
     B  bootstrap samples
+    K  statistics
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 Array = NDArray[Any]
+AREAS = ("auroc", "auprc")
 ELEMENTS_AT_ONCE = 2_000_000  # of the (B, N) weights: bounds the bootstrap's memory to some 100 MB
 
 
@@ -55,28 +58,66 @@ def intervals(
     seed: int = 0,
     level: float = 0.95,
 ) -> dict[str, tuple[float, float] | None]:
-    """Percentile bootstrap intervals of "auroc" and "auprc" that resample patients, each with all their labels.
-
-    Samples without both classes are skipped. None where no sample has both or there is one patient only.
-    """
+    """Percentile bootstrap intervals of "auroc" and "auprc"; see `bootstrap`."""
     label_N, prob_N = _checked(label_N, prob_N)
+
+    def areas(weight_BN: Array) -> Array:
+        return _areas(label_N, prob_N, weight_BN)
+
+    return dict(zip(AREAS, bootstrap(areas, len(AREAS), subject_N, num_samples, seed, level), strict=True))
+
+
+def paired_difference(
+    label_N: ArrayLike,
+    a_N: ArrayLike,
+    b_N: ArrayLike,
+    subject_N: ArrayLike,
+    num_samples: int = 1000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> dict[str, dict[str, Any]]:
+    """How much better scores `a_N` are than `b_N` on the same labels, in "auroc" and "auprc": a's minus b's.
+
+    Each has a `value` and its `ci` [low, high], see `bootstrap`: both scores are computed on the same resampled
+    patients, which cancels what the two have in common. Scores are any finite numbers; each vector has its own scale.
+    """
+    label_N, a_N = _checked(label_N, a_N, low=-np.inf, high=np.inf)
+    _, b_N = _checked(label_N, b_N, low=-np.inf, high=np.inf)
+
+    def differences(weight_BN: Array) -> Array:
+        return _areas(label_N, a_N, weight_BN) - _areas(label_N, b_N, weight_BN)
+
+    value_K = differences(np.ones((1, len(label_N))))
+    ci_K = bootstrap(differences, len(AREAS), subject_N, num_samples, seed, level)
+    return {
+        name: {"value": _defined(value_1), "ci": _listed(ci)}
+        for name, value_1, ci in zip(AREAS, value_K, ci_K, strict=True)
+    }
+
+
+def bootstrap(
+    statistics: Callable[[Array], Array],
+    num_statistics: int,
+    subject_N: ArrayLike,
+    num_samples: int = 1000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> list[tuple[float, float] | None]:
+    """Percentile bootstrap intervals (Efron & Tibshirani 1993) that resample patients, each with all their labels.
+
+    statistics: weights of the labels (B, N), how often each was drawn -> values (K, B), NaN where undefined. Samples
+    where a statistic is undefined are skipped; its interval is None where none is left or there is one patient only.
+    """
     subject_P, patient_N = np.unique(np.asarray(subject_N), return_inverse=True)
-    assert patient_N.shape == label_N.shape, f"{patient_N.shape} subjects for {label_N.shape} labels"
-    areas = [np.empty((2, 0))]
+    values = [np.empty((num_statistics, 0))]
     if len(subject_P) > 1:
         rng = np.random.default_rng(seed)
         share_P = np.full(len(subject_P), 1 / len(subject_P))
-        at_once = max(1, ELEMENTS_AT_ONCE // len(label_N))
+        at_once = max(1, ELEMENTS_AT_ONCE // len(patient_N))
         for start in range(0, num_samples, at_once):
             times_BP = rng.multinomial(len(subject_P), share_P, size=min(at_once, num_samples - start))
-            areas.append(_areas(label_N, prob_N, times_BP[:, patient_N].astype(np.float64)))
-    tails = [50 * (1 - level), 50 * (1 + level)]
-    result: dict[str, tuple[float, float] | None] = {}
-    for name, area_B in zip(("auroc", "auprc"), np.concatenate(areas, axis=1), strict=True):
-        area_B = area_B[~np.isnan(area_B)]
-        low_high = np.percentile(area_B, tails) if len(area_B) else None
-        result[name] = None if low_high is None else (float(low_high[0]), float(low_high[1]))
-    return result
+            values.append(statistics(times_BP[:, patient_N].astype(np.float64)))
+    return [_percentiles(value_B, level) for value_B in np.concatenate(values, axis=1)]
 
 
 def scores(label_N: ArrayLike, prob_N: ArrayLike, subject_N: ArrayLike) -> dict[str, Any]:
@@ -125,6 +166,14 @@ def _checked(label_N: ArrayLike, score_N: ArrayLike, low: float = 0.0, high: flo
     assert np.isin(label_N, (0, 1)).all(), "labels must be 0 or 1"
     assert ((score_N >= low) & (score_N <= high)).all(), f"scores must be in [{low}, {high}] and not NaN"
     return label_N, score_N
+
+
+def _percentiles(value_B: Array, level: float) -> tuple[float, float] | None:
+    value_B = value_B[~np.isnan(value_B)]
+    if not len(value_B):
+        return None
+    low, high = np.percentile(value_B, [50 * (1 - level), 50 * (1 + level)])
+    return float(low), float(high)
 
 
 def _defined(value_1: Array) -> float | None:

@@ -98,6 +98,41 @@ def test_interval_of_the_auroc_agrees_with_its_standard_error() -> None:
     assert (high - low) / (2 * 1.96 * error) == pytest.approx(1, abs=0.15)
 
 
+def test_the_difference_of_two_scores_agrees_with_delong() -> None:
+    rng = np.random.default_rng(0)
+    label = rng.uniform(size=1500) < 0.3
+    a = label + rng.normal(size=1500)
+    b = label + rng.normal(size=1500) + 0.3 * a
+    found = metrics.paired_difference(label, a, b, np.arange(1500))
+    assert found["auroc"]["value"] == pytest.approx(roc_auc_score(label, a) - roc_auc_score(label, b))
+    assert found["auprc"]["value"] == pytest.approx(
+        average_precision_score(label, a) - average_precision_score(label, b)
+    )
+    # DeLong et al. 1988: variance of the difference from each label's placement among the other class
+    above = [score[label][:, None] > score[~label] for score in (a, b)]
+    positives, negatives = ((above[0] * 1.0 - above[1]).mean(axis) for axis in (1, 0))
+    error = np.sqrt(positives.var(ddof=1) / len(positives) + negatives.var(ddof=1) / len(negatives))
+    low, high = found["auroc"]["ci"]
+    assert low < found["auroc"]["value"] < high
+    assert (high - low) / (2 * 1.96 * error) == pytest.approx(1, abs=0.1)
+
+
+def test_a_difference_is_paired_clustered_and_antisymmetric() -> None:
+    label, prob, subject = cohort(80, 5)
+    other = np.repeat(np.random.default_rng(1).normal(size=80), 5)
+    same = metrics.paired_difference(label, prob, 3 * prob - 7, subject, num_samples=20)
+    assert same == {name: {"value": 0.0, "ci": [0.0, 0.0]} for name in ("auroc", "auprc")}
+    forth, back = (metrics.paired_difference(label, *pair, subject) for pair in ((prob, other), (other, prob)))
+    alone = metrics.paired_difference(label, prob, other, np.arange(len(label)))
+    for name in ("auroc", "auprc"):
+        assert back[name]["value"] == pytest.approx(-forth[name]["value"])
+        assert back[name]["ci"] == pytest.approx([-end for end in reversed(forth[name]["ci"])])
+        # five equal labels of a patient tell no more than one: sqrt(5) times the width
+        assert np.diff(forth[name]["ci"]) > 1.8 * np.diff(alone[name]["ci"])
+    undefined = metrics.paired_difference([1, 1], [0.1, 0.2], [0.2, 0.1], [1, 2])
+    assert undefined["auroc"] == undefined["auprc"] == {"value": None, "ci": None}
+
+
 def test_undefined_samples_are_skipped_and_one_patient_has_no_interval() -> None:
     # two patients, one positive: half of the samples hold one of them twice
     assert metrics.intervals([0, 1], [0.1, 0.9], [1, 2])["auroc"] == (1.0, 1.0)
