@@ -4,6 +4,7 @@ Shape legend, used throughout the code base:
     L  events in the row, all patients one after the other, no padding
     S  segments: one patient's window of events each (a patient may fill several rows, one segment in each)
     F  static events (sex, age at admission, ...) of all segments
+    T  tasks
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ class Batch:
     age_years_S: float32, age at the window's end where the birth is known, else NaN.
     lag_hours_S: float32, hours from the window's last event to the prediction time (0 in pretraining).
     example_S: int64, the position of each segment's example in the loader's list (its subject, its label).
-    label_S: float32, the task's label; NaN in pretraining.
+    label_ST: float32, each task's label, 1 or 0; NaN where the task has none at this example. Pretraining has no tasks.
+    days_ST: float32, how long what each task is about lasts; NaN where it has no label or the task no days.
+    share_T: float32, the share of all examples that have each task's label.
     weight: the row's share of its optimiser step times the number of rows in it, so that the mean over rows
         of weight * (row mean) is the mean over the step.
     seed: a number that depends only on the run's seed and the row's place in the data order.
@@ -53,7 +56,9 @@ class Batch:
     age_years_S: Tensor
     lag_hours_S: Tensor
     example_S: Tensor
-    label_S: Tensor
+    label_ST: Tensor
+    days_ST: Tensor
+    share_T: Tensor
     weight: float = 1.0
     seed: int = 0
 

@@ -44,6 +44,7 @@ class Bundle:
     """A bundle read back.
 
     kind: "pretrained" (state of PretrainModel) or "risk" (state of RiskModel, one head for each of `tasks`).
+    in_days: those of the tasks that also predict how long something lasts.
     data: how histories were cut and packed; its path is empty, for a bundle belongs to no dataset.
     fingerprint: a digest of all that its predictions depend on; empty where it was not read from a folder.
     """
@@ -56,6 +57,16 @@ class Bundle:
     state: dict[str, Tensor]
     extra: dict[str, Any] = field(default_factory=dict)
     fingerprint: str = ""
+    in_days: list[str] = field(default_factory=list)
+
+    def for_task(self, task: str) -> Bundle:
+        """The same model with the head of one task alone. Raises UserError where it has none for it."""
+        if task not in self.tasks:
+            raise UserError(f"the bundle predicts {', '.join(self.tasks)}, not task={task}")
+        own = f"heads.{task}."
+        state = {k: v for k, v in self.state.items() if k.startswith(own) or not k.startswith("heads.")}
+        in_days = [name for name in self.in_days if name == task]
+        return dataclasses.replace(self, tasks=[task], in_days=in_days, state=state)
 
 
 def write_bundle(
@@ -67,6 +78,7 @@ def write_bundle(
     data: DataConfig,
     vocabulary: Vocabulary,
     tasks: Sequence[str] = (),
+    in_days: Sequence[str] = (),
     card: str = "",
     extra: dict[str, Any] | None = None,
 ) -> None:
@@ -88,6 +100,7 @@ def write_bundle(
             "model": dataclasses.asdict(model),
             "data": {key: value for key, value in dataclasses.asdict(data).items() if key != "path"},
             "tasks": list(tasks),
+            "in_days": list(in_days),
             "extra": extra or {},
             "sha256": {name: _sha256(new / name) for name in CHECKED},
         }
@@ -112,7 +125,7 @@ def read_bundle(path: Path, kind: Kind | None = None) -> Bundle:
     try:
         model = build(ModelConfig, tree["model"], "model.")
         data = build(DataConfig, {**tree["data"], "path": ""}, "data.")
-        tasks = [str(task) for task in tree["tasks"]]
+        tasks, in_days = ([str(task) for task in tree[key]] for key in ("tasks", "in_days"))
     except (UserError, TypeError, AttributeError) as error:
         raise UserError(f"{folder / CONFIG} is not usable: {error}") from error
     try:
@@ -123,7 +136,7 @@ def read_bundle(path: Path, kind: Kind | None = None) -> Bundle:
     extra = dict(tree.get("extra") or {})
     identity = json.dumps([dataclasses.asdict(model), tasks, tree["sha256"]], sort_keys=True)
     fingerprint = hashlib.sha256(identity.encode()).hexdigest()
-    return Bundle(tree["kind"], model, data, tasks, vocabulary, state, extra, fingerprint)
+    return Bundle(tree["kind"], model, data, tasks, vocabulary, state, extra, fingerprint, in_days)
 
 
 def build_model(bundle: Bundle) -> RiskModel:
@@ -132,7 +145,7 @@ def build_model(bundle: Bundle) -> RiskModel:
 
     if bundle.kind != "risk":
         raise UserError(f"a {bundle.kind} model has no risk heads: fine-tune it first (python finetune/tune.py)")
-    model = RiskModel(bundle.model, bundle.vocabulary.size, bundle.tasks)
+    model = RiskModel(bundle.model, bundle.vocabulary.size, bundle.tasks, bundle.in_days)
     try:
         model.load_state_dict(bundle.state)
     except RuntimeError as error:
@@ -166,7 +179,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
             f"{folder} has bundle format {tree['format_version']}, this version reads up to {FORMAT_VERSION}: "
             "update hymate"
         )
-    for key, of in {"kind": str, "model": dict, "data": dict, "tasks": list, "sha256": dict}.items():
+    tree.setdefault("in_days", [])  # bundles of before there were any
+    for key, of in {"kind": str, "model": dict, "data": dict, "tasks": list, "in_days": list, "sha256": dict}.items():
         if not isinstance(tree.get(key), of):
             raise UserError(f"{path} is damaged: {key} is missing or malformed")
     if tree["kind"] not in ("pretrained", "risk"):

@@ -21,12 +21,15 @@ from typing import Any, Literal, TypeVar
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 T = TypeVar("T")
+# ${names:${task}}: the task's name, of several joined
+OmegaConf.register_new_resolver("names", lambda task: task.get("name") or "-".join(task), replace=True)
 
 
 class UserError(Exception):
@@ -265,7 +268,8 @@ class TaskConfig:
     competing: the predicate of `definition` that stands for death, where death is a competing risk: a patient
         who died up to the prediction time gets no label, and for a death before the label window ends without
         the label's event competing_rule says "negative" (it did not happen) or "exclude" (no label).
-    longer_than_days: null, or the label is whether the label window ends more than this after the trigger.
+    longer_than_days: null, or the task is how long something lasts: the label is whether the label window ends more
+        than this after the trigger, and the days themselves are learned and predicted beside it.
     """
 
     name: str
@@ -294,7 +298,8 @@ class SearchConfig:
 
     space: parameter -> {choice: [...]} | {uniform: [low, high]} | {loguniform: [low, high]}; parameters are
         `backbone_lr`, `head_lr`, `dropout`, `frozen`, `context`, `pooling`, `weight_decay`.
-    metric: what picks the best checkpoint on the tuning split: "mean" of AUROC and AUPRC, or either.
+    metric: what picks the best checkpoint on the tuning split: "mean" of AUROC, AUPRC and, where a task has days,
+        concordance; or one of the first two. Of several tasks the mean counts.
     grace_steps: steps before ASHA may stop a trial.
     """
 
@@ -326,8 +331,11 @@ def load(config_name: str, overrides: Sequence[str], schema: type[T]) -> T:
     """
     try:
         GlobalHydra.instance().clear()
+        overrides = _each_task_by_name(overrides)
+        if "~task" in overrides and typing.get_type_hints(schema).get("task") is TaskConfig:
+            raise ConfigError("task=[...] names several tasks, but this command takes one: give task=NAME")
         with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            composed = compose(config_name, overrides=list(overrides))
+            composed = compose(config_name, overrides=overrides)
         missing = sorted(OmegaConf.missing_keys(composed))
         if missing:
             raise ConfigError(f"{missing[0]} is required: add {missing[0]}=VALUE to the command")
@@ -335,6 +343,26 @@ def load(config_name: str, overrides: Sequence[str], schema: type[T]) -> T:
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_one_line(error)) from error
     return build(schema, typing.cast("dict[str, Any]", tree))
+
+
+def _each_task_by_name(overrides: Sequence[str]) -> list[str]:
+    """`task=[a,b]` as Hydra puts each file into a section of its own: task.a and task.b, not both into task.
+
+    >>> _each_task_by_name(["task=[a,b]", "task.b.labels=DIR"])
+    ['~task', '+task@task.a=a', '+task@task.b=b', 'task.b.labels=DIR']
+    >>> _each_task_by_name(["task=[a]", "task.labels=DIR"])
+    ['task=a', 'task.labels=DIR']
+    """
+    parsed: list[str] = []
+    for text in overrides:
+        names = OverridesParser.create().parse_override(text).value() if text.startswith("task=[") else None
+        if not isinstance(names, list):
+            parsed.append(text)
+            continue
+        if not names or len(set(map(str, names))) < len(names):
+            raise ConfigError(f"{text}: name at least one task, and each of them once")
+        parsed += [f"task={names[0]}"] if len(names) == 1 else ["~task", *(f"+task@task.{n}={n}" for n in names)]
+    return parsed
 
 
 def main(config_name: str, schema: type[T], run: Callable[[T], object], argv: Sequence[str] | None = None) -> None:
@@ -379,7 +407,9 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in args:
             return None
-        return _convert(next(a for a in args if a is not type(None)), value, path)
+        options = [a for a in args if a is not type(None)]
+        sections = isinstance(value, Mapping) and all(isinstance(item, Mapping) for item in value.values())
+        return _convert(options[-1] if sections else options[0], value, path)
     if origin is Literal:
         if value not in args:
             raise ConfigError(f"{path} must be one of {', '.join(map(str, args))}; got {value!r}")
@@ -395,7 +425,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     if origin is dict or hint is dict:
         if not isinstance(value, Mapping):
             raise ConfigError(f"{path} must be a section of keys, got {value!r}")
-        return dict(value)
+        return {key: _convert(args[1], item, f"{path}.{key}") for key, item in value.items()} if args else dict(value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if hint is str and isinstance(value, (int, float)) and not isinstance(value, bool):

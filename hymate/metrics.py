@@ -1,6 +1,7 @@
-"""Metrics of binary risk predictions, with intervals that know that labels of one patient belong together.
+"""Metrics of predicted risks and days, with intervals that know that labels of one patient belong together.
 
-Every number is None, not a made-up value, where it is undefined: AUROC and AUPRC need both classes.
+Every number is None, not a made-up value, where it is undefined: AUROC and AUPRC need both classes, concordance two
+different lengths.
 
 Shape legend:
     N  labels
@@ -135,6 +136,36 @@ def scores(label_N: ArrayLike, prob_N: ArrayLike, subject_N: ArrayLike) -> dict[
     }
 
 
+def concordance(days_N: ArrayLike, predicted_N: ArrayLike) -> float | None:
+    """Harrell's C (Harrell et al. 1982) without censoring: the chance that of two different lengths the longer one is
+    predicted to be longer, equal predictions counting half.
+    """
+    return _defined(_concordance(*_checked_days(days_N, predicted_N)))
+
+
+def day_scores(days_N: ArrayLike, predicted_N: ArrayLike, subject_N: ArrayLike) -> dict[str, Any]:
+    """What a results table says of predicted days, as plain JSON values with 95 % intervals over patients.
+
+    "mae" is the mean absolute error in days; "mae_of_median" that of the best constant, the median of days_N, which a
+    model must beat to be of use.
+    """
+    days_N, predicted_N = _checked_days(days_N, predicted_N)
+    error_N = np.abs(predicted_N - days_N)
+
+    def statistics(weight_BN: Array) -> Array:
+        mae_B = weight_BN @ error_N / weight_BN.sum(axis=1)
+        return np.stack([mae_B, _concordance(days_N, predicted_N, weight_BN)])
+
+    mae_ci, concordance_ci = bootstrap(statistics, 2, subject_N)
+    known = len(days_N) > 0
+    return {
+        "num_labels": len(days_N),
+        "mae": {"value": float(error_N.mean()) if known else None, "ci": _listed(mae_ci)},
+        "mae_of_median": float(np.abs(days_N - np.median(days_N)).mean()) if known else None,
+        "concordance": {"value": concordance(days_N, predicted_N), "ci": _listed(concordance_ci)},
+    }
+
+
 def _areas(label_N: ArrayLike, score_N: ArrayLike, weight_BN: Array | None = None) -> Array:
     """(2, B): AUROC and average precision under each row of label weights; NaN where a class has no weight."""
     label_N, score_N = _checked(label_N, score_N, low=-np.inf, high=np.inf)
@@ -160,12 +191,52 @@ def _areas(label_N: ArrayLike, score_N: ArrayLike, weight_BN: Array | None = Non
     return np.stack([roc_B, pr_B])
 
 
+def _concordance(days_N: Array, predicted_N: Array, weight_BN: Array | None = None) -> Array:
+    """(B,): concordance under each row of label weights, in O(N log N); NaN where no two lengths differ.
+
+    Two labels whose lengths have different ranks differ first in one bit of them: there the pair is counted, among
+    labels with the same higher bits, sorted by prediction, by running sums of the weights whose bit is 0.
+    """
+    weight_BN = np.ones((1, len(days_N))) if weight_BN is None else weight_BN
+    concordant_B, pairs_B = np.zeros(len(weight_BN)), np.zeros(len(weight_BN))
+    _, rank_N = np.unique(days_N, return_inverse=True)
+    for bit in range(int(rank_N.max(initial=0)).bit_length()):
+        group_N = rank_N >> (bit + 1)
+        order_N = np.lexsort((predicted_N, group_N))
+        sorted_BN, longer_N = weight_BN[:, order_N], (rank_N[order_N] >> bit & 1).astype(bool)
+        new_group_N = np.diff(group_N[order_N], prepend=-1) != 0
+        new_tie_N = new_group_N | (np.diff(predicted_N[order_N], prepend=np.nan) != 0)
+        shorter_BN = np.cumsum(np.where(longer_N, 0.0, sorted_BN), axis=1)
+        shorter_BN = np.concatenate([np.zeros((len(weight_BN), 1)), shorter_BN], axis=1)  # weight before each place
+        (group_start, group_end), (tie_start, tie_end) = _runs(new_group_N, longer_N), _runs(new_tie_N, longer_N)
+        below_BM = (shorter_BN[:, tie_start] + shorter_BN[:, tie_end]) / 2 - shorter_BN[:, group_start]
+        all_BM = shorter_BN[:, group_end] - shorter_BN[:, group_start]
+        concordant_B += (sorted_BN[:, longer_N] * below_BM).sum(axis=1)
+        pairs_B += (sorted_BN[:, longer_N] * all_BM).sum(axis=1)
+    with np.errstate(invalid="ignore"):
+        return concordant_B / np.where(pairs_B > 0, pairs_B, np.nan)
+
+
+def _runs(new_N: Array, asked_N: Array) -> tuple[Array, Array]:
+    """Start and end (exclusive) of the runs that the places `asked_N` lie in; a run begins wherever `new_N` is true."""
+    start = np.flatnonzero(new_N)
+    run_M = np.cumsum(new_N)[asked_N] - 1
+    return start[run_M], np.append(start, len(new_N))[run_M + 1]
+
+
 def _checked(label_N: ArrayLike, score_N: ArrayLike, low: float = 0.0, high: float = 1.0) -> tuple[Array, Array]:
     label_N, score_N = np.asarray(label_N, dtype=np.float64), np.asarray(score_N, dtype=np.float64)
     assert label_N.ndim == 1 and label_N.shape == score_N.shape, f"{label_N.shape} labels, {score_N.shape} scores"
     assert np.isin(label_N, (0, 1)).all(), "labels must be 0 or 1"
     assert ((score_N >= low) & (score_N <= high)).all(), f"scores must be in [{low}, {high}] and not NaN"
     return label_N, score_N
+
+
+def _checked_days(days_N: ArrayLike, predicted_N: ArrayLike) -> tuple[Array, Array]:
+    days_N, predicted_N = np.asarray(days_N, dtype=np.float64), np.asarray(predicted_N, dtype=np.float64)
+    assert days_N.ndim == 1 and days_N.shape == predicted_N.shape, f"{days_N.shape} days, {predicted_N.shape} predicted"
+    assert np.isfinite(days_N).all() and np.isfinite(predicted_N).all(), "days must be finite numbers"
+    return days_N, predicted_N
 
 
 def _percentiles(value_B: Array, level: float) -> tuple[float, float] | None:

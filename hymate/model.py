@@ -5,13 +5,13 @@ The Mamba mixers themselves are in `hymate.mixers`.
 Shape legend (with `hymate.batch`):
     L  events in the packed row     S  segments (patients' windows)     F  static events
     B  batch rows of a mixer        D  d_model                          V  vocabulary size
-    Q  pooling queries              E  width of the patient vector
+    Q  pooling queries              E  width of the patient vector      T  tasks
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import cycle, islice
 from typing import Any
 
@@ -29,6 +29,7 @@ from hymate.objectives import forecast_targets, hide_events, masked_mean
 TIME_PERIODS_HOURS = (2.0, 6.0, 24.0, 72.0, 168.0, 720.0, 2160.0, 8766.0)
 HORIZONS_HOURS = (8766.0, 168.0, 24.0, 4.0)  # a year to the last few events: how far pooling first looks back
 NO_VALUE, HIDDEN_VALUE = 0, 1
+TYPICAL_DAYS = 5.0  # what a new head predicts, so that it need not learn the scale first
 
 
 # -------------------------------------------------------------------------------------------------- embedding
@@ -412,30 +413,42 @@ class PretrainModel(nn.Module):
 
 
 class RiskModel(nn.Module):
-    """HyMaTE with one binary head for each task."""
+    """HyMaTE with one head for each task: its logit, and for the tasks `in_days` also log(1 + days)."""
 
-    def __init__(self, config: ModelConfig, vocab_size: int, tasks: Sequence[str]) -> None:
+    def __init__(
+        self, config: ModelConfig, vocab_size: int, tasks: Sequence[str], in_days: Collection[str] = ()
+    ) -> None:
         super().__init__()
         self.backbone = HyMaTE(config, vocab_size)
         self.pooling = PatientPooling(config)
-        self.heads = nn.ModuleDict({name: _head(config, 1, self.pooling.width) for name in tasks})
+        self.heads = nn.ModuleDict({task: _task_head(config, self.pooling.width, task in in_days) for task in tasks})
 
     def patient(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """Patient vectors (S, E) and fusion weights (L, Q) or None."""
         return self.pooling(self.backbone(batch), batch, self.backbone.embedding)
 
-    def logit(self, patient_SE: Tensor) -> Tensor:
-        """The first task's logits (S,)."""
-        head = next(iter(self.heads.values()))
-        return head(patient_SE)[:, 0].float()
+    def outputs(self, patient_SE: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits and log(1 + days), NaN for tasks without days: float32 (S, T) each."""
+        out = [head(patient_SE).float() for head in self.heads.values()]
+        log_days = [out_S[:, 1] if out_S.shape[1] == 2 else torch.full_like(out_S[:, 0], torch.nan) for out_S in out]
+        return torch.stack([out_S[:, 0] for out_S in out], dim=1), torch.stack(log_days, dim=1)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """ "logit_S" of the first task, and "loss", its mean binary cross-entropy over the labelled segments."""
-        patient_SE, _ = self.patient(batch)
-        logit_S = self.logit(patient_SE)
-        labelled = ~torch.isnan(batch.label_S)
-        loss = F.binary_cross_entropy_with_logits(logit_S[labelled], batch.label_S[labelled], reduction="none")
-        return {"loss": masked_mean(loss), "logit_S": logit_S.detach() if not self.training else logit_S}
+        """ "logit_ST", "log_days_ST" and "loss": the mean over tasks of the mean over a task's labels of the binary
+        cross-entropy and, of days, the Huber loss of their logarithms.
+
+        A task's mean is that over all rows: each row adds its labels' losses over the number that it would have if
+        labels were spread evenly (`Batch.share_T`), or those of a row with few of them would weigh more.
+        """
+        logit_ST, log_days_ST = self.outputs(self.patient(batch)[0])
+        weight_ST = (1 / (batch.share_T * logit_ST.numel())).expand_as(logit_ST)
+        at, timed = ~torch.isnan(batch.label_ST), ~torch.isnan(batch.days_ST)
+        risk = F.binary_cross_entropy_with_logits(logit_ST[at], batch.label_ST[at], reduction="none")
+        days = F.huber_loss(log_days_ST[timed], batch.days_ST[timed].log1p(), reduction="none")
+        loss = (weight_ST[at] * risk).sum() + (weight_ST[timed] * days).sum()
+        if not self.training:
+            logit_ST, log_days_ST = logit_ST.detach(), log_days_ST.detach()
+        return {"loss": loss, "logit_ST": logit_ST, "log_days_ST": log_days_ST}
 
 
 def _head(config: ModelConfig, width_out: int, width_in: int | None = None) -> nn.Sequential:
@@ -447,6 +460,13 @@ def _head(config: ModelConfig, width_out: int, width_in: int | None = None) -> n
         nn.Dropout(config.dropout),
         nn.Linear(config.d_model, width_out),
     )
+
+
+def _task_head(config: ModelConfig, width_in: int, in_days: bool) -> nn.Sequential:
+    head = _head(config, 2 if in_days else 1, width_in)
+    if in_days:
+        nn.init.constant_(head[-1].bias[1], math.log1p(TYPICAL_DAYS))  # type: ignore[index]
+    return head
 
 
 def load_backbone(model: PretrainModel | RiskModel, state: Mapping[str, Tensor]) -> None:

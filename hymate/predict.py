@@ -4,7 +4,9 @@
 
 The output follows the MEDS prediction schema (what `meds-evaluation` reads): subject_id, prediction_time,
 boolean_value where the labels have it, predicted_boolean_value (probability of at least one half) and
-predicted_boolean_probability.
+predicted_boolean_probability. Of a bundle with several tasks `task` names the one to predict. Where it also predicts
+days, these go into a second file, predictions-days.parquet beside predictions.parquet: subject_id, prediction_time,
+float_value where the labels have it, and predicted_float_value.
 
 context=bundle reads the last events before each prediction time, as many as in the model's fine-tuning. context=all
 reads the whole history before it, however long, in bounded memory and once for all of a subject's prediction times.
@@ -66,23 +68,55 @@ class PredictConfig:
             raise ConfigError("states=DIR needs context=all: a state stands for the whole history before it")
 
 
-def score(model: Callable[[Batch], dict[str, Tensor]], rows: Rows, device: torch.device) -> np.ndarray:
-    """One pass over `rows`: the logit of each of its examples, float32 (E,).
+@dataclass(frozen=True)
+class Outputs:
+    """What a model says of E examples for its T tasks; float32. log_days_ET: log(1 + days), NaN for tasks without."""
+
+    logit_ET: np.ndarray
+    log_days_ET: np.ndarray
+
+    @classmethod
+    def empty(cls, num_examples: int, num_tasks: int) -> Outputs:
+        """To be filled."""
+        shape = (num_examples, num_tasks)
+        return cls(np.full(shape, np.nan, dtype=np.float32), np.full(shape, np.nan, dtype=np.float32))
+
+    @property
+    def probability_ET(self) -> np.ndarray:
+        return torch.sigmoid(torch.from_numpy(self.logit_ET)).numpy()
+
+    @property
+    def days_ET(self) -> np.ndarray:
+        with np.errstate(over="ignore"):  # `check` tells of it
+            return np.expm1(np.maximum(self.log_days_ET, 0))
+
+    def check(self) -> None:
+        """Raises FloatingPointError when anything but finite numbers was predicted."""
+        in_days_T = ~np.isnan(self.log_days_ET).all(axis=0)
+        if not (np.isfinite(self.logit_ET).all() and np.isfinite(self.days_ET[:, in_days_T]).all()):
+            raise FloatingPointError("the model's predictions are not finite numbers: its training has diverged")
+
+
+def score(model: Callable[[Batch], dict[str, Tensor]], rows: Rows, device: torch.device) -> Outputs:
+    """One pass over `rows`: what the model says of each of its examples, which must have the model's tasks.
 
     Raises FloatingPointError when the model gives anything but finite numbers.
     """
-    logit_E = np.full(len(rows.examples), np.nan, dtype=np.float32)
+    outputs = Outputs.empty(*rows.examples.label_ET.shape)
     with torch.no_grad():
         for batch, counts in rows.once(rank=0, world_size=1):
             assert counts, "one rank repeats no row"
-            logit_S = model(batch.to(device))["logit_S"]
-            logit_E[batch.example_S.numpy()] = logit_S.float().cpu().numpy()
-    _check_finite(logit_E)
-    return logit_E
+            said, at = model(batch.to(device)), batch.example_S.numpy()
+            outputs.logit_ET[at] = said["logit_ST"].float().cpu().numpy()
+            outputs.log_days_ET[at] = said["log_days_ST"].float().cpu().numpy()
+    outputs.check()
+    return outputs
 
 
-def predict(bundle: Bundle, histories: Histories, examples: Examples) -> tuple[np.ndarray, Rows]:
-    """Probability of each example (E,), and the rows it was read from (with their share of unknown codes)."""
+def predict(bundle: Bundle, histories: Histories, examples: Examples) -> tuple[Outputs, Rows]:
+    """What the bundle says of each example, which must have its tasks (see `Bundle.for_task`), and the rows that was
+    read from (with their share of unknown codes).
+    """
     device = _device()
     rows = Rows(
         histories,
@@ -94,21 +128,20 @@ def predict(bundle: Bundle, histories: Histories, examples: Examples) -> tuple[n
         crop="last",
         weight_by="segments",
     )
-    logit_E = score(build_model(bundle).to(device), rows, device)
-    return _probability(logit_E), rows
+    return score(build_model(bundle).to(device), rows, device), rows
 
 
 def predict_whole(
     bundle: Bundle, histories: Histories, examples: Examples, states: StateFolder | None = None
-) -> tuple[np.ndarray, int, float]:
-    """Probability of each example (E,) from all events up to its time, how many were read, and how many unknown.
+) -> tuple[Outputs, int, float]:
+    """As `predict`, from all events up to each example's time; also how many were read, and the share of unknown ones.
 
     Each history is read once, chunk by chunk, for all of its examples; it goes on from a state in `states` for
     the examples that lie after it, and leaves there its state after its last example. Raises as `score` does.
     """
     device = _device()
     model = StreamingModel(build_model(bundle).to(device), bundle.vocabulary, histories.codes)
-    logit_E = np.full(len(examples), np.nan, dtype=np.float32)
+    outputs = Outputs.empty(len(examples), len(bundle.tasks))
     read = unknown = 0
     order_E = np.lexsort((examples.stop_E, examples.position_E))
     for own_E in np.split(order_E, np.flatnonzero(np.diff(examples.position_E[order_E])) + 1):
@@ -123,44 +156,53 @@ def predict_whole(
             state = model.append(state, events_L[start:stop])
             read, unknown = read + stop - start, unknown + int((events_L["id"][start:stop] == UNKNOWN_ID).sum())
             start = stop
-            logit_E[example] = model.logit(state, history, int(examples.prediction_time_E[example]))
-        _check_finite(logit_E[own_E])
+            said = model.outputs(state, history, int(examples.prediction_time_E[example]))
+            outputs.logit_ET[example], outputs.log_days_ET[example] = said
+        Outputs(outputs.logit_ET[own_E], outputs.log_days_ET[own_E]).check()
         if states and state and (kept is None or kept.num_events < state.num_events):
             states.save(history.subject_id, state, events_L)
-    return _probability(logit_E), read, unknown / max(read, 1)
+    return outputs, read, unknown / max(read, 1)
 
 
 def _device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _probability(logit_E: np.ndarray) -> np.ndarray:
-    return torch.sigmoid(torch.from_numpy(logit_E)).numpy()
-
-
-def _check_finite(logit_E: np.ndarray) -> None:
-    if not np.isfinite(logit_E).all():
-        raise FloatingPointError("the model's predictions are not finite numbers: its training has diverged")
+def write_predictions(examples: Examples, outputs: Outputs, path: Path) -> list[Path]:
+    """One task's predictions into `path` and, where it predicts days, these into a file beside it; the paths."""
+    tables = {path: prediction_table(examples, outputs.probability_ET[:, 0])}
+    if not np.isnan(outputs.log_days_ET).any():
+        tables[path.with_stem(f"{path.stem}-days")] = day_table(examples, outputs.days_ET[:, 0])
+    for file, table in tables.items():
+        write_parquet(table, file)
+    return list(tables)
 
 
 def prediction_table(examples: Examples, probability_E: np.ndarray) -> pa.Table:
     """The MEDS prediction table, by subject and time; boolean_value only where every example has a label."""
+    values = {} if np.isnan(examples.label_E).any() else {"boolean_value": pa.array(examples.label_E > 0.5, pa.bool_())}
+    values["predicted_boolean_value"] = pa.array(probability_E >= 0.5, pa.bool_())
+    values["predicted_boolean_probability"] = pa.array(probability_E, pa.float32())
+    return _by_subject_and_time(examples, values)
+
+
+def day_table(examples: Examples, days_E: np.ndarray) -> pa.Table:
+    """Predicted days, by subject and time, in the manner of the MEDS prediction schema, which has none for numbers."""
+    known = {} if np.isnan(examples.days_E).all() else {"float_value": pa.array(examples.days_E, from_pandas=True)}
+    return _by_subject_and_time(examples, {**known, "predicted_float_value": pa.array(days_E, pa.float32())})
+
+
+def _by_subject_and_time(examples: Examples, values: dict[str, pa.Array]) -> pa.Table:
     columns = {
         "subject_id": pa.array(examples.subject_id_E, pa.int64()),
         "prediction_time": pa.array(examples.prediction_time_E, pa.timestamp("us")),
     }
-    if not np.isnan(examples.label_E).any():
-        columns["boolean_value"] = pa.array(examples.label_E > 0.5, pa.bool_())
-    columns["predicted_boolean_value"] = pa.array(probability_E >= 0.5, pa.bool_())
-    columns["predicted_boolean_probability"] = pa.array(probability_E, pa.float32())
-    return pa.table(columns).sort_by([("subject_id", "ascending"), ("prediction_time", "ascending")])
+    return pa.table(columns | values).sort_by([("subject_id", "ascending"), ("prediction_time", "ascending")])
 
 
 def run(config: PredictConfig) -> None:
     """The command."""
-    bundle = read_bundle(Path(config.bundle), kind="risk")
-    if config.task.name not in bundle.tasks:
-        raise UserError(f"the bundle predicts {', '.join(bundle.tasks)}, not task={config.task.name}")
+    bundle = read_bundle(Path(config.bundle), kind="risk").for_task(config.task.name)
     if config.context == "all":
         check_streamable(bundle.model)
     with contextlib.ExitStack() as stack:
@@ -173,17 +215,18 @@ def run(config: PredictConfig) -> None:
         if not bundle.vocabulary.ids_of(histories.codes).any():
             raise UserError(f"{config.data.path} has none of the codes that the bundle knows: it is coded differently")
         if config.context == "all":
-            probability_E, num_read, unknown_share = predict_whole(bundle, histories, examples, states)
+            outputs, num_read, unknown_share = predict_whole(bundle, histories, examples, states)
         else:
-            probability_E, rows = predict(bundle, histories, examples)
+            outputs, rows = predict(bundle, histories, examples)
             unknown_share = rows.unknown_share
-    write_parquet(prediction_table(examples, probability_E), Path(config.out))
+    written = write_predictions(examples, outputs, Path(config.out))
     dropped = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in examples.dropped.items() if count)
     print(f"{unknown_share:.1%} of the events read have codes that the bundle does not know")
     if states is not None:
         counts = ", ".join(f"{count} {outcome}" for outcome, count in sorted(states.counts.items()))
         print(f"{num_read} events read; states in {states.path}: {counts}")
-    print(f"{len(examples)} predictions in {config.out}" + (f" (left out: {dropped})" if dropped else ""))
+    files = " and ".join(map(str, written))
+    print(f"{len(examples)} predictions in {files}" + (f" (left out: {dropped})" if dropped else ""))
 
 
 @contextlib.contextmanager

@@ -147,8 +147,9 @@ class StreamingModel:
         assert state is not None
         return state
 
-    def logit(self, state: PatientState, history: History, prediction_time_us: int) -> float:
-        """The first task's logit at a time, after the events in `state`; `history` gives static events and birth.
+    def outputs(self, state: PatientState, history: History, prediction_time_us: int) -> tuple[np.ndarray, np.ndarray]:
+        """Each task's logit and log(1 + days) (T,) at a time, after the events in `state`, as `RiskModel.outputs` has
+        them; `history` gives static events and birth.
 
         Raises UserError where the time lies before those events.
         """
@@ -169,7 +170,8 @@ class StreamingModel:
             patient_SE = self._model.pooling.join(
                 pooled.to(self._like.dtype).view(1, -1), count_S, batch, self._model.backbone.embedding
             )
-            return float(self._model.logit(patient_SE))
+            logit_ST, log_days_ST = self._model.outputs(patient_SE)
+        return logit_ST[0].cpu().numpy(), log_days_ST[0].cpu().numpy()
 
     def _append_chunk(self, state: PatientState | None, events_L: np.ndarray) -> PatientState:
         time_L = events_L["time_us"]
@@ -231,7 +233,9 @@ class StreamingModel:
             age_years_S=age_years_S,
             lag_hours_S=lag_hours_S,
             example_S=torch.zeros(1, dtype=torch.int64),
-            label_S=torch.full((1,), torch.nan),
+            label_ST=torch.empty(1, 0),
+            days_ST=torch.empty(1, 0),
+            share_T=torch.empty(0),
         )
         return batch.to(self._like.device)
 

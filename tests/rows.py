@@ -44,7 +44,9 @@ def random_row(lengths: Sequence[int], *, vocab_size: int = 30, seed: int = 0, s
         age_years_S=torch.where(torch.rand(S, generator=g) < 0.3, torch.nan, 60 + torch.randn(S, generator=g)),
         lag_hours_S=torch.rand(S, generator=g),
         example_S=torch.arange(S),
-        label_S=(torch.rand(S, generator=g) < 0.5).float(),
+        label_ST=(torch.rand(S, 1, generator=g) < 0.5).float(),
+        days_ST=torch.full((S, 1), torch.nan),
+        share_T=torch.ones(1),
         seed=seed,
     )
 
@@ -68,6 +70,8 @@ def segment_of(batch: Batch, s: int) -> Batch:
         age_years_S=batch.age_years_S[s : s + 1],
         lag_hours_S=batch.lag_hours_S[s : s + 1],
         example_S=batch.example_S[s : s + 1],
-        label_S=batch.label_S[s : s + 1],
+        label_ST=batch.label_ST[s : s + 1],
+        days_ST=batch.days_ST[s : s + 1],
+        share_T=batch.share_T,
         seed=batch.seed,
     )

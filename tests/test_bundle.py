@@ -76,7 +76,7 @@ def test_a_bundle_read_back_predicts_the_same(bundle: Path) -> None:
     assert read.vocabulary.codes == make_vocabulary().codes
     assert "Some words." in (bundle / "README.md").read_text()
     row = random_row((5, 9), vocab_size=read.vocabulary.size)
-    torch.testing.assert_close(build_model(read)(row)["logit_S"], risk_model()(row)["logit_S"], rtol=0, atol=0)
+    torch.testing.assert_close(build_model(read)(row)["logit_ST"], risk_model()(row)["logit_ST"], rtol=0, atol=0)
 
 
 def test_a_run_folder_stands_for_its_bundle(bundle: Path) -> None:
@@ -176,6 +176,36 @@ def test_weights_that_do_not_fit_the_configuration_are_refused_in_one_line(bundl
     with pytest.raises(UserError, match=r"do not fit its own config\.yaml") as caught:
         build_model(read_bundle(bundle))
     assert "\n" not in str(caught.value)
+
+
+def several_heads() -> RiskModel:
+    torch.manual_seed(0)
+    tasks = ["readmission", "length_of_stay", "stay"]
+    return RiskModel(MODEL, make_vocabulary().size, tasks, in_days=["length_of_stay"]).eval()
+
+
+def test_a_bundle_of_several_tasks_gives_each_alone(bundle: Path) -> None:
+    model = several_heads()
+    write(bundle, tasks=list(model.heads), in_days=["length_of_stay"], state=model.state_dict())
+    read = read_bundle(bundle)
+    row = random_row((5, 9), vocab_size=read.vocabulary.size)
+    logit_ST, log_days_ST = model.outputs(model.patient(row)[0])
+    for number, task in enumerate(model.heads):
+        alone = read.for_task(task)
+        assert alone.tasks == [task] and alone.fingerprint == read.fingerprint
+        said = build_model(alone)(row)
+        torch.testing.assert_close(said["logit_ST"][:, 0], logit_ST[:, number], rtol=0, atol=0)
+        torch.testing.assert_close(said["log_days_ST"][:, 0], log_days_ST[:, number], rtol=0, atol=0, equal_nan=True)
+        assert said["log_days_ST"].isnan().all() == (task != "length_of_stay")
+    with pytest.raises(UserError, match=r"^the bundle predicts readmission, length_of_stay, stay, not task=mortality$"):
+        read.for_task("mortality")
+
+
+def test_a_bundle_of_before_there_were_days_is_read(bundle: Path) -> None:
+    tree = yaml.safe_load((bundle / "config.yaml").read_text())
+    del tree["in_days"]
+    (bundle / "config.yaml").write_text(yaml.safe_dump(tree))
+    assert read_bundle(bundle).in_days == [] and read_bundle(bundle).tasks == ["readmission"]
 
 
 def test_settings_are_plain_values(bundle: Path) -> None:

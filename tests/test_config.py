@@ -9,8 +9,20 @@ from typing import Any
 import pytest
 import yaml
 
-from hymate.config import CONFIGS, ConfigError, ModelConfig, ObjectiveConfig, TrainConfig, load
+from hymate.config import (
+    CONFIGS,
+    ConfigError,
+    ModelConfig,
+    ObjectiveConfig,
+    TaskConfig,
+    TrainConfig,
+    build,
+    load,
+    to_tree,
+)
+from hymate.predict import PredictConfig
 from hymate.training.pretraining import PretrainConfig
+from hymate.training.search import TuneConfig
 
 PATH = "data.path=somewhere"
 GROUPS = {"model": ModelConfig, "objective": ObjectiveConfig, "train": TrainConfig}
@@ -80,6 +92,59 @@ def test_a_required_key_left_out_is_named() -> None:
 def test_forecasting_refuses_a_bidirectional_model() -> None:
     with pytest.raises(ConfigError, match=r"needs model\.bidirectional=false"):
         pretrain_config("objective=both", "model.bidirectional=true")
+
+
+def tune_config(*overrides: str) -> TuneConfig:
+    return load("tune", [PATH, "init=null", *overrides], TuneConfig)
+
+
+def test_one_task_is_spelt_with_or_without_brackets() -> None:
+    plain, listed = (tune_config(task, "task.labels=DIR") for task in ("task=mortality", "task=[mortality]"))
+    assert plain == listed
+    assert isinstance(plain.task, TaskConfig) and plain.task.labels == "DIR" and plain.run.name == "tune-mortality"
+
+
+def test_several_tasks_are_sections_by_name() -> None:
+    predicate = "definition.predicates.hospital_admission.code.regex"
+    config = tune_config(
+        "task=[readmission,mortality,length_of_stay]",
+        "task.mortality.labels=DIR",
+        f'task.readmission.{predicate}="^ADM.*"',
+        "task.length_of_stay.longer_than_days=3",
+    )
+    assert config.run.name == "tune-readmission-mortality-length_of_stay"
+    assert [task.name for task in config.tasks] == ["readmission", "mortality", "length_of_stay"]
+    assert [task.labels for task in config.tasks] == [None, "DIR", None]
+    assert [task.longer_than_days for task in config.tasks] == [None, None, 3.0]
+    regex = [task.definition["predicates"]["hospital_admission"]["code"]["regex"] for task in config.tasks]
+    assert regex == ["^ADM.*", *["^HOSPITAL_ADMISSION//.*"] * 2]
+    assert build(TuneConfig, to_tree(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ([], "task"),
+        (["task=[]"], "name at least one task"),
+        (["task=[mortality,mortality]"], "each of them once"),
+        (["task=[mortality,death]"], "task/death"),
+        (["task=[readmission,mortality]", "task.labels=DIR"], "labels"),
+        (["task=[readmission,mortality]", "task.mortality.lables=DIR"], "lables"),
+        (["task=[readmission,mortality]", "task.mortality.name=readmission"], "different names"),
+        (["task=[readmission,mortality]", "task.mortality.longer_than_days=-1"], "longer_than_days must be positive"),
+    ],
+)
+def test_a_mistake_in_the_tasks_is_one_line(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=r"^[^\n]*$") as caught:
+        tune_config(*overrides)
+    assert message in str(caught.value)
+
+
+def test_prediction_takes_one_task() -> None:
+    given = ["bundle=B", "data.path=D", "out=p.parquet"]
+    assert load("predict", [*given, "task=[mortality]"], PredictConfig).task.name == "mortality"
+    with pytest.raises(ConfigError, match="this command takes one: give task=NAME"):
+        load("predict", [*given, "task=[mortality,readmission]"], PredictConfig)
 
 
 def test_the_command_is_documented_where_it_is_configured() -> None:

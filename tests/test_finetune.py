@@ -121,7 +121,7 @@ def test_the_bundle_brings_model_vocabulary_and_rare_code_rule(data: Path, pretr
 @pytest.mark.parametrize("frozen", [False, True])
 def test_backbone_and_head_have_their_own_learning_rates(data: Path, pretrained: Path, frozen: bool) -> None:
     start = starting_point(DataConfig(str(data), min_count=1), None, str(pretrained))
-    trial = TrialConfig("readmission", start.data, start.model, TrainConfig(), 1e-4, 1e-3, frozen)
+    trial = TrialConfig(["readmission"], [], start.data, start.model, TrainConfig(), 1e-4, 1e-3, frozen)
     model = risk_model(start, trial)
     for name, weight in model.backbone.state_dict().items():
         assert torch.equal(weight, start.state[f"backbone.{name}"])
@@ -245,9 +245,9 @@ def test_the_bundle_gives_the_predictions_that_were_scored(run: Path, data: Path
     assert bundle.tasks == ["readmission"] and bundle.data.context == 32
     histories = Histories.open(data)
     examples = labelled_examples(histories, read_labels(data / "labels" / "readmission"), "held_out")
-    probability, _ = predict(bundle, histories, examples)
+    outputs, _ = predict(bundle, histories, examples)
     written = pq.read_table(run / "predictions.parquet")
-    assert prediction_table(examples, probability).equals(written)
+    assert prediction_table(examples, outputs.probability_ET[:, 0]).equals(written)
     found = json.loads((run / "results.json").read_text())
     label, prob = (written[name].to_numpy() for name in ("boolean_value", "predicted_boolean_probability"))
     pairs = (prob[label][:, None] > prob[~label]) + 0.5 * (prob[label][:, None] == prob[~label])

@@ -22,7 +22,7 @@ from hymate.batch import UNKNOWN_ID, Batch
 from hymate.config import UserError
 from hymate.data import loader
 from hymate.data.histories import HISTORY_SCHEMA, INDEX_SCHEMA, Histories, History
-from hymate.data.loader import Cursor, Examples, Rows, labelled_examples, pretraining_examples
+from hymate.data.loader import Cursor, Examples, Rows, labelled_examples, pretraining_examples, united
 from hymate.data.packing import pack
 from hymate.data.statistics import NUM_KNOTS, VOCABULARY_SCHEMA
 from hymate.data.vocabulary import Vocabulary
@@ -190,7 +190,7 @@ def test_a_row_holds_what_the_histories_say(histories: Histories, vocabulary: Vo
             truth = truth_of[history.subject_id]
             np.testing.assert_equal(batch.age_years_S[s].item(), np.float32(age))
             np.testing.assert_equal(batch.lag_hours_S[s].item(), np.float32((end - time[-1]) / HOUR))
-            np.testing.assert_equal(batch.label_S[s].item(), np.float32(np.nan if truth is None else truth))
+            np.testing.assert_equal(batch.label_ST[s].item(), np.float32(np.nan if truth is None else truth))
     assert sorted(seen) == list(range(len(examples)))
 
 
@@ -201,13 +201,13 @@ def test_types_are_those_of_the_batch(rows: Rows) -> None:
     for name in ("segment_L", "static_segment_F"):
         assert getattr(batch, name).dtype == torch.int32
     floats = ("value_L", "quantile_L", "time_hours_L", "gap_hours_L", "static_value_F", "static_quantile_F")
-    for name in (*floats, "age_years_S", "lag_hours_S", "label_S"):
+    for name in (*floats, "age_years_S", "lag_hours_S", "label_ST", "days_ST", "share_T"):
         assert getattr(batch, name).dtype == torch.float32
 
 
 def test_pretraining_has_no_label_and_ends_with_the_last_event(histories: Histories, rows: Rows) -> None:
     for batch, _ in rows.once(0, 1):
-        assert batch.label_S.isnan().all() and not batch.lag_hours_S.any()
+        assert batch.label_ST.shape == (batch.num_segments, 0) and not batch.lag_hours_S.any()
         for s, example in enumerate(batch.example_S.tolist()):
             (history,) = histories.read(rows.examples.position_E[[example]])
             known = history.birth_time is not None
@@ -293,6 +293,48 @@ def test_examples_do_not_depend_on_the_order_of_labels(histories: Histories) -> 
 def test_labels_without_truth_are_scored_too(histories: Histories) -> None:
     examples = labelled_examples(histories, label_table([int(histories.index["subject_id"][0])], [50]), "train")
     assert np.isnan(examples.label_E).all()
+
+
+def day_table(table: pa.Table, days: Sequence[float | None]) -> pa.Table:
+    return table.append_column("float_value", pa.array(days, pa.float32()))
+
+
+def test_examples_of_several_tasks_are_the_union_of_their_times(histories: Histories) -> None:
+    a, b = histories.index["subject_id"][histories.rows_of("train")][:2].tolist()
+    readmission = label_table([b, a, a], [60, 90, 50], [False, True, False])
+    stay = day_table(label_table([a, b, b], [50, 40, 60], [True, False, True]), [8.5, 2.0, None])
+    examples = united([labelled_examples(histories, table, "train") for table in (readmission, stay)])
+    nan = np.nan
+    expected = {(a, 50): (0, 1, 8.5), (a, 90): (1, nan, nan), (b, 40): (nan, 0, 2.0), (b, 60): (0, 1, nan)}
+    hours = ((examples.prediction_time_E - 30 * YEAR) / HOUR).astype(int).tolist()
+    assert list(zip(examples.subject_id_E.tolist(), hours, strict=True)) == list(expected)
+    found_E3 = np.column_stack([examples.label_ET, examples.days_ET[:, 1]])
+    np.testing.assert_array_equal(found_E3, np.array(list(expected.values())))
+    assert np.isnan(examples.days_ET[:, 0]).all()
+    for example, history in enumerate(histories.read(examples.position_E)):
+        assert examples.stop_E[example] == np.sum(history.time <= examples.prediction_time_E[example])
+
+
+def test_the_union_of_one_task_is_that_task(histories: Histories) -> None:
+    ids = histories.index["subject_id"][histories.rows_of("train")].tolist()
+    labels = label_table([*ids, ids[0], ids[0]], [50] * (len(ids) + 2), [True] * len(ids) + [False, True])
+    one = labelled_examples(histories, labels, "train")
+    assert (one.position_E == 0).sum() == 3  # several labels at one time are as many examples
+    again = dataclasses.replace(united([one]), dropped=one.dropped)
+    for name, values in dataclasses.asdict(again).items():
+        np.testing.assert_array_equal(values, getattr(one, name))
+
+
+def test_rows_carry_the_labels_of_all_tasks(histories: Histories, vocabulary: Vocabulary) -> None:
+    ids = histories.index["subject_id"][histories.rows_of("train")].tolist()
+    always = label_table(ids, [90] * len(ids), [True] * len(ids))
+    often = day_table(label_table(ids[::3], [90] * len(ids[::3]), [False] * len(ids[::3])), list(range(len(ids[::3]))))
+    parts = [labelled_examples(histories, table, "train") for table in (always, often)]
+    examples = united(parts)
+    for batch, _ in make_rows(histories, vocabulary, examples, crop="last").once(0, 1):
+        np.testing.assert_array_equal(batch.label_ST, examples.label_ET[batch.example_S])
+        np.testing.assert_array_equal(batch.days_ST, examples.days_ET[batch.example_S])
+        np.testing.assert_allclose(batch.share_T, [1, len(parts[1]) / len(parts[0])], rtol=1e-6)
 
 
 @pytest.mark.parametrize("split", ["train", "no_such_split"])

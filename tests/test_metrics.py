@@ -147,6 +147,62 @@ def test_intervals_depend_on_the_seed_alone_and_not_on_the_chunks(monkeypatch: p
     assert metrics.intervals(*data, num_samples=50) == whole
 
 
+# ---------------------------------------------------------------------------------------------------------- days
+
+# few distinct lengths and predictions, so that ties are common; the third is how often a label counts
+lengths = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 6), st.integers(0, 3)), min_size=1, max_size=25)
+
+
+@settings(deadline=None, max_examples=100)
+@given(lengths)
+def test_concordance_equals_a_count_of_all_pairs(rows: list[tuple[int, int, int]]) -> None:
+    concordant = pairs = 0.0
+    for days, predicted, times in rows:
+        for other_days, other_predicted, other_times in rows:
+            if days < other_days:
+                pairs += times * other_times
+                concordant += (
+                    times * other_times * (1.0 if predicted < other_predicted else 0.5 * (predicted == other_predicted))
+                )
+    days_N, predicted_N, times_N = (np.array(column, dtype=float) for column in zip(*rows, strict=True))
+    found = metrics._concordance(days_N, predicted_N, times_N[None])[0]
+    np.testing.assert_allclose(found, concordant / pairs if pairs else np.nan, atol=1e-12)
+    repeated = np.repeat(np.arange(len(rows)), times_N.astype(int))
+    of_repeated = metrics.concordance(days_N[repeated], predicted_N[repeated])
+    assert of_repeated is None if not pairs else of_repeated == pytest.approx(concordant / pairs, abs=1e-12)
+
+
+def test_concordance_with_two_lengths_is_the_auroc() -> None:
+    label, prob, _ = cohort(300, 1)
+    assert metrics.concordance(label, prob) == pytest.approx(roc_auc_score(label, prob))
+
+
+def test_scores_of_days_by_hand() -> None:
+    found = metrics.day_scores([1, 2, 9], [2, 2, 5], [1, 2, 3])
+    assert found["mae"]["value"] == pytest.approx(5 / 3)
+    assert found["mae_of_median"] == pytest.approx(8 / 3)
+    assert found["concordance"]["value"] == pytest.approx(2.5 / 3)
+    assert json.loads(json.dumps(found)) == found
+    same = metrics.day_scores([3, 3], [1, 2], [1, 2])
+    assert same["concordance"] == {"value": None, "ci": None} and same["mae"]["value"] == 1.5
+    nothing = metrics.day_scores([], [], [])
+    assert nothing["mae"]["value"] is nothing["mae_of_median"] is nothing["concordance"]["value"] is None
+
+
+def test_intervals_of_days_resample_patients_not_labels() -> None:
+    rng = np.random.default_rng(0)
+    days = rng.lognormal(1, 1, size=100)
+    predicted = days * rng.lognormal(0, 0.5, size=100)
+    one = metrics.day_scores(days, predicted, np.arange(100))
+    ten = metrics.day_scores(*(np.repeat(column, 10) for column in (days, predicted, np.arange(100))))
+    for name in ("mae", "concordance"):
+        assert ten[name]["ci"] == pytest.approx(one[name]["ci"])
+        assert one[name]["ci"][0] < one[name]["value"] < one[name]["ci"][1]
+    # the standard error of a mean
+    error = np.abs(days - predicted).std() / 10
+    assert (one["mae"]["ci"][1] - one["mae"]["ci"][0]) / (2 * 1.96 * error) == pytest.approx(1, abs=0.15)
+
+
 def test_scores_are_plain_json() -> None:
     label, prob, subject = cohort(20, 3)
     result = metrics.scores(label, prob.astype(np.float32), subject)

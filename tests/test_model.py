@@ -8,7 +8,9 @@ import pytest
 import torch
 from rows import random_row, segment_of
 from torch import Tensor
+from torch.nn import functional as F
 
+from hymate.batch import Batch
 from hymate.config import ModelConfig, ObjectiveConfig, UserError
 from hymate.model import (
     FusionPooling,
@@ -48,12 +50,12 @@ def in_double(batch):
 def test_packed_equals_alone_forward_and_gradients(name: str) -> None:
     model = risk_model(name)
     row = in_double(random_row(LENGTHS, vocab_size=VOCAB))
-    packed = model(row)["logit_S"]
+    packed = model(row)["logit_ST"][:, 0]
     weights = torch.arange(1.0, len(LENGTHS) + 1, dtype=packed.dtype)
     (packed * weights).sum().backward()
     gradients = {n: p.grad.clone() for n, p in model.named_parameters()}
     model.zero_grad()
-    alone = torch.cat([model(segment_of(row, s))["logit_S"] for s in range(len(LENGTHS))])
+    alone = torch.cat([model(segment_of(row, s))["logit_ST"][:, 0] for s in range(len(LENGTHS))])
     (alone * weights).sum().backward()
     torch.testing.assert_close(packed, alone, rtol=1e-5, atol=1e-5)  # logits are float32
     for n, p in model.named_parameters():
@@ -165,6 +167,78 @@ def test_activation_checkpointing_changes_no_gradient() -> None:
         model(row)["loss"].backward()
         gradients.append([p.grad for p in model.parameters()])
     torch.testing.assert_close(gradients[0], gradients[1])
+
+
+# ------------------------------------------------------------------------------------------------ several tasks
+
+TASKS = ("readmission", "mortality", "length_of_stay")
+
+
+def several_tasks(row: Batch, seed: int = 0) -> Batch:
+    """Labels of TASKS, some missing, the last in days; share_T is what there is in the row."""
+    g = torch.Generator().manual_seed(seed)
+    shape = (row.num_segments, len(TASKS))
+    label_ST = (torch.rand(shape, generator=g) < 0.5).float()
+    label_ST[torch.rand(shape, generator=g) < 0.3] = torch.nan
+    days_ST = torch.full(shape, torch.nan)
+    days_ST[:, 2] = torch.where(label_ST[:, 2].isnan(), torch.nan, 20 * torch.rand(shape[0], generator=g))
+    return replace(row, label_ST=label_ST, days_ST=days_ST, share_T=(~label_ST.isnan()).float().mean(0))
+
+
+def several_heads() -> RiskModel:
+    torch.manual_seed(0)
+    return RiskModel(CONFIGS["mamba2"], VOCAB, TASKS, in_days=["length_of_stay"])
+
+
+def test_the_loss_of_several_tasks_is_the_mean_of_their_own() -> None:
+    model = several_heads()
+    row = several_tasks(random_row((7, 1, 23, 40, 9, 12, 5), vocab_size=VOCAB))
+    logit_ST, log_days_ST = model.outputs(model.patient(row)[0])
+    losses = []
+    for task in range(len(TASKS)):
+        at = ~row.label_ST[:, task].isnan()
+        assert 0 < at.sum() < len(at)
+        loss = F.binary_cross_entropy_with_logits(logit_ST[at, task], row.label_ST[at, task])
+        if task == 2:
+            loss = loss + F.smooth_l1_loss(log_days_ST[at, 2], torch.log(1 + row.days_ST[at, 2]))
+        losses.append(loss)
+    torch.testing.assert_close(model(row)["loss"], torch.stack(losses).mean())
+    assert log_days_ST[:, :2].isnan().all()
+
+
+def test_one_task_of_several_is_the_model_of_that_task_alone() -> None:
+    model = several_heads()
+    row = several_tasks(random_row(LENGTHS, vocab_size=VOCAB))
+    for task, name in enumerate(TASKS):
+        alone = RiskModel(CONFIGS["mamba2"], VOCAB, [name], in_days=["length_of_stay"])
+        state = {k: v for k, v in model.state_dict().items() if not k.startswith("heads.") or name in k}
+        alone.load_state_dict(state)
+        torch.testing.assert_close(alone(row_of(row, task))["logit_ST"][:, 0], model(row)["logit_ST"][:, task])
+
+
+def row_of(row: Batch, task: int) -> Batch:
+    only = slice(task, task + 1)
+    return replace(row, label_ST=row.label_ST[:, only], days_ST=row.days_ST[:, only], share_T=row.share_T[only])
+
+
+def test_a_task_without_labels_in_a_row_gives_its_head_no_gradient() -> None:
+    model = several_heads()
+    row = several_tasks(random_row(LENGTHS, vocab_size=VOCAB))
+    row.label_ST[:, 1:] = row.days_ST[:, 1:] = torch.nan
+    row.label_ST[:, 0] = 1.0
+    model(row)["loss"].backward()
+    of_head = {name: torch.cat([p.grad.flatten() for p in model.heads[name].parameters()]) for name in TASKS}
+    assert of_head["readmission"].abs().max() > 0
+    assert not of_head["mortality"].any() and not of_head["length_of_stay"].any()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.backbone.parameters())
+
+
+def test_a_label_weighs_the_same_in_whatever_row_it_stands() -> None:
+    """Rows of a step, each weighed by its segments, give the loss of all of them in one row."""
+    model = several_heads()
+    row = several_tasks(random_row((7, 1, 23, 40, 9, 12, 5), vocab_size=VOCAB))
+    alone = [model(segment_of(row, s))["loss"] for s in range(row.num_segments)]
+    torch.testing.assert_close(torch.stack(alone).mean(), model(row)["loss"])
 
 
 def test_backbone_moves_from_pretraining_to_the_risk_model() -> None:

@@ -12,7 +12,7 @@ import torch
 from meds_evaluation.schema import PredictionSchema
 from small_cohort import SIZES, prepare_small, write_meds
 
-from hymate.bundle import write_bundle
+from hymate.bundle import read_bundle, write_bundle
 from hymate.config import DataConfig, ModelConfig, UserError, load
 from hymate.data.meds import read_labels, write_parquet
 from hymate.data.vocabulary import Vocabulary
@@ -94,6 +94,34 @@ def test_the_share_of_unknown_codes_is_told(
     predicted(bundle, data, tmp_path / "p.parquet")
     share = float(capsys.readouterr().out.split("%")[0])
     assert 28 < share < 38  # one of three equally frequent codes
+
+
+def test_the_task_names_the_head_and_days_have_a_file_of_their_own(data: Path, bundle: Path, tmp_path: Path) -> None:
+    one = read_bundle(bundle)
+    torch.manual_seed(1)
+    tasks, in_days = ["readmission", "length_of_stay"], ["length_of_stay"]
+    model = RiskModel(MODEL, one.vocabulary.size, tasks, in_days)
+    model.load_state_dict(one.state, strict=False)  # all but the second head
+    settings = {"model": MODEL, "data": one.data, "vocabulary": one.vocabulary}
+    write_bundle(tmp_path / "two", model.state_dict(), kind="risk", tasks=tasks, in_days=in_days, **settings)
+    same = predicted(tmp_path / "two", data, tmp_path / "a.parquet")
+    assert same.equals(predicted(bundle, data, tmp_path / "b.parquet"))
+    assert not (tmp_path / "a-days.parquet").exists()
+
+    labels = read_labels(data / "labels" / "readmission")
+    days = pa.array(np.linspace(0, 20, len(labels)), pa.float32())
+    write_parquet(labels.append_column("float_value", days), tmp_path / "labels" / "0.parquet")
+    given = ["task=length_of_stay", f"task.labels={tmp_path / 'labels'}"]
+    for context in ("bundle", "all"):
+        stay = predicted(tmp_path / "two", data, tmp_path / f"{context}.parquet", *given, f"context={context}")
+        PredictionSchema.validate(stay)
+        table = pq.read_table(tmp_path / f"{context}-days.parquet")
+        assert table.column_names == ["subject_id", "prediction_time", "float_value", "predicted_float_value"]
+        assert table.select(["subject_id", "prediction_time"]).equals(stay.select(["subject_id", "prediction_time"]))
+        assert sorted(table["float_value"].to_pylist()) == pytest.approx(days.to_pylist())
+        predicted_days = table["predicted_float_value"].to_numpy()
+        assert (predicted_days >= 0).all() and len(np.unique(predicted_days)) > 100
+        assert not np.allclose(stay["predicted_boolean_probability"], same["predicted_boolean_probability"])
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -13,8 +14,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from small_cohort import write_meds
+
+from hymate.bundle import read_bundle
+from hymate.metrics import auroc
 
 ROOT = Path(__file__).resolve().parent.parent
 # not run by test_readme_commands_run: make test is what runs this file, make demo is below, jobs are in test_jobs.py,
@@ -66,6 +71,31 @@ def test_readme_commands_run(place: Path) -> None:
     assert len(ran) >= 9
     assert (place / "runs" / "mortality" / "report.md").is_file()
     assert (place / "predictions.parquet").is_file()
+    check_tasks(place / "runs" / "tune-readmission-mortality-length_of_stay")
+
+
+def check_tasks(run: Path) -> None:
+    """A run of three tasks left a head, scores and predictions for each."""
+    tasks = ["readmission", "mortality", "length_of_stay"]
+    found = json.loads((run / "results.json").read_text())
+    assert [part["task"] for part in found["tasks"]] == tasks and "auroc" not in found
+    scored = ["auroc", "auprc"]
+    best = found["trials"][found["best_trial"]]["best"]
+    means = []
+    for part in found["tasks"]:
+        own = [*scored, "concordance"] if part["task"] == "length_of_stay" else scored
+        means.append(sum(best[f"{part['task']}/{name}"] for name in own) / len(own))
+        table = pq.read_table(run / "predictions" / f"{part['task']}.parquet")
+        label, prob = (table[name].to_numpy() for name in ("boolean_value", "predicted_boolean_probability"))
+        assert len(label) == part["num_labels"] and part["auroc"]["value"] == pytest.approx(auroc(label, prob))
+        assert ("days" in part) == (part["task"] == "length_of_stay")
+    assert best["mean"] == pytest.approx(sum(means) / 3)
+    days = pq.read_table(run / "predictions" / "length_of_stay-days.parquet")
+    error = np.abs(days["float_value"].to_numpy() - days["predicted_float_value"].to_numpy())
+    assert found["tasks"][2]["days"]["mae"]["value"] == pytest.approx(error.mean(), rel=1e-5)
+    report, bundle = (run / "report.md").read_text(), read_bundle(run)
+    assert all(f"| {task} | held_out |" in report for task in tasks) and "| length_of_stay | " in report
+    assert (bundle.tasks, bundle.in_days) == (tasks, ["length_of_stay"])
 
 
 def test_the_demo_ends_in_a_table(tmp_path: Path) -> None:
@@ -105,7 +135,7 @@ def write_challenge(folder: Path, num_stays: int) -> None:
 
 
 def add_admissions(meds: Path) -> None:
-    """Hospital stays for the README's readmission task, in place of the label folder; a third come back."""
+    """Hospital stays for the README's tasks, in place of the label folder; a third come back, a quarter die."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -120,9 +150,9 @@ def add_admissions(meds: Path) -> None:
             first.setdefault(event["subject_id"], event["time"])
         for subject, time in first.items():
             start = int(time.timestamp() * 1_000_000)
-            back = 10 if subject % 3 == 0 else 60
-            days = {0: "ADMISSION//EMERGENCY", 5: "DISCHARGE//HOME", 5 + back: "ADMISSION//EMERGENCY"}
-            days |= {8 + back: "DISCHARGE//HOME", 400: "VISIT"}
+            stay, back = 5 + subject % 5, 10 if subject % 3 == 0 else 60
+            days = {0: "ADMISSION//EMERGENCY", stay: "DISCHARGE//HOME", stay + back: "ADMISSION//EMERGENCY"}
+            days |= {stay + back + 3: "DISCHARGE//DIED" if subject % 4 == 0 else "DISCHARGE//HOME", 400: "VISIT"}
             for day, kind in days.items():
                 code = kind if kind == "VISIT" else f"HOSPITAL_{kind}"
                 events.append({"subject_id": subject, "time": start + day * day_us, "code": code})

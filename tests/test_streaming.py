@@ -66,11 +66,18 @@ CODES = [*LABS, "OTHER"]
 
 def model_of(config: ModelConfig, vocabulary: Vocabulary, dtype: torch.dtype = torch.float64) -> RiskModel:
     torch.manual_seed(0)
-    return RiskModel(config, vocabulary.size, ["readmission"]).to(dtype).eval()
+    return RiskModel(config, vocabulary.size, ["readmission", "length_of_stay"], ["length_of_stay"]).to(dtype).eval()
 
 
-def one_pass(model: RiskModel, vocabulary: Vocabulary, history: History, prediction_time_us: int) -> float:
-    """The logit of the ordinary forward pass over the events up to a time, as one packed row."""
+def outputs(streaming: StreamingModel, state: PatientState, history: History, prediction_time_us: int) -> list[float]:
+    """Both tasks' logits, and the days of the second."""
+    logit_T, log_days_T = streaming.outputs(state, history, prediction_time_us)
+    assert np.isnan(log_days_T[0])
+    return [*logit_T.tolist(), float(log_days_T[1])]
+
+
+def one_pass(model: RiskModel, vocabulary: Vocabulary, history: History, prediction_time_us: int) -> list[float]:
+    """The same by the ordinary forward pass over the events up to a time, as one packed row."""
     n = int(np.searchsorted(history.time, prediction_time_us, side="right"))
     dtype = next(model.parameters()).dtype
     id_L, static_id_F = (
@@ -99,10 +106,13 @@ def one_pass(model: RiskModel, vocabulary: Vocabulary, history: History, predict
         age_years_S=torch.tensor([(prediction_time_us - history.birth_time) / US_PER_YEAR]),
         lag_hours_S=torch.tensor([(prediction_time_us - time[-1]) / US_PER_HOUR]),
         example_S=torch.zeros(1, dtype=torch.int64),
-        label_S=torch.ones(1),
+        label_ST=torch.ones(1, 2),
+        days_ST=torch.full((1, 2), torch.nan),
+        share_T=torch.ones(2),
     )
     with torch.no_grad():
-        return float(model(batch)["logit_S"])
+        said = model(batch)
+    return [*said["logit_ST"][0].tolist(), float(said["log_days_ST"][0, 1])]
 
 
 def in_pieces(
@@ -124,7 +134,7 @@ def test_chunks_equal_one_pass(name: str, chunk_events: int, vocabulary: Vocabul
     now = int(history.time[-1]) + 3 * US_PER_HOUR
     streaming = StreamingModel(model, vocabulary, CODES, chunk_events)
     state = streaming.append(None, streaming.events(history))
-    assert streaming.logit(state, history, now) == pytest.approx(one_pass(model, vocabulary, history, now), abs=1e-6)
+    assert outputs(streaming, state, history, now) == pytest.approx(one_pass(model, vocabulary, history, now), abs=1e-6)
 
 
 @settings(max_examples=25, deadline=None)
@@ -144,8 +154,8 @@ def test_any_pieces_leave_the_state_of_one_pass(
     parts = in_pieces(model, vocabulary, history, [min(cut, length) for cut in cuts], chunk_events)
     torch.testing.assert_close(dataclasses.asdict(parts), dataclasses.asdict(whole), rtol=1e-8, atol=1e-8)
     now = int(history.time[-1])
-    logit = StreamingModel(model, vocabulary, CODES).logit(parts, history, now)
-    assert logit == pytest.approx(one_pass(model, vocabulary, history, now), abs=1e-6)
+    said = outputs(StreamingModel(model, vocabulary, CODES), parts, history, now)
+    assert said == pytest.approx(one_pass(model, vocabulary, history, now), abs=1e-6)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -160,7 +170,7 @@ def test_a_known_history_goes_on_with_its_new_events(name: str, vocabulary: Voca
         for hours_later in (0, 5):
             now = int(so_far.time[-1]) + hours_later * US_PER_HOUR
             expected = one_pass(model, vocabulary, so_far, now)
-            assert streaming.logit(state, history, now) == pytest.approx(expected, abs=1e-6)
+            assert outputs(streaming, state, history, now) == pytest.approx(expected, abs=1e-6)
         start = stop
 
 
@@ -179,8 +189,8 @@ def test_single_precision_differs_by_rounding(name: str, vocabulary: Vocabulary)
     history, model = a_history(1500), model_of(CONFIGS[name], vocabulary, torch.float32)
     now = int(history.time[-1])
     state = in_pieces(model, vocabulary, history, [1, 400], chunk_events=64)
-    logit = StreamingModel(model, vocabulary, CODES).logit(state, history, now)
-    assert logit == pytest.approx(one_pass(model, vocabulary, history, now), abs=2e-5)
+    said = outputs(StreamingModel(model, vocabulary, CODES), state, history, now)
+    assert said == pytest.approx(one_pass(model, vocabulary, history, now), abs=2e-5)
 
 
 @pytest.mark.parametrize("name", ["deep", "mamba1 hybrid", "mamba2"])
@@ -228,4 +238,4 @@ def test_events_out_of_order_are_refused(vocabulary: Vocabulary) -> None:
         with pytest.raises(UserError, match="order of their times"):
             streaming.append(state, wrong)
     with pytest.raises(UserError, match="must not lie before"):
-        streaming.logit(state, history, int(history.time[-1]) - 1)
+        streaming.outputs(state, history, int(history.time[-1]) - 1)

@@ -253,6 +253,27 @@ def test_label_folders_are_taken_as_they_are(tmp_path: Path) -> None:
     assert tasks.labels(tmp_path, task("readmission")) == given
 
 
+def test_days_of_given_labels_are_kept_where_the_task_has_them(tmp_path: Path) -> None:
+    def given(days: list[float | None] | None, *overrides: str) -> pa.Table:
+        columns = {
+            "subject_id": pa.array([1, 2], pa.int64()),
+            "prediction_time": pa.array([START, START], pa.timestamp("us")),
+            "boolean_value": pa.array([True, False]),
+        }
+        if days is not None:
+            columns["float_value"] = pa.array(days, pa.float32())
+        (tmp_path / "mine").mkdir(exist_ok=True)
+        pq.write_table(pa.table(columns), tmp_path / "mine" / "0.parquet")
+        return tasks.labels(tmp_path, task("length_of_stay", f"task.labels={tmp_path / 'mine'}", *overrides)).table
+
+    assert given([8.5, None])["float_value"].to_pylist() == [8.5, None]
+    assert "float_value" not in given([8.5, 2.0], "task.longer_than_days=null").column_names
+    assert "float_value" not in given(None, "task.longer_than_days=null").column_names
+    for days in (None, [8.5, -1.0]):
+        with pytest.raises(UserError, match=r"^[^\n]*need a float_value, the days[^\n]*longer_than_days[^\n]*$"):
+            given(days)
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

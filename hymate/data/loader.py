@@ -8,7 +8,7 @@ Shuffling keeps reads local. An epoch shuffles the row groups of the files, take
 block of about BLOCK_EVENTS events, and shuffles, packs and again shuffles inside the block. Going on in the middle of
 an epoch packs one block, not those before it.
 
-Legend, besides that of `hymate.batch`: E examples, P subjects in the dataset's index, G row groups.
+Legend, besides that of `hymate.batch`: E examples, N labels, P subjects in the dataset's index, G row groups.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -53,7 +53,8 @@ class Examples:
     position_E: int64, position of the history in the dataset's index.
     stop_E: int64, how many of its events may be used: those at or before the prediction time.
     prediction_time_E: int64, microseconds since 1970; NO_TIME in pretraining.
-    label_E: float32; NaN in pretraining and where the label is null.
+    label_ET: float32, 1 or 0; NaN where a task has no label at this time, and where its label is null.
+    days_ET: float32; NaN likewise, and for tasks without days.
     subject_id_E: int64.
     dropped: how many labels were left out, by reason.
     """
@@ -61,12 +62,23 @@ class Examples:
     position_E: np.ndarray
     stop_E: np.ndarray
     prediction_time_E: np.ndarray
-    label_E: np.ndarray
+    label_ET: np.ndarray
+    days_ET: np.ndarray
     subject_id_E: np.ndarray
     dropped: dict[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.position_E)
+
+    @property
+    def label_E(self) -> np.ndarray:
+        """The labels of the only task."""
+        return self.label_ET[:, _only_task(self)]
+
+    @property
+    def days_E(self) -> np.ndarray:
+        """The days of the only task."""
+        return self.days_ET[:, _only_task(self)]
 
 
 @dataclass(frozen=True)
@@ -79,7 +91,7 @@ class Cursor:
 
 
 def pretraining_examples(histories: Histories, split: str) -> Examples:
-    """Every history of `split` that has events, whole and without a label. UserError when there is none."""
+    """Every history of `split` that has events, whole and without tasks. UserError when there is none."""
     position_E = np.asarray(histories.rows_of(split), dtype=np.int64)
     stop_E = histories.index["num_events"][position_E].astype(np.int64)
     has_events = stop_E > 0
@@ -90,23 +102,24 @@ def pretraining_examples(histories: Histories, split: str) -> Examples:
         position_E=position_E,
         stop_E=stop_E,
         prediction_time_E=np.full(len(position_E), NO_TIME),
-        label_E=np.full(len(position_E), np.nan, dtype=np.float32),
+        label_ET=np.empty((len(position_E), 0), dtype=np.float32),
+        days_ET=np.empty((len(position_E), 0), dtype=np.float32),
         subject_id_E=histories.index["subject_id"][position_E],
         dropped={"without_events": int((~has_events).sum())},
     )
 
 
 def labelled_examples(histories: Histories, labels: pa.Table, split: str) -> Examples:
-    """The labels of `split`'s subjects, each with the events at or before its prediction time.
+    """A task's labels of `split`'s subjects, each with the events at or before its prediction time.
 
-    labels: MEDS labels (subject_id, prediction_time and, where known, boolean_value).
+    labels: MEDS labels (subject_id, prediction_time and, where known, boolean_value and the days as float_value).
     Dropped and counted: labels whose subject is not in the dataset (`unknown_subject`), and labels without any
     event up to the prediction time (`without_events`). Sorted by position and time, whatever the labels' order.
     Raises UserError when no label is left.
     """
     subject_id_N = labels["subject_id"].to_numpy().astype(np.int64)
     time_N = labels["prediction_time"].cast(pa.timestamp("us")).cast(pa.int64()).to_numpy()
-    label_N = _truth(labels)
+    label_N, days_N = _values(labels, "boolean_value"), _values(labels, "float_value")
 
     known = np.isin(subject_id_N, histories.index["subject_id"])
     position_N, in_split = _join(subject_id_N, histories, split)
@@ -126,9 +139,33 @@ def labelled_examples(histories: Histories, labels: pa.Table, split: str) -> Exa
         position_E=position_E[kept],
         stop_E=stop_E[kept],
         prediction_time_E=time_E[kept],
-        label_E=label_N[order][kept],
+        label_ET=label_N[order][kept][:, None],
+        days_ET=days_N[order][kept][:, None],
         subject_id_E=subject_id_N[order][kept],
         dropped=dropped,
+    )
+
+
+def united(parts: Sequence[Examples]) -> Examples:
+    """The examples of several tasks, one a part: each history and time of any of them is an example, with the labels of
+    all of them.
+
+    Where a task has several labels at one time, each is an example. Sorted as `labelled_examples` sorts; what the parts
+    have dropped is theirs to tell.
+    """
+    key_N3 = np.concatenate([_keys(part) for part in parts])
+    key_E3, first_E, example_N = np.unique(key_N3, axis=0, return_index=True, return_inverse=True)
+    label_ET, days_ET = (np.full((len(key_E3), len(parts)), np.nan, dtype=np.float32) for _ in range(2))
+    example_of = np.split(example_N.reshape(-1), np.cumsum([len(part) for part in parts])[:-1])
+    for task, (part, example_P) in enumerate(zip(parts, example_of, strict=True)):
+        label_ET[example_P, task], days_ET[example_P, task] = part.label_E, part.days_E
+    return Examples(
+        position_E=key_E3[:, 0],
+        stop_E=np.concatenate([part.stop_E for part in parts])[first_E],
+        prediction_time_E=key_E3[:, 1],
+        label_ET=label_ET,
+        days_ET=days_ET,
+        subject_id_E=np.concatenate([part.subject_id_E for part in parts])[first_E],
     )
 
 
@@ -157,6 +194,7 @@ class Rows:
         self.histories, self.vocabulary, self.examples = histories, vocabulary, examples
         self.tokens_per_row, self.seed, self.crop, self.weight_by = tokens_per_row, seed, crop, weight_by
         self._length_E = np.minimum(examples.stop_E, context)
+        self._share_T = torch.from_numpy(np.mean(~np.isnan(examples.label_ET), axis=0, dtype=np.float32))
         self._id_of_code = vocabulary.ids_of(histories.codes).astype(np.int64)
         self._groups = _GroupedExamples(histories, examples.position_E)
         self._events_seen = 0
@@ -295,7 +333,9 @@ class Rows:
             age_years_S=ages([history.birth_time for history in read], end_S),
             lag_hours_S=ratio(end_S - time_L[last_S], US_PER_HOUR),
             example_S=torch.from_numpy(example_S),
-            label_S=torch.from_numpy(self.examples.label_E[example_S]),
+            label_ST=torch.from_numpy(self.examples.label_ET[example_S]),
+            days_ST=torch.from_numpy(self.examples.days_ET[example_S]),
+            share_T=self._share_T,
             weight=weight,
             seed=int(_hash(self.seed, place.epoch, _SEED, place.block, np.array([place.row]))[0] >> np.uint64(1)),
         )
@@ -345,11 +385,25 @@ class _GroupedExamples:
         return np.split(group_G, np.flatnonzero(np.diff(block_G)) + 1)
 
 
-def _truth(labels: pa.Table) -> np.ndarray:
-    """boolean_value as float32 0 or 1, NaN where it is null or there is none."""
-    if "boolean_value" not in labels.column_names:
+def _only_task(examples: Examples) -> int:
+    assert examples.label_ET.shape[1] == 1, "these are the examples of several tasks"
+    return 0
+
+
+def _values(labels: pa.Table, name: str) -> np.ndarray:
+    """A column as float32 (booleans as 0 and 1), NaN where it is null or there is none."""
+    if name not in labels.column_names:
         return np.full(len(labels), np.nan, dtype=np.float32)
-    return labels["boolean_value"].cast(pa.uint8()).cast(pa.float32()).to_numpy()
+    values = labels[name].cast(pa.uint8()) if pa.types.is_boolean(labels[name].type) else labels[name]
+    return values.cast(pa.float32()).to_numpy()
+
+
+def _keys(examples: Examples) -> np.ndarray:
+    """(E, 3): position, time, and how many examples with both of them come before; the examples are sorted."""
+    place_E = np.arange(len(examples))
+    key_E2 = np.stack([examples.position_E, examples.prediction_time_E], axis=1)
+    start = np.flatnonzero((np.diff(key_E2, axis=0, prepend=-1) != 0).any(axis=1))
+    return np.column_stack([key_E2, place_E - np.repeat(start, np.diff(start, append=len(examples)))])
 
 
 def _join(subject_id_N: np.ndarray, histories: Histories, split: str) -> tuple[np.ndarray, np.ndarray]:

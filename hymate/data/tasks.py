@@ -73,11 +73,11 @@ def labels(root: Path, task: TaskConfig) -> LabelSet:
     redone when the definition or the data changed since. Raises UserError where there is no label to be had.
     """
     if task.labels is not None:
-        return _given(Path(task.labels), "task.labels")
+        return _given(Path(task.labels), "task.labels", task)
     folder = root / "labels" / task.name
     came_with_data = folder.is_dir() and not (folder / SUMMARY).exists()
     if came_with_data:
-        return _given(folder, f"task.name={task.name}")
+        return _given(folder, f"task.name={task.name}", task)
     if task.definition is None:
         raise UserError(f"task {task.name} has no labels in {folder}: give task.labels=FOLDER or a task.definition")
     shards = _shards(root)
@@ -88,7 +88,7 @@ def labels(root: Path, task: TaskConfig) -> LabelSet:
     return LabelSet(read_labels(folder), summary["counts"])
 
 
-def _given(folder: Path, key: str) -> LabelSet:
+def _given(folder: Path, key: str, task: TaskConfig) -> LabelSet:
     if not folder.is_dir():
         raise UserError(f"{key}: {folder} is not a folder: give a folder of MEDS label Parquet files")
     table = read_labels(folder)
@@ -96,6 +96,13 @@ def _given(folder: Path, key: str) -> LabelSet:
         raise UserError(f"{key}: labels in {folder} need a boolean_value without nulls")
     if not table.num_rows:
         raise UserError(f"{key}: {folder} holds no labels")
+    if task.longer_than_days is None:
+        table = table.select([name for name in table.column_names if name != "float_value"])
+    elif "float_value" not in table.column_names or (pc.min(table["float_value"]).as_py() or 0) < 0:
+        raise UserError(
+            f"{key}: labels in {folder} need a float_value, the days (0 or more, null where unknown), because "
+            f"longer_than_days of task {task.name} is set: set it to null to learn boolean_value alone"
+        )
     return LabelSet(table, _sizes(table))
 
 

@@ -1,9 +1,9 @@
-"""One fine-tuning trial: a pretrained backbone (or none), a new head, trained on labels and scored; no Ray."""
+"""One fine-tuning trial: a pretrained backbone (or none), a new head for each task, trained and scored; no Ray."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from hymate import metrics, predict
 from hymate.bundle import read_bundle
 from hymate.config import ConfigError, DataConfig, ModelConfig, TrainConfig
 from hymate.data.histories import Histories
-from hymate.data.loader import Examples, Rows, labelled_examples
+from hymate.data.loader import Examples, Rows, labelled_examples, united
 from hymate.data.vocabulary import Vocabulary
 from hymate.model import RiskModel, decay_groups, load_backbone
 from hymate.telemetry import Telemetry
@@ -42,10 +42,12 @@ class Start:
 class TrialConfig:
     """One point of the search space.
 
-    frozen: the backbone keeps its pretrained weights; pooling and head alone are trained.
+    in_days: those of the tasks that also predict days.
+    frozen: the backbone keeps its pretrained weights; pooling and heads alone are trained.
     """
 
-    task: str
+    tasks: list[str]
+    in_days: list[str]
     data: DataConfig
     model: ModelConfig
     train: TrainConfig
@@ -56,10 +58,10 @@ class TrialConfig:
 
 @dataclass(frozen=True)
 class Study:
-    """What the trials of a search share; metric: "mean" of AUROC and AUPRC on the tuning split, or either."""
+    """What the trials of a search share; labels: a table for each task; metric: one of `tuning_scores`."""
 
     start: Start
-    labels: pa.Table
+    labels: list[pa.Table]
     metric: str
     trials: list[TrialConfig]
     run_path: Path
@@ -90,7 +92,7 @@ def starting_point(data: DataConfig, model: ModelConfig | None, init: str | None
 def risk_model(start: Start, trial: TrialConfig) -> RiskModel:
     """The trial's model: new weights from the run's seed, then the pretrained backbone's over them."""
     torch.manual_seed(trial.train.seed)
-    model = RiskModel(trial.model, start.vocabulary.size, tasks=[trial.task])
+    model = RiskModel(trial.model, start.vocabulary.size, trial.tasks, trial.in_days)
     if start.state is not None:
         load_backbone(model, start.state)
     model.backbone.requires_grad_(not trial.frozen)
@@ -99,7 +101,7 @@ def risk_model(start: Start, trial: TrialConfig) -> RiskModel:
 
 
 def parameter_groups(model: RiskModel, trial: TrialConfig) -> list[dict[str, Any]]:
-    """AdamW groups: the backbone at its learning rate, pooling and head (new in every trial) at theirs."""
+    """AdamW groups: the backbone at its learning rate, pooling and heads (new in every trial) at theirs."""
     groups = []
     for part, lr in ((model.backbone, trial.backbone_lr), (model.pooling, trial.head_lr), (model.heads, trial.head_lr)):
         groups += [{**group, "lr": lr} for group in decay_groups(part, trial.train.weight_decay)]
@@ -120,12 +122,32 @@ def labelled_rows(start: Start, trial: TrialConfig, histories: Histories, exampl
     )
 
 
-def tuning_scores(label_E: np.ndarray, logit_E: np.ndarray) -> dict[str, float]:
-    """What a checkpoint is chosen by: AUROC, AUPRC, their mean, and the cross-entropy for the record."""
-    auroc, auprc = metrics.auroc(label_E, logit_E), metrics.auprc(label_E, logit_E)
-    assert auroc is not None and auprc is not None, "the tuning split has both classes"
-    loss = float(np.mean(np.logaddexp(0.0, np.where(label_E > 0.5, -logit_E, logit_E))))
-    return {"auroc": auroc, "auprc": auprc, "mean": (auroc + auprc) / 2, "loss": loss}
+def tuning_scores(examples: Examples, outputs: predict.Outputs, tasks: Sequence[str]) -> dict[str, float]:
+    """What a checkpoint is chosen by: AUROC, AUPRC, concordance where a task has days, and their mean; the
+    cross-entropy is for the record. Of several tasks the mean of each, and each task's own as "<task>/auroc".
+
+    Days count by their concordance, not by their error: like AUROC it is the chance that a pair is ranked rightly, so
+    that the mean is one of like quantities.
+    """
+    by_task = {task: _task_scores(examples, outputs, number) for number, task in enumerate(tasks)}
+    names = dict.fromkeys(name for scores in by_task.values() for name in scores)
+    overall = {name: float(np.mean([scores[name] for scores in by_task.values() if name in scores])) for name in names}
+    if len(tasks) > 1:
+        overall |= {f"{task}/{name}": value for task, scores in by_task.items() for name, value in scores.items()}
+    return overall
+
+
+def _task_scores(examples: Examples, outputs: predict.Outputs, task: int) -> dict[str, float]:
+    label_E, days_E = examples.label_ET[:, task], examples.days_ET[:, task]
+    at, timed = ~np.isnan(label_E), ~np.isnan(days_E)
+    label_N, logit_N = label_E[at], outputs.logit_ET[at, task]
+    scores = {"auroc": metrics.auroc(label_N, logit_N), "auprc": metrics.auprc(label_N, logit_N)}
+    if timed.any():
+        scores["concordance"] = metrics.concordance(days_E[timed], outputs.log_days_ET[timed, task])
+    known = {name: value for name, value in scores.items() if value is not None}
+    assert known.keys() == scores.keys(), "the tuning split has both classes and several lengths"
+    loss = float(np.mean(np.logaddexp(0.0, np.where(label_N > 0.5, -logit_N, logit_N))))
+    return {**known, "mean": sum(known.values()) / len(known), "loss": loss}
 
 
 def run_trial(
@@ -140,12 +162,13 @@ def run_trial(
 ) -> None:
     """Train one trial to its end, or until the caller's `report` stops it."""
     start, histories = study.start, Histories.open(trial.data.path)
-    training = labelled_examples(histories, study.labels, "train")
-    tuning = labelled_examples(histories, study.labels, "tuning")
+    training, tuning = (
+        united([labelled_examples(histories, table, split) for table in study.labels]) for split in ("train", "tuning")
+    )
     tuning_rows = labelled_rows(start, trial, histories, tuning)
 
     def evaluate(model: Any) -> dict[str, float]:
-        return tuning_scores(tuning.label_E, predict.score(model, tuning_rows, worker.device))
+        return tuning_scores(tuning, predict.score(model, tuning_rows, worker.device), trial.tasks)
 
     model = risk_model(start, trial)
     job = engine.Job(

@@ -22,6 +22,10 @@ RESULTS, REPORT = "results.json", "report.md"
 ENOUGH_POSITIVES, ENOUGH_SUBJECTS = 100, 200
 TABLE_WIDTH = 130  # of a stream that is no terminal
 
+SCORES = ("num_labels", "num_subjects", "prevalence", "auroc", "auprc", "brier", "ece", "days")
+DAYS = """\
+How long it lasts, in days. "Of the median" is the error of the best constant, which a model must beat to be of use;
+concordance is the chance that of two different lengths the longer one is predicted to be longer."""
 MEANING = {
     "triggers": "times at which the task's trigger occurs",
     "excluded": "its windows do not hold there",
@@ -52,16 +56,10 @@ class Outcome:
     error: str | None
 
 
-def collect(
-    task: TaskConfig,
-    scores: Mapping[str, Any],
-    label_set: LabelSet,
-    examples: Mapping[str, Examples],
-    metric: str,
-    outcomes: Sequence[Outcome],
-    best: Outcome,
+def of_task(
+    task: TaskConfig, scores: Mapping[str, Any], label_set: LabelSet, examples: Mapping[str, Examples]
 ) -> dict[str, Any]:
-    """The content of results.json. scores: `metrics.scores` on the held-out split."""
+    """What results.json says of a task. scores: `metrics.scores` on the held-out split."""
     found = {"task": task.name, "split": "held_out", **scores}
     positives = round((scores["prevalence"] or 0) * scores["num_labels"])
     if positives < ENOUGH_POSITIVES or scores["num_subjects"] < ENOUGH_SUBJECTS:
@@ -73,6 +71,12 @@ def collect(
         "labels": label_set.counts,
         "competing_rule": task.competing_rule,
         "splits": {split: _sizes(part) for split, part in examples.items()},
+    }
+
+
+def collect(parts: Sequence[dict[str, Any]], metric: str, outcomes: Sequence[Outcome], best: Outcome) -> dict[str, Any]:
+    """The content of results.json: what `of_task` says, of several tasks as a list under "tasks", and the trials."""
+    return (parts[0] if len(parts) == 1 else {"tasks": list(parts)}) | {
         "metric": metric,
         "best_trial": best.index,
         "trials": [
@@ -80,6 +84,22 @@ def collect(
             for outcome in outcomes
         ],
     }
+
+
+def parts_of(found: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """What `of_task` said of each task."""
+    return list(found.get("tasks", [found]))
+
+
+def held_out_scores(found: Mapping[str, Any]) -> dict[str, Any]:
+    """The scores in results.json, for the bundle; of several tasks by their names."""
+    scores = {part["task"]: {name: part[name] for name in SCORES if name in part} for part in parts_of(found)}
+    return scores if "tasks" in found else scores[found["task"]]
+
+
+def predictions_file(task: str, tasks: Sequence[str]) -> str:
+    """Where a run keeps a task's predictions: the MEDS prediction schema is for one task."""
+    return "predictions.parquet" if len(tasks) == 1 else f"predictions/{task}.parquet"
 
 
 def _sizes(examples: Examples) -> dict[str, int]:
@@ -111,19 +131,25 @@ def show(found: Mapping[str, Any], run_path: Path) -> None:
     console = Console(soft_wrap=False)
     if not console.is_terminal:
         console = Console(width=TABLE_WIDTH)
-    for title, rows in (("Trials (scores on the tuning split)", trial_rows(found)), (_title(found), score_rows(found))):
+    for title, rows in (
+        ("Trials (scores on the tuning split)", trial_rows(found)),
+        (_title(found), score_rows(found)),
+        ("Predicted days", day_rows(found)),
+    ):
+        if len(rows) == 1:
+            continue
         table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
         for name in rows[0]:
             table.add_column(name, overflow="fold")
         for row in rows[1:]:
             table.add_row(*row)
         console.print(table)
-    if "note" in found:
-        console.print(f"Note: {found['note']}", highlight=False)
+    for note in notes(found):
+        console.print(f"Note: {note}", highlight=False)
     for name, text in (
         ("results", run_path / RESULTS),
         ("report", run_path / REPORT),
-        ("predictions", run_path / "predictions.parquet"),
+        ("predictions", run_path / ("predictions" if "tasks" in found else "predictions.parquet")),
         ("bundle", found["bundle"]),
         ("curves", f"tensorboard --logdir {run_path / 'tb'}"),
     ):
@@ -137,22 +163,24 @@ def report(found: Mapping[str, Any]) -> str:
 
 def card(found: Mapping[str, Any]) -> str:
     """What report.md and the bundle's model card say."""
-    scores, splits = score_rows(found), split_rows(found)
+    days = day_rows(found)
     parts = [
         "Intervals are 95 %, from a bootstrap over patients. The held-out split was scored once, by the checkpoint "
         f"that was best on the tuning split ({_criterion(found)}).",
-        _markdown(scores),
+        _markdown(score_rows(found)),
     ]
-    if "note" in found:
-        parts.append(f"**Note:** {found['note']}.")
-    parts += ["## Labels", _markdown(splits)]
-    if "triggers" in found["labels"]:
-        rule = COMPETING[found["competing_rule"]]
-        rows = [["count", "what"]]
-        rows += [
-            [str(found["labels"][k]), text.format(rule=rule)] for k, text in MEANING.items() if k in found["labels"]
-        ]
-        parts += ["All splits, how the labels came about:", _markdown(rows)]
+    if len(days) > 1:
+        parts += [DAYS, _markdown(days)]
+    parts += [f"**Note:** {note}." for note in notes(found)]
+    parts += ["## Labels", _markdown(split_rows(found))]
+    for part in parts_of(found):
+        if "triggers" in part["labels"]:
+            rule, of_task = COMPETING[part["competing_rule"]], f" of {part['task']}" if "tasks" in found else ""
+            rows = [["count", "what"]]
+            rows += [
+                [str(part["labels"][k]), text.format(rule=rule)] for k, text in MEANING.items() if k in part["labels"]
+            ]
+            parts += [f"All splits, how the labels{of_task} came about:", _markdown(rows)]
     parts += ["## Trials", _markdown(trial_rows(found))]
     failed = [t for t in found["trials"] if t["error"]]
     parts += [f"- trial {t['index']} failed: {t['error']}" for t in failed]
@@ -161,32 +189,52 @@ def card(found: Mapping[str, Any]) -> str:
 
 
 def score_rows(found: Mapping[str, Any]) -> list[list[str]]:
-    """Header and the line of the held-out scores; of a synthetic cohort also what its law makes possible."""
-    rows = [
-        ["split", "labels", "subjects", "prevalence", "AUROC [95 % CI]", "AUPRC [95 % CI]", "Brier", "ECE"],
-        [
-            found["split"],
-            str(found["num_labels"]),
-            str(found["num_subjects"]),
-            _number(found["prevalence"]),
-            _with_interval(found["auroc"]),
-            _with_interval(found["auprc"]),
-            _number(found["brier"]),
-            _number(found["ece"]),
-        ],
-    ]
-    if "ceiling" in found:
-        best = [_number(found["ceiling"][name]) for name in ("auroc", "auprc", "brier")]
-        rows.append(["best possible", "", "", "", *best, ""])
+    """Header and a line for each task's held-out scores; of a synthetic cohort also what its law makes possible."""
+    header = ["split", "labels", "subjects", "prevalence", "AUROC [95 % CI]", "AUPRC [95 % CI]", "Brier", "ECE"]
+    rows = [_task_column(found, "task") + header]
+    for part in parts_of(found):
+        rows.append(
+            [
+                *_task_column(found, part["task"]),
+                part["split"],
+                str(part["num_labels"]),
+                str(part["num_subjects"]),
+                _number(part["prevalence"]),
+                _with_interval(part["auroc"]),
+                _with_interval(part["auprc"]),
+                _number(part["brier"]),
+                _number(part["ece"]),
+            ]
+        )
+        if "ceiling" in part:
+            best = [_number(part["ceiling"][name]) for name in ("auroc", "auprc", "brier")]
+            rows.append([*_task_column(found, ""), "best possible", "", "", "", *best, ""])
     return rows
+
+
+def day_rows(found: Mapping[str, Any]) -> list[list[str]]:
+    """Header and a line for each task that predicts days."""
+    rows = [["task", "labels", "mean absolute error [95 % CI]", "of the median", "concordance [95 % CI]"]]
+    for part in parts_of(found):
+        if "days" in part:
+            days = part["days"]
+            scores = [_with_interval(days["mae"]), _number(days["mae_of_median"]), _with_interval(days["concordance"])]
+            rows.append([part["task"], str(days["num_labels"]), *scores])
+    return rows
+
+
+def notes(found: Mapping[str, Any]) -> list[str]:
+    """What must be known of the scores, a sentence each."""
+    return [": ".join([*_task_column(found, part["task"]), part["note"]]) for part in parts_of(found) if "note" in part]
 
 
 def split_rows(found: Mapping[str, Any]) -> list[list[str]]:
     """Header and a line for each split's usable labels."""
-    rows = [["split", "labels", "positives", "subjects", "without events before"]]
-    for split, sizes in found["splits"].items():
-        keys = ("labels", "positives", "subjects", "without_events")
-        rows.append([split, *(str(sizes.get(key, 0)) for key in keys)])
+    rows = [[*_task_column(found, "task"), "split", "labels", "positives", "subjects", "without events before"]]
+    for part in parts_of(found):
+        for split, sizes in part["splits"].items():
+            keys = ("labels", "positives", "subjects", "without_events")
+            rows.append([*_task_column(found, part["task"]), split, *(str(sizes.get(key, 0)) for key in keys)])
     return rows
 
 
@@ -213,11 +261,19 @@ def trial_rows(found: Mapping[str, Any]) -> list[list[str]]:
 
 
 def _title(found: Mapping[str, Any]) -> str:
-    return f"Task {found['task']}: risk model on the {found['split']} split"
+    parts = parts_of(found)
+    return f"Task{'s' * (len(parts) > 1)} {', '.join(part['task'] for part in parts)}: risk model on the held_out split"
 
 
 def _criterion(found: Mapping[str, Any]) -> str:
-    return "mean of AUROC and AUPRC" if found["metric"] == "mean" else found["metric"].upper()
+    parts = parts_of(found)
+    scores = "AUROC, AUPRC and, of days, concordance" if any("days" in part for part in parts) else "AUROC and AUPRC"
+    metric = f"mean of {scores}" if found["metric"] == "mean" else found["metric"].upper()
+    return f"{metric}, averaged over the tasks" if len(parts) > 1 else metric
+
+
+def _task_column(found: Mapping[str, Any], text: str) -> list[str]:
+    return [text] if "tasks" in found else []
 
 
 def _with_interval(score: Mapping[str, Any]) -> str:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from safetensors.torch import load_file
 
 from hymate import metrics
@@ -31,9 +32,9 @@ from hymate.config import (
 )
 from hymate.data.histories import Histories
 from hymate.data.loader import Examples, labelled_examples
-from hymate.data.meds import SPLITS, write_parquet
+from hymate.data.meds import SPLITS
 from hymate.data.tasks import LabelSet, labels
-from hymate.predict import predict, prediction_table
+from hymate.predict import predict, write_predictions
 from hymate.training import results, space
 from hymate.training.finetune import Start, Study, TrialConfig, starting_point
 from hymate.training.launch import absolute, ray_session
@@ -48,13 +49,14 @@ CHANGEABLE = {"data.path", "run.dir", "search.max_concurrent", "train.cpus_per_w
 class TuneConfig:
     """`finetune/tune.py`'s configuration.
 
+    task: one task, or several by their names: one model with a head for each.
     init: run folder or bundle of a pretrained model; null trains from scratch.
     model: needed when init is null; with init it may be left out.
     """
 
     data: DataConfig
     train: TrainConfig
-    task: TaskConfig
+    task: TaskConfig | dict[str, TaskConfig]
     search: SearchConfig
     run: RunConfig
     init: str | None
@@ -66,7 +68,23 @@ class TuneConfig:
                 f"train.num_workers={self.train.num_workers}: a trial trains on one worker and trials run side by "
                 "side; leave it at 1 (train.cpus_per_worker gives a trial more CPUs)"
             )
+        names = [task.name for task in self.tasks]
+        if len(set(names)) < len(names):
+            raise ConfigError(f"task: {', '.join(names)} must have different names")
         space.check(self.search.space)
+
+    @property
+    def tasks(self) -> list[TaskConfig]:
+        return list(self.task.values()) if isinstance(self.task, dict) else [self.task]
+
+
+@dataclass(frozen=True)
+class LabelledTask:
+    """A task with its labels, and the examples of each split that they make."""
+
+    config: TaskConfig
+    labels: LabelSet
+    examples: Mapping[str, Examples]
 
 
 # ------------------------------------------------------------------------------------------------------- search
@@ -91,19 +109,17 @@ def search(config: TuneConfig) -> Path:
     start = starting_point(config.data, config.model, config.init)
     points = space.draw(config.search.space, config.search.num_trials, config.train.seed)
     trials = [trial_config(config, start, point) for point in points]
-    label_set = labels(Path(config.data.path), config.task)
-    examples = {split: labelled_examples(histories, label_set.table, split) for split in SPLITS}
-    _require_both_classes(examples)
+    labelled = [_labelled(task, config.data.path, histories) for task in config.tasks]
 
     write_run_config(run_path, claim)
-    study = Study(start, label_set.table, config.search.metric, trials, run_path)
+    study = Study(start, [task.labels.table for task in labelled], config.search.metric, trials, run_path)
     with ray_session(config.train):
         from hymate.training.trials import run_trials  # late: Ray takes its settings when it is imported
 
         outcomes = run_trials(study, config.search, config.train)
     best = _best(outcomes, config.search.metric, run_path)
     winner = _winner(start, trials[best.index], best)
-    found = _score_held_out(config, winner, histories, label_set, examples, outcomes, best)
+    found = _score_held_out(config, winner, histories, labelled, outcomes, best)
     _write_hyperparameters(run_path, trials, outcomes)
     results.write(found, run_path)
     shutil.rmtree(run_path / "scratch", ignore_errors=True)
@@ -114,23 +130,40 @@ def search(config: TuneConfig) -> Path:
 def _absolute(config: TuneConfig) -> TuneConfig:
     data = dataclasses.replace(config.data, path=absolute("data.path", config.data.path))
     run = dataclasses.replace(config.run, dir=absolute("run.dir", config.run.dir))
-    task = config.task
-    if task.labels is not None:
-        task = dataclasses.replace(task, labels=absolute("task.labels", task.labels))
     init = None if config.init is None else absolute("init", config.init)
+
+    def task_absolute(key: str, task: TaskConfig) -> TaskConfig:
+        labels = None if task.labels is None else absolute(f"{key}.labels", task.labels)
+        return dataclasses.replace(task, labels=labels)
+
+    task = (
+        {name: task_absolute(f"task.{name}", task) for name, task in config.task.items()}
+        if isinstance(config.task, dict)
+        else task_absolute("task", config.task)
+    )
     return dataclasses.replace(config, data=data, run=run, task=task, init=init)
 
 
-def _require_both_classes(examples: Mapping[str, Examples]) -> None:
+def _labelled(task: TaskConfig, data_path: str, histories: Histories) -> LabelledTask:
+    label_set = labels(Path(data_path), task)
+    examples = {split: labelled_examples(histories, label_set.table, split) for split in SPLITS}
+    _require_both_classes(task, examples)
+    return LabelledTask(task, label_set, examples)
+
+
+def _require_both_classes(task: TaskConfig, examples: Mapping[str, Examples]) -> None:
     """Trials learn from the train split and are compared on the tuning split: both need both classes."""
     for split in ("train", "tuning"):
-        label_E = examples[split].label_E
+        label_E, days_E = examples[split].label_E, examples[split].days_E
         positives = int((label_E > 0.5).sum())
+        remedy = "prepare the dataset with more subjects in this split, or choose other tasks"
         if positives in (0, len(label_E)):
             raise UserError(
-                f"the {split} split has {positives} positive and {len(label_E) - positives} negative labels: a search "
-                "needs both; prepare the dataset with more subjects in this split, or choose another task"
+                f"task {task.name}: the {split} split has {positives} positive and {len(label_E) - positives} negative "
+                f"labels: a search needs both; {remedy}"
             )
+        if task.longer_than_days is not None and len(np.unique(days_E[~np.isnan(days_E)])) < 2:
+            raise UserError(f"task {task.name}: the {split} split needs two different float_values; {remedy}")
 
 
 def trial_config(config: TuneConfig, start: Start, point: Mapping[str, Any]) -> TrialConfig:
@@ -153,7 +186,8 @@ def trial_config(config: TuneConfig, start: Start, point: Mapping[str, Any]) -> 
         return build(type(section), tree, "search.space: ")
 
     return TrialConfig(
-        task=config.task.name,
+        tasks=[task.name for task in config.tasks],
+        in_days=[task.name for task in config.tasks if task.longer_than_days is not None],
         data=replaced(start.data, "context"),
         model=replaced(start.model, "dropout", "pooling"),
         train=replaced(train, "weight_decay"),
@@ -180,28 +214,23 @@ def _best(outcomes: list[Outcome], metric: str, run_path: Path) -> Outcome:
 def _winner(start: Start, trial: TrialConfig, best: Outcome) -> Bundle:
     assert best.checkpoint is not None
     state = load_file(best.checkpoint / "model.safetensors")
-    return Bundle("risk", trial.model, trial.data, [trial.task], start.vocabulary, state)
+    in_days = trial.in_days
+    return Bundle("risk", trial.model, trial.data, trial.tasks, start.vocabulary, state, in_days=in_days)
 
 
 def _score_held_out(
     config: TuneConfig,
     winner: Bundle,
     histories: Histories,
-    label_set: LabelSet,
-    examples: Mapping[str, Examples],
+    labelled: list[LabelledTask],
     outcomes: list[Outcome],
     best: Outcome,
 ) -> dict[str, Any]:
     """Predictions and bundle into the run's folder, and the content of results.json."""
-    run_path, held_out = config.run.path, examples["held_out"]
-    probability_E, _ = predict(winner, histories, held_out)
-    scores = metrics.scores(held_out.label_E, probability_E, held_out.subject_id_E)
-    write_parquet(prediction_table(held_out, probability_E), run_path / "predictions.parquet")
-    found = results.collect(config.task, scores, label_set, examples, config.search.metric, outcomes, best)
+    run_path = config.run.path
+    parts = [_score_task(config, winner, histories, task) for task in labelled]
+    found = results.collect(parts, config.search.metric, outcomes, best)
     found |= {"bundle": str(run_path / "bundle"), "init": config.init, "config": to_tree(config)}
-    oracle = Path(config.data.path) / "oracle" / f"{config.task.name}.json"
-    if oracle.is_file():  # a synthetic cohort, whose law says how well anything can predict
-        found["ceiling"] = json.loads(oracle.read_text())["ceiling"]["held_out"]
     write_bundle(
         run_path / "bundle",
         winner.state,
@@ -210,10 +239,28 @@ def _score_held_out(
         data=winner.data,
         vocabulary=winner.vocabulary,
         tasks=winner.tasks,
+        in_days=winner.in_days,
         card=results.card(found),
-        extra={"held_out": scores, "fingerprint": histories.fingerprint},
+        extra={"held_out": results.held_out_scores(found), "fingerprint": histories.fingerprint},
     )
     return found
+
+
+def _score_task(config: TuneConfig, winner: Bundle, histories: Histories, task: LabelledTask) -> dict[str, Any]:
+    """One task's predictions into the run's folder, and what results.json says of it."""
+    name, held_out = task.config.name, task.examples["held_out"]
+    outputs, _ = predict(winner.for_task(name), histories, held_out)
+    write_predictions(held_out, outputs, config.run.path / results.predictions_file(name, winner.tasks))
+    scores = metrics.scores(held_out.label_E, outputs.probability_ET[:, 0], held_out.subject_id_E)
+    if name in winner.in_days:
+        timed_E = ~np.isnan(held_out.days_E)
+        days_N, predicted_N = held_out.days_E[timed_E], outputs.days_ET[timed_E, 0]
+        scores["days"] = metrics.day_scores(days_N, predicted_N, held_out.subject_id_E[timed_E])
+    part = results.of_task(task.config, scores, task.labels, task.examples)
+    oracle = Path(config.data.path) / "oracle" / f"{name}.json"
+    if oracle.is_file():  # a synthetic cohort, whose law says how well anything can predict
+        part["ceiling"] = json.loads(oracle.read_text())["ceiling"]["held_out"]
+    return part
 
 
 def _write_hyperparameters(run_path: Path, trials: list[TrialConfig], outcomes: list[Outcome]) -> None:

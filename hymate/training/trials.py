@@ -34,6 +34,7 @@ SETTINGS = {
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # we do
     "RAY_AIR_NEW_OUTPUT": "0",  # its reporter prints even when told to be silent
 }
+SCORES = ("step", "mean", "auroc", "auprc", "concordance", "loss")
 SECONDS_BETWEEN_REPORTS = 1.0
 SECONDS_BETWEEN_LINES = 15.0
 
@@ -137,7 +138,7 @@ def _outcome(result: tune.Result, study: Study) -> Outcome:
         parameters=_parameters(study.trials[index]),
         status=ended if result.error is None else "failed",
         step=step,
-        best={key: best[key] for key in ("step", "mean", "auroc", "auprc", "loss") if key in best},
+        best={key: value for key, value in best.items() if key.rsplit("/")[-1] in SCORES},
         checkpoint=None if checkpoint is None else Path(checkpoint.path),
         error=None if result.error is None else _cause(str(result.error)),
     )
