@@ -9,7 +9,7 @@ import json
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import meds
@@ -74,6 +74,10 @@ class History:
 
     def __len__(self) -> int:
         return len(self.time)
+
+    def keep(self, kept: slice | np.ndarray) -> History:
+        """The same subject with some of the events alone: a slice, or booleans (L,)."""
+        return replace(self, time=self.time[kept], code=self.code[kept], value=self.value[kept])
 
 
 # ------------------------------------------------------------------------------------------------------ writing

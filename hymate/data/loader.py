@@ -18,7 +18,7 @@ import math
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import count, islice
 from typing import Literal, NamedTuple, TypeVar
@@ -29,7 +29,7 @@ import torch
 
 from hymate.batch import UNKNOWN_ID, Batch
 from hymate.config import UserError
-from hymate.data.histories import Histories
+from hymate.data.histories import Histories, History
 from hymate.data.packing import pack
 from hymate.data.vocabulary import Vocabulary
 
@@ -293,45 +293,24 @@ class Rows:
     # ------------------------------------------------------------------------------------------------- assembly
 
     def _batch(self, place: _Place, weight: float) -> Batch:
-        """Read, cut, translate and join the histories of one row."""
+        """Read, cut and join the histories of one row."""
         example_S = place.examples
-        length_S = self._length_E[example_S]
-        start_S = self._starts(place.epoch, example_S)
+        start_S = self._starts(place.epoch, example_S).tolist()
         read = self.histories.read(self.examples.position_E[example_S])
-        windows = [slice(start, start + n) for start, n in zip(start_S.tolist(), length_S.tolist(), strict=True)]
-        cut = list(zip(read, windows, strict=True))
-
-        id_L = self._id_of_code[np.concatenate([history.code[window] for history, window in cut])]
-        z_L, quantile_L = self.vocabulary.normalise(id_L, np.concatenate([h.value[window] for h, window in cut]))
-        static_id_F = self._id_of_code[np.concatenate([history.static_code for history in read])]
-        static_value_F = np.concatenate([history.static_value for history in read])
-        static_z_F, static_quantile_F = self.vocabulary.normalise(static_id_F, static_value_F)
-        segment_S = np.arange(len(read), dtype=np.int32)
-
-        time_L = np.concatenate([history.time[window] for history, window in cut])
-        cu_seqlens = np.concatenate([[0], np.cumsum(length_S)])
-        first_S, last_S = cu_seqlens[:-1], cu_seqlens[1:] - 1
-        gap_L = np.diff(time_L, prepend=time_L[:1])
-        gap_L[first_S] = 0
+        lengths = self._length_E[example_S].tolist()
+        cut = [history.keep(slice(start, start + n)) for history, start, n in zip(read, start_S, lengths, strict=True)]
         prediction_time_S = self.examples.prediction_time_E[example_S]
-        end_S = np.where(prediction_time_S == NO_TIME, time_L[last_S], prediction_time_S)
-
-        self._events_seen += len(id_L)
-        self._events_unknown += int(np.count_nonzero(id_L == UNKNOWN_ID))
-        return Batch(
-            code_L=torch.from_numpy(id_L),
-            value_L=torch.from_numpy(z_L),
-            quantile_L=torch.from_numpy(quantile_L),
-            time_hours_L=ratio(time_L - np.repeat(time_L[first_S], length_S), US_PER_HOUR),
-            gap_hours_L=ratio(gap_L, US_PER_HOUR),
-            segment_L=torch.from_numpy(np.repeat(segment_S, length_S)),
-            cu_seqlens=cu_seqlens.tolist(),
-            static_code_F=torch.from_numpy(static_id_F),
-            static_value_F=torch.from_numpy(static_z_F),
-            static_quantile_F=torch.from_numpy(static_quantile_F),
-            static_segment_F=torch.from_numpy(np.repeat(segment_S, [len(history.static_code) for history in read])),
-            age_years_S=ages([history.birth_time for history in read], end_S),
-            lag_hours_S=ratio(end_S - time_L[last_S], US_PER_HOUR),
+        last_time_S = np.array([history.time[-1] for history in cut])
+        row = packed_row(
+            cut,
+            np.where(prediction_time_S == NO_TIME, last_time_S, prediction_time_S),
+            self.vocabulary,
+            self._id_of_code,
+        )
+        self._events_seen += row.num_events
+        self._events_unknown += int((row.code_L == UNKNOWN_ID).sum())
+        return replace(
+            row,
             example_S=torch.from_numpy(example_S),
             label_ST=torch.from_numpy(self.examples.label_ET[example_S]),
             days_ST=torch.from_numpy(self.examples.days_ET[example_S]),
@@ -349,6 +328,43 @@ class Rows:
 
 
 # ------------------------------------------------------------------------------------------------------- pieces
+
+
+def packed_row(windows: Sequence[History], end_S: np.ndarray, vocabulary: Vocabulary, id_of_code: np.ndarray) -> Batch:
+    """One row of windows, each of at least one event and seen from its time in end_S (int64, microseconds).
+
+    id_of_code: `vocabulary`'s ids (int64) of the dataset's codes. Segments are numbered as examples, without labels.
+    """
+    length_S = np.array([len(window) for window in windows])
+    id_L = id_of_code[np.concatenate([window.code for window in windows])]
+    z_L, quantile_L = vocabulary.normalise(id_L, np.concatenate([window.value for window in windows]))
+    static_id_F = id_of_code[np.concatenate([window.static_code for window in windows])]
+    static_value_F = np.concatenate([window.static_value for window in windows])
+    static_z_F, static_quantile_F = vocabulary.normalise(static_id_F, static_value_F)
+    segment_S = np.arange(len(windows), dtype=np.int32)
+
+    time_L = np.concatenate([window.time for window in windows])
+    cu_seqlens = np.concatenate([[0], np.cumsum(length_S)])
+    first_S, last_S = cu_seqlens[:-1], cu_seqlens[1:] - 1
+    gap_L = np.diff(time_L, prepend=time_L[:1])
+    gap_L[first_S] = 0
+    return Batch(
+        code_L=torch.from_numpy(id_L),
+        value_L=torch.from_numpy(z_L),
+        quantile_L=torch.from_numpy(quantile_L),
+        time_hours_L=ratio(time_L - np.repeat(time_L[first_S], length_S), US_PER_HOUR),
+        gap_hours_L=ratio(gap_L, US_PER_HOUR),
+        segment_L=torch.from_numpy(np.repeat(segment_S, length_S)),
+        cu_seqlens=cu_seqlens.tolist(),
+        static_code_F=torch.from_numpy(static_id_F),
+        static_value_F=torch.from_numpy(static_z_F),
+        static_quantile_F=torch.from_numpy(static_quantile_F),
+        static_segment_F=torch.from_numpy(np.repeat(segment_S, [len(window.static_code) for window in windows])),
+        age_years_S=ages([window.birth_time for window in windows], end_S),
+        lag_hours_S=ratio(end_S - time_L[last_S], US_PER_HOUR),
+        example_S=torch.arange(len(windows)),
+        label_S=torch.full((len(windows),), torch.nan),
+    )
 
 
 class _Place(NamedTuple):
