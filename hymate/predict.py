@@ -117,7 +117,7 @@ def predict(bundle: Bundle, histories: Histories, examples: Examples) -> tuple[O
     """What the bundle says of each example, which must have its tasks (see `Bundle.for_task`), and the rows that was
     read from (with their share of unknown codes).
     """
-    device = _device()
+    device = best_device()
     rows = Rows(
         histories,
         bundle.vocabulary,
@@ -139,7 +139,7 @@ def predict_whole(
     Each history is read once, chunk by chunk, for all of its examples; it goes on from a state in `states` for
     the examples that lie after it, and leaves there its state after its last example. Raises as `score` does.
     """
-    device = _device()
+    device = best_device()
     model = StreamingModel(build_model(bundle).to(device), bundle.vocabulary, histories.codes)
     outputs = Outputs.empty(len(examples), len(bundle.tasks))
     read = unknown = 0
@@ -164,7 +164,8 @@ def predict_whole(
     return outputs, read, unknown / max(read, 1)
 
 
-def _device() -> torch.device:
+def best_device() -> torch.device:
+    """A GPU where there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -209,11 +210,8 @@ def run(config: PredictConfig) -> None:
         states = None
         if config.states is not None:
             states = stack.enter_context(StateFolder(Path(config.states), bundle.fingerprint))
-        root = stack.enter_context(prepared(Path(config.data.path)))
-        histories = Histories.open(root)
-        examples = _examples(histories, _prediction_times(root, config.task), config.split)
-        if not bundle.vocabulary.ids_of(histories.codes).any():
-            raise UserError(f"{config.data.path} has none of the codes that the bundle knows: it is coded differently")
+        opened = asked_of(bundle, Path(config.data.path), config.task, config.split)
+        histories, examples = stack.enter_context(opened)
         if config.context == "all":
             outputs, num_read, unknown_share = predict_whole(bundle, histories, examples, states)
         else:
@@ -227,6 +225,20 @@ def run(config: PredictConfig) -> None:
         print(f"{num_read} events read; states in {states.path}: {counts}")
     files = " and ".join(map(str, written))
     print(f"{len(examples)} predictions in {files}" + (f" (left out: {dropped})" if dropped else ""))
+
+
+@contextlib.contextmanager
+def asked_of(bundle: Bundle, path: Path, task: TaskConfig, split: str) -> Iterator[tuple[Histories, Examples]]:
+    """The dataset at `path`, prepared or not, and what of it the bundle is to predict: the task's times in `split`.
+
+    Raises UserError where the bundle knows none of the dataset's codes.
+    """
+    with prepared(path) as root:
+        histories = Histories.open(root)
+        examples = _examples(histories, _prediction_times(root, task), split)
+        if not bundle.vocabulary.ids_of(histories.codes).any():
+            raise UserError(f"{path} has none of the codes that the bundle knows: it is coded differently")
+        yield histories, examples
 
 
 @contextlib.contextmanager
