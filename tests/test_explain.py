@@ -1,0 +1,255 @@
+"""Explanations: what the parts of a prediction sum to, what removal means, and whether known drivers are found."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rows import random_row, segment_of
+from small_cohort import prepare_small, write_meds
+from trained import synthetic_cohort, trained_bundle
+
+from hymate import explain
+from hymate.attribution import SHARES, Explainer, deletion_and_insertion, integrated_gradients
+from hymate.batch import UNKNOWN_ID
+from hymate.bundle import read_bundle, write_bundle
+from hymate.config import ConfigError, DataConfig, ModelConfig, UserError, load
+from hymate.data.histories import Histories
+from hymate.data.loader import Examples, labelled_examples
+from hymate.data.meds import read_labels
+from hymate.data.prepare import PrepareConfig, prepare
+from hymate.data.synthetic import DISTRACTORS
+from hymate.data.synthetic_law import CREATININE, HAEMOGLOBIN, HEART_FAILURE
+from hymate.data.vocabulary import Vocabulary
+from hymate.model import RiskModel
+from hymate.predict import predict
+
+MODEL = ModelConfig(d_model=16, layers="MA", d_state=8, headdim=8, num_heads=2, window=8, num_queries=2)
+CPU = torch.device("cpu")
+lengths_lists = st.lists(st.integers(1, 30), min_size=1, max_size=5)
+
+
+def risk_model(config: ModelConfig, vocab_size: int = 30) -> RiskModel:
+    """New weights, but a head that tells patients apart as a trained one does."""
+    torch.manual_seed(0)
+    model = RiskModel(config, vocab_size, ["readmission"]).eval().requires_grad_(False)
+    model.heads["readmission"][-1].weight.mul_(20)
+    return model
+
+
+# ---------------------------------------------------------------------------------------- integrated gradients
+
+
+@settings(max_examples=15, deadline=None)
+@given(lengths=lengths_lists, seed=st.integers(0, 100), statics=st.integers(0, 2))
+def test_the_parts_sum_to_what_knowing_the_events_changes(lengths: list[int], seed: int, statics: int) -> None:
+    model, row = risk_model(MODEL), random_row(lengths, seed=seed, statics=statics)
+
+    def nothing(like: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(like, torch.nan)
+
+    unknown = replace(
+        row,
+        code_L=torch.full_like(row.code_L, UNKNOWN_ID),
+        value_L=nothing(row.value_L),
+        quantile_L=nothing(row.quantile_L),
+        static_code_F=torch.full_like(row.static_code_F, UNKNOWN_ID),
+        static_value_F=nothing(row.static_value_F),
+        static_quantile_F=nothing(row.static_quantile_F),
+    )
+    logit_S, unknown_S = model(row)["logit_S"].numpy(), model(unknown)["logit_S"].numpy()
+    found = integrated_gradients(model, row)
+    assert [len(a.event_L) for a in found] == lengths
+    assert [len(a.static_F) for a in found] == [statics] * len(lengths)
+    parts = [a.event_L.sum() + a.static_F.sum() for a in found]
+    np.testing.assert_allclose(parts, logit_S - unknown_S, atol=2e-3 * max(1.0, np.abs(logit_S - unknown_S).max()))
+    np.testing.assert_allclose([a.gap for a in found], parts - (logit_S - unknown_S), atol=1e-5)
+
+
+@settings(max_examples=15, deadline=None)
+@given(lengths=lengths_lists, seed=st.integers(0, 100))
+def test_who_shares_the_row_changes_no_attribution(lengths: list[int], seed: int) -> None:
+    model, row = risk_model(MODEL), random_row(lengths, seed=seed)
+    for s, packed in enumerate(integrated_gradients(model, row)):
+        (alone,) = integrated_gradients(model, segment_of(row, s))
+        for name in ("event_L", "static_F", "attention_L"):
+            np.testing.assert_allclose(getattr(packed, name), getattr(alone, name), atol=1e-5, err_msg=name)
+        assert packed.attention_L is not None and packed.attention_L.sum() == pytest.approx(1, abs=1e-5)
+
+
+def test_events_out_of_the_model_s_sight_have_no_part() -> None:
+    """The last state of one attention block sees `window` events; what the model cannot tell apart counts nothing."""
+    window = 6
+    model = risk_model(replace(MODEL, layers="A", window=window, pooling="last"))
+    row = random_row([20, 4])
+    row.code_L[17], row.value_L[17], row.quantile_L[17] = UNKNOWN_ID, torch.nan, torch.nan
+    long, short = integrated_gradients(model, row)
+    seen = np.flatnonzero(long.event_L)
+    # an event sees those at most `window` - 1 before it
+    assert seen.tolist() == [14, 15, 16, 18, 19], seen
+    assert (short.event_L != 0).all() and long.attention_L is None
+
+
+# ----------------------------------------------------------------------------------------------------- removal
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepare_small(tmp_path_factory.mktemp("cohort"))
+
+
+@pytest.fixture(scope="module")
+def bundle(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    vocabulary = Vocabulary.read(data / "histories" / "vocabulary.parquet")
+    state = risk_model(MODEL, vocabulary.size).state_dict()
+    folder = tmp_path_factory.mktemp("risk") / "bundle"
+    limits = DataConfig(str(data), context=64, tokens_per_row=128, min_count=1)
+    tasks = ["readmission"]
+    write_bundle(folder, state, kind="risk", model=MODEL, data=limits, vocabulary=vocabulary, tasks=tasks)
+    return folder
+
+
+def held_out(data: Path) -> tuple[Histories, Examples]:
+    histories = Histories.open(data)
+    return histories, labelled_examples(histories, read_labels(data / "labels" / "readmission"), "held_out")
+
+
+def test_removal_is_scoring_a_record_in_which_it_never_was(data: Path, bundle: Path, tmp_path: Path) -> None:
+    raw = write_meds(tmp_path / "raw")
+    for shard in (raw / "data").rglob("*.parquet"):
+        pq.write_table(pq.read_table(shard).filter(pc.field("code") != "LAB//sodium"), shard)
+    prepare(PrepareConfig(source="meds", raw=str(raw), out=str(tmp_path / "data"), workers=1))
+    loaded = read_bundle(bundle)
+
+    def logits(folder: Path) -> dict[tuple[int, int], float]:
+        histories, examples = held_out(folder)
+        prob_E, _ = predict(loaded, histories, examples)
+        keys = zip(examples.subject_id_E.tolist(), examples.prediction_time_E.tolist(), strict=True)
+        return dict(zip(keys, torch.logit(torch.from_numpy(prob_E).double()).tolist(), strict=True))
+
+    histories, examples = held_out(data)
+    explainer = Explainer(loaded, histories, CPU)
+    sodium = histories.codes.index("LAB//sodium")
+    before, after = logits(data), logits(tmp_path / "data")
+    differences = []
+    for case in explainer.cases(examples, np.arange(len(examples))):
+        effects = explainer.effects(case, [sodium])
+        key = (case.history.subject_id, case.time_us)
+        differences.append(before[key] - after[key])
+        assert effects.get(sodium, 0.0) == pytest.approx(differences[-1], abs=2e-5)
+    assert np.std(differences) > 0.01
+
+
+def test_curves_score_what_is_left_of_the_history(data: Path, bundle: Path) -> None:
+    histories, examples = held_out(data)
+    explainer = Explainer(read_bundle(bundle), histories, CPU)
+    (case,) = explainer.cases(examples, np.array([3]))
+    L = len(case.history)
+    importance = np.arange(L)[::-1].astype(float)  # the first event is the most important
+    deleted_GN, inserted_GN = deletion_and_insertion(explainer, [case], [importance])
+    for share, (deleted,), (inserted,) in zip(SHARES, deleted_GN, inserted_GN, strict=True):
+        count = max(1, round(share * L))
+        parts = [replace(case, history=case.history.keep(part)) for part in (slice(count, L), slice(0, count))]
+        np.testing.assert_allclose([deleted, inserted], explainer.logits(parts), atol=1e-5)
+
+
+# ----------------------------------------------------------------------------------------------------- command
+
+
+def explained(bundle: Path, data: Path, out: Path, *overrides: str) -> None:
+    given_ = ["task=readmission", f"bundle={bundle}", f"data.path={data}", f"out={out}", *overrides]
+    explain.run(load("explain", given_, explain.ExplainConfig))
+
+
+def test_the_command_leaves_tables_pictures_and_a_report(
+    data: Path, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    explained(bundle, data, tmp_path / "out", "cohort=10", "patients=2")
+    pictures = ["faithfulness.png", "importance.png", "patients/patient-1.png", "patients/patient-2.png"]
+    tables = ["explanation.md", "patients/events.parquet", "variables.parquet"]
+    files = [str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert sorted(files) == sorted(pictures + tables)
+    assert all((tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
+    assert (tmp_path / "out" / "patients").stat().st_mode & 0o077 == 0
+
+    histories, examples = held_out(data)
+    prob_E, _ = predict(read_bundle(bundle), histories, examples)
+    highest = np.argsort(-prob_E)
+    second = highest[examples.subject_id_E[highest] != examples.subject_id_E[highest[0]]][0]
+    events = pq.read_table(tmp_path / "out" / "patients" / "events.parquet")
+    for patient, example in ((1, highest[0]), (2, second)):
+        own = events.filter(pc.field("patient") == patient).to_pydict()
+        assert set(own["subject_id"]) == {examples.subject_id_E[example]}
+        (history,) = histories.read(examples.position_E[[example]])
+        seen = history.keep(slice(examples.stop_E[example]))
+        assert own["code"] == [histories.codes[code] for code in seen.code]
+        assert np.array_equal(own["numeric_value"], seen.value)
+        assert sum(own["attention"]) == pytest.approx(1, abs=1e-5)
+
+    report = (tmp_path / "out" / "explanation.md").read_text()
+    assert "10 predictions of the split held_out" in report and "| random |" in report
+    assert all(f"`{code}`" in report for code in histories.codes)
+    said = capsys.readouterr()
+    assert "10 predictions explained" in said.out
+    assert not any(
+        f"{subject_id}" in (said.out + said.err).split() for subject_id in set(events["subject_id"].to_pylist())
+    )
+
+
+def test_patients_can_be_asked_for(data: Path, bundle: Path, tmp_path: Path) -> None:
+    _, examples = held_out(data)
+    wanted = sorted(set(examples.subject_id_E.tolist()))[5:7]
+    explained(bundle, data, tmp_path / "out", "cohort=2", f"subjects={wanted}")
+    events = pq.read_table(tmp_path / "out" / "patients" / "events.parquet")
+    assert set(events["subject_id"].to_pylist()) == set(wanted)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["subjects=[85,77777]"], r"subjects\[1\] has no prediction in split=held_out"),
+        (["task=mortality"], "the bundle predicts readmission, not task=mortality"),
+        (["cohort=0"], "cohort must be positive"),
+    ],
+)
+def test_what_cannot_be_explained_is_refused(
+    data: Path, bundle: Path, tmp_path: Path, overrides: list[str], said: str
+) -> None:
+    with pytest.raises((UserError, ConfigError), match=said) as refused:
+        explained(bundle, data, tmp_path / "out", *overrides)
+    assert "\n" not in str(refused.value) and "77777" not in str(refused.value)
+    assert not (tmp_path / "out").exists()
+
+
+# -------------------------------------------------------------------------------------------------- known law
+
+
+@pytest.mark.slow
+def test_planted_drivers_rank_before_planted_distractors_and_the_order_is_faithful(tmp_path: Path) -> None:
+    """The whole claim, on a longer training, is measured by tests/benchmarks/faithfulness.py."""
+    data = synthetic_cohort(tmp_path, subjects=1500)
+    bundle = trained_bundle(data, steps=400)
+    histories = Histories.open(data)
+    examples = labelled_examples(histories, read_labels(data / "labels" / "readmission"), "held_out")
+    explainer = Explainer(bundle, histories, CPU)
+    cases = explainer.cases(examples, np.arange(0, len(examples), len(examples) // 80))
+    attributions = explainer.attributions(cases)
+
+    table = explain.variable_table(explainer, cases, attributions).to_pandas().set_index("code")
+    for measure in ("mean_abs_attribution", "mean_abs_change"):
+        size = table[measure].fillna(0).sort_values(ascending=False)
+        assert {CREATININE, HAEMOGLOBIN, HEART_FAILURE} <= set(size.index[:4]), size
+        assert size[HEART_FAILURE] > 2 * size[list(DISTRACTORS)].max(), size
+    assert table.loc[HEART_FAILURE, "mean_change"] > 0
+
+    curves = explain.faithfulness(explainer, cases, attributions)
+    for measure in (explain.FALL, explain.RISE):
+        others = max(curve.mean() for order, curve in curves[measure].items() if order != "attribution")
+        assert curves[measure]["attribution"].mean() > others + 0.3, curves

@@ -1,0 +1,53 @@
+"""A model of readmission in the synthetic cohort, trained in this process: the demo's recipe without pretraining."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+from hymate.bundle import Bundle
+from hymate.config import DataConfig, ModelConfig, TrainConfig, load
+from hymate.data.prepare import PrepareConfig, prepare
+from hymate.data.tasks import labels
+from hymate.predict import PredictConfig
+from hymate.telemetry import Telemetry
+from hymate.training import engine
+from hymate.training.finetune import Study, TrialConfig, run_trial, starting_point
+
+# configs/model/debug.yaml
+MODEL = ModelConfig(d_model=32, layers="MA", d_state=16, headdim=16, num_heads=2, window=256)
+LEARNING_RATE = 3e-3
+
+
+def synthetic_cohort(folder: Path, subjects: int) -> Path:
+    """A prepared synthetic cohort at `folder`/data, with the labels of readmission."""
+    overrides = [f"out={folder / 'data'}", f"synthetic.subjects={subjects}", "synthetic.mean_events=250"]
+    prepare(load("prepare", ["source=synthetic", "workers=1", *overrides], PrepareConfig))
+    return folder / "data"
+
+
+def trained_bundle(data: Path, steps: int) -> Bundle:
+    """The last checkpoint of a training run on `data`."""
+    given = ["task=readmission", "bundle=none", f"data.path={data}", "out=none"]
+    table = labels(data, load("predict", given, PredictConfig).task).table
+    start = starting_point(DataConfig(str(data), context=256, tokens_per_row=4096), MODEL, None)
+    schedule = TrainConfig(rows_per_step=1, max_steps=steps, warmup_steps=30, eval_every=steps, zero_stage=0)
+    trial = TrialConfig("readmission", start.data, MODEL, schedule, backbone_lr=LEARNING_RATE, head_lr=LEARNING_RATE)
+    run_path = data.parent / "run"
+    state = {}
+
+    def report(scores: dict[str, float], checkpoint: Path) -> None:
+        state.update(load_file(checkpoint / "model.safetensors"))
+
+    with engine.single_process() as worker:
+        run_trial(
+            Study(start, table, "mean", [trial], run_path),
+            trial,
+            worker=worker,
+            report=report,
+            resume=None,
+            telemetry=Telemetry(run_path, enabled=False),
+            scratch=run_path,
+        )
+    return Bundle("risk", trial.model, trial.data, [trial.task], start.vocabulary, state)
