@@ -100,7 +100,7 @@ class Explainer:
         logit_N = np.empty(len(cases))
         with torch.no_grad():
             for members, row in self.rows(cases):
-                logit_N[members] = self.model(row)["logit_S"].double().cpu().numpy()
+                logit_N[members] = _logit(self.model, self.model.patient(row)[0]).double().cpu().numpy()
         return logit_N
 
     def attributions(self, cases: Sequence[Case]) -> list[Attribution]:
@@ -158,7 +158,7 @@ def integrated_gradients(model: RiskModel, row: Batch, num_steps: int = NUM_STEP
     with torch.no_grad():
         baseline_S, *_ = _logits_on_the_way(model, row, 0.0)
         patient_SE, weight_LQ = model.patient(row)
-        logit_S = model.logit(patient_SE)
+        logit_S = _logit(model, patient_SE)
     lengths = np.diff(row.cu_seqlens).tolist()
     static_lengths = torch.bincount(row.static_segment_F, minlength=row.num_segments).tolist()
     attention: list[np.ndarray | None] = [None] * row.num_segments
@@ -166,6 +166,11 @@ def integrated_gradients(model: RiskModel, row: Batch, num_steps: int = NUM_STEP
         attention = list(_split(weight_LQ.double().mean(dim=1), lengths))
     parts = (logit_S.tolist(), baseline_S.tolist(), _split(event_L, lengths), _split(static_F, static_lengths))
     return [Attribution(*of_segment) for of_segment in zip(*parts, attention, strict=True)]
+
+
+def _logit(model: RiskModel, patient_SE: Tensor) -> Tensor:
+    """(S,) of the model's only task."""
+    return model.outputs(patient_SE)[0][:, 0]
 
 
 def _split(x_N: Tensor, lengths: list[int]) -> list[np.ndarray]:
@@ -191,7 +196,7 @@ def _logits_on_the_way(model: RiskModel, row: Batch, share: float) -> tuple[Tens
     hook = model.backbone.embedding.register_forward_hook(move)
     try:
         patient_SE, _ = model.patient(row)
-        return model.logit(patient_SE), points, ways
+        return _logit(model, patient_SE), points, ways
     finally:
         hook.remove()
 

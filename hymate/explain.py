@@ -31,15 +31,14 @@ from rich.progress import track
 
 from hymate import explain_pictures
 from hymate.attribution import SHARES, Attribution, Case, Explainer, deletion_and_insertion
+from hymate.bundle import read_bundle
 from hymate.config import ConfigError, TaskConfig, UserError, main
 from hymate.data.loader import US_PER_HOUR, Examples
 from hymate.data.meds import write_parquet, write_text
-from hymate.predict import DataPath, asked_of, best_device, predict, risk_bundle
+from hymate.predict import DataPath, asked_of, best_device, predict
 
 T = TypeVar("T")
-REMOVED = (
-    40  # variables whose removal is scored: those with the largest attributions; each costs a pass over the cohort
-)
+REMOVED = 40  # variables whose removal is scored, those with the largest attributions; each costs a pass
 BLOCK = 16  # cases between two steps of the progress bar
 SHOWN, ROWS = 15, 12  # variables in explanation.md, and with a row of their own in a timeline
 FALL, RISE = "deletion: the logit falls by", "insertion: the logit rises by"
@@ -76,10 +75,12 @@ class ExplainConfig:
 
 def run(config: ExplainConfig) -> None:
     """The command."""
-    bundle, out = risk_bundle(Path(config.bundle), config.task), Path(config.out)
+    bundle = read_bundle(Path(config.bundle), kind="risk").for_task(config.task.name)
+    out = Path(config.out)
     with asked_of(bundle, Path(config.data.path), config.task, config.split) as (histories, examples):
         _check_subjects(config.subjects, examples, config.split)
-        prob_E, rows = predict(bundle, histories, examples)
+        outputs, rows = predict(bundle, histories, examples)
+        prob_E = outputs.probability_ET[:, 0]
         explainer = Explainer(bundle, histories, best_device())
         patients = chosen_patients(examples, prob_E, config.subjects, config.patients)
         explain_patients(explainer, examples, prob_E, patients, out / "patients")

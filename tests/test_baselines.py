@@ -116,8 +116,8 @@ def table(seed: int, num_examples: int = 400) -> FeatureTable:
     noise_E, never_E = rng.poisson(3, num_examples), np.full(num_examples, np.nan)
     value_EX = np.stack([level_E, level_E + 1, noise_E, never_E], axis=1).astype(np.float32)
     value_EX[missing_E, :2] = np.nan
-    nobody_E = np.zeros(num_examples, np.int64)
-    examples = Examples(nobody_E, nobody_E, nobody_E, label_E.astype(np.float32), np.arange(num_examples))
+    nobody_E, label_ET = np.zeros(num_examples, np.int64), label_E.astype(np.float32)[:, None]
+    examples = Examples(nobody_E, nobody_E, nobody_E, label_ET, np.full_like(label_ET, np.nan), np.arange(num_examples))
     return FeatureTable(FeatureSpec((), columns), examples, value_EX)
 
 

@@ -333,7 +333,7 @@ class Rows:
 def packed_row(windows: Sequence[History], end_S: np.ndarray, vocabulary: Vocabulary, id_of_code: np.ndarray) -> Batch:
     """One row of windows, each of at least one event and seen from its time in end_S (int64, microseconds).
 
-    id_of_code: `vocabulary`'s ids (int64) of the dataset's codes. Segments are numbered as examples, without labels.
+    id_of_code: `vocabulary`'s ids (int64) of the dataset's codes. Segments are numbered as examples, without tasks.
     """
     length_S = np.array([len(window) for window in windows])
     id_L = id_of_code[np.concatenate([window.code for window in windows])]
@@ -363,7 +363,9 @@ def packed_row(windows: Sequence[History], end_S: np.ndarray, vocabulary: Vocabu
         age_years_S=ages([window.birth_time for window in windows], end_S),
         lag_hours_S=ratio(end_S - time_L[last_S], US_PER_HOUR),
         example_S=torch.arange(len(windows)),
-        label_S=torch.full((len(windows),), torch.nan),
+        label_ST=torch.empty(len(windows), 0),
+        days_ST=torch.empty(len(windows), 0),
+        share_T=torch.empty(0),
     )
 
 
