@@ -1,6 +1,7 @@
 """What moved a prediction: integrated gradients over the events, real removal, and how faithful an order of events is.
 
-Attribution. Integrated gradients (Sundararajan et al. 2017) over the event embeddings. The baseline of an event is an
+Attribution. Integrated gradients (Sundararajan et al. 2017) over the event embeddings and, where the pooling is over
+variables, what it is told of each of them, which its events share. The baseline of an event is an
 event of an unknown code without a value at the same time: what the model makes of it when it only knows that something
 was recorded. (Zero is no baseline here: the blocks normalise their inputs, so that a small embedding acts as a whole
 one and the path jumps at its start.) An event's attribution is in units of the logit, positive where it raised the
@@ -148,57 +149,83 @@ class Explainer:
 def integrated_gradients(model: RiskModel, row: Batch, num_steps: int = NUM_STEPS) -> list[Attribution]:
     """The attributions of each segment of a row, S of them; see the module's text."""
     node_G, weight_G = np.polynomial.legendre.leggauss(num_steps)
-    event_L = torch.zeros(row.num_events, dtype=torch.float64, device=row.code_L.device)
-    static_F = torch.zeros(len(row.static_code_F), dtype=torch.float64, device=row.code_L.device)
+    parts: dict[str, Tensor] = {}
     for node, weight in zip(((node_G + 1) / 2).tolist(), (weight_G / 2).tolist(), strict=True):
         logit_S, points, ways = _logits_on_the_way(model, row, node)
-        gradients = torch.autograd.grad(logit_S.sum(), points)  # segments are independent: each gets its own gradient
-        for total_N, gradient_ND, way_ND in zip((event_L, static_F), gradients, ways, strict=True):
-            total_N += weight * (gradient_ND * way_ND).sum(dim=1).double()
+        # segments are independent: each gets its own gradient
+        gradients = torch.autograd.grad(logit_S.sum(), list(points.values()))
+        for name, gradient_ND in zip(points, gradients, strict=True):
+            parts[name] = parts.get(name, 0.0) + weight * (gradient_ND * ways[name]).sum(dim=1).double()
     with torch.no_grad():
         baseline_S, *_ = _logits_on_the_way(model, row, 0.0)
         patient_SE, weight_LQ = model.patient(row)
         logit_S = _logit(model, patient_SE)
+    if "variables" in parts:
+        variable_L, count_L = _variables(row, model.backbone.embedding.code.num_embeddings)
+        parts["events"] = parts["events"] + parts["variables"][variable_L] / count_L
     lengths = np.diff(row.cu_seqlens).tolist()
     static_lengths = torch.bincount(row.static_segment_F, minlength=row.num_segments).tolist()
     attention: list[np.ndarray | None] = [None] * row.num_segments
     if weight_LQ is not None:
         attention = list(_split(weight_LQ.double().mean(dim=1), lengths))
-    parts = (logit_S.tolist(), baseline_S.tolist(), _split(event_L, lengths), _split(static_F, static_lengths))
-    return [Attribution(*of_segment) for of_segment in zip(*parts, attention, strict=True)]
+    of_events, of_static = _split(parts["events"], lengths), _split(parts["static"], static_lengths)
+    found = zip(logit_S.tolist(), baseline_S.tolist(), of_events, of_static, attention, strict=True)
+    return [Attribution(*of_segment) for of_segment in found]
 
 
-def _logit(model: RiskModel, patient_SE: Tensor) -> Tensor:
-    """(S,) of the model's only task."""
-    return model.outputs(patient_SE)[0][:, 0]
+def _variables(row: Batch, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """Of each event: its variable, as `VariablePooling` numbers them, and how many events that has."""
+    _, variable_L, count_G = torch.unique(
+        row.segment_L.long() * vocab_size + row.code_L, return_inverse=True, return_counts=True
+    )
+    return variable_L, count_G[variable_L]
 
 
 def _split(x_N: Tensor, lengths: list[int]) -> list[np.ndarray]:
     return [part.numpy() for part in x_N.cpu().split(lengths)]
 
 
-def _logits_on_the_way(model: RiskModel, row: Batch, share: float) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+def _logits_on_the_way(
+    model: RiskModel, row: Batch, share: float
+) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
     """Logits (S,) with all embeddings at a share of their way from the baseline; where they are, and their ways.
 
-    Both lists hold the events' (L, D), then the static events' (F, D): the order in which the model embeds them.
+    These of the "events" (L, D), of the "static" events (F, D), and where the pooling is over variables of what it is
+    told of the "variables" (G, D), whose baseline is an unknown code with no event.
     """
-    points: list[Tensor] = []
-    ways: list[Tensor] = []
+    points: dict[str, Tensor] = {}
+    ways: dict[str, Tensor] = {}
 
-    def move(embedding: nn.Module, inputs: tuple[Tensor, ...], end_ND: Tensor) -> Tensor:
+    def moved(name: str, start_ND: Tensor, end_ND: Tensor) -> Tensor:
+        ways[name] = (end_ND - start_ND).detach()
+        points[name] = (start_ND + share * ways[name]).detach().requires_grad_(torch.is_grad_enabled())
+        return points[name]
+
+    def move_events(embedding: nn.Module, inputs: tuple[Tensor, ...], end_ND: Tensor) -> Tensor:
         code_N, value_N, _, *rest = inputs
         no_value_N = torch.full_like(value_N, torch.nan)
         start_ND = embedding.forward(torch.full_like(code_N, UNKNOWN_ID), no_value_N, no_value_N, *rest)
-        ways.append((end_ND - start_ND).detach())
-        points.append((start_ND + share * ways[-1]).detach().requires_grad_(torch.is_grad_enabled()))
-        return points[-1]
+        return moved("static" if "events" in points else "events", start_ND, end_ND)
 
-    hook = model.backbone.embedding.register_forward_hook(move)
+    def move_variables(vectors: nn.Module, inputs: tuple[Tensor, ...], end_GD: Tensor) -> Tensor:
+        code_GD, features_GX = inputs
+        unknown_GD = model.backbone.embedding.code.weight[UNKNOWN_ID].expand_as(code_GD)
+        return moved("variables", vectors.forward(unknown_GD, torch.zeros_like(features_GX)), end_GD)
+
+    hooks = [model.backbone.embedding.register_forward_hook(move_events)]
+    if model.pooling.variables is not None:
+        hooks.append(model.pooling.variables.vectors.register_forward_hook(move_variables))
     try:
         patient_SE, _ = model.patient(row)
         return _logit(model, patient_SE), points, ways
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
+
+
+def _logit(model: RiskModel, patient_SE: Tensor) -> Tensor:
+    """(S,) of the model's only task."""
+    return model.outputs(patient_SE)[0][:, 0]
 
 
 # ------------------------------------------------------------------------------------------------ faithfulness

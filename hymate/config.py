@@ -76,8 +76,9 @@ class ModelConfig:
     mixer: "mamba2" (Dao & Gu 2024) or "mamba1" (Gu & Dao 2023, the paper's).
     window: sliding attention window in events on each side; 0 is full attention.
     bidirectional: each M block reads its history in both directions.
-    pooling: "fusion" (additive attention, the paper's), "last" (last event's state) or "mean".
-    num_queries: attention queries of the fusion pooling; their results are concatenated.
+    pooling: "fusion" (additive attention over the events, the paper's), "variables" (over the variables, which also
+        know what aggregate features would say of them), "last" (last event's state) or "mean".
+    num_queries: attention queries of the first two; their results are concatenated.
     """
 
     d_model: int = 64
@@ -93,7 +94,7 @@ class ModelConfig:
     window: int = 512
     mlp_ratio: float = 2.0
     dropout: float = 0.1
-    pooling: Literal["fusion", "last", "mean"] = "fusion"
+    pooling: Literal["fusion", "variables", "last", "mean"] = "fusion"
     num_queries: int = 8
 
     def __post_init__(self) -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from itertools import cycle, islice
 from typing import Any
 
 import torch
@@ -25,9 +24,9 @@ from hymate.batch import Batch
 from hymate.config import ModelConfig, ObjectiveConfig, UserError
 from hymate.mixers import BlockState, Mamba1Mixer, Mamba2Mixer
 from hymate.objectives import forecast_targets, hide_events, masked_mean
+from hymate.pooling import FusionPooling, VariablePooling, segment_mean, wide
 
 TIME_PERIODS_HOURS = (2.0, 6.0, 24.0, 72.0, 168.0, 720.0, 2160.0, 8766.0)
-HORIZONS_HOURS = (8766.0, 168.0, 24.0, 4.0)  # a year to the last few events: how far pooling first looks back
 NO_VALUE, HIDDEN_VALUE = 0, 1
 TYPICAL_DAYS = 5.0  # what a new head predicts, so that it need not learn the scale first
 
@@ -203,45 +202,6 @@ class Block(nn.Module):
         return x_LD + self.mlp(self.mlp_norm(x_LD)), state
 
 
-class FusionPooling(nn.Module):
-    """The paper's additive attention over a segment's events, `num_queries` times; its weights explain the prediction.
-
-    Each query also forgets: an event's score falls with its hours before the segment's end, at a learned rate that
-    starts at one of HORIZONS_HOURS. It returns the level of what it attends to (the weighted mean of the
-    states) and its trend: the weighted covariance of states and time over the standard deviation of time, which is
-    the least-squares slope in units of that deviation.
-    """
-
-    def __init__(self, d_model: int, num_queries: int) -> None:
-        super().__init__()
-        self.key = nn.Linear(d_model, d_model)
-        self.query = nn.Linear(d_model, num_queries, bias=False)
-        horizon_Q = torch.tensor(list(islice(cycle(HORIZONS_HOURS), num_queries)))
-        self.log_rate_Q = nn.Parameter(-horizon_Q.log())
-        self.width = 2 * num_queries * d_model
-
-    def forward(self, h_LD: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """(L, D) -> pooled (S, 2 * Q * D) and weights (L, Q) that sum to 1 over each segment."""
-        segment_L, S = batch.segment_L.long(), batch.num_segments
-        last_L = torch.tensor(batch.cu_seqlens[1:], device=h_LD.device)[segment_L] - 1
-        hours_L1 = (batch.time_hours_L - batch.time_hours_L[last_L])[:, None]  # 0 at the end, negative before
-        score_LQ = self.score(h_LD, hours_L1)
-        top_SQ = score_LQ.new_full((S, score_LQ.shape[1]), -torch.inf)
-        top_SQ = top_SQ.scatter_reduce(0, segment_L[:, None].expand_as(score_LQ), score_LQ.detach(), "amax")
-        weight_LQ = (score_LQ - top_SQ[segment_L]).exp()
-        weight_LQ = weight_LQ / _segment_sum(weight_LQ, segment_L, S)[segment_L]
-        offset_LQ = hours_L1 - _segment_sum(weight_LQ * hours_L1, segment_L, S)[segment_L]
-        variance_SQ = _segment_sum(weight_LQ * offset_LQ.square(), segment_L, S)
-        trend_LQ = weight_LQ * offset_LQ * (variance_SQ + 1.0).rsqrt()[segment_L]  # 1: an hour, where time stands still
-        lengths = torch.tensor(batch.cu_seqlens).diff().tolist()
-        parts = zip(torch.cat([weight_LQ, trend_LQ], dim=1).split(lengths), _wide(h_LD).split(lengths), strict=True)
-        return torch.stack([basis.T @ h for basis, h in parts]).flatten(1), weight_LQ
-
-    def score(self, h_LD: Tensor, hours_L1: Tensor) -> Tensor:
-        """(L, D), hours from the end (not positive) -> logarithms of the weights (L, Q), up to a constant of each."""
-        return _wide(self.query(torch.tanh(self.key(h_LD)))) + hours_L1 * self.log_rate_Q.exp()
-
-
 class HyMaTE(nn.Module):
     """The encoder: events of packed patient histories -> contextual states and one vector for each patient.
 
@@ -308,47 +268,34 @@ class PatientPooling(nn.Module):
         super().__init__()
         self.kind = config.pooling
         self.fusion = FusionPooling(config.d_model, config.num_queries) if self.kind == "fusion" else None
+        self.variables = VariablePooling(config.d_model, config.num_queries) if self.kind == "variables" else None
         self.static = nn.Linear(config.d_model, config.d_model)
-        pooled = config.d_model if self.fusion is None else self.fusion.width
-        self.width = pooled + config.d_model + 4
+        attention = self.fusion or self.variables
+        self.width = (attention.width if attention else config.d_model) + config.d_model + 4
 
     def forward(self, h_LD: Tensor, batch: Batch, embedding: TripletEmbedding) -> tuple[Tensor, Tensor | None]:
-        """(L, D) -> patient vectors (S, E) and the fusion weights (L, Q), None for other poolings."""
+        """(L, D) -> patient vectors (S, E) and the attention weights (L, Q), None for other poolings."""
         weight_LQ = None
         last_S = torch.tensor(batch.cu_seqlens[1:], device=h_LD.device) - 1
         count_S = torch.tensor(batch.cu_seqlens, device=h_LD.device, dtype=torch.float32).diff()
-        if self.fusion is not None:
+        if self.variables is not None:
+            pooled, weight_LQ = self.variables(h_LD, batch, embedding.code.weight)
+        elif self.fusion is not None:
             pooled, weight_LQ = self.fusion(h_LD, batch)
         elif self.kind == "last":
-            pooled = _wide(h_LD[last_S])
+            pooled = wide(h_LD[last_S])
         else:
-            pooled = _segment_mean(h_LD, batch.segment_L, batch.num_segments)
+            pooled = segment_mean(h_LD, batch.segment_L, batch.num_segments)
         return self.join(pooled, count_S, batch, embedding), weight_LQ
 
     def join(self, pooled: Tensor, count_S: Tensor, batch: Batch, embedding: TripletEmbedding) -> Tensor:
         """Pooled events (S, Q * D), count_S of them, and the batch's static features and scalars -> (S, E)."""
         static_FD = embedding(batch.static_code_F, batch.static_value_F, batch.static_quantile_F)
-        static_SD = F.gelu(self.static(_segment_mean(static_FD, batch.static_segment_F, batch.num_segments)))
+        static_SD = F.gelu(self.static(segment_mean(static_FD, batch.static_segment_F, batch.num_segments)))
         known_S = ~torch.isnan(batch.age_years_S)
         age_S = torch.nan_to_num(batch.age_years_S) / 100
         scalars = torch.stack([age_S, known_S.float(), torch.log1p(batch.lag_hours_S), torch.log(count_S) / 10], -1)
-        return torch.cat([pooled, _wide(static_SD), scalars.to(pooled.dtype)], dim=-1)
-
-
-def _segment_mean(x_LD: Tensor, segment_L: Tensor, num_segments: int) -> Tensor:
-    """Mean over each segment (S, D); zero where a segment has nothing."""
-    index = segment_L.long()
-    count_S = torch.bincount(index, minlength=num_segments).clamp(min=1)
-    return _segment_sum(_wide(x_LD), index, num_segments) / count_S[:, None]
-
-
-def _segment_sum(x_LD: Tensor, segment_L: Tensor, num_segments: int) -> Tensor:
-    return x_LD.new_zeros(num_segments, x_LD.shape[1]).index_add(0, segment_L, x_LD)
-
-
-def _wide(x: Tensor) -> Tensor:
-    """At least float32: sums over a whole history are not for half precision."""
-    return x if x.dtype == torch.float64 else x.float()
+        return torch.cat([pooled, wide(static_SD), scalars.to(pooled.dtype)], dim=-1)
 
 
 # ------------------------------------------------------------------------------------------------------- models

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from hymate.config import UserError
 from hymate.data.meds import atomic_path, write_text
+from hymate.pooling import VariableSums
 from hymate.streaming import PatientState, PooledState
 
 FORMAT_VERSION = 1  # another one where the same bundle would leave other states
@@ -108,9 +109,10 @@ class StateFolder:
             return None, "changed"
         tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
         blocks = [tensor for name, tensor in tensors.items() if name.startswith("block")]
+        pooled = VariableSums if "pooled.key_R" in tensors else PooledState
         return PatientState(
             blocks=tuple(zip(blocks[::2], blocks[1::2], strict=True)),
-            pooled=PooledState(**{name.removeprefix("pooled."): t for name, t in tensors.items() if "pooled" in name}),
+            pooled=pooled(**{name.removeprefix("pooled."): t for name, t in tensors.items() if "pooled" in name}),
             **{name: header[name] for name in SCALARS},
         ), "known"
 

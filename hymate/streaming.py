@@ -20,6 +20,7 @@ from hymate.data.histories import History
 from hymate.data.loader import US_PER_HOUR, ages, ratio
 from hymate.data.vocabulary import Vocabulary
 from hymate.model import BlockState, RiskModel
+from hymate.pooling import VariableSums
 
 CHUNK_EVENTS = 2048  # as fast as larger ones, at less memory
 EVENT = np.dtype([("time_us", "<i8"), ("id", "<i4"), ("value", "<f4")])
@@ -90,7 +91,7 @@ class PatientState:
     """What the model keeps of a patient's events so far. It is never changed: more events make a new one."""
 
     blocks: tuple[BlockState, ...]
-    pooled: PooledState
+    pooled: PooledState | VariableSums
     num_events: int
     first_time_us: int
     last_time_us: int
@@ -163,13 +164,11 @@ class StreamingModel:
             age_years_S=ages([history.birth_time], end_S),
             lag_hours_S=ratio(end_S - state.last_time_us, US_PER_HOUR),
         )
-        level_QD, trend_QD = state.pooled.levels_and_trends()
-        pooled = level_QD if self._model.pooling.fusion is None else torch.cat([level_QD, trend_QD])
         count_S = torch.tensor([float(state.num_events)], device=self._like.device)
+        embedding = self._model.backbone.embedding
         with torch.no_grad():
-            patient_SE = self._model.pooling.join(
-                pooled.to(self._like.dtype).view(1, -1), count_S, batch, self._model.backbone.embedding
-            )
+            pooled = self._pooled(state.pooled, batch.lag_hours_S).to(self._like.dtype)
+            patient_SE = self._model.pooling.join(pooled, count_S, batch, embedding)
             logit_ST, log_days_ST = self._model.outputs(patient_SE)
         return logit_ST[0].cpu().numpy(), log_days_ST[0].cpu().numpy()
 
@@ -184,27 +183,42 @@ class StreamingModel:
         h_LD, blocks = self._model.backbone.carry(batch, state.blocks if state else None)
         return PatientState(
             blocks=blocks,
-            pooled=self._pool(state, h_LD, time_L),
+            pooled=self._pool(state, h_LD, batch, time_L),
             num_events=(state.num_events if state else 0) + len(events_L),
             first_time_us=first_time_us,
             last_time_us=int(time_L[-1]),
         )
 
-    def _pool(self, before: PatientState | None, h_LD: Tensor, time_us_L: np.ndarray) -> PooledState:
-        """All poolings are one: for "mean" the scores are equal, for "last" nothing before the last event counts."""
+    def _pool(
+        self, before: PatientState | None, h_LD: Tensor, batch: Batch, time_us_L: np.ndarray
+    ) -> PooledState | VariableSums:
+        """What to keep of all events so far; see `_pooled`."""
         pooling = self._model.pooling
+        elapsed = (int(time_us_L[-1]) - before.last_time_us) / US_PER_HOUR if before else 0.0
+        kept = before.pooled if before else None
+        if pooling.variables is not None:
+            sums, _ = VariableSums.of(h_LD, batch, self._vocabulary.size).grouped()
+            return kept.later(elapsed) + sums if isinstance(kept, VariableSums) else sums
         hours_L = torch.from_numpy((time_us_L - time_us_L[-1]) / US_PER_HOUR).to(h_LD.device)
         if pooling.kind == "last":
-            before, h_LD, hours_L = None, h_LD[-1:], hours_L[-1:]
+            kept, h_LD, hours_L = None, h_LD[-1:], hours_L[-1:]
         if pooling.fusion is None:
             score_LQ, rate_Q = h_LD.new_zeros(len(h_LD), 1), h_LD.new_zeros(1)
         else:
             score_LQ, rate_Q = pooling.fusion.score(h_LD, hours_L[:, None]), pooling.fusion.log_rate_Q.exp()
         new = PooledState.of(score_LQ.double(), hours_L, h_LD.double())
-        if before is None:
-            return new
-        elapsed = (int(time_us_L[-1]) - before.last_time_us) / US_PER_HOUR
-        return before.pooled.later(elapsed, rate_Q.double()) + new
+        return kept.later(elapsed, rate_Q.double()) + new if isinstance(kept, PooledState) else new
+
+    def _pooled(self, kept: PooledState | VariableSums, lag_hours_S: Tensor) -> Tensor:
+        """(1, E') of what was kept. All poolings of events are one: for "mean" the scores are equal, for "last" nothing
+        before the last event counts.
+        """
+        pooling = self._model.pooling
+        if isinstance(kept, VariableSums):
+            assert pooling.variables is not None
+            return pooling.variables.pool(kept, lag_hours_S, self._model.backbone.embedding.code.weight)[0]
+        level_QD, trend_QD = kept.levels_and_trends()
+        return (level_QD if pooling.fusion is None else torch.cat([level_QD, trend_QD])).view(1, -1)
 
     def _batch(
         self,

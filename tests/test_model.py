@@ -13,7 +13,6 @@ from torch.nn import functional as F
 from hymate.batch import Batch
 from hymate.config import ModelConfig, ObjectiveConfig, UserError
 from hymate.model import (
-    FusionPooling,
     HyMaTE,
     Mamba1Mixer,
     Mamba2Mixer,
@@ -22,6 +21,7 @@ from hymate.model import (
     decay_groups,
     load_backbone,
 )
+from hymate.pooling import HORIZONS_HOURS, FusionPooling, VariablePooling, VariableSums
 
 VOCAB = 30
 LENGTHS = (7, 1, 23, 40)
@@ -33,6 +33,9 @@ CONFIGS = {
     ),
     "last": ModelConfig(d_model=16, layers="M", d_state=8, headdim=8, dropout=0.0, pooling="last"),
     "mean": ModelConfig(d_model=16, layers="M", d_state=8, headdim=8, dropout=0.0, pooling="mean"),
+    "variables": ModelConfig(
+        d_model=16, layers="M", d_state=8, headdim=8, dropout=0.0, pooling="variables", num_queries=3
+    ),
 }
 
 
@@ -73,8 +76,9 @@ def test_event_states_of_a_unidirectional_model_see_only_the_past() -> None:
     assert not torch.allclose(before[20:], after[20:])
 
 
-def test_fusion_weights_sum_to_one_for_each_patient() -> None:
-    model = risk_model("mamba2")
+@pytest.mark.parametrize("name", ["mamba2", "variables"])
+def test_attention_weights_sum_to_one_for_each_patient(name: str) -> None:
+    model = risk_model(name)
     row = in_double(random_row(LENGTHS, vocab_size=VOCAB))
     _, weight_LQ = model.patient(row)
     for a, b in zip(row.cu_seqlens, row.cu_seqlens[1:], strict=False):
@@ -98,6 +102,42 @@ def test_fusion_pooling_returns_levels_and_least_squares_slopes() -> None:
     slope_D = torch.linalg.lstsq(torch.stack([hours_L, torch.ones(12)], 1).double(), h_LD).solution[0]
     variance = hours_L.var(correction=0)
     torch.testing.assert_close(trend_QD[1], slope_D * variance / (variance + 1).sqrt())
+
+
+def test_variables_know_what_aggregate_features_would_say() -> None:
+    row = in_double(random_row(LENGTHS, vocab_size=8))
+    sums, group_L = VariableSums.of(torch.zeros(row.num_events, 2).double(), row, 8).grouped()
+    features_GX = sums.features(row.lag_hours_S[sums.key_R // 8])
+    assert len(features_GX) == len(set(zip(row.segment_L.tolist(), row.code_L.tolist(), strict=True)))
+    for key, found in zip(sums.key_R.tolist(), features_GX, strict=True):
+        own_L = (row.segment_L * 8 + row.code_L) == key
+        assert group_L[own_L].unique().numel() == 1
+        end = row.time_hours_L[row.cu_seqlens[key // 8 + 1] - 1] + row.lag_hours_S[key // 8]
+        t, z, rank = (x_L[own_L] for x_L in (row.time_hours_L, torch.asinh(row.value_L), row.quantile_L))
+        expected = dict.fromkeys(VariablePooling.FEATURES, torch.zeros((), dtype=torch.float64))
+        for hours in HORIZONS_HOURS:
+            expected[f"events, forgotten within {hours:g} hours (log)"] = ((t - end) / hours).exp().sum().log1p()
+        expected["hours since the first event (log)"] = (end - t[0]).log1p()
+        expected["hours since the last event (log)"] = (end - t[-1]).log1p()
+        known = ~z.isnan()
+        if known.any():
+            t, z, rank = t[known], z[known], rank[known]
+            for hours in HORIZONS_HOURS:
+                weights = ((t - t[-1]) / hours).exp()
+                expected[f"mean value, forgotten within {hours:g} hours"] = (weights * z).sum() / weights.sum()
+            spread = t.var(correction=0)
+            covariance = ((t - t.mean()) * (z - z.mean())).mean()
+            expected |= {
+                "has a value": torch.ones(()),
+                "standard deviation": z.std(correction=0),
+                "trend, as FusionPooling's": covariance / (spread + 1).sqrt(),
+                "mean rank": rank.mean(),
+                **{"least value": z.min(), "least rank": rank.min()},
+                **{"greatest value": z.max(), "greatest rank": rank.max()},
+                **{"first value": z[0], "last value": z[-1], "last rank": rank[-1]},
+            }
+        wanted = torch.stack([expected[name].double() for name in VariablePooling.FEATURES])
+        torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
 
 
 def test_mixers_hold_the_parameter_names_and_shapes_of_mamba_ssm() -> None:

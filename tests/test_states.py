@@ -106,7 +106,7 @@ def same(a: pa.Table, b: pa.Table) -> bool:
     )
 
 
-@pytest.mark.parametrize("pooling", ["fusion", "mean", "last"])
+@pytest.mark.parametrize("pooling", ["fusion", "variables", "mean", "last"])
 @pytest.mark.parametrize("mixer", ["mamba1", "mamba2"])
 def test_whole_histories_score_as_in_one_packed_pass(mixer: str, pooling: str, data: Path, tmp_path: Path) -> None:
     """A context longer than every history crops nothing, so the two ways of reading must agree; a short one crops."""

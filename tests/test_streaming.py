@@ -36,6 +36,7 @@ CONFIGS = {
     "window above the history": replace(MODEL, window=512),
     "mean": replace(MODEL, pooling="mean"),
     "last": replace(MODEL, pooling="last"),
+    "variables": replace(MODEL, pooling="variables", num_queries=2),
 }
 START_US = 1_600_000_000_123_456
 
