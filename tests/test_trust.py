@@ -1,0 +1,182 @@
+"""Calibration, decisions and groups: closed forms, scikit-learn, and cohorts whose risks are known."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.special import expit
+from scipy.stats import binomtest
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import confusion_matrix, roc_curve
+
+from hymate import metrics, trust
+
+Array = np.ndarray
+
+
+def cohort(num_labels: int, seed: int = 0) -> tuple[Array, Array, Array]:
+    """Labels, the logits of the risks that they were drawn with, and a subject for each."""
+    rng = np.random.default_rng(seed)
+    logit_N = rng.normal(-1.5, 1.5, num_labels)
+    return (rng.uniform(size=num_labels) < expit(logit_N)).astype(float), logit_N, np.arange(num_labels)
+
+
+# ------------------------------------------------------------------------------------------------- calibration
+
+
+@pytest.mark.parametrize(("temperature", "shift"), [(1.0, 0.0), (2.0, -0.7), (0.5, 0.4)])
+def test_recalibration_finds_what_distorted_the_logits(temperature: float, shift: float) -> None:
+    label, true, _ = cohort(20_000)
+    found = trust.recalibrate(label, (true - shift) * temperature)
+    assert found.temperature == pytest.approx(temperature, rel=0.05)
+    assert found.shift == pytest.approx(shift, abs=0.05)
+    logits = np.array([-3.0, 0.1, 2.0])
+    assert found.undo(expit(found(logits))) == pytest.approx(expit(logits))
+    peer = LogisticRegression(C=np.inf).fit(((true - shift) * temperature)[:, None], label)
+    assert 1 / found.temperature == pytest.approx(peer.coef_[0, 0], rel=0.01)
+    assert found.shift == pytest.approx(peer.intercept_[0], abs=0.01)
+
+
+@pytest.mark.parametrize("logits", [[-1.0, -2.0, 1.0, 2.0], [1.0, 2.0, -1.0, -2.0], [0.0, 0.0, 0.0, 0.0]])
+def test_a_few_labels_never_turn_the_order_round_or_make_risks_certain(logits: list[float]) -> None:
+    """Separated classes, a ranking that is wrong throughout, and no ranking."""
+    found = trust.recalibrate([0, 0, 1, 1], logits)
+    assert 0.1 < found.temperature < 10 and abs(found.shift) < 1
+
+
+def test_the_calibration_slope_is_that_of_a_logistic_regression() -> None:
+    label, true, subject = cohort(1500)
+    found = trust.calibration_slope(label, expit(1.7 * true + 0.3), subject)
+    peer = LogisticRegression(C=np.inf, tol=1e-8).fit((1.7 * true + 0.3)[:, None], label)
+    assert found["value"] == pytest.approx(peer.coef_[0, 0], rel=1e-3)
+    # Fisher information of slope and intercept
+    x = np.stack([1.7 * true + 0.3, np.ones_like(true)])
+    p = peer.predict_proba(x[0][:, None])[:, 1]
+    error = np.sqrt(np.linalg.inv((x * p * (1 - p)) @ x.T)[0, 0])
+    low, high = found["ci"]
+    assert low < 1 / 1.7 < high
+    assert (high - low) / (2 * 1.96 * error) == pytest.approx(1, abs=0.15)
+
+
+@pytest.mark.parametrize("label", [[0, 0, 1, 1], [0, 0, 0, 0]])
+def test_a_slope_without_a_finite_value_is_none(label: list[int]) -> None:
+    assert trust.calibration_slope(label, [0.1, 0.2, 0.8, 0.9], [1, 2, 3, 4])["value"] is None
+
+
+def test_a_perfect_models_error_is_chance_and_a_wrong_models_is_not() -> None:
+    beyond, usual = [], []
+    for seed in range(10):
+        label, true, _ = cohort(800, seed)
+        perfect = trust.calibration_error(label, expit(true))
+        assert perfect["ece"] == metrics.ece(label, expit(true))
+        beyond.append(perfect["beyond_chance"])
+        usual.append(perfect["by_chance"])
+    assert 0.02 < np.mean(usual) < 0.04 and np.mean(beyond) < 0.5 * np.mean(usual)
+    label, true, _ = cohort(50_000)
+    for distorted in (1.5 * true, true + 0.5):
+        wrong = trust.calibration_error(label, expit(distorted))
+        assert wrong["beyond_chance"] == pytest.approx(np.mean(np.abs(expit(distorted) - expit(true))), rel=0.1)
+    assert trust.calibration_error([], [])["ece"] is None
+
+
+def test_the_calibration_curve_holds_every_label_once_in_order() -> None:
+    label, true, subject = cohort(205)
+    curve = trust.calibration_curve(label, expit(true), subject)
+    assert len(curve) == 10 and sum(group["labels"] for group in curve) == 205
+    predicted = [group["predicted"] for group in curve]
+    assert predicted == sorted(predicted)
+    total = sum(group["observed"]["value"] * group["labels"] for group in curve)
+    assert total == pytest.approx(label.sum())
+
+
+@given(st.integers(1, 60), st.data())
+def test_shares_have_wilsons_interval(num: int, data: st.DataObject) -> None:
+    count = data.draw(st.integers(0, num))
+    found = trust.share(np.arange(num) < count, np.arange(num))
+    peer = binomtest(count, num).proportion_ci(method="wilson")
+    assert found["value"] == count / num
+    assert found["ci"] == pytest.approx([peer.low, peer.high], abs=1e-6)
+    repeated = trust.share(np.repeat(np.arange(num) < count, 3), np.repeat(np.arange(num), 3))
+    assert repeated["ci"] == pytest.approx(found["ci"])  # three equal labels of a patient tell no more than one
+
+
+# --------------------------------------------------------------------------------------------------- decisions
+
+
+@pytest.mark.parametrize("specificity", trust.SPECIFICITIES)
+def test_a_threshold_is_the_lowest_that_reaches_its_specificity(specificity: float) -> None:
+    label, true, _ = cohort(400)
+    prob = np.round(expit(true), 2)  # ties
+    threshold = trust.threshold_at(specificity, label, prob)
+    false_positive, _, _ = roc_curve(label, prob, drop_intermediate=False)
+    reached = np.mean(prob[label == 0] <= threshold)
+    assert 1 - reached == pytest.approx(max(f for f in false_positive if f <= 1 - specificity + 1e-9))
+
+
+def test_an_operating_point_is_its_confusion_matrix() -> None:
+    label, true, subject = cohort(500)
+    point = trust.operating_point(0.3, label, expit(true), subject)
+    tn, fp, fn, tp = confusion_matrix(label, expit(true) > 0.3).ravel()
+    assert point["sensitivity"]["value"] == pytest.approx(tp / (tp + fn))
+    assert point["specificity"]["value"] == pytest.approx(tn / (tn + fp))
+    assert point["ppv"]["value"] == pytest.approx(tp / (tp + fp))
+    assert point["alerts_per_100"] == pytest.approx(100 * (tp + fp) / 500)
+    nobody = trust.operating_point(1.0, label, expit(true), subject)
+    assert nobody["ppv"] == {"value": None, "ci": None} and nobody["alerts_per_100"] == 0
+
+
+def test_net_benefit_by_hand() -> None:
+    # at 0.2 a false positive weighs a quarter: (2 - 2 / 4) / 5; at 0.5 as much as a true one: (1 - 1) / 5
+    label, prob = [1, 1, 0, 0, 0], [0.9, 0.3, 0.6, 0.2, 0.1]
+    found = trust.net_benefit(label, prob, [0.2, 0.5])
+    assert found[:, 0] == pytest.approx([(2 - 2 / 4) / 5, 0.0])
+    assert trust.net_benefit(label, np.ones(5), [0.2])[0, 0] == pytest.approx(0.4 - 0.6 / 4)
+    weight = np.array([[2.0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    weighted = trust.net_benefit(label, prob, [0.2], weight)[0]
+    assert weighted == pytest.approx([(2 - 2 / 4) / 5, (2 - 2 / 4) / 5])
+
+
+def test_a_good_model_is_worth_it_in_the_middle_and_a_useless_one_nowhere() -> None:
+    label, true, subject = cohort(2000)
+    good = trust.decision_curve(label, expit(true), subject)
+    low, high = good["useful"]
+    assert low < label.mean() < high and 0 < low < high < 1
+    for row in good["net_benefit"]:
+        assert row["gain"]["value"] == pytest.approx(row["model"] - max(row["all"], 0))
+        assert row["gain"]["ci"][0] <= row["gain"]["value"] <= row["gain"]["ci"][1]
+    useless = trust.decision_curve(label, np.full(2000, label.mean()), subject)
+    assert useless["useful"] is None
+
+
+# ---------------------------------------------------------------------------------------------------- one task
+
+
+def test_a_group_whose_risks_are_wrong_is_told_and_a_tiny_one_is_not_shown() -> None:
+    label, true, subject = cohort(3000)
+    prob = expit(true)
+    off = np.arange(3000) % 3 == 0
+    prob[off] = expit(true[off] + 1)
+    groups = {"kind": {"off": off, "fine": ~off, "tiny": np.arange(3000) < trust.FEWEST_SUBJECTS - 1}}
+    found = trust.assess(label, prob, subject, groups, label, prob)
+    assert json.loads(json.dumps(found)) == found
+    wrong, fine, tiny = found["subgroups"]
+    assert (wrong["group"], wrong["wrong"], fine["wrong"]) == ("off", "too high", None)
+    assert tiny == {"kind": "kind", "group": "tiny", "few": True}
+    assert wrong["auroc"]["value"] == metrics.auroc(label[off], prob[off]) and wrong["enough"]
+    assert wrong["observed"]["value"] == pytest.approx(label[off].mean())
+    # the same threshold catches more, and alarms more, where risks are too high
+    assert wrong["sensitivity"]["value"] > fine["sensitivity"]["value"]
+    assert wrong["specificity"]["value"] < fine["specificity"]["value"]
+    for point in found["operating_points"]:
+        assert point["specificity"]["value"] == pytest.approx(point["aim"], abs=1e-3)
+
+
+def test_labels_of_one_class_are_no_error() -> None:
+    everyone = {"kind": {"all": np.ones(30, bool)}}
+    found = trust.assess(np.zeros(30), np.linspace(0.1, 0.9, 30), np.arange(30), everyone, [0, 1], [0.4, 0.6])
+    assert found["calibration"]["slope"]["value"] is None and found["subgroups"][0]["auroc"]["value"] is None
+    assert found["operating_points"][0]["sensitivity"] == {"value": None, "ci": None}
