@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
+import re
 import sys
 import types
 import typing
@@ -319,6 +320,30 @@ class SearchConfig:
             self.reduction_factor >= 2,
             "search.reduction_factor",
             f"must be at least 2, got {self.reduction_factor}",
+        )
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Which groups of patients report.md tells apart, besides the sexes.
+
+    subgroups: regular expressions of static codes; each code that one matches is a group.
+    age_bands: where a new band of ages at the prediction time begins, in years.
+    """
+
+    subgroups: list[str] = field(default_factory=list)
+    age_bands: list[int] = field(default_factory=lambda: [18, 45, 65, 80])
+
+    def __post_init__(self) -> None:
+        for pattern in self.subgroups:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ConfigError(f"report.subgroups: {pattern!r} is no regular expression: {error}") from error
+        _require(
+            bool(self.age_bands) and self.age_bands == sorted(set(self.age_bands)),
+            "report.age_bands",
+            f"must rise, e.g. [18, 65]; got {self.age_bands}",
         )
 
 

@@ -397,6 +397,13 @@ class RiskModel(nn.Module):
             logit_ST, log_days_ST = logit_ST.detach(), log_days_ST.detach()
         return {"loss": loss, "logit_ST": logit_ST, "log_days_ST": log_days_ST}
 
+    def recalibrate(self, task: str, temperature: float, shift: float) -> None:
+        """Make the task's logits what they are now / temperature + shift, by its head's last weights."""
+        last = self.heads[task][-1]  # type: ignore[index]
+        with torch.no_grad():
+            last.weight[0] /= temperature
+            last.bias[0] = last.bias[0] / temperature + shift
+
 
 def _head(config: ModelConfig, width_out: int, width_in: int | None = None) -> nn.Sequential:
     width_in = width_in or config.d_model

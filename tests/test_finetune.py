@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from small_cohort import SIZES, prepare_small
 
 from hymate.bundle import read_bundle, write_bundle
@@ -26,10 +28,11 @@ from hymate.data.loader import labelled_examples
 from hymate.data.meds import read_labels
 from hymate.data.vocabulary import Vocabulary
 from hymate.model import PretrainModel
-from hymate.predict import predict, prediction_table
+from hymate.predict import logits, predict, prediction_table
 from hymate.training import space
 from hymate.training.finetune import TrialConfig, parameter_groups, risk_model, starting_point
 from hymate.training.search import TuneConfig, search, trial_config
+from hymate.trust import recalibrate
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ModelConfig(d_model=16, layers="MA", d_state=8, headdim=8, num_heads=2, window=8, num_queries=2)
@@ -225,6 +228,9 @@ def test_a_finished_search_leaves_everything_it_promises(run: Path, data: Path) 
 
     report = (run / "report.md").read_text()
     assert f"{found['auroc']['value']:.3f}" in report and "too few" in report
+    assert found["picture"] == "readmission.png" and "(readmission.png)" in report
+    assert (run / "readmission.png").read_bytes().startswith(b"\x89PNG")
+    assert "chance alone gives a perfect model" in report.split("## Scores")[0]  # the verdict comes first
     said = (run.parent / "said.txt").read_text()
     assert f"{found['auprc']['value']:.3f}" in said and str(run / "bundle") in said and "tensorboard --logdir" in said
 
@@ -249,10 +255,24 @@ def test_the_bundle_gives_the_predictions_that_were_scored(run: Path, data: Path
     written = pq.read_table(run / "predictions.parquet")
     assert prediction_table(examples, outputs.probability_ET[:, 0]).equals(written)
     found = json.loads((run / "results.json").read_text())
+    assert bundle.extra["recalibration"] == {found["task"]: found["recalibration"]}
+    trained = load_file(Path(found["trials"][found["best_trial"]]["checkpoint"]) / "model.safetensors")
+    tuning = labelled_examples(histories, read_labels(data / "labels" / "readmission"), "tuning")
+    before, _ = logits(dataclasses.replace(bundle, state=trained), histories, tuning)
+    after, _ = logits(bundle, histories, tuning)
+    recalibration = recalibrate(tuning.label_E, before)
+    assert recalibration.temperature == pytest.approx(found["recalibration"]["temperature"], rel=1e-4)
+    assert after == pytest.approx(recalibration(before), abs=1e-5)
+    assert _likelihood(tuning.label_E, after) <= _likelihood(tuning.label_E, before)
     label, prob = (written[name].to_numpy() for name in ("boolean_value", "predicted_boolean_probability"))
     pairs = (prob[label][:, None] > prob[~label]) + 0.5 * (prob[label][:, None] == prob[~label])
     assert found["auroc"]["value"] == pytest.approx(pairs.mean())
     assert found["brier"] == pytest.approx(np.mean((prob - label) ** 2), abs=1e-6)
+
+
+def _likelihood(label: np.ndarray, logit: np.ndarray) -> float:
+    """Negative log-likelihood of the labels."""
+    return float(np.logaddexp(0, np.where(label > 0.5, -logit, logit)).sum())
 
 
 @pytest.mark.slow

@@ -16,10 +16,11 @@ from hymate.config import TaskConfig
 from hymate.data.loader import Examples
 from hymate.data.meds import write_text
 from hymate.data.tasks import LabelSet
+from hymate.training.tables import markdown, number, with_interval
+from hymate.training.verdict import sections, verdict
+from hymate.trust import ENOUGH_POSITIVES, ENOUGH_SUBJECTS
 
 RESULTS, REPORT = "results.json", "report.md"
-# Below these an AUROC's interval is so wide that the number says next to nothing.
-ENOUGH_POSITIVES, ENOUGH_SUBJECTS = 100, 200
 TABLE_WIDTH = 130  # of a stream that is no terminal
 
 SCORES = ("num_labels", "num_subjects", "prevalence", "auroc", "auprc", "brier", "ece", "days")
@@ -157,22 +158,40 @@ def show(found: Mapping[str, Any], run_path: Path) -> None:
 
 
 def report(found: Mapping[str, Any]) -> str:
-    """report.md."""
-    return f"# {_title(found)}\n\n{card(found)}"
+    """report.md: the verdict, a picture of each task where there is one, and what is behind them."""
+    alt = "ROC, precision-recall, calibration, decision curve"
+    drawn = [f"![{alt}]({part['picture']})" for part in parts_of(found) if part["picture"]]
+    return "\n\n".join([f"# {_title(found)}", *_verdict(found), *drawn, *_details(found)]) + "\n"
 
 
 def card(found: Mapping[str, Any]) -> str:
-    """What report.md and the bundle's model card say."""
+    """The bundle's model card."""
+    return "\n\n".join([*_verdict(found), *_details(found)]) + "\n"
+
+
+def _verdict(found: Mapping[str, Any]) -> list[str]:
+    parts = [f"**Note:** {note}." for note in notes(found)]
+    for part in parts_of(found):
+        parts += [*_task_column(found, f"**{part['task']}**"), verdict(part)]
+    return parts
+
+
+def _details(found: Mapping[str, Any]) -> list[str]:
+    """Markdown parts; how the numbers came about, and tables."""
     days = day_rows(found)
     parts = [
-        "Intervals are 95 %, from a bootstrap over patients. The held-out split was scored once, by the checkpoint "
-        f"that was best on the tuning split ({_criterion(found)}).",
-        _markdown(score_rows(found)),
+        "## Scores",
+        "Intervals are 95 %: of proportions Wilson's with patients for trials, of all else from a bootstrap over "
+        "patients. The held-out split was scored once, by the checkpoint that was best on the tuning split "
+        f"({_criterion(found)}), after its logits were recalibrated on the tuning split:",
+        markdown(recalibration_rows(found)),
+        markdown(score_rows(found)),
     ]
     if len(days) > 1:
-        parts += [DAYS, _markdown(days)]
-    parts += [f"**Note:** {note}." for note in notes(found)]
-    parts += ["## Labels", _markdown(split_rows(found))]
+        parts += [DAYS, markdown(days)]
+    for part in parts_of(found):
+        parts += [*_task_column(found, f"# {part['task']}"), *sections(part)]
+    parts += ["## Labels", markdown(split_rows(found))]
     for part in parts_of(found):
         if "triggers" in part["labels"]:
             rule, of_task = COMPETING[part["competing_rule"]], f" of {part['task']}" if "tasks" in found else ""
@@ -180,12 +199,21 @@ def card(found: Mapping[str, Any]) -> str:
             rows += [
                 [str(part["labels"][k]), text.format(rule=rule)] for k, text in MEANING.items() if k in part["labels"]
             ]
-            parts += [f"All splits, how the labels{of_task} came about:", _markdown(rows)]
-    parts += ["## Trials", _markdown(trial_rows(found))]
+            parts += [f"All splits, how the labels{of_task} came about:", markdown(rows)]
+    parts += ["## Trials", markdown(trial_rows(found))]
     failed = [t for t in found["trials"] if t["error"]]
     parts += [f"- trial {t['index']} failed: {t['error']}" for t in failed]
-    parts += ["## Limits", LIMITS]
-    return "\n\n".join(parts) + "\n"
+    return [*parts, "## Limits", LIMITS]
+
+
+def recalibration_rows(found: Mapping[str, Any]) -> list[list[str]]:
+    """Header and a line for each task: what its logits were divided by and raised by, and what that did."""
+    rows = [[*_task_column(found, "task"), "temperature", "shift", "ECE on held-out before", "after"]]
+    for part in parts_of(found):
+        fitted = part["recalibration"]
+        changes = f"{fitted['temperature']:.2f}", f"{fitted['shift']:+.2f}"
+        rows.append([*_task_column(found, part["task"]), *changes, number(fitted["ece_before"]), number(part["ece"])])
+    return rows
 
 
 def score_rows(found: Mapping[str, Any]) -> list[list[str]]:
@@ -199,15 +227,15 @@ def score_rows(found: Mapping[str, Any]) -> list[list[str]]:
                 part["split"],
                 str(part["num_labels"]),
                 str(part["num_subjects"]),
-                _number(part["prevalence"]),
-                _with_interval(part["auroc"]),
-                _with_interval(part["auprc"]),
-                _number(part["brier"]),
-                _number(part["ece"]),
+                number(part["prevalence"]),
+                with_interval(part["auroc"]),
+                with_interval(part["auprc"]),
+                number(part["brier"]),
+                number(part["ece"]),
             ]
         )
         if "ceiling" in part:
-            best = [_number(part["ceiling"][name]) for name in ("auroc", "auprc", "brier")]
+            best = [number(part["ceiling"][name]) for name in ("auroc", "auprc", "brier")]
             rows.append([*_task_column(found, ""), "best possible", "", "", "", *best, ""])
     return rows
 
@@ -218,7 +246,7 @@ def day_rows(found: Mapping[str, Any]) -> list[list[str]]:
     for part in parts_of(found):
         if "days" in part:
             days = part["days"]
-            scores = [_with_interval(days["mae"]), _number(days["mae_of_median"]), _with_interval(days["concordance"])]
+            scores = [with_interval(days["mae"]), number(days["mae_of_median"]), with_interval(days["concordance"])]
             rows.append([part["task"], str(days["num_labels"]), *scores])
     return rows
 
@@ -253,7 +281,7 @@ def trial_rows(found: Mapping[str, Any]) -> list[list[str]]:
                 trial["status"],
                 str(trial["step"] or 0),
                 str(best.get("step", "-")),
-                *(_number(best.get(name)) for name in ("mean", "auroc", "auprc")),
+                *(number(best.get(name)) for name in ("mean", "auroc", "auprc")),
                 *(_parameter(trial["parameters"][name]) for name in names),
             ]
         )
@@ -276,21 +304,5 @@ def _task_column(found: Mapping[str, Any], text: str) -> list[str]:
     return [text] if "tasks" in found else []
 
 
-def _with_interval(score: Mapping[str, Any]) -> str:
-    if score["value"] is None or score["ci"] is None:
-        return _number(score["value"])
-    low, high = score["ci"]
-    return f"{score['value']:.3f} [{low:.3f}, {high:.3f}]"
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
-
-
 def _parameter(value: Any) -> str:
     return f"{value:.2g}" if isinstance(value, float) else str(value)
-
-
-def _markdown(rows: Sequence[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])

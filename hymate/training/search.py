@@ -7,19 +7,20 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors.torch import load_file
 
-from hymate import metrics
-from hymate.bundle import Bundle, write_bundle
+from hymate import metrics, trust
+from hymate.bundle import Bundle, build_model, write_bundle
 from hymate.config import (
     ConfigError,
     DataConfig,
     ModelConfig,
+    ReportConfig,
     RunConfig,
     SearchConfig,
     TaskConfig,
@@ -33,9 +34,10 @@ from hymate.config import (
 from hymate.data.histories import Histories
 from hymate.data.loader import Examples, labelled_examples
 from hymate.data.meds import SPLITS
+from hymate.data.subgroups import subgroups
 from hymate.data.tasks import LabelSet, labels
 from hymate.predict import predict, write_predictions
-from hymate.training import results, space
+from hymate.training import pictures, results, space
 from hymate.training.finetune import Start, Study, TrialConfig, starting_point
 from hymate.training.launch import absolute, ray_session
 from hymate.training.pretraining import check_machine
@@ -61,6 +63,7 @@ class TuneConfig:
     run: RunConfig
     init: str | None
     model: ModelConfig | None = None
+    report: ReportConfig = field(default_factory=ReportConfig)
 
     def __post_init__(self) -> None:
         if self.train.num_workers != 1:
@@ -80,11 +83,12 @@ class TuneConfig:
 
 @dataclass(frozen=True)
 class LabelledTask:
-    """A task with its labels, and the examples of each split that they make."""
+    """A task with its labels, the examples of each split that they make, and whose the held-out ones are."""
 
     config: TaskConfig
     labels: LabelSet
     examples: Mapping[str, Examples]
+    held_out_groups: Mapping[str, Mapping[str, np.ndarray]]
 
 
 # ------------------------------------------------------------------------------------------------------- search
@@ -109,7 +113,7 @@ def search(config: TuneConfig) -> Path:
     start = starting_point(config.data, config.model, config.init)
     points = space.draw(config.search.space, config.search.num_trials, config.train.seed)
     trials = [trial_config(config, start, point) for point in points]
-    labelled = [_labelled(task, config.data.path, histories) for task in config.tasks]
+    labelled = [_labelled(task, config, histories) for task in config.tasks]
 
     write_run_config(run_path, claim)
     study = Study(start, [task.labels.table for task in labelled], config.search.metric, trials, run_path)
@@ -144,11 +148,12 @@ def _absolute(config: TuneConfig) -> TuneConfig:
     return dataclasses.replace(config, data=data, run=run, task=task, init=init)
 
 
-def _labelled(task: TaskConfig, data_path: str, histories: Histories) -> LabelledTask:
-    label_set = labels(Path(data_path), task)
+def _labelled(task: TaskConfig, config: TuneConfig, histories: Histories) -> LabelledTask:
+    label_set = labels(Path(config.data.path), task)
     examples = {split: labelled_examples(histories, label_set.table, split) for split in SPLITS}
     _require_both_classes(task, examples)
-    return LabelledTask(task, label_set, examples)
+    groups = subgroups(histories, examples["held_out"], config.report.subgroups, config.report.age_bands)
+    return LabelledTask(task, label_set, examples, groups)
 
 
 def _require_both_classes(task: TaskConfig, examples: Mapping[str, Examples]) -> None:
@@ -218,6 +223,18 @@ def _winner(start: Start, trial: TrialConfig, best: Outcome) -> Bundle:
     return Bundle("risk", trial.model, trial.data, trial.tasks, start.vocabulary, state, in_days=in_days)
 
 
+def _calibrated(
+    winner: Bundle, histories: Histories, task: str, tuning: Examples
+) -> tuple[Bundle, trust.Recalibration, np.ndarray]:
+    """The model whose probabilities fit the task's tuning split best, what was changed, and its probabilities there."""
+    outputs, _ = predict(winner.for_task(task), histories, tuning)
+    recalibration = trust.recalibrate(tuning.label_E, outputs.logit_ET[:, 0])
+    outputs.logit_ET[:, 0] = recalibration(outputs.logit_ET[:, 0])
+    model = build_model(winner)
+    model.recalibrate(task, recalibration.temperature, recalibration.shift)
+    return dataclasses.replace(winner, state=model.state_dict()), recalibration, outputs.probability_ET[:, 0]
+
+
 def _score_held_out(
     config: TuneConfig,
     winner: Bundle,
@@ -226,9 +243,11 @@ def _score_held_out(
     outcomes: list[Outcome],
     best: Outcome,
 ) -> dict[str, Any]:
-    """Predictions and bundle into the run's folder, and the content of results.json."""
-    run_path = config.run.path
-    parts = [_score_task(config, winner, histories, task) for task in labelled]
+    """Predictions, pictures and bundle into the run's folder, and the content of results.json."""
+    run_path, parts = config.run.path, []
+    for task in labelled:
+        winner, part = _score_task(config, winner, histories, task)
+        parts.append(part)
     found = results.collect(parts, config.search.metric, outcomes, best)
     found |= {"bundle": str(run_path / "bundle"), "init": config.init, "config": to_tree(config)}
     write_bundle(
@@ -241,26 +260,46 @@ def _score_held_out(
         tasks=winner.tasks,
         in_days=winner.in_days,
         card=results.card(found),
-        extra={"held_out": results.held_out_scores(found), "fingerprint": histories.fingerprint},
+        extra={
+            "held_out": results.held_out_scores(found),
+            "recalibration": {part["task"]: part["recalibration"] for part in parts},
+            "fingerprint": histories.fingerprint,
+        },
     )
     return found
 
 
-def _score_task(config: TuneConfig, winner: Bundle, histories: Histories, task: LabelledTask) -> dict[str, Any]:
-    """One task's predictions into the run's folder, and what results.json says of it."""
-    name, held_out = task.config.name, task.examples["held_out"]
+def _score_task(
+    config: TuneConfig, winner: Bundle, histories: Histories, task: LabelledTask
+) -> tuple[Bundle, dict[str, Any]]:
+    """The model with the task's head recalibrated, and what results.json says of the task.
+
+    Its predictions and its picture are in the run's folder.
+    """
+    name, tuning, held_out = task.config.name, task.examples["tuning"], task.examples["held_out"]
+    winner, recalibration, tuning_probability_E = _calibrated(winner, histories, name, tuning)
     outputs, _ = predict(winner.for_task(name), histories, held_out)
     write_predictions(held_out, outputs, config.run.path / results.predictions_file(name, winner.tasks))
-    scores = metrics.scores(held_out.label_E, outputs.probability_ET[:, 0], held_out.subject_id_E)
+    label_E, probability_E, subject_id_E = held_out.label_E, outputs.probability_ET[:, 0], held_out.subject_id_E
+    scores = metrics.scores(label_E, probability_E, subject_id_E)
     if name in winner.in_days:
         timed_E = ~np.isnan(held_out.days_E)
         days_N, predicted_N = held_out.days_E[timed_E], outputs.days_ET[timed_E, 0]
-        scores["days"] = metrics.day_scores(days_N, predicted_N, held_out.subject_id_E[timed_E])
+        scores["days"] = metrics.day_scores(days_N, predicted_N, subject_id_E[timed_E])
     part = results.of_task(task.config, scores, task.labels, task.examples)
+    part |= trust.assess(
+        label_E, probability_E, subject_id_E, task.held_out_groups, tuning.label_E, tuning_probability_E
+    )
+    before = metrics.ece(label_E, recalibration.undo(probability_E))
+    part["recalibration"] = {**dataclasses.asdict(recalibration), "ece_before": before}
+    part["picture"] = None
+    if scores["auroc"]["value"] is not None:
+        part["picture"] = f"{name}.png"
+        pictures.draw(config.run.path / part["picture"], label_E, probability_E, part)
     oracle = Path(config.data.path) / "oracle" / f"{name}.json"
     if oracle.is_file():  # a synthetic cohort, whose law says how well anything can predict
         part["ceiling"] = json.loads(oracle.read_text())["ceiling"]["held_out"]
-    return part
+    return winner, part
 
 
 def _write_hyperparameters(run_path: Path, trials: list[TrialConfig], outcomes: list[Outcome]) -> None:

@@ -1,0 +1,102 @@
+"""report.md's picture of one task: ROC, precision-recall, calibration, decision curve.
+
+Shape legend: N labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from sklearn.metrics import precision_recall_curve, roc_curve
+
+from hymate.data.meds import atomic_path
+from hymate.trust import GRID, net_benefit
+
+# Okabe & Ito 2008: told apart by all kinds of colour vision
+BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#6E6E6E"
+INCHES, DPI = (9.5, 8.2), 110
+REACHED = 0.01  # share of the probabilities that must reach a threshold for it to be drawn
+Array = NDArray[Any]
+
+
+def draw(path: Path, label_N: Array, prob_N: Array, found: Mapping[str, Any]) -> None:
+    """Write the PNG; found: `metrics.scores` and `trust.assess` of the same labels, which have both classes."""
+    figure = Figure(figsize=INCHES, layout="constrained")
+    roc, precision_recall, calibration, decision = figure.subplots(2, 2).flat
+    _roc(roc, label_N, prob_N, found)
+    _precision_recall(precision_recall, label_N, prob_N, found)
+    _calibration(calibration, prob_N, found)
+    _decision(decision, label_N, prob_N)
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=DPI, format="png")
+
+
+def _roc(axes: Axes, label_N: Array, prob_N: Array, found: Mapping[str, Any]) -> None:
+    false_positive, true_positive, _ = roc_curve(label_N, prob_N, drop_intermediate=False)
+    axes.plot([0, 1], [0, 1], color=GREY, linestyle=":", label="chance")
+    axes.plot(false_positive, true_positive, color=BLUE, label=f"model, area {found['auroc']['value']:.3f}")
+    points = found["operating_points"]
+    axes.plot(
+        [1 - point["specificity"]["value"] for point in points],
+        [point["sensitivity"]["value"] for point in points],
+        "o",
+        color=ORANGE,
+        label="thresholds for 80, 90, 95 % specificity",
+    )
+    axes.set(title="ROC", xlabel="1 - specificity", ylabel="sensitivity", xlim=(0, 1), ylim=(0, 1.01))
+    axes.legend(loc="lower right", frameon=False)
+
+
+def _precision_recall(axes: Axes, label_N: Array, prob_N: Array, found: Mapping[str, Any]) -> None:
+    precision, recall, _ = precision_recall_curve(label_N, prob_N)
+    axes.axhline(found["prevalence"], color=GREY, linestyle=":", label=f"chance, {found['prevalence']:.3f}")
+    # the last point is (0, 1) by convention, not a threshold
+    axes.step(recall[:-1], precision[:-1], color=BLUE, label=f"model, area {found['auprc']['value']:.3f}")
+    points = [point for point in found["operating_points"] if point["ppv"]["value"] is not None]
+    axes.plot([p["sensitivity"]["value"] for p in points], [p["ppv"]["value"] for p in points], "o", color=ORANGE)
+    axes.set(title="Precision and recall", xlabel="recall (sensitivity)", ylabel="precision (PPV)")
+    axes.set(xlim=(0, 1), ylim=(0, 1.01))
+    axes.legend(loc="upper right", frameon=False)
+
+
+def _calibration(axes: Axes, prob_N: Array, found: Mapping[str, Any]) -> None:
+    curve = found["calibration"]["curve"]
+    predicted = np.array([group["predicted"] for group in curve])
+    observed = np.array([group["observed"]["value"] for group in curve])
+    low, high = np.array([group["observed"]["ci"] for group in curve]).T
+    axes.plot([0, 1], [0, 1], color=GREY, linestyle=":", label="ideal")
+    axes.errorbar(
+        predicted, observed, yerr=[observed - low, high - observed], color=BLUE, fmt="o-", capsize=2, label="observed"
+    )
+    end = min(1.0, 1.05 * max(high.max(), predicted.max()))
+    axes.set(title="Calibration", xlabel="predicted probability", ylabel="observed share, 95 % interval")
+    axes.fill_between([], [], color=GREY, alpha=0.35, label="number of predictions")
+    axes.set(xlim=(0, end), ylim=(0, end))
+    axes.legend(loc="upper left", frameon=False)
+    counts = axes.twinx()
+    counts.hist(prob_N, bins=np.linspace(0, end, 41).tolist(), color=GREY, alpha=0.35)
+    counts.set_ylim(0, 5 * counts.get_ylim()[1])
+    counts.set_yticks([])
+    axes.set_zorder(counts.get_zorder() + 1)  # the curve before the histogram
+    axes.patch.set_visible(False)
+
+
+def _decision(axes: Axes, label_N: Array, prob_N: Array) -> None:
+    threshold_T = np.array([threshold for threshold in GRID if np.mean(prob_N >= threshold) >= REACHED] or GRID[:1])
+    model_T = 100 * net_benefit(label_N, prob_N, threshold_T)[:, 0]
+    all_T = 100 * net_benefit(label_N, np.ones_like(prob_N), threshold_T)[:, 0]
+    axes.axhline(0, color=GREY, linestyle=":", label="act on no one")
+    axes.plot(threshold_T, all_T, color=ORANGE, linestyle="--", label="act on everyone")
+    axes.plot(threshold_T, model_T, color=BLUE, label="act on the model")
+    top = max(model_T.max(), all_T.max(), 0.1)
+    axes.set(title="Decision curve", xlabel="risk from which one acts", ylabel="net benefit per 100 predictions")
+    axes.set(ylim=(-0.25 * top, 1.1 * top))
+    axes.legend(loc="upper right", frameon=False)
