@@ -122,7 +122,8 @@ def calibration_error(label_N: ArrayLike, prob_N: ArrayLike, seed: int = 0) -> d
 
     With few labels the share of positives in a bin differs from the mean probability of even a perfect model: 0.024 is
     usual with 800 labels. "by_chance" is the mean error of labels drawn from the probabilities themselves (Broecker &
-    Smith 2007); "beyond_chance" is what remains, errors of the two kinds adding in squares, 0 where nothing does.
+    Smith 2007); "beyond_chance" is what remains, errors of the two kinds adding in squares, 0 where nothing does. The
+    labels are drawn one by one: where a patient's hang together more than their probabilities do, chance is larger.
     """
     label_N, prob_N = np.asarray(label_N, dtype=np.float64), np.asarray(prob_N, dtype=np.float64)
     found = metrics.ece(label_N, prob_N)
