@@ -28,7 +28,7 @@ from hymate.data.loader import labelled_examples
 from hymate.data.meds import read_labels
 from hymate.data.vocabulary import Vocabulary
 from hymate.model import PretrainModel
-from hymate.predict import logits, predict, prediction_table
+from hymate.predict import predict, prediction_table
 from hymate.training import space
 from hymate.training.finetune import TrialConfig, parameter_groups, risk_model, starting_point
 from hymate.training.search import TuneConfig, search, trial_config
@@ -258,8 +258,8 @@ def test_the_bundle_gives_the_predictions_that_were_scored(run: Path, data: Path
     assert bundle.extra["recalibration"] == {found["task"]: found["recalibration"]}
     trained = load_file(Path(found["trials"][found["best_trial"]]["checkpoint"]) / "model.safetensors")
     tuning = labelled_examples(histories, read_labels(data / "labels" / "readmission"), "tuning")
-    before, _ = logits(dataclasses.replace(bundle, state=trained), histories, tuning)
-    after, _ = logits(bundle, histories, tuning)
+    untouched = dataclasses.replace(bundle, state=trained)
+    before, after = (predict(b, histories, tuning)[0].logit_ET[:, 0] for b in (untouched, bundle))
     recalibration = recalibrate(tuning.label_E, before)
     assert recalibration.temperature == pytest.approx(found["recalibration"]["temperature"], rel=1e-4)
     assert after == pytest.approx(recalibration(before), abs=1e-5)
