@@ -130,9 +130,9 @@ def test_removal_is_scoring_a_record_in_which_it_never_was(data: Path, bundle: P
 
     def logits(folder: Path) -> dict[tuple[int, int], float]:
         histories, examples = held_out(folder)
-        prob_E, _ = predict(loaded, histories, examples)
+        outputs, _ = predict(loaded, histories, examples)
         keys = zip(examples.subject_id_E.tolist(), examples.prediction_time_E.tolist(), strict=True)
-        return dict(zip(keys, torch.logit(torch.from_numpy(prob_E).double()).tolist(), strict=True))
+        return dict(zip(keys, outputs.logit_ET[:, 0].tolist(), strict=True))
 
     histories, examples = held_out(data)
     explainer = Explainer(loaded, histories, CPU)
