@@ -27,6 +27,7 @@ from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
+from threadpoolctl import threadpool_limits
 
 from hymate import metrics
 from hymate.config import ConfigError, TaskConfig, UserError, main, to_tree
@@ -90,7 +91,8 @@ class Baseline:
 
     def probability(self, value_EX: np.ndarray) -> np.ndarray:
         """Probability of each row of a feature table, float64 (E,)."""
-        return self.classifier.predict_proba(value_EX[:, self.known_X])[:, 1]
+        with _one_thread():
+            return self.classifier.predict_proba(value_EX[:, self.known_X])[:, 1]
 
 
 # ------------------------------------------------------------------------------------------------------- models
@@ -104,9 +106,17 @@ def fit(kind: Kind, train: FeatureTable, tuning: FeatureTable, seed: int) -> Bas
     known_X = ~np.isnan(train.value_EX).all(axis=0)
     fitted = []
     for chosen, classifier in _candidates(kind, train.spec.is_count_X[known_X], seed):
-        classifier.fit(train.value_EX[:, known_X], train.examples.label_E > 0.5)
+        with _one_thread():
+            classifier.fit(train.value_EX[:, known_X], train.examples.label_E > 0.5)
         fitted.append(Baseline(classifier, known_X, chosen))
     return min(fitted, key=lambda model: _cross_entropy(tuning.examples.label_E, model.probability(tuning.value_EX)))
+
+
+def _one_thread() -> threadpool_limits:
+    """Of OpenMP: sums in one order on every machine, and no threads that wait spinning for cores that others use,
+    which has made a fit of seconds take minutes.
+    """
+    return threadpool_limits(limits=1, user_api="openmp")
 
 
 def _candidates(kind: Kind, is_count_X: np.ndarray, seed: int) -> list[tuple[dict[str, float], Classifier]]:
@@ -133,6 +143,7 @@ def _candidates(kind: Kind, is_count_X: np.ndarray, seed: int) -> list[tuple[dic
             colsample_bytree=FEATURE_SHARE,
             subsample=ROW_SHARE,
             subsample_freq=1,
+            n_jobs=1,
             deterministic=True,
             force_row_wise=True,
             random_state=seed,
