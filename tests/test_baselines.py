@@ -27,7 +27,7 @@ from hymate.data.prepare import PrepareConfig, prepare
 from hymate.data.synthetic import DISTRACTORS, SyntheticConfig
 
 KINDS = ["gradient_boosting", "logistic_regression", "lightgbm"]
-SETTINGS = ["features.min_labels=40", "features.windows_hours=[24,48,720]"]
+SETTINGS = ["features.max_features=400", "features.windows_hours=[48]"]
 
 
 @pytest.fixture(scope="module")
