@@ -268,7 +268,7 @@ def run(config: BaselinesConfig) -> None:
         "baseline": config.baseline,
         "split": "held_out",
         **scores["held_out"],
-        "tuning": {"split": "tuning", **scores["tuning"]},
+        "tuning": {"task": config.task.name, "split": "tuning", **scores["tuning"]},
         "chosen": model.chosen,
         "num_features": len(spec.columns),
         "seconds": {"features": computed - started, "fit": fitted - computed},

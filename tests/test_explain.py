@@ -180,8 +180,8 @@ def test_the_command_leaves_tables_pictures_and_a_report(
     assert (tmp_path / "out" / "patients").stat().st_mode & 0o077 == 0
 
     histories, examples = held_out(data)
-    prob_E, _ = predict(read_bundle(bundle), histories, examples)
-    highest = np.argsort(-prob_E)
+    outputs, _ = predict(read_bundle(bundle), histories, examples)
+    highest = np.argsort(-outputs.logit_ET[:, 0])
     second = highest[examples.subject_id_E[highest] != examples.subject_id_E[highest[0]]][0]
     events = pq.read_table(tmp_path / "out" / "patients" / "events.parquet")
     for patient, example in ((1, highest[0]), (2, second)):

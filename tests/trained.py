@@ -33,7 +33,8 @@ def trained_bundle(data: Path, steps: int) -> Bundle:
     table = labels(data, load("predict", given, PredictConfig).task).table
     start = starting_point(DataConfig(str(data), context=256, tokens_per_row=4096), MODEL, None)
     schedule = TrainConfig(rows_per_step=1, max_steps=steps, warmup_steps=30, eval_every=steps, zero_stage=0)
-    trial = TrialConfig("readmission", start.data, MODEL, schedule, backbone_lr=LEARNING_RATE, head_lr=LEARNING_RATE)
+    rates = {"backbone_lr": LEARNING_RATE, "head_lr": LEARNING_RATE}
+    trial = TrialConfig(["readmission"], [], start.data, MODEL, schedule, **rates)
     run_path = data.parent / "run"
     state = {}
 
@@ -42,7 +43,7 @@ def trained_bundle(data: Path, steps: int) -> Bundle:
 
     with engine.single_process() as worker:
         run_trial(
-            Study(start, table, "mean", [trial], run_path),
+            Study(start, [table], "mean", [trial], run_path),
             trial,
             worker=worker,
             report=report,
@@ -50,4 +51,4 @@ def trained_bundle(data: Path, steps: int) -> Bundle:
             telemetry=Telemetry(run_path, enabled=False),
             scratch=run_path,
         )
-    return Bundle("risk", trial.model, trial.data, [trial.task], start.vocabulary, state)
+    return Bundle("risk", trial.model, trial.data, trial.tasks, start.vocabulary, state)
