@@ -37,8 +37,7 @@ class Telemetry:
         if self.enabled:
             from torch.utils.tensorboard import SummaryWriter
 
-            purge = step + 1 if step else None
-            self._writer = SummaryWriter(str(self.run_path / "tb"), purge_step=purge, flush_secs=10)
+            self._writer = SummaryWriter(str(self.run_path / "tb"), purge_step=step + 1, flush_secs=10)
 
     def scalars(self, group: str, values: Mapping[str, float], step: int) -> None:
         """Points `group/name` at `step`."""
