@@ -40,7 +40,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def few_trees(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(baselines, "NUM_TREES", 120)
+    monkeypatch.setattr(baselines, "NUM_TREES", (30, 120))
     monkeypatch.setattr(baselines, "LEARNING_RATE", 0.1)
     monkeypatch.setattr(baselines, "STRENGTHS", (1e-3, 1e-2))
     monkeypatch.setattr(baselines, "DETAILED_VARIABLES", 2)
