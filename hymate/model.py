@@ -1,6 +1,6 @@
-"""The HyMaTE encoder (arXiv 2509.24118), top-down readable: embedding, mixers, attention, block, pooling, heads.
+"""The HyMaTE encoder (arXiv 2509.24118), top-down readable: embedding, mixers, attention, block, patient, heads.
 
-The Mamba mixers themselves are in `hymate.mixers`.
+The Mamba mixers themselves are in `hymate.mixers`, attention pooling in `hymate.pooling`.
 
 Shape legend (with `hymate.batch`):
     L  events in the packed row     S  segments (patients' windows)     F  static events
