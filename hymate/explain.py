@@ -36,6 +36,7 @@ from hymate.config import ConfigError, TaskConfig, UserError, main
 from hymate.data.loader import US_PER_HOUR, Examples
 from hymate.data.meds import write_parquet, write_text
 from hymate.predict import DataPath, asked_of, best_device, predict
+from hymate.training.tables import markdown
 
 T = TypeVar("T")
 REMOVED = 40  # variables whose removal is scored, those with the largest attributions; each costs a pass
@@ -284,7 +285,7 @@ def explanation(
 
 ## Variables
 
-{_markdown(top)}
+{markdown(top)}
 
 ![](importance.png)
 
@@ -299,18 +300,13 @@ model, not causes in the patient: of two variables that tell the same, one may h
 Events are deleted from a history, or it is built up from them alone, and what is left is scored again; means over
 {SHARES[0]:.0%} to {SHARES[-1]:.0%} of the events. {VERDICT[faithful]}
 
-{_markdown(measured)}
+{markdown(measured)}
 
 ![](faithfulness.png)
 
 In the first two columns what raised the risk most comes first, and larger is better. Attention has no sign, so the last
 two take attributions by their size: there a larger deletion and a smaller insertion are better.
 """
-
-
-def _markdown(rows: Sequence[Sequence[str]]) -> str:
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
 
 
 def _cell(value: float | int | None) -> str:
