@@ -371,7 +371,7 @@ class RiskModel(nn.Module):
         self.heads = nn.ModuleDict({task: _task_head(config, self.pooling.width, task in in_days) for task in tasks})
 
     def patient(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """Patient vectors (S, E) and fusion weights (L, Q) or None."""
+        """Patient vectors (S, E) and attention weights (L, Q) or None."""
         return self.pooling(self.backbone(batch), batch, self.backbone.embedding)
 
     def outputs(self, patient_SE: Tensor) -> tuple[Tensor, Tensor]:
