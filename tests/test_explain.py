@@ -73,6 +73,17 @@ def test_the_parts_sum_to_what_knowing_the_events_changes(lengths: list[int], se
     np.testing.assert_allclose([a.gap for a in found], parts - (logit_S - unknown_S), atol=1e-5)
 
 
+def test_what_a_pooling_over_variables_is_told_is_attributed_too() -> None:
+    model, row = risk_model(replace(MODEL, pooling="variables")), random_row([5, 1, 20], seed=3)
+    for found in integrated_gradients(model, row):
+        assert abs(found.gap) < 0.01 * max(1.0, abs(found.logit - found.baseline))
+    with torch.no_grad():  # now nothing but what the pooling is told depends on the events
+        model.pooling.variables.states.weight.zero_()
+    for found in integrated_gradients(model, row):
+        assert abs(found.event_L).max() > 1e-3
+        assert abs(found.gap) < 0.01 * max(1.0, abs(found.logit - found.baseline))
+
+
 @settings(max_examples=15, deadline=None)
 @given(lengths=lengths_lists, seed=st.integers(0, 100))
 def test_who_shares_the_row_changes_no_attribution(lengths: list[int], seed: int) -> None:
