@@ -96,6 +96,26 @@ def paired_difference(
     }
 
 
+def mean_difference(
+    label_N: ArrayLike, a_RN: Array, b_RN: Array, subject_N: ArrayLike, num_samples: int = 1000, seed: int = 0
+) -> dict[str, dict[str, Any]]:
+    """As `paired_difference`, of the means over several models' scores: of each area the "ci" of a's mean (95 %), and
+    as "difference" how much better it is than b's mean.
+    """
+
+    def means(weight_BN: Array) -> Array:
+        a_KB, b_KB = (np.mean([_areas(label_N, x_N, weight_BN) for x_N in x_RN], axis=0) for x_RN in (a_RN, b_RN))
+        return np.concatenate([a_KB, a_KB - b_KB])
+
+    value_K = means(np.ones((1, a_RN.shape[1])))[:, 0]
+    ci_K = [_listed(ci) for ci in bootstrap(means, len(value_K), subject_N, num_samples, seed)]
+    K = len(AREAS)
+    return {
+        name: {"ci": ci_K[k], "difference": {"value": _defined(value_K[K + k : K + k + 1]), "ci": ci_K[K + k]}}
+        for k, name in enumerate(AREAS)
+    }
+
+
 def bootstrap(
     statistics: Callable[[Array], Array],
     num_statistics: int,

@@ -11,7 +11,7 @@ Shape legend (with `hymate.batch`):
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -200,7 +200,11 @@ class ResidualDropout(nn.Module):
         return ops.add_dropout(x, branch, self.p if self.training else 0.0)
 
 
-MIXERS = {"M": MambaBlockMixer, "A": SelfAttention, "G": GRU}
+MIXERS: dict[str, Callable[[ModelConfig], MambaBlockMixer | SelfAttention | GRU]] = {
+    "M": MambaBlockMixer,
+    "A": SelfAttention,
+    "G": GRU,
+}
 
 
 class Block(nn.Module):
@@ -209,7 +213,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, kind: str) -> None:
         super().__init__()
         self.mixer_norm = nn.RMSNorm(config.d_model)
-        self.mixer: MambaBlockMixer | SelfAttention | GRU = MIXERS[kind](config)
+        self.mixer = MIXERS[kind](config)
         self.mlp_norm = nn.RMSNorm(config.d_model)
         self.mlp = GatedMLP(config.d_model, config.mlp_ratio)
         self.add = ResidualDropout(config.dropout)

@@ -5,7 +5,7 @@ Shape legend: N labels.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,3 +100,45 @@ def _decision(axes: Axes, label_N: Array, prob_N: Array) -> None:
     axes.set(title="Decision curve", xlabel="risk from which one acts", ylabel="net benefit per 100 predictions")
     axes.set(ylim=(-0.25 * top, 1.1 * top))
     axes.legend(loc="upper right", frameon=False)
+
+
+def draw_benchmark(
+    path: Path, rows: Sequence[Mapping[str, Any]], curves: Mapping[str, tuple[Array, Array]], chance: float
+) -> None:
+    """Write the PNG of a benchmark: AUPRC over the share of training patients, where there are several, ROC,
+    precision-recall and calibration.
+
+    rows: of benchmark.json; curves: each contender's labels and probabilities, by name; chance: the prevalence.
+    """
+    figure = Figure(figsize=INCHES, layout="constrained")
+    by_share, roc, precision_recall, calibration = figure.subplots(2, 2).flat
+    for name in dict.fromkeys(row["name"] for row in rows):
+        own = sorted(
+            (row["share"], row["auprc"]["mean"], row["auprc"]["sd"] or 0.0) for row in rows if row["name"] == name
+        )
+        if len(own) > 1 or len({row["share"] for row in rows}) == 1:
+            share, mean, deviation = np.array(own).T
+            by_share.errorbar(100 * share, mean, yerr=deviation, fmt="o-", capsize=2, label=name.replace("_", " "))
+    by_share.set(title="Few labels", xlabel="training patients, %", ylabel="AUPRC, mean and deviation over seeds")
+    by_share.set_xscale("log")
+    by_share.legend(loc="lower right", frameon=False, fontsize="small")
+    roc.plot([0, 1], [0, 1], color=GREY, linestyle=":")
+    precision_recall.axhline(chance, color=GREY, linestyle=":")
+    for name, (label_N, prob_N) in curves.items():
+        false_positive, true_positive, _ = roc_curve(label_N, prob_N)
+        roc.plot(false_positive, true_positive, label=name)
+        precision, recall, _ = precision_recall_curve(label_N, prob_N)
+        precision_recall.step(recall[:-1], precision[:-1], label=name)
+        groups = np.array_split(np.argsort(prob_N), 10)
+        calibration.plot([prob_N[at].mean() for at in groups], [label_N[at].mean() for at in groups], "o-", label=name)
+    end = calibration.get_xlim()[1]
+    calibration.plot([0, end], [0, end], color=GREY, linestyle=":")
+    roc.set(title="ROC", xlabel="1 - specificity", ylabel="sensitivity", xlim=(0, 1), ylim=(0, 1.01))
+    roc.legend(loc="lower right", frameon=False, fontsize="small")
+    precision_recall.set(title="Precision and recall", xlabel="recall (sensitivity)", ylabel="precision (PPV)")
+    precision_recall.set(xlim=(0, 1), ylim=(0, 1.01))
+    calibration.set(title="Calibration, tenths", xlabel="predicted probability", ylabel="observed share")
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=DPI, format="png")

@@ -1,0 +1,17 @@
+"""Command: every contender, trained and scored with several seeds on one task (see configs/benchmark.yaml).
+
+python finetune/benchmark.py task=mortality data.path=DATA_DIR split=held_out
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # Ray's workers import hymate by the driver's path
+
+from hymate.config import main
+from hymate.training.benchmark import BenchmarkConfig, benchmark
+
+if __name__ == "__main__":
+    main("benchmark", BenchmarkConfig, benchmark)
