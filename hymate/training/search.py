@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from safetensors.torch import load_file
 
-from hymate import metrics, trust
+from hymate import baselines, metrics, trust
 from hymate.bundle import Bundle, build_model, write_bundle
 from hymate.config import (
     ConfigError,
@@ -43,8 +43,15 @@ from hymate.training.launch import absolute, ray_session
 from hymate.training.pretraining import check_machine
 from hymate.training.results import Outcome
 
-# keys that a search may change when it is continued: they move it to other machines
-CHANGEABLE = {"data.path", "run.dir", "search.max_concurrent", "train.cpus_per_worker", "train.use_gpu"}
+# keys that a search may change when it is continued: they move it to other machines, or leave out what is too much there
+CHANGEABLE = {
+    "data.path",
+    "run.dir",
+    "search.max_concurrent",
+    "train.cpus_per_worker",
+    "train.use_gpu",
+    "report.boosting",
+}
 
 
 @dataclass(frozen=True)
@@ -292,14 +299,28 @@ def _score_task(
     )
     before = metrics.ece(label_E, recalibration.undo(probability_E))
     part["recalibration"] = {**dataclasses.asdict(recalibration), "ece_before": before}
-    part["picture"] = None
+    part["boosting"], part["picture"] = None, None
     if scores["auroc"]["value"] is not None:
+        part["boosting"], boosting_E = _boosting(config, histories, task, probability_E)
         part["picture"] = f"{name}.png"
-        pictures.draw(config.run.path / part["picture"], label_E, probability_E, part)
+        pictures.draw(config.run.path / part["picture"], label_E, probability_E, part, boosting_E)
     oracle = Path(config.data.path) / "oracle" / f"{name}.json"
     if oracle.is_file():  # a synthetic cohort, whose law says how well anything can predict
         part["ceiling"] = json.loads(oracle.read_text())["ceiling"]["held_out"]
     return winner, part
+
+
+def _boosting(
+    config: TuneConfig, histories: Histories, task: LabelledTask, probability_E: np.ndarray
+) -> tuple[dict[str, Any], np.ndarray | None]:
+    """What gradient boosting makes of the same labels, or why it was left out, and its held-out probabilities."""
+    if not config.report.boosting:
+        return {"left_out": "report.boosting=false"}, None
+    print(f"{task.config.name}: fitting gradient boosting to compare with (report.boosting=false leaves it out)")
+    try:
+        return baselines.compare(histories, task.examples, probability_E, config.train.seed)
+    except (UserError, MemoryError) as error:  # nothing that a finished search should fail for
+        return {"left_out": str(error)}, None
 
 
 def _write_hyperparameters(run_path: Path, trials: list[TrialConfig], outcomes: list[Outcome]) -> None:
