@@ -252,18 +252,21 @@ def importance(model: Baseline, table: FeatureTable, group_X: Sequence[str], see
 
 def compare(
     histories: Histories, examples: Mapping[str, Examples], probability_E: np.ndarray, seed: int
-) -> tuple[dict[str, Any], np.ndarray]:
+) -> tuple[dict[str, Any], np.ndarray | None]:
     """Gradient boosting beside another model, whose probabilities of the held-out examples are `probability_E`.
 
     examples: of each split; train and tuning have both classes. Returns boosting's held-out scores and how they were
-    come by, with the other model's AUROC and AUPRC less its own as "difference", and its held-out probabilities.
-    Raises UserError where no feature can be chosen.
+    come by, with the other model's AUROC and AUPRC less its own as "difference", and its held-out probabilities; or
+    why it could not be fitted as "left_out", and None: what is compared with it has cost hours and must not be lost.
     """
     started = time.monotonic()
-    spec = choose(histories, examples["train"], FeatureConfig())
-    table = {split: features(histories, examples[split], spec) for split in SPLITS}
-    model = fit("gradient_boosting", table["train"], table["tuning"], seed)
-    boosting_E = model.probability(table["held_out"].value_EX)
+    try:
+        spec = choose(histories, examples["train"], FeatureConfig())
+        table = {split: features(histories, examples[split], spec) for split in SPLITS}
+        model = fit("gradient_boosting", table["train"], table["tuning"], seed)
+        boosting_E = model.probability(table["held_out"].value_EX)
+    except (UserError, MemoryError) as error:
+        return {"left_out": str(error)}, None
     seconds = time.monotonic() - started
     label_E, subject_id_E = examples["held_out"].label_E, examples["held_out"].subject_id_E
     scores = metrics.scores(label_E, boosting_E, subject_id_E)

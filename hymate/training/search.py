@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from safetensors.torch import load_file
 
-from hymate import baselines, metrics, trust
+from hymate import metrics, trust
+from hymate.baselines import compare
 from hymate.bundle import Bundle, build_model, write_bundle
 from hymate.config import (
     ConfigError,
@@ -43,7 +44,7 @@ from hymate.training.launch import absolute, ray_session
 from hymate.training.pretraining import check_machine
 from hymate.training.results import Outcome
 
-# keys that a search may change when it is continued: they move it to other machines, or leave out what is too much there
+# keys that a search may change when it is continued: they move it to other machines or spare these what is too large
 CHANGEABLE = {
     "data.path",
     "run.dir",
@@ -301,26 +302,18 @@ def _score_task(
     part["recalibration"] = {**dataclasses.asdict(recalibration), "ece_before": before}
     part["boosting"], part["picture"] = None, None
     if scores["auroc"]["value"] is not None:
-        part["boosting"], boosting_E = _boosting(config, histories, task, probability_E)
+        part["boosting"], boosting_E = {"left_out": "report.boosting=false"}, None
+        if config.report.boosting:
+            print(
+                f"fitting gradient boosting for {name} to compare with; report.boosting=false leaves it out", flush=True
+            )
+            part["boosting"], boosting_E = compare(histories, task.examples, probability_E, config.train.seed)
         part["picture"] = f"{name}.png"
         pictures.draw(config.run.path / part["picture"], label_E, probability_E, part, boosting_E)
     oracle = Path(config.data.path) / "oracle" / f"{name}.json"
     if oracle.is_file():  # a synthetic cohort, whose law says how well anything can predict
         part["ceiling"] = json.loads(oracle.read_text())["ceiling"]["held_out"]
     return winner, part
-
-
-def _boosting(
-    config: TuneConfig, histories: Histories, task: LabelledTask, probability_E: np.ndarray
-) -> tuple[dict[str, Any], np.ndarray | None]:
-    """What gradient boosting makes of the same labels, or why it was left out, and its held-out probabilities."""
-    if not config.report.boosting:
-        return {"left_out": "report.boosting=false"}, None
-    print(f"{task.config.name}: fitting gradient boosting to compare with (report.boosting=false leaves it out)")
-    try:
-        return baselines.compare(histories, task.examples, probability_E, config.train.seed)
-    except (UserError, MemoryError) as error:  # nothing that a finished search should fail for
-        return {"left_out": str(error)}, None
 
 
 def _write_hyperparameters(run_path: Path, trials: list[TrialConfig], outcomes: list[Outcome]) -> None:
