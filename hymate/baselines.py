@@ -262,9 +262,9 @@ def compare(
     started = time.monotonic()
     try:
         spec = choose(histories, examples["train"], FeatureConfig())
-        table = {split: features(histories, examples[split], spec) for split in SPLITS}
-        model = fit("gradient_boosting", table["train"], table["tuning"], seed)
-        boosting_E = model.probability(table["held_out"].value_EX)
+        train, tuning = (features(histories, examples[split], spec) for split in ("train", "tuning"))
+        model = fit("gradient_boosting", train, tuning, seed)
+        boosting_E = model.probability(features(histories, examples["held_out"], spec).value_EX)
     except (UserError, MemoryError) as error:
         return {"left_out": str(error)}, None
     seconds = time.monotonic() - started

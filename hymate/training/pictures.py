@@ -48,7 +48,9 @@ def _roc(axes: Axes, label_N: Array, prob_N: Array, found: Mapping[str, Any], bo
     if boosting_N is not None:
         false_positive, true_positive, _ = roc_curve(label_N, boosting_N, drop_intermediate=False)
         area = found["boosting"]["auroc"]["value"]
-        axes.plot(false_positive, true_positive, color=GREEN, linestyle="--", label=f"gradient boosting, {area:.3f}")
+        axes.plot(
+            false_positive, true_positive, color=GREEN, linestyle="--", label=f"gradient boosting, area {area:.3f}"
+        )
     points = found["operating_points"]
     axes.plot(
         [1 - point["specificity"]["value"] for point in points],
@@ -71,7 +73,7 @@ def _precision_recall(
     if boosting_N is not None:
         precision, recall, _ = precision_recall_curve(label_N, boosting_N)
         area = found["boosting"]["auprc"]["value"]
-        axes.step(recall[:-1], precision[:-1], color=GREEN, linestyle="--", label=f"gradient boosting, {area:.3f}")
+        axes.step(recall[:-1], precision[:-1], color=GREEN, linestyle="--", label=f"gradient boosting, area {area:.3f}")
     points = [point for point in found["operating_points"] if point["ppv"]["value"] is not None]
     axes.plot([p["sensitivity"]["value"] for p in points], [p["ppv"]["value"] for p in points], "o", color=ORANGE)
     axes.set(title="Precision and recall", xlabel="recall (sensitivity)", ylabel="precision (PPV)")
