@@ -161,6 +161,16 @@ def test_absence_is_information(kind: Any) -> None:
     assert 0.72 < auroc < 0.88  # 0.8 by the law
 
 
+def test_few_trees_are_the_first_of_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    held_out, misleading = table(2), table(1)
+    misleading.examples.label_ET[:] = 1 - misleading.examples.label_ET  # every tree makes it worse
+    chosen = fit("gradient_boosting", table(0), misleading, seed=0)
+    monkeypatch.setattr(baselines, "NUM_TREES", (30,))
+    alone = fit("gradient_boosting", table(0), misleading, seed=0)
+    assert chosen.chosen == alone.chosen == {"trees": 30}
+    np.testing.assert_array_equal(chosen.probability(held_out.value_EX), alone.probability(held_out.value_EX))
+
+
 def test_importance_leaves_the_table_as_it_was() -> None:
     model = fit("logistic_regression", table(0), table(1), seed=0)
     held_out = table(2)

@@ -88,7 +88,7 @@ def _boosting(found: Mapping[str, Any]) -> str:
         answer = "Yes, as far as these patients tell: the two cannot be told apart, and boosting is the simpler one."
     return (
         f"{answer} On {boosting['num_features']:,} aggregate features of the same histories and labels, in "
-        f"{boosting['seconds']:.0f} s, boosting reaches AUROC {with_interval(boosting['auroc'])} and AUPRC "
+        f"{boosting['seconds']:.1f} s, boosting reaches AUROC {with_interval(boosting['auroc'])} and AUPRC "
         f"{with_interval(boosting['auprc'])} on the same held-out predictions. This model less boosting: AUROC "
         f"{with_interval(difference['auroc'])}, AUPRC {with_interval(difference['auprc'])}."
         + (" Predicted days were not compared." if "days" in found else "")
