@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -33,7 +34,7 @@ from hymate import metrics
 from hymate.config import ConfigError, TaskConfig, UserError, main, to_tree
 from hymate.data.features import FeatureConfig, FeatureTable, choose, features
 from hymate.data.histories import Histories
-from hymate.data.loader import labelled_examples
+from hymate.data.loader import Examples, labelled_examples
 from hymate.data.meds import SPLITS, write_parquet, write_text
 from hymate.data.tasks import labels
 from hymate.predict import prediction_table
@@ -75,9 +76,7 @@ class BaselinesConfig:
 
 
 class Classifier(Protocol):
-    """As scikit-learn has them."""
-
-    def fit(self, x: np.ndarray, y: np.ndarray) -> Classifier: ...
+    """A fitted one, as scikit-learn has them."""
 
     def predict_proba(self, x: np.ndarray) -> np.ndarray: ...
 
@@ -105,12 +104,11 @@ def fit(kind: Kind, train: FeatureTable, tuning: FeatureTable, seed: int) -> Bas
     The same seed gives the same model. Raises UserError where the model's package is not installed.
     """
     known_X = ~np.isnan(train.value_EX).all(axis=0)
-    fitted = []
-    for chosen, classifier in _candidates(kind, train.spec.is_count_X[known_X], seed):
-        with _one_thread():
-            classifier.fit(train.value_EX[:, known_X], train.examples.label_E > 0.5)
-        fitted.append(Baseline(classifier, known_X, chosen))
-    return min(fitted, key=lambda model: _cross_entropy(tuning.examples.label_E, model.probability(tuning.value_EX)))
+    with _one_thread():
+        value_EX, positive_E = train.value_EX[:, known_X], train.examples.label_E > 0.5
+        fitted = _fitted(kind, value_EX, positive_E, train.spec.is_count_X[known_X], seed)
+    models = [Baseline(classifier, known_X, chosen) for chosen, classifier in fitted]
+    return min(models, key=lambda model: _cross_entropy(tuning.examples.label_E, model.probability(tuning.value_EX)))
 
 
 def _one_thread() -> threadpool_limits:
@@ -120,10 +118,13 @@ def _one_thread() -> threadpool_limits:
     return threadpool_limits(limits=1, user_api="openmp")
 
 
-def _candidates(kind: Kind, is_count_X: np.ndarray, seed: int) -> list[tuple[dict[str, float], Classifier]]:
+def _fitted(
+    kind: Kind, value_EX: np.ndarray, positive_E: np.ndarray, is_count_X: np.ndarray, seed: int
+) -> list[tuple[dict[str, float], Classifier]]:
     """What is tried, and what it is called by in Baseline.chosen; nothing is random in logistic regression."""
     if kind == "gradient_boosting":
-        settings = dict(
+        boosting = HistGradientBoostingClassifier(
+            max_iter=max(NUM_TREES),
             learning_rate=LEARNING_RATE,
             max_leaf_nodes=NUM_LEAVES,
             min_samples_leaf=LEAF_LABELS,
@@ -131,8 +132,8 @@ def _candidates(kind: Kind, is_count_X: np.ndarray, seed: int) -> list[tuple[dic
             max_features=FEATURE_SHARE,
             early_stopping=False,
             random_state=seed,
-        )
-        return [({"trees": n}, HistGradientBoostingClassifier(max_iter=n, **settings)) for n in NUM_TREES]
+        ).fit(value_EX, positive_E)
+        return [({"trees": n}, _FirstTrees(boosting, n)) for n in NUM_TREES]
     if kind == "lightgbm":
         settings = dict(
             learning_rate=LEARNING_RATE,
@@ -148,11 +149,26 @@ def _candidates(kind: Kind, is_count_X: np.ndarray, seed: int) -> list[tuple[dic
             random_state=seed,
             verbosity=-1,
         )
-        return [({"trees": n}, _lightgbm().LGBMClassifier(n_estimators=n, **settings)) for n in NUM_TREES]
-    return [
-        ({"C": c}, make_pipeline(_Design(is_count_X), LogisticRegression(C=c, max_iter=MOST_ITERATIONS)))
-        for c in STRENGTHS
-    ]
+        candidates: list[tuple[dict[str, float], Any]] = [
+            ({"trees": n}, _lightgbm().LGBMClassifier(n_estimators=n, **settings)) for n in NUM_TREES
+        ]
+    else:
+        candidates = [
+            ({"C": c}, make_pipeline(_Design(is_count_X), LogisticRegression(C=c, max_iter=MOST_ITERATIONS)))
+            for c in STRENGTHS
+        ]
+    return [(chosen, classifier.fit(value_EX, positive_E)) for chosen, classifier in candidates]
+
+
+@dataclass(frozen=True)
+class _FirstTrees:
+    """The first trees of a fitted boosting: what it would be if it had been fitted with only so many."""
+
+    boosting: HistGradientBoostingClassifier
+    trees: int
+
+    def predict_proba(self, x: np.ndarray) -> np.ndarray:
+        return next(islice(self.boosting.staged_predict_proba(x), self.trees - 1, None))
 
 
 def _lightgbm() -> Any:
@@ -232,6 +248,35 @@ def importance(model: Baseline, table: FeatureTable, group_X: Sequence[str], see
             falls[group] += (whole - auroc()) / REPEATS
         value_EX[:, own_X] = kept
     return dict(sorted(falls.items(), key=lambda item: -item[1]))
+
+
+def compare(
+    histories: Histories, examples: Mapping[str, Examples], probability_E: np.ndarray, seed: int
+) -> tuple[dict[str, Any], np.ndarray | None]:
+    """Gradient boosting beside another model, whose probabilities of the held-out examples are `probability_E`.
+
+    examples: of each split; train and tuning have both classes. Returns boosting's held-out scores and how they were
+    come by, with the other model's AUROC and AUPRC less its own as "difference", and its held-out probabilities; or
+    why it could not be fitted as "left_out", and None: what is compared with it has cost hours and must not be lost.
+    """
+    started = time.monotonic()
+    try:
+        spec = choose(histories, examples["train"], FeatureConfig())
+        train, tuning = (features(histories, examples[split], spec) for split in ("train", "tuning"))
+        model = fit("gradient_boosting", train, tuning, seed)
+        boosting_E = model.probability(features(histories, examples["held_out"], spec).value_EX)
+    except (UserError, MemoryError) as error:
+        return {"left_out": str(error)}, None
+    seconds = time.monotonic() - started
+    label_E, subject_id_E = examples["held_out"].label_E, examples["held_out"].subject_id_E
+    scores = metrics.scores(label_E, boosting_E, subject_id_E)
+    found = {name: scores[name] for name in ("auroc", "auprc", "brier", "ece")} | {
+        "difference": metrics.paired_difference(label_E, probability_E, boosting_E, subject_id_E),
+        "chosen": model.chosen,
+        "num_features": len(spec.columns),
+        "seconds": seconds,
+    }
+    return found, boosting_E
 
 
 # ------------------------------------------------------------------------------------------------------ command

@@ -326,12 +326,14 @@ class SearchConfig:
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """Which groups of patients report.md tells apart, besides the sexes.
+    """What report.md tells besides the model's scores.
 
-    subgroups: regular expressions of static codes; each code that one matches is a group.
+    boosting: whether gradient boosting is fitted, too, to compare with.
+    subgroups: regular expressions of static codes; each code that one matches is a group, besides the sexes.
     age_bands: where a new band of ages at the prediction time begins, in years.
     """
 
+    boosting: bool = True
     subgroups: list[str] = field(default_factory=list)
     age_bands: list[int] = field(default_factory=lambda: [18, 45, 65, 80])
 

@@ -17,12 +17,13 @@ from meds_evaluation.schema import PredictionSchema
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from hymate import baselines
-from hymate.baselines import BaselinesConfig, fit, importance, run
+from hymate.baselines import BaselinesConfig, compare, fit, importance, run
 from hymate.config import CONFIGS, UserError, load, to_tree
 from hymate.data import synthetic_law as law
 from hymate.data.features import Column, FeatureConfig, FeatureSpec, FeatureTable
-from hymate.data.loader import Examples
-from hymate.data.meds import read_labels, write_parquet
+from hymate.data.histories import Histories
+from hymate.data.loader import Examples, labelled_examples
+from hymate.data.meds import SPLITS, read_labels, write_parquet
 from hymate.data.prepare import PrepareConfig, prepare
 from hymate.data.synthetic import DISTRACTORS, SyntheticConfig
 
@@ -102,6 +103,31 @@ def test_the_held_out_labels_are_only_scored(data: Path, tmp_path: Path) -> None
     assert other["auroc"]["value"] == pytest.approx(1 - found["auroc"]["value"])
 
 
+def test_a_model_is_compared_with_what_the_command_says(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores, predictions = scored(data, tmp_path)
+    monkeypatch.setattr(baselines, "FeatureConfig", lambda: FeatureConfig((48.0,), max_features=400))
+    histories, labels = Histories.open(data), read_labels(data / "labels" / "readmission")
+    examples = {split: labelled_examples(histories, labels, split) for split in SPLITS}
+    model = np.random.default_rng(0).random(len(examples["held_out"]))
+    found, boosting = compare(histories, examples, model, seed=0)
+    assert json.loads(json.dumps(found)) == found
+    assert boosting == pytest.approx(predictions["predicted_boolean_probability"].to_numpy(), abs=1e-6)
+    for same in ("auroc", "auprc", "brier", "ece", "chosen", "num_features"):
+        assert found[same] == scores[same]
+    expected = roc_auc_score(examples["held_out"].label_E, model) - scores["auroc"]["value"]
+    assert found["difference"]["auroc"]["value"] == pytest.approx(expected)
+
+
+def test_what_cannot_be_compared_is_told_and_is_no_error(data: Path) -> None:
+    histories, labels = Histories.open(data), read_labels(data / "labels" / "readmission")
+    train = labelled_examples(histories, labels, "train")
+    arrays = {name: value[:5] for name, value in vars(train).items() if name != "dropped"}
+    found, boosting = compare(histories, {"train": Examples(**arrays)}, np.zeros(0), seed=0)
+    assert found["left_out"].startswith("features.min_labels=10") and boosting is None
+
+
 # ------------------------------------------------------------------------------------------------------- models
 
 
@@ -133,6 +159,16 @@ def test_absence_is_information(kind: Any) -> None:
     assert falls["never"] == 0
     auroc = roc_auc_score(held_out.examples.label_E, model.probability(held_out.value_EX))
     assert 0.72 < auroc < 0.88  # 0.8 by the law
+
+
+def test_few_trees_are_the_first_of_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    held_out, misleading = table(2), table(1)
+    misleading.examples.label_ET[:] = 1 - misleading.examples.label_ET  # every tree makes it worse
+    chosen = fit("gradient_boosting", table(0), misleading, seed=0)
+    monkeypatch.setattr(baselines, "NUM_TREES", (30,))
+    alone = fit("gradient_boosting", table(0), misleading, seed=0)
+    assert chosen.chosen == alone.chosen == {"trees": 30}
+    np.testing.assert_array_equal(chosen.probability(held_out.value_EX), alone.probability(held_out.value_EX))
 
 
 def test_importance_leaves_the_table_as_it_was() -> None:

@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -19,8 +20,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from scipy.special import expit
 from small_cohort import SIZES, prepare_small
 
+from hymate import metrics, trust
 from hymate.bundle import read_bundle, write_bundle
 from hymate.config import ConfigError, DataConfig, ModelConfig, ObjectiveConfig, TrainConfig, UserError, load
 from hymate.data.histories import Histories
@@ -32,6 +35,7 @@ from hymate.predict import predict, prediction_table
 from hymate.training import space
 from hymate.training.finetune import TrialConfig, parameter_groups, risk_model, starting_point
 from hymate.training.search import TuneConfig, search, trial_config
+from hymate.training.verdict import verdict
 from hymate.trust import recalibrate
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -152,6 +156,57 @@ def _table(rows: list[dict], schema: object) -> object:
     return pa.Table.from_pylist(rows, schema)
 
 
+# ------------------------------------------------------------------------------------------------------- report
+
+
+def judged(model_noise: float, boosting_noise: float, num_labels: int = 600) -> dict[str, Any]:
+    """What results.json says of a model and of boosting that both see the true risk, through noise."""
+    rng = np.random.default_rng(0)
+    logit = rng.normal(-0.5, 2, num_labels)
+    label, subject = (rng.random(num_labels) < expit(logit)).astype(float), np.arange(num_labels)
+    model, boosting = (expit(logit + rng.normal(0, noise, num_labels)) for noise in (model_noise, boosting_noise))
+    found = metrics.scores(label, model, subject) | trust.assess(label, model, subject, {}, label, model)
+    beside = {**metrics.scores(label, boosting, subject), "num_features": 1234, "seconds": 5.4}
+    return found | {"boosting": beside | {"difference": metrics.paired_difference(label, model, boosting, subject)}}
+
+
+@pytest.mark.parametrize(
+    ("model_noise", "boosting_noise", "said"),
+    [
+        (0.0, 4.0, "Not as well: this model is ahead in AUROC and AUPRC."),
+        (4.0, 0.0, "Yes, even better: this model is behind in AUROC and AUPRC, so rank these patients by boosting."),
+        (
+            1.0,
+            1.0,
+            "Yes, as far as these patients tell: the two cannot be told apart, and boosting is the simpler one.",
+        ),
+    ],
+)
+def test_the_verdict_says_whether_boosting_would_do(model_noise: float, boosting_noise: float, said: str) -> None:
+    found = judged(model_noise, boosting_noise)
+    line = of_boosting(found)
+    assert line.startswith(f"- **Would gradient boosting do?** {said} On 1,234 aggregate features")
+    low, high = found["boosting"]["difference"]["auprc"]["ci"]
+    assert f"AUROC {found['boosting']['auroc']['value']:.3f} [" in line and f"[{low:.3f}, {high:.3f}]" in line
+
+
+def test_the_verdict_on_boosting_where_measures_disagree_or_are_missing() -> None:
+    found = judged(1.0, 1.0, num_labels=30)
+    assert "It cannot be said" in of_boosting(found | {"note": "too few"})
+    apart = {"auroc": {"value": 0.1, "ci": [0.01, 0.2]}, "auprc": {"value": -0.1, "ci": [-0.2, -0.01]}}
+    disagree = found | {"boosting": found["boosting"] | {"difference": apart}}
+    assert "It depends: this model is ahead in AUROC and behind in AUPRC." in of_boosting(disagree)
+    assert "Predicted days were not compared" in of_boosting(found | {"days": {}})
+    left_out = of_boosting(found | {"boosting": {"left_out": "report.boosting=false"}})
+    assert "Not compared: report.boosting=false. `python -m hymate.baselines`" in left_out
+
+
+def of_boosting(found: dict[str, Any]) -> str:
+    """The verdict's line."""
+    (line,) = [line for line in verdict(found).splitlines() if "gradient boosting" in line]
+    return line
+
+
 # ------------------------------------------------------------------------------------------------------- search
 
 
@@ -231,6 +286,11 @@ def test_a_finished_search_leaves_everything_it_promises(run: Path, data: Path) 
     assert found["picture"] == "readmission.png" and "(readmission.png)" in report
     assert (run / "readmission.png").read_bytes().startswith(b"\x89PNG")
     assert "chance alone gives a perfect model" in report.split("## Scores")[0]  # the verdict comes first
+    boosting = found["boosting"]
+    for name in ("auroc", "auprc"):
+        difference = found[name]["value"] - boosting[name]["value"]
+        assert boosting["difference"][name]["value"] == pytest.approx(difference)
+        assert f"{boosting[name]['value']:.3f}" in report.split("## Scores")[0]
     said = (run.parent / "said.txt").read_text()
     assert f"{found['auprc']['value']:.3f}" in said and str(run / "bundle") in said and "tensorboard --logdir" in said
 
@@ -303,7 +363,8 @@ def test_a_finished_search_only_shows_its_results_again(run: Path, ray_env: dict
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
     config = json.loads((run / "results.json").read_text())["config"]
     line = command(Path(config["data"]["path"]), Path(config["init"]), run.parent, f"[1e-3,{DIVERGING}]")
-    again = subprocess.run(line, env=ray_env, capture_output=True, text=True, timeout=120)
+    smaller = [*line, "report.boosting=false"]  # on a machine that cannot hold its features
+    again = subprocess.run(smaller, env=ray_env, capture_output=True, text=True, timeout=120)
     assert again.returncode == 0 and str(run / "bundle") in again.stdout, again.stderr
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()} == before
     other = subprocess.run([*line, "train.seed=1"], env=ray_env, capture_output=True, text=True, timeout=120)

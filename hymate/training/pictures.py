@@ -19,18 +19,20 @@ from hymate.data.meds import atomic_path
 from hymate.trust import GRID, net_benefit
 
 # Okabe & Ito 2008: told apart by all kinds of colour vision
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#6E6E6E"
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#6E6E6E"
 INCHES, DPI = (9.5, 8.2), 110
 REACHED = 0.01  # share of the probabilities that must reach a threshold for it to be drawn
 Array = NDArray[Any]
 
 
-def draw(path: Path, label_N: Array, prob_N: Array, found: Mapping[str, Any]) -> None:
-    """Write the PNG; found: `metrics.scores` and `trust.assess` of the same labels, which have both classes."""
+def draw(path: Path, label_N: Array, prob_N: Array, found: Mapping[str, Any], boosting_N: Array | None) -> None:
+    """Write the PNG; found: `metrics.scores` and `trust.assess` of the same labels, which have both classes, and
+    "boosting" if boosting_N has its probabilities.
+    """
     figure = Figure(figsize=INCHES, layout="constrained")
     roc, precision_recall, calibration, decision = figure.subplots(2, 2).flat
-    _roc(roc, label_N, prob_N, found)
-    _precision_recall(precision_recall, label_N, prob_N, found)
+    _roc(roc, label_N, prob_N, found, boosting_N)
+    _precision_recall(precision_recall, label_N, prob_N, found, boosting_N)
     _calibration(calibration, prob_N, found)
     _decision(decision, label_N, prob_N)
     for axes in figure.axes:
@@ -39,10 +41,16 @@ def draw(path: Path, label_N: Array, prob_N: Array, found: Mapping[str, Any]) ->
         figure.savefig(temporary, dpi=DPI, format="png")
 
 
-def _roc(axes: Axes, label_N: Array, prob_N: Array, found: Mapping[str, Any]) -> None:
+def _roc(axes: Axes, label_N: Array, prob_N: Array, found: Mapping[str, Any], boosting_N: Array | None) -> None:
     false_positive, true_positive, _ = roc_curve(label_N, prob_N, drop_intermediate=False)
     axes.plot([0, 1], [0, 1], color=GREY, linestyle=":", label="chance")
     axes.plot(false_positive, true_positive, color=BLUE, label=f"model, area {found['auroc']['value']:.3f}")
+    if boosting_N is not None:
+        false_positive, true_positive, _ = roc_curve(label_N, boosting_N, drop_intermediate=False)
+        area = found["boosting"]["auroc"]["value"]
+        axes.plot(
+            false_positive, true_positive, color=GREEN, linestyle="--", label=f"gradient boosting, area {area:.3f}"
+        )
     points = found["operating_points"]
     axes.plot(
         [1 - point["specificity"]["value"] for point in points],
@@ -55,11 +63,17 @@ def _roc(axes: Axes, label_N: Array, prob_N: Array, found: Mapping[str, Any]) ->
     axes.legend(loc="lower right", frameon=False)
 
 
-def _precision_recall(axes: Axes, label_N: Array, prob_N: Array, found: Mapping[str, Any]) -> None:
+def _precision_recall(
+    axes: Axes, label_N: Array, prob_N: Array, found: Mapping[str, Any], boosting_N: Array | None
+) -> None:
     precision, recall, _ = precision_recall_curve(label_N, prob_N)
     axes.axhline(found["prevalence"], color=GREY, linestyle=":", label=f"chance, {found['prevalence']:.3f}")
     # the last point is (0, 1) by convention, not a threshold
     axes.step(recall[:-1], precision[:-1], color=BLUE, label=f"model, area {found['auprc']['value']:.3f}")
+    if boosting_N is not None:
+        precision, recall, _ = precision_recall_curve(label_N, boosting_N)
+        area = found["boosting"]["auprc"]["value"]
+        axes.step(recall[:-1], precision[:-1], color=GREEN, linestyle="--", label=f"gradient boosting, area {area:.3f}")
     points = [point for point in found["operating_points"] if point["ppv"]["value"] is not None]
     axes.plot([p["sensitivity"]["value"] for p in points], [p["ppv"]["value"] for p in points], "o", color=ORANGE)
     axes.set(title="Precision and recall", xlabel="recall (sensitivity)", ylabel="precision (PPV)")

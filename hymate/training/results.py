@@ -16,6 +16,7 @@ from hymate.config import TaskConfig
 from hymate.data.loader import Examples
 from hymate.data.meds import write_text
 from hymate.data.tasks import LabelSet
+from hymate.metrics import AREAS
 from hymate.training.tables import markdown, number, with_interval
 from hymate.training.verdict import sections, verdict
 from hymate.trust import ENOUGH_POSITIVES, ENOUGH_SUBJECTS
@@ -217,7 +218,9 @@ def recalibration_rows(found: Mapping[str, Any]) -> list[list[str]]:
 
 
 def score_rows(found: Mapping[str, Any]) -> list[list[str]]:
-    """Header and a line for each task's held-out scores; of a synthetic cohort also what its law makes possible."""
+    """Header and a line for each task's held-out scores; below it boosting's and the difference, where it was fitted,
+    and of a synthetic cohort what its law makes possible.
+    """
     header = ["split", "labels", "subjects", "prevalence", "AUROC [95 % CI]", "AUPRC [95 % CI]", "Brier", "ECE"]
     rows = [_task_column(found, "task") + header]
     for part in parts_of(found):
@@ -234,6 +237,13 @@ def score_rows(found: Mapping[str, Any]) -> list[list[str]]:
                 number(part["ece"]),
             ]
         )
+        boosting = part.get("boosting") or {}
+        if "difference" in boosting:
+            areas = [with_interval(boosting[name]) for name in AREAS]
+            others = [number(boosting[name]) for name in ("brier", "ece")]
+            rows.append([*_task_column(found, ""), "gradient boosting", "", "", "", *areas, *others])
+            differences = [with_interval(boosting["difference"][name]) for name in AREAS]
+            rows.append([*_task_column(found, ""), "model less boosting", "", "", "", *differences, "", ""])
         if "ceiling" in part:
             best = [number(part["ceiling"][name]) for name in ("auroc", "auprc", "brier")]
             rows.append([*_task_column(found, ""), "best possible", "", "", "", *best, ""])

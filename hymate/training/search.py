@@ -15,6 +15,7 @@ import numpy as np
 from safetensors.torch import load_file
 
 from hymate import metrics, trust
+from hymate.baselines import compare
 from hymate.bundle import Bundle, build_model, write_bundle
 from hymate.config import (
     ConfigError,
@@ -43,8 +44,15 @@ from hymate.training.launch import absolute, ray_session
 from hymate.training.pretraining import check_machine
 from hymate.training.results import Outcome
 
-# keys that a search may change when it is continued: they move it to other machines
-CHANGEABLE = {"data.path", "run.dir", "search.max_concurrent", "train.cpus_per_worker", "train.use_gpu"}
+# keys that a search may change when it is continued: they move it to other machines or spare these what is too large
+CHANGEABLE = {
+    "data.path",
+    "run.dir",
+    "search.max_concurrent",
+    "train.cpus_per_worker",
+    "train.use_gpu",
+    "report.boosting",
+}
 
 
 @dataclass(frozen=True)
@@ -296,10 +304,16 @@ def _score_task(
     )
     before = metrics.ece(label_E, recalibration.undo(probability_E))
     part["recalibration"] = {**dataclasses.asdict(recalibration), "ece_before": before}
-    part["picture"] = None
+    part["boosting"], part["picture"] = None, None
     if scores["auroc"]["value"] is not None:
+        part["boosting"], boosting_E = {"left_out": "report.boosting=false"}, None
+        if config.report.boosting:
+            print(
+                f"fitting gradient boosting for {name} to compare with; report.boosting=false leaves it out", flush=True
+            )
+            part["boosting"], boosting_E = compare(histories, task.examples, probability_E, config.train.seed)
         part["picture"] = f"{name}.png"
-        pictures.draw(config.run.path / part["picture"], label_E, probability_E, part)
+        pictures.draw(config.run.path / part["picture"], label_E, probability_E, part, boosting_E)
     oracle = Path(config.data.path) / "oracle" / f"{name}.json"
     if oracle.is_file():  # a synthetic cohort, whose law says how well anything can predict
         part["ceiling"] = json.loads(oracle.read_text())["ceiling"]["held_out"]
