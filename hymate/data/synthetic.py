@@ -563,7 +563,7 @@ class SyntheticSource:
 
         def scores(chosen_N: np.ndarray) -> dict[str, Any]:
             label, probability = label_N[chosen_N], probability_N[chosen_N]
-            found = {
+            found: dict[str, Any] = {
                 "num_labels": len(label),
                 "num_subjects": len(np.unique(subject_N[chosen_N])),
                 "prevalence": float(label.mean()) if len(label) else None,
