@@ -21,26 +21,27 @@ import argparse
 import json
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from matplotlib.figure import Figure
-from safetensors.torch import load_file, save_file
-
 from hymate import baselines, metrics
 from hymate.config import load
 from hymate.data.features import FeatureConfig, choose, features
 from hymate.data.histories import Histories
-from hymate.data.loader import Examples, labelled_examples
+from hymate.data.loader import Examples, Rows, labelled_examples
 from hymate.data.meds import SPLITS, write_text
 from hymate.data.synthetic import ORACLE
 from hymate.data.tasks import labels
+from hymate.model import RiskModel
 from hymate.predict import score
 from hymate.telemetry import Telemetry
 from hymate.training import checkpoint, engine
 from hymate.training.finetune import (
+    Start,
     TrialConfig,
     labelled_rows,
     parameter_groups,
@@ -50,10 +51,10 @@ from hymate.training.finetune import (
 )
 from hymate.training.pictures import BLUE, DPI, GREY, ORANGE
 from hymate.training.search import TuneConfig, trial_config
+from matplotlib.figure import Figure
+from safetensors.torch import load_file, save_file
 
-CONTEXTS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
-QUICK = (512, 1024)
-EVENTS, STEPS, QUICK_STEPS, LABELS_PER_STEP = 1 << 22, 240, 4, 8
+EVENTS, STEPS, QUICK_STEPS, LABELS_PER_STEP = 1 << 21, 240, 8, 8
 LEAST_ROW = 8192  # events computed at once
 SETTINGS = (
     "task=readmission",
@@ -82,102 +83,114 @@ def configured(options: argparse.Namespace, context: int) -> TuneConfig:
     return load("tune", [f"data.path={options.data}", *SETTINGS, *sizes, *options.overrides], TuneConfig)
 
 
-def fine_tuned(options: argparse.Namespace, config: TuneConfig, worker: engine.Worker) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Point:
+    """What a row of the table is made of; weights: folder of the model's weights, a file for each context."""
+
+    histories: Histories
+    examples: dict[str, Examples]
+    start: Start
+    trial: TrialConfig
+    weights: Path
+
+    @classmethod
+    def of(cls, options: argparse.Namespace, context: int) -> Point:
+        config = configured(options, context)
+        histories, table = Histories.open(options.data), labels(options.data, config.tasks[0]).table
+        examples = {split: labelled_examples(histories, table, split) for split in SPLITS}
+        start = starting_point(config.data, config.model, None)
+        trial = trial_config(config, start, {})
+        return cls(histories, examples, start, trial, options.out / f"{trial.model.layers}-{trial.model.pooling}")
+
+    @property
+    def name(self) -> str:
+        return f"{self.trial.model.layers}, {self.trial.model.pooling}"
+
+    @property
+    def contexts(self) -> list[int]:
+        """Whose weights there are."""
+        return [int(path.stem) for path in self.weights.glob("*.safetensors")]
+
+    def model(self, context: int | None) -> RiskModel:
+        """With the weights of that context, or new ones."""
+        model = risk_model(self.start, self.trial)
+        if context is not None:
+            model.load_state_dict(load_file(self.weights / f"{context}.safetensors"))
+        return model
+
+    def rows(self, split: str) -> Rows:
+        return labelled_rows(self.start, self.trial, self.histories, self.examples[split])
+
+    def held_out(self, model: RiskModel, device: torch.device) -> dict[str, Any]:
+        outputs = score(model.to(device).eval(), self.rows("held_out"), device)
+        return scored(self.examples["held_out"], outputs.probability_ET[:, 0])
+
+
+def fine_tuned(point: Point, worker: engine.Worker) -> dict[str, Any]:
     """Train, keep the best checkpoint on the tuning split, score it on the held-out split."""
-    histories, table = Histories.open(config.data.path), labels(options.data, config.tasks[0]).table
-    start = starting_point(config.data, config.model, None)
-    trial = trial_config(config, start, {})
-    name = _name(trial)
-    training, tuning, held_out = (labelled_examples(histories, table, split) for split in SPLITS)
-    model, best = risk_model(start, trial), risk_model(start, trial)
-    weights = options.out / name.replace(", ", "-")
-    shorter = [context for context in _contexts(weights) if context < trial.data.context]
-    if shorter:
-        model.load_state_dict(load_file(weights / f"{max(shorter)}.safetensors"))
+    trial = point.trial
+    shorter = max((context for context in point.contexts if context < trial.data.context), default=None)
+    model, best = point.model(shorter), point.model(None)
 
     def evaluate(model: Any) -> dict[str, float]:
-        return tuning_scores(
-            tuning, score(model, labelled_rows(start, trial, histories, tuning), worker.device), trial.tasks
-        )
+        outputs = score(model, point.rows("tuning"), worker.device)
+        return tuning_scores(point.examples["tuning"], outputs, trial.tasks)
 
-    scores: list[float] = []
+    areas: list[float] = []
 
     def report(found: dict[str, float], folder: Path) -> None:
-        scores.append(found["auroc"])
-        if found["auroc"] == max(scores):
+        areas.append(found["auroc"])
+        if found["auroc"] == max(areas):
             checkpoint.load_weights(best, folder)
-        print(f"    step {found['step']}: tuning AUROC {found['auroc']:.3f}, loss {found['loss']:.3f}", flush=True)
 
+    scratch = point.weights / "scratch"
+    scratch.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
-    rows = labelled_rows(start, trial, histories, training)
-    scratch = options.out / "scratch"
-    job = engine.Job(model, parameter_groups(model, trial), rows, evaluate, score="auroc", mode="max")
+    job = engine.Job(model, parameter_groups(model, trial), point.rows("train"), evaluate, score="auroc", mode="max")
     silent = Telemetry(scratch, enabled=False)
     engine.train(job, trial.train, worker, report=report, telemetry=silent, resume=None, scratch=scratch)
     trained = time.monotonic()
-    outputs = score(best.to(worker.device).eval(), labelled_rows(start, trial, histories, held_out), worker.device)
-    weights.mkdir(exist_ok=True)
-    save_file(best.state_dict(), weights / f"{trial.data.context}.safetensors")
+    save_file(best.state_dict(), point.weights / f"{trial.data.context}.safetensors")
     return {
-        "model": name,
+        "model": point.name,
         "context": trial.data.context,
-        "from": max(shorter, default=None),
+        "from": shorter,
         "steps": trial.train.max_steps,
-        "tuning_auroc": max(scores),
-        **_scored(held_out, outputs.probability_ET[:, 0]),
+        "tuning_auroc": max(areas),
+        **point.held_out(best, worker.device),
         "seconds": {"training": trained - started, "scoring": time.monotonic() - trained},
     }
 
 
-def cut(options: argparse.Namespace, config: TuneConfig, worker: engine.Worker) -> dict[str, Any]:
-    """The weights of the longest context in OUT, reading config.data.context events."""
-    histories, table = Histories.open(config.data.path), labels(options.data, config.tasks[0]).table
-    start = starting_point(config.data, config.model, None)
-    trial = trial_config(config, start, {})
-    weights = options.out / _name(trial).replace(", ", "-")
-    longest = max(_contexts(weights))
-    model = risk_model(start, trial)
-    model.load_state_dict(load_file(weights / f"{longest}.safetensors"))
-    held_out = labelled_examples(histories, table, "held_out")
-    started = time.monotonic()
-    rows = labelled_rows(start, trial, histories, held_out)
-    outputs = score(model.to(worker.device).eval(), rows, worker.device)
+def cut(point: Point, worker: engine.Worker) -> dict[str, Any]:
+    """The model of the longest context, reading no more than this one's events."""
+    longest, started = max(point.contexts), time.monotonic()
     return {
-        "model": f"{_name(trial)}, trained at {longest:,}",
-        "context": trial.data.context,
-        **_scored(held_out, outputs.probability_ET[:, 0]),
-        "seconds": {"training": 0, "scoring": time.monotonic() - started},
+        "model": f"{point.name}, trained at {longest:,}",
+        "context": point.trial.data.context,
+        **point.held_out(point.model(longest), worker.device),
+        "seconds": {"training": 0.0, "scoring": time.monotonic() - started},
     }
 
 
-def _name(trial: TrialConfig) -> str:
-    return f"{trial.model.layers}, {trial.model.pooling}"
-
-
-def _contexts(weights: Path) -> list[int]:
-    return [int(path.stem) for path in weights.glob("*.safetensors")]
-
-
-def boosted(options: argparse.Namespace, config: TuneConfig) -> dict[str, Any]:
+def boosted(point: Point) -> dict[str, Any]:
     """Gradient boosting on aggregate features of whole histories."""
-    histories, table = Histories.open(config.data.path), labels(options.data, config.tasks[0]).table
     started = time.monotonic()
-    examples = {split: labelled_examples(histories, table, split) for split in SPLITS}
-    spec = choose(histories, examples["train"], FeatureConfig())
-    tables = {split: features(histories, part, spec) for split, part in examples.items()}
+    spec = choose(point.histories, point.examples["train"], FeatureConfig())
+    tables = {split: features(point.histories, part, spec) for split, part in point.examples.items()}
     model = baselines.fit("gradient_boosting", tables["train"], tables["tuning"], seed=0)
     fitted = time.monotonic()
     probability = {split: model.probability(tables[split].value_EX) for split in ("tuning", "held_out")}
     return {
         "model": "gradient boosting",
         "context": None,
-        "tuning_auroc": metrics.auroc(examples["tuning"].label_E, probability["tuning"]),
-        **_scored(examples["held_out"], probability["held_out"]),
+        "tuning_auroc": metrics.auroc(point.examples["tuning"].label_E, probability["tuning"]),
+        **scored(point.examples["held_out"], probability["held_out"]),
         "seconds": {"training": fitted - started, "scoring": time.monotonic() - fitted},
     }
 
 
-def _scored(examples: Examples, probability_E: Any) -> dict[str, Any]:
+def scored(examples: Examples, probability_E: np.ndarray) -> dict[str, Any]:
     found = metrics.scores(examples.label_E, probability_E, examples.subject_id_E)
     return {"auroc": found["auroc"]["value"], "ci": found["auroc"]["ci"], "num_labels": found["num_labels"]}
 
@@ -224,19 +237,19 @@ def main() -> None:
     parser.add_argument("--boosting", action="store_true")
     parser.add_argument("--quick", action="store_true", help="a few steps at the two shortest contexts")
     options = parser.parse_intermixed_args()
+    oracle = json.loads((options.data / ORACLE).with_suffix(".json").read_text())
+    ceiling = oracle["ceiling"]["held_out"]["auroc_by_context"]
     if options.contexts is None:
-        options.contexts = QUICK if options.quick else CONTEXTS
-    ceiling = json.loads((options.data / ORACLE).with_suffix(".json").read_text())["ceiling"]["held_out"]
-    ceiling = ceiling["auroc_by_context"]
+        options.contexts = list(map(int, ceiling))[: 2 if options.quick else None]
     gathered = options.out / "curve.json"
     rows = json.loads(gathered.read_text()) if gathered.exists() else []
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     print("| model | context | tuning AUROC | held-out AUROC [95 % CI] | ceiling | s, training + scoring |")
     print("|---|---|---|---|---|---|", flush=True)
     with engine.single_process(torch.cuda.is_available()) as worker:
-        configs = [configured(options, context) for context in sorted(options.contexts)]
-        runs = [partial(cut if options.cut else fine_tuned, options, config, worker) for config in configs]
-        runs += [partial(boosted, options, configured(options, CONTEXTS[0]))] if options.boosting else []
+        make = cut if options.cut else fine_tuned
+        runs = [partial(make, Point.of(options, context), worker) for context in sorted(options.contexts)]
+        runs += [partial(boosted, Point.of(options, min(map(int, ceiling))))] if options.boosting else []
         for run in runs:
             row = run()
             show(row, ceiling)
