@@ -28,6 +28,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
+from safetensors.torch import load_file, save_file
+
 from hymate import baselines, metrics
 from hymate.config import load
 from hymate.data.features import FeatureConfig, choose, features
@@ -51,8 +54,6 @@ from hymate.training.finetune import (
 )
 from hymate.training.pictures import BLUE, DPI, GREY, ORANGE
 from hymate.training.search import TuneConfig, trial_config
-from matplotlib.figure import Figure
-from safetensors.torch import load_file, save_file
 
 EVENTS, STEPS, QUICK_STEPS, LABELS_PER_STEP = 1 << 21, 240, 8, 8
 LEAST_ROW = 8192  # events computed at once
