@@ -70,7 +70,7 @@ SETTINGS = (
 
 
 def configured(options: argparse.Namespace, context: int) -> TuneConfig:
-    """The same labels a step at every context, in rows of LEAST_ROW events where so many labels fill one."""
+    """The same number of labels a step at every context, in rows of LEAST_ROW events where that many fill one."""
     row = max(context, min(LABELS_PER_STEP * context, LEAST_ROW))
     steps = QUICK_STEPS if options.quick else min(STEPS, EVENTS // (LABELS_PER_STEP * context))
     sizes = (
@@ -224,7 +224,7 @@ def draw(path: Path, rows: list[dict[str, Any]], ceiling: Mapping[str, float]) -
     axes.set_xticks(contexts, [f"{context:,}" for context in contexts])
     axes.set(xlabel="context: last events before the prediction", ylabel="held-out AUROC, 95 % interval")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="upper left", frameon=False)
+    axes.legend(loc="lower right", frameon=False)
     figure.savefig(path, dpi=DPI, format="png")
 
 
