@@ -46,6 +46,9 @@ bench: $(VENV)/.installed
 	$(PY) -m hymate.data.prepare source=synthetic out=$(DEMO)/bench synthetic.subjects=300
 	$(PY) tests/benchmarks/loader.py $(DEMO)/bench
 	$(PY) tests/benchmarks/training.py $(DEMO)/bench $(QUICK)
+	$(PY) -m hymate.data.prepare source=synthetic out=$(DEMO)/long synthetic.subjects=480 synthetic.mean_events=131072 \
+		synthetic.driver_distance=32768 splits.train=0.6 splits.tuning=0.1 splits.held_out=0.3
+	$(PY) tests/benchmarks/long_context.py $(DEMO)/long $(DEMO)/long-context $(QUICK)
 
 clean:
 	rm -rf $(VENV) $(DEMO)

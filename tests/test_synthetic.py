@@ -229,6 +229,12 @@ def test_impossible_configuration_is_refused(wrong: dict[str, Any]) -> None:
         SyntheticConfig(**wrong)
 
 
+@pytest.mark.parametrize(("distance", "wrong"), [(law.NEAREST, "driver_distance"), (2048, "mean_events")])
+def test_impossible_distance_is_refused(distance: int, wrong: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^synthetic\.{wrong} must be"):
+        SyntheticConfig(mean_events=2000, driver_distance=distance)
+
+
 # ---------------------------------------------------------------------------------------------------- the law
 
 
@@ -313,6 +319,83 @@ def test_task_extraction_finds_the_oracle_s_discharges(tmp_path: Path) -> None:
     assert found.counts["died_in_hospital"] == expected.died
     assert found.counts["competing_deaths"] == expected.competing
     assert found.counts["censored"] == expected.censored
+
+
+# ------------------------------------------------------------------------------------------- the distant law
+
+FARTHEST = 1024
+
+
+@dataclass
+class Distant:
+    """A cohort of the distant law and, of its labelled discharges in the oracle's order, what is in the events."""
+
+    root: Path
+    label_N: np.ndarray
+    distance_N: np.ndarray  # as the oracle has it; NaN without a driver
+    since_admission: list[list[str]]  # the stay's codes up to the prediction, the last one last
+
+
+@pytest.fixture(scope="module")
+def distant(tmp_path_factory: pytest.TempPathFactory) -> Distant:
+    config = SyntheticConfig(subjects=150, mean_events=4 * FARTHEST, seed=4, driver_distance=FARTHEST)
+    root = write(tmp_path_factory.mktemp("distant"), config)
+    table = pq.read_table(root / "oracle/readmission.parquet")
+    events = read(root)
+    subject, time = events["subject_id"].to_numpy(), events["time"].cast(pa.int64()).fill_null(-(2**62)).to_numpy()
+    code = np.array(events["code"].to_pylist())
+    admitted = np.char.startswith(code, "HOSPITAL_ADMISSION//")
+    labels, stays = [], []
+    keys = zip(table["subject_id"].to_pylist(), table["prediction_time"].cast(pa.int64()).to_pylist(), strict=True)
+    for who, when in keys:
+        own = subject == who
+        until = own & (time <= when)
+        labels.append((own & admitted & (time > when) & (time <= when + 30 * DAY_US)).any())
+        stays.append(code[np.flatnonzero(until & admitted)[-1] : np.flatnonzero(until)[-1] + 1].tolist())
+    distance_N = table["driver_distance"].to_numpy(zero_copy_only=False).astype(float)
+    return Distant(root, np.array(labels), distance_N, stays)
+
+
+def test_distant_driver_lies_where_the_oracle_says(distant: Distant) -> None:
+    for codes, distance in zip(distant.since_admission, distant.distance_N, strict=True):
+        assert len(codes) > FARTHEST
+        places = [len(codes) - i for i, code in enumerate(codes) if code == law.HEART_FAILURE]
+        assert places == ([] if math.isnan(distance) else [distance])
+
+
+def test_each_doubling_brings_as_many_drivers_into_view(distant: Distant) -> None:
+    has_driver = ~np.isnan(distant.distance_N)
+    size = len(has_driver)
+    assert abs(has_driver.mean() - law.DISTANT_SHARE) < 4 * math.sqrt(0.25 / size)
+    first, second = np.histogram(distant.distance_N[has_driver], bins=[law.NEAREST, 512, FARTHEST])[0]
+    assert first + second == has_driver.sum()
+    assert abs(first - second) < 4 * math.sqrt(first + second)
+
+
+def test_distant_outcomes_follow_the_law(distant: Distant) -> None:
+    probability, summary = oracle(distant.root)
+    p_N = np.array(list(probability.values()))
+    has_driver = ~np.isnan(distant.distance_N)
+    logit = summary["coefficients"]["intercept"] + summary["coefficients"]["heart_failure"] * has_driver
+    np.testing.assert_allclose(p_N, 1 / (1 + np.exp(-logit)))
+    for group in (has_driver, ~has_driver):
+        spread = math.sqrt((p_N[group] * (1 - p_N[group])).sum())
+        assert abs(distant.label_N[group].sum() - p_N[group].sum()) < 4 * spread
+
+
+def test_ceiling_rises_with_the_context(distant: Distant) -> None:
+    ceiling = oracle(distant.root)[1]["ceiling"]["all"]
+    by_context = {int(context): value for context, value in ceiling["auroc_by_context"].items()}
+    assert list(by_context) == [512, FARTHEST]
+    for context, value in by_context.items():
+        assert value == pytest.approx(auroc(distant.label_N, distant.distance_N <= context))
+    assert 0.5 < by_context[512] < by_context[FARTHEST] == pytest.approx(ceiling["auroc"])
+
+
+def test_shuffled_labels_have_no_distant_driver(tmp_path: Path) -> None:
+    config = SyntheticConfig(subjects=30, mean_events=2048, shuffled_labels=True, driver_distance=512)
+    summary = oracle(write(tmp_path, config))[1]
+    assert summary["ceiling"]["all"]["auroc_by_context"] == {"512": 0.5}
 
 
 values = st.lists(st.sampled_from([0.0, 11_500.0, math.nan, 8.0, 9.5, 11.0, 13.5]), min_size=2, max_size=6)

@@ -14,7 +14,8 @@ discharges P(label | record) = p exactly. Where deaths in the window are left ou
 it is p / (p + (1 - p) (1 - DEATH_IN_WINDOW)), which ranks the discharges in the same order.
 
 The law is in synthetic_law.py. With `shuffled_labels` p is the same for every discharge, and nothing in the record
-predicts the outcome.
+predicts the outcome. With `driver_distance` the law has one driver, which lies hundreds to thousands of events before
+the discharge; every stay then has as many events as the next, evenly spread over it.
 
 Death in hospital and length of stay depend on a severity that shows in the lactate and heart rate of the first
 24 hours, and on age and the kind of admission.
@@ -27,6 +28,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -129,6 +131,8 @@ class SyntheticConfig:
     subjects: number of subjects. mean_events: mean history length, about; lengths are log-normal (at the default,
         the longest 1 % exceed 20,000 events). seed: the cohort is a function of this configuration alone.
     shard_events: events of one shard, about. shuffled_labels: readmission depends on nothing (negative control).
+    driver_distance: 0, or the law's only driver lies up to so many events before the discharge (the distant law of
+        synthetic_law.py); mean_events must be four times that, for a stay is about a quarter of a history.
     """
 
     subjects: int = 500
@@ -136,11 +140,25 @@ class SyntheticConfig:
     seed: int = 0
     shard_events: int = 500_000
     shuffled_labels: bool = False
+    driver_distance: int = 0
 
     def __post_init__(self) -> None:
         for name, least in (("subjects", 1), ("mean_events", MIN_MEAN_EVENTS), ("seed", 0), ("shard_events", 1)):
             if getattr(self, name) < least:
                 raise ConfigError(f"synthetic.{name} must be at least {least}, got {getattr(self, name)}")
+        farthest = self.driver_distance
+        if farthest != 0 and farthest <= law.NEAREST:
+            raise ConfigError(f"synthetic.driver_distance must be 0 or more than {law.NEAREST}, got {farthest}")
+        if self.mean_events < 4 * farthest:
+            raise ConfigError(
+                f"synthetic.mean_events must be at least four times synthetic.driver_distance={farthest}, "
+                f"got {self.mean_events}"
+            )
+
+    @property
+    def stay_events(self) -> float:
+        """Events recorded on an average stay, besides those that every stay has."""
+        return self.mean_events / _STAYS_PER_SUBJECT - _EVENTS_PER_STAY
 
 
 # ------------------------------------------------------------------------------------------- clinical course
@@ -178,13 +196,12 @@ def simulate(rng: np.random.Generator, num_patients: int, config: SyntheticConfi
     """Draw the patients' courses, stay by stay, all patients at once."""
     first_P = rng.integers(*FIRST_ADMISSION, num_patients)
     age_P = np.clip(rng.normal(63, 15, num_patients), 18, 95)
-    planned = config.mean_events / _STAYS_PER_SUBJECT - _EVENTS_PER_STAY
     spread_P = rng.lognormal(-(_LENGTH_SPREAD**2) / 2, _LENGTH_SPREAD, num_patients)
     patients = Patients(
         birth_P=((first_P - age_P * 365.25 * DAY) // DAY * DAY).astype(np.int64),
         gender_P=_draw(rng, GENDERS, "GENDER//", num_patients),
         race_P=_draw(rng, RACES, "RACE//", num_patients),
-        intensity_P=planned * spread_P,
+        intensity_P=config.stay_events * spread_P,
         death_P=np.full(num_patients, _NULL_MINUTE),
     )
     chronic = {
@@ -195,7 +212,7 @@ def simulate(rng: np.random.Generator, num_patients: int, config: SyntheticConfi
     active_A, admission_A, previous_A = np.arange(num_patients), first_P, np.full(num_patients, -np.inf)
     batches: list[Stays] = []
     while len(active_A):
-        stay = _stay(rng, active_A, admission_A, previous_A, patients, chronic)
+        stay = _stay(rng, active_A, admission_A, previous_A, patients, chronic, config)
         next_A = _aftermath(rng, stay, patients, config, last=len(batches) == MAX_STAYS - 1)
         batches.append(stay)
         again_A = next_A != _NULL_MINUTE
@@ -212,6 +229,7 @@ def _stay(
     previous_A: np.ndarray,
     patients: Patients,
     chronic: dict[str, np.ndarray],
+    config: SyntheticConfig,
 ) -> Stays:
     """One stay of each active patient, with its driver labs; acquired diagnoses are added to `chronic`."""
     size = len(active_A)
@@ -243,7 +261,7 @@ def _stay(
     z_AM = 0.8 * severity_A[:, None] + 0.6 * rng.normal(size=(size, LACTATES))
     lactate_AM = np.round(np.exp(LACTATE_LOG_MEAN + LACTATE_LOG_SD * z_AM), 1)
 
-    return {
+    stay = {
         "patient": active_A,
         "kind": kind_A,
         "admission": admission_A,
@@ -263,6 +281,10 @@ def _stay(
         "haemoglobin_minute": haemoglobin_minute_AM,
         "haemoglobin": _record(rng, haemoglobin_AM),
     }
+    if config.driver_distance:
+        stay["heart_failure"] = rng.random(size) < law.DISTANT_SHARE
+        stay["distance"] = law.distances(rng, size, config.driver_distance)
+    return stay
 
 
 def _times(rng: np.random.Generator, start_A: np.ndarray, end_A: np.ndarray, slots: int) -> np.ndarray:
@@ -277,17 +299,20 @@ def _aftermath(
     """What follows each stay, added to it and to the patients' deaths; returns the next admissions' minutes (A,)."""
     active_A, discharge_A = stay["patient"], stay["discharge"]
     size = len(active_A)
-    p_A = law.readmission_probability(
-        {
-            "creatinine": law.last_creatinine(stay["creatinine"]),
-            "haemoglobin_fall": law.haemoglobin_fall(stay["haemoglobin_minute"], stay["haemoglobin"]),
-            "heart_failure": stay["heart_failure"],
-            "copd": stay["copd"],
-            "recency": stay["recency"],
-        }
-    )
     if config.shuffled_labels:
         p_A = np.full(size, law.PREVALENCE)
+    elif config.driver_distance:
+        p_A = law.readmission_probability({"heart_failure": stay["heart_failure"]}, law.DISTANT_COEFFICIENTS)
+    else:
+        p_A = law.readmission_probability(
+            {
+                "creatinine": law.last_creatinine(stay["creatinine"]),
+                "haemoglobin_fall": law.haemoglobin_fall(stay["haemoglobin_minute"], stay["haemoglobin"]),
+                "heart_failure": stay["heart_failure"],
+                "copd": stay["copd"],
+                "recency": stay["recency"],
+            }
+        )
 
     def after(low_days: float, high_days: float) -> np.ndarray:
         return discharge_A + (rng.uniform(low_days, high_days, size) * DAY).astype(np.int64)
@@ -347,14 +372,19 @@ _ICD_SHARES /= _ICD_SHARES.sum()
 Block = tuple[np.ndarray, np.ndarray, np.ndarray | int, np.ndarray | None]  # patient, minute, code id, value
 
 
-def _background(rng: np.random.Generator, patients: Patients, stays: Stays) -> Block:
+def _background(rng: np.random.Generator, patients: Patients, stays: Stays, config: SyntheticConfig) -> Block:
     """The many events that the law does not read."""
     size = len(stays["patient"])
     days_S = (stays["discharge"] - stays["admission"]) / DAY
-    total_S = patients.intensity_P[stays["patient"]] * days_S / _MEAN_STAY_DAYS
-    ward_S = np.minimum(0.4 * total_S, WARD_EVENTS)
-    acute_S = np.where(stays["ward"] > stays["admission"], total_S - ward_S, 0)
-    count_2S = rng.poisson(np.stack([acute_S, ward_S]))
+    if config.driver_distance:
+        total_S = np.full(size, int(config.stay_events))
+        ward_S = (total_S * (stays["discharge"] - stays["ward"]) / (days_S * DAY)).astype(np.int64)
+        count_2S = np.stack([total_S - ward_S, ward_S])
+    else:
+        total_S = patients.intensity_P[stays["patient"]] * days_S / _MEAN_STAY_DAYS
+        ward_S = np.minimum(0.4 * total_S, WARD_EVENTS)
+        acute_S = np.where(stays["ward"] > stays["admission"], total_S - ward_S, 0)
+        count_2S = rng.poisson(np.stack([acute_S, ward_S]))
     stay_E = np.concatenate([np.repeat(np.arange(size, dtype=np.int32), count_S) for count_S in count_2S])
     in_ward_E = np.arange(len(stay_E)) >= count_2S[0].sum()
 
@@ -388,14 +418,14 @@ def _values(rng: np.random.Generator, stays: Stays, stay_E: np.ndarray, code_E: 
     return value_E
 
 
-def _blocks(rng: np.random.Generator, patients: Patients, stays: Stays) -> list[Block]:
+def _blocks(rng: np.random.Generator, patients: Patients, stays: Stays, config: SyntheticConfig) -> list[Block]:
     """All events, in blocks; of events at the same minute, those of an earlier block come first."""
     everyone_P = np.arange(len(patients.birth_P))
     static_P = np.full(len(everyone_P), _NULL_MINUTE)
     at_S, discharge_S = stays["patient"], stays["discharge"]
     icd_S = rng.poisson(4, len(at_S))
     icd_E = rng.choice([ID[code] for code in OTHER_DIAGNOSES], size=icd_S.sum(), p=_ICD_SHARES)
-    failure_S, copd_S = stays["heart_failure"], stays["copd"]
+    failure_S, copd_S = stays["heart_failure"] & (config.driver_distance == 0), stays["copd"]
     seen_S, dead_P = stays["visit"] != _NULL_MINUTE, patients.death_P != _NULL_MINUTE
     labs: list[Block] = [
         (np.repeat(at_S, stays[lab].shape[1]), stays[f"{lab}_minute"].ravel(), ID[code], stays[lab].ravel())
@@ -407,7 +437,7 @@ def _blocks(rng: np.random.Generator, patients: Patients, stays: Stays) -> list[
         (everyone_P, patients.birth_P, ID["MEDS_BIRTH"], None),
         (at_S, stays["admission"], stays["kind"], None),
         *labs,
-        _background(rng, patients, stays),
+        _background(rng, patients, stays, config),
         (np.repeat(at_S, icd_S), np.repeat(discharge_S, icd_S), icd_E, None),
         (at_S[failure_S], discharge_S[failure_S], ID[law.HEART_FAILURE], None),
         (at_S[copd_S], discharge_S[copd_S], ID[law.COPD], None),
@@ -417,15 +447,20 @@ def _blocks(rng: np.random.Generator, patients: Patients, stays: Stays) -> list[
     ]
 
 
-def _table(blocks: list[Block], first_subject: int) -> pa.Table:
-    """MEDS data: the blocks' events by subject and time."""
+def _table(blocks: list[Block], stays: Stays, first_subject: int) -> pa.Table:
+    """MEDS data: the blocks' events by subject and time; the n-th last up to a discharge is its distant driver."""
     patient_E = np.concatenate([block[0] for block in blocks])
     minute_E = np.concatenate([block[1] for block in blocks])
     code_E = np.concatenate([np.broadcast_to(np.asarray(b[2], np.int32), b[0].shape) for b in blocks])
     value_E = np.concatenate([np.full(len(b[0]), np.nan, np.float32) if b[3] is None else b[3] for b in blocks])
-    order_E = np.argsort(patient_E * 2**33 + (minute_E - _NULL_MINUTE), kind="stable")
-    minute_E, value_E = minute_E[order_E], value_E[order_E]
-    code = pa.DictionaryArray.from_arrays(pa.array(code_E[order_E]), pa.array(CODES))
+    key_E = _key(patient_E, minute_E)
+    order_E = np.argsort(key_E, kind="stable")
+    minute_E, code_E, value_E = minute_E[order_E], code_E[order_E], value_E[order_E]
+    if "distance" in stays:
+        end_S = np.searchsorted(key_E[order_E], _key(stays["patient"], stays["discharge"]), side="right")
+        driver = (end_S - stays["distance"])[stays["heart_failure"]]
+        code_E[driver], value_E[driver] = ID[law.HEART_FAILURE], np.nan
+    code = pa.DictionaryArray.from_arrays(pa.array(code_E), pa.array(CODES))
     return pa.table(
         {
             "subject_id": pa.array(patient_E[order_E] + first_subject, pa.int64()),
@@ -436,6 +471,11 @@ def _table(blocks: list[Block], first_subject: int) -> pa.Table:
     )
 
 
+def _key(patient: np.ndarray, minute: np.ndarray) -> np.ndarray:
+    """What events are sorted by."""
+    return patient * 2**33 + (minute - _NULL_MINUTE)
+
+
 # ------------------------------------------------------------------------------------------------- source
 
 
@@ -443,9 +483,12 @@ def _table(blocks: list[Block], first_subject: int) -> pa.Table:
 class SyntheticSource:
     """The cohort as MEDS, and beside it `oracle/`: the best prediction of readmission that there is.
 
-    oracle/readmission.parquet: one row a labelled discharge: subject_id, prediction_time, probability (the law's).
+    oracle/readmission.parquet: one row a labelled discharge: subject_id, prediction_time, probability (the law's);
+    with config.driver_distance also driver_distance, how many events a context must hold to see the driver (null
+    where there is none).
     oracle/readmission.json: the law and its coefficients, and what the law's probability scores against the
-    labels, overall and in each split: the ceiling of any model.
+    labels, overall and in each split: the ceiling of any model; with config.driver_distance also the ceiling of a
+    model that sees the last so many events (auroc_by_context).
     """
 
     config: SyntheticConfig
@@ -453,7 +496,8 @@ class SyntheticSource:
     name: str = "synthetic"
 
     def fingerprint(self) -> str:
-        return hashlib.sha256(repr((self.config, self.splits, law.LAW, law.COEFFICIENTS, CODES)).encode()).hexdigest()
+        laws = law.LAW, law.COEFFICIENTS, law.DISTANT_LAW, law.DISTANT_COEFFICIENTS
+        return hashlib.sha256(repr((self.config, self.splits, *laws, CODES)).encode()).hexdigest()
 
     def shards(self) -> list[str]:
         return list(self._shards())
@@ -482,8 +526,9 @@ class SyntheticSource:
 
     def write_shard(self, shard: str, out: Path) -> None:
         number, ids = self._shards()[shard]
-        blocks = _blocks(self._rng(number, 1), *self._course(number, ids))
-        write_parquet(_table(blocks, ids.start), out / "data" / f"{shard}.parquet")
+        patients, stays = self._course(number, ids)
+        blocks = _blocks(self._rng(number, 1), patients, stays, self.config)
+        write_parquet(_table(blocks, stays, ids.start), out / "data" / f"{shard}.parquet")
 
     def finish(self, out: Path) -> None:
         subject_ids = np.arange(1, self.config.subjects + 1)
@@ -492,30 +537,33 @@ class SyntheticSource:
         write_metadata(out, dataset, splits, codes_table({code: None for code in CODES}))
 
         discharges = pa.concat_tables([self._labelled(shard) for shard in self.shards()])
-        write_parquet(discharges.select(["subject_id", "prediction_time", "probability"]), out / ORACLE)
+        write_parquet(discharges.drop_columns(["label", "split"]), out / ORACLE)
         write_text(json.dumps(self._ceiling(discharges), indent=1) + "\n", (out / ORACLE).with_suffix(".json"))
 
     def _labelled(self, shard: str) -> pa.Table:
         number, ids = self._shards()[shard]
         _, stays = self._course(number, ids)
         rows = np.flatnonzero(stays["labelled"])
-        return pa.table(
-            {
-                "subject_id": pa.array(stays["patient"][rows] + ids.start, pa.int64()),
-                "prediction_time": pa.array(stays["discharge"][rows] * US_PER_MINUTE, pa.timestamp("us")),
-                "probability": pa.array(stays["probability"][rows], pa.float64()),
-                "label": pa.array(stays["label"][rows]),
-                "split": pa.array([shard.split("/")[0]] * len(rows), pa.string()),
-            }
-        )
+        columns = {
+            "subject_id": pa.array(stays["patient"][rows] + ids.start, pa.int64()),
+            "prediction_time": pa.array(stays["discharge"][rows] * US_PER_MINUTE, pa.timestamp("us")),
+            "probability": pa.array(stays["probability"][rows], pa.float64()),
+            "label": pa.array(stays["label"][rows]),
+            "split": pa.array([shard.split("/")[0]] * len(rows), pa.string()),
+        }
+        if self.config.driver_distance:
+            absent = ~stays["heart_failure"][rows]
+            columns["driver_distance"] = pa.array(stays["distance"][rows], pa.int64(), mask=absent)
+        return pa.table(columns)
 
     def _ceiling(self, discharges: pa.Table) -> dict[str, Any]:
         label_N, probability_N = discharges["label"].to_numpy(), discharges["probability"].to_numpy()
         subject_N, split_N = discharges["subject_id"].to_numpy(), discharges["split"].to_numpy()
+        farthest = self.config.driver_distance
 
         def scores(chosen_N: np.ndarray) -> dict[str, Any]:
             label, probability = label_N[chosen_N], probability_N[chosen_N]
-            return {
+            found: dict[str, Any] = {
                 "num_labels": len(label),
                 "num_subjects": len(np.unique(subject_N[chosen_N])),
                 "prevalence": float(label.mean()) if len(label) else None,
@@ -523,15 +571,25 @@ class SyntheticSource:
                 "auprc": auprc(label, probability),
                 "brier": brier(label, probability),
             }
+            if farthest:
+                distance = discharges["driver_distance"].fill_null(farthest + 1).to_numpy()[chosen_N]
+                tells = not self.config.shuffled_labels
+                found["auroc_by_context"] = {c: auroc(label, tells & (distance <= c)) for c in _contexts(farthest)}
+            return found
 
         return {
             "task": "readmission",
             "config": asdict(self.config),
             "shuffled_labels": self.config.shuffled_labels,
-            "law": law.LAW,
-            "coefficients": law.COEFFICIENTS,
+            "law": law.DISTANT_LAW if farthest else law.LAW,
+            "coefficients": law.DISTANT_COEFFICIENTS if farthest else law.COEFFICIENTS,
             "distractors": DISTRACTORS,
             "lost_to_follow_up": LOST,
             "death_in_window_if_not_readmitted": DEATH_IN_WINDOW,
             "ceiling": {"all": scores(np.full(len(label_N), True)), **{s: scores(split_N == s) for s in SPLITS}},
         }
+
+
+def _contexts(farthest: int) -> list[int]:
+    """Twice NEAREST, doubled until the farthest driver is in view."""
+    return [law.NEAREST << i for i in range(1, math.ceil(math.log2(farthest / law.NEAREST)) + 1)]
