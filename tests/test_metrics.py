@@ -133,6 +133,18 @@ def test_a_difference_is_paired_clustered_and_antisymmetric() -> None:
     assert undefined["auroc"] == undefined["auprc"] == {"value": None, "ci": None}
 
 
+def test_the_difference_of_means_is_the_mean_of_differences() -> None:
+    label, a, subject = cohort(80, 2)
+    b = np.random.default_rng(1).random((3, len(label)))
+    alone = metrics.mean_difference(label, a[None], b[:1], subject)
+    expected = metrics.paired_difference(label, a, b[0], subject)
+    assert {name: alone[name]["difference"] for name in alone} == expected
+    assert alone["auroc"]["ci"] == pytest.approx(metrics.intervals(label, a, subject)["auroc"])
+    differences = [metrics.paired_difference(label, a, each, subject)["auprc"]["value"] for each in b]
+    found = metrics.mean_difference(label, np.stack([a] * 3), b, subject)["auprc"]["difference"]["value"]
+    assert found == pytest.approx(np.mean(differences))
+
+
 def test_undefined_samples_are_skipped_and_one_patient_has_no_interval() -> None:
     # two patients, one positive: half of the samples hold one of them twice
     assert metrics.intervals([0, 1], [0.1, 0.9], [1, 2])["auroc"] == (1.0, 1.0)

@@ -60,10 +60,12 @@ from hymate.training.pretraining import PretrainConfig, pretraining_job, read_vo
 
 BASELINES: tuple[baselines.Kind, ...] = ("gradient_boosting", "logistic_regression")
 REFERENCE = "gradient_boosting"  # what every contender is compared with
-AVERAGED = ", best checkpoints averaged"
+AVERAGED = "_averaged"  # the name of a pretrained contender with the mean of its best checkpoints' weights
 METRIC = "mean"
 TABLE_WIDTH = 150
-CHANGEABLE = {"data.path", "run.dir", "seeds", "shares", "max_concurrent"}
+Split = Literal["tuning", "held_out"]
+CHANGEABLE = {"data.path", "run.dir", "split", "seeds", "shares", "only", "max_concurrent"}
+COMPARED: tuple[Split, ...] = ("tuning", "held_out")
 Array = NDArray[Any]
 
 
@@ -88,7 +90,8 @@ class BenchmarkConfig:
     pretrain: TrainConfig
     train: TrainConfig
     task: TaskConfig
-    split: Literal["tuning", "held_out"]
+    split: Split
+    only: list[str]
     seeds: int
     shares: list[float]
     shared: list[str]
@@ -104,8 +107,9 @@ class BenchmarkConfig:
         for name in ("seeds", "averaged"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
-        if unknown := set(self.shared) - {*BASELINES, *self.contenders}:
-            raise ConfigError(f"shared: {', '.join(sorted(unknown))} is no contender")
+        for key in ("shared", "only"):
+            if unknown := set(getattr(self, key)) - {*BASELINES, *self.contenders}:
+                raise ConfigError(f"{key}: {', '.join(sorted(unknown))} is no contender")
         if clash := set(BASELINES) & set(self.contenders):
             raise ConfigError(f"contenders.{sorted(clash)[0]} is a baseline's name: choose another")
         for contender in self.contenders.values():
@@ -166,11 +170,16 @@ def _runs(config: BenchmarkConfig) -> list[Run]:
         for share in sorted(config.shares, reverse=True)
         for seed in range(config.seeds)
         for name in (everyone if share == 1 else config.shared)
+        if not config.only or name in config.only
     ]
 
 
 def _results(config: BenchmarkConfig, run: Run) -> Path:
     return config.run.path / "runs" / f"{run.file}.json"
+
+
+def _predictions(config: BenchmarkConfig, run: Run, split: Split) -> Path:
+    return config.run.path / "runs" / f"{run.file}-{split}.parquet"
 
 
 def _run_all(config: BenchmarkConfig, waiting: Sequence[Run]) -> None:
@@ -221,14 +230,14 @@ def _share_of(table: pa.Table, histories: Histories, run: Run) -> pa.Table:
 
 def _run_baseline(config: BenchmarkConfig, run: Run, histories: Histories, table: pa.Table) -> None:
     started = time.monotonic()
-    examples = {split: labelled_examples(histories, table, split) for split in {"train", "tuning", config.split}}
+    examples = {split: labelled_examples(histories, table, split) for split in ("train", *COMPARED)}
     spec = choose(histories, examples["train"], FeatureConfig())
     told = {split: features(histories, examples[split], spec) for split in examples}
     kind = next(name for name in BASELINES if name == run.name)
     model = baselines.fit(kind, told["train"], told["tuning"], run.seed)
     seconds = time.monotonic() - started
-    probability_N = model.probability(told[config.split].value_EX)
-    _write(config, run, examples[config.split], probability_N, seconds=seconds, parameters=None)
+    probabilities: dict[Split, Array] = {split: model.probability(told[split].value_EX) for split in COMPARED}
+    _write(config, run, examples, probabilities, seconds=seconds, parameters=None)
 
 
 def _run_contender(
@@ -253,17 +262,16 @@ def _run_contender(
         )
         states = kept.states()
     seconds = time.monotonic() - started
-    compared = labelled_examples(histories, table, config.split)
-    tuning = labelled_examples(histories, table, "tuning")
+    examples: dict[str, Examples] = {split: labelled_examples(histories, table, split) for split in COMPARED}
     average = {name: torch.stack([state[name] for state in states]).mean(dim=0) for name in states[0]}
     for suffix, state in (("", states[0]), (AVERAGED, average)):
         bundle = Bundle("risk", trial.model, trial.data, trial.tasks, vocabulary, state)
-        probability_N = _calibrated(bundle, histories, tuning, compared)
+        probabilities = _calibrated(bundle, histories, examples)
         parameters = sum(weight.numel() for weight in state.values())
         more = {"seconds": seconds, "pretraining_seconds": pretraining_seconds, "parameters": parameters}
         named = dataclasses.replace(run, name=run.name + suffix)
         if not suffix or contender.pretrained:
-            _write(config, named, compared, probability_N, **more)
+            _write(config, named, examples, probabilities, **more)
 
 
 def _trial(config: BenchmarkConfig, contender: Contender, start: Start, run: Run) -> TrialConfig:
@@ -341,18 +349,26 @@ class _Kept:
         return [load_file(path) for _, path in self.best]
 
 
-def _calibrated(bundle: Bundle, histories: Histories, tuning: Examples, compared: Examples) -> Array:
+def _calibrated(bundle: Bundle, histories: Histories, examples: Mapping[str, Examples]) -> dict[Split, Array]:
     """Probabilities, recalibrated on the tuning split."""
-    logit_E = predict(bundle, histories, tuning)[0].logit_ET[:, 0]
-    recalibration = trust.recalibrate(tuning.label_E, logit_E)
-    logit_N = recalibration(predict(bundle, histories, compared)[0].logit_ET[:, 0])
-    return torch.sigmoid(torch.from_numpy(logit_N)).numpy()
+    logits = {split: predict(bundle, histories, examples[split])[0].logit_ET[:, 0] for split in COMPARED}
+    recalibration = trust.recalibrate(examples["tuning"].label_E, logits["tuning"])
+    return {split: torch.sigmoid(torch.from_numpy(recalibration(logits[split]))).numpy() for split in COMPARED}
 
 
-def _write(config: BenchmarkConfig, run: Run, examples: Examples, probability_N: Array, **more: Any) -> None:
-    """Predictions first: a run is there when its JSON is."""
-    columns = {"subject_id": examples.subject_id_E, "label": examples.label_E, "probability": probability_N}
-    write_parquet(pa.table(columns), _results(config, run).with_suffix(".parquet"))
+def _write(
+    config: BenchmarkConfig,
+    run: Run,
+    examples: Mapping[str, Examples],
+    probabilities: Mapping[Split, Array],
+    **more: Any,
+) -> None:
+    """Predictions of both splits, so that a comparison on the held-out one needs no second training; the JSON last: a
+    run is there when its JSON is.
+    """
+    for split in COMPARED:
+        columns = {"subject_id": examples[split].subject_id_E, "label": examples[split].label_E}
+        write_parquet(pa.table(columns | {"probability": probabilities[split]}), _predictions(config, run, split))
     write_text(json.dumps({**dataclasses.asdict(run), **more}) + "\n", _results(config, run))
 
 
@@ -370,7 +386,7 @@ def compare(config: BenchmarkConfig) -> dict[str, Any]:
             if not found:
                 continue
             told = [json.loads(_results(config, run).read_text()) for run in found]
-            predictions = [pq.read_table(_results(config, run).with_suffix(".parquet")) for run in found]
+            predictions = [pq.read_table(_predictions(config, run, config.split)) for run in found]
             label_N, subject_N = (predictions[0][column].to_numpy() for column in ("label", "subject_id"))
             probability_RN = np.stack([table["probability"].to_numpy() for table in predictions])
             if name == REFERENCE:
@@ -483,8 +499,9 @@ def _draw(config: BenchmarkConfig, found: Mapping[str, Any]) -> None:
     """Curves over the shares, and ROC, precision-recall and calibration of the seeds' mean probabilities."""
     curves = {}
     for name in _names(config):
-        files = [_results(config, Run(name, max(config.shares), seed)) for seed in range(config.seeds)]
-        predictions = [pq.read_table(file.with_suffix(".parquet")) for file in files if file.is_file()]
+        runs = [Run(name, max(config.shares), seed) for seed in range(config.seeds)]
+        files = [_predictions(config, run, config.split) for run in runs if _results(config, run).is_file()]
+        predictions = [pq.read_table(file) for file in files]
         if predictions:
             probability_N = np.mean([table["probability"].to_numpy() for table in predictions], axis=0)
             curves[name.replace("_", " ")] = (predictions[0]["label"].to_numpy(), probability_N)

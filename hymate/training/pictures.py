@@ -126,16 +126,20 @@ def draw_benchmark(
     """
     figure = Figure(figsize=INCHES, layout="constrained")
     by_share, roc, precision_recall, calibration = figure.subplots(2, 2).flat
+    shares = sorted({row["share"] for row in rows})
     for name in dict.fromkeys(row["name"] for row in rows):
-        own = sorted(
-            (row["share"], row["auprc"]["mean"], row["auprc"]["sd"] or 0.0) for row in rows if row["name"] == name
-        )
-        if len(own) > 1 or len({row["share"] for row in rows}) == 1:
+        own = sorted((r["share"], r["auprc"]["mean"], r["auprc"]["sd"] or 0.0) for r in rows if r["name"] == name)
+        if len(own) > 1:
             share, mean, deviation = np.array(own).T
-            by_share.errorbar(100 * share, mean, yerr=deviation, fmt="o-", capsize=2, label=name.replace("_", " "))
-    by_share.set(title="Few labels", xlabel="training patients, %", ylabel="AUPRC, mean and deviation over seeds")
+            by_share.errorbar(share, mean, yerr=deviation, fmt="o-", capsize=2, label=name.replace("_", " "))
+    by_share.set(title="Few labels", xlabel="share of the training patients", ylabel="AUPRC, mean and deviation")
     by_share.set_xscale("log")
-    by_share.legend(loc="lower right", frameon=False, fontsize="small")
+    by_share.set_xticks(shares, [f"{share:.0%}" for share in shares])
+    by_share.set_xticks([], minor=True)
+    if len(shares) > 1:
+        by_share.legend(loc="lower right", frameon=False, fontsize="small")
+    else:
+        by_share.set_visible(False)
     roc.plot([0, 1], [0, 1], color=GREY, linestyle=":")
     precision_recall.axhline(chance, color=GREY, linestyle=":")
     for name, (label_N, prob_N) in curves.items():
