@@ -466,6 +466,24 @@ def to_tree(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
+class _PlainLoader(yaml.SafeLoader):
+    """Plain values only. An alias is refused: with them a small file can stand for a tree that fills the memory."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it has an alias, which no file of ours has")
+        return super().compose_node(parent, index)
+
+
+def parse_yaml(text: str) -> Any:
+    """Plain values from YAML text that may come from anybody. Raises ValueError (one line) where that is no such text."""
+    try:
+        return yaml.load(text, _PlainLoader)
+    except (yaml.YAMLError, ValueError, ArithmeticError, TypeError, RecursionError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise ValueError(lines[0][:200] if lines else type(error).__name__) from error
+
+
 def check_same_run(run: Path, tree: Mapping[str, Any], changeable: Set[str]) -> None:
     """Whether the configuration that a run folder holds, if any, is this one but for `changeable` keys.
 
@@ -475,8 +493,8 @@ def check_same_run(run: Path, tree: Mapping[str, Any], changeable: Set[str]) -> 
     if not path.is_file():
         return
     try:
-        before = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+        before = parse_yaml(path.read_text())
+    except ValueError as error:
         raise ConfigError(f"{path} is not readable: choose another run.name") from error
     old, new = _flat(before if isinstance(before, dict) else {}), _flat(tree)
     for key in sorted((old.keys() | new.keys()) - changeable):

@@ -102,7 +102,7 @@ class StateFolder:
                 return None, "damaged"
         except FileNotFoundError:
             return None, "new"
-        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError):
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return None, "damaged"
         known = header["num_events"]
         if known > len(events_L) or header["events_sha256"] != _digest(events_L[:known].tobytes()):
@@ -137,5 +137,5 @@ def _digest(*parts: bytes) -> str:
 def _json(path: Path) -> object:
     try:
         return json.loads(path.read_text())
-    except ValueError:
+    except (OSError, ValueError, RecursionError):
         return None

@@ -33,6 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -98,12 +99,17 @@ def _given(folder: Path, key: str, task: TaskConfig) -> LabelSet:
         raise UserError(f"{key}: {folder} holds no labels")
     if task.longer_than_days is None:
         table = table.select([name for name in table.column_names if name != "float_value"])
-    elif "float_value" not in table.column_names or (pc.min(table["float_value"]).as_py() or 0) < 0:
+    elif "float_value" not in table.column_names or not _are_days(table["float_value"]):
         raise UserError(
             f"{key}: labels in {folder} need a float_value, the days (0 or more, null where unknown), because "
             f"longer_than_days of task {task.name} is set: set it to null to learn boolean_value alone"
         )
     return LabelSet(table, _sizes(table))
+
+
+def _are_days(column: pa.ChunkedArray) -> bool:
+    days = column.drop_null().to_numpy()
+    return bool((np.isfinite(days) & (days >= 0)).all())
 
 
 def _sizes(table: pa.Table) -> dict[str, int]:
