@@ -127,6 +127,8 @@ def read_bundle(path: Path, kind: Kind | None = None) -> Bundle:
         model = build(ModelConfig, tree["model"], "model.")
         data = build(DataConfig, {**tree["data"], "path": ""}, "data.")
         tasks, in_days = ([str.__str__(task) for task in tree[key]] for key in ("tasks", "in_days"))
+        if len(set(tasks)) < len(tasks) or not set(in_days) <= set(tasks):
+            raise ValueError("tasks are named twice, or in_days names others")
     except (UserError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
         raise UserError(f"{folder / CONFIG} is not usable: {_first_line(error)}") from error
     state = read_weights(folder / WEIGHTS)

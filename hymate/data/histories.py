@@ -229,7 +229,9 @@ def read_metadata(path: Path) -> dict | None:
     try:
         metadata = json.loads(file.read_text())
         version = metadata["format_version"]
-        _ = str.encode(metadata["fingerprint"]), [size["subjects"] + 0 for size in metadata["splits"].values()]
+        numbers = [version, *(size["subjects"] for size in metadata["splits"].values())]
+        if type(metadata["fingerprint"]) is not str or any(type(number) is not int for number in numbers):
+            raise ValueError("malformed")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{file}: damaged: delete {path} and prepare the dataset again") from error
     if version != FORMAT_VERSION:
@@ -247,14 +249,16 @@ def _damaged(path: Path) -> UserError:
 def _check_index(index: pa.Table, vocabulary: pa.Table, metadata: dict) -> None:
     """Raises pa.ArrowInvalid where these are not what `prepare` writes. What an index may say is also which files are
     read, so their names must not lead out of the folder."""
-    shards = [PurePosixPath(name) for name in index["shard"].unique().drop_null().to_pylist()]
+    columns = (*index.columns, *vocabulary.columns)
+    types = [pa.string(), pa.int32()]
+    if not index.schema.equals(INDEX_SCHEMA) or vocabulary.schema.types != types or any(c.null_count for c in columns):
+        raise pa.ArrowInvalid("not what prepare writes")
+    shards = [PurePosixPath(name) for name in index["shard"].unique().to_pylist()]
     ids = vocabulary["id"].to_numpy()
     sound = (
-        index.schema.equals(INDEX_SCHEMA)
-        and vocabulary.schema.types == [pa.string(), pa.int32()]
-        and not any(column.null_count for column in (*index.columns, *vocabulary.columns))
-        and np.array_equal(ids, np.arange(len(ids)))
+        np.array_equal(ids, np.arange(len(ids)))
         and all((pc.min(index[name]).as_py() or 0) >= 0 for name in ("row_group", "row", "num_events"))
+        and len(index["subject_id"].unique()) == index.num_rows
         and not any(shard.is_absolute() or ".." in shard.parts for shard in shards)
         and sum(size["subjects"] for size in metadata["splits"].values()) == index.num_rows
     )

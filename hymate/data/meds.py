@@ -341,7 +341,8 @@ def _read(path: Path, schema: Any) -> pa.Table:
         _check_columns(path, table.schema, TABLE_KINDS, schema.schema(), f"MEDS {MEDS_VERSION} has")
         return schema.align(table)
     except (SchemaValidationError, TableValidationError) as error:
-        raise DataError(f"{path}: {error}: write it as MEDS {MEDS_VERSION} has it") from error
+        fault = str(error).encode("unicode_escape").decode()  # it quotes columns' names
+        raise DataError(f"{path}: {fault[:300]}: write it as MEDS {MEDS_VERSION} has it") from error
     except UNREADABLE as error:
         raise _unreadable(path) from error
 

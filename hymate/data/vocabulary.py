@@ -53,7 +53,7 @@ class Vocabulary:
         Raises UserError where the file is missing or not a vocabulary.
         """
         try:
-            table = read_parquet(path, VOCABULARY_SCHEMA.names).cast(VOCABULARY_SCHEMA)
+            table = read_parquet(path, VOCABULARY_SCHEMA.names)
             _check(table)
         except (*UNREADABLE, KeyError, ValueError) as error:
             raise UserError(f"{path}: missing or not a vocabulary: prepare the dataset again") from error
@@ -85,6 +85,8 @@ class Vocabulary:
 
 def _check(table: pa.Table) -> None:
     """Raises ValueError where a table is not what `CodeStatistics.vocabulary` makes."""
+    if table.schema.types != VOCABULARY_SCHEMA.types:
+        raise ValueError("not a vocabulary")
     numbers = {name: table[name].to_numpy() for name in ("count", "value_count", "median", "scale")}
     size_C = pc.list_value_length(table["quantiles"]).to_numpy()
     knots = pc.list_flatten(table["quantiles"])
