@@ -205,6 +205,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
     for key, of in kinds.items():
         if not isinstance(tree.get(key), of):
             raise UserError(f"{path} is damaged: {key} is missing or malformed")
+    if tree["sha256"].keys() != set(CHECKED):
+        raise UserError(f"{path} is damaged: sha256 must name {' and '.join(CHECKED)} and nothing else")
     if tree["kind"] not in ("pretrained", "risk"):
         raise UserError(f"{path} is of an unknown kind {tree['kind'][:40]!r}: expected pretrained or risk")
     return tree

@@ -29,6 +29,13 @@ from omegaconf.errors import OmegaConfBaseException
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 T = TypeVar("T")
+_CREDENTIAL = re.compile(
+    r"\w://[^@\s]*:[^@\s]*@"  # a URL's user:password@
+    r"|[?&][^=&\s]*(password|secret|token|credential|signature|access_?key|api_?key)[^=&\s]*="  # or its query
+    r"|\b(AKIA|ASIA)[A-Z0-9]{16}\b",  # an access key of AWS
+    re.IGNORECASE,
+)
+_CREDENTIAL_NAME = re.compile(r"(^|_)(password|passwd|secret|token|credentials?|access_key|api_key)($|_)", re.IGNORECASE)
 # ${names:${task}}: the task's name, of several joined
 OmegaConf.register_new_resolver("names", lambda task: task.get("name") or "-".join(task), replace=True)
 
@@ -357,6 +364,9 @@ def load(config_name: str, overrides: Sequence[str], schema: type[T]) -> T:
     """
     try:
         GlobalHydra.instance().clear()
+        for override in overrides:
+            key, _, value = override.partition("=")
+            _refuse_credentials(key.lstrip("+~"), value)
         overrides = _each_task_by_name(overrides)
         if "~task" in overrides and typing.get_type_hints(schema).get("task") is TaskConfig:
             raise ConfigError("task=[...] names several tasks, but this command takes one: give task=NAME")
@@ -368,7 +378,25 @@ def load(config_name: str, overrides: Sequence[str], schema: type[T]) -> T:
         tree = OmegaConf.to_container(composed, resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_one_line(error)) from error
+    for key, value in _flat(typing.cast("dict[str, Any]", tree)).items():
+        _refuse_credentials(key, str(value))
     return build(schema, typing.cast("dict[str, Any]", tree))
+
+
+def _refuse_credentials(key: str, value: str) -> None:
+    """Raises ConfigError, without the value, where a setting holds or is named like a credential, or holds what the
+    environment keeps under such a name: the configuration is written into run folders, which others may read."""
+    secrets = (
+        held
+        for name, held in os.environ.items()
+        if _CREDENTIAL_NAME.search(name) and not name.endswith(("_PATH", "_FILE")) and len(held) >= 12
+    )
+    named = _CREDENTIAL_NAME.search(key.rpartition(".")[2]) and value not in ("", "None", "null")
+    if named or _CREDENTIAL.search(value) or any(secret in value for secret in secrets):
+        raise ConfigError(
+            f"{key} holds a credential, which the run's files would keep: leave it out and give it by the environment "
+            "(for S3 AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE) or by the machine's role"
+        )
 
 
 def _each_task_by_name(overrides: Sequence[str]) -> list[str]:
