@@ -259,7 +259,7 @@ def _check_index(index: pa.Table, vocabulary: pa.Table, metadata: dict) -> None:
         np.array_equal(ids, np.arange(len(ids)))
         and all((pc.min(index[name]).as_py() or 0) >= 0 for name in ("row_group", "row", "num_events"))
         and len(index["subject_id"].unique()) == index.num_rows
-        and not any(shard.is_absolute() or ".." in shard.parts for shard in shards)
+        and all(str(s).isprintable() and not s.is_absolute() and ".." not in s.parts for s in shards)
         and sum(size["subjects"] for size in metadata["splits"].values()) == index.num_rows
     )
     if not sound:

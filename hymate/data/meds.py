@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -530,12 +531,11 @@ def _check_schema(path: Path) -> bool:
 def _check_columns(
     path: Path, schema: pa.Schema, kinds: Mapping[str, Callable[[pa.DataType], bool]], wanted: pa.Schema, says: str
 ) -> None:
-    """Raises DataError where a column of `wanted` occurs twice, or is not of the kind that a cast can mend."""
-    for name in wanted.names:
-        count = schema.names.count(name)
+    """Raises DataError where a column occurs twice, or one of `wanted` is not of the kind that a cast can mend."""
+    for name, count in Counter(schema.names).items():
         if count > 1:
-            raise DataError(f"{path}: column {name} occurs {count} times: write it once")
-        if count and name in kinds and not kinds[name](schema.field(name).type):
+            raise DataError(f"{path}: column {name!r} occurs {count} times: write it once")
+        if name in kinds and name in wanted.names and not kinds[name](schema.field(name).type):
             kind, found = wanted.field(name).type, schema.field(name).type
             raise DataError(f"{path}: column {name} is {found}, {says} {kind}: write it as that")
 
