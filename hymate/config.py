@@ -35,7 +35,9 @@ _CREDENTIAL = re.compile(
     r"|\b(AKIA|ASIA)[A-Z0-9]{16}\b",  # an access key of AWS
     re.IGNORECASE,
 )
-_CREDENTIAL_NAME = re.compile(r"(^|_)(password|passwd|secret|token|credentials?|access_key|api_key)($|_)", re.IGNORECASE)
+_CREDENTIAL_NAME = re.compile(
+    r"(^|_)(password|passwd|secret|token|credentials?|access_key|api_key)($|_)", re.IGNORECASE
+)
 # ${names:${task}}: the task's name, of several joined
 OmegaConf.register_new_resolver("names", lambda task: task.get("name") or "-".join(task), replace=True)
 
@@ -504,7 +506,7 @@ class _PlainLoader(yaml.SafeLoader):
 
 
 def parse_yaml(text: str) -> Any:
-    """Plain values from YAML text that may come from anybody. Raises ValueError (one line) where that is no such text."""
+    """Plain values from YAML text that may come from anybody. Raises ValueError (one line) where it is no such text."""
     try:
         return yaml.load(text, _PlainLoader)
     except (yaml.YAMLError, ValueError, ArithmeticError, TypeError, RecursionError) as error:

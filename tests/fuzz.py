@@ -2,15 +2,15 @@
 
     python tests/fuzz.py [READER ...] --first 0 --count 1000 [--findings DIR]
 
-An input is a pure function of the reader and its seed, so that a run is resumed with --first, and a finding repeated with
---first SEED --count 1. The inputs are read in a process with bounded memory, which a watchdog follows: whatever ends it,
-keeps it busy for long or makes it need more memory is a finding. Of every input the reader must either
+An input is a pure function of the reader and its seed, so that a run is resumed with --first, and a finding repeated
+with --first SEED --count 1. The inputs are read in a process with bounded memory, which a watchdog follows: whatever ends
+it, keeps it busy for long or makes it need more memory is a finding. Of every input the reader must either
 
     refuse it: a UserError of one line that says where, and quotes neither a subject's id nor a value; or
     accept it: then what was read equals what another program reads of the same bytes (of Parquet: Polars, or PyArrow in
         one piece and without our checks where Polars can't or reads a contradictory footer otherwise, which is counted
-        apart; of text, YAML and safetensors: a plain reading below), and the format's invariants hold, which each reader
-        below names.
+        apart; of text, YAML and safetensors: a plain reading below), and the format's invariants hold, which each
+        reader below names.
 
 `tests/corpus/READER/NAME/` holds the changed files of inputs that once were findings; tests/test_fuzz.py replays them.
 """
@@ -230,10 +230,60 @@ def mutated_text(rng: random.Random, data: bytes) -> bytes:
     return rng.choice([b"\n", b"\n", b"\n", b"\r\n", b"\r"]).join(lines)
 
 
-FIELDS = [b"", b"-1", b"0", b"1e3", b"1e999", b"nan", b"inf", b"0x10", b"7_3", b" 73", b"73 ", b"+5", b"5.", b".5", b"-0"]
-FIELDS += [b"00:00", b"48:00", b"99:59", b"24:60", b"1:00", "１".encode(), b'"HR"', b'"', b"HR", b"Weight", b"RecordID", b"Age"]
-FIELDS += [b"9" * 30, b"9" * 5000, b"1;2", b"true", b"\xff\xfe", b"1,2", b"Gender", b"2.5", b"0.1e-400", b"1d5", b"&a [*a]"]
-FIELDS += [b"!!python/object/apply:os.getcwd []", b"[[[", b"0x" + b"f" * 6000, b"2020-01-01", b"~", b"{}", b".nan", b"MAMA"]
+FIELDS = [
+    b"",
+    b"-1",
+    b"0",
+    b"1e3",
+    b"1e999",
+    b"nan",
+    b"inf",
+    b"0x10",
+    b"7_3",
+    b" 73",
+    b"73 ",
+    b"+5",
+    b"5.",
+    b".5",
+    b"-0",
+]
+FIELDS += [
+    b"00:00",
+    b"48:00",
+    b"99:59",
+    b"24:60",
+    b"1:00",
+    "１".encode(),
+    b'"HR"',
+    b'"',
+    b"HR",
+    b"Weight",
+    b"RecordID",
+    b"Age",
+]
+FIELDS += [
+    b"9" * 30,
+    b"9" * 5000,
+    b"1;2",
+    b"true",
+    b"\xff\xfe",
+    b"1,2",
+    b"Gender",
+    b"2.5",
+    b"0.1e-400",
+    b"1d5",
+    b"&a [*a]",
+]
+FIELDS += [
+    b"!!python/object/apply:os.getcwd []",
+    b"[[[",
+    b"0x" + b"f" * 6000,
+    b"2020-01-01",
+    b"~",
+    b"{}",
+    b".nan",
+    b"MAMA",
+]
 
 
 # ------------------------------------------------------------------------------------------------- other readings
@@ -296,7 +346,12 @@ class Meds(Reader):
 
     def mutate(self, rng: random.Random) -> Files:
         name = rng.choices(
-            ["data/train/0.parquet", "metadata/subject_splits.parquet", "metadata/codes.parquet", "metadata/dataset.json"],
+            [
+                "data/train/0.parquet",
+                "metadata/subject_splits.parquet",
+                "metadata/codes.parquet",
+                "metadata/dataset.json",
+            ],
             [85, 10, 3, 2],
         )[0]
         others = [data for other, data in self.files.items() if other != name]
@@ -326,9 +381,14 @@ class Meds(Reader):
             for shard in source.shards():
                 source.write_shard(shard, out)
                 for events in iter_events(out / "data" / f"{shard}.parquet", codes):
-                    names, times = list(codes), [None if t == np.iinfo(np.int64).min else t for t in events.time_R.tolist()]
+                    names, times = (
+                        list(codes),
+                        [None if t == np.iinfo(np.int64).min else t for t in events.time_R.tolist()],
+                    )
                     values = float32s(events.value_R.tolist())
-                    for subject, *row in zip(events.subject_id_R.tolist(), times, events.code_R.tolist(), values, strict=True):
+                    for subject, *row in zip(
+                        events.subject_id_R.tolist(), times, events.code_R.tolist(), values, strict=True
+                    ):
                         found.setdefault(subject, []).append((row[0], names[row[1]], row[2]))
             source.finish(out)
             table = read_splits(out)
@@ -388,7 +448,9 @@ class Challenge(Reader):
             name = rng.choice(["Outcomes-a.txt", "Outcomes-b.txt"])
             return {name: mutated_text(rng, self.files[name])}
         if kind < 0.78:
-            name = rng.choice(["set-a/0731001.txt", "set-a/x.txt", "set-a/9999999999999999999.txt", "Outcomes-b.txt.txt"])
+            name = rng.choice(
+                ["set-a/0731001.txt", "set-a/x.txt", "set-a/9999999999999999999.txt", "Outcomes-b.txt.txt"]
+            )
             return {name: self.files[rng.choice(texts)]}
         if kind < 0.83:
             return {"set-b.tar.xz": mutated_bytes(rng, self.files["set-b.tar.xz"], [])}
@@ -425,7 +487,11 @@ class Challenge(Reader):
         died = frame_of(out / "labels" / "mortality" / f"{source.shards()[0]}.parquet", program)
         labels = dict(zip(died["subject_id"].to_list(), died["boolean_value"].to_list(), strict=True))
         outcomes = b"\n".join(folder.joinpath(f"Outcomes-{letter}.txt").read_bytes() for letter in "ab").decode()
-        rows = [line.strip().split(",") for line in re.split("[\r\n]+", outcomes) if line.strip() and not line.startswith("Record")]
+        rows = [
+            line.strip().split(",")
+            for line in re.split("[\r\n]+", outcomes)
+            if line.strip() and not line.startswith("Record")
+        ]
         require(labels == {int(row[0]): row[5] == "1" for row in rows}, "other outcomes")
 
 
@@ -460,7 +526,10 @@ def plain_stay(text: bytes) -> list[tuple]:
         minutes, value = int(clock[:2]) * 60 + int(clock[3:]), float(np.float32(float(value_text)))
         if minutes == 0 and parameter in physionet2012.DESCRIPTORS and parameter not in seen:
             seen.add(parameter)
-            coded = {"Gender": {0.0: "GENDER//F", 1.0: "GENDER//M"}, "ICUType": {k: f"ICUType//{k:.0f}" for k in range(1, 5)}}
+            coded = {
+                "Gender": {0.0: "GENDER//F", 1.0: "GENDER//M"},
+                "ICUType": {k: f"ICUType//{k:.0f}" for k in range(1, 5)},
+            }
             if parameter in coded:
                 require(value == -1 or value in coded[parameter], "an odd category")
                 static += [(None, coded[parameter][value], None)] if value in coded[parameter] else []
@@ -502,7 +571,9 @@ class Labels(Reader):
                 }
                 for n in range(6)
             ]
-            pq.write_table(pa.Table.from_pylist(rows, LABEL_SCHEMA), folder / f"{part}.parquet", write_page_checksum=bool(part))
+            pq.write_table(
+                pa.Table.from_pylist(rows, LABEL_SCHEMA), folder / f"{part}.parquet", write_page_checksum=bool(part)
+            )
         self.files = files_of(folder)
 
     def mutate(self, rng: random.Random) -> Files:
@@ -544,7 +615,9 @@ class Prepared(Reader):
         raw = write_meds(scratch / "meds-for-histories")
         with contextlib.redirect_stderr(io.StringIO()):
             prepare(PrepareConfig(source="meds", raw=str(raw), out=str(scratch / "prepared"), workers=1))
-        self.files = {name: data for name, data in files_of(scratch / "prepared").items() if name.startswith("histories/")}
+        self.files = {
+            name: data for name, data in files_of(scratch / "prepared").items() if name.startswith("histories/")
+        }
 
     def mutate(self, rng: random.Random) -> Files:
         shard, index, vocabulary = (f"histories/{name}.parquet" for name in ("train/0", "index", "vocabulary"))
@@ -613,7 +686,15 @@ class Bundles(Reader):
         torch.set_num_threads(1)
         torch.manual_seed(0)
         quantiles = np.linspace(0, 1, NUM_KNOTS, dtype=np.float32).tolist()
-        row = {"id": 0, "count": 9, "subjects": 3, "value_count": 5, "median": 0.5, "scale": 2.0, "quantiles": quantiles}
+        row = {
+            "id": 0,
+            "count": 9,
+            "subjects": 3,
+            "value_count": 5,
+            "median": 0.5,
+            "scale": 2.0,
+            "quantiles": quantiles,
+        }
         codes = [{**row, "code": f"LAB//{n}", "id": n, "count": 9 - n} for n in range(4)]
         codes[3] |= {"value_count": 0, "quantiles": []}
         vocabulary = Vocabulary(pa.Table.from_pylist(codes, VOCABULARY_SCHEMA))
@@ -642,7 +723,9 @@ class Bundles(Reader):
             data = mutated_weights(rng, data)
         if rng.random() < 0.1:
             return {name: data}
-        tree = yaml.load(self.files["config.yaml"], yaml.CSafeLoader)  # whoever means harm writes a checksum that agrees
+        tree = yaml.load(
+            self.files["config.yaml"], yaml.CSafeLoader
+        )  # whoever means harm writes a checksum that agrees
         tree["sha256"][name] = hashlib.sha256(data).hexdigest()
         return {name: data, "config.yaml": yaml.dump(tree, Dumper=yaml.CSafeDumper, sort_keys=False).encode()}
 
@@ -716,7 +799,9 @@ def mutated_weights(rng: random.Random, data: bytes) -> bytes:
     elif kind == 1 and "dtype" in entry:
         entry["dtype"] = rng.choice(["F16", "BF16", "I32", "U8", "F64", "BOOL", "F8_E4M3", "F32", "C64", "X", 5])
     elif kind == 2 and "shape" in entry:
-        entry["shape"] = rng.choice([[], [0], [2**31], [2**62, 4], [-1], entry["shape"][::-1], [*entry["shape"], 1], ["a"]])
+        entry["shape"] = rng.choice(
+            [[], [0], [2**31], [2**62, 4], [-1], entry["shape"][::-1], [*entry["shape"], 1], ["a"]]
+        )
     elif kind == 3 and "data_offsets" in entry:
         entry["data_offsets"] = [rng.choice([*NUMBERS, offset, offset + 4]) for offset in entry["data_offsets"]]
     elif kind == 4:
@@ -753,14 +838,18 @@ def write_meds(raw: Path) -> Path:
     (raw / "metadata").mkdir()
     splits = {"subject_id": [SUBJECT + n for n in range(4)], "split": ["train", "train", "tuning", "held_out"]}
     pq.write_table(pa.table(splits), raw / "metadata" / "subject_splits.parquet")
-    codes = pa.table({"code": ["HR"], "description": ["Heart rate"], "parent_codes": pa.array([None], pa.list_(pa.string()))})
+    codes = pa.table(
+        {"code": ["HR"], "description": ["Heart rate"], "parent_codes": pa.array([None], pa.list_(pa.string()))}
+    )
     pq.write_table(codes, raw / "metadata" / "codes.parquet")
     (raw / "metadata" / "dataset.json").write_text(json.dumps({"meds_version": "0.4.1", "dataset_name": "fuzz"}))
     return raw
 
 
 def files_of(folder: Path) -> Files:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
+    }
 
 
 READERS: dict[str, Callable[[Path], Reader]] = {
@@ -793,7 +882,7 @@ class Bench:
         return random.Random(f"{self.reader.name} {seed}")
 
     def run(self, changed: Files, seed: int = 0) -> str:
-        """" "refused", "accepted" or "accepted as PyArrow reads it". Raises Finding, or whatever else the reader let through."""
+        """ " "refused", "accepted" or "accepted as PyArrow reads it". Raises Finding, or whatever else the reader let through."""
         for file, data in changed.items():
             self._write(file, data)
         try:
@@ -903,7 +992,10 @@ def fuzz(name: str, first: int, count: int, findings: Path | None, seconds: floa
         process.join()
     told = ", ".join(f"{number} {outcome}" for outcome, number in sorted(outcomes.items()))
     took = time.monotonic() - began
-    print(f"{name}: seeds {first} to {seed - 1}: {outcomes.total()} inputs: {told}; {took:.0f} s, {peak >> 10} MiB", flush=True)
+    print(
+        f"{name}: seeds {first} to {seed - 1}: {outcomes.total()} inputs: {told}; {took:.0f} s, {peak >> 10} MiB",
+        flush=True,
+    )
     return outcomes
 
 

@@ -44,7 +44,9 @@ PREDICTION_TIME = ORIGIN + datetime.timedelta(hours=48)
 LONG_STAY_DAYS = 7
 STAYS_PER_SHARD = 1000
 SETS = ("a", "b", "c")
-MAX_STAY_BYTES = 16 << 20  # of one stay's text; the challenge's have a few kilobytes, and an archive can declare any size
+MAX_STAY_BYTES = (
+    16 << 20
+)  # of one stay's text; the challenge's have a few kilobytes, and an archive can declare any size
 
 ADMISSION = "ICU_ADMISSION"
 VARIABLES = {  # parameter -> (unit, description), as the challenge lists them
