@@ -3,8 +3,8 @@
     python tests/fuzz.py [READER ...] --first 0 --count 1000 [--findings DIR]
 
 An input is a pure function of the reader and its seed, so that a run is resumed with --first, and a finding repeated
-with --first SEED --count 1. The inputs are read in a process with bounded memory, which a watchdog follows: whatever ends
-it, keeps it busy for long or makes it need more memory is a finding. Of every input the reader must either
+with --first SEED --count 1. The inputs are read in a process with bounded memory, which a watchdog follows: whatever
+ends it, keeps it busy for long or makes it need more memory is a finding. Of every input the reader must either
 
     refuse it: a UserError of one line that says where, and quotes neither a subject's id nor a value; or
     accept it: then what was read equals what another program reads of the same bytes (of Parquet: Polars, or PyArrow in
@@ -882,7 +882,7 @@ class Bench:
         return random.Random(f"{self.reader.name} {seed}")
 
     def run(self, changed: Files, seed: int = 0) -> str:
-        """ " "refused", "accepted" or "accepted as PyArrow reads it". Raises Finding, or whatever else the reader let through."""
+        """One of GOOD. Raises Finding, or whatever else the reader let through."""
         for file, data in changed.items():
             self._write(file, data)
         try:

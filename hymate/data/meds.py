@@ -224,7 +224,7 @@ def open_parquet(path: Path, **options: Any) -> pq.ParquetFile:
 
 
 def read_parquet(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
-    """A whole Parquet file, its columns as given. Raises as `open_parquet` does, and KeyError where one is not there."""
+    """A whole Parquet file, its columns as given. Raises as `open_parquet` does; KeyError where one is missing."""
     with open_parquet(path) as file:
         table = file.read() if columns is None else file.read(columns=list(columns)).select(columns)
     table.validate(full=True)
