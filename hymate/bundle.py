@@ -22,12 +22,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hymate.config import DataConfig, ModelConfig, UserError, build, parse_yaml
+from hymate.config import DataConfig, ModelConfig, UserError, build, dump_yaml, parse_yaml
 from hymate.data.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -105,7 +104,7 @@ def write_bundle(
             "extra": extra or {},
             "sha256": {name: _sha256(new / name) for name in CHECKED},
         }
-        (new / CONFIG).write_text(yaml.safe_dump(tree, sort_keys=False))
+        (new / CONFIG).write_text(dump_yaml(tree))
         (new / CARD).write_text(f"# HyMaTE {kind} model\n\n{card.strip()}\n")
         if folder.exists():
             os.replace(folder, Path(scratch) / "old")

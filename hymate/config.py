@@ -505,6 +505,18 @@ class _PlainLoader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
 
+class _PlainDumper(yaml.SafeDumper):
+    """Writes what `_PlainLoader` reads: a value that stands in two places is written twice."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def dump_yaml(tree: Mapping[str, Any]) -> str:
+    """YAML text of plain values, for `parse_yaml`."""
+    return yaml.dump(dict(tree), Dumper=_PlainDumper, sort_keys=False)
+
+
 def parse_yaml(text: str) -> Any:
     """Plain values from YAML text that may come from anybody. Raises ValueError (one line) where it is no such text."""
     try:
@@ -540,7 +552,7 @@ def write_run_config(run: Path, tree: Mapping[str, Any]) -> None:
     """Write `config.yaml` of a run folder, atomically."""
     run.mkdir(parents=True, exist_ok=True)
     temporary = run / ".config.yaml"
-    temporary.write_text(yaml.safe_dump(dict(tree), sort_keys=False))
+    temporary.write_text(dump_yaml(tree))
     os.replace(temporary, run / "config.yaml")
 
 

@@ -148,7 +148,7 @@ def _fingerprint(task: TaskConfig, shards: dict[str, Path]) -> str:
 def _summary(folder: Path) -> dict[str, Any]:
     try:
         return dict(json.loads((folder / SUMMARY).read_text()))
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return {}
 
 
@@ -206,7 +206,8 @@ def _extract_shard(path: Path, task: TaskConfig) -> tuple[pa.Table, dict[str, in
         events = get_predicates_df(config, DictConfig({"standard": "meds", "path": str(path)}))
         windows = query(config, events)
     except (pl.exceptions.PolarsError, pa.ArrowException) as error:
-        raise UserError(f"{path}: ACES cannot read it with task.definition: {_one_line(error)}") from error
+        fault = _one_line(error).partition("[")[0]  # where Polars quotes values
+        raise UserError(f"{path}: ACES cannot read it with task.definition: {fault}") from error
     events = events.drop_nulls("timestamp")
     num_triggers = events.filter(pl.col(config.trigger.predicate) > 0).height
     rows = _windows(config, windows) if not windows.is_empty() else pl.DataFrame(schema=WINDOW_SCHEMA)
