@@ -292,9 +292,9 @@ class TaskConfig:
 
     def __post_init__(self) -> None:
         _require(
-            bool(self.name) and "/" not in self.name and not self.name.startswith("."),
+            bool(self.name) and "/" not in self.name and "." not in self.name,
             "task.name",
-            f"must be a plain folder name, got {self.name!r}",
+            f"must be a folder name without a dot, got {self.name!r}",
         )
         _require(
             self.longer_than_days is None or self.longer_than_days > 0,

@@ -8,7 +8,7 @@ import fuzz
 import pytest
 
 CORPUS = Path(__file__).parent / "corpus"
-MUTATIONS = 300
+MUTATIONS = 200
 
 
 @pytest.mark.parametrize("name", fuzz.READERS)

@@ -44,7 +44,7 @@ HOSTILE_YAML = {
     "a name": "!!python/name:os.system",
     "a new object": "!!python/object/new:os.mkdir [HERE]",
     "aliases": f"[{BILLION_LAUGHS.count('&')}]\n{BILLION_LAUGHS}",
-    "depth": "[" * 100_000,
+    "depth": "[" * 10_000,
     "a number of many digits": "9" * 100_000,
 }
 
