@@ -90,7 +90,7 @@ def load_optimizer(engine: Any, folder: Path) -> None:
                 for entry in shard.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
                     key, name = entry.split("/", 1)
                     moment, parameter = shard.get_tensor(entry), trained[name]
-                    if moment.dtype != torch.float32 or moment.shape != getattr(parameter, "ds_shape", parameter.shape):
+                    if moment.shape != getattr(parameter, "ds_shape", parameter.shape):  # ZeRO 3 has cut the parameter
                         raise ValueError(f"{name} has another shape")
                     _set_moment(engine, parameter, key, moment)
                     restored.add((key, name))
