@@ -92,7 +92,7 @@ def write_bundle(
         new = Path(scratch) / "new"
         new.mkdir()
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in model_state.items()}
-        save_file(state, new / WEIGHTS, metadata={"format": "pt"})
+        write_weights(state, new / WEIGHTS, {"format": "pt"})
         vocabulary.write(new / VOCABULARY)
         tree = {
             "format_version": FORMAT_VERSION,
@@ -137,6 +137,14 @@ def read_bundle(path: Path, kind: Kind | None = None) -> Bundle:
     identity = json.dumps([dataclasses.asdict(model), tasks, sha256], sort_keys=True)
     fingerprint = hashlib.sha256(identity.encode()).hexdigest()
     return Bundle(tree["kind"], model, data, tasks, vocabulary, state, extra, fingerprint, in_days)
+
+
+def write_weights(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file with the mode that the umask allows; the library alone leaves it to its owner only."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata)
+    path.chmod(mode)
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -224,4 +232,5 @@ def _sha256(path: Path) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    text = " ".join(str(error).split())[:300] or type(error).__name__
+    return "".join(character if character.isprintable() else "?" for character in text)

@@ -23,9 +23,9 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from hymate.bundle import write_weights
 from hymate.config import UserError
 from hymate.data.meds import atomic_path, write_text
 from hymate.pooling import VariableSums
@@ -89,7 +89,7 @@ class StateFolder:
         header["events_sha256"] = _digest(events_L[: state.num_events].tobytes())
         header["sha256"] = self._checksum(subject_id, header, tensors)
         with atomic_path(self._file(subject_id)) as temporary:
-            save_file(tensors, temporary, metadata={HEADER: json.dumps(header)})
+            write_weights(tensors, temporary, {HEADER: json.dumps(header)})
 
     def _load(
         self, subject_id: int, events_L: np.ndarray, device: torch.device | str

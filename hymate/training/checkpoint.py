@@ -23,10 +23,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from hymate.bundle import read_weights
+from hymate.bundle import read_weights, write_weights
 from hymate.config import UserError
 
 STATE, WEIGHTS = "state.json", "model.safetensors"
@@ -43,10 +42,10 @@ def save(engine: Any, folder: Path, state: dict[str, Any]) -> None:
             full = _full_moment(engine, parameter, key)
             if index % world_size == rank:
                 moments[f"{key}/{name}"] = full.detach().cpu().contiguous()
-    save_file(moments, folder / _shard_name(rank, world_size))
+    write_weights(moments, folder / _shard_name(rank, world_size))
     weights = full_weights(engine)
     if rank == 0:
-        save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+        write_weights(weights, folder / WEIGHTS, {"format": "pt"})
         temporary = folder / f".{STATE}"
         temporary.write_text(json.dumps({**state, "world_size": world_size}, indent=1))
         os.replace(temporary, folder / STATE)
@@ -68,7 +67,7 @@ def _one_clear_line(folder: Path) -> Iterator[None]:
     try:
         yield
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        detail = " ".join(str(error).split())[:200]
+        detail = " ".join(str(error).split())[:200].encode("unicode_escape").decode()
         raise UserError(f"{folder} is damaged or no checkpoint of this model ({detail})") from error
 
 
