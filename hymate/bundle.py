@@ -166,8 +166,9 @@ def build_model(bundle: Bundle) -> RiskModel:
     if bundle.kind != "risk":
         raise UserError(f"a {bundle.kind} model has no risk heads: fine-tune it first (python finetune/tune.py)")
     try:
-        if len(bundle.model.layers) + len(bundle.tasks) > len(bundle.state):
-            raise ValueError("it has more layers and tasks than there are weights")
+        num_weights = sum(tensor.numel() for tensor in bundle.state.values())
+        if len(bundle.model.layers) + len(bundle.tasks) > len(bundle.state) or bundle.model.num_queries > num_weights:
+            raise ValueError("it has more layers, tasks or queries than there are weights")
         settings = bundle.model, bundle.vocabulary.size, bundle.tasks, bundle.in_days
         with torch.device("meta"):  # without memory, of which a configuration could ask for any amount
             wanted = {name: tensor.shape for name, tensor in RiskModel(*settings).state_dict().items()}

@@ -22,6 +22,7 @@ import contextlib
 import datetime
 import hashlib
 import io
+import itertools
 import json
 import lzma
 import math
@@ -293,12 +294,14 @@ def frame_of(path: Path, program: str) -> pl.DataFrame:
     """A Parquet file as another program reads it in one piece."""
     if program == "polars":
         return pl.read_parquet(path, hive_partitioning=False)
-    columns: dict[str, pl.Series] = {}
+    columns: dict[str, list[Any]] = {}
     with pq.ParquetFile(path) as file:
-        for name in file.schema_arrow.names:  # one after the other: those that a reader needs not may be damaged
+        for group, name in itertools.product(range(file.num_row_groups), dict.fromkeys(file.schema_arrow.names)):
+            values = [None] * file.metadata.row_group(group).num_rows  # a reader need not look at all of them
             with contextlib.suppress(pa.ArrowException, OSError, KeyError):
-                columns[name] = pl.Series(file.read(columns=[name], use_threads=False)[name].to_pylist())
-    return pl.from_dict(columns)
+                values = file.read_row_group(group, columns=[name], use_threads=False)[name].to_pylist()
+            columns[name] = columns.get(name, []) + values
+    return pl.from_dict({name: pl.Series(values) for name, values in columns.items()})
 
 
 def microseconds(values: list[Any]) -> list[int | None]:

@@ -306,7 +306,14 @@ def test_absurd_sizes_of_weights_are_refused(bundle: Path, tmp_path: Path, name:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"d_model": 1 << 20}, {"d_model": 1 << 40}, {"layers": "M" * 200_000}, {"mlp_ratio": 1e300}, {"expand": 1 << 30}],
+    [
+        {"d_model": 1 << 20},
+        {"d_model": 1 << 40},
+        {"layers": "M" * 200_000},
+        {"mlp_ratio": 1e300},
+        {"expand": 1 << 30},
+        {"num_queries": 1 << 31},
+    ],
 )
 def test_an_absurd_model_is_refused_before_there_is_memory_for_it(bundle: Path, changes: dict) -> None:
     tree = yaml.safe_load((bundle / "config.yaml").read_text())
