@@ -6,6 +6,8 @@ leaves is searched, but for the files that are meant to hold patients: prepared 
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import re
@@ -24,6 +26,9 @@ import pyarrow.parquet as pq
 import pytest
 from commands import PATIENCE_S, ROOT
 from small_cohort import write_meds
+
+from hymate.config import UserError
+from hymate.data.prepare import PrepareConfig, prepare
 
 SUBJECT = 0x5A17C3E94B000000  # the ids begin here
 VALUE = 8317.0  # values of one lab lie above it, by less than 1
@@ -94,28 +99,28 @@ def left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Left]:
         said[name] = done.stdout, done.returncode
 
     raw, data = write_marked(folder / "raw"), folder / "data"
-    prepare, predict = ["-m", "hymate.data.prepare"], ["-m", "hymate.predict"]
-    pretrain, tune = [str(ROOT / "pretrain/run.py")], [str(ROOT / "finetune/tune.py")]
-    command("prepare", 0o007, *prepare, "source=meds", f"raw={raw}", f"out={data}", "workers=2")
+    pretrain, tune = str(ROOT / "pretrain/run.py"), str(ROOT / "finetune/tune.py")
+    command("prepare", 0o007, "-m", "hymate.data.prepare", "source=meds", f"raw={raw}", f"out={data}", "workers=2")
     places = [f"data.path={data}", f"run.dir={folder / 'runs'}"]
-    command("pretrain", 0o007, *pretrain, *places, *SHORT, "train.eval_rows=1")
+    command("pretrain", 0o007, pretrain, *places, *SHORT, "train.eval_rows=1")
     lrs = ["~search.space.head_lr", "+search.space.head_lr={choice:[1e-3,1e36]}", "search.space.frozen=false"]
     search = ["task=readmission", f"init={folder / 'runs/pretrain'}", "search.num_trials=2", "search.max_failures=0"]
-    command("tune", 0o077, *tune, *places, *SHORT, *search, *lrs)
+    command("tune", 0o077, tune, *places, *SHORT, *search, *lrs)
     asked = [f"bundle={folder / 'runs/tune-readmission'}", f"data.path={data}", "task=readmission", "context=all"]
     written = [f"out={folder / 'predictions/predictions.parquet'}", f"states={folder / 'states'}"]
-    command("predict", 0o077, *predict, *asked, *written)
+    command("predict", 0o077, "-m", "hymate.predict", *asked, *written)
     for number, (name, spoil) in enumerate(SPOILS.items()):
         spoilt = shutil.copytree(raw, folder / f"raw-{number}")
         pq.write_table(spoil(pq.read_table(raw / "data/train/0.parquet")), spoilt / "data/train/0.parquet")
-        given = ["source=meds", f"raw={spoilt}", f"out={folder / f'spoilt-{number}'}", "workers=1"]
-        command(f"prepare: {name}", 0o077, *prepare, *given)
+        with contextlib.redirect_stderr(io.StringIO()) as shown, pytest.raises(UserError) as caught:
+            prepare(PrepareConfig(source="meds", raw=str(spoilt), out=str(folder / f"spoilt-{number}"), workers=1))
+        said[f"prepare: {name}"] = f"{shown.getvalue()}error: {caught.value}\n", 2
     shard = data / "histories/train/0.parquet"
     content = bytearray(shard.read_bytes())
     content[len(content) // 3] ^= 1
     shard.write_bytes(content)
     damaged = ["run.name=damaged", "train.max_failures=0"]
-    command("pretrain: damaged", 0o077, *pretrain, *places, *SHORT, *damaged)
+    command("pretrain: damaged", 0o077, pretrain, *places, *SHORT, *damaged)
     yield Left(folder, ray, said)
     shutil.rmtree(ray, ignore_errors=True)
 
