@@ -82,7 +82,7 @@ class DataConfig:
 class ModelConfig:
     """Widths and the layer pattern of a HyMaTE encoder.
 
-    layers: one letter a block, M a Mamba mixer, A self-attention (e.g. "MMMA").
+    layers: one letter a block, M a Mamba mixer, A self-attention, G a gated recurrent unit (e.g. "MMMA").
     mixer: "mamba2" (Dao & Gu 2024) or "mamba1" (Gu & Dao 2023, the paper's).
     window: sliding attention window in events on each side; 0 is full attention.
     bidirectional: each M block reads its history in both directions.
@@ -123,9 +123,9 @@ class ModelConfig:
         _require(self.mlp_ratio > 0, "model.mlp_ratio", f"must be positive, got {self.mlp_ratio}")
         _require(0 <= self.dropout < 1, "model.dropout", f"must be in [0, 1), got {self.dropout}")
         _require(
-            bool(self.layers) and set(self.layers) <= set("MA"),
+            bool(self.layers) and set(self.layers) <= set("MAG"),
             "model.layers",
-            f'takes the letters M (Mamba) and A (attention), e.g. "MMMA"; got {self.layers!r}',
+            f'takes the letters M (Mamba), A (attention) and G (recurrent), e.g. "MMMA"; got {self.layers!r}',
         )
         _require(
             self.mixer == "mamba1" or (self.expand * self.d_model) % self.headdim == 0,
@@ -144,9 +144,10 @@ class ObjectiveConfig:
     """Weights and settings of the self-supervised objectives; a weight of 0 leaves a term out.
 
     code_weight, value_weight: `masked_event`, the hidden code (cross-entropy) and value (Huber).
-    forecast_weight: `forecast`, the mean normalised value of each variable in the `horizon_hours` after
-        `forecast_points` random times of each history (the state at that time sees only the past, so this
-        needs a model that is not bidirectional).
+    forecast_weight: `forecast`, from the pooled patient vector at `forecast_points` random times of each history:
+        whether each of the `forecast_variables` most frequent variables is measured in the `horizon_hours` that follow
+        (cross-entropy), and its mean normalised value there (Huber). The patient vector must see only the past, so this
+        needs a model that is not bidirectional.
     mask_share: share of events hidden; span_share: part of it that falls in whole spans of mean span_length.
     """
 
@@ -308,7 +309,7 @@ class SearchConfig:
     """The fine-tuning search.
 
     space: parameter -> {choice: [...]} | {uniform: [low, high]} | {loguniform: [low, high]}; parameters are
-        `backbone_lr`, `head_lr`, `dropout`, `frozen`, `context`, `pooling`, `weight_decay`.
+        `backbone_lr`, `head_lr`, `dropout`, `frozen`, `context`, `pooling`, `weight_decay`, `early_share`.
     metric: what picks the best checkpoint on the tuning split: "mean" of AUROC, AUPRC and, where a task has days,
         concordance; or one of the first two. Of several tasks the mean counts.
     grace_steps: steps before ASHA may stop a trial.

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from hymate import ops
 
 # What a block carries from a history's events to those after them (B = 1). M: the convolution's last inputs and the
-# scan's state; A: the keys and values (n, H, E) that later events can still see, n < window.
+# scan's state; A: the keys and values (n, H, E) that later events can still see, n < window; G: the unit's state and
+# nothing.
 BlockState = tuple[Tensor, Tensor]
 
 

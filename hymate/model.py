@@ -23,7 +23,7 @@ from hymate import ops
 from hymate.batch import Batch
 from hymate.config import ModelConfig, ObjectiveConfig, UserError
 from hymate.mixers import BlockState, Mamba1Mixer, Mamba2Mixer
-from hymate.objectives import forecast_targets, hide_events, masked_mean
+from hymate.objectives import forecast_targets, hide_events, histories_until, masked_mean
 from hymate.pooling import FusionPooling, VariablePooling, segment_mean, wide
 
 TIME_PERIODS_HOURS = (2.0, 6.0, 24.0, 72.0, 168.0, 720.0, 2160.0, 8766.0)
@@ -148,6 +148,28 @@ class SelfAttention(nn.Module):
         return self.out(y_LHE.flatten(1)), (k[kept:].clone(), v[kept:].clone())
 
 
+class GRU(nn.Module):
+    """The G of a layer pattern: a gated recurrent unit (Cho et al. 2014), the baseline of the field's tables."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gru = nn.GRU(config.d_model, config.d_model, batch_first=True)
+        self.out = nn.Linear(config.d_model, config.d_model, bias=False)
+
+    def forward(self, x_LD: Tensor, batch: Batch) -> Tensor:
+        """(L, D) -> (L, D), each segment by itself."""
+        lengths = torch.tensor(batch.cu_seqlens).diff()
+        packed = nn.utils.rnn.pack_sequence(x_LD.split(lengths.tolist()), enforce_sorted=False)
+        padded_SLD, _ = nn.utils.rnn.pad_packed_sequence(self.gru(packed)[0], batch_first=True)
+        there_SL = torch.arange(padded_SLD.shape[1]) < lengths[:, None]
+        return self.out(padded_SLD[there_SL.to(x_LD.device)])
+
+    def carry(self, x_LD: Tensor, state: BlockState | None) -> tuple[Tensor, BlockState]:
+        """One history's next events (L, D) -> (L, D), and what they leave to those after them."""
+        y_BLD, h_1BD = self.gru(x_LD[None], state[0] if state else None)
+        return self.out(y_BLD[0]), (h_1BD, h_1BD.new_empty(0))
+
+
 # ------------------------------------------------------------------------------------------ encoder and pooling
 
 
@@ -178,14 +200,16 @@ class ResidualDropout(nn.Module):
         return ops.add_dropout(x, branch, self.p if self.training else 0.0)
 
 
+MIXERS = {"M": MambaBlockMixer, "A": SelfAttention, "G": GRU}
+
+
 class Block(nn.Module):
     """Pre-norm mixer, then pre-norm gated MLP, each added to its input."""
 
     def __init__(self, config: ModelConfig, kind: str) -> None:
         super().__init__()
         self.mixer_norm = nn.RMSNorm(config.d_model)
-        self.mixer: MambaBlockMixer | SelfAttention
-        self.mixer = MambaBlockMixer(config) if kind == "M" else SelfAttention(config)
+        self.mixer: MambaBlockMixer | SelfAttention | GRU = MIXERS[kind](config)
         self.mlp_norm = nn.RMSNorm(config.d_model)
         self.mlp = GatedMLP(config.d_model, config.mlp_ratio)
         self.add = ResidualDropout(config.dropout)
@@ -331,7 +355,11 @@ class PretrainModel(nn.Module):
         self.backbone = HyMaTE(config, vocab_size)
         self.code_head = CodeHead(config, vocab_size) if objective.code_weight else None
         self.value_head = _head(config, 1) if objective.value_weight else None
-        self.forecast_head = _head(config, objective.forecast_variables) if objective.forecast_weight else None
+        self.pooling: PatientPooling | None = None
+        self.forecast_head: nn.Sequential | None = None
+        if objective.forecast_weight:
+            self.pooling = PatientPooling(config)
+            self.forecast_head = _head(config, 2 * objective.forecast_variables, self.pooling.width)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Scalars: "loss", each term's loss, and each term's own metric."""
@@ -349,13 +377,18 @@ class PretrainModel(nn.Module):
             terms["value_loss"] = masked_mean(F.huber_loss(error, torch.zeros_like(error), reduction="none"))
             terms["value_mae"] = masked_mean(error.abs())
             loss = loss + self.objective.value_weight * terms["value_loss"]
-        if self.forecast_head is not None:
-            anchor_A, target_AK = forecast_targets(batch, self.objective)
-            measured = ~torch.isnan(target_AK)
-            error = self.forecast_head(h_LD[anchor_A]).float()[measured] - target_AK[measured].clamp(-5, 5)
+        if self.pooling is not None and self.forecast_head is not None:
+            ahead = forecast_targets(batch, self.objective)
+            past, at_L = histories_until(batch, ahead.anchor_A, ~(hidden.code_L | hidden.value_L))
+            patient_AE, _ = self.pooling(h_LD[at_L], past, self.backbone.embedding)
+            measured_AK, value_AK = self.forecast_head(patient_AE).float().chunk(2, dim=1)
+            found = F.binary_cross_entropy_with_logits(measured_AK, ahead.measured_AK.float(), reduction="none")
+            valued = ~torch.isnan(ahead.value_AK)
+            error = value_AK[valued] - ahead.value_AK[valued].clamp(-5, 5)
+            terms["measured_loss"] = masked_mean(found[ahead.whole_A])
             terms["forecast_loss"] = masked_mean(F.huber_loss(error, torch.zeros_like(error), reduction="none"))
             terms["forecast_mae"] = masked_mean(error.abs())
-            loss = loss + self.objective.forecast_weight * terms["forecast_loss"]
+            loss = loss + self.objective.forecast_weight * (terms["measured_loss"] + terms["forecast_loss"])
         return {"loss": loss, **{name: value.detach() for name, value in terms.items()}}
 
 
@@ -423,10 +456,10 @@ def _task_head(config: ModelConfig, width_in: int, in_days: bool) -> nn.Sequenti
     return head
 
 
-def load_backbone(model: PretrainModel | RiskModel, state: Mapping[str, Tensor]) -> None:
-    """Copy the backbone's weights out of another model's state.
+def load_pretrained(model: RiskModel, state: Mapping[str, Tensor]) -> None:
+    """Copy the backbone's weights out of a pretrained model's state, and the pooling's where it has the same.
 
-    Raises UserError when they don't fit.
+    Raises UserError when the backbone's don't fit.
     """
     weights = {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}
     own = model.backbone.state_dict()
@@ -437,6 +470,10 @@ def load_backbone(model: PretrainModel | RiskModel, state: Mapping[str, Tensor])
                 "settings of the run they come from"
             )
     model.backbone.load_state_dict(weights)
+    pooling = {k.removeprefix("pooling."): v for k, v in state.items() if k.startswith("pooling.")}
+    new = model.pooling.state_dict()
+    if {k: v.shape for k, v in pooling.items()} == {k: v.shape for k, v in new.items()}:
+        model.pooling.load_state_dict(pooling)
 
 
 def decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -57,32 +57,102 @@ def hide_events(batch: Batch, objective: ObjectiveConfig) -> Hidden:
     return Hidden(seen, code_L, value_L)
 
 
-def forecast_targets(batch: Batch, objective: ObjectiveConfig) -> tuple[Tensor, Tensor]:
-    """Anchor events (A,) and the mean normalised value (A, K) of each variable in the hours that follow; NaN if none.
+@dataclass
+class Forecast:
+    """What lies ahead of anchor events.
+
+    anchor_A: int64, positions in the row, in the order of the segments and as many in each.
+    whole_A: bool, whether all of the horizon lies before the segment's last event; of others it is not known what
+        was not measured.
+    measured_AK: bool, whether each variable has an event within the horizon.
+    value_AK: the mean of its normalised values there; NaN where there is none.
+    """
+
+    anchor_A: Tensor
+    whole_A: Tensor
+    measured_AK: Tensor
+    value_AK: Tensor
+
+
+def forecast_targets(batch: Batch, objective: ObjectiveConfig) -> Forecast:
+    """What lies ahead of `forecast_points` random events of each segment.
 
     The K variables are the most frequent codes. What counts is strictly later than the anchor's time, up to and
-    including `horizon_hours` on, within the same patient (the paper family's forecasting objective, STraTS,
-    arXiv 2107.14293).
+    including `horizon_hours` on, within the same segment. Values are the paper family's forecasting objective (STraTS,
+    arXiv 2107.14293); what is measured at all tells how ill a patient is thought to be. Anchors are drawn from the
+    events whose horizon is whole, where a segment has any.
     """
-    device, K = batch.code_L.device, objective.forecast_variables
+    device, K, P = batch.code_L.device, objective.forecast_variables, objective.forecast_points
+    horizon = objective.horizon_hours
     generator = torch.Generator().manual_seed(batch.seed + 1)
-    starts = torch.tensor(batch.cu_seqlens[:-1])
-    lengths = torch.tensor(batch.cu_seqlens).diff()
-    draw_SP = torch.rand(len(starts), objective.forecast_points, generator=generator)
-    anchor_A = (starts[:, None] + (draw_SP * lengths[:, None]).long()).flatten().to(device)
-    span = batch.time_hours_L.max().double() + objective.horizon_hours + 1
+    start_S, stop_S = (torch.tensor(batch.cu_seqlens, device=device)[at] for at in (slice(-1), slice(1, None)))
+    draw_SP = torch.rand(len(start_S), P, generator=generator).to(device)
+    # one clock for all segments, each far enough from the next that no horizon reaches it
+    span = batch.time_hours_L.max().double() + horizon + 1
     clock_L = batch.segment_L.double() * span + batch.time_hours_L.double()
+    whole_S = torch.searchsorted(clock_L, clock_L[stop_S - 1] - horizon, right=True) - start_S
+    choices_S = torch.where(whole_S > 0, whole_S, stop_S - start_S)
+    anchor_A = (start_S[:, None] + (draw_SP * choices_S[:, None]).long()).flatten()
     first_A = torch.searchsorted(clock_L, clock_L[anchor_A], right=True)
-    stop_A = torch.searchsorted(clock_L, clock_L[anchor_A] + objective.horizon_hours, right=True)
+    stop_A = torch.searchsorted(clock_L, clock_L[anchor_A] + horizon, right=True)
+
     variable_L = batch.code_L - FIRST_CODE_ID
-    counted = (variable_L >= 0) & (variable_L < K) & ~torch.isnan(batch.value_L)
-    at = torch.nonzero(counted)[:, 0]
-    # by variable, then place: what lies ahead of an anchor is one run of each variable's values
+    at = torch.nonzero((variable_L >= 0) & (variable_L < K))[:, 0]
+    # by variable, then place: what lies ahead of an anchor is one run of each variable's events
     key, order = (variable_L[at] * batch.num_events + at).sort()
-    running = F.pad(batch.value_L[at[order]].double().cumsum(dim=0), (1, 0))
+    value = batch.value_L[at[order]].double()
+    sums, counts = (F.pad(x.cumsum(dim=0), (1, 0)) for x in (torch.nan_to_num(value), (~torch.isnan(value)).long()))
     variable_K = torch.arange(K, device=device) * batch.num_events
     first_AK, stop_AK = (torch.searchsorted(key, place_A[:, None] + variable_K) for place_A in (first_A, stop_A))
-    return anchor_A, ((running[stop_AK] - running[first_AK]) / (stop_AK - first_AK)).float()
+    return Forecast(
+        anchor_A=anchor_A,
+        whole_A=(whole_S > 0).repeat_interleave(P),
+        measured_AK=stop_AK > first_AK,
+        value_AK=((sums[stop_AK] - sums[first_AK]) / (counts[stop_AK] - counts[first_AK])).float(),
+    )
+
+
+def histories_until(batch: Batch, anchor_A: Tensor, seen_L: Tensor) -> tuple[Batch, Tensor]:
+    """A segment for each anchor: the events up to it that are seen (bool, L), and itself. Also where in the row each
+    of these events is.
+
+    The anchors are in the order of the segments and as many in each, as `Forecast` has them.
+    """
+    device = anchor_A.device
+    start_S = torch.tensor(batch.cu_seqlens[:-1], device=device)
+    of_A = torch.arange(len(start_S), device=device).repeat_interleave(len(anchor_A) // len(start_S))
+    at_L, segment_L = _ranges(start_S[of_A], anchor_A + 1 - start_S[of_A])
+    kept_L = seen_L[at_L] | (at_L == anchor_A[segment_L])
+    at_L, segment_L = at_L[kept_L], segment_L[kept_L]
+    count_S = torch.bincount(batch.static_segment_F.long(), minlength=len(start_S))
+    static_at_F, static_segment_F = _ranges((count_S.cumsum(0) - count_S)[of_A], count_S[of_A])
+    events, statics = (
+        {name: getattr(batch, name)[at] for name in names}
+        for at, names in (
+            (at_L, ("code_L", "value_L", "quantile_L", "time_hours_L", "gap_hours_L")),
+            (static_at_F, ("static_code_F", "static_value_F", "static_quantile_F")),
+        )
+    )
+    return replace(
+        batch,
+        **events,
+        **statics,
+        segment_L=segment_L.int(),
+        cu_seqlens=[0, *torch.bincount(segment_L, minlength=len(of_A)).cumsum(0).tolist()],
+        static_segment_F=static_segment_F.int(),
+        age_years_S=batch.age_years_S[of_A],
+        lag_hours_S=torch.zeros_like(batch.lag_hours_S[of_A]),
+        example_S=batch.example_S[of_A],
+        label_ST=batch.label_ST[of_A],
+        days_ST=batch.days_ST[of_A],
+    ), at_L
+
+
+def _ranges(start_A: Tensor, length_A: Tensor) -> tuple[Tensor, Tensor]:
+    """start, start + 1, ... of each range one after the other, and the number of the range that each belongs to."""
+    range_N = torch.arange(len(start_A), device=start_A.device).repeat_interleave(length_A)
+    first_A = length_A.cumsum(0) - length_A
+    return torch.arange(len(range_N), device=start_A.device) + (start_A - first_A)[range_N], range_N
 
 
 def masked_mean(x: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from hymate.batch import Batch
 
 HORIZONS_HOURS = (8766.0, 168.0, 24.0, 4.0)  # a year to the last few events: how far pooling looks back
+STATES_DROPPED = 0.5  # share of the patients that VariablePooling is trained on without contextual states
 
 
 class FusionPooling(nn.Module):
@@ -66,7 +67,7 @@ class VariableSums:
     near_RH: sums over the events of exp(t / horizon).
     share_RH, shared_RH: sums over the values of exp((t - t of the last value) / horizon), and of that times z.
     least_RX, greatest_RX: of the events t; of the values t, z and rank; infinite without any.
-    first_R, last_RX: z of the first value; z and rank of the last.
+    first_R, last_RX: z of the first value; z and rank of the last; 0 without any.
     state_RD, last_RD: the sum of the contextual states, and the last.
     """
 
@@ -122,6 +123,7 @@ class VariableSums:
 
         valued_R = at_R[self.sum_RX[:, 1] > 0]
         first_G, last_G = (extreme(valued_R, group_R[valued_R], which) for which in ("amin", "amax"))
+        valued_G = extreme((self.sum_RX[:, 1] > 0).double(), group_R, "amax")  # of others the rows are any
         greatest_GX = extreme(self.greatest_RX, group_R, "amax")
         since_R = self.greatest_RX[:, 1] - greatest_GX[group_R, 1]  # NaN where there is no value at all
         fading_RH = torch.nan_to_num(since_R[:, None] / since_R.new_tensor(HORIZONS_HOURS), nan=0.0).exp()
@@ -133,8 +135,8 @@ class VariableSums:
             shared_RH=segment_sum(self.shared_RH * fading_RH, group_R, G),
             least_RX=extreme(self.least_RX, group_R, "amin"),
             greatest_RX=greatest_GX,
-            first_R=self.first_R[first_G],
-            last_RX=self.last_RX[last_G],
+            first_R=self.first_R[first_G] * valued_G,
+            last_RX=self.last_RX[last_G] * valued_G[:, None],
             state_RD=segment_sum(self.state_RD, group_R, G),
             last_RD=self.last_RD[extreme(at_R, group_R, "amax")],
         ), group_R
@@ -194,12 +196,13 @@ class VariableVectors(nn.Module):
 
 
 class VariablePooling(nn.Module):
-    """One vector for each variable (code) that a segment holds, and additive attention over them.
+    """One vector for each variable (code) that a segment holds; additive attention over them, and their sum.
 
     A variable's vector knows what aggregate features would say of it (FEATURES), and the contextual states of its
     events, their mean and the last. So a variable that was measured twice weighs as much as one measured every hour,
-    and counts, extremes and absence can be seen. The weights of the variables, shared by their events, explain the
-    prediction.
+    and counts, extremes and absence can be seen. Contextual states know each patient so well that a few thousand
+    labels are soon learned by heart: in training half of the patients go without (stochastic depth, Huang et al. 2016).
+    The weights of the variables, shared by their events, explain the prediction.
     """
 
     FEATURES = (
@@ -219,23 +222,30 @@ class VariablePooling(nn.Module):
         self.norm = nn.RMSNorm(d_model)
         self.key = nn.Linear(d_model, d_model)
         self.query = nn.Linear(d_model, num_queries, bias=False)
-        self.width = num_queries * d_model
+        self.width = (num_queries + 1) * d_model
+        nn.init.zeros_(self.states.weight)
 
     def forward(self, h_LD: Tensor, batch: Batch, code_VD: Tensor) -> tuple[Tensor, Tensor]:
-        """(L, D) and the embedding of codes -> pooled (S, Q * D) and weights (L, Q) that sum to 1 over each segment."""
+        """(L, D), the embedding of codes -> pooled (S, (Q + 1) * D), weights (L, Q) that sum to 1 over each segment."""
         sums, group_L = VariableSums.of(h_LD, batch, len(code_VD)).grouped()
         pooled, weight_GQ = self.pool(sums, batch.lag_hours_S, code_VD)
         return pooled, (weight_GQ / wide(sums.sum_RX[:, :1].to(weight_GQ.dtype)))[group_L]
 
     def pool(self, sums: VariableSums, lag_hours_S: Tensor, code_VD: Tensor) -> tuple[Tensor, Tensor]:
-        """Pooled (S, Q * D) and the variables' weights (G, Q), which sum to 1 over each segment."""
+        """Pooled (S, (Q + 1) * D) and the variables' weights (G, Q), which sum to 1 over each segment."""
         S, segment_G = len(lag_hours_S), sums.key_R // len(code_VD)
         events_G1 = sums.sum_RX[:, :1].to(sums.state_RD.dtype)
         states_GD = self.states(torch.cat([sums.state_RD / events_G1, sums.last_RD], dim=1))
+        if self.training:
+            kept_S = (torch.rand(S, device=states_GD.device) >= STATES_DROPPED).to(states_GD.dtype)
+            states_GD = states_GD * (kept_S / (1 - STATES_DROPPED))[segment_G, None]
         vector_GD = self.vectors(code_VD[sums.key_R % len(code_VD)], sums.features(lag_hours_S[segment_G]))
         x_GD = self.norm(vector_GD + states_GD)
         weight_GQ = segment_softmax(wide(self.query(torch.tanh(self.key(x_GD)))), segment_G, S)
-        return segment_sum((weight_GQ[:, :, None] * wide(x_GD)[:, None]).flatten(1), segment_G, S), weight_GQ
+        # the sum adds up evidence, which a mean cannot; over the root of their number, to keep its size
+        number_S = torch.bincount(segment_G, minlength=S)
+        part_GQ = torch.cat([weight_GQ, number_S.to(weight_GQ.dtype).rsqrt()[segment_G, None]], dim=1)
+        return segment_sum((part_GQ[:, :, None] * wide(x_GD)[:, None]).flatten(1), segment_G, S), weight_GQ
 
 
 # ---------------------------------------------------------------------------------------------------- segments

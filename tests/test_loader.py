@@ -251,6 +251,43 @@ def test_crop_last_takes_the_end(histories: Histories, vocabulary: Vocabulary) -
             assert code.tolist() == vocabulary.ids_of([CODES[c] for c in history.code[-8:]]).tolist()
 
 
+def test_early_views_are_shorter_end_at_their_last_event_and_change_by_epoch(
+    tmp_path: Path, vocabulary: Vocabulary
+) -> None:
+    histories = Histories.open(write_prepared(tmp_path, {"train/0": [subject(i, 25) for i in range(60)]}))
+    labels = pa.table(
+        {
+            "subject_id": list(range(60)),
+            "prediction_time": pa.array([60 * YEAR] * 60, pa.timestamp("us")),
+            "boolean_value": [True, False] * 30,
+        }
+    )
+    examples = labelled_examples(histories, labels, "train")
+    settings: dict = {"crop": "last", "weight_by": "segments"}
+    rows = make_rows(histories, vocabulary, examples, early_share=0.5, **settings)
+
+    def epoch(number: int) -> dict[int, tuple[int, bool]]:
+        found = {}
+        for (row,), _ in rows.steps(Cursor(number), rows_per_step=1, rank=0, world_size=1):
+            lengths = np.diff(row.cu_seqlens).tolist()
+            for example, length, lag in zip(row.example_S.tolist(), lengths, row.lag_hours_S.tolist(), strict=True):
+                if example in found:
+                    return found
+                found[example] = (length, lag == 0)
+        raise AssertionError
+
+    first, second = epoch(0), epoch(1)
+    for views in (first, second):
+        early = [length for length, is_early in views.values() if is_early]
+        assert 15 <= len(early) <= 45 and min(early) >= 13 and min(early) < 18
+        assert {length for length, is_early in views.values() if not is_early} == {25}
+    assert first != second and first == epoch(0)
+    plain = make_rows(histories, vocabulary, examples, **settings)
+    once, all_once = ([row for row, _ in each.once(rank=0, world_size=1)] for each in (rows, plain))
+    for row, expected in zip(once, all_once, strict=True):
+        assert torch.equal(row.code_L, expected.code_L) and torch.equal(row.lag_hours_S, expected.lag_hours_S)
+
+
 @pytest.mark.parametrize("unit", ["us", "ns", "s"])
 def test_no_event_after_the_prediction_time(tmp_path: Path, vocabulary: Vocabulary, unit: str) -> None:
     noon = 30 * YEAR

@@ -19,7 +19,7 @@ from hymate.model import (
     PretrainModel,
     RiskModel,
     decay_groups,
-    load_backbone,
+    load_pretrained,
 )
 from hymate.pooling import HORIZONS_HOURS, FusionPooling, VariablePooling, VariableSums
 
@@ -31,6 +31,7 @@ CONFIGS = {
     "bidirectional": ModelConfig(
         d_model=16, layers="MA", d_state=8, headdim=8, window=6, dropout=0.0, bidirectional=True
     ),
+    "recurrent": ModelConfig(d_model=16, layers="GA", window=6, dropout=0.0),
     "last": ModelConfig(d_model=16, layers="M", d_state=8, headdim=8, dropout=0.0, pooling="last"),
     "mean": ModelConfig(d_model=16, layers="M", d_state=8, headdim=8, dropout=0.0, pooling="mean"),
     "variables": ModelConfig(
@@ -281,10 +282,26 @@ def test_a_label_weighs_the_same_in_whatever_row_it_stands() -> None:
     torch.testing.assert_close(torch.stack(alone).mean(), model(row)["loss"])
 
 
+@pytest.mark.parametrize("pooling", ["fusion", "variables"])
+def test_pooling_moves_from_forecasting_to_the_risk_model(pooling: str) -> None:
+    config = replace(CONFIGS["mamba2"], pooling=pooling)
+    pretrained = PretrainModel(config, ObjectiveConfig(forecast_weight=1.0), VOCAB)
+    model, other = (
+        RiskModel(replace(config, pooling=kind), VOCAB, ["mortality"])
+        for kind in (pooling, "fusion" if pooling == "variables" else "variables")
+    )
+    load_pretrained(model, pretrained.state_dict())
+    assert pretrained.pooling is not None
+    torch.testing.assert_close(model.pooling.state_dict(), pretrained.pooling.state_dict())
+    new = {name: weight.clone() for name, weight in other.pooling.state_dict().items()}
+    load_pretrained(other, pretrained.state_dict())
+    torch.testing.assert_close(other.pooling.state_dict(), new)
+
+
 def test_backbone_moves_from_pretraining_to_the_risk_model() -> None:
     pretrained = PretrainModel(CONFIGS["mamba2"], ObjectiveConfig(), VOCAB)
     model = RiskModel(CONFIGS["mamba2"], VOCAB, ["mortality"])
-    load_backbone(model, pretrained.state_dict())
+    load_pretrained(model, pretrained.state_dict())
     torch.testing.assert_close(model.backbone.state_dict(), pretrained.backbone.state_dict())
     with pytest.raises(UserError, match="do not fit"):
-        load_backbone(RiskModel(CONFIGS["mamba2"], VOCAB + 1, ["mortality"]), pretrained.state_dict())
+        load_pretrained(RiskModel(CONFIGS["mamba2"], VOCAB + 1, ["mortality"]), pretrained.state_dict())

@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rows import random_row
 
-from hymate.batch import FIRST_CODE_ID, MASK_ID
-from hymate.config import ObjectiveConfig
-from hymate.objectives import forecast_targets, hide_events
+from hymate.batch import FIRST_CODE_ID, MASK_ID, Batch
+from hymate.config import ModelConfig, ObjectiveConfig
+from hymate.model import PretrainModel
+from hymate.objectives import forecast_targets, hide_events, histories_until
 
 
 @given(
@@ -43,21 +44,63 @@ def test_share_of_hidden_events_is_as_configured() -> None:
 def test_forecast_targets_equal_a_plain_loop() -> None:
     row = random_row([30, 1, 50], vocab_size=12, seed=3)
     objective = ObjectiveConfig(forecast_weight=1.0, horizon_hours=6.0, forecast_points=5, forecast_variables=4)
-    anchor_A, target_AK = forecast_targets(row, objective)
-    assert anchor_A.shape == (15,)
+    ahead = forecast_targets(row, objective)
+    assert ahead.anchor_A.shape == (15,)
     some = False
-    for a, target_K in zip(anchor_A.tolist(), target_AK, strict=True):
-        now = float(row.time_hours_L[a])
+    for a, whole, measured_K, value_K in zip(
+        ahead.anchor_A.tolist(), ahead.whole_A, ahead.measured_AK, ahead.value_AK, strict=True
+    ):
+        own = torch.nonzero(row.segment_L == row.segment_L[a])[:, 0].tolist()
+        now, end = float(row.time_hours_L[a]), float(row.time_hours_L[own[-1]])
+        assert bool(whole) == (now + 6.0 <= end) == (float(row.time_hours_L[own[0]]) + 6.0 <= end)
         for k in range(4):
-            ahead = [
+            events = [
                 float(row.value_L[j])
-                for j in range(row.num_events)
-                if row.segment_L[j] == row.segment_L[a]
-                and now < float(row.time_hours_L[j]) <= now + 6.0
-                and int(row.code_L[j]) == FIRST_CODE_ID + k
-                and not torch.isnan(row.value_L[j])
+                for j in own
+                if now < float(row.time_hours_L[j]) <= now + 6.0 and int(row.code_L[j]) == FIRST_CODE_ID + k
             ]
-            some |= bool(ahead)
-            expected = sum(ahead) / len(ahead) if ahead else torch.nan
-            torch.testing.assert_close(float(target_K[k]), expected, rtol=1e-4, atol=1e-5, equal_nan=True)
+            values = [value for value in events if value == value]
+            some |= bool(values)
+            assert bool(measured_K[k]) == bool(events)
+            expected = sum(values) / len(values) if values else torch.nan
+            torch.testing.assert_close(float(value_K[k]), expected, rtol=1e-4, atol=1e-5, equal_nan=True)
     assert some
+
+
+@given(lengths=st.lists(st.integers(1, 20), min_size=1, max_size=4), points=st.integers(1, 3), seed=st.integers(0, 99))
+@settings(max_examples=30, deadline=None)
+def test_histories_until_an_anchor_hold_what_is_seen_up_to_it(lengths, points, seed) -> None:
+    row = replace(random_row(lengths, vocab_size=12), seed=seed)
+    ahead = forecast_targets(row, ObjectiveConfig(forecast_weight=1.0, forecast_points=points))
+    seen_L = torch.rand(row.num_events, generator=torch.Generator().manual_seed(seed)) < 0.5
+    past, at_L = histories_until(row, ahead.anchor_A, seen_L)
+    assert past.num_segments == len(lengths) * points
+    for number, anchor in enumerate(ahead.anchor_A.tolist()):
+        of = number // points
+        expected = [j for j in range(row.cu_seqlens[of], anchor + 1) if seen_L[j] or j == anchor]
+        own = slice(past.cu_seqlens[number], past.cu_seqlens[number + 1])
+        assert at_L[own].tolist() == expected and (past.segment_L[own] == number).all()
+        torch.testing.assert_close(past.value_L[own], row.value_L[expected], equal_nan=True)
+        static, own_static = row.static_segment_F == of, past.static_segment_F == number
+        assert torch.equal(past.static_code_F[own_static], row.static_code_F[static])
+    torch.testing.assert_close(past.age_years_S, row.age_years_S.repeat_interleave(points), equal_nan=True)
+
+
+def test_a_forecast_does_not_depend_on_what_comes_later() -> None:
+    """The patient vectors that forecasts come from, when all later events are replaced."""
+    row = random_row([40], vocab_size=12, seed=1)
+    torch.manual_seed(0)
+    config = ModelConfig(d_model=16, layers="MA", d_state=8, headdim=8, num_heads=2, dropout=0.0, pooling="variables")
+    model = PretrainModel(config, ObjectiveConfig(forecast_weight=1.0), vocab_size=12).eval()
+    assert model.pooling is not None
+    torch.nn.init.normal_(model.pooling.variables.states.weight)  # type: ignore[union-attr]
+    anchor_A = torch.tensor([20])
+
+    def patient(row: Batch) -> torch.Tensor:
+        past, at_L = histories_until(row, anchor_A, torch.ones(row.num_events, dtype=torch.bool))
+        return model.pooling(model.backbone(row)[at_L], past, model.backbone.embedding)[0]  # type: ignore[misc]
+
+    later = torch.arange(40) > 20
+    other = replace(row, code_L=torch.where(later, 3, row.code_L), value_L=torch.where(later, 9.0, row.value_L))
+    torch.testing.assert_close(patient(other), patient(row))
+    assert not torch.allclose(patient(replace(row, code_L=torch.where(later, row.code_L, 3))), patient(row))

@@ -34,6 +34,7 @@ CONFIGS = {
     "attention": replace(MODEL, layers="AA"),
     "attention to one event": replace(MODEL, layers="AM", window=1),
     "window above the history": replace(MODEL, window=512),
+    "recurrent": replace(MODEL, layers="GA"),
     "mean": replace(MODEL, pooling="mean"),
     "last": replace(MODEL, pooling="last"),
     "variables": replace(MODEL, pooling="variables", num_queries=2),

@@ -41,7 +41,7 @@ US_PER_YEAR = 31_557_600_000_000  # 365.25 days
 EVALUATION = -1  # the "epoch" of an unshuffled pass
 
 # What a random number is for; a part of its hash, so that no two uses share numbers.
-_GROUP, _EXAMPLE, _ROW, _WINDOW, _SEED = range(5)
+_GROUP, _EXAMPLE, _ROW, _WINDOW, _SEED, _EARLY = range(6)
 
 T = TypeVar("T")
 
@@ -175,6 +175,9 @@ class Rows:
     context: most events of one history; longer ones are cut to a window: crop "random" draws one per (seed,
         epoch, example) with every start equally likely, "last" takes the events just before the end.
     tokens_per_row: most events of one row.
+    early_share: share of the examples of a training epoch that are shown as they were earlier: up to half of their
+        events, the latest ones, are left out, and the end of what is left is the prediction time. Each epoch draws
+        anew. More views of few patients, with the label that they all lead to.
     weight_by: what counts equally within an optimiser step, "events" or "segments" (see Batch.weight).
     """
 
@@ -189,11 +192,12 @@ class Rows:
         seed: int,
         crop: Literal["random", "last"],
         weight_by: Literal["events", "segments"],
+        early_share: float = 0.0,
     ) -> None:
         assert len(examples) > 0 and 0 < context <= tokens_per_row
         self.histories, self.vocabulary, self.examples = histories, vocabulary, examples
         self.tokens_per_row, self.seed, self.crop, self.weight_by = tokens_per_row, seed, crop, weight_by
-        self._length_E = np.minimum(examples.stop_E, context)
+        self.context, self.early_share = context, early_share
         self._share_T = torch.from_numpy(np.mean(~np.isnan(examples.label_ET), axis=0, dtype=np.float32))
         self._id_of_code = vocabulary.ids_of(histories.codes).astype(np.int64)
         self._groups = _GroupedExamples(histories, examples.position_E)
@@ -227,7 +231,7 @@ class Rows:
     @property
     def num_events(self) -> int:
         """Events of one epoch, after cutting to the context."""
-        return int(self._length_E.sum())
+        return int(np.minimum(self.examples.stop_E, self.context).sum())
 
     @cached_property
     def rows_per_epoch(self) -> int:
@@ -252,7 +256,7 @@ class Rows:
         for block, members_G in enumerate(self._groups.blocks(groups)[first_block:], start=first_block):
             members = np.concatenate([self._groups.examples_of(group) for group in members_G])
             members = members[self._permutation(epoch, _EXAMPLE, members)]
-            rows = [members[row] for row in pack(self._length_E[members], self.tokens_per_row)]
+            rows = [members[row] for row in pack(self._windows(epoch, members).length_S, self.tokens_per_row)]
             order = self._permutation(epoch, _ROW, np.array([row[0] for row in rows]))
             for place, row in enumerate(order):
                 yield _Place(epoch, block, place, rows[row])
@@ -277,7 +281,7 @@ class Rows:
         while True:
             step = list(islice(places, rows_per_step))
             after = Cursor(step[-1].epoch, step[-1].block, step[-1].row + 1)
-            sizes = np.array([self._weighed(place.examples) for place in step])
+            sizes = np.array([self._weighed(place) for place in step])
             for i in range(rank, rows_per_step, world_size):
                 yield self._batch(step[i], weight=float(sizes[i] / sizes.mean())), after
 
@@ -287,23 +291,26 @@ class Rows:
         for turn in range(rank, num_turns * world_size, world_size):
             yield self._batch(places[min(turn, len(places) - 1)], weight=1.0), turn < len(places)
 
-    def _weighed(self, examples: np.ndarray) -> int:
-        return int(self._length_E[examples].sum()) if self.weight_by == "events" else len(examples)
+    def _weighed(self, place: _Place) -> int:
+        if self.weight_by == "segments":
+            return len(place.examples)
+        return int(self._windows(place.epoch, place.examples).length_S.sum())
 
     # ------------------------------------------------------------------------------------------------- assembly
 
     def _batch(self, place: _Place, weight: float) -> Batch:
         """Read, cut and join the histories of one row."""
         example_S = place.examples
-        start_S = self._starts(place.epoch, example_S).tolist()
+        windows = self._windows(place.epoch, example_S)
         read = self.histories.read(self.examples.position_E[example_S])
-        lengths = self._length_E[example_S].tolist()
-        cut = [history.keep(slice(start, start + n)) for history, start, n in zip(read, start_S, lengths, strict=True)]
+        stop_S = windows.start_S + windows.length_S
+        slices = map(slice, windows.start_S.tolist(), stop_S.tolist())
+        cut = [history.keep(window) for history, window in zip(read, slices, strict=True)]
         prediction_time_S = self.examples.prediction_time_E[example_S]
         last_time_S = np.array([history.time[-1] for history in cut])
         row = packed_row(
             cut,
-            np.where(prediction_time_S == NO_TIME, last_time_S, prediction_time_S),
+            np.where((prediction_time_S == NO_TIME) | windows.early_S, last_time_S, prediction_time_S),
             self.vocabulary,
             self._id_of_code,
         )
@@ -319,12 +326,19 @@ class Rows:
             seed=int(_hash(self.seed, place.epoch, _SEED, place.block, np.array([place.row]))[0] >> np.uint64(1)),
         )
 
-    def _starts(self, epoch: int, example_S: np.ndarray) -> np.ndarray:
-        """The first event of each example's window."""
-        spare_S = self.examples.stop_E[example_S] - self._length_E[example_S]
-        if self.crop == "last":
-            return spare_S
-        return (_hash(self.seed, epoch, _WINDOW, example_S) % (spare_S + 1).astype(np.uint64)).astype(np.int64)
+    def _windows(self, epoch: int, example_S: np.ndarray) -> _Windows:
+        """Which events of its history each example shows in an epoch."""
+        stop_S = self.examples.stop_E[example_S]
+        early_S = np.zeros(len(example_S), dtype=bool)
+        if self.early_share and epoch != EVALUATION:
+            draw_S = _hash(self.seed, epoch, _EARLY, example_S) / 2.0**64
+            early_S = draw_S < self.early_share
+            stop_S = np.where(early_S, np.ceil(stop_S * (1 - draw_S / self.early_share / 2)).astype(np.int64), stop_S)
+        length_S = np.minimum(stop_S, self.context)
+        spare_S = stop_S - length_S
+        if self.crop == "random":
+            spare_S = (_hash(self.seed, epoch, _WINDOW, example_S) % (spare_S + 1).astype(np.uint64)).astype(np.int64)
+        return _Windows(spare_S, length_S, early_S)
 
 
 # ------------------------------------------------------------------------------------------------------- pieces
@@ -367,6 +381,14 @@ def packed_row(windows: Sequence[History], end_S: np.ndarray, vocabulary: Vocabu
         days_ST=torch.empty(len(windows), 0),
         share_T=torch.empty(0),
     )
+
+
+class _Windows(NamedTuple):
+    """Each example's first event and number of events, and whether it is shown as it was earlier."""
+
+    start_S: np.ndarray
+    length_S: np.ndarray
+    early_S: np.ndarray
 
 
 class _Place(NamedTuple):

@@ -20,7 +20,7 @@ from hymate.config import ConfigError, DataConfig, ModelConfig, TrainConfig
 from hymate.data.histories import Histories
 from hymate.data.loader import Examples, Rows, labelled_examples, united
 from hymate.data.vocabulary import Vocabulary
-from hymate.model import RiskModel, decay_groups, load_backbone
+from hymate.model import RiskModel, decay_groups, load_pretrained
 from hymate.telemetry import Telemetry
 from hymate.training import engine
 
@@ -44,6 +44,7 @@ class TrialConfig:
 
     in_days: those of the tasks that also predict days.
     frozen: the backbone keeps its pretrained weights; pooling and heads alone are trained.
+    early_share: share of the training examples that are shown as they were earlier (`Rows`).
     """
 
     tasks: list[str]
@@ -54,6 +55,7 @@ class TrialConfig:
     backbone_lr: float
     head_lr: float
     frozen: bool = False
+    early_share: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ def risk_model(start: Start, trial: TrialConfig) -> RiskModel:
     torch.manual_seed(trial.train.seed)
     model = RiskModel(trial.model, start.vocabulary.size, trial.tasks, trial.in_days)
     if start.state is not None:
-        load_backbone(model, start.state)
+        load_pretrained(model, start.state)
     model.backbone.requires_grad_(not trial.frozen)
     model.backbone.gradient_checkpointing = trial.train.activation_checkpointing
     return model
@@ -119,6 +121,7 @@ def labelled_rows(start: Start, trial: TrialConfig, histories: Histories, exampl
         seed=trial.train.seed,
         crop="last",
         weight_by="segments",
+        early_share=trial.early_share,
     )
 
 

@@ -177,7 +177,8 @@ def trial_config(config: TuneConfig, start: Start, point: Mapping[str, Any]) -> 
     Raises ConfigError where a value is impossible.
     """
     train = config.train
-    settings = {"backbone_lr": train.learning_rate, "head_lr": train.learning_rate, "frozen": False, **point}
+    rates = {"backbone_lr": train.learning_rate, "head_lr": train.learning_rate}
+    settings = {**rates, "frozen": False, "early_share": 0.0, **point}
     if start.state is None:
         settings["frozen"] = False  # nothing pretrained to keep
     for name in ("backbone_lr", "head_lr"):
@@ -185,6 +186,8 @@ def trial_config(config: TuneConfig, start: Start, point: Mapping[str, Any]) -> 
             raise ConfigError(f"search.space.{name} must be positive, got {settings[name]}")
     if not isinstance(settings["frozen"], bool):
         raise ConfigError(f"search.space.frozen must be true or false, got {settings['frozen']!r}")
+    if not 0 <= settings["early_share"] <= 1:
+        raise ConfigError(f"search.space.early_share must be between 0 and 1, got {settings['early_share']}")
 
     def replaced(section: Any, *names: str) -> Any:
         tree = {**to_tree(section), **{name: settings[name] for name in names if name in settings}}
@@ -199,6 +202,7 @@ def trial_config(config: TuneConfig, start: Start, point: Mapping[str, Any]) -> 
         backbone_lr=float(settings["backbone_lr"]),
         head_lr=float(settings["head_lr"]),
         frozen=settings["frozen"],
+        early_share=float(settings["early_share"]),
     )
 
 

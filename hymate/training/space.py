@@ -10,7 +10,7 @@ import numpy as np
 
 from hymate.config import ConfigError
 
-PARAMETERS = ("backbone_lr", "head_lr", "dropout", "frozen", "context", "pooling", "weight_decay")
+PARAMETERS = ("backbone_lr", "head_lr", "dropout", "frozen", "context", "pooling", "weight_decay", "early_share")
 
 
 def check(space: Mapping[str, Any]) -> None:

@@ -153,6 +153,7 @@ def _parameters(trial: TrialConfig) -> dict[str, Any]:
         "context": trial.data.context,
         "pooling": trial.model.pooling,
         "weight_decay": trial.train.weight_decay,
+        "early_share": trial.early_share,
     }
 
 

@@ -141,7 +141,7 @@ def computed_efficiency(rows: Rows) -> float:
     for window in (None, WINDOW):
         events, count = 0, CountQueries()
         for place in rows._order(0):
-            cu_seqlens = [0, *np.cumsum(rows._length_E[place.examples]).tolist()]
+            cu_seqlens = [0, *np.cumsum(rows._windows(place.epoch, place.examples).length_S).tolist()]
             q_LHE = torch.zeros(cu_seqlens[-1], 1, 1)
             with count, torch.no_grad():
                 packed_attention(q_LHE, q_LHE, q_LHE, cu_seqlens, window=window, causal=True)
