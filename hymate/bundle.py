@@ -21,12 +21,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import yaml
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hymate.config import DataConfig, ModelConfig, UserError, build
+from hymate.config import DataConfig, ModelConfig, UserError, build, dump_yaml, parse_yaml
 from hymate.data.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ FORMAT_VERSION = 1
 Kind = Literal["pretrained", "risk"]
 WEIGHTS, CONFIG, VOCABULARY, CARD = "model.safetensors", "config.yaml", "vocabulary.parquet", "README.md"
 CHECKED = (WEIGHTS, VOCABULARY)
-MAX_CONFIG_BYTES = 1 << 20
+MAX_CONFIG_BYTES = 1 << 18  # ours have a few thousand
 
 
 @dataclass
@@ -92,7 +92,7 @@ def write_bundle(
         new = Path(scratch) / "new"
         new.mkdir()
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in model_state.items()}
-        save_file(state, new / WEIGHTS, metadata={"format": "pt"})
+        write_weights(state, new / WEIGHTS, {"format": "pt"})
         vocabulary.write(new / VOCABULARY)
         tree = {
             "format_version": FORMAT_VERSION,
@@ -104,7 +104,7 @@ def write_bundle(
             "extra": extra or {},
             "sha256": {name: _sha256(new / name) for name in CHECKED},
         }
-        (new / CONFIG).write_text(yaml.safe_dump(tree, sort_keys=False))
+        (new / CONFIG).write_text(dump_yaml(tree))
         (new / CARD).write_text(f"# HyMaTE {kind} model\n\n{card.strip()}\n")
         if folder.exists():
             os.replace(folder, Path(scratch) / "old")
@@ -125,18 +125,38 @@ def read_bundle(path: Path, kind: Kind | None = None) -> Bundle:
     try:
         model = build(ModelConfig, tree["model"], "model.")
         data = build(DataConfig, {**tree["data"], "path": ""}, "data.")
-        tasks, in_days = ([str(task) for task in tree[key]] for key in ("tasks", "in_days"))
-    except (UserError, TypeError, AttributeError) as error:
-        raise UserError(f"{folder / CONFIG} is not usable: {error}") from error
-    try:
-        state = load_file(folder / WEIGHTS)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{folder / WEIGHTS} is damaged ({error}): copy the bundle again") from error
+        tasks, in_days = ([str.__str__(task) for task in tree[key]] for key in ("tasks", "in_days"))
+        if len(set(tasks)) < len(tasks) or not set(in_days) <= set(tasks):
+            raise ValueError("tasks are named twice, or in_days names others")
+    except (UserError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
+        raise UserError(f"{folder / CONFIG} is not usable: {_first_line(error)}") from error
+    state = read_weights(folder / WEIGHTS)
     vocabulary = Vocabulary.read(folder / VOCABULARY)
-    extra = dict(tree.get("extra") or {})
-    identity = json.dumps([dataclasses.asdict(model), tasks, tree["sha256"]], sort_keys=True)
+    extra = tree["extra"]
+    sha256 = {name: tree["sha256"][name] for name in CHECKED}
+    identity = json.dumps([dataclasses.asdict(model), tasks, sha256], sort_keys=True)
     fingerprint = hashlib.sha256(identity.encode()).hexdigest()
     return Bundle(tree["kind"], model, data, tasks, vocabulary, state, extra, fingerprint, in_days)
+
+
+def write_weights(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file with the mode that the umask allows; the library alone leaves it to its owner only."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata)
+    path.chmod(mode)
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file. Raises UserError where it is none, or holds anything but finite float32."""
+    try:
+        state = load_file(path)
+    except (SafetensorError, OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
+        raise UserError(f"{path} is damaged ({_first_line(error)}): copy it again") from error
+    for tensor in state.values():
+        if tensor.dtype != torch.float32 or not tensor.isfinite().all():
+            raise UserError(f"{path} is damaged (weights that are not finite float32 numbers): copy it again")
+    return state
 
 
 def build_model(bundle: Bundle) -> RiskModel:
@@ -145,12 +165,21 @@ def build_model(bundle: Bundle) -> RiskModel:
 
     if bundle.kind != "risk":
         raise UserError(f"a {bundle.kind} model has no risk heads: fine-tune it first (python finetune/tune.py)")
-    model = RiskModel(bundle.model, bundle.vocabulary.size, bundle.tasks, bundle.in_days)
     try:
-        model.load_state_dict(bundle.state)
-    except RuntimeError as error:
-        detail = " ".join(str(error).split())[:300]
+        num_weights = sum(tensor.numel() for tensor in bundle.state.values())
+        if len(bundle.model.layers) + len(bundle.tasks) > len(bundle.state) or bundle.model.num_queries > num_weights:
+            raise ValueError("it has more layers, tasks or queries than there are weights")
+        settings = bundle.model, bundle.vocabulary.size, bundle.tasks, bundle.in_days
+        with torch.device("meta"):  # without memory, of which a configuration could ask for any amount
+            wanted = {name: tensor.shape for name, tensor in RiskModel(*settings).state_dict().items()}
+        differing = sorted(wanted.items() ^ {name: tensor.shape for name, tensor in bundle.state.items()}.items())
+        if differing:
+            raise ValueError(f"{len(differing)} names or shapes differ, {differing[0][0]} for one")
+    except (RuntimeError, ValueError, ArithmeticError, KeyError, TypeError) as error:
+        detail = _first_line(error)
         raise UserError(f"the bundle's weights do not fit its own config.yaml: {detail}") from error
+    model = RiskModel(*settings)
+    model.load_state_dict(bundle.state)
     return model.eval()
 
 
@@ -169,22 +198,25 @@ def _read_config(folder: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > MAX_CONFIG_BYTES:
             raise ValueError(f"larger than {MAX_CONFIG_BYTES} bytes")
-        tree = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError, OSError, ValueError, RecursionError) as error:
+        tree = parse_yaml(path.read_text())
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} is not a readable bundle configuration ({_first_line(error)})") from error
-    if not isinstance(tree, dict) or not isinstance(tree.get("format_version"), int):
+    version = tree.get("format_version") if isinstance(tree, dict) else None
+    if type(version) is not int or version < 1:
         raise UserError(f"{folder} is not a bundle: {CONFIG} names no format_version (a run writes one at its end)")
-    if tree["format_version"] > FORMAT_VERSION:
+    if version > FORMAT_VERSION:
         raise UserError(
-            f"{folder} has bundle format {tree['format_version']}, this version reads up to {FORMAT_VERSION}: "
-            "update hymate"
+            f"{folder} has a newer bundle format than {FORMAT_VERSION}, up to which this version reads: update hymate"
         )
-    tree.setdefault("in_days", [])  # bundles of before there were any
-    for key, of in {"kind": str, "model": dict, "data": dict, "tasks": list, "in_days": list, "sha256": dict}.items():
+    tree = {"in_days": [], "extra": {}, **tree}  # bundles of before there were any
+    kinds = {"kind": str, "model": dict, "data": dict, "tasks": list, "in_days": list, "extra": dict, "sha256": dict}
+    for key, of in kinds.items():
         if not isinstance(tree.get(key), of):
             raise UserError(f"{path} is damaged: {key} is missing or malformed")
+    if tree["sha256"].keys() != set(CHECKED):
+        raise UserError(f"{path} is damaged: sha256 must name {' and '.join(CHECKED)} and nothing else")
     if tree["kind"] not in ("pretrained", "risk"):
-        raise UserError(f"{path} is of an unknown kind {tree['kind']!r}: expected pretrained or risk")
+        raise UserError(f"{path} is of an unknown kind {tree['kind'][:40]!r}: expected pretrained or risk")
     return tree
 
 
@@ -201,5 +233,5 @@ def _sha256(path: Path) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:200] if lines else type(error).__name__
+    text = " ".join(str(error).split())[:300] or type(error).__name__
+    return "".join(character if character.isprintable() else "?" for character in text)

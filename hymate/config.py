@@ -29,6 +29,15 @@ from omegaconf.errors import OmegaConfBaseException
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 T = TypeVar("T")
+_CREDENTIAL = re.compile(
+    r"\w://[^@\s]*:[^@\s]*@"  # a URL's user:password@
+    r"|[?&][^=&\s]*(password|secret|token|credential|signature|access_?key|api_?key)[^=&\s]*="  # or its query
+    r"|\b(AKIA|ASIA)[A-Z0-9]{16}\b",  # an access key of AWS
+    re.IGNORECASE,
+)
+_CREDENTIAL_NAME = re.compile(
+    r"(^|_)(password|passwd|secret|token|credentials?|access_key|api_key)($|_)", re.IGNORECASE
+)
 # ${names:${task}}: the task's name, of several joined
 OmegaConf.register_new_resolver("names", lambda task: task.get("name") or "-".join(task), replace=True)
 
@@ -284,9 +293,9 @@ class TaskConfig:
 
     def __post_init__(self) -> None:
         _require(
-            bool(self.name) and "/" not in self.name and not self.name.startswith("."),
+            bool(self.name) and "/" not in self.name and "." not in self.name,
             "task.name",
-            f"must be a plain folder name, got {self.name!r}",
+            f"must be a folder name without a dot, got {self.name!r}",
         )
         _require(
             self.longer_than_days is None or self.longer_than_days > 0,
@@ -360,6 +369,9 @@ def load(config_name: str, overrides: Sequence[str], schema: type[T]) -> T:
     """
     try:
         GlobalHydra.instance().clear()
+        for override in overrides:
+            key, _, value = override.partition("=")
+            _refuse_credentials(key.lstrip("+~"), value)
         overrides = _each_task_by_name(overrides)
         if "~task" in overrides and typing.get_type_hints(schema).get("task") is TaskConfig:
             raise ConfigError("task=[...] names several tasks, but this command takes one: give task=NAME")
@@ -371,7 +383,25 @@ def load(config_name: str, overrides: Sequence[str], schema: type[T]) -> T:
         tree = OmegaConf.to_container(composed, resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_one_line(error)) from error
+    for key, value in _flat(typing.cast("dict[str, Any]", tree)).items():
+        _refuse_credentials(key, str(value))
     return build(schema, typing.cast("dict[str, Any]", tree))
+
+
+def _refuse_credentials(key: str, value: str) -> None:
+    """Raises ConfigError, without the value, where a setting holds or is named like a credential, or holds what the
+    environment keeps under such a name: the configuration is written into run folders, which others may read."""
+    secrets = (
+        held
+        for name, held in os.environ.items()
+        if _CREDENTIAL_NAME.search(name) and not name.endswith(("_PATH", "_FILE")) and len(held) >= 12
+    )
+    named = _CREDENTIAL_NAME.search(key.rpartition(".")[2]) and value not in ("", "None", "null")
+    if named or _CREDENTIAL.search(value) or any(secret in value for secret in secrets):
+        raise ConfigError(
+            f"{key} holds a credential, which the run's files would keep: leave it out and give it by the environment "
+            "(for S3 AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE) or by the machine's role"
+        )
 
 
 def _each_task_by_name(overrides: Sequence[str]) -> list[str]:
@@ -469,6 +499,36 @@ def to_tree(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
+class _PlainLoader(yaml.SafeLoader):
+    """Plain values only. An alias is refused: with them a small file can stand for a tree that fills the memory."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it has an alias, which no file of ours has")
+        return super().compose_node(parent, index)
+
+
+class _PlainDumper(yaml.SafeDumper):
+    """Writes what `_PlainLoader` reads: a value that stands in two places is written twice."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def dump_yaml(tree: Mapping[str, Any]) -> str:
+    """YAML text of plain values, for `parse_yaml`."""
+    return yaml.dump(dict(tree), Dumper=_PlainDumper, sort_keys=False)
+
+
+def parse_yaml(text: str) -> Any:
+    """Plain values from YAML text that may come from anybody. Raises ValueError (one line) where it is no such text."""
+    try:
+        return yaml.load(text, _PlainLoader)
+    except (yaml.YAMLError, ValueError, ArithmeticError, TypeError, RecursionError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise ValueError(lines[0][:200] if lines else type(error).__name__) from error
+
+
 def check_same_run(run: Path, tree: Mapping[str, Any], changeable: Set[str]) -> None:
     """Whether the configuration that a run folder holds, if any, is this one but for `changeable` keys.
 
@@ -478,8 +538,8 @@ def check_same_run(run: Path, tree: Mapping[str, Any], changeable: Set[str]) -> 
     if not path.is_file():
         return
     try:
-        before = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+        before = parse_yaml(path.read_text())
+    except ValueError as error:
         raise ConfigError(f"{path} is not readable: choose another run.name") from error
     old, new = _flat(before if isinstance(before, dict) else {}), _flat(tree)
     for key in sorted((old.keys() | new.keys()) - changeable):
@@ -495,7 +555,7 @@ def write_run_config(run: Path, tree: Mapping[str, Any]) -> None:
     """Write `config.yaml` of a run folder, atomically."""
     run.mkdir(parents=True, exist_ok=True)
     temporary = run / ".config.yaml"
-    temporary.write_text(yaml.safe_dump(dict(tree), sort_keys=False))
+    temporary.write_text(dump_yaml(tree))
     os.replace(temporary, run / "config.yaml")
 
 

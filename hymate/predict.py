@@ -203,6 +203,13 @@ def _by_subject_and_time(examples: Examples, values: dict[str, pa.Array]) -> pa.
 
 def run(config: PredictConfig) -> None:
     """The command."""
+    try:
+        _run(config)
+    except FloatingPointError as error:  # weights that are finite can still be too large
+        raise UserError(f"bundle={config.bundle}: {error}") from error
+
+
+def _run(config: PredictConfig) -> None:
     bundle = read_bundle(Path(config.bundle), kind="risk").for_task(config.task.name)
     if config.context == "all":
         check_streamable(bundle.model)

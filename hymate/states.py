@@ -23,9 +23,9 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from hymate.bundle import write_weights
 from hymate.config import UserError
 from hymate.data.meds import atomic_path, write_text
 from hymate.pooling import VariableSums
@@ -89,7 +89,7 @@ class StateFolder:
         header["events_sha256"] = _digest(events_L[: state.num_events].tobytes())
         header["sha256"] = self._checksum(subject_id, header, tensors)
         with atomic_path(self._file(subject_id)) as temporary:
-            save_file(tensors, temporary, metadata={HEADER: json.dumps(header)})
+            write_weights(tensors, temporary, {HEADER: json.dumps(header)})
 
     def _load(
         self, subject_id: int, events_L: np.ndarray, device: torch.device | str
@@ -102,7 +102,7 @@ class StateFolder:
                 return None, "damaged"
         except FileNotFoundError:
             return None, "new"
-        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError):
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return None, "damaged"
         known = header["num_events"]
         if known > len(events_L) or header["events_sha256"] != _digest(events_L[:known].tobytes()):
@@ -137,5 +137,5 @@ def _digest(*parts: bytes) -> str:
 def _json(path: Path) -> object:
     try:
         return json.loads(path.read_text())
-    except ValueError:
+    except (OSError, ValueError, RecursionError):
         return None

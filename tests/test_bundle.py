@@ -208,6 +208,12 @@ def test_a_bundle_of_before_there_were_days_is_read(bundle: Path) -> None:
     assert read_bundle(bundle).in_days == [] and read_bundle(bundle).tasks == ["readmission"]
 
 
+def test_a_value_may_stand_in_two_places(bundle: Path) -> None:
+    interval = [0.7, 0.9]
+    write(bundle, extra={"auroc": interval, "auprc": interval})
+    assert read_bundle(bundle).extra == {"auroc": interval, "auprc": interval}
+
+
 def test_settings_are_plain_values(bundle: Path) -> None:
     tree = yaml.safe_load((bundle / "config.yaml").read_text())
     assert json.loads(json.dumps(tree)) == tree and "path" not in tree["data"]

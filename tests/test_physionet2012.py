@@ -270,11 +270,11 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a stay without an outcome": (
         lambda raw: (raw / "set-b/999.txt").write_text(STAY.format(record=999)),
-        r"Outcomes-b\.txt: 1 of 5 records have no outcome, 999 for one: fetch",
+        r"Outcomes-b\.txt: 1 of 5 records have no outcome: fetch",
     ),
     "an outcome without a stay": (
         lambda raw: (raw / "set-b/103.txt").unlink(),
-        r"Outcomes-b\.txt: 1 of 4 records have an outcome but no stay, 103 for one: fetch",
+        r"Outcomes-b\.txt: 1 of 4 records have an outcome but no stay: fetch",
     ),
     "outcome fields": (outcomes(OUTCOMES + "101,1,1,5,0\n"), r"Outcomes-b\.txt: line 2 is not six whole numbers"),
     "outcome value": (outcomes(OUTCOMES + "101,1,1,5,-1,2\n"), r"Outcomes-b\.txt: line 2 is not six whole numbers"),

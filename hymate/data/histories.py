@@ -10,15 +10,16 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import meds
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from hymate.config import UserError
-from hymate.data.meds import STATIC_TIME, Events, atomic_path, iter_events
+from hymate.data.meds import STATIC_TIME, UNREADABLE, Events, atomic_path, iter_events, open_parquet, read_parquet
 
 FORMAT_VERSION = 1
 FOLDER = "histories"
@@ -49,6 +50,7 @@ _ENCODING = {
     "compression": "zstd",
     "use_dictionary": [f"{name}.list.element" for name in ("static_code", "static_value", "code", "value")],
     "column_encoding": {"time.list.element": "DELTA_BINARY_PACKED"},
+    "write_page_checksum": True,
 }
 _CACHE_BYTES = 256 << 20
 _OPEN_FILES = 32
@@ -174,7 +176,7 @@ class Histories:
         self.codes = codes
         self.index = index
         self.fingerprint = fingerprint
-        self._cache = _RowGroups(path / FOLDER)
+        self._cache = _RowGroups(path / FOLDER, len(codes))
 
     @classmethod
     def open(cls, path: str | Path) -> Histories:
@@ -184,11 +186,13 @@ class Histories:
         if metadata is None:
             raise UserError(f"{path}: not a prepared dataset: run python -m hymate.data.prepare source=... out={path}")
         try:
-            codes = pq.read_table(path / FOLDER / "vocabulary.parquet", columns=["code"])["code"].to_pylist()
-            table = pq.read_table(path / FOLDER / "index.parquet").select(INDEX_SCHEMA.names)
-        except (OSError, KeyError, pa.ArrowException) as error:
+            vocabulary = read_parquet(path / FOLDER / "vocabulary.parquet", ["code", "id"])
+            table = read_parquet(path / FOLDER / "index.parquet", INDEX_SCHEMA.names)
+            _check_index(table, vocabulary, metadata)
+            codes = vocabulary["code"].to_pylist()
+            index = {name: _array(table[name]) for name in INDEX_SCHEMA.names}
+        except (*UNREADABLE, KeyError) as error:
             raise UserError(f"{path / FOLDER}: damaged: delete {path} and prepare the dataset again") from error
-        index = {name: _array(table[name]) for name in INDEX_SCHEMA.names}
         return cls(path, codes, index, metadata["fingerprint"])
 
     def __len__(self) -> int:
@@ -205,8 +209,12 @@ class Histories:
         keys = [(shards[p], int(groups[p])) for p in positions]
         histories: list[History | None] = [None] * len(positions)
         for k in sorted(range(len(positions)), key=lambda k: keys[k]):
-            rows = self._cache.get(*keys[k])
-            histories[k] = rows.history(int(self.index["row"][positions[k]]))
+            rows, position = self._cache.get(*keys[k]), positions[k]
+            history = rows.history(int(self.index["row"][position]))
+            known = self.index["subject_id"][position], self.index["num_events"][position]
+            if history is None or (history.subject_id, len(history)) != known:
+                raise _damaged(self.path / FOLDER / f"{keys[k][0]}.parquet")
+            histories[k] = history
         return [history for history in histories if history is not None]
 
 
@@ -221,7 +229,10 @@ def read_metadata(path: Path) -> dict | None:
     try:
         metadata = json.loads(file.read_text())
         version = metadata["format_version"]
-    except (ValueError, KeyError, TypeError) as error:
+        numbers = [version, *(size["subjects"] for size in metadata["splits"].values())]
+        if type(metadata["fingerprint"]) is not str or any(type(number) is not int for number in numbers):
+            raise ValueError("malformed")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{file}: damaged: delete {path} and prepare the dataset again") from error
     if version != FORMAT_VERSION:
         raise UserError(
@@ -229,6 +240,30 @@ def read_metadata(path: Path) -> dict | None:
             "run python -m hymate.data.prepare into a new folder, or use the program's other version"
         )
     return metadata
+
+
+def _damaged(path: Path) -> UserError:
+    return UserError(f"{path}: missing or damaged: prepare the dataset again")
+
+
+def _check_index(index: pa.Table, vocabulary: pa.Table, metadata: dict) -> None:
+    """Raises pa.ArrowInvalid where these are not what `prepare` writes. What an index may say is also which files are
+    read, so their names must not lead out of the folder."""
+    columns = (*index.columns, *vocabulary.columns)
+    types = [pa.string(), pa.int32()]
+    if not index.schema.equals(INDEX_SCHEMA) or vocabulary.schema.types != types or any(c.null_count for c in columns):
+        raise pa.ArrowInvalid("not what prepare writes")
+    shards = [PurePosixPath(name) for name in index["shard"].unique().to_pylist()]
+    ids = vocabulary["id"].to_numpy()
+    sound = (
+        np.array_equal(ids, np.arange(len(ids)))
+        and all((pc.min(index[name]).as_py() or 0) >= 0 for name in ("row_group", "row", "num_events"))
+        and len(index["subject_id"].unique()) == index.num_rows
+        and all(str(s).isprintable() and not s.is_absolute() and ".." not in s.parts for s in shards)
+        and sum(size["subjects"] for size in metadata["splits"].values()) == index.num_rows
+    )
+    if not sound:
+        raise pa.ArrowInvalid("not what prepare writes")
 
 
 def _array(column: pa.ChunkedArray) -> np.ndarray:
@@ -240,9 +275,13 @@ def _array(column: pa.ChunkedArray) -> np.ndarray:
 
 
 class _Rows:
-    """A decoded row group."""
+    """A decoded row group. Raises pa.ArrowInvalid where it holds anything but sound histories of `num_codes` codes."""
 
-    def __init__(self, table: pa.Table) -> None:
+    def __init__(self, table: pa.Table, num_codes: int) -> None:
+        table.validate(full=True)
+        columns = table.columns
+        if not table.schema.equals(HISTORY_SCHEMA) or any(c.null_count for c in (columns[0], *columns[2:])):
+            raise pa.ArrowInvalid("not a table of histories")
         self._subject_id = table["subject_id"].to_numpy()
         self._birth_time = table["birth_time"].to_pylist()
         self.nbytes = table.nbytes
@@ -250,8 +289,27 @@ class _Rows:
         for name in HISTORY_SCHEMA.names[2:]:
             column = table[name].combine_chunks()
             self._lists[name] = (column.offsets.to_numpy(), column.values.to_numpy())
+        self._check(num_codes)
 
-    def history(self, row: int) -> History:
+    def _check(self, num_codes: int) -> None:
+        offsets = {name: offsets for name, (offsets, _) in self._lists.items()}
+        time, starts = self._lists["time"][1], offsets["time"][1:-1]
+        rises = time[1:] >= time[:-1]
+        rises[starts[(starts > 0) & (starts < len(time))] - 1] = True  # from a subject to the next
+        sound = (
+            all(np.array_equal(offsets[name], offsets["time"]) for name in ("code", "value"))
+            and np.array_equal(offsets["static_code"], offsets["static_value"])
+            and all(((c >= 0) & (c < num_codes)).all() for c in (self._lists[n][1] for n in ("code", "static_code")))
+            and not any(np.isinf(self._lists[name][1]).any() for name in ("value", "static_value"))
+            and rises.all()
+        )
+        if not sound:
+            raise pa.ArrowInvalid("not sound histories")
+
+    def history(self, row: int) -> History | None:
+        """The history in a row, None where there is no such row."""
+        if row >= len(self._subject_id):
+            return None
         views = {name: values[offsets[row] : offsets[row + 1]] for name, (offsets, values) in self._lists.items()}
         return History(int(self._subject_id[row]), self._birth_time[row], **views)
 
@@ -259,8 +317,8 @@ class _Rows:
 class _RowGroups:
     """Decoded row groups, the most recently used ones kept; safe to use from several threads."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, num_codes: int) -> None:
+        self._folder, self._num_codes = folder, num_codes
         self._lock = threading.Lock()
         self._groups: OrderedDict[tuple[str, int], _Rows] = OrderedDict()
         self._files: OrderedDict[str, pq.ParquetFile] = OrderedDict()
@@ -281,10 +339,13 @@ class _RowGroups:
         path = self._folder / f"{shard}.parquet"
         try:
             if shard not in self._files:
-                self._files[shard] = pq.ParquetFile(path)
+                self._files[shard] = open_parquet(path)
                 while len(self._files) > _OPEN_FILES:
                     self._files.popitem(last=False)[1].close()
             self._files.move_to_end(shard)
-            return _Rows(self._files[shard].read_row_group(row_group, use_threads=False))
-        except (OSError, pa.ArrowException) as error:
-            raise UserError(f"{path}: missing or damaged: prepare the dataset again") from error
+            file = self._files[shard]
+            if row_group >= file.num_row_groups:
+                raise pa.ArrowInvalid("no such row group")
+            return _Rows(file.read_row_group(row_group, use_threads=False), self._num_codes)
+        except UNREADABLE as error:
+            raise _damaged(path) from error

@@ -12,7 +12,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -32,6 +33,10 @@ MEDS_VERSION = "0.4"
 SPLITS = (meds.train_split, meds.tuning_split, meds.held_out_split)
 STATIC_TIME = np.iinfo(np.int64).min  # stands for a null time in integer arrays
 ROWS = 1 << 18  # rows decoded at once, and rows of a written row group (about 4 MB)
+MAX_ROWS_PER_BYTE = 64  # of a file; real data are far below, and a footer of a few bytes can declare any number of rows
+UNREADABLE = (pa.ArrowException, OSError, UnicodeDecodeError)  # what pyarrow raises at a damaged file
+# Times that Python and ACES can hold, in microseconds since 1970; their differences fit an integer.
+FIRST_TIME, LAST_TIME = (int(np.datetime64(f"{year:04d}-01-01", "us").astype(np.int64)) for year in (1, 10_000))
 
 
 class DataError(UserError):
@@ -110,7 +115,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 def write_parquet(table: pa.Table, path: Path) -> None:
     """Write a table atomically (zstd), making its folder."""
     with atomic_path(path) as temporary:
-        pq.write_table(table, temporary, compression="zstd", row_group_size=ROWS)
+        pq.write_table(table, temporary, compression="zstd", row_group_size=ROWS, write_page_checksum=True)
 
 
 def write_text(text: str, path: Path) -> None:
@@ -161,7 +166,8 @@ class Events:
     @property
     def starts(self) -> np.ndarray:
         """Positions of the subjects' first rows."""
-        return np.flatnonzero(np.diff(self.subject_id_R, prepend=self.subject_id_R[0] - 1))
+        changes_R = self.subject_id_R[1:] != self.subject_id_R[:-1]
+        return np.flatnonzero(np.concatenate([[True], changes_R]))
 
     def slice(self, start: int, stop: int) -> Events:
         """Rows start:stop."""
@@ -201,14 +207,39 @@ def iter_events(path: Path, code_ids: dict[str, int], named: Path | None = None)
         yield carried
 
 
+def open_parquet(path: Path, **options: Any) -> pq.ParquetFile:
+    """A Parquet file, its pages' checksums verified where it has any.
+
+    Raises one of UNREADABLE where it is none, or where its footer declares more rows than the file can hold.
+    """
+    file = pq.ParquetFile(path, page_checksum_verification=True, **options)
+    # not the columns' sizes: PyArrow ends the process where a damaged footer contradicts itself about them
+    groups = [file.metadata.row_group(group) for group in range(file.metadata.num_row_groups)]
+    declared = max(file.metadata.num_rows, sum(group.num_rows for group in groups))
+    if declared > (1 << 20) + MAX_ROWS_PER_BYTE * path.stat().st_size:
+        file.close()
+        raise pa.ArrowInvalid(f"{declared} rows are more than its bytes can hold")
+    _ = file.schema_arrow.names  # UnicodeDecodeError, here rather than wherever they are first looked at
+    return file
+
+
+def read_parquet(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """A whole Parquet file, its columns as given. Raises as `open_parquet` does; KeyError where one is missing."""
+    with open_parquet(path) as file:
+        table = file.read() if columns is None else file.read(columns=list(columns)).select(columns)
+    table.validate(full=True)
+    return table
+
+
 def _batches(path: Path, columns: Sequence[str], named: Path) -> Iterator[pa.RecordBatch]:
     try:
-        with pq.ParquetFile(path, read_dictionary=["code"], buffer_size=1 << 20, pre_buffer=False) as file:
+        with open_parquet(path, read_dictionary=["code"], buffer_size=1 << 20, pre_buffer=False) as file:
             present = [c for c in columns if c in file.schema_arrow.names]
             for batch in file.iter_batches(batch_size=ROWS, columns=present, use_threads=False):
+                batch.validate(full=True)  # PyArrow reads damaged pages into places in a dictionary that it hasn't
                 if batch.num_rows:
                     yield batch
-    except (pa.ArrowInvalid, OSError) as error:
+    except UNREADABLE as error:
         raise _unreadable(named) from error
 
 
@@ -224,7 +255,11 @@ def _decode(batch: pa.RecordBatch, code_ids: dict[str, int], first_row: int, nam
     codes = batch.column("code")
     codes = codes if isinstance(codes, pa.DictionaryArray) else codes.dictionary_encode()
     ids = np.array([code_ids.setdefault(c, len(code_ids)) for c in codes.dictionary.to_pylist()], np.int32)
-    time_R = batch.column("time").cast(pa.int64()).fill_null(STATIC_TIME).to_numpy()
+    time = batch.column("time").cast(pa.int64())
+    odd = pc.index(pc.or_(pc.less(time, FIRST_TIME), pc.greater_equal(time, LAST_TIME)), pa.scalar(True)).as_py()
+    if odd >= 0:
+        raise DataError(f"{named}: row {first_row + odd}: time is outside the years 1 to 9999: mend it or drop the row")
+    time_R = time.fill_null(STATIC_TIME).to_numpy()
     if "numeric_value" in batch.schema.names:
         value_R = batch.column("numeric_value").fill_null(np.nan).to_numpy()
     else:
@@ -256,7 +291,7 @@ def read_labels(folder: Path) -> pa.Table:
     Columns that are null throughout, which label extractors write, are dropped. Raises DataError where there are
     no labels or they are malformed.
     """
-    files = sorted(p for p in folder.rglob("*.parquet") if not p.name.startswith("."))
+    files = sorted(p for p in folder.rglob("*.parquet") if p.is_file() and not p.name.startswith("."))
     if not files:
         raise DataError(f"{folder}: no label files (*.parquet): give a folder of MEDS labels")
     return _without_null_columns(pa.concat_tables([_read_label_file(path) for path in files]))
@@ -271,9 +306,10 @@ def _without_null_columns(labels: pa.Table) -> pa.Table:
 
 def _read_label_file(path: Path) -> pa.Table:
     try:
-        table = pq.read_table(path)
-    except (pa.ArrowInvalid, OSError) as error:
+        table = read_parquet(path)
+    except UNREADABLE as error:
         raise _unreadable(path) from error
+    _check_columns(path, table.schema, LABEL_KINDS, LABEL_SCHEMA, "MEDS labels have")
     columns = []
     for spec in LABEL_SCHEMA:
         required = spec.name in LABEL_SCHEMA.names[:2]
@@ -284,12 +320,17 @@ def _read_label_file(path: Path) -> pa.Table:
             continue
         try:
             columns.append(table[spec.name].cast(spec.type))
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        except pa.ArrowException as error:
             found = table[spec.name].type
             raise DataError(f"{path}: column {spec.name} is {found}, MEDS labels have {spec.type}: cast it") from error
-        if (required or spec.name == "boolean_value") and 0 < table[spec.name].null_count < table.num_rows:
+        nulls = table[spec.name].null_count
+        if (required and nulls) or (spec.name == "boolean_value" and 0 < nulls < table.num_rows):
             raise DataError(f"{path}: column {spec.name} has nulls: drop those rows")
-    return pa.table(columns, schema=LABEL_SCHEMA)
+    labels = pa.table(columns, schema=LABEL_SCHEMA)
+    times = pc.min_max(labels["prediction_time"].cast(pa.int64())).as_py()
+    if labels.num_rows and not FIRST_TIME <= times["min"] <= times["max"] < LAST_TIME:
+        raise DataError(f"{path}: a prediction_time is outside the years 1 to 9999: mend it or drop its row")
+    return labels
 
 
 def _read(path: Path, schema: Any) -> pa.Table:
@@ -297,10 +338,13 @@ def _read(path: Path, schema: Any) -> pa.Table:
     if not path.is_file():
         raise DataError(f"{path}: missing: a MEDS dataset has it")
     try:
-        return schema.align(pq.read_table(path))
+        table = read_parquet(path)
+        _check_columns(path, table.schema, TABLE_KINDS, schema.schema(), f"MEDS {MEDS_VERSION} has")
+        return schema.align(table)
     except (SchemaValidationError, TableValidationError) as error:
-        raise DataError(f"{path}: {error}: write it as MEDS {MEDS_VERSION} has it") from error
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
+        fault = str(error).encode("unicode_escape").decode()  # it quotes columns' names
+        raise DataError(f"{path}: {fault[:300]}: write it as MEDS {MEDS_VERSION} has it") from error
+    except UNREADABLE as error:
         raise _unreadable(path) from error
 
 
@@ -327,7 +371,7 @@ class MedsSource:
         shards = sorted(
             p.relative_to(folder).with_suffix("").as_posix()
             for p in folder.rglob("*.parquet")
-            if not p.name.startswith(".")
+            if p.is_file() and not p.name.startswith(".")
         )
         if not shards:
             raise DataError(f"{folder}: no *.parquet shards: raw=DIR must be a MEDS dataset (data/, metadata/)")
@@ -338,14 +382,15 @@ class MedsSource:
         path = self.raw / meds.dataset_metadata_filepath
         try:
             version = json.loads(path.read_text())["meds_version"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise DataError(
                 f'{path}: missing or without "meds_version": write {{"meds_version": "{meds.__version__}"}} there '
                 f"if this is a MEDS {MEDS_VERSION} dataset"
             ) from error
         if str(version).split(".")[:2] != MEDS_VERSION.split("."):
             raise DataError(
-                f"{path}: MEDS version {version} is not supported: convert the dataset to MEDS {MEDS_VERSION}"
+                f"{path}: MEDS version {' '.join(str(version).split())[:20]} is not supported: convert the dataset to "
+                f"MEDS {MEDS_VERSION}"
             )
 
     def fingerprint(self) -> str:
@@ -396,7 +441,8 @@ class MedsSource:
         return self.raw / meds.data_subdirectory / f"{shard}.parquet"
 
     def _label_files(self) -> list[Path]:
-        return sorted(p for p in (self.raw / "labels").glob("*/**/*.parquet") if not p.name.startswith("."))
+        files = (self.raw / "labels").glob("*/**/*.parquet")
+        return sorted(p for p in files if p.is_file() and not p.name.startswith("."))
 
     def _subjects(self) -> np.ndarray:
         """All subjects, sorted; raises DataError where one is in two shards."""
@@ -454,8 +500,8 @@ def check_events(path: Path, named: Path) -> None:
 
 def _check_sorted(events: Events, named: Path) -> None:
     timed = np.flatnonzero(events.time_R != STATIC_TIME)
-    same_subject = np.diff(events.subject_id_R[timed]) == 0
-    earlier = np.flatnonzero((np.diff(events.time_R[timed]) < 0) & same_subject)
+    subject_id, time = events.subject_id_R[timed], events.time_R[timed]
+    earlier = np.flatnonzero((time[1:] < time[:-1]) & (subject_id[1:] == subject_id[:-1]))
     if len(earlier):
         row = events.first_row + timed[earlier[0] + 1]
         raise DataError(f"{named}: row {row}: earlier than the row before: sort the shard by subject_id, time")
@@ -467,32 +513,57 @@ def _check_schema(path: Path) -> bool:
     Raises DataError for columns that are missing or of another kind.
     """
     try:
-        schema = pq.read_schema(path)
-    except (pa.ArrowInvalid, OSError) as error:
+        with open_parquet(path) as file:
+            schema = file.schema_arrow
+    except UNREADABLE as error:
         raise _unreadable(path) from error
-    kinds = {
-        "subject_id": pa.types.is_integer,
-        "time": pa.types.is_timestamp,
-        "code": _is_text,
-        "numeric_value": lambda t: pa.types.is_floating(t) or pa.types.is_integer(t) or pa.types.is_null(t),
-    }
-    for name, is_kind in kinds.items():
-        if name in schema.names and not is_kind(schema.field(name).type):
-            wanted, found = DATA_SCHEMA.field(name).type, schema.field(name).type
-            raise DataError(f"{path}: column {name} is {found}, MEDS {MEDS_VERSION} has {wanted}: write it as that")
+    _check_columns(path, schema, DATA_KINDS, DATA_SCHEMA, f"MEDS {MEDS_VERSION} has")
+    missing = [name for name in ("subject_id", "time", "code") if name not in schema.names]
+    if missing:
+        raise DataError(f"{path}: column {', '.join(missing)} is missing: MEDS {MEDS_VERSION} shards have it")
     try:
         meds.DataSchema.validate(schema.empty_table())
-    except SchemaValidationError as error:
-        if error.missing_req_cols:
-            missing = ", ".join(error.missing_req_cols)
-            raise DataError(f"{path}: column {missing} is missing: MEDS {MEDS_VERSION} shards have it") from error
+    except (SchemaValidationError, TableValidationError):
         return False
     return True
+
+
+def _check_columns(
+    path: Path, schema: pa.Schema, kinds: Mapping[str, Callable[[pa.DataType], bool]], wanted: pa.Schema, says: str
+) -> None:
+    """Raises DataError where a column occurs twice, or one of `wanted` is not of the kind that a cast can mend."""
+    for name, count in Counter(schema.names).items():
+        if count > 1:
+            raise DataError(f"{path}: column {name!r} occurs {count} times: write it once")
+        if name in kinds and name in wanted.names and not kinds[name](schema.field(name).type):
+            kind, found = wanted.field(name).type, schema.field(name).type
+            raise DataError(f"{path}: column {name} is {found}, {says} {kind}: write it as that")
 
 
 def _is_text(kind: pa.DataType) -> bool:
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return pa.types.is_floating(kind) or pa.types.is_integer(kind) or pa.types.is_null(kind)
+
+
+DATA_KINDS = {
+    "subject_id": pa.types.is_integer,
+    "time": pa.types.is_timestamp,
+    "code": _is_text,
+    "numeric_value": _is_number,
+}
+TABLE_KINDS = {"subject_id": pa.types.is_integer, "split": _is_text, "code": _is_text}  # of splits and code metadata
+LABEL_KINDS = {
+    "subject_id": pa.types.is_integer,
+    "prediction_time": lambda kind: pa.types.is_timestamp(kind) or pa.types.is_date(kind),
+    "boolean_value": lambda kind: pa.types.is_boolean(kind) or pa.types.is_null(kind),
+    "integer_value": _is_number,
+    "float_value": _is_number,
+    "categorical_value": lambda kind: _is_text(kind) or pa.types.is_null(kind),
+}
 
 
 def _copy_aligned(raw: Path, target: Path) -> None:
@@ -502,8 +573,11 @@ def _copy_aligned(raw: Path, target: Path) -> None:
             try:
                 columns = [_aligned(batch, spec) for spec in DATA_SCHEMA]
             except pa.ArrowInvalid as error:
-                rows = f"rows from {number * ROWS}"
-                raise DataError(f"{raw}: {rows}: {error}: write the columns with the types of MEDS") from error
+                # what pyarrow says of it quotes the value
+                raise DataError(
+                    f"{raw}: rows from {number * ROWS}: a value does not fit the types of MEDS or would lose digits: "
+                    f"write subject_id as int64, time as timestamp[us], numeric_value as float"
+                ) from error
             writer.write_table(pa.table(columns, schema=DATA_SCHEMA))
 
 

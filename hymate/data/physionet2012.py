@@ -18,6 +18,7 @@ import io
 import lzma
 import re
 import tarfile
+import zlib
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,9 @@ PREDICTION_TIME = ORIGIN + datetime.timedelta(hours=48)
 LONG_STAY_DAYS = 7
 STAYS_PER_SHARD = 1000
 SETS = ("a", "b", "c")
+MAX_STAY_BYTES = (
+    16 << 20
+)  # of one stay's text; the challenge's have a few kilobytes, and an archive can declare any size
 
 ADMISSION = "ICU_ADMISSION"
 VARIABLES = {  # parameter -> (unit, description), as the challenge lists them
@@ -140,24 +144,37 @@ class _Set:
     def _reading(self) -> Iterator[None]:
         try:
             yield
-        except (tarfile.TarError, lzma.LZMAError, EOFError, OSError) as error:
+        except (tarfile.TarError, lzma.LZMAError, zlib.error, EOFError, OSError, ValueError, MemoryError) as error:
             raise DataError(f"{self.stays}: not readable (truncated or damaged): fetch it again") from error
 
     def _files(self) -> Iterator[tuple[Path, int, Callable[[], bytes]]]:
         if self.stays.is_dir():
-            for path in sorted(self.stays.glob("*.txt")):
+            for path in sorted(path for path in self.stays.glob("*.txt") if path.is_file()):
+                if path.stat().st_size > MAX_STAY_BYTES:
+                    raise DataError(f"{path}: too large for a stay: remove the file or fetch the set again")
                 yield path, _record(path), path.read_bytes
             return
-        with tarfile.open(self.stays, "r|*") as archive:
+        with tarfile.open(self.stays, "r|*", tarinfo=_Member) as archive:
             for member in archive:
                 file = archive.extractfile(member) if member.isfile() else None
                 if file is not None and member.name.endswith(".txt"):
+                    if member.size > MAX_STAY_BYTES:  # a sparse one's true size
+                        raise tarfile.ReadError("a member is too large for a stay")
                     path = self.stays / member.name
                     yield path, _record(path), file.read
 
 
+class _Member(tarfile.TarInfo):
+    """A member that is not read where it is larger than a stay can be, whatever kind it is."""
+
+    def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
+        if not 0 <= self.size <= MAX_STAY_BYTES:
+            raise tarfile.ReadError("a member is too large for a stay")
+        return super()._proc_member(archive)  # type: ignore[misc]
+
+
 def _record(path: Path) -> int:
-    if not re.fullmatch(r"[0-9]{1,18}", path.stem):
+    if not re.fullmatch(r"0|[1-9][0-9]{0,17}", path.stem):
         raise DataError(f"{path}: not the name of a stay (<RecordID>.txt): remove the file")
     return int(path.stem)
 
@@ -206,6 +223,8 @@ class PhysioNet2012Source:
         texts: list[tuple[Path, int, bytes]] = []
         for letter in np.unique(stays.set_N[rows_N]):
             texts += self._sets[letter].texts(wanted)
+        if len(texts) != len(wanted):
+            raise DataError(f"{self.raw}: a stay has several texts, or they changed meanwhile: fetch the sets again")
         write_parquet(_events(sorted(texts, key=lambda text: text[1])), out / "data" / f"{shard}.parquet")
         death, days = stays.death_N[rows_N], stays.days_N[rows_N]
         known = ~np.isnan(days)
@@ -260,10 +279,10 @@ class PhysioNet2012Source:
                 (records, outcomes, "no outcome"),
                 (outcomes, records, "an outcome but no stay"),
             ):
-                odd = sorted(set(first) - set(second))
+                odd = set(first) - set(second)
                 if odd:
                     raise DataError(
-                        f"{files.outcomes}: {len(odd)} of {len(first)} records have {lack}, {odd[0]} for one: "
+                        f"{files.outcomes}: {len(odd)} of {len(first)} records have {lack}: "
                         f"fetch {files.stays.name} and {files.outcomes.name} again"
                     )
             columns += [(record, letter, *outcome) for record, outcome in outcomes.items()]
@@ -296,12 +315,12 @@ class PhysioNet2012Source:
 
 def _read_outcomes(path: Path) -> dict[int, tuple[bool, float]]:
     """RecordID -> (died in hospital, length of stay in days or NaN)."""
-    lines = path.read_text(errors="replace").splitlines()
+    lines = path.read_text(errors="replace").removesuffix("\n").split("\n")
     if not lines or lines[0].strip() != _OUTCOMES_HEADER:
         raise DataError(f"{path}: line 1 must be {_OUTCOMES_HEADER}: fetch the file again")
     outcomes: dict[int, tuple[bool, float]] = {}
     for number, line in enumerate(lines[1:], start=2):
-        if not re.fullmatch(r"\d+(,-?\d+){4},[01]", line.strip()):
+        if not re.fullmatch(r"(0|[1-9][0-9]{0,17})(,-?[0-9]{1,9}){4},[01]", line.strip()):
             raise DataError(f"{path}: line {number} is not six whole numbers ending in 0 or 1: mend or fetch it again")
         record, _, _, days, _, death = map(int, line.split(","))
         if record in outcomes:
@@ -377,6 +396,7 @@ def _parse(texts: list[tuple[Path, int, bytes]]) -> tuple[np.ndarray, np.ndarray
         table = csv.read_csv(
             io.BytesIO(b"".join(bodies)),
             csv.ReadOptions(column_names=names, use_threads=False),
+            parse_options=csv.ParseOptions(quote_char=False, double_quote=False),
             convert_options=csv.ConvertOptions(
                 column_types=dict(zip(names, (pa.string(), pa.string(), pa.float64()), strict=True)), null_values=[]
             ),
@@ -408,11 +428,11 @@ def _parse(texts: list[tuple[Path, int, bytes]]) -> tuple[np.ndarray, np.ndarray
 def _first_malformed(texts: list[tuple[Path, int, bytes]]) -> DataError:
     """The error for the first malformed line, by the rules of `_parse`."""
     for path, record, text in texts:
-        header, *lines = text.decode(errors="replace").splitlines() or [""]
-        if header != _HEADER.decode():
+        header, *lines = text.decode(errors="replace").removesuffix("\n").split("\n")
+        if header.rstrip("\r") != _HEADER.decode():
             return DataError(f"{path}: line 1 must be {_HEADER.decode()}: fetch the file again")
         for number, line in enumerate(lines, start=2):
-            fault = _fault(line, record)
+            fault = _fault(line.removesuffix("\r"), record)
             if fault:
                 return DataError(f"{path}: line {number}: {fault}: mend the line or fetch the file again")
     return DataError(f"{texts[0][0].parent}: malformed text: fetch the set again")

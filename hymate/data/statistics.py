@@ -183,5 +183,5 @@ def _scale(quantiles_CQ: np.ndarray) -> np.ndarray:
     for low, high, deviations in _SPREADS:
         spread_C = (quantiles_CQ[:, high] - quantiles_CQ[:, low]) / deviations
         scale_C = np.where(scale_C > 0, scale_C, np.nan_to_num(spread_C))
-    scale_C = scale_C.astype(np.float32)
+    scale_C = np.minimum(scale_C, np.finfo(np.float32).max).astype(np.float32)
     return np.where(scale_C > 0, scale_C, np.float32(1))

@@ -33,6 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -98,12 +99,17 @@ def _given(folder: Path, key: str, task: TaskConfig) -> LabelSet:
         raise UserError(f"{key}: {folder} holds no labels")
     if task.longer_than_days is None:
         table = table.select([name for name in table.column_names if name != "float_value"])
-    elif "float_value" not in table.column_names or (pc.min(table["float_value"]).as_py() or 0) < 0:
+    elif "float_value" not in table.column_names or not _are_days(table["float_value"]):
         raise UserError(
             f"{key}: labels in {folder} need a float_value, the days (0 or more, null where unknown), because "
             f"longer_than_days of task {task.name} is set: set it to null to learn boolean_value alone"
         )
     return LabelSet(table, _sizes(table))
+
+
+def _are_days(column: pa.ChunkedArray) -> bool:
+    days = column.drop_null().to_numpy()
+    return bool((np.isfinite(days) & (days >= 0)).all())
 
 
 def _sizes(table: pa.Table) -> dict[str, int]:
@@ -142,7 +148,7 @@ def _fingerprint(task: TaskConfig, shards: dict[str, Path]) -> str:
 def _summary(folder: Path) -> dict[str, Any]:
     try:
         return dict(json.loads((folder / SUMMARY).read_text()))
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return {}
 
 
@@ -200,7 +206,8 @@ def _extract_shard(path: Path, task: TaskConfig) -> tuple[pa.Table, dict[str, in
         events = get_predicates_df(config, DictConfig({"standard": "meds", "path": str(path)}))
         windows = query(config, events)
     except (pl.exceptions.PolarsError, pa.ArrowException) as error:
-        raise UserError(f"{path}: ACES cannot read it with task.definition: {_one_line(error)}") from error
+        fault = _one_line(error).partition("[")[0]  # where Polars quotes values
+        raise UserError(f"{path}: ACES cannot read it with task.definition: {fault}") from error
     events = events.drop_nulls("timestamp")
     num_triggers = events.filter(pl.col(config.trigger.predicate) > 0).height
     rows = _windows(config, windows) if not windows.is_empty() else pl.DataFrame(schema=WINDOW_SCHEMA)

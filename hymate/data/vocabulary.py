@@ -11,11 +11,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from hymate.batch import FIRST_CODE_ID, UNKNOWN_ID
 from hymate.config import UserError
-from hymate.data.meds import write_parquet
+from hymate.data.meds import UNREADABLE, read_parquet, write_parquet
 from hymate.data.statistics import NUM_KNOTS, VOCABULARY_SCHEMA
 
 Z_LIMIT = 8.0  # recording errors (a pH of 735) would otherwise dominate
@@ -54,8 +53,9 @@ class Vocabulary:
         Raises UserError where the file is missing or not a vocabulary.
         """
         try:
-            table = pq.read_table(path).select(VOCABULARY_SCHEMA.names).cast(VOCABULARY_SCHEMA)
-        except (OSError, KeyError, ValueError, pa.ArrowException) as error:
+            table = read_parquet(path, VOCABULARY_SCHEMA.names)
+            _check(table)
+        except (*UNREADABLE, KeyError, ValueError) as error:
             raise UserError(f"{path}: missing or not a vocabulary: prepare the dataset again") from error
         return cls(table.filter(pc.field("count") >= max(min_count, 1)))
 
@@ -81,6 +81,26 @@ class Vocabulary:
         value_L = np.where(np.isnan(knots_LQ[:, 0]), np.nan, value_L.astype(np.float64))
         z_L = np.clip((value_L - self.median_V[id_L]) / self.scale_V[id_L], -Z_LIMIT, Z_LIMIT)
         return z_L.astype(np.float32), (2 * _rank(value_L, knots_LQ) - 1).astype(np.float32)
+
+
+def _check(table: pa.Table) -> None:
+    """Raises ValueError where a table is not what `CodeStatistics.vocabulary` makes."""
+    if table.schema.types != VOCABULARY_SCHEMA.types:
+        raise ValueError("not a vocabulary")
+    numbers = {name: table[name].to_numpy() for name in ("count", "value_count", "median", "scale")}
+    size_C = pc.list_value_length(table["quantiles"]).to_numpy()
+    knots = pc.list_flatten(table["quantiles"])
+    sound = (
+        not any(column.null_count for column in (*table.columns, knots))
+        and len(table["code"].unique()) == table.num_rows
+        and all((numbers[name] >= 0).all() for name in ("count", "value_count"))
+        and np.isfinite(numbers["median"]).all()
+        and (numbers["scale"] > 0).all()
+        and np.array_equal(size_C, NUM_KNOTS * (numbers["value_count"] > 0))
+    )
+    knots_CQ = knots.to_numpy().reshape(-1, NUM_KNOTS) if sound else np.zeros((0, NUM_KNOTS))
+    if not sound or not (np.isfinite(knots_CQ).all() and (knots_CQ[:, 1:] >= knots_CQ[:, :-1]).all()):
+        raise ValueError("not a vocabulary")
 
 
 def _rank(value_L: np.ndarray, knots_LQ: np.ndarray) -> np.ndarray:

@@ -15,15 +15,18 @@ import json
 import math
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+
+from hymate.bundle import read_weights, write_weights
+from hymate.config import UserError
 
 STATE, WEIGHTS = "state.json", "model.safetensors"
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -39,23 +42,39 @@ def save(engine: Any, folder: Path, state: dict[str, Any]) -> None:
             full = _full_moment(engine, parameter, key)
             if index % world_size == rank:
                 moments[f"{key}/{name}"] = full.detach().cpu().contiguous()
-    save_file(moments, folder / _shard_name(rank, world_size))
+    write_weights(moments, folder / _shard_name(rank, world_size))
     weights = full_weights(engine)
     if rank == 0:
-        save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+        write_weights(weights, folder / WEIGHTS, {"format": "pt"})
         temporary = folder / f".{STATE}"
         temporary.write_text(json.dumps({**state, "world_size": world_size}, indent=1))
         os.replace(temporary, folder / STATE)
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """The plain values of a checkpoint."""
-    return json.loads((folder / STATE).read_text())
+    """The plain values of a checkpoint. Raises UserError where they are not there or not such values."""
+    with _one_clear_line(folder):
+        state = json.loads((folder / STATE).read_text())
+        numbers = [state["step"], state["stale"], state["world_size"], *state["cursor"].values()]
+        if any(type(number) is not int or number < 0 for number in numbers):
+            raise ValueError(f"{STATE} is malformed")
+        return state
+
+
+@contextmanager
+def _one_clear_line(folder: Path) -> Iterator[None]:
+    """UserError for all that a damaged or foreign checkpoint can raise in the block."""
+    try:
+        yield
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        detail = " ".join(str(error).split())[:200].encode("unicode_escape").decode()
+        raise UserError(f"{folder} is damaged or no checkpoint of this model ({detail})") from error
 
 
 def load_weights(module: nn.Module, folder: Path) -> None:
-    """Fill a module that no engine has taken yet."""
-    module.load_state_dict(load_file(folder / WEIGHTS))
+    """Fill a module that no engine has taken yet. Raises UserError where the weights are not the module's."""
+    with _one_clear_line(folder):
+        module.load_state_dict(read_weights(folder / WEIGHTS))
 
 
 def load_optimizer(engine: Any, folder: Path) -> None:
@@ -64,13 +83,18 @@ def load_optimizer(engine: Any, folder: Path) -> None:
     _create_adam_state(engine, float(state["step"]))
     trained = dict(_trained(engine.module))
     restored = set()
-    for rank in range(state["world_size"]):
-        with safe_open(folder / _shard_name(rank, state["world_size"]), framework="pt") as shard:
-            for entry in shard.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
-                key, name = entry.split("/", 1)
-                _set_moment(engine, trained[name], key, shard.get_tensor(entry))
-                restored.add(name)
-    assert restored == set(trained), "checkpoint and model hold different parameters"
+    with _one_clear_line(folder):
+        for rank in range(state["world_size"]):
+            with safe_open(folder / _shard_name(rank, state["world_size"]), framework="pt") as shard:
+                for entry in shard.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
+                    key, name = entry.split("/", 1)
+                    moment, parameter = shard.get_tensor(entry), trained[name]
+                    if moment.shape != getattr(parameter, "ds_shape", parameter.shape):  # ZeRO 3 has cut the parameter
+                        raise ValueError(f"{name} has another shape")
+                    _set_moment(engine, parameter, key, moment)
+                    restored.add((key, name))
+        if restored != {(key, name) for key in MOMENTS for name in trained}:
+            raise ValueError("checkpoint and model hold different parameters")
 
 
 def full_weights(engine: Any) -> dict[str, Tensor]:

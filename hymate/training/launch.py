@@ -155,6 +155,9 @@ def ray_session(train: TrainConfig) -> Iterator[None]:
     """The cluster at RAY_ADDRESS, or one of our own on this machine for the time of the run."""
     if not os.environ.get("RAY_ADDRESS"):
         os.environ.setdefault("RAY_AUTH_MODE", "token")  # other users of this machine stay out
+        os.environ.setdefault(
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0"
+        )  # and other machines: Ray listens on loopback only
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
     import ray
