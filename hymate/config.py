@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import os
 import re
 import sys
 import types
@@ -27,14 +26,13 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from hymate.errors import UserError
+from hymate.storage import Location, locate, write_text
+
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 T = TypeVar("T")
 # ${names:${task}}: the task's name, of several joined
 OmegaConf.register_new_resolver("names", lambda task: task.get("name") or "-".join(task), replace=True)
-
-
-class UserError(Exception):
-    """A mistake the user can mend; its text is one line: what, where, how to mend it."""
 
 
 class ConfigError(UserError):
@@ -48,7 +46,7 @@ class ConfigError(UserError):
 class DataConfig:
     """A prepared dataset and how its histories are cut and packed.
 
-    path: folder written by `python -m hymate.data.prepare`.
+    path: folder or URL written by `python -m hymate.data.prepare`.
     context: most events of one history that the model sees (a random window of it in pretraining, the last
         events up to the prediction time in fine-tuning).
     tokens_per_row: most events packed into one row, which is what one worker computes at a time.
@@ -241,7 +239,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Where a run lives: `<dir>/<name>`; the same name continues the run that is there."""
+    """Where a run lives: `<dir>/<name>`, `dir` a folder or a URL; the same name continues the run that is there."""
 
     name: str
     dir: str = "runs"
@@ -254,9 +252,9 @@ class RunConfig:
         )
 
     @property
-    def path(self) -> Path:
+    def path(self) -> Location:
         """Absolute folder of the run (workers run in other working directories)."""
-        return (Path(self.dir) / self.name).absolute()
+        return (locate(self.dir) / self.name).absolute()
 
 
 @dataclass(frozen=True)
@@ -466,7 +464,7 @@ def to_tree(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def check_same_run(run: Path, tree: Mapping[str, Any], changeable: Set[str]) -> None:
+def check_same_run(run: Location, tree: Mapping[str, Any], changeable: Set[str]) -> None:
     """Whether the configuration that a run folder holds, if any, is this one but for `changeable` keys.
 
     Raises ConfigError naming the first key that differs.
@@ -488,12 +486,9 @@ def check_same_run(run: Path, tree: Mapping[str, Any], changeable: Set[str]) -> 
             )
 
 
-def write_run_config(run: Path, tree: Mapping[str, Any]) -> None:
+def write_run_config(run: Location, tree: Mapping[str, Any]) -> None:
     """Write `config.yaml` of a run folder, atomically."""
-    run.mkdir(parents=True, exist_ok=True)
-    temporary = run / ".config.yaml"
-    temporary.write_text(yaml.safe_dump(dict(tree), sort_keys=False))
-    os.replace(temporary, run / "config.yaml")
+    write_text(yaml.safe_dump(dict(tree), sort_keys=False), run / "config.yaml")
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -10,7 +10,6 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import meds
 import numpy as np
@@ -18,7 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hymate.config import UserError
-from hymate.data.meds import STATIC_TIME, Events, atomic_path, iter_events
+from hymate.data.meds import STATIC_TIME, Events, iter_events
+from hymate.storage import Location, UrlPath, atomic_path, locate, readable
 
 FORMAT_VERSION = 1
 FOLDER = "histories"
@@ -83,7 +83,9 @@ class History:
 # ------------------------------------------------------------------------------------------------------ writing
 
 
-def write_histories(data: Path, histories: Path, shard: str, code_ids: dict[str, int], splits: Splits) -> pa.Table:
+def write_histories(
+    data: Location, histories: Location, shard: str, code_ids: dict[str, int], splits: Splits
+) -> pa.Table:
     """Write one MEDS shard (`data`) as histories, atomically, and return its part of the index.
 
     code_ids: every code of the shard -> its row in the vocabulary.
@@ -169,7 +171,7 @@ class Histories:
     fingerprint: a digest of what the dataset was prepared from.
     """
 
-    def __init__(self, path: Path, codes: list[str], index: dict[str, np.ndarray], fingerprint: str) -> None:
+    def __init__(self, path: Location, codes: list[str], index: dict[str, np.ndarray], fingerprint: str) -> None:
         self.path = path
         self.codes = codes
         self.index = index
@@ -177,15 +179,15 @@ class Histories:
         self._cache = _RowGroups(path / FOLDER)
 
     @classmethod
-    def open(cls, path: str | Path) -> Histories:
-        """Open a folder that `python -m hymate.data.prepare` wrote; raises UserError where it is not complete."""
-        path = Path(path)
+    def open(cls, path: str | Location) -> Histories:
+        """Open what `python -m hymate.data.prepare` wrote; raises UserError where it is not complete."""
+        path = locate(path) if isinstance(path, str) else path
         metadata = read_metadata(path)
         if metadata is None:
             raise UserError(f"{path}: not a prepared dataset: run python -m hymate.data.prepare source=... out={path}")
         try:
-            codes = pq.read_table(path / FOLDER / "vocabulary.parquet", columns=["code"])["code"].to_pylist()
-            table = pq.read_table(path / FOLDER / "index.parquet").select(INDEX_SCHEMA.names)
+            codes = pq.read_table(readable(path / FOLDER / "vocabulary.parquet"), columns=["code"])["code"].to_pylist()
+            table = pq.read_table(readable(path / FOLDER / "index.parquet")).select(INDEX_SCHEMA.names)
         except (OSError, KeyError, pa.ArrowException) as error:
             raise UserError(f"{path / FOLDER}: damaged: delete {path} and prepare the dataset again") from error
         index = {name: _array(table[name]) for name in INDEX_SCHEMA.names}
@@ -210,7 +212,7 @@ class Histories:
         return [history for history in histories if history is not None]
 
 
-def read_metadata(path: Path) -> dict | None:
+def read_metadata(path: Location) -> dict | None:
     """histories/metadata.json of a prepared dataset, None where it is not there.
 
     Raises UserError where another version of the format wrote it.
@@ -259,7 +261,7 @@ class _Rows:
 class _RowGroups:
     """Decoded row groups, the most recently used ones kept; safe to use from several threads."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Location) -> None:
         self._folder = folder
         self._lock = threading.Lock()
         self._groups: OrderedDict[tuple[str, int], _Rows] = OrderedDict()
@@ -281,7 +283,8 @@ class _RowGroups:
         path = self._folder / f"{shard}.parquet"
         try:
             if shard not in self._files:
-                self._files[shard] = pq.ParquetFile(path)
+                # at a URL one request brings the whole row group
+                self._files[shard] = pq.ParquetFile(readable(path), pre_buffer=isinstance(path, UrlPath))
                 while len(self._files) > _OPEN_FILES:
                     self._files.popitem(last=False)[1].close()
             self._files.move_to_end(shard)
