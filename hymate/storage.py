@@ -252,9 +252,26 @@ def _upload_folder(new: Path, target: UrlPath, marker: str) -> None:
     for path in target.rglob("*"):
         if path.is_file() and path != target / marker:
             path.unlink()
-    files = sorted(file.relative_to(new) for file in new.rglob("*") if file.is_file())
-    for file in sorted(files, key=lambda file: file == Path(marker)):
-        upload(new / file, target / file.as_posix())
+    upload_files(new, target, last=marker)
+
+
+@contextlib.contextmanager
+def filling(folder: Location) -> Iterator[Path]:
+    """A local folder whose files are in `folder` when the block ends: itself, or of a URL a temporary one."""
+    if isinstance(folder, Path):
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="hymate-") as scratch:
+        yield Path(scratch)
+        upload_files(Path(scratch), folder)
+
+
+def upload_files(source: Path, target: UrlPath, last: str = "") -> None:
+    """Write all files of a local folder to the same places below `target`, the one named `last` after the others."""
+    files = sorted(file.relative_to(source) for file in source.rglob("*") if file.is_file())
+    for file in sorted(files, key=lambda file: file == Path(last)):
+        upload(source / file, target / file.as_posix())
 
 
 def upload(source: Path, target: UrlPath) -> None:

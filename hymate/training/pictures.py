@@ -6,7 +6,6 @@ Shape legend: N labels.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from sklearn.metrics import precision_recall_curve, roc_curve
 
-from hymate.data.meds import atomic_path
+from hymate.storage import Location, atomic_path
 from hymate.trust import GRID, net_benefit
 
 # Okabe & Ito 2008: told apart by all kinds of colour vision
@@ -25,7 +24,7 @@ REACHED = 0.01  # share of the probabilities that must reach a threshold for it 
 Array = NDArray[Any]
 
 
-def draw(path: Path, label_N: Array, prob_N: Array, found: Mapping[str, Any]) -> None:
+def draw(path: Location, label_N: Array, prob_N: Array, found: Mapping[str, Any]) -> None:
     """Write the PNG; found: `metrics.scores` and `trust.assess` of the same labels, which have both classes."""
     figure = Figure(figsize=INCHES, layout="constrained")
     roc, precision_recall, calibration, decision = figure.subplots(2, 2).flat
