@@ -5,8 +5,8 @@ of the other; what is written here differs for the two in nothing else but these
 
 - A file appears whole or not at all: locally by a rename, at a URL by one upload of a finished temporary file.
 - A folder that takes another one's place does so by a rename; at a URL, which has none, a marker file comes last.
-- A storage that cannot be reached is tried again for PATIENCE_S, then the command ends in one line. pyarrow's and Ray's
-  own reads and writes of a `UrlPath.filesystem` are tried again in the same way.
+- A storage that cannot be reached is tried again for a while (HYMATE_STORAGE_PATIENCE_S, 120), then the command ends in
+  one line. pyarrow's and Ray's own reads and writes of a `UrlPath.filesystem` are tried again in the same way.
 
 Credentials come from the environment (for s3:// as the AWS tools read it) and never from a URL: URLs are kept in
 configurations.
@@ -28,15 +28,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple, TypeVar
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import unquote, urlsplit
 
 import pyarrow as pa
 from pyarrow import fs
 
 from hymate.errors import UserError
 
-PATIENCE_S = float(os.environ.get("HYMATE_STORAGE_PATIENCE_S", "120"))
+PATIENCE = "HYMATE_STORAGE_PATIENCE_S"
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 15.0
+LONGEST_SILENCE_S = 15.0  # of a server that is to answer
 TRANSIENT = re.compile(
     r"NETWORK_CONNECTION|INTERNAL_FAILURE|SERVICE_UNAVAILABLE|SLOW_DOWN|THROTTLING|REQUEST_TIMEOUT|HTTP status 5\d\d"
     r"|[Cc]onnection|[Tt]imed? ?out|[Uu]navailable"
@@ -124,15 +125,15 @@ class UrlPath:
         return Stat(info.size, info.mtime_ns)
 
     def iterdir(self) -> Iterator[UrlPath]:
-        return self._list(recursive=False)
+        return (self / name for name in self._list(recursive=False))
 
     def glob(self, pattern: str) -> Iterator[UrlPath]:
         """What is in the folder and has a name as `pattern`."""
-        return (path for path in self._list(recursive=False) if fnmatch.fnmatchcase(path.name, pattern))
+        return (path for path in self.iterdir() if fnmatch.fnmatchcase(path.name, pattern))
 
-    def rglob(self, pattern: str) -> Iterator[UrlPath]:
-        """What is anywhere below and has a name as `pattern`."""
-        return (path for path in self._list(recursive=True) if fnmatch.fnmatchcase(path.name, pattern))
+    def files(self) -> Iterator[UrlPath]:
+        """The files anywhere below."""
+        return (self / name for name, info in self._list(recursive=True).items() if info.is_file)
 
     def open(self, mode: str = "rb") -> pa.NativeFile:
         assert mode == "rb", "files at a URL are written whole: atomic_path"
@@ -158,10 +159,10 @@ class UrlPath:
     def _info(self) -> fs.FileInfo:
         return self.filesystem.get_file_info(self.key)
 
-    def _list(self, recursive: bool) -> Iterator[UrlPath]:
+    def _list(self, recursive: bool) -> dict[PurePosixPath, fs.FileInfo]:
         selector = fs.FileSelector(self.key, recursive=recursive, allow_not_found=True)
-        for info in self.filesystem.get_file_info(selector):
-            yield self / PurePosixPath(info.path).relative_to(self.key)
+        infos = self.filesystem.get_file_info(selector)
+        return {PurePosixPath(info.path).relative_to(self.key): info for info in infos}
 
 
 Location = Path | UrlPath
@@ -249,8 +250,8 @@ def new_folder(target: Location, marker: str) -> Iterator[Path]:
 
 def _upload_folder(new: Path, target: UrlPath, marker: str) -> None:
     write_text("", target / marker)
-    for path in target.rglob("*"):
-        if path.is_file() and path != target / marker:
+    for path in target.files():
+        if path != target / marker:
             path.unlink()
     upload_files(new, target, last=marker)
 
@@ -299,12 +300,12 @@ def readable(path: Location) -> Path | pa.NativeFile:
 
 def files_below(folder: Location, suffix: str) -> dict[str, Location]:
     """Files anywhere below a folder whose names end in `suffix` and do not begin with a dot, by their path in it."""
-    found: dict[str, Location] = {
-        path.relative_to(folder).as_posix(): path  # type: ignore[arg-type]
-        for path in folder.rglob(f"*{suffix}")
-        if not path.name.startswith(".")
-    }
-    return dict(sorted(found.items()))
+    if isinstance(folder, UrlPath):
+        found: dict[str, Location] = {path.relative_to(folder).as_posix(): path for path in folder.files()}
+    else:
+        found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    kept = (name for name in sorted(found) if name.endswith(suffix) and not found[name].name.startswith("."))
+    return {name: found[name] for name in kept}
 
 
 @contextlib.contextmanager
@@ -319,9 +320,8 @@ def local_copy(path: Location) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="hymate-") as scratch:
         copy = Path(scratch) / path.name
         if path.is_dir():
-            for file in path.rglob("*"):
-                if file.is_file():
-                    _download(file, copy / file.relative_to(path))
+            for file in path.files():
+                _download(file, copy / file.relative_to(path))
         else:
             _download(path, copy)
         yield copy
@@ -340,14 +340,25 @@ def _download(source: UrlPath, target: Path) -> None:
 @functools.lru_cache
 def _connect(root: str, options: str) -> tuple[fs.FileSystem, str]:
     """pyarrow's own filesystem and what `root` is on it."""
-    given = [*([options] if options else [])]
-    if root.startswith("s3:") and "allow_delayed_open" not in parse_qs(options):
-        given.append("allow_delayed_open=true")  # one request for a small file, not three
-    url = f"{root}?{'&'.join(given)}" if given else root
+    url = f"{root}?{options}" if options else root
     try:
-        return _patiently(root, lambda: fs.FileSystem.from_uri(url))
+        found, key = _patiently(root, lambda: fs.FileSystem.from_uri(url))
     except pa.ArrowException as error:
         raise UserError(f"{root}: not a storage that can be used: {_first_line(error)}") from error
+    if isinstance(found, fs.S3FileSystem):  # what a URL cannot say; by default it waits for an answer for ever
+        silence_s = min(LONGEST_SILENCE_S, _patience_s() / 4)
+        settings = found.__reduce__()[1][0] | {
+            "request_timeout": silence_s,
+            "connect_timeout": silence_s,
+            "retry_strategy": fs.AwsStandardS3RetryStrategy(max_attempts=1),  # `_patiently` is enough
+            "allow_delayed_open": True,  # one request for a small file, not three
+        }
+        found = fs.S3FileSystem(**settings)
+    return found, key
+
+
+def _patience_s() -> float:
+    return float(os.environ.get(PATIENCE, "120"))
 
 
 def _patiently(name: str, operation: Callable[[], T]) -> T:
@@ -362,17 +373,18 @@ def _patiently(name: str, operation: Callable[[], T]) -> T:
         except (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError):
             raise
         except OSError as error:
-            reason = _first_line(error).replace("AWS Error ", "")  # Ray tries again what has these words
+            # shortened by what only the library's makers need, and by words at which Ray would try again
+            reason = _first_line(error).partition("; Details")[0].replace("AWS Error ", "")
             if not TRANSIENT.search(reason):
                 raise StorageError(f"{name}: {reason}: check the address and your rights there") from error
             waited_s = time.monotonic() - started
-            if waited_s + wait_s > PATIENCE_S:
+            if waited_s + wait_s > _patience_s():
                 raise StorageError(
                     f"{name}: not to be reached for {waited_s:.0f} s ({reason}): run the same command again when it "
                     "is, it continues"
                 ) from error
             if wait_s == FIRST_WAIT_S:
-                logging.getLogger(__name__).warning("%s: not to be reached, trying for %g s", name, PATIENCE_S)
+                logging.getLogger(__name__).warning("%s: not to be reached, trying for %g s", name, _patience_s())
         time.sleep(wait_s)
         wait_s = min(2 * wait_s, LONGEST_WAIT_S)
 
