@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import pickle
+import shlex
 import shutil
 import signal
 import subprocess
@@ -19,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from commands import ROOT, points, run, wait_until
+from commands import ROOT, points, readme_commands, run, wait_until
 from s3 import BUCKET, Server, environment, serving
 from small_cohort import write_meds
 
@@ -33,8 +34,7 @@ from hymate.storage import Location, StorageError, UrlPath, atomic_path, locate,
 
 EVAL_EVERY = 5
 SHORT = ["data.context=64", "data.tokens_per_row=64", "data.min_count=1", "train.warmup_steps=1"]
-PRETRAIN = [*SHORT, "model=debug", "train.rows_per_step=2", "train.eval_rows=2", f"train.eval_every={EVAL_EVERY}"]
-PRETRAIN += ["train.log_every=1"]
+PRETRAIN = [*SHORT, "train.rows_per_step=2", "train.eval_rows=2", f"train.eval_every={EVAL_EVERY}", "train.log_every=1"]
 TUNE = [*SHORT, "train.max_steps=4", "train.eval_every=2", "search.num_trials=2", "search.grace_steps=2"]
 SECRET = "gAheim"
 
@@ -168,9 +168,9 @@ def test_an_outage_that_does_not_end_is_told_and_harms_nothing(server: Server, m
 
 @pytest.fixture(scope="module")
 def raw(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The small cohort as MEDS, on this machine and at s3://bucket/raw."""
+    """The small cohort as MEDS, on this machine and at s3://bucket/meds."""
     folder = write_meds(tmp_path_factory.mktemp("cohort") / "raw")
-    there = locate(f"s3://{BUCKET}/raw")
+    there = locate(f"s3://{BUCKET}/meds")
     assert isinstance(there, UrlPath)
     storage.upload_files(folder, there)
     return folder
@@ -180,7 +180,7 @@ def raw(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def data(raw: Path) -> str:
     """The small cohort, prepared from URL to URL."""
     out = f"s3://{BUCKET}/data"
-    prepare(PrepareConfig(source="meds", raw=f"s3://{BUCKET}/raw", out=out, workers=2))
+    prepare(PrepareConfig(source="meds", raw=f"s3://{BUCKET}/meds", out=out, workers=2))
     return out
 
 
@@ -198,7 +198,7 @@ def test_a_dataset_at_a_url_is_the_local_one(data: str, raw: Path, tmp_path: Pat
 def test_preparing_at_a_url_leaves_nothing_else_and_is_done_once(data: str, capsys: pytest.CaptureFixture) -> None:
     written = {path: path.stat() for path in storage.files_below(locate(data), "").values()}
     assert all(".work" not in str(path) for path in written)
-    prepare(PrepareConfig(source="meds", raw=f"s3://{BUCKET}/raw", out=data, workers=1))
+    prepare(PrepareConfig(source="meds", raw=f"s3://{BUCKET}/meds", out=data, workers=1))
     assert "nothing to do" in capsys.readouterr().err
     assert {path: path.stat() for path in storage.files_below(locate(data), "").values()} == written
 
@@ -207,7 +207,7 @@ def test_preparing_at_a_url_spares_what_is_there(data: str, raw: Path) -> None:
     with pytest.raises(UserError, match="prepared from other data"):
         prepare(PrepareConfig(source="synthetic", out=data, workers=1))
     with pytest.raises(UserError, match="not empty"):
-        prepare(PrepareConfig(source="meds", raw=str(raw), out=f"s3://{BUCKET}/raw", workers=1))
+        prepare(PrepareConfig(source="meds", raw=str(raw), out=f"s3://{BUCKET}/meds", workers=1))
 
 
 # --------------------------------------------------------------------------------------------------------- runs
@@ -223,21 +223,31 @@ def settings(server: Server) -> Iterator[dict[str, str]]:
 
 
 @pytest.mark.slow
-def test_a_model_lives_at_a_url_from_the_data_to_its_predictions(
-    data: str, settings: dict[str, str], tmp_path: Path
-) -> None:
-    runs = f"s3://{BUCKET}/runs"
-    where = [f"data.path={data}", f"run.dir={runs}"]
-    folder = locate(runs) / "pretrain"
-    pretrain = [sys.executable, str(ROOT / "pretrain" / "run.py"), *where, *PRETRAIN]
-    endless = [*pretrain, "train.max_steps=1000000"]
+def test_the_readme_commands_keep_all_at_a_url(data: str, settings: dict[str, str], tmp_path: Path) -> None:
+    prepare, pretrain, tune, predict, tensorboard = (
+        shlex.split(command.replace("BUCKET", BUCKET).replace("model=small", "model=debug"))
+        for command in readme_commands()
+        if "s3://" in command
+    )
+    runs = locate(f"s3://{BUCKET}/runs")
+
+    def done(command: list[str], *more: str) -> str:
+        program = (
+            [sys.executable, *command[1:]] if command[0] == "python" else [_beside_python(command[0]), *command[1:]]
+        )
+        ended = run([*program, *more], settings, tmp_path)
+        assert ended.returncode == 0, f"{command}\n{ended.stderr}"
+        return ended.stdout + ended.stderr
+
+    assert "nothing to do" in done(prepare)
+    folder = runs / "pretrain"
+    endless = [sys.executable, *pretrain[1:], *PRETRAIN, "train.max_steps=1000000"]
     with subprocess.Popen(endless, env=settings, cwd=tmp_path, stdout=subprocess.DEVNULL) as driver:
         wait_until(lambda: driver.poll() is not None or _checkpoints(folder), "there is a checkpoint")
-        os.kill(driver.pid, signal.SIGKILL)
-    assert driver.wait() == -signal.SIGKILL and not (folder / "bundle").exists()
+        driver.kill()
+    assert driver.returncode == -signal.SIGKILL and not (folder / "bundle").exists()
     steps = max(_checkpoints(folder).values()) + 2 * EVAL_EVERY
-    resumed = run([*pretrain, f"train.max_steps={steps}"], settings, tmp_path)
-    assert resumed.returncode == 0 and f"bundle: {folder}/bundle" in resumed.stdout, resumed.stderr
+    assert f"bundle: {folder}/bundle" in done(pretrain, *PRETRAIN, f"train.max_steps={steps}")
     assert read_bundle(folder, kind="pretrained").model.d_model == 32
     assert max(_checkpoints(folder).values()) == steps
     with storage.local_copy(folder) as copy:
@@ -245,21 +255,22 @@ def test_a_model_lives_at_a_url_from_the_data_to_its_predictions(
     assert [point.step for point in losses] == [*range(1, steps + 1)], "steps are missing or doubled"
     assert [point.step for point in stalls] == [*range(EVAL_EVERY, steps + 1, EVAL_EVERY)]
 
-    tune = [sys.executable, str(ROOT / "finetune" / "tune.py"), "task=readmission", *where, f"init={folder}", *TUNE]
-    tuned = run(tune, settings, tmp_path)
-    assert tuned.returncode == 0, tuned.stderr
-    found = locate(f"{runs}/tune-readmission")
-    assert json.loads((found / "results.json").read_text())["auroc"]["value"] is not None
-    assert (found / "readmission.png").read_bytes().startswith(b"\x89PNG")
-    assert "## Scores" in (found / "report.md").read_text()
+    done(tune, *TUNE)
+    tuned = runs / "tune-readmission"
+    assert json.loads((tuned / "results.json").read_text())["auroc"]["value"] is not None
+    assert (tuned / "readmission.png").read_bytes().startswith(b"\x89PNG")
+    assert "## Scores" in (tuned / "report.md").read_text()
 
-    out = f"s3://{BUCKET}/predictions.parquet"
-    predict = [sys.executable, "-m", "hymate.predict", f"bundle={found}", f"data.path={data}", "task=readmission"]
-    predicted = run([*predict, f"out={out}", "split=held_out"], settings, tmp_path)
-    assert predicted.returncode == 0, predicted.stderr
-    written = (pq.read_table(storage.readable(path)) for path in (locate(out), found / "predictions.parquet"))
-    assert next(written).equals(next(written))
+    done(predict, "split=held_out")
+    written = (locate(f"s3://{BUCKET}/predictions.parquet"), tuned / "predictions.parquet")
+    one, other = (pq.read_table(storage.readable(path)) for path in written)
+    assert one.equals(other)
+    assert "train/loss" in done(tensorboard, "--inspect")
     assert not list(tmp_path.iterdir()), "something was written on this machine"
+
+
+def _beside_python(program: str) -> str:
+    return str(Path(sys.executable).with_name(program))
 
 
 def _checkpoints(folder: Location) -> dict[str, int]:
