@@ -13,7 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ class Telemetry:
         self._last_progress = 0.0
         self._stack = ExitStack()
         self._sender: ThreadPoolExecutor | None = None
+        self._sent: Future[None] | None = None
 
     def start(self, step: int) -> None:
         """Open the event file of a run that stands at `step`; later points of an earlier attempt are dropped."""
@@ -71,8 +72,9 @@ class Telemetry:
             self._last_progress = now
             if self._sender is None:
                 write_json(self.run_path / PROGRESS, values)
-            else:  # a failure is none of the run's: what it needs of the storage fails by itself
-                self._sender.submit(write_json, self.run_path / PROGRESS, values)
+            elif force or self._sent is None or self._sent.done():
+                # a failure is none of the run's: what it needs of the storage fails by itself
+                self._sent = self._sender.submit(write_json, self.run_path / PROGRESS, values)
 
     def flush(self) -> None:
         """Write what is buffered, so that a checkpoint never knows more steps than the event file."""

@@ -232,16 +232,15 @@ def test_the_readme_commands_keep_all_at_a_url(data: str, settings: dict[str, st
     runs = locate(f"s3://{BUCKET}/runs")
 
     def done(command: list[str], *more: str) -> str:
-        program = (
-            [sys.executable, *command[1:]] if command[0] == "python" else [_beside_python(command[0]), *command[1:]]
-        )
-        ended = run([*program, *more], settings, tmp_path)
+        program = Path(sys.executable).with_name(command[0])
+        arguments = [str(ROOT / word) if word.endswith(".py") else word for word in command[1:]]
+        ended = run([str(program), *arguments, *more], settings, tmp_path)
         assert ended.returncode == 0, f"{command}\n{ended.stderr}"
         return ended.stdout + ended.stderr
 
     assert "nothing to do" in done(prepare)
     folder = runs / "pretrain"
-    endless = [sys.executable, *pretrain[1:], *PRETRAIN, "train.max_steps=1000000"]
+    endless = [sys.executable, str(ROOT / pretrain[1]), *pretrain[2:], *PRETRAIN, "train.max_steps=1000000"]
     with subprocess.Popen(endless, env=settings, cwd=tmp_path, stdout=subprocess.DEVNULL) as driver:
         wait_until(lambda: driver.poll() is not None or _checkpoints(folder), "there is a checkpoint")
         driver.kill()
@@ -267,10 +266,6 @@ def test_the_readme_commands_keep_all_at_a_url(data: str, settings: dict[str, st
     assert one.equals(other)
     assert "train/loss" in done(tensorboard, "--inspect")
     assert not list(tmp_path.iterdir()), "something was written on this machine"
-
-
-def _beside_python(program: str) -> str:
-    return str(Path(sys.executable).with_name(program))
 
 
 def _checkpoints(folder: Location) -> dict[str, int]:

@@ -228,7 +228,8 @@ def _explain(error: Any) -> NoReturn:
     failures = getattr(error, "worker_failures", {})
     followed = ("Connection closed by peer", "Connection reset by peer", "DistBackendError", "Broken pipe")
     causes = {rank: cause for rank, cause in failures.items() if not any(text in str(cause) for text in followed)}
-    rank, cause = next(iter((causes or failures).items()), (None, error))
+    other = getattr(error, "controller_failure", error)
+    rank, cause = next(iter((causes or failures).items()), (None, other))
     if isinstance(cause, UserError):
         raise cause
     where = "" if rank is None else f" on worker {rank}"
