@@ -352,6 +352,7 @@ def _connect(root: str, options: str) -> tuple[fs.FileSystem, str]:
             "connect_timeout": silence_s,
             "retry_strategy": fs.AwsStandardS3RetryStrategy(max_attempts=1),  # `_patiently` is enough
             "allow_delayed_open": True,  # one request for a small file, not three
+            "background_writes": False,  # many at once would wait for each other in pyarrow's pool of threads
         }
         found = fs.S3FileSystem(**settings)
     return found, key
