@@ -33,6 +33,23 @@ def wait_until(condition: Callable[[], object], what: str) -> None:
         time.sleep(0.05)
 
 
+def processes() -> dict[int, tuple[int, str]]:
+    """pid -> (parent's pid, command line) of what runs on this machine."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            found[int(folder.name)] = (parent, (folder / "cmdline").read_text().replace("\0", " "))
+        except (OSError, ValueError):
+            continue  # it ended meanwhile
+    return found
+
+
+def ray_processes(folder: str) -> set[int]:
+    """Those of a Ray whose files are in `folder`."""
+    return {pid for pid, (_, line) in processes().items() if f"{folder}/" in line}
+
+
 def points(run_folder: Path, name: str) -> list[Any]:
     """The curve `name` of a run: `wall_time`, `step` and `value` of each point."""
     events = EventAccumulator(str(run_folder / "tb"), size_guidance={"scalars": 0})

@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from commands import ROOT, points, readme_commands, run, wait_until
+from commands import ROOT, points, ray_processes, readme_commands, run, wait_until
 from s3 import BUCKET, Server, environment, serving
 from small_cohort import write_meds
 
@@ -219,6 +219,7 @@ def settings(server: Server) -> Iterator[dict[str, str]]:
     folder = tempfile.mkdtemp(prefix="hy", dir="/tmp")
     quick = {"TORCHDYNAMO_DISABLE": "1", "HYMATE_OPS": "reference", storage.PATIENCE: "120"}
     yield {**os.environ, "RAY_TMPDIR": folder, "PYTHONPATH": str(ROOT), **quick}
+    wait_until(lambda: not ray_processes(folder), "Ray's processes end")
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -244,6 +245,7 @@ def test_the_readme_commands_keep_all_at_a_url(data: str, settings: dict[str, st
     with subprocess.Popen(endless, env=settings, cwd=tmp_path, stdout=subprocess.DEVNULL) as driver:
         wait_until(lambda: driver.poll() is not None or _checkpoints(folder), "there is a checkpoint")
         driver.kill()
+    wait_until(lambda: not ray_processes(settings["RAY_TMPDIR"]), "the killed driver's cluster has ended")
     assert driver.returncode == -signal.SIGKILL and not (folder / "bundle").exists()
     steps = max(_checkpoints(folder).values()) + 2 * EVAL_EVERY
     assert f"bundle: {folder}/bundle" in done(pretrain, *PRETRAIN, f"train.max_steps={steps}")
