@@ -162,7 +162,10 @@ class UrlPath:
     def _list(self, recursive: bool) -> dict[PurePosixPath, fs.FileInfo]:
         selector = fs.FileSelector(self.key, recursive=recursive, allow_not_found=True)
         infos = self.filesystem.get_file_info(selector)
-        return {PurePosixPath(info.path).relative_to(self.key): info for info in infos}
+        found = {PurePosixPath(info.path).relative_to(self.key): info for info in infos}
+        if any(".." in name.parts for name in found):
+            raise StorageError(f"{self}: holds names with .., which would lead out of a folder: remove them")
+        return found
 
 
 Location = Path | UrlPath

@@ -16,6 +16,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import boto3
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -101,6 +102,16 @@ def test_what_fails_while_it_is_written_leaves_what_was_there(place: Location) -
         raise ValueError("no")
     assert (place / "file").read_text() == "old" and (place / "folder" / "marker").read_text() == "new"
     assert list(storage.files_below(place, "")) == ["file", "folder/marker", "folder/new"]
+
+
+def test_names_that_lead_out_of_a_folder_are_refused(server: Server) -> None:
+    client = boto3.client("s3")
+    client.put_object(Bucket=BUCKET, Key="hostile/../../escaped", Body=b"x")
+    with (
+        pytest.raises(StorageError, match="lead out of a folder"),
+        storage.local_copy(locate(f"s3://{BUCKET}/hostile")),
+    ):
+        pass
 
 
 def test_a_place_goes_to_other_processes(place: Location) -> None:
