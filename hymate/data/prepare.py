@@ -173,7 +173,7 @@ def _write_vocabulary(out: Location, shards: Sequence[str]) -> None:
 
 
 def _write_index(out: Location, shards: Sequence[str], source: str, fingerprint: str) -> None:
-    parts = [readable(out / FOLDER / WORK / "index" / f"{shard}.parquet") for shard in shards]
+    parts = (readable(out / FOLDER / WORK / "index" / f"{shard}.parquet") for shard in shards)
     index = pa.concat_tables([pq.read_table(part) for part in parts])
     write_parquet(index, out / FOLDER / "index.parquet")
     sizes = index.group_by("split").aggregate([("subject_id", "count"), ("num_events", "sum")]).to_pylist()

@@ -115,8 +115,10 @@ def _trial(parameters: dict[str, Any], study: Study) -> None:
         nonlocal last_report
         time.sleep(max(0.0, last_report + SECONDS_BETWEEN_REPORTS - time.monotonic()))
         last_report = time.monotonic()
-        tune.report(scores, checkpoint=tune.Checkpoint.from_directory(checkpoint))
-        shutil.rmtree(checkpoint, ignore_errors=True)
+        try:
+            tune.report(scores, checkpoint=tune.Checkpoint.from_directory(checkpoint))
+        finally:
+            shutil.rmtree(checkpoint, ignore_errors=True)
 
     checkpoint = tune.get_checkpoint()
     with (
