@@ -17,7 +17,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -35,9 +34,10 @@ from hymate.config import ConfigError, TaskConfig, UserError, main, to_tree
 from hymate.data.features import FeatureConfig, FeatureTable, choose, features
 from hymate.data.histories import Histories
 from hymate.data.loader import Examples, labelled_examples
-from hymate.data.meds import SPLITS, write_parquet, write_text
+from hymate.data.meds import SPLITS, write_parquet
 from hymate.data.tasks import labels
 from hymate.predict import prediction_table
+from hymate.storage import Location, locate, write_text
 from hymate.training.results import RESULTS, TABLE_WIDTH, score_rows
 
 Kind = Literal["gradient_boosting", "logistic_regression", "lightgbm"]
@@ -286,7 +286,7 @@ def run(config: BaselinesConfig) -> None:
     """The command."""
     if config.baseline == "lightgbm":
         _lightgbm()
-    root, out = Path(config.data.path), Path(config.out)
+    root, out = locate(config.data.path), locate(config.out)
     histories = Histories.open(root)
     label_set = labels(root, config.task)
     examples = {split: labelled_examples(histories, label_set.table, split) for split in SPLITS}
@@ -340,7 +340,7 @@ def _importances(model: Baseline, tuning: FeatureTable, seed: int) -> dict[str, 
     }
 
 
-def _show(found: dict[str, Any], out: Path) -> None:
+def _show(found: dict[str, Any], out: Location) -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=TABLE_WIDTH)

@@ -14,8 +14,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +26,7 @@ from torch import Tensor
 
 from hymate.config import DataConfig, ModelConfig, UserError, build, dump_yaml, parse_yaml
 from hymate.data.vocabulary import Vocabulary
+from hymate.storage import Location, UrlPath, local_copy, new_folder
 
 if TYPE_CHECKING:
     from hymate.model import RiskModel
@@ -70,7 +69,7 @@ class Bundle:
 
 
 def write_bundle(
-    folder: Path,
+    folder: Location,
     model_state: dict[str, Tensor],
     *,
     kind: Kind,
@@ -82,15 +81,11 @@ def write_bundle(
     card: str = "",
     extra: dict[str, Any] | None = None,
 ) -> None:
-    """Write a bundle in one move: a temporary folder beside `folder` takes its place when it is complete.
+    """Write a bundle whole: a temporary folder takes the place of `folder` when it is complete.
 
     card: text of the model card below its title. extra: plain values kept in config.yaml (metrics, fingerprint).
     """
-    folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
-        new = Path(scratch) / "new"
-        new.mkdir()
+    with new_folder(folder, marker=CONFIG) as new:
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in model_state.items()}
         write_weights(state, new / WEIGHTS, {"format": "pt"})
         vocabulary.write(new / VOCABULARY)
@@ -106,17 +101,20 @@ def write_bundle(
         }
         (new / CONFIG).write_text(dump_yaml(tree))
         (new / CARD).write_text(f"# HyMaTE {kind} model\n\n{card.strip()}\n")
-        if folder.exists():
-            os.replace(folder, Path(scratch) / "old")
-        os.replace(new, folder)
 
 
-def read_bundle(path: Path, kind: Kind | None = None) -> Bundle:
+def read_bundle(path: Location, kind: Kind | None = None) -> Bundle:
     """Read a bundle, or a run folder's `bundle`; `kind` is the one the caller needs.
 
     Raises UserError (one line) where it is missing, damaged, of a newer format or of another kind.
     """
-    folder = find_bundle(Path(path))
+    folder = find_bundle(path)
+    if isinstance(folder, UrlPath):
+        try:
+            with local_copy(folder) as copy:
+                return read_bundle(copy, kind)
+        except UserError as error:
+            raise UserError(f"{folder}: {error}") from error
     tree = _read_config(folder)
     if kind is not None and tree["kind"] != kind:
         raise UserError(f"{folder} holds a {tree['kind']} model, but a {kind} model is needed here")
@@ -183,7 +181,7 @@ def build_model(bundle: Bundle) -> RiskModel:
     return model.eval()
 
 
-def find_bundle(path: Path) -> Path:
+def find_bundle(path: Location) -> Location:
     """The bundle's folder: `path` itself, or `path`/bundle of a run folder."""
     folder = path / "bundle" if (path / "bundle").is_dir() else path
     if not folder.is_dir():

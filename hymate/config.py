@@ -27,23 +27,16 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from hymate.errors import UserError
+from hymate.storage import CREDENTIAL, CREDENTIAL_REFUSED, Location, locate, write_text
+
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 T = TypeVar("T")
-_CREDENTIAL = re.compile(
-    r"\w://[^@\s]*:[^@\s]*@"  # a URL's user:password@
-    r"|[?&][^=&\s]*(password|secret|token|credential|signature|access_?key|api_?key)[^=&\s]*="  # or its query
-    r"|\b(AKIA|ASIA)[A-Z0-9]{16}\b",  # an access key of AWS
-    re.IGNORECASE,
-)
 _CREDENTIAL_NAME = re.compile(
     r"(^|_)(password|passwd|secret|token|credentials?|access_key|api_key)($|_)", re.IGNORECASE
 )
 # ${names:${task}}: the task's name, of several joined
 OmegaConf.register_new_resolver("names", lambda task: task.get("name") or "-".join(task), replace=True)
-
-
-class UserError(Exception):
-    """A mistake the user can mend; its text is one line: what, where, how to mend it."""
 
 
 class ConfigError(UserError):
@@ -57,7 +50,7 @@ class ConfigError(UserError):
 class DataConfig:
     """A prepared dataset and how its histories are cut and packed.
 
-    path: folder written by `python -m hymate.data.prepare`.
+    path: folder or URL written by `python -m hymate.data.prepare`.
     context: most events of one history that the model sees (a random window of it in pretraining, the last
         events up to the prediction time in fine-tuning).
     tokens_per_row: most events packed into one row, which is what one worker computes at a time.
@@ -251,7 +244,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Where a run lives: `<dir>/<name>`; the same name continues the run that is there."""
+    """Where a run lives: `<dir>/<name>`, `dir` a folder or a URL; the same name continues the run that is there."""
 
     name: str
     dir: str = "runs"
@@ -264,9 +257,9 @@ class RunConfig:
         )
 
     @property
-    def path(self) -> Path:
+    def path(self) -> Location:
         """Absolute folder of the run (workers run in other working directories)."""
-        return (Path(self.dir) / self.name).absolute()
+        return (locate(self.dir) / self.name).absolute()
 
 
 @dataclass(frozen=True)
@@ -397,11 +390,8 @@ def _refuse_credentials(key: str, value: str) -> None:
         if _CREDENTIAL_NAME.search(name) and not name.endswith(("_PATH", "_FILE")) and len(held) >= 12
     )
     named = _CREDENTIAL_NAME.search(key.rpartition(".")[2]) and value not in ("", "None", "null")
-    if named or _CREDENTIAL.search(value) or any(secret in value for secret in secrets):
-        raise ConfigError(
-            f"{key} holds a credential, which the run's files would keep: leave it out and give it by the environment "
-            "(for S3 AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE) or by the machine's role"
-        )
+    if named or CREDENTIAL.search(value) or any(secret in value for secret in secrets):
+        raise ConfigError(f"{key} {CREDENTIAL_REFUSED}")
 
 
 def _each_task_by_name(overrides: Sequence[str]) -> list[str]:
@@ -529,7 +519,7 @@ def parse_yaml(text: str) -> Any:
         raise ValueError(lines[0][:200] if lines else type(error).__name__) from error
 
 
-def check_same_run(run: Path, tree: Mapping[str, Any], changeable: Set[str]) -> None:
+def check_same_run(run: Location, tree: Mapping[str, Any], changeable: Set[str]) -> None:
     """Whether the configuration that a run folder holds, if any, is this one but for `changeable` keys.
 
     Raises ConfigError naming the first key that differs.
@@ -551,12 +541,9 @@ def check_same_run(run: Path, tree: Mapping[str, Any], changeable: Set[str]) -> 
             )
 
 
-def write_run_config(run: Path, tree: Mapping[str, Any]) -> None:
+def write_run_config(run: Location, tree: Mapping[str, Any]) -> None:
     """Write `config.yaml` of a run folder, atomically."""
-    run.mkdir(parents=True, exist_ok=True)
-    temporary = run / ".config.yaml"
-    temporary.write_text(dump_yaml(tree))
-    os.replace(temporary, run / "config.yaml")
+    write_text(dump_yaml(tree), run / "config.yaml")
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -21,7 +21,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal, TypeVar
 
 import numpy as np
@@ -34,8 +33,9 @@ from hymate.attribution import SHARES, Attribution, Case, Explainer, deletion_an
 from hymate.bundle import read_bundle
 from hymate.config import ConfigError, TaskConfig, UserError, main
 from hymate.data.loader import US_PER_HOUR, Examples
-from hymate.data.meds import write_parquet, write_text
+from hymate.data.meds import write_parquet
 from hymate.predict import DataPath, asked_of, best_device, predict
+from hymate.storage import Location, locate, write_text
 from hymate.training.tables import markdown
 
 T = TypeVar("T")
@@ -76,9 +76,9 @@ class ExplainConfig:
 
 def run(config: ExplainConfig) -> None:
     """The command."""
-    bundle = read_bundle(Path(config.bundle), kind="risk").for_task(config.task.name)
-    out = Path(config.out)
-    with asked_of(bundle, Path(config.data.path), config.task, config.split) as (histories, examples):
+    bundle = read_bundle(locate(config.bundle), kind="risk").for_task(config.task.name)
+    out = locate(config.out)
+    with asked_of(bundle, locate(config.data.path), config.task, config.split) as (histories, examples):
         _check_subjects(config.subjects, examples, config.split)
         outputs, rows = predict(bundle, histories, examples)
         prob_E = outputs.probability_ET[:, 0]
@@ -121,7 +121,7 @@ def chosen_patients(examples: Examples, prob_E: np.ndarray, subjects: Sequence[i
 
 
 def explain_patients(
-    explainer: Explainer, examples: Examples, prob_E: np.ndarray, chosen: np.ndarray, folder: Path
+    explainer: Explainer, examples: Examples, prob_E: np.ndarray, chosen: np.ndarray, folder: Location
 ) -> None:
     """A timeline of each of the `chosen` examples, and the table of all their events."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -6,7 +6,6 @@ Shape legend: L events of one case, R rows of a picture (the last is all variabl
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -14,7 +13,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from hymate.data.meds import atomic_path
+from hymate.storage import Location, atomic_path
 
 TICKS_HOURS = {
     "0": 0,
@@ -35,7 +34,7 @@ _LINE = {"attribution": _RAISES, "attention": "#e08214", "random": _DULL}
 
 
 def timeline(
-    path: Path,
+    path: Location,
     title: str,
     hours_before_L: np.ndarray,
     row_L: np.ndarray,
@@ -92,7 +91,7 @@ def timeline(
     _save(figure, path)
 
 
-def importance(path: Path, codes: Sequence[str], attribution_R: np.ndarray, change_R: np.ndarray) -> None:
+def importance(path: Location, codes: Sequence[str], attribution_R: np.ndarray, change_R: np.ndarray) -> None:
     """Variables by importance, the first on top: mean size of attribution, and of the change on removal."""
     R = len(codes)
     figure = Figure(figsize=(10, 1.2 + 0.27 * R), layout="constrained")
@@ -110,7 +109,7 @@ def importance(path: Path, codes: Sequence[str], attribution_R: np.ndarray, chan
     _save(figure, path)
 
 
-def faithfulness(path: Path, shares: Sequence[float], curves: Mapping[str, Mapping[str, np.ndarray]]) -> None:
+def faithfulness(path: Location, shares: Sequence[float], curves: Mapping[str, Mapping[str, np.ndarray]]) -> None:
     """A panel for each measure: its curve (G,) for each order of the events."""
     figure = Figure(figsize=(10, 6.4), layout="constrained")
     for axes, (measure, orders) in zip(figure.subplots(2, 2).flat, curves.items(), strict=True):
@@ -142,6 +141,6 @@ def short(label: str) -> str:
     return label if len(label) <= LABEL_WIDTH else f"{label[: LABEL_WIDTH - 1]}…"
 
 
-def _save(figure: Figure, path: Path) -> None:
+def _save(figure: Figure, path: Location) -> None:
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=130)

@@ -37,6 +37,7 @@ from hymate.data.meds import read_labels, write_parquet
 from hymate.data.prepare import PrepareConfig, prepare
 from hymate.data.tasks import labels
 from hymate.states import StateFolder
+from hymate.storage import Location, locate
 from hymate.streaming import StreamingModel, check_streamable
 
 
@@ -169,7 +170,7 @@ def best_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def write_predictions(examples: Examples, outputs: Outputs, path: Path) -> list[Path]:
+def write_predictions(examples: Examples, outputs: Outputs, path: Location) -> list[Location]:
     """One task's predictions into `path` and, where it predicts days, these into a file beside it; the paths."""
     tables = {path: prediction_table(examples, outputs.probability_ET[:, 0])}
     if not np.isnan(outputs.log_days_ET).any():
@@ -210,21 +211,21 @@ def run(config: PredictConfig) -> None:
 
 
 def _run(config: PredictConfig) -> None:
-    bundle = read_bundle(Path(config.bundle), kind="risk").for_task(config.task.name)
+    bundle = read_bundle(locate(config.bundle), kind="risk").for_task(config.task.name)
     if config.context == "all":
         check_streamable(bundle.model)
     with contextlib.ExitStack() as stack:
         states = None
         if config.states is not None:
-            states = stack.enter_context(StateFolder(Path(config.states), bundle.fingerprint))
-        opened = asked_of(bundle, Path(config.data.path), config.task, config.split)
+            states = stack.enter_context(StateFolder(locate(config.states), bundle.fingerprint))
+        opened = asked_of(bundle, locate(config.data.path), config.task, config.split)
         histories, examples = stack.enter_context(opened)
         if config.context == "all":
             outputs, num_read, unknown_share = predict_whole(bundle, histories, examples, states)
         else:
             outputs, rows = predict(bundle, histories, examples)
             unknown_share = rows.unknown_share
-    written = write_predictions(examples, outputs, Path(config.out))
+    written = write_predictions(examples, outputs, locate(config.out))
     dropped = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in examples.dropped.items() if count)
     print(f"{unknown_share:.1%} of the events read have codes that the bundle does not know")
     if states is not None:
@@ -235,7 +236,7 @@ def _run(config: PredictConfig) -> None:
 
 
 @contextlib.contextmanager
-def asked_of(bundle: Bundle, path: Path, task: TaskConfig, split: str) -> Iterator[tuple[Histories, Examples]]:
+def asked_of(bundle: Bundle, path: Location, task: TaskConfig, split: str) -> Iterator[tuple[Histories, Examples]]:
     """The dataset at `path`, prepared or not, and what of it the bundle is to predict: the task's times in `split`.
 
     Raises UserError where the bundle knows none of the dataset's codes.
@@ -249,7 +250,7 @@ def asked_of(bundle: Bundle, path: Path, task: TaskConfig, split: str) -> Iterat
 
 
 @contextlib.contextmanager
-def prepared(path: Path) -> Iterator[Path]:
+def prepared(path: Location) -> Iterator[Location]:
     """`path` if it is a prepared dataset, else a temporary one prepared from the MEDS folder at `path`."""
     if read_metadata(path) is not None or not (path / "data").is_dir():
         yield path
@@ -259,9 +260,9 @@ def prepared(path: Path) -> Iterator[Path]:
         yield Path(folder)
 
 
-def _prediction_times(root: Path, task: TaskConfig) -> pa.Table:
+def _prediction_times(root: Location, task: TaskConfig) -> pa.Table:
     """The task's labels; labels handed in as a folder need no boolean_value, for prediction needs only the times."""
-    return read_labels(Path(task.labels)) if task.labels is not None else labels(root, task).table
+    return read_labels(locate(task.labels)) if task.labels is not None else labels(root, task).table
 
 
 def _examples(histories: Histories, table: pa.Table, split: str) -> Examples:

@@ -17,7 +17,6 @@ import fcntl
 import hashlib
 import json
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,8 +26,8 @@ from torch import Tensor
 
 from hymate.bundle import write_weights
 from hymate.config import UserError
-from hymate.data.meds import atomic_path, write_text
 from hymate.pooling import VariableSums
+from hymate.storage import Location, UrlPath, atomic_path, local_copy, write_text
 from hymate.streaming import PatientState, PooledState
 
 FORMAT_VERSION = 1  # another one where the same bundle would leave other states
@@ -39,13 +38,15 @@ SCALARS = ("num_events", "first_time_us", "last_time_us")
 class StateFolder:
     """The states in a folder, made (for its owner only) where there is none; nobody else's inside a `with` block.
 
+    At a URL there are neither owners nor locks: who may read it is the storage's to say, and it is for one program.
+
     bundle: fingerprint of the bundle that makes the states.
     counts: how many states were found and fit ("known"), and why others did not: "new" (there was none), "damaged",
         "changed" (the events are no longer those that it was made of).
     Raises UserError where the folder holds something else, another bundle's states, or is in use.
     """
 
-    def __init__(self, path: Path, bundle: str) -> None:
+    def __init__(self, path: Location, bundle: str) -> None:
         assert bundle, "states belong to a bundle that was read from its folder"
         self.path, self.counts = path, Counter[str]()
         self._owner = {"format_version": FORMAT_VERSION, "bundle": bundle}
@@ -59,6 +60,8 @@ class StateFolder:
             raise UserError(f"{path} holds the states of another bundle or version: give states=DIR another folder")
 
     def __enter__(self) -> StateFolder:
+        if isinstance(self.path, UrlPath):
+            return self
         self._lock = (self.path / MARKER).open()
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -68,7 +71,8 @@ class StateFolder:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._lock.close()
+        if not isinstance(self.path, UrlPath):
+            self._lock.close()
 
     def load(self, subject_id: int, events_L: np.ndarray, device: torch.device | str = "cpu") -> PatientState | None:
         """A subject's state on `device`; None where there is none that goes with `events_L`, its history by now."""
@@ -95,7 +99,7 @@ class StateFolder:
         self, subject_id: int, events_L: np.ndarray, device: torch.device | str
     ) -> tuple[PatientState | None, str]:
         try:
-            with safe_open(self._file(subject_id), "pt") as file:
+            with local_copy(self._file(subject_id)) as found, safe_open(found, "pt") as file:
                 header = json.loads(file.metadata()[HEADER])
                 tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
             if header.pop("sha256") != self._checksum(subject_id, header, tensors):
@@ -116,7 +120,7 @@ class StateFolder:
             **{name: header[name] for name in SCALARS},
         ), "known"
 
-    def _file(self, subject_id: int) -> Path:
+    def _file(self, subject_id: int) -> Location:
         return self.path / f"{subject_id}.safetensors"
 
     def _checksum(self, subject_id: int, header: dict[str, Any], tensors: dict[str, Tensor]) -> str:
@@ -134,7 +138,7 @@ def _digest(*parts: bytes) -> str:
     return digest.hexdigest()
 
 
-def _json(path: Path) -> object:
+def _json(path: Location) -> object:
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError, RecursionError):

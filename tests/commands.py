@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import time
 from collections.abc import Callable
@@ -15,6 +16,12 @@ ROOT = Path(__file__).resolve().parent.parent
 PATIENCE_S = 180.0
 
 
+def readme_commands() -> list[str]:
+    """The README's commands, each in a line."""
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    return [line for block in blocks for line in block.replace("\\\n", " ").splitlines() if line.strip()]
+
+
 def run(arguments: list[str], environment: dict[str, str], cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(arguments, env=environment, cwd=cwd, capture_output=True, text=True, timeout=PATIENCE_S)
 
@@ -24,6 +31,23 @@ def wait_until(condition: Callable[[], object], what: str) -> None:
     while not condition():
         assert time.monotonic() < deadline, f"waited in vain until {what}"
         time.sleep(0.05)
+
+
+def processes() -> dict[int, tuple[int, str]]:
+    """pid -> (parent's pid, command line) of what runs on this machine."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            found[int(folder.name)] = (parent, (folder / "cmdline").read_text().replace("\0", " "))
+        except (OSError, ValueError):
+            continue  # it ended meanwhile
+    return found
+
+
+def ray_processes(folder: str) -> set[int]:
+    """Those of a Ray whose files are in `folder`."""
+    return {pid for pid, (_, line) in processes().items() if f"{folder}/" in line}
 
 
 def points(run_folder: Path, name: str) -> list[Any]:

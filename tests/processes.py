@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -114,10 +115,8 @@ def run_training(
 
     def report(metrics: dict[str, float], part: Path) -> None:
         target = folder / f"step-{metrics['step']}"
-        target.mkdir(parents=True, exist_ok=True)
-        for file in part.iterdir():
-            file.rename(target / file.name)
+        shutil.copytree(part, target, dirs_exist_ok=True)
+        shutil.rmtree(part)
 
-    scratch = folder / f"scratch-{worker.rank}"
-    train(job, config, worker, report=report, telemetry=recorder, resume=resume, scratch=scratch)
+    train(job, config, worker, report=report, telemetry=recorder, resume=resume)
     return recorder, job

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from scipy.special import expit
@@ -68,6 +68,7 @@ def configured(data: Path, init: Path | None, *overrides: str) -> TuneConfig:
 # -------------------------------------------------------------------------------------------------------- space
 
 
+@settings(deadline=None)
 @given(num_trials=st.integers(1, 20), seed=st.integers(0, 100))
 def test_points_spread_evenly_over_the_space(num_trials: int, seed: int) -> None:
     drawn = space.draw(

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import threading
+from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -77,7 +78,8 @@ def write_prepared(root: Path, shards: dict[str, list[dict]], per_group: int = 5
     ]
     table = pa.Table.from_pylist(vocabulary, schema=VOCABULARY_SCHEMA)
     pq.write_table(table, root / "histories" / "vocabulary.parquet")
-    metadata = {"format_version": 1, "source": "test", "fingerprint": "0", "splits": {}}
+    sizes = {split: {"subjects": count} for split, count in Counter(row["split"] for row in index).items()}
+    metadata = {"format_version": 1, "source": "test", "fingerprint": "0", "splits": sizes}
     (root / "histories" / "metadata.json").write_text(json.dumps(metadata))
     return root
 

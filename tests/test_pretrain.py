@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from commands import ROOT, points, run, step_of, wait_until
+from commands import ROOT, points, processes, ray_processes, run, step_of, wait_until
 from safetensors.torch import load_file
 
 from hymate.bundle import read_bundle
@@ -70,22 +70,6 @@ def command(data: Path, runs: Path, *overrides: str) -> list[str]:
     given = {override.partition("=")[0] for override in overrides}
     kept = [f"{key}={value}" for key, value in settings.items() if key not in given]
     return [sys.executable, str(ROOT / "pretrain" / "run.py"), *kept, *overrides]
-
-
-def processes() -> dict[int, tuple[int, str]]:
-    """pid -> (parent's pid, command line) of what runs on this machine."""
-    found = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            found[int(folder.name)] = (parent, (folder / "cmdline").read_text().replace("\0", " "))
-        except (OSError, ValueError):
-            continue  # it ended meanwhile
-    return found
-
-
-def ray_processes(folder: str) -> set[int]:
-    return {pid for pid, (_, line) in processes().items() if f"{folder}/" in line}
 
 
 def train_workers(folder: str) -> set[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from safetensors.torch import load_file
@@ -40,6 +41,7 @@ def trained_bundle(data: Path, steps: int) -> Bundle:
 
     def report(scores: dict[str, float], checkpoint: Path) -> None:
         state.update(load_file(checkpoint / "model.safetensors"))
+        shutil.rmtree(checkpoint)
 
     with engine.single_process() as worker:
         run_trial(
@@ -49,6 +51,5 @@ def trained_bundle(data: Path, steps: int) -> Bundle:
             report=report,
             resume=None,
             telemetry=Telemetry(run_path, enabled=False),
-            scratch=run_path,
         )
     return Bundle("risk", trial.model, trial.data, trial.tasks, start.vocabulary, state)

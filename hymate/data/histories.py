@@ -10,7 +10,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 import meds
 import numpy as np
@@ -19,7 +19,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from hymate.config import UserError
-from hymate.data.meds import STATIC_TIME, UNREADABLE, Events, atomic_path, iter_events, open_parquet, read_parquet
+from hymate.data.meds import STATIC_TIME, UNREADABLE, Events, iter_events, open_parquet, read_parquet
+from hymate.storage import Location, atomic_path, locate
 
 FORMAT_VERSION = 1
 FOLDER = "histories"
@@ -85,7 +86,9 @@ class History:
 # ------------------------------------------------------------------------------------------------------ writing
 
 
-def write_histories(data: Path, histories: Path, shard: str, code_ids: dict[str, int], splits: Splits) -> pa.Table:
+def write_histories(
+    data: Location, histories: Location, shard: str, code_ids: dict[str, int], splits: Splits
+) -> pa.Table:
     """Write one MEDS shard (`data`) as histories, atomically, and return its part of the index.
 
     code_ids: every code of the shard -> its row in the vocabulary.
@@ -171,7 +174,7 @@ class Histories:
     fingerprint: a digest of what the dataset was prepared from.
     """
 
-    def __init__(self, path: Path, codes: list[str], index: dict[str, np.ndarray], fingerprint: str) -> None:
+    def __init__(self, path: Location, codes: list[str], index: dict[str, np.ndarray], fingerprint: str) -> None:
         self.path = path
         self.codes = codes
         self.index = index
@@ -179,9 +182,9 @@ class Histories:
         self._cache = _RowGroups(path / FOLDER, len(codes))
 
     @classmethod
-    def open(cls, path: str | Path) -> Histories:
-        """Open a folder that `python -m hymate.data.prepare` wrote; raises UserError where it is not complete."""
-        path = Path(path)
+    def open(cls, path: str | Location) -> Histories:
+        """Open what `python -m hymate.data.prepare` wrote; raises UserError where it is not complete."""
+        path = locate(path) if isinstance(path, str) else path
         metadata = read_metadata(path)
         if metadata is None:
             raise UserError(f"{path}: not a prepared dataset: run python -m hymate.data.prepare source=... out={path}")
@@ -218,7 +221,7 @@ class Histories:
         return [history for history in histories if history is not None]
 
 
-def read_metadata(path: Path) -> dict | None:
+def read_metadata(path: Location) -> dict | None:
     """histories/metadata.json of a prepared dataset, None where it is not there.
 
     Raises UserError where another version of the format wrote it.
@@ -242,7 +245,7 @@ def read_metadata(path: Path) -> dict | None:
     return metadata
 
 
-def _damaged(path: Path) -> UserError:
+def _damaged(path: Location) -> UserError:
     return UserError(f"{path}: missing or damaged: prepare the dataset again")
 
 
@@ -317,7 +320,7 @@ class _Rows:
 class _RowGroups:
     """Decoded row groups, the most recently used ones kept; safe to use from several threads."""
 
-    def __init__(self, folder: Path, num_codes: int) -> None:
+    def __init__(self, folder: Location, num_codes: int) -> None:
         self._folder, self._num_codes = folder, num_codes
         self._lock = threading.Lock()
         self._groups: OrderedDict[tuple[str, int], _Rows] = OrderedDict()

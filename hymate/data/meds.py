@@ -6,8 +6,6 @@ stream: what they hold does not grow with a shard.
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -26,6 +24,7 @@ import pyarrow.parquet as pq
 from flexible_schema.exceptions import SchemaValidationError, TableValidationError  # type: ignore[import-untyped]
 
 from hymate.config import ConfigError, UserError
+from hymate.storage import Location, UrlPath, atomic_path, files_below, local_copy, readable, write_text
 
 DATA_SCHEMA: pa.Schema = meds.DataSchema.schema().remove(4)  # text_value is never used
 LABEL_SCHEMA: pa.Schema = meds.LabelSchema.schema()
@@ -56,10 +55,10 @@ class Source(Protocol):
     def shards(self) -> list[str]:
         """Names such as "train/0"; raises DataError where the raw data are visibly wrong."""
 
-    def write_shard(self, shard: str, out: Path) -> None:
+    def write_shard(self, shard: str, out: Location) -> None:
         """Write data/<shard>.parquet and labels/<task>/<shard>.parquet, atomically."""
 
-    def finish(self, out: Path) -> None:
+    def finish(self, out: Location) -> None:
         """Write metadata/ (subject_splits.parquet, codes.parquet, dataset.json) once every shard is written."""
 
 
@@ -88,43 +87,13 @@ class SplitsConfig:
 # ------------------------------------------------------------------------------------------------------ writing
 
 
-@contextlib.contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to: it takes the place of `path` when the block ends well, else it vanishes.
-
-    Raises UserError where the disk is full.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.unlink(missing_ok=True)
-        yield temporary
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise UserError(
-                f"{path}: no space left to write it: free some and run the same command again, it continues"
-            ) from error
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_parquet(table: pa.Table, path: Path) -> None:
+def write_parquet(table: pa.Table, path: Location) -> None:
     """Write a table atomically (zstd), making its folder."""
     with atomic_path(path) as temporary:
         pq.write_table(table, temporary, compression="zstd", row_group_size=ROWS, write_page_checksum=True)
 
 
-def write_text(text: str, path: Path) -> None:
-    """Write a text file atomically, making its folder."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(text)
-
-
-def write_metadata(out: Path, dataset: Mapping[str, Any], splits: pa.Table, codes: pa.Table) -> None:
+def write_metadata(out: Location, dataset: Mapping[str, Any], splits: pa.Table, codes: pa.Table) -> None:
     """Write MEDS metadata/: dataset.json, subject_splits.parquet (subject_id, split) and codes.parquet."""
     write_parquet(meds.SubjectSplitSchema.align(splits), out / meds.subject_splits_filepath)
     write_parquet(meds.CodeMetadataSchema.align(codes), out / meds.code_metadata_filepath)
@@ -184,7 +153,7 @@ class Events:
         return self.subject_id_R, self.time_R, self.code_R, self.value_R
 
 
-def iter_events(path: Path, code_ids: dict[str, int], named: Path | None = None) -> Iterator[Events]:
+def iter_events(path: Location, code_ids: dict[str, int], named: Location | None = None) -> Iterator[Events]:
     """A shard's rows in order, about ROWS at a time, never cutting a subject in two.
 
     code_ids: code -> the integer that stands for it; new codes are added with the next free number.
@@ -207,23 +176,27 @@ def iter_events(path: Path, code_ids: dict[str, int], named: Path | None = None)
         yield carried
 
 
-def open_parquet(path: Path, **options: Any) -> pq.ParquetFile:
+def open_parquet(path: Location, **options: Any) -> pq.ParquetFile:
     """A Parquet file, its pages' checksums verified where it has any.
 
     Raises one of UNREADABLE where it is none, or where its footer declares more rows than the file can hold.
     """
-    file = pq.ParquetFile(path, page_checksum_verification=True, **options)
+    source = readable(path)
+    num_bytes = path.stat().st_size if isinstance(source, Path) else source.size()
+    # at a URL one request brings a whole row group
+    options = {"pre_buffer": isinstance(path, UrlPath), **options}
+    file = pq.ParquetFile(source, page_checksum_verification=True, **options)
     # not the columns' sizes: PyArrow ends the process where a damaged footer contradicts itself about them
     groups = [file.metadata.row_group(group) for group in range(file.metadata.num_row_groups)]
     declared = max(file.metadata.num_rows, sum(group.num_rows for group in groups))
-    if declared > (1 << 20) + MAX_ROWS_PER_BYTE * path.stat().st_size:
+    if declared > (1 << 20) + MAX_ROWS_PER_BYTE * num_bytes:
         file.close()
         raise pa.ArrowInvalid(f"{declared} rows are more than its bytes can hold")
     _ = file.schema_arrow.names  # UnicodeDecodeError, here rather than wherever they are first looked at
     return file
 
 
-def read_parquet(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
+def read_parquet(path: Location, columns: Sequence[str] | None = None) -> pa.Table:
     """A whole Parquet file, its columns as given. Raises as `open_parquet` does; KeyError where one is missing."""
     with open_parquet(path) as file:
         table = file.read() if columns is None else file.read(columns=list(columns)).select(columns)
@@ -231,7 +204,7 @@ def read_parquet(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
     return table
 
 
-def _batches(path: Path, columns: Sequence[str], named: Path) -> Iterator[pa.RecordBatch]:
+def _batches(path: Location, columns: Sequence[str], named: Location) -> Iterator[pa.RecordBatch]:
     try:
         with open_parquet(path, read_dictionary=["code"], buffer_size=1 << 20, pre_buffer=False) as file:
             present = [c for c in columns if c in file.schema_arrow.names]
@@ -243,11 +216,11 @@ def _batches(path: Path, columns: Sequence[str], named: Path) -> Iterator[pa.Rec
         raise _unreadable(named) from error
 
 
-def _unreadable(path: Path) -> DataError:
+def _unreadable(path: Location) -> DataError:
     return DataError(f"{path}: not a readable Parquet file (truncated or damaged): fetch or write it again")
 
 
-def _decode(batch: pa.RecordBatch, code_ids: dict[str, int], first_row: int, named: Path) -> Events:
+def _decode(batch: pa.RecordBatch, code_ids: dict[str, int], first_row: int, named: Location) -> Events:
     for name in ("subject_id", "code"):
         if batch.column(name).null_count:
             row = first_row + int(pc.index(batch.column(name).is_null(), pa.scalar(True)).as_py())
@@ -269,7 +242,7 @@ def _decode(batch: pa.RecordBatch, code_ids: dict[str, int], first_row: int, nam
     )
 
 
-def read_splits(root: Path) -> pa.Table:
+def read_splits(root: Location) -> pa.Table:
     """The subjects' splits (subject_id int64, split string) of a MEDS folder.
 
     Raises DataError where the file is missing, malformed or names a subject twice.
@@ -285,16 +258,16 @@ def read_splits(root: Path) -> pa.Table:
     return table
 
 
-def read_labels(folder: Path) -> pa.Table:
+def read_labels(folder: Location) -> pa.Table:
     """All MEDS labels under a folder: subject_id, prediction_time and the value columns that hold anything.
 
     Columns that are null throughout, which label extractors write, are dropped. Raises DataError where there are
     no labels or they are malformed.
     """
-    files = sorted(p for p in folder.rglob("*.parquet") if p.is_file() and not p.name.startswith("."))
+    files = files_below(folder, ".parquet")
     if not files:
         raise DataError(f"{folder}: no label files (*.parquet): give a folder of MEDS labels")
-    return _without_null_columns(pa.concat_tables([_read_label_file(path) for path in files]))
+    return _without_null_columns(pa.concat_tables([_read_label_file(path) for path in files.values()]))
 
 
 def _without_null_columns(labels: pa.Table) -> pa.Table:
@@ -304,7 +277,7 @@ def _without_null_columns(labels: pa.Table) -> pa.Table:
     return labels.drop_columns([name for name in labels.column_names[2:] if is_null(name)])
 
 
-def _read_label_file(path: Path) -> pa.Table:
+def _read_label_file(path: Location) -> pa.Table:
     try:
         table = read_parquet(path)
     except UNREADABLE as error:
@@ -333,7 +306,7 @@ def _read_label_file(path: Path) -> pa.Table:
     return labels
 
 
-def _read(path: Path, schema: Any) -> pa.Table:
+def _read(path: Location, schema: Any) -> pa.Table:
     """A small MEDS file as its schema wants it."""
     if not path.is_file():
         raise DataError(f"{path}: missing: a MEDS dataset has it")
@@ -359,7 +332,7 @@ class MedsSource:
     of their ids into the shares of `splits`. Label folders (labels/<task>/) come along.
     """
 
-    raw: Path
+    raw: Location
     splits: SplitsConfig
     seed: int
     name: str = "meds"
@@ -368,11 +341,7 @@ class MedsSource:
         if not self.raw.is_dir():
             raise DataError(f"{self.raw}: no such folder: raw=DIR must be a MEDS dataset (data/, metadata/)")
         folder = self.raw / meds.data_subdirectory
-        shards = sorted(
-            p.relative_to(folder).with_suffix("").as_posix()
-            for p in folder.rglob("*.parquet")
-            if p.is_file() and not p.name.startswith(".")
-        )
+        shards = sorted(name.removesuffix(".parquet") for name in files_below(folder, ".parquet"))
         if not shards:
             raise DataError(f"{folder}: no *.parquet shards: raw=DIR must be a MEDS dataset (data/, metadata/)")
         self._check_version()
@@ -395,24 +364,22 @@ class MedsSource:
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256()
-        files = [self._raw_shard(shard) for shard in self.shards()]
-        files.append(self.raw / meds.dataset_metadata_filepath)
-        files += self._label_files()
-        splits = self.raw / meds.subject_splits_filepath
-        if splits.is_file():
-            files.append(splits)
+        files = [f"{meds.data_subdirectory}/{shard}.parquet" for shard in self.shards()]
+        files += [meds.dataset_metadata_filepath, *self._label_files()]
+        if (self.raw / meds.subject_splits_filepath).is_file():
+            files.append(meds.subject_splits_filepath)
         else:
             digest.update(repr((self.splits, self.seed)).encode())
-        for path in files:
+        for name in files:
             # A Parquet footer holds sizes, offsets and statistics of all columns: it stands for the content.
-            with path.open("rb") as file:
+            with (self.raw / name).open("rb") as file:
                 size = file.seek(0, os.SEEK_END)
                 file.seek(max(0, size - (1 << 16)))
-                digest.update(f"{path.relative_to(self.raw)} {size}\n".encode())
+                digest.update(f"{name} {size}\n".encode())
                 digest.update(file.read())
         return digest.hexdigest()
 
-    def write_shard(self, shard: str, out: Path) -> None:
+    def write_shard(self, shard: str, out: Location) -> None:
         raw = self._raw_shard(shard)
         conforms = _check_schema(raw)
         with atomic_path(out / meds.data_subdirectory / f"{shard}.parquet") as temporary:
@@ -422,7 +389,7 @@ class MedsSource:
                 _copy_aligned(raw, temporary)
             check_events(temporary, named=raw)
 
-    def finish(self, out: Path) -> None:
+    def finish(self, out: Location) -> None:
         subject_id_N = self._subjects()
         if (self.raw / meds.subject_splits_filepath).is_file():
             splits = read_splits(self.raw)
@@ -434,15 +401,21 @@ class MedsSource:
         codes = _read(codes_path, meds.CodeMetadataSchema) if codes_path.is_file() else codes_table({})
         dataset = json.loads((self.raw / meds.dataset_metadata_filepath).read_text())
         write_metadata(out, dataset, splits, codes)
-        for path in self._label_files():
-            write_parquet(_without_null_columns(_read_label_file(path)), out / path.relative_to(self.raw))
+        for name, path in self._label_files().items():
+            write_parquet(_without_null_columns(_read_label_file(path)), out / name)
 
-    def _raw_shard(self, shard: str) -> Path:
+    def _raw_shard(self, shard: str) -> Location:
         return self.raw / meds.data_subdirectory / f"{shard}.parquet"
 
-    def _label_files(self) -> list[Path]:
-        files = (self.raw / "labels").glob("*/**/*.parquet")
-        return sorted(p for p in files if p.is_file() and not p.name.startswith("."))
+    def _label_files(self) -> dict[str, Location]:
+        """The files of all label folders, by their path in the dataset."""
+        folder = self.raw / "labels"
+        tasks = [task for task in folder.iterdir() if task.is_dir()] if folder.is_dir() else []
+        return {
+            f"labels/{task.name}/{name}": path
+            for task in sorted(tasks, key=str)
+            for name, path in files_below(task, ".parquet").items()
+        }
 
     def _subjects(self) -> np.ndarray:
         """All subjects, sorted; raises DataError where one is in two shards."""
@@ -476,7 +449,7 @@ def hash64(key_N: np.ndarray, seed: int) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-def check_events(path: Path, named: Path) -> None:
+def check_events(path: Location, named: Location) -> None:
     """Check what schemas cannot say of a shard: subjects contiguous, times sorted, values finite, not empty.
 
     Raises DataError that names the file `named`.
@@ -498,7 +471,7 @@ def check_events(path: Path, named: Path) -> None:
         raise DataError(f"{named}: {scattered} subject(s) not contiguous: sort the shard by subject_id, time")
 
 
-def _check_sorted(events: Events, named: Path) -> None:
+def _check_sorted(events: Events, named: Location) -> None:
     timed = np.flatnonzero(events.time_R != STATIC_TIME)
     subject_id, time = events.subject_id_R[timed], events.time_R[timed]
     earlier = np.flatnonzero((time[1:] < time[:-1]) & (subject_id[1:] == subject_id[:-1]))
@@ -507,7 +480,7 @@ def _check_sorted(events: Events, named: Path) -> None:
         raise DataError(f"{named}: row {row}: earlier than the row before: sort the shard by subject_id, time")
 
 
-def _check_schema(path: Path) -> bool:
+def _check_schema(path: Location) -> bool:
     """Whether a shard conforms to the MEDS schema as it is; False where a cast makes it.
 
     Raises DataError for columns that are missing or of another kind.
@@ -529,7 +502,7 @@ def _check_schema(path: Path) -> bool:
 
 
 def _check_columns(
-    path: Path, schema: pa.Schema, kinds: Mapping[str, Callable[[pa.DataType], bool]], wanted: pa.Schema, says: str
+    path: Location, schema: pa.Schema, kinds: Mapping[str, Callable[[pa.DataType], bool]], wanted: pa.Schema, says: str
 ) -> None:
     """Raises DataError where a column occurs twice, or one of `wanted` is not of the kind that a cast can mend."""
     for name, count in Counter(schema.names).items():
@@ -566,7 +539,7 @@ LABEL_KINDS = {
 }
 
 
-def _copy_aligned(raw: Path, target: Path) -> None:
+def _copy_aligned(raw: Location, target: Path) -> None:
     """Copy a shard's MEDS columns, cast to the standard's types."""
     with pq.ParquetWriter(target, DATA_SCHEMA, compression="zstd") as writer:
         for number, batch in enumerate(_batches(raw, DATA_SCHEMA.names, raw)):
@@ -587,14 +560,15 @@ def _aligned(batch: pa.RecordBatch, spec: pa.Field) -> pa.Array:
     return batch.column(spec.name).cast(spec.type)
 
 
-def _link_or_copy(raw: Path, target: Path) -> None:
-    try:
-        os.link(raw, target)
-    except OSError:  # another file system, or one without links
-        shutil.copyfile(raw, target)
+def _link_or_copy(raw: Location, target: Path) -> None:
+    with local_copy(raw) as found:
+        try:
+            os.link(found, target)
+        except OSError:  # another file system, or one without links
+            shutil.copyfile(found, target)
 
 
-def _subjects_of(path: Path) -> np.ndarray:
+def _subjects_of(path: Location) -> np.ndarray:
     """The subjects of a shard, sorted."""
     batches = _batches(path, ["subject_id"], path)
     return np.unique(np.concatenate([np.unique(batch.column(0).to_numpy()) for batch in batches])).astype(np.int64)

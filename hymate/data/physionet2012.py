@@ -21,7 +21,6 @@ import tarfile
 import zlib
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -38,6 +37,7 @@ from hymate.data.meds import (
     write_metadata,
     write_parquet,
 )
+from hymate.storage import Location, files_below, local_copy
 
 ORIGIN = datetime.datetime(2012, 1, 1)  # admission time of every stay; only differences mean anything
 PREDICTION_TIME = ORIGIN + datetime.timedelta(hours=48)
@@ -125,15 +125,15 @@ _MINUTE_US = 60_000_000
 class _Set:
     """One set of the challenge: its stays (a folder or a tar archive) and its outcomes."""
 
-    stays: Path
-    outcomes: Path
+    stays: Location
+    outcomes: Location
 
     def records(self) -> set[int]:
         """The RecordIDs of all stays."""
         with self._reading():
             return {record for _, record, _ in self._files()}
 
-    def texts(self, wanted: Collection[int]) -> Iterator[tuple[Path, int, bytes]]:
+    def texts(self, wanted: Collection[int]) -> Iterator[tuple[Location, int, bytes]]:
         """(path, RecordID, text) of the stays in `wanted`."""
         with self._reading():
             for path, record, read in self._files():
@@ -147,14 +147,13 @@ class _Set:
         except (tarfile.TarError, lzma.LZMAError, zlib.error, EOFError, OSError, ValueError, MemoryError) as error:
             raise DataError(f"{self.stays}: not readable (truncated or damaged): fetch it again") from error
 
-    def _files(self) -> Iterator[tuple[Path, int, Callable[[], bytes]]]:
+    def _files(self) -> Iterator[tuple[Location, int, Callable[[], bytes]]]:
         if self.stays.is_dir():
-            for path in sorted(path for path in self.stays.glob("*.txt") if path.is_file()):
-                if path.stat().st_size > MAX_STAY_BYTES:
-                    raise DataError(f"{path}: too large for a stay: remove the file or fetch the set again")
-                yield path, _record(path), path.read_bytes
+            for name, path in files_below(self.stays, ".txt").items():
+                if "/" not in name:
+                    yield path, _record(path), functools.partial(_read_stay, path)
             return
-        with tarfile.open(self.stays, "r|*", tarinfo=_Member) as archive:
+        with local_copy(self.stays) as stays, tarfile.open(stays, "r|*", tarinfo=_Member) as archive:
             for member in archive:
                 file = archive.extractfile(member) if member.isfile() else None
                 if file is not None and member.name.endswith(".txt"):
@@ -173,7 +172,13 @@ class _Member(tarfile.TarInfo):
         return super()._proc_member(archive)  # type: ignore[misc]
 
 
-def _record(path: Path) -> int:
+def _read_stay(path: Location) -> bytes:
+    if path.stat().st_size > MAX_STAY_BYTES:
+        raise DataError(f"{path}: too large for a stay: remove the file or fetch the set again")
+    return path.read_bytes()
+
+
+def _record(path: Location) -> int:
     if not re.fullmatch(r"0|[1-9][0-9]{0,17}", path.stem):
         raise DataError(f"{path}: not the name of a stay (<RecordID>.txt): remove the file")
     return int(path.stem)
@@ -197,7 +202,7 @@ class PhysioNet2012Source:
     hospital) and `length_of_stay` (boolean: longer than 7 days; float: days; none where it is missing).
     """
 
-    raw: Path
+    raw: Location
     splits: SplitsConfig
     seed: int
     name: str = "physionet2012"
@@ -216,11 +221,11 @@ class PhysioNet2012Source:
                 digest.update(files.stays.read_bytes())
         return digest.hexdigest()
 
-    def write_shard(self, shard: str, out: Path) -> None:
+    def write_shard(self, shard: str, out: Location) -> None:
         rows_N = self._shards[shard]
         stays = self._stays
         wanted = dict.fromkeys(stays.record_N[rows_N].tolist())
-        texts: list[tuple[Path, int, bytes]] = []
+        texts: list[tuple[Location, int, bytes]] = []
         for letter in np.unique(stays.set_N[rows_N]):
             texts += self._sets[letter].texts(wanted)
         if len(texts) != len(wanted):
@@ -238,7 +243,7 @@ class PhysioNet2012Source:
             table = pa.table({"subject_id": record, "prediction_time": times, **values})
             write_parquet(table, out / "labels" / task / f"{shard}.parquet")
 
-    def finish(self, out: Path) -> None:
+    def finish(self, out: Location) -> None:
         dataset = {
             "dataset_name": "PhysioNet Challenge 2012, set " + ", ".join(self._sets),
             "dataset_version": "1.0.0",
@@ -251,9 +256,10 @@ class PhysioNet2012Source:
     def _sets(self) -> dict[str, _Set]:
         if not self.raw.is_dir():
             raise DataError(f"{self.raw}: no such folder: raw=DIR must hold set-a, set-b or set-c with its outcomes")
-        stays: dict[str, Path] = {}
-        outcomes: dict[str, Path] = {}
-        for path in sorted(self.raw.iterdir()):  # "set-b" comes before "set-b.tar.xz" and wins
+        stays: dict[str, Location] = {}
+        outcomes: dict[str, Location] = {}
+        files: list[Location] = list(self.raw.iterdir())
+        for path in sorted(files, key=str):  # "set-b" comes before "set-b.tar.xz" and wins
             for pattern, found in ((r"set-([^.]+)(\.tar(\.\w+)?)?", stays), (r"Outcomes-([^.]+)\.txt", outcomes)):
                 match = re.fullmatch(pattern, path.name)
                 if match and match[1] not in SETS:
@@ -313,7 +319,7 @@ class PhysioNet2012Source:
         return shards
 
 
-def _read_outcomes(path: Path) -> dict[int, tuple[bool, float]]:
+def _read_outcomes(path: Location) -> dict[int, tuple[bool, float]]:
     """RecordID -> (died in hospital, length of stay in days or NaN)."""
     lines = path.read_text(errors="replace").removesuffix("\n").split("\n")
     if not lines or lines[0].strip() != _OUTCOMES_HEADER:
@@ -332,7 +338,7 @@ def _read_outcomes(path: Path) -> dict[int, tuple[bool, float]]:
 # ------------------------------------------------------------------------------------------------ one shard's text
 
 
-def _events(texts: list[tuple[Path, int, bytes]]) -> pa.Table:
+def _events(texts: list[tuple[Location, int, bytes]]) -> pa.Table:
     """MEDS data of stays, in their order."""
     rows = _parse(texts)
     if rows is None:
@@ -381,7 +387,7 @@ def _events(texts: list[tuple[Path, int, bytes]]) -> pa.Table:
     )
 
 
-def _parse(texts: list[tuple[Path, int, bytes]]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray] | None:
+def _parse(texts: list[tuple[Location, int, bytes]]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray] | None:
     """stay_R (position in `texts`), minute_R, parameter_R (position in _PARAMETERS) and value_R; None where any
     line is malformed."""
     bodies = []
@@ -425,7 +431,7 @@ def _parse(texts: list[tuple[Path, int, bytes]]) -> tuple[np.ndarray, np.ndarray
     return stay_R, minute_R, parameter_R, value_R
 
 
-def _first_malformed(texts: list[tuple[Path, int, bytes]]) -> DataError:
+def _first_malformed(texts: list[tuple[Location, int, bytes]]) -> DataError:
     """The error for the first malformed line, by the rules of `_parse`."""
     for path, record, text in texts:
         header, *lines = text.decode(errors="replace").removesuffix("\n").split("\n")

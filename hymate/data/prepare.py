@@ -17,7 +17,6 @@ import hashlib
 import json
 import multiprocessing
 import os
-import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -46,13 +45,14 @@ from hymate.data.meds import (
     iter_events,
     read_splits,
     write_parquet,
-    write_text,
 )
 from hymate.data.physionet2012 import PhysioNet2012Source
 from hymate.data.statistics import CodeStatistics
 from hymate.data.synthetic import SyntheticConfig, SyntheticSource
+from hymate.storage import Location, StorageError, UrlPath, locate, readable, remove_tree, write_text
 
 WORK = ".work"  # inside histories/: the journal and what later stages need
+JOURNAL_S = 10.0  # between two journals at a URL
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class PrepareConfig:
         if self.source == "synthetic":
             return SyntheticSource(self.synthetic, self.splits)
         kind = PhysioNet2012Source if self.source == "physionet2012" else MedsSource
-        return kind(Path(str(self.raw)).absolute(), self.splits, self.seed)
+        return kind(locate(str(self.raw)).absolute(), self.splits, self.seed)
 
 
 def prepare(config: PrepareConfig) -> None:
@@ -92,7 +92,7 @@ def prepare(config: PrepareConfig) -> None:
     to something else or the disk is full.
     """
     console = Console(stderr=True)
-    source, out = config.open_source(), Path(config.out).absolute()
+    source, out = config.open_source(), locate(config.out).absolute()
     shards = source.shards()
     fingerprint = hashlib.sha256(f"{FORMAT_VERSION} {source.name} {source.fingerprint()}".encode()).hexdigest()
     if _is_complete(out, fingerprint):
@@ -102,19 +102,19 @@ def prepare(config: PrepareConfig) -> None:
         started = time.monotonic()
         journal = Journal(out / FOLDER / WORK / "journal.jsonl", fingerprint)
         try:
-            with _Stages(journal, bar, shards, config.workers) as stages:
+            with journal, _Stages(journal, bar, shards, config.workers) as stages:
                 _run(source, out, fingerprint, stages)
         except DataError:
             _remove(out)
             raise
-    shutil.rmtree(out / FOLDER / WORK)
+    remove_tree(out / FOLDER / WORK)
     metadata = read_metadata(out) or {}
     for split, size in metadata["splits"].items():
         console.print(f"{split}: {size['subjects']:,} subjects, {size['events']:,} events")
     console.print(f"prepared {out} in {time.monotonic() - started:.0f} s")
 
 
-def _run(source: Source, out: Path, fingerprint: str, stages: _Stages) -> None:
+def _run(source: Source, out: Location, fingerprint: str, stages: _Stages) -> None:
     stages.each("write MEDS", functools.partial(source.write_shard, out=out))
     stages.once("metadata", functools.partial(source.finish, out))
     stages.each("count codes", functools.partial(count_shard, out=out))
@@ -126,7 +126,7 @@ def _run(source: Source, out: Path, fingerprint: str, stages: _Stages) -> None:
 # ------------------------------------------------------------------------------------------------------- stages
 
 
-def count_shard(shard: str, out: Path) -> None:
+def count_shard(shard: str, out: Location) -> None:
     """Gather the code statistics of one written shard."""
     statistics = CodeStatistics()
     splits = _splits(out)
@@ -138,32 +138,32 @@ def count_shard(shard: str, out: Path) -> None:
     write_parquet(statistics.table(), out / FOLDER / WORK / "statistics" / f"{shard}.parquet")
 
 
-def encode_shard(shard: str, out: Path) -> None:
+def encode_shard(shard: str, out: Location) -> None:
     """Write the histories of one shard and its part of the index."""
-    codes = pq.read_table(out / FOLDER / "vocabulary.parquet", columns=["code"])["code"].to_pylist()
+    codes = pq.read_table(readable(out / FOLDER / "vocabulary.parquet"), columns=["code"])["code"].to_pylist()
     data = out / meds.data_subdirectory / f"{shard}.parquet"
     code_ids = {code: id for id, code in enumerate(codes)}
     index = write_histories(data, out / FOLDER / f"{shard}.parquet", shard, code_ids, _splits(out))
     write_parquet(index, out / FOLDER / WORK / "index" / f"{shard}.parquet")
 
 
-def _splits(out: Path) -> Splits:
+def _splits(out: Location) -> Splits:
     return _splits_of(out, (out / meds.subject_splits_filepath).stat().st_mtime_ns)
 
 
 @functools.lru_cache(maxsize=1)
-def _splits_of(out: Path, version: int) -> Splits:
+def _splits_of(out: Location, version: int) -> Splits:
     return Splits(read_splits(out))
 
 
-def _write_vocabulary(out: Path, shards: Sequence[str]) -> None:
+def _write_vocabulary(out: Location, shards: Sequence[str]) -> None:
     statistics = CodeStatistics()
     for shard in shards:
-        statistics.merge(pq.read_table(out / FOLDER / WORK / "statistics" / f"{shard}.parquet"))
+        statistics.merge(pq.read_table(readable(out / FOLDER / WORK / "statistics" / f"{shard}.parquet")))
     vocabulary = statistics.vocabulary()
     write_parquet(vocabulary, out / FOLDER / "vocabulary.parquet")
 
-    described = pq.read_table(out / meds.code_metadata_filepath)
+    described = pq.read_table(readable(out / meds.code_metadata_filepath))
     others = vocabulary["code"].filter(pc.invert(pc.is_in(vocabulary["code"], described["code"])))
     added = codes_table(dict.fromkeys(others.to_pylist()))
     write_parquet(
@@ -172,8 +172,9 @@ def _write_vocabulary(out: Path, shards: Sequence[str]) -> None:
     )
 
 
-def _write_index(out: Path, shards: Sequence[str], source: str, fingerprint: str) -> None:
-    index = pa.concat_tables([pq.read_table(out / FOLDER / WORK / "index" / f"{shard}.parquet") for shard in shards])
+def _write_index(out: Location, shards: Sequence[str], source: str, fingerprint: str) -> None:
+    parts = (readable(out / FOLDER / WORK / "index" / f"{shard}.parquet") for shard in shards)
+    index = pa.concat_tables([pq.read_table(part) for part in parts])
     write_parquet(index, out / FOLDER / "index.parquet")
     sizes = index.group_by("split").aggregate([("subject_id", "count"), ("num_events", "sum")]).to_pylist()
     metadata = {
@@ -189,29 +190,48 @@ def _write_index(out: Path, shards: Sequence[str], source: str, fingerprint: str
 
 
 class Journal:
-    """The finished (stage, shard) pairs of an unfinished preparation: a JSON line each, after one that names it."""
+    """The finished (stage, shard) pairs of an unfinished preparation: a JSON line each, after one that names it.
 
-    def __init__(self, path: Path, fingerprint: str) -> None:
+    At a URL, where nothing can be appended, it is written anew now and then and when a `with` block ends: what a kill
+    loses of it is done again.
+    """
+
+    def __init__(self, path: Location, fingerprint: str) -> None:
         header = {"fingerprint": fingerprint}
         if not path.is_file():
             write_text(json.dumps(header) + "\n", path)
         # A line that a kill cut short is no newline-ended line: it does not count, and the next one starts afresh.
         lines = path.read_text().split("\n")[:-1]
         if json.loads(lines[0]) != header:
-            out = path.parents[2]
+            out = path.parent.parent.parent
             raise UserError(
                 f"{out}: holds an unfinished preparation of other data or settings: delete it, or change out"
             )
         write_text("\n".join(lines) + "\n", path)
         self._done = {tuple(json.loads(line)) for line in lines[1:]}
-        self._path = path
+        self._path, self._lines, self._written = path, lines, time.monotonic()
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if isinstance(self._path, UrlPath) and kind is not StorageError:
+            self._write()
 
     def is_done(self, stage: str, shard: str) -> bool:
         return (stage, shard) in self._done
 
     def record(self, stage: str, shard: str) -> None:
-        with self._path.open("a") as file:
-            file.write(json.dumps([stage, shard]) + "\n")
+        self._lines.append(json.dumps([stage, shard]))
+        if isinstance(self._path, Path):
+            with self._path.open("a") as file:
+                file.write(self._lines[-1] + "\n")
+        elif time.monotonic() - self._written > JOURNAL_S:
+            self._write()
+
+    def _write(self) -> None:
+        write_text("\n".join(self._lines) + "\n", self._path)
+        self._written = time.monotonic()
 
 
 class _Stages:
@@ -282,13 +302,13 @@ def _start_worker() -> None:
 # ------------------------------------------------------------------------------------------------ output folder
 
 
-def _is_complete(out: Path, fingerprint: str) -> bool:
+def _is_complete(out: Location, fingerprint: str) -> bool:
     """Whether `out` holds this preparation, finished; raises UserError where it holds something else."""
     metadata = read_metadata(out)
     if metadata is not None:
         if metadata["fingerprint"] != fingerprint:
             raise UserError(f"{out}: prepared from other data or settings: delete it, or change out=DIR")
-        shutil.rmtree(out / FOLDER / WORK, ignore_errors=True)
+        remove_tree(out / FOLDER / WORK)
         return True
     if out.exists() and not (out / FOLDER / WORK).is_dir() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: not empty: out=DIR must be a new or empty folder, or one to continue")
@@ -296,8 +316,11 @@ def _is_complete(out: Path, fingerprint: str) -> bool:
 
 
 @contextlib.contextmanager
-def _locked(out: Path) -> Iterator[None]:
+def _locked(out: Location) -> Iterator[None]:
     work = out / FOLDER / WORK
+    if isinstance(work, UrlPath):  # no locks there: two at once do each other's work again
+        yield
+        return
     try:
         work.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -310,11 +333,12 @@ def _locked(out: Path) -> Iterator[None]:
         yield
 
 
-def _remove(out: Path) -> None:
+def _remove(out: Location) -> None:
     for name in ("data", "labels", "metadata", FOLDER):
-        shutil.rmtree(out / name, ignore_errors=True)
-    with contextlib.suppress(OSError):  # it holds something else
-        out.rmdir()
+        remove_tree(out / name)
+    if not isinstance(out, UrlPath):
+        with contextlib.suppress(OSError):  # it holds something else
+            out.rmdir()
 
 
 def _bar(console: Console) -> Progress:

@@ -31,7 +31,6 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,9 +39,10 @@ import pyarrow as pa
 from hymate import __version__
 from hymate.config import ConfigError
 from hymate.data import synthetic_law as law
-from hymate.data.meds import SPLITS, SplitsConfig, codes_table, write_metadata, write_parquet, write_text
+from hymate.data.meds import SPLITS, SplitsConfig, codes_table, write_metadata, write_parquet
 from hymate.data.synthetic_law import DAY
 from hymate.metrics import auprc, auroc, brier
+from hymate.storage import Location, write_text
 
 HOUR, US_PER_MINUTE = 60, 60_000_000
 ORACLE = "oracle/readmission.parquet"
@@ -524,13 +524,13 @@ class SyntheticSource:
     def _rng(self, number: int, stream: int) -> np.random.Generator:
         return np.random.default_rng(np.random.SeedSequence(self.config.seed, spawn_key=(number, stream)))
 
-    def write_shard(self, shard: str, out: Path) -> None:
+    def write_shard(self, shard: str, out: Location) -> None:
         number, ids = self._shards()[shard]
         patients, stays = self._course(number, ids)
         blocks = _blocks(self._rng(number, 1), patients, stays, self.config)
         write_parquet(_table(blocks, stays, ids.start), out / "data" / f"{shard}.parquet")
 
-    def finish(self, out: Path) -> None:
+    def finish(self, out: Location) -> None:
         subject_ids = np.arange(1, self.config.subjects + 1)
         splits = pa.table({"subject_id": subject_ids, "split": self._split_of_subjects().tolist()})
         dataset = {"dataset_name": "synthetic", "etl_name": "hymate", "etl_version": __version__}

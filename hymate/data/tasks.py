@@ -23,14 +23,11 @@ import copy
 import hashlib
 import json
 import logging
-import os
-import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -42,7 +39,8 @@ from rich.console import Console
 from rich.progress import track
 
 from hymate.config import ConfigError, TaskConfig, UserError
-from hymate.data.meds import read_labels, write_parquet, write_text
+from hymate.data.meds import read_labels, write_parquet
+from hymate.storage import Location, files_below, local_copy, locate, new_folder, write_text
 
 # aces is imported where labels are extracted: it takes seconds (matplotlib among others), and most runs find labels
 RULES_VERSION = 1  # of the rules above; a new one makes old extractions be redone
@@ -67,14 +65,14 @@ class LabelSet:
     counts: dict[str, int]
 
 
-def labels(root: Path, task: TaskConfig) -> LabelSet:
+def labels(root: Location, task: TaskConfig) -> LabelSet:
     """The labels of `task` in the dataset at `root`, extracted and kept in `root`/labels/<name> if need be.
 
     In this order: the folder `task.labels`; `root`/labels/<name> that came with the dataset; ACES's extraction,
     redone when the definition or the data changed since. Raises UserError where there is no label to be had.
     """
     if task.labels is not None:
-        return _given(Path(task.labels), "task.labels", task)
+        return _given(locate(task.labels), "task.labels", task)
     folder = root / "labels" / task.name
     came_with_data = folder.is_dir() and not (folder / SUMMARY).exists()
     if came_with_data:
@@ -89,7 +87,7 @@ def labels(root: Path, task: TaskConfig) -> LabelSet:
     return LabelSet(read_labels(folder), summary["counts"])
 
 
-def _given(folder: Path, key: str, task: TaskConfig) -> LabelSet:
+def _given(folder: Location, key: str, task: TaskConfig) -> LabelSet:
     if not folder.is_dir():
         raise UserError(f"{key}: {folder} is not a folder: give a folder of MEDS label Parquet files")
     table = read_labels(folder)
@@ -123,16 +121,16 @@ def _sizes(table: pa.Table) -> dict[str, int]:
 # --------------------------------------------------------------------------------------------------- extraction
 
 
-def _shards(root: Path) -> dict[str, Path]:
+def _shards(root: Location) -> dict[str, Location]:
     """Shard name ("train/0") -> MEDS data file."""
     data = root / "data"
-    files = {str(path.relative_to(data).with_suffix("")): path for path in sorted(data.rglob("[!.]*.parquet"))}
+    files = {name.removesuffix(".parquet"): path for name, path in files_below(data, ".parquet").items()}
     if not files:
         raise UserError(f"{data} holds no MEDS shards: make them with python -m hymate.data.prepare out={root}")
     return files
 
 
-def _fingerprint(task: TaskConfig, shards: dict[str, Path]) -> str:
+def _fingerprint(task: TaskConfig, shards: dict[str, Location]) -> str:
     """Changes with the definition, the rules and the data files (names and sizes)."""
     parts = [
         RULES_VERSION,
@@ -145,41 +143,34 @@ def _fingerprint(task: TaskConfig, shards: dict[str, Path]) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _summary(folder: Path) -> dict[str, Any]:
+def _summary(folder: Location) -> dict[str, Any]:
     try:
         return dict(json.loads((folder / SUMMARY).read_text()))
     except (OSError, ValueError, TypeError, RecursionError):
         return {}
 
 
-def _extract(task: TaskConfig, shards: dict[str, Path], folder: Path, fingerprint: str) -> dict[str, Any]:
+def _extract(task: TaskConfig, shards: dict[str, Location], folder: Location, fingerprint: str) -> dict[str, Any]:
     """Extract every shard's labels beside `folder` and put them there in one move."""
-    scratch = folder.parent / f".{task.name}.{os.getpid()}"
     counts: dict[str, dict[str, int]] = {}
     _aces_config(task)
     try:
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(parents=True)
-        with _quiet_aces():
+        with new_folder(folder, SUMMARY) as new, _quiet_aces():
             progress = Console(stderr=True, quiet=not sys.stderr.isatty())
             for shard in track(shards, f"Labels of {task.name}", console=progress, transient=True):
                 table, counts[shard] = _extract_shard(shards[shard], task)
-                write_parquet(table, scratch / f"{shard}.parquet")
-        total: Counter[str] = Counter()
-        for of_shard in counts.values():
-            total.update(of_shard)
-        _require_labels(task, total)
-        summary = {"fingerprint": fingerprint, "counts": dict(total), "shards": counts}
-        write_text(json.dumps(summary, indent=2) + "\n", scratch / SUMMARY)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(scratch, folder)
+                write_parquet(table, new / f"{shard}.parquet")
+            total: Counter[str] = Counter()
+            for of_shard in counts.values():
+                total.update(of_shard)
+            _require_labels(task, total)
+            summary = {"fingerprint": fingerprint, "counts": dict(total), "shards": counts}
+            write_text(json.dumps(summary, indent=2) + "\n", new / SUMMARY)
     except PermissionError as error:
         raise UserError(
             f"{folder.parent} cannot be written: make it writable for the labels of {task.name}, or give "
             "task.labels=FOLDER"
         ) from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     return summary
 
 
@@ -196,14 +187,15 @@ def _require_labels(task: TaskConfig, counts: Counter[str]) -> None:
         raise UserError(f"task {task.name}: no trigger gets a label ({told}): mend task.definition")
 
 
-def _extract_shard(path: Path, task: TaskConfig) -> tuple[pa.Table, dict[str, int]]:
+def _extract_shard(path: Location, task: TaskConfig) -> tuple[pa.Table, dict[str, int]]:
     """Labels (sorted by subject and time) and counts of one MEDS data file."""
     from aces.predicates import get_predicates_df
     from aces.query import query
 
     config = _aces_config(task)  # a fresh one a shard: query adds up window offsets inside it
     try:
-        events = get_predicates_df(config, DictConfig({"standard": "meds", "path": str(path)}))
+        with local_copy(path) as found:
+            events = get_predicates_df(config, DictConfig({"standard": "meds", "path": str(found)}))
         windows = query(config, events)
     except (pl.exceptions.PolarsError, pa.ArrowException) as error:
         fault = _one_line(error).partition("[")[0]  # where Polars quotes values

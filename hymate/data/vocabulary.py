@@ -6,7 +6,6 @@ Shape legend: V vocabulary ids (the two special ones, then one a code), Q quanti
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +15,7 @@ from hymate.batch import FIRST_CODE_ID, UNKNOWN_ID
 from hymate.config import UserError
 from hymate.data.meds import UNREADABLE, read_parquet, write_parquet
 from hymate.data.statistics import NUM_KNOTS, VOCABULARY_SCHEMA
+from hymate.storage import Location
 
 Z_LIMIT = 8.0  # recording errors (a pH of 735) would otherwise dominate
 
@@ -47,7 +47,7 @@ class Vocabulary:
         return np.concatenate([np.full(FIRST_CODE_ID, special), self._table[name].to_numpy()]).astype(dtype)
 
     @classmethod
-    def read(cls, path: Path, min_count: int = 1) -> Vocabulary:
+    def read(cls, path: Location, min_count: int = 1) -> Vocabulary:
         """Read vocabulary.parquet, without the codes of fewer than `min_count` training events.
 
         Raises UserError where the file is missing or not a vocabulary.
@@ -59,7 +59,7 @@ class Vocabulary:
             raise UserError(f"{path}: missing or not a vocabulary: prepare the dataset again") from error
         return cls(table.filter(pc.field("count") >= max(min_count, 1)))
 
-    def write(self, path: Path) -> None:
+    def write(self, path: Location) -> None:
         """Write the codes and their statistics, atomically; `read` gives the same vocabulary back."""
         ids = pa.array(np.arange(len(self.codes), dtype=np.int32))
         position = VOCABULARY_SCHEMA.get_field_index("id")

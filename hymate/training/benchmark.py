@@ -22,17 +22,15 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hymate import baselines, metrics, trust
-from hymate.bundle import Bundle
+from hymate.bundle import Bundle, read_weights, write_weights
 from hymate.config import (
     ConfigError,
     DataConfig,
@@ -49,9 +47,10 @@ from hymate.config import (
 from hymate.data.features import FeatureConfig, choose, features
 from hymate.data.histories import Histories
 from hymate.data.loader import Examples, labelled_examples
-from hymate.data.meds import atomic_path, write_parquet, write_text
+from hymate.data.meds import read_parquet, write_parquet
 from hymate.data.tasks import labels
 from hymate.predict import predict
+from hymate.storage import Location, atomic_path, local_copy, locate, write_text
 from hymate.telemetry import Telemetry
 from hymate.training import engine, pictures, space, tables
 from hymate.training.finetune import Start, Study, TrialConfig, run_trial
@@ -138,13 +137,13 @@ class Run:
 # -------------------------------------------------------------------------------------------------------- running
 
 
-def benchmark(config: BenchmarkConfig) -> Path:
+def benchmark(config: BenchmarkConfig) -> Location:
     """Run what is not there yet, then compare all; returns the run's folder."""
     data = dataclasses.replace(config.data, path=absolute("data.path", config.data.path))
     run = dataclasses.replace(config.run, dir=absolute("run.dir", config.run.dir))
     config = dataclasses.replace(config, data=data, run=run)
     histories = Histories.open(config.data.path)
-    labels(Path(config.data.path), config.task)  # a user's mistake shows before the first worker starts
+    labels(locate(config.data.path), config.task)  # a user's mistake shows before the first worker starts
     claim = {**to_tree(config), "data_fingerprint": histories.fingerprint}
     check_same_run(config.run.path, claim, CHANGEABLE)
     write_run_config(config.run.path, claim)
@@ -174,11 +173,11 @@ def _runs(config: BenchmarkConfig) -> list[Run]:
     ]
 
 
-def _results(config: BenchmarkConfig, run: Run) -> Path:
+def _results(config: BenchmarkConfig, run: Run) -> Location:
     return config.run.path / "runs" / f"{run.file}.json"
 
 
-def _predictions(config: BenchmarkConfig, run: Run, split: Split) -> Path:
+def _predictions(config: BenchmarkConfig, run: Run, split: Split) -> Location:
     return config.run.path / "runs" / f"{run.file}-{split}.parquet"
 
 
@@ -211,8 +210,7 @@ def _run_all(config: BenchmarkConfig, waiting: Sequence[Run]) -> None:
 
 def _run(config: BenchmarkConfig, run: Run, pretrained: tuple[dict[str, Tensor], float] | None) -> None:
     torch.set_num_threads(config.train.cpus_per_worker)
-    (config.run.path / "runs").mkdir(parents=True, exist_ok=True)
-    histories, table = Histories.open(config.data.path), labels(Path(config.data.path), config.task).table
+    histories, table = Histories.open(config.data.path), labels(locate(config.data.path), config.task).table
     table = _share_of(table, histories, run)
     if run.name in BASELINES:
         _run_baseline(config, run, histories, table)
@@ -257,9 +255,7 @@ def _run_contender(
     with tempfile.TemporaryDirectory() as folder, engine.single_process(config.train.use_gpu) as worker:
         kept = _Kept(Path(folder), max(config.averaged, 1))
         telemetry = Telemetry(config.run.path / "tb" / run.file, enabled=True)
-        run_trial(
-            study, trial, worker=worker, report=kept.report, resume=None, telemetry=telemetry, scratch=kept.scratch
-        )
+        run_trial(study, trial, worker=worker, report=kept.report, resume=None, telemetry=telemetry)
         states = kept.states()
     seconds = time.monotonic() - started
     examples: dict[str, Examples] = {split: labelled_examples(histories, table, split) for split in COMPARED}
@@ -303,7 +299,7 @@ def _pretrain(config: BenchmarkConfig, seed: int) -> tuple[dict[str, Tensor], fl
     """Weights that were pretrained with this seed, and how long that took; trained once for all shares."""
     torch.set_num_threads(config.train.cpus_per_worker)
     path = config.run.path / "pretrained" / f"{seed}.safetensors"
-    if not path.is_file():
+    if not path.with_suffix(".json").is_file():  # it comes last
         settings = PretrainConfig(
             config.data, config.model, config.objective, dataclasses.replace(config.pretrain, seed=seed), config.run
         )
@@ -312,33 +308,27 @@ def _pretrain(config: BenchmarkConfig, seed: int) -> tuple[dict[str, Tensor], fl
             job = pretraining_job(settings, worker)
             kept = _Kept(Path(folder), 1, job.score, -1.0)
             telemetry = Telemetry(config.run.path / "tb" / f"pretrained-{seed}", enabled=True)
-            engine.train(
-                job,
-                settings.train,
-                worker,
-                report=kept.report,
-                telemetry=telemetry,
-                resume=None,
-                scratch=kept.scratch,
-            )
+            engine.train(job, settings.train, worker, report=kept.report, telemetry=telemetry, resume=None)
             (state,) = kept.states()
         with atomic_path(path) as temporary:
-            save_file(state, temporary)
+            write_weights(state, temporary)
         write_text(json.dumps(time.monotonic() - started) + "\n", path.with_suffix(".json"))
-    return load_file(path), json.loads(path.with_suffix(".json").read_text())
+    with local_copy(path) as copy:
+        return read_weights(copy), json.loads(path.with_suffix(".json").read_text())
 
 
 class _Kept:
     """The weights of a training's best evaluations, in a folder."""
 
     def __init__(self, folder: Path, count: int, score: str = METRIC, sign: float = 1.0) -> None:
-        self.folder, self.scratch, self.count, self.score, self.sign = folder, folder / "scratch", count, score, sign
+        self.folder, self.count, self.score, self.sign = folder, count, score, sign
         self.best: list[tuple[float, Path]] = []
 
     def report(self, metrics: dict[str, float], checkpoint: Path) -> None:
         """`engine.Report`."""
         path = self.folder / f"{int(metrics['step'])}.safetensors"
-        shutil.copyfile(checkpoint / "model.safetensors", path)
+        shutil.move(checkpoint / "model.safetensors", path)
+        shutil.rmtree(checkpoint)
         self.best = sorted([*self.best, (self.sign * metrics[self.score], path)], reverse=True)
         for _, worse in self.best[self.count :]:
             worse.unlink()
@@ -346,7 +336,7 @@ class _Kept:
 
     def states(self) -> list[dict[str, Tensor]]:
         """Best first."""
-        return [load_file(path) for _, path in self.best]
+        return [read_weights(path) for _, path in self.best]
 
 
 def _calibrated(bundle: Bundle, histories: Histories, examples: Mapping[str, Examples]) -> dict[Split, Array]:
@@ -386,7 +376,7 @@ def compare(config: BenchmarkConfig) -> dict[str, Any]:
             if not found:
                 continue
             told = [json.loads(_results(config, run).read_text()) for run in found]
-            predictions = [pq.read_table(_predictions(config, run, config.split)) for run in found]
+            predictions = [read_parquet(_predictions(config, run, config.split)) for run in found]
             label_N, subject_N = (predictions[0][column].to_numpy() for column in ("label", "subject_id"))
             probability_RN = np.stack([table["probability"].to_numpy() for table in predictions])
             if name == REFERENCE:
@@ -501,7 +491,7 @@ def _draw(config: BenchmarkConfig, found: Mapping[str, Any]) -> None:
     for name in _names(config):
         runs = [Run(name, max(config.shares), seed) for seed in range(config.seeds)]
         files = [_predictions(config, run, config.split) for run in runs if _results(config, run).is_file()]
-        predictions = [pq.read_table(file) for file in files]
+        predictions = [read_parquet(file) for file in files]
         if predictions:
             probability_N = np.mean([table["probability"].to_numpy() for table in predictions], axis=0)
             curves[name.replace("_", " ")] = (predictions[0]["label"].to_numpy(), probability_N)

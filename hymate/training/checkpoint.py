@@ -34,7 +34,6 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 def save(engine: Any, folder: Path, state: dict[str, Any]) -> None:
     """Write this worker's share of a checkpoint; collective: every rank calls it with a folder of its own."""
-    folder.mkdir(parents=True, exist_ok=True)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     moments = {}
     for index, (name, parameter) in enumerate(_trained(engine.module)):

@@ -11,7 +11,6 @@ import io
 import logging
 import math
 import os
-import shutil
 import tempfile
 import time
 import warnings
@@ -108,13 +107,12 @@ def train(
     report: Report,
     telemetry: Telemetry,
     resume: Path | None,
-    scratch: Path,
     description: str = "",
 ) -> None:
     """Train to the last step, or until patience runs out; continues from the checkpoint `resume` where given.
 
-    After each evaluation every rank calls `report(metrics, folder)` with its part of a checkpoint, a folder under
-    `scratch` that is removed when report returns. `description` is the configuration's text for TensorBoard.
+    After each evaluation every rank calls `report(metrics, folder)` with its part of a checkpoint, a temporary folder
+    that report takes over and removes. `description` is the configuration's text for TensorBoard.
     Raises FloatingPointError at a loss that is not finite.
     """
     if worker.device.type == "cpu":
@@ -124,6 +122,7 @@ def train(
     telemetry.start(standing.step)
     telemetry.text("config", description)
     meter = Meter(worker, job.rows.tokens_per_row)
+    saved_at = time.monotonic()
     steps = job.rows.steps(_cursor(standing), config.rows_per_step, worker.rank, worker.world_size)
     try:
         while not standing.finished(config):
@@ -136,7 +135,10 @@ def train(
                 telemetry.scalars("train", {**meter.mean(), "learning_rate": base_lrs[0] * share}, standing.step)
             telemetry.progress(**_progress(meter, standing, job, config))
             if standing.step % config.eval_every == 0 or standing.step == config.max_steps:
-                evaluate_and_save(engine, job, config, standing, report=report, telemetry=telemetry, scratch=scratch)
+                stalled_s = evaluate_and_save(engine, job, config, standing, report=report, telemetry=telemetry)
+                stalls = {"stall_s": stalled_s, "stall_share": stalled_s / (time.monotonic() - saved_at)}
+                telemetry.scalars("checkpoint", stalls, standing.step)
+                saved_at = time.monotonic()
         telemetry.progress(force=True, **_progress(meter, standing, job, config))
     finally:
         close = getattr(steps, "close", None)
@@ -179,21 +181,21 @@ def evaluate_and_save(
     *,
     report: Report,
     telemetry: Telemetry,
-    scratch: Path,
-) -> None:
-    """Score the model, write a checkpoint and report both; collective."""
+) -> float:
+    """Score the model, write a checkpoint and report both; collective. Returns the seconds spent on the checkpoint."""
     engine.eval()
     with torch.no_grad():
         metrics = job.evaluate(engine)
     engine.train()
     standing.judge(metrics[job.score], job.mode)
     telemetry.scalars("validation", metrics, standing.step)
+    started = time.monotonic()
     telemetry.flush()
-    folder = scratch / f"step-{standing.step:08d}"
+    folder = Path(tempfile.mkdtemp(prefix=f"hymate-step-{standing.step}-"))
     checkpoint.save(engine, folder, {**asdict(standing), "score": metrics[job.score], "config": asdict(config)})
     epoch = standing.cursor.get("epoch", 0)
     report({**metrics, "step": standing.step, "epoch": epoch}, folder)
-    shutil.rmtree(folder, ignore_errors=True)
+    return time.monotonic() - started
 
 
 def mean_outputs(engine: Any, rows: Iterable[tuple[Batch, bool]], worker: Worker) -> dict[str, float]:

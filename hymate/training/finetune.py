@@ -21,6 +21,7 @@ from hymate.data.histories import Histories
 from hymate.data.loader import Examples, Rows, labelled_examples, united
 from hymate.data.vocabulary import Vocabulary
 from hymate.model import RiskModel, decay_groups, load_pretrained
+from hymate.storage import Location, locate
 from hymate.telemetry import Telemetry
 from hymate.training import engine
 
@@ -66,7 +67,7 @@ class Study:
     labels: list[pa.Table]
     metric: str
     trials: list[TrialConfig]
-    run_path: Path
+    run_path: Location
 
 
 def starting_point(data: DataConfig, model: ModelConfig | None, init: str | None) -> Start:
@@ -77,9 +78,9 @@ def starting_point(data: DataConfig, model: ModelConfig | None, init: str | None
     if init is None:
         if model is None:
             raise ConfigError("init=null trains from scratch and needs a model: add model=small (or another size)")
-        vocabulary = Vocabulary.read(Path(data.path) / "histories" / "vocabulary.parquet", data.min_count)
+        vocabulary = Vocabulary.read(locate(data.path) / "histories" / "vocabulary.parquet", data.min_count)
         return Start(model, data, vocabulary, None)
-    bundle = read_bundle(Path(init))
+    bundle = read_bundle(locate(init))
     for field in dataclasses.fields(ModelConfig):
         own = getattr(bundle.model, field.name)
         given = own if model is None else getattr(model, field.name)
@@ -161,7 +162,6 @@ def run_trial(
     report: engine.Report,
     resume: Path | None,
     telemetry: Telemetry,
-    scratch: Path,
 ) -> None:
     """Train one trial to its end, or until the caller's `report` stops it."""
     start, histories = study.start, Histories.open(trial.data.path)
@@ -190,6 +190,5 @@ def run_trial(
         report=report,
         telemetry=telemetry,
         resume=resume,
-        scratch=scratch,
         description=description,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import tempfile
+import threading
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping
@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 import yaml
 
 from hymate.config import TrainConfig, UserError, build, check_same_run, to_tree, write_run_config
+from hymate.storage import Location, UrlPath, locate
 from hymate.telemetry import Telemetry, progress_line, write_json
 from hymate.training import engine, pretraining
 from hymate.training.engine import Worker
@@ -36,7 +37,7 @@ SETTINGS = {
 OBJECT_STORE_BYTES = 128 << 20  # Ray's minimum is 75 MB; workers exchange nothing through it
 
 
-def pretrain(config: PretrainConfig) -> Path:
+def pretrain(config: PretrainConfig) -> Location:
     """Run, continue or repeat a pretraining run; returns the path of its bundle.
 
     Raises UserError before any worker starts where the configuration, data or machine cannot do it, and exits
@@ -63,7 +64,7 @@ def pretrain(config: PretrainConfig) -> Path:
     return run / "bundle"
 
 
-def _fit(config: PretrainConfig) -> tuple[Path, dict[str, float]]:
+def _fit(config: PretrainConfig) -> tuple[Location, dict[str, float]]:
     """Train; the best checkpoint's folder and its metrics."""
     from ray.train.v2.api.exceptions import TrainingFailedError
 
@@ -74,7 +75,7 @@ def _fit(config: PretrainConfig) -> tuple[Path, dict[str, float]]:
     best = result.get_best_checkpoint(SCORE, MODE)
     assert best is not None, "a run that ends has evaluated at its last step"
     metrics = next(metrics for kept, metrics in result.best_checkpoints if kept.path == best.path)
-    return Path(best.path), metrics
+    return config.run.path / CHECKPOINTS / Path(best.path).name, metrics
 
 
 def _trainer(config: PretrainConfig) -> Any:
@@ -91,7 +92,7 @@ def _trainer(config: PretrainConfig) -> Any:
         ),
         run_config=train.RunConfig(
             name=CHECKPOINTS,
-            storage_path=str(config.run.path),
+            **ray_storage(config.run.path),
             failure_config=train.FailureConfig(max_failures=config.train.max_failures),
             # Ray keeps the latest checkpoint besides the num_to_keep best
             checkpoint_config=train.CheckpointConfig(
@@ -100,6 +101,13 @@ def _trainer(config: PretrainConfig) -> Any:
             logging_config=train.LoggingConfig(log_level="ERROR"),
         ),
     )
+
+
+def ray_storage(path: Location) -> dict[str, Any]:
+    """A place as Ray's RunConfig takes it."""
+    if isinstance(path, UrlPath):
+        return {"storage_path": path.key, "storage_filesystem": path.filesystem}
+    return {"storage_path": str(path)}
 
 
 def train_worker(tree: dict[str, Any]) -> None:
@@ -122,10 +130,24 @@ def _train_worker(config: PretrainConfig) -> None:
     telemetry = Telemetry(config.run.path, enabled=worker.rank == 0)
     job = pretraining.pretraining_job(config, worker)
 
-    def report(metrics: dict[str, float], folder: Path) -> None:
-        train.report(metrics, checkpoint=train.Checkpoint.from_directory(folder))
+    on_the_way = threading.Semaphore()  # one checkpoint at a time: a slow storage must not fill the local disk
 
-    with tempfile.TemporaryDirectory() as scratch, _latest_checkpoint() as resume:
+    def send(checkpoint: train.Checkpoint, name: str) -> train.Checkpoint:
+        try:
+            return context.get_storage().persist_current_checkpoint(checkpoint, name)
+        finally:
+            on_the_way.release()
+
+    def report(metrics: dict[str, float], folder: Path) -> None:
+        on_the_way.acquire()
+        train.report(
+            metrics,
+            checkpoint=train.Checkpoint.from_directory(folder),
+            checkpoint_upload_mode=train.CheckpointUploadMode.ASYNC,
+            checkpoint_upload_fn=send,
+        )
+
+    with _latest_checkpoint() as resume:
         engine.train(
             job,
             config.train,
@@ -133,7 +155,6 @@ def _train_worker(config: PretrainConfig) -> None:
             report=report,
             telemetry=telemetry,
             resume=resume,
-            scratch=Path(scratch),
             description=yaml.safe_dump(to_tree(config), sort_keys=False),
         )
 
@@ -210,7 +231,8 @@ def _explain(error: Any) -> NoReturn:
     failures = getattr(error, "worker_failures", {})
     followed = ("Connection closed by peer", "Connection reset by peer", "DistBackendError", "Broken pipe")
     causes = {rank: cause for rank, cause in failures.items() if not any(text in str(cause) for text in followed)}
-    rank, cause = next(iter((causes or failures).items()), (None, error))
+    other = getattr(error, "controller_failure", error)
+    rank, cause = next(iter((causes or failures).items()), (None, other))
     if isinstance(cause, UserError):
         raise cause
     where = "" if rank is None else f" on worker {rank}"
@@ -234,9 +256,11 @@ def _absolute(config: PretrainConfig) -> PretrainConfig:
 
 def absolute(key: str, path: str) -> str:
     """The path as workers, which run in other folders, can use it. Raises UserError where that is no use either."""
-    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and not os.path.isabs(path):  # Ray sets it for a job's driver
+    found = locate(path)
+    in_a_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ  # Ray sets it for a job's driver
+    if in_a_job and isinstance(found, Path) and not found.is_absolute():
         raise UserError(
             f"{key}={path}: a Ray job runs in a temporary folder of the cluster; give an absolute path that every "
-            "machine sees"
+            "machine sees, or a URL"
         )
-    return os.path.abspath(path)
+    return str(found) if isinstance(found, UrlPath) else os.path.abspath(found)

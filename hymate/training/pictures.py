@@ -6,7 +6,6 @@ Shape legend: N labels.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from sklearn.metrics import precision_recall_curve, roc_curve
 
-from hymate.data.meds import atomic_path
+from hymate.storage import Location, atomic_path
 from hymate.trust import GRID, net_benefit
 
 # Okabe & Ito 2008: told apart by all kinds of colour vision
@@ -25,7 +24,7 @@ REACHED = 0.01  # share of the probabilities that must reach a threshold for it 
 Array = NDArray[Any]
 
 
-def draw(path: Path, label_N: Array, prob_N: Array, found: Mapping[str, Any], boosting_N: Array | None) -> None:
+def draw(path: Location, label_N: Array, prob_N: Array, found: Mapping[str, Any], boosting_N: Array | None) -> None:
     """Write the PNG; found: `metrics.scores` and `trust.assess` of the same labels, which have both classes, and
     "boosting" if boosting_N has its probabilities.
     """
@@ -117,7 +116,7 @@ def _decision(axes: Axes, label_N: Array, prob_N: Array) -> None:
 
 
 def draw_benchmark(
-    path: Path, rows: Sequence[Mapping[str, Any]], curves: Mapping[str, tuple[Array, Array]], chance: float
+    path: Location, rows: Sequence[Mapping[str, Any]], curves: Mapping[str, tuple[Array, Array]], chance: float
 ) -> None:
     """Write the PNG of a benchmark: AUPRC over the share of training patients, where there are several, ROC,
     precision-recall and calibration.

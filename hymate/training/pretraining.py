@@ -6,7 +6,6 @@ import dataclasses
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -27,6 +26,7 @@ from hymate.data.histories import FOLDER, Histories
 from hymate.data.loader import Examples, Rows, pretraining_examples
 from hymate.data.vocabulary import Vocabulary
 from hymate.model import PretrainModel, decay_groups
+from hymate.storage import Location, local_copy, locate
 from hymate.training import checkpoint
 from hymate.training.engine import Job, Worker, mean_outputs
 
@@ -140,7 +140,7 @@ def pretraining_job(config: PretrainConfig, worker: Worker) -> Job:
 
 def read_vocabulary(data: DataConfig) -> Vocabulary:
     """The model's vocabulary of a prepared dataset."""
-    return Vocabulary.read(Path(data.path) / FOLDER / "vocabulary.parquet", data.min_count)
+    return Vocabulary.read(locate(data.path) / FOLDER / "vocabulary.parquet", data.min_count)
 
 
 def some(examples: Examples, data: DataConfig, train: TrainConfig) -> Examples:
@@ -173,13 +173,17 @@ def _rows(config: PretrainConfig, histories: Histories, vocabulary: Vocabulary, 
 # ------------------------------------------------------------------------------------------------------- bundle
 
 
-def export_bundle(config: PretrainConfig, best: Path, metrics: Mapping[str, float], histories: Histories) -> Path:
+def export_bundle(
+    config: PretrainConfig, best: Location, metrics: Mapping[str, float], histories: Histories
+) -> Location:
     """The weights of checkpoint `best` as the run's bundle."""
     folder = config.run.path / "bundle"
     numbers = {name: float(value) for name, value in metrics.items()}
+    with local_copy(best / checkpoint.WEIGHTS) as file:
+        weights = load_file(file)
     write_bundle(
         folder,
-        load_file(best / checkpoint.WEIGHTS),
+        weights,
         kind="pretrained",
         model=config.model,
         data=config.data,

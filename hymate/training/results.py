@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from rich.box import SIMPLE_HEAD
@@ -14,9 +13,9 @@ from rich.table import Table
 
 from hymate.config import TaskConfig
 from hymate.data.loader import Examples
-from hymate.data.meds import write_text
 from hymate.data.tasks import LabelSet
 from hymate.metrics import AREAS
+from hymate.storage import Location, write_text
 from hymate.training.tables import markdown, number, with_interval
 from hymate.training.verdict import sections, verdict
 from hymate.trust import ENOUGH_POSITIVES, ENOUGH_SUBJECTS
@@ -54,7 +53,7 @@ class Outcome:
     status: Status
     step: int | None
     best: dict[str, float]
-    checkpoint: Path | None
+    checkpoint: Location | None
     error: str | None
 
 
@@ -113,13 +112,13 @@ def _sizes(examples: Examples) -> dict[str, int]:
     }
 
 
-def write(found: Mapping[str, Any], run_path: Path) -> None:
+def write(found: Mapping[str, Any], run_path: Location) -> None:
     """report.md, then results.json, whose presence means that the run is finished."""
     write_text(report(found), run_path / REPORT)
     write_text(json.dumps(found, indent=1, allow_nan=False) + "\n", run_path / RESULTS)
 
 
-def read(run_path: Path) -> dict[str, Any] | None:
+def read(run_path: Location) -> dict[str, Any] | None:
     """results.json of a finished run, else None."""
     path = run_path / RESULTS
     return json.loads(path.read_text()) if path.exists() else None
@@ -128,7 +127,7 @@ def read(run_path: Path) -> dict[str, Any] | None:
 # ------------------------------------------------------------------------------------------------------ showing
 
 
-def show(found: Mapping[str, Any], run_path: Path) -> None:
+def show(found: Mapping[str, Any], run_path: Location) -> None:
     """The trials and the scores as tables, and where everything is."""
     console = Console(soft_wrap=False)
     if not console.is_terminal:

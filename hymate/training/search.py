@@ -5,10 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -38,6 +36,7 @@ from hymate.data.meds import SPLITS
 from hymate.data.subgroups import subgroups
 from hymate.data.tasks import LabelSet, labels
 from hymate.predict import predict, write_predictions
+from hymate.storage import Location, filling, local_copy, locate
 from hymate.training import pictures, results, space
 from hymate.training.finetune import Start, Study, TrialConfig, starting_point
 from hymate.training.launch import absolute, ray_session
@@ -102,7 +101,7 @@ class LabelledTask:
 # ------------------------------------------------------------------------------------------------------- search
 
 
-def search(config: TuneConfig) -> Path:
+def search(config: TuneConfig) -> Location:
     """Search, keep the best model, score it on the held-out split once; returns the run's folder.
 
     The same command continues a search that was killed, and shows the results of one that is finished.
@@ -134,7 +133,6 @@ def search(config: TuneConfig) -> Path:
     found = _score_held_out(config, winner, histories, labelled, outcomes, best)
     _write_hyperparameters(run_path, trials, outcomes)
     results.write(found, run_path)
-    shutil.rmtree(run_path / "scratch", ignore_errors=True)
     results.show(found, run_path)
     return run_path
 
@@ -157,7 +155,7 @@ def _absolute(config: TuneConfig) -> TuneConfig:
 
 
 def _labelled(task: TaskConfig, config: TuneConfig, histories: Histories) -> LabelledTask:
-    label_set = labels(Path(config.data.path), task)
+    label_set = labels(locate(config.data.path), task)
     examples = {split: labelled_examples(histories, label_set.table, split) for split in SPLITS}
     _require_both_classes(task, examples)
     groups = subgroups(histories, examples["held_out"], config.report.subgroups, config.report.age_bands)
@@ -217,7 +215,7 @@ def trial_config(config: TuneConfig, start: Start, point: Mapping[str, Any]) -> 
 # ------------------------------------------------------------------------------------------------------- winner
 
 
-def _best(outcomes: list[Outcome], metric: str, run_path: Path) -> Outcome:
+def _best(outcomes: list[Outcome], metric: str, run_path: Location) -> Outcome:
     """The trial with the best checkpoint. Raises UserError where every trial failed."""
     scored = [outcome for outcome in outcomes if outcome.status != "failed" and outcome.checkpoint is not None]
     if not scored:
@@ -230,7 +228,8 @@ def _best(outcomes: list[Outcome], metric: str, run_path: Path) -> Outcome:
 
 def _winner(start: Start, trial: TrialConfig, best: Outcome) -> Bundle:
     assert best.checkpoint is not None
-    state = load_file(best.checkpoint / "model.safetensors")
+    with local_copy(best.checkpoint / "model.safetensors") as file:
+        state = load_file(file)
     in_days = trial.in_days
     return Bundle("risk", trial.model, trial.data, trial.tasks, start.vocabulary, state, in_days=in_days)
 
@@ -314,17 +313,18 @@ def _score_task(
             part["boosting"], boosting_E = compare(histories, task.examples, probability_E, config.train.seed)
         part["picture"] = f"{name}.png"
         pictures.draw(config.run.path / part["picture"], label_E, probability_E, part, boosting_E)
-    oracle = Path(config.data.path) / "oracle" / f"{name}.json"
+    oracle = locate(config.data.path) / "oracle" / f"{name}.json"
     if oracle.is_file():  # a synthetic cohort, whose law says how well anything can predict
         part["ceiling"] = json.loads(oracle.read_text())["ceiling"]["held_out"]
     return winner, part
 
 
-def _write_hyperparameters(run_path: Path, trials: list[TrialConfig], outcomes: list[Outcome]) -> None:
+def _write_hyperparameters(run_path: Location, trials: list[TrialConfig], outcomes: list[Outcome]) -> None:
     """TensorBoard's HPARAMS tab: each trial's point of the space and best scores."""
     from torch.utils.tensorboard import SummaryWriter
 
     for outcome in outcomes:
         scores = {f"best/{name}": value for name, value in outcome.best.items()}
-        with SummaryWriter(str(run_path / "tb" / f"trial-{outcome.index}" / "tb")) as writer:
+        folder = run_path / "tb" / f"trial-{outcome.index}" / "tb"
+        with filling(folder) as events, SummaryWriter(str(events)) as writer:
             writer.add_hparams(outcome.parameters, scores, run_name=".")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -19,14 +18,17 @@ from ray.tune.logger import JsonLoggerCallback
 from ray.tune.schedulers import ASHAScheduler
 
 from hymate.config import SearchConfig, TrainConfig
-from hymate.telemetry import PROGRESS, Telemetry
+from hymate.storage import Location, remove_tree
+from hymate.telemetry import PROGRESS, Telemetry, read_progress
 from hymate.training import engine
 from hymate.training.finetune import Study, TrialConfig, run_trial
+from hymate.training.launch import ray_storage
 from hymate.training.results import Outcome, Status
 
 # Tune's record of the search is written about once a second and names each trial's latest checkpoint: with fewer
 # checkpoints kept, or faster reports, a killed search can find one that is already deleted
 KEPT_CHECKPOINTS = 3
+TRIALS = "trials"
 SETTINGS = {
     "TUNE_GLOBAL_CHECKPOINT_S": "1",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # we name the loggers we want
@@ -46,13 +48,20 @@ def run_trials(study: Study, search: SearchConfig, train: TrainConfig) -> list[O
     """
     os.environ.update(SETTINGS)
     logging.getLogger("ray.tune.tune").setLevel(logging.CRITICAL)  # it repeats that a trial failed, not why
-    folder = study.run_path / "trials"
+    folder = study.run_path / TRIALS
     resources = {"cpu": train.cpus_per_worker, "gpu": int(train.use_gpu)}
     trainable = tune.with_resources(tune.with_parameters(_trial, study=study), resources)
     if any(folder.glob("experiment_state-*.json")):
-        tuner = tune.Tuner.restore(str(folder), trainable, resume_unfinished=True, restart_errored=True)
+        where = ray_storage(folder)
+        tuner = tune.Tuner.restore(
+            where["storage_path"],
+            trainable,
+            resume_unfinished=True,
+            restart_errored=True,
+            storage_filesystem=where.get("storage_filesystem"),
+        )
     else:
-        shutil.rmtree(folder, ignore_errors=True)  # killed before the first record
+        remove_tree(folder)  # killed before the first record
         tuner = _tuner(study, search, train, trainable)
     grid = tuner.fit()
     return sorted((_outcome(result, study) for result in grid), key=lambda outcome: outcome.index)
@@ -77,8 +86,8 @@ def _tuner(study: Study, search: SearchConfig, train: TrainConfig, trainable: An
             trial_dirname_creator=_trial_name,
         ),
         run_config=tune.RunConfig(
-            name="trials",
-            storage_path=str(study.run_path),
+            name=TRIALS,
+            **ray_storage(study.run_path),
             verbose=0,
             callbacks=[JsonLoggerCallback(), Progress(study.metric, study.run_path)],
             failure_config=tune.FailureConfig(max_failures=search.max_failures),
@@ -106,7 +115,10 @@ def _trial(parameters: dict[str, Any], study: Study) -> None:
         nonlocal last_report
         time.sleep(max(0.0, last_report + SECONDS_BETWEEN_REPORTS - time.monotonic()))
         last_report = time.monotonic()
-        tune.report(scores, checkpoint=tune.Checkpoint.from_directory(checkpoint))
+        try:
+            tune.report(scores, checkpoint=tune.Checkpoint.from_directory(checkpoint))
+        finally:
+            shutil.rmtree(checkpoint, ignore_errors=True)
 
     checkpoint = tune.get_checkpoint()
     with (
@@ -120,7 +132,6 @@ def _trial(parameters: dict[str, Any], study: Study) -> None:
             report=report,
             resume=None if resume is None else Path(resume),
             telemetry=Telemetry(study.run_path / "tb" / name, enabled=True),
-            scratch=study.run_path / "scratch" / name,
         )
 
 
@@ -139,7 +150,9 @@ def _outcome(result: tune.Result, study: Study) -> Outcome:
         status=ended if result.error is None else "failed",
         step=step,
         best={key: value for key, value in best.items() if key.rsplit("/")[-1] in SCORES},
-        checkpoint=None if checkpoint is None else Path(checkpoint.path),
+        checkpoint=None
+        if checkpoint is None
+        else study.run_path / TRIALS / f"trial-{index}" / Path(checkpoint.path).name,
         error=None if result.error is None else _cause(str(result.error)),
     )
 
@@ -165,7 +178,7 @@ def _cause(traceback: str) -> str:
 class Progress(tune.Callback):
     """A line on the console at each evaluation and at least every few seconds."""
 
-    def __init__(self, metric: str, run_path: Path) -> None:
+    def __init__(self, metric: str, run_path: Location) -> None:
         self.metric, self.run_path = metric, run_path
         self.started = self.printed = time.monotonic()
         self.line = ""
@@ -207,8 +220,7 @@ class Progress(tune.Callback):
         return "  |  ".join(parts)
 
     def _where(self, trial: Trial) -> str:
-        try:
-            state = json.loads((self.run_path / "tb" / _trial_name(trial) / PROGRESS).read_text())
-        except (OSError, ValueError):
+        state = read_progress(self.run_path / "tb" / _trial_name(trial) / PROGRESS)
+        if not state:
             return f"{_trial_name(trial)} starting"
         return f"{_trial_name(trial)} step {state['step']}/{state['max_steps']}"

@@ -1,0 +1,545 @@
+"""Where data and runs live: a local path, or a URL of any filesystem that pyarrow knows (s3://, gs://, abfs://, hdfs://).
+
+`locate` makes a `pathlib.Path` of the one and a `UrlPath`, which has as much of pathlib's interface as is needed here,
+of the other; what is written here differs for the two in nothing else but these:
+
+- A file appears whole or not at all: locally by a rename, at a URL by one upload of a finished temporary file.
+- A folder that takes another one's place does so by a rename; at a URL, which has none, a marker file comes last.
+- A storage that cannot be reached is tried again for a while (HYMATE_STORAGE_PATIENCE_S, 120), then the command ends in
+  one line. pyarrow's and Ray's own reads and writes of a `UrlPath.filesystem` are tried again in the same way.
+
+Credentials come from the environment (for s3:// as the AWS tools read it) and never from a URL: URLs are kept in
+configurations.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fnmatch
+import functools
+import logging
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO, NamedTuple, TypeVar
+from urllib.parse import unquote, urlsplit
+
+import pyarrow as pa
+from pyarrow import fs
+
+from hymate.errors import UserError
+
+PATIENCE = "HYMATE_STORAGE_PATIENCE_S"
+FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 15.0
+LONGEST_SILENCE_S = 15.0  # of a server that is to answer
+TRANSIENT = re.compile(
+    r"NETWORK_CONNECTION|INTERNAL_FAILURE|SERVICE_UNAVAILABLE|SLOW_DOWN|THROTTLING|REQUEST_TIMEOUT|HTTP status 5\d\d"
+    r"|[Cc]onnection|[Tt]imed? ?out|[Uu]navailable"
+)
+CREDENTIAL = re.compile(
+    r"\w://[^@\s]*:[^@\s]*@"  # a URL's user:password@
+    r"|[?&][^=&\s]*(password|secret|token|credential|signature|(_|access|api)key)[^=&\s]*="  # or its query
+    r"|\b(AKIA|ASIA)[A-Z0-9]{16}\b",  # an access key of AWS
+    re.IGNORECASE,
+)
+CREDENTIAL_REFUSED = (
+    "holds a credential, which the run's files would keep: leave it out and give it by the environment "
+    "(for S3 AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE) or by the machine's role"
+)
+WHOLE_UPLOADS = {"s3", "gcs", "abfs"}  # an object is there when its upload is complete, not before
+CHUNK_BYTES = 16 << 20
+T = TypeVar("T")
+
+
+class StorageError(UserError):
+    """A storage that cannot be reached, or refuses."""
+
+
+class Stat(NamedTuple):
+    """As os.stat_result names them."""
+
+    st_size: int
+    st_mtime_ns: int
+
+
+@dataclass(frozen=True, order=True)
+class UrlPath:
+    """A path below a URL, such as s3://bucket/runs; `options` is what follows its question mark."""
+
+    root: str
+    options: str
+    relative: PurePosixPath
+
+    def __str__(self) -> str:
+        path = f"{self.root}/{self.relative}" if self.relative.parts else self.root
+        return f"{path}?{self.options}" if self.options else path
+
+    @property
+    def filesystem(self) -> fs.FileSystem:
+        """pyarrow's filesystem, on which this path is `key`."""
+        return fs.PyFileSystem(_Patient(self.root, self.options))
+
+    @property
+    def key(self) -> str:
+        root = _connect(self.root, self.options)[1].rstrip("/")
+        return f"{root}/{self.relative}" if self.relative.parts else root
+
+    # pathlib's own names from here on
+
+    def __truediv__(self, other: str | PurePosixPath) -> UrlPath:
+        return replace(self, relative=self.relative / other)
+
+    @property
+    def name(self) -> str:
+        return self.relative.name
+
+    @property
+    def stem(self) -> str:
+        return self.relative.stem
+
+    @property
+    def parent(self) -> UrlPath:
+        return replace(self, relative=self.relative.parent)
+
+    def with_suffix(self, suffix: str) -> UrlPath:
+        return replace(self, relative=self.relative.with_suffix(suffix))
+
+    def with_stem(self, stem: str) -> UrlPath:
+        return replace(self, relative=self.relative.with_stem(stem))
+
+    def relative_to(self, other: UrlPath) -> PurePosixPath:
+        return self.relative.relative_to(other.relative)
+
+    def absolute(self) -> UrlPath:
+        return self
+
+    def exists(self) -> bool:
+        return self._info().type != fs.FileType.NotFound
+
+    def is_file(self) -> bool:
+        return self._info().is_file
+
+    def is_dir(self) -> bool:
+        return self._info().type == fs.FileType.Directory
+
+    def stat(self) -> Stat:
+        info = self._info()
+        if not info.is_file:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self))
+        return Stat(info.size, info.mtime_ns)
+
+    def iterdir(self) -> Iterator[UrlPath]:
+        return (self / name for name in self._list(recursive=False))
+
+    def glob(self, pattern: str) -> Iterator[UrlPath]:
+        """What is in the folder and has a name as `pattern`."""
+        return (path for path in self.iterdir() if fnmatch.fnmatchcase(path.name, pattern))
+
+    def files(self) -> Iterator[UrlPath]:
+        """The files anywhere below."""
+        return (self / name for name, info in self._list(recursive=True).items() if info.is_file)
+
+    def open(self, mode: str = "rb") -> pa.NativeFile:
+        assert mode == "rb", "files at a URL are written whole: atomic_path"
+        return self.filesystem.open_input_file(self.key)
+
+    def read_bytes(self) -> bytes:
+        with self.open() as file:
+            return file.read()
+
+    def read_text(self, errors: str = "strict") -> str:
+        return self.read_bytes().decode(errors=errors)
+
+    def mkdir(self, mode: int = 0o777, parents: bool = False, exist_ok: bool = False) -> None:
+        """Folders come into being with their files."""
+
+    def unlink(self, missing_ok: bool = False) -> None:
+        try:
+            self.filesystem.delete_file(self.key)
+        except FileNotFoundError:
+            if not missing_ok:
+                raise
+
+    def _info(self) -> fs.FileInfo:
+        return self.filesystem.get_file_info(self.key)
+
+    def _list(self, recursive: bool) -> dict[PurePosixPath, fs.FileInfo]:
+        selector = fs.FileSelector(self.key, recursive=recursive, allow_not_found=True)
+        infos = self.filesystem.get_file_info(selector)
+        found = {PurePosixPath(info.path).relative_to(self.key): info for info in infos}
+        if any(".." in name.parts for name in found):
+            raise StorageError(f"{self}: holds names with .., which would lead out of a folder: remove them")
+        return found
+
+
+Location = Path | UrlPath
+
+
+def locate(text: str | Path) -> Location:
+    """The place that a user names. Raises UserError for a URL that cannot be used."""
+    text = str(text)
+    if "://" not in text:
+        return Path(text)
+    parts = urlsplit(text)
+    if parts.scheme == "file":
+        return Path(unquote(parts.path))
+    root = f"{parts.scheme}://{parts.netloc}"
+    if CREDENTIAL.search(text):
+        raise UserError(f"{parts.scheme}://... {CREDENTIAL_REFUSED}")
+    _connect(root, parts.query)
+    return UrlPath(root, parts.query, PurePosixPath(parts.path.strip("/")))
+
+
+# ------------------------------------------------------------------------------------------------------ writing
+
+
+@contextlib.contextmanager
+def atomic_path(path: Location) -> Iterator[Path]:
+    """A local path to write to: it takes the place of `path` when the block ends well, else it vanishes.
+
+    Raises UserError where the disk is full.
+    """
+    with contextlib.ExitStack() as stack:
+        if isinstance(path, UrlPath):
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="hymate-"))
+            temporary = Path(folder) / path.name
+        else:
+            temporary = path.with_name(f".{path.name}.tmp")
+            stack.callback(temporary.unlink, missing_ok=True)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.unlink(missing_ok=True)
+            yield temporary
+            if isinstance(path, UrlPath):
+                upload(temporary, path)
+                return
+            with temporary.open("rb") as written:
+                os.fsync(written.fileno())
+            os.replace(temporary, path)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise UserError(
+                    f"{path}: no space left to write it: free some and run the same command again, it continues"
+                ) from error
+            raise
+
+
+def write_text(text: str, path: Location) -> None:
+    """Write a text file atomically, making its folder."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text)
+
+
+@contextlib.contextmanager
+def new_folder(target: Location, marker: str) -> Iterator[Path]:
+    """A local folder to fill: it takes the place of `target` when the block ends well, else it vanishes.
+
+    At a URL, `marker` is the last of its files to be written, and empty while the others are.
+    """
+    beside = None if isinstance(target, UrlPath) else target.parent
+    if beside is not None:
+        beside.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=beside, prefix=f".{target.name}-") as scratch:
+        new = Path(scratch) / "new"
+        new.mkdir()
+        yield new
+        if isinstance(target, UrlPath):
+            _upload_folder(new, target, marker)
+            return
+        if target.exists():
+            os.replace(target, Path(scratch) / "old")
+        os.replace(new, target)
+
+
+def _upload_folder(new: Path, target: UrlPath, marker: str) -> None:
+    write_text("", target / marker)
+    for path in target.files():
+        if path != target / marker:
+            path.unlink()
+    upload_files(new, target, last=marker)
+
+
+@contextlib.contextmanager
+def filling(folder: Location) -> Iterator[Path]:
+    """A local folder whose files are in `folder` when the block ends: itself, or of a URL a temporary one."""
+    if isinstance(folder, Path):
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="hymate-") as scratch:
+        yield Path(scratch)
+        upload_files(Path(scratch), folder)
+
+
+def upload_files(source: Path, target: UrlPath, last: str = "") -> None:
+    """Write all files of a local folder to the same places below `target`, the one named `last` after the others."""
+    files = sorted(file.relative_to(source) for file in source.rglob("*") if file.is_file())
+    for file in sorted(files, key=lambda file: file == Path(last)):
+        upload(source / file, target / file.as_posix())
+
+
+def upload(source: Path, target: UrlPath) -> None:
+    """Write a local file's content to `target`, which changes at once."""
+    with source.open("rb") as file:
+        _Patient(target.root, target.options).send(file, target.key)
+
+
+def remove_tree(path: Location) -> None:
+    """Remove a folder and all below it, if it is there."""
+    if isinstance(path, UrlPath):
+        with contextlib.suppress(FileNotFoundError):
+            path.filesystem.delete_dir(path.key)
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+# ------------------------------------------------------------------------------------------------------ reading
+
+
+def readable(path: Location) -> Path | pa.NativeFile:
+    """What pyarrow's readers take."""
+    return path.open() if isinstance(path, UrlPath) else path
+
+
+def files_below(folder: Location, suffix: str) -> dict[str, Location]:
+    """Files anywhere below a folder whose names end in `suffix` and do not begin with a dot, by their path in it."""
+    if isinstance(folder, UrlPath):
+        found: dict[str, Location] = {path.relative_to(folder).as_posix(): path for path in folder.files()}
+    else:
+        found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    kept = (name for name in sorted(found) if name.endswith(suffix) and not found[name].name.startswith("."))
+    return {name: found[name] for name in kept}
+
+
+@contextlib.contextmanager
+def local_copy(path: Location) -> Iterator[Path]:
+    """Where a library that reads local files only finds a file or folder: a URL's in a temporary copy.
+
+    Raises FileNotFoundError where there is none.
+    """
+    if isinstance(path, Path):
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="hymate-") as scratch:
+        copy = Path(scratch) / path.name
+        if path.is_dir():
+            for file in path.files():
+                _download(file, copy / file.relative_to(path))
+        else:
+            _download(path, copy)
+        yield copy
+
+
+def _download(source: UrlPath, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with source.open() as file, target.open("wb") as copy:
+        while piece := file.read(CHUNK_BYTES):
+            copy.write(piece)
+
+
+# ----------------------------------------------------------------------------------------------------- patience
+
+
+@functools.lru_cache
+def _connect(root: str, options: str) -> tuple[fs.FileSystem, str]:
+    """pyarrow's own filesystem and what `root` is on it."""
+    url = f"{root}?{options}" if options else root
+    try:
+        found, key = _patiently(root, lambda: fs.FileSystem.from_uri(url))
+    except pa.ArrowException as error:
+        raise UserError(f"{root}: not a storage that can be used: {_first_line(error)}") from error
+    if isinstance(found, fs.S3FileSystem):  # what a URL cannot say; by default it waits for an answer for ever
+        silence_s = min(LONGEST_SILENCE_S, _patience_s() / 4)
+        settings = found.__reduce__()[1][0] | {
+            "request_timeout": silence_s,
+            "connect_timeout": silence_s,
+            "retry_strategy": fs.AwsStandardS3RetryStrategy(max_attempts=1),  # `_patiently` is enough
+            "allow_delayed_open": True,  # one request for a small file, not three
+            "background_writes": False,  # many at once would wait for each other in pyarrow's pool of threads
+        }
+        found = fs.S3FileSystem(**settings)
+    return found, key
+
+
+def _patience_s() -> float:
+    return float(os.environ.get(PATIENCE, "120"))
+
+
+def _patiently(name: str, operation: Callable[[], T]) -> T:
+    """`operation()`, tried again while the storage cannot be reached.
+
+    What is wrong with a path passes as the OSError that it is; all else becomes a StorageError.
+    """
+    started, wait_s = time.monotonic(), FIRST_WAIT_S
+    while True:
+        try:
+            return operation()
+        except (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError):
+            raise
+        except OSError as error:
+            # shortened by what only the library's makers need, and by words at which Ray would try again
+            reason = _first_line(error).partition("; Details")[0].replace("AWS Error ", "")
+            if not TRANSIENT.search(reason):
+                raise StorageError(f"{name}: {reason}: check the address and your rights there") from error
+            waited_s = time.monotonic() - started
+            if waited_s + wait_s > _patience_s():
+                raise StorageError(
+                    f"{name}: not to be reached for {waited_s:.0f} s ({reason}): run the same command again when it "
+                    "is, it continues"
+                ) from error
+            if wait_s == FIRST_WAIT_S:
+                logging.getLogger(__name__).warning("%s: not to be reached, trying for %g s", name, _patience_s())
+        time.sleep(wait_s)
+        wait_s = min(2 * wait_s, LONGEST_WAIT_S)
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__
+
+
+class _Patient(fs.FileSystemHandler):
+    """pyarrow's filesystem of a URL, each operation done patiently. Pickles as the URL: processes connect anew."""
+
+    def __init__(self, root: str, options: str) -> None:
+        self.root, self.options = root, options
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Patient) and (self.root, self.options) == (other.root, other.options)
+
+    def __hash__(self) -> int:
+        return hash((self.root, self.options))
+
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        return _Patient, (self.root, self.options)
+
+    def _do(self, operation: Callable[[fs.FileSystem], T]) -> T:
+        return _patiently(self.root, lambda: operation(_connect(self.root, self.options)[0]))
+
+    def get_type_name(self) -> str:
+        return _connect(self.root, self.options)[0].type_name
+
+    def normalize_path(self, path: str) -> str:
+        return self._do(lambda at: at.normalize_path(path))
+
+    def get_file_info(self, paths: list[str]) -> list[fs.FileInfo]:
+        return self._do(lambda at: at.get_file_info(paths))
+
+    def get_file_info_selector(self, selector: fs.FileSelector) -> list[fs.FileInfo]:
+        return self._do(lambda at: at.get_file_info(selector))
+
+    def create_dir(self, path: str, recursive: bool) -> None:
+        self._do(lambda at: at.create_dir(path, recursive=recursive))
+
+    def delete_dir(self, path: str) -> None:
+        self._do(lambda at: at.delete_dir(path))
+
+    def delete_dir_contents(self, path: str, missing_dir_ok: bool = False) -> None:
+        self._do(lambda at: at.delete_dir_contents(path, missing_dir_ok=missing_dir_ok))
+
+    def delete_root_dir_contents(self) -> None:
+        raise NotImplementedError
+
+    def delete_file(self, path: str) -> None:
+        self._do(lambda at: at.delete_file(path))
+
+    def move(self, src: str, dest: str) -> None:
+        self._do(lambda at: at.move(src, dest))
+
+    def copy_file(self, src: str, dest: str) -> None:
+        self._do(lambda at: at.copy_file(src, dest))
+
+    def open_input_stream(self, path: str) -> pa.NativeFile:
+        return self.open_input_file(path)
+
+    def open_input_file(self, path: str) -> pa.NativeFile:
+        return pa.PythonFile(_Reader(self, path), mode="r")
+
+    def open_output_stream(self, path: str, metadata: Any) -> pa.NativeFile:
+        return pa.PythonFile(_Writer(self, path), mode="w")
+
+    def open_append_stream(self, path: str, metadata: Any) -> pa.NativeFile:
+        raise NotImplementedError
+
+    def send(self, file: BinaryIO, key: str) -> None:
+        """Write what is in a local file to `key`, whole or not at all."""
+        whole = self.get_type_name() in WHOLE_UPLOADS
+        first = key if whole else f"{key}.tmp"
+
+        def write(at: fs.FileSystem) -> None:
+            file.seek(0)
+            with at.open_output_stream(first) as stream:
+                while piece := file.read(CHUNK_BYTES):
+                    stream.write(piece)
+
+        self._do(write)
+        if not whole:
+            self.move(first, key)
+
+
+class _Reader:
+    """A file at a URL that reads patiently, as pa.PythonFile wants it."""
+
+    def __init__(self, handler: _Patient, path: str) -> None:
+        self._handler, self._position = handler, 0
+        self._file = handler._do(lambda at: at.open_input_file(path))
+        self._size = self._file.size()
+        self.closed = False
+
+    def read(self, count: int = -1) -> bytes:
+        left = max(self._size - self._position, 0)
+        wanted = left if count < 0 else min(count, left)
+        piece = self._handler._do(lambda _: self._file.read_at(wanted, self._position))
+        self._position += len(piece)
+        return piece
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
+        self._position = start + offset
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        self.closed = True
+        self._file.close()
+
+
+class _Writer:
+    """A file at a URL that is gathered in a temporary file and sent when it is closed."""
+
+    def __init__(self, handler: _Patient, path: str) -> None:
+        self._handler, self._path = handler, path
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115 (closed in close)
+        self.closed = False
+
+    def write(self, piece: bytes) -> int:
+        return self._file.write(piece)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def flush(self) -> None:
+        """It is all sent at the end."""
+
+    def writable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        if not self.closed:
+            self.closed = True
+            with self._file as file:
+                self._handler.send(file, self._path)

@@ -1,0 +1,75 @@
+"""An S3-compatible server on the loopback interface: a real process that can be stopped for a while."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from commands import wait_until
+
+from hymate import storage
+
+BUCKET = "bucket"
+
+
+@dataclass(frozen=True)
+class Server:
+    """environment: what leads clients to it."""
+
+    process: subprocess.Popen[bytes]
+    environment: dict[str, str]
+
+    @contextmanager
+    def silent(self) -> Iterator[None]:
+        """It takes connections and answers none while the block runs."""
+        self.process.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self.process.send_signal(signal.SIGCONT)
+
+
+@contextmanager
+def serving(folder: Path) -> Iterator[Server]:
+    """A server with an empty bucket; its log is in `folder`."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    address = f"http://127.0.0.1:{port}"
+    arguments = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    with (folder / "server.log").open("wb") as log, subprocess.Popen(arguments, stdout=log, stderr=log) as process:
+        try:
+            wait_until(lambda: process.poll() is not None or _answers(address), "the server answers")
+            urllib.request.urlopen(urllib.request.Request(f"{address}/{BUCKET}", method="PUT")).close()
+            keys = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_REGION": "us-east-1"}
+            yield Server(process, {"AWS_ENDPOINT_URL": address, **keys, storage.PATIENCE: "12"})
+        finally:
+            process.kill()
+
+
+@contextmanager
+def environment(settings: dict[str, str]) -> Iterator[None]:
+    """os.environ with `settings` while the block runs."""
+    before = dict(os.environ)
+    os.environ.update(settings)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _answers(address: str) -> bool:
+    try:
+        urllib.request.urlopen(f"{address}/moto-api/data.json").close()
+    except (urllib.error.URLError, ConnectionError):
+        return False
+    return True

@@ -1,0 +1,291 @@
+"""Storage at URLs: a real S3-compatible server on the loopback interface, and whole runs that live there alone."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import pickle
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import boto3
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from commands import ROOT, points, ray_processes, readme_commands, run, wait_until
+from s3 import BUCKET, Server, environment, serving
+from small_cohort import write_meds
+
+from hymate import storage
+from hymate.bundle import read_bundle
+from hymate.config import UserError
+from hymate.data.histories import Histories
+from hymate.data.meds import write_parquet
+from hymate.data.prepare import PrepareConfig, prepare
+from hymate.storage import Location, StorageError, UrlPath, atomic_path, locate, write_text
+
+EVAL_EVERY = 5
+SHORT = ["data.context=64", "data.tokens_per_row=64", "data.min_count=1", "train.warmup_steps=1"]
+PRETRAIN = [*SHORT, "train.rows_per_step=2", "train.eval_rows=2", f"train.eval_every={EVAL_EVERY}", "train.log_every=1"]
+TUNE = [*SHORT, "train.max_steps=4", "train.eval_every=2", "search.num_trials=2", "search.grace_steps=2"]
+SECRET = "gAheim"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with serving(tmp_path_factory.mktemp("server")) as server, environment(server.environment):
+        yield server
+
+
+@pytest.fixture(params=["local", "url"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Location:
+    """A new folder, on this machine or at a URL."""
+    if request.param == "local":
+        return tmp_path
+    request.getfixturevalue("server")
+    return locate(f"s3://{BUCKET}/{tmp_path.name}")
+
+
+# -------------------------------------------------------------------------------------------------------- files
+
+
+def test_files_and_folders_are_alike_everywhere(place: Location) -> None:
+    write_text("one ö", place / "a" / "one.txt")
+    write_text("two", place / "a" / "b" / "two.txt")
+    write_text("hidden", place / "a" / ".two.txt")
+    assert (place / "a" / "one.txt").read_text() == "one ö" and (place / "a" / "one.txt").stat().st_size == 6
+    assert list(storage.files_below(place / "a", ".txt")) == ["b/two.txt", "one.txt"]
+    assert sorted(path.name for path in (place / "a").iterdir()) == [".two.txt", "b", "one.txt"]
+    assert [path.name for path in (place / "a").glob("o*")] == ["one.txt"]
+    assert (place / "a").is_dir() and not (place / "a").is_file() and not (place / "c").exists()
+    with storage.local_copy(place / "a") as copy:
+        assert (copy / "b" / "two.txt").read_text() == "two"
+    with (place / "a" / "one.txt").open("rb") as file:
+        assert file.seek(-2, os.SEEK_END) == 4 and file.read() == "ö".encode()
+    (place / "a" / "one.txt").unlink()
+    (place / "a" / "one.txt").unlink(missing_ok=True)
+    with pytest.raises(FileNotFoundError):
+        (place / "a" / "one.txt").read_text()
+    storage.remove_tree(place / "a")
+    storage.remove_tree(place / "a")
+    assert not (place / "a").exists()
+
+
+def test_tables_are_read_as_they_were_written(place: Location) -> None:
+    table = pa.table({"number": np.arange(100_000), "text": ["x", "y"] * 50_000})
+    write_parquet(table, place / "table.parquet")
+    assert pq.read_table(storage.readable(place / "table.parquet")).equals(table)
+    with pytest.raises(FileNotFoundError):
+        pq.read_table(storage.readable(place / "other.parquet"))
+
+
+def test_what_fails_while_it_is_written_leaves_what_was_there(place: Location) -> None:
+    write_text("old", place / "file")
+    with pytest.raises(ValueError, match="no"), atomic_path(place / "file") as temporary:
+        temporary.write_text("half")
+        raise ValueError("no")
+    for content in ("old", "new"):
+        with storage.new_folder(place / "folder", marker="marker") as new:
+            (new / content).write_text(content)
+            (new / "marker").write_text(content)
+    with pytest.raises(ValueError, match="no"), storage.new_folder(place / "folder", marker="marker") as new:
+        (new / "half").write_text("half")
+        raise ValueError("no")
+    assert (place / "file").read_text() == "old" and (place / "folder" / "marker").read_text() == "new"
+    assert list(storage.files_below(place, "")) == ["file", "folder/marker", "folder/new"]
+
+
+def test_names_that_lead_out_of_a_folder_are_refused(server: Server) -> None:
+    client = boto3.client("s3")
+    client.put_object(Bucket=BUCKET, Key="hostile/../../escaped", Body=b"x")
+    with (
+        pytest.raises(StorageError, match="lead out of a folder"),
+        storage.local_copy(locate(f"s3://{BUCKET}/hostile")),
+    ):
+        pass
+
+
+def test_a_place_goes_to_other_processes(place: Location) -> None:
+    again = pickle.loads(pickle.dumps(place))
+    assert again == place == locate(str(place))
+    if isinstance(place, UrlPath):
+        assert pickle.loads(pickle.dumps(place.filesystem)) == place.filesystem
+
+
+def test_a_file_url_is_a_local_path(tmp_path: Path) -> None:
+    assert locate((tmp_path / "with space").as_uri()) == tmp_path / "with space"
+
+
+@pytest.mark.parametrize(
+    "url", [f"s3://me:{SECRET}@bucket/data", f"abfs://c@account.dfs.core.windows.net/data?sas_token={SECRET}"]
+)
+def test_a_url_with_credentials_is_refused_and_not_repeated(url: str) -> None:
+    with pytest.raises(UserError, match=r"holds a credential, .* give it by the environment") as caught:
+        locate(url)
+    assert SECRET not in str(caught.value)
+
+
+def test_a_url_of_no_known_kind_is_refused() -> None:
+    with pytest.raises(UserError, match="nowhere://bucket: not a storage that can be used"):
+        locate("nowhere://bucket/data")
+
+
+# ------------------------------------------------------------------------------------------------------ outages
+
+
+def test_a_missing_bucket_is_told_at_once(server: Server) -> None:
+    with pytest.raises(StorageError, match=r"s3://no-such-bucket: .*NO_SUCH_BUCKET.*check the address"):
+        write_text("text", locate("s3://no-such-bucket/file"))
+
+
+def test_writing_outlasts_an_outage(server: Server, caplog: pytest.LogCaptureFixture) -> None:
+    path = locate(f"s3://{BUCKET}/outage/file")
+    write_text("before", path)
+    writer = threading.Thread(target=write_text, args=("after", path))
+    with server.silent(), caplog.at_level(logging.WARNING):
+        writer.start()
+        wait_until(lambda: caplog.records, "the outage is noticed")
+    writer.join()
+    assert path.read_text() == "after"
+    assert "s3://bucket: not to be reached, trying for" in caplog.text
+
+
+def test_an_outage_that_does_not_end_is_told_and_harms_nothing(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(storage.PATIENCE, "1")
+    path = locate(f"s3://{BUCKET}/long-outage/table.parquet")
+    table = pa.table({"number": np.arange(10)})
+    write_parquet(table, path)
+    file = storage.readable(path)
+    with server.silent():
+        with pytest.raises(StorageError, match=r"s3://bucket: not to be reached for \d+ s .* run the same command"):
+            write_parquet(table.slice(5), path)
+        with pytest.raises(StorageError) as caught:  # through pyarrow's own reader
+            pq.read_table(file)
+    assert "\n" not in str(caught.value)
+    assert pq.read_table(storage.readable(path)).equals(table)
+
+
+# --------------------------------------------------------------------------------------------------------- data
+
+
+@pytest.fixture(scope="module")
+def raw(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small cohort as MEDS, on this machine and at s3://bucket/meds."""
+    folder = write_meds(tmp_path_factory.mktemp("cohort") / "raw")
+    there = locate(f"s3://{BUCKET}/meds")
+    assert isinstance(there, UrlPath)
+    storage.upload_files(folder, there)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(raw: Path) -> str:
+    """The small cohort, prepared from URL to URL."""
+    out = f"s3://{BUCKET}/data"
+    prepare(PrepareConfig(source="meds", raw=f"s3://{BUCKET}/meds", out=out, workers=2))
+    return out
+
+
+def test_a_dataset_at_a_url_is_the_local_one(data: str, raw: Path, tmp_path: Path) -> None:
+    prepare(PrepareConfig(source="meds", raw=str(raw), out=str(tmp_path / "data"), workers=1))
+    here, there = Histories.open(tmp_path / "data"), Histories.open(data)
+    assert here.fingerprint == there.fingerprint and here.codes == there.codes
+    everyone = np.arange(len(here))
+    for one, other in zip(here.read(everyone), there.read(everyone), strict=True):
+        assert one.subject_id == other.subject_id
+        for name in ("time", "code", "value"):
+            np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
+
+
+def test_preparing_at_a_url_leaves_nothing_else_and_is_done_once(data: str, capsys: pytest.CaptureFixture) -> None:
+    written = {path: path.stat() for path in storage.files_below(locate(data), "").values()}
+    assert all(".work" not in str(path) for path in written)
+    prepare(PrepareConfig(source="meds", raw=f"s3://{BUCKET}/meds", out=data, workers=1))
+    assert "nothing to do" in capsys.readouterr().err
+    assert {path: path.stat() for path in storage.files_below(locate(data), "").values()} == written
+
+
+def test_preparing_at_a_url_spares_what_is_there(data: str, raw: Path) -> None:
+    with pytest.raises(UserError, match="prepared from other data"):
+        prepare(PrepareConfig(source="synthetic", out=data, workers=1))
+    with pytest.raises(UserError, match="not empty"):
+        prepare(PrepareConfig(source="meds", raw=str(raw), out=f"s3://{BUCKET}/meds", workers=1))
+
+
+# --------------------------------------------------------------------------------------------------------- runs
+
+
+@pytest.fixture(scope="module")
+def settings(server: Server) -> Iterator[dict[str, str]]:
+    """Settings of the commands here; Ray's files in a folder with a short name (its sockets' paths are limited)."""
+    folder = tempfile.mkdtemp(prefix="hy", dir="/tmp")
+    quick = {"TORCHDYNAMO_DISABLE": "1", "HYMATE_OPS": "reference", storage.PATIENCE: "120"}
+    yield {**os.environ, "RAY_TMPDIR": folder, "PYTHONPATH": str(ROOT), **quick}
+    wait_until(lambda: not ray_processes(folder), "Ray's processes end")
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.mark.slow
+def test_the_readme_commands_keep_all_at_a_url(data: str, settings: dict[str, str], tmp_path: Path) -> None:
+    prepare, pretrain, tune, predict, tensorboard = (
+        shlex.split(command.replace("BUCKET", BUCKET).replace("model=small", "model=debug"))
+        for command in readme_commands()
+        if "s3://" in command
+    )
+    runs = locate(f"s3://{BUCKET}/runs")
+
+    def done(command: list[str], *more: str) -> str:
+        program = Path(sys.executable).with_name(command[0])
+        arguments = [str(ROOT / word) if word.endswith(".py") else word for word in command[1:]]
+        ended = run([str(program), *arguments, *more], settings, tmp_path)
+        assert ended.returncode == 0, f"{command}\n{ended.stderr}"
+        return ended.stdout + ended.stderr
+
+    assert "nothing to do" in done(prepare)
+    folder = runs / "pretrain"
+    endless = [sys.executable, str(ROOT / pretrain[1]), *pretrain[2:], *PRETRAIN, "train.max_steps=1000000"]
+    with subprocess.Popen(endless, env=settings, cwd=tmp_path, stdout=subprocess.DEVNULL) as driver:
+        wait_until(lambda: driver.poll() is not None or _checkpoints(folder), "there is a checkpoint")
+        driver.kill()
+    wait_until(lambda: not ray_processes(settings["RAY_TMPDIR"]), "the killed driver's cluster has ended")
+    assert driver.returncode == -signal.SIGKILL and not (folder / "bundle").exists()
+    steps = max(_checkpoints(folder).values()) + 2 * EVAL_EVERY
+    assert f"bundle: {folder}/bundle" in done(pretrain, *PRETRAIN, f"train.max_steps={steps}")
+    assert read_bundle(folder, kind="pretrained").model.d_model == 32
+    assert max(_checkpoints(folder).values()) == steps
+    with storage.local_copy(folder) as copy:
+        losses, stalls = (points(copy, name) for name in ("train/loss", "checkpoint/stall_share"))
+    assert [point.step for point in losses] == [*range(1, steps + 1)], "steps are missing or doubled"
+    assert [point.step for point in stalls] == [*range(EVAL_EVERY, steps + 1, EVAL_EVERY)]
+
+    done(tune, *TUNE)
+    tuned = runs / "tune-readmission"
+    assert json.loads((tuned / "results.json").read_text())["auroc"]["value"] is not None
+    assert (tuned / "readmission.png").read_bytes().startswith(b"\x89PNG")
+    assert "## Scores" in (tuned / "report.md").read_text()
+
+    done(predict, "split=held_out")
+    written = (locate(f"s3://{BUCKET}/predictions.parquet"), tuned / "predictions.parquet")
+    one, other = (pq.read_table(storage.readable(path)) for path in written)
+    assert one.equals(other)
+    assert "train/loss" in done(tensorboard, "--inspect")
+    assert not list(tmp_path.iterdir()), "something was written on this machine"
+
+
+def _checkpoints(folder: Location) -> dict[str, int]:
+    """The step of each checkpoint that Ray knows of."""
+    try:
+        known = json.loads((folder / "checkpoints" / "checkpoint_manager_snapshot.json").read_text())
+    except FileNotFoundError:
+        return {}
+    names = [kept["checkpoint_dir_name"] for kept in known["checkpoint_results"]]
+    return {name: json.loads((folder / "checkpoints" / name / "state.json").read_text())["step"] for name in names}
