@@ -18,6 +18,7 @@ import contextlib
 import errno
 import fnmatch
 import functools
+import io
 import logging
 import os
 import re
@@ -444,7 +445,7 @@ class _Patient(fs.FileSystemHandler):
         self._do(lambda at: at.delete_dir_contents(path, missing_dir_ok=missing_dir_ok))
 
     def delete_root_dir_contents(self) -> None:
-        raise NotImplementedError
+        raise io.UnsupportedOperation("a bucket is never emptied")
 
     def delete_file(self, path: str) -> None:
         self._do(lambda at: at.delete_file(path))
@@ -465,7 +466,7 @@ class _Patient(fs.FileSystemHandler):
         return pa.PythonFile(_Writer(self, path), mode="w")
 
     def open_append_stream(self, path: str, metadata: Any) -> pa.NativeFile:
-        raise NotImplementedError
+        raise io.UnsupportedOperation("objects are written whole")
 
     def send(self, file: BinaryIO, key: str) -> None:
         """Write what is in a local file to `key`, whole or not at all."""

@@ -17,6 +17,7 @@ ends it, keeps it busy for long or makes it need more memory is a finding. Of ev
 
 from __future__ import annotations
 
+import abc
 import argparse
 import contextlib
 import datetime
@@ -47,6 +48,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
+from challenge import STAY
 
 from hymate.config import DataConfig, ModelConfig, TaskConfig, UserError
 from hymate.data import physionet2012
@@ -323,18 +325,19 @@ def float32s(values: list[Any]) -> list[float | None]:
 # -------------------------------------------------------------------------------------------------------- readers
 
 
-class Reader:
+class Reader(abc.ABC):
     """files: a sound input. check reads a mutated one at `folder`: UserError where it is refused."""
 
     name: str
     files: Files
 
+    @abc.abstractmethod
     def mutate(self, rng: random.Random) -> Files:
         """The changed files."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def check(self, folder: Path, rng: random.Random, program: str) -> None:
-        raise NotImplementedError
+        """Raises Finding where what was read is not what the files say."""
 
 
 class Meds(Reader):
@@ -496,23 +499,6 @@ class Challenge(Reader):
             if line.strip() and not line.startswith("Record")
         ]
         require(labels == {int(row[0]): row[5] == "1" for row in rows}, "other outcomes")
-
-
-STAY = """Time,Parameter,Value
-00:00,RecordID,{record}
-00:00,Age,54
-00:00,Gender,0
-00:00,Height,-1
-00:00,ICUType,4
-00:00,Weight,72.5
-00:07,GCS,15
-00:07,HR,73
-01:30,Weight,73
-01:30,Weight,-1
-01:31,,2.9
-47:59,pH,735
-48:00,DiasABP,-1
-"""
 
 
 def plain_stay(text: bytes) -> list[tuple]:

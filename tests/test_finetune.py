@@ -109,7 +109,7 @@ def test_an_impossible_search_is_refused_when_it_is_configured(data: Path, overr
 def test_an_impossible_point_is_refused_before_any_trial(data: Path, pretrained: Path, point: dict) -> None:
     config = configured(data, pretrained)
     with pytest.raises(ConfigError):
-        trial_config(config, starting_point(config.data, None, str(pretrained)), point)
+        trial_config(config.tasks, config.train, starting_point(config.data, None, str(pretrained)), point)
 
 
 # ------------------------------------------------------------------------------------------------------- trials

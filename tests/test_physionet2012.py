@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from challenge import STAY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,21 +24,6 @@ from hymate.data.meds import DataError, SplitsConfig, read_labels, read_splits
 from hymate.data.physionet2012 import CODES, ORIGIN, PhysioNet2012Source
 from hymate.data.prepare import PrepareConfig, prepare
 
-STAY = """Time,Parameter,Value
-00:00,RecordID,{record}
-00:00,Age,54
-00:00,Gender,0
-00:00,Height,-1
-00:00,ICUType,4
-00:00,Weight,72.5
-00:07,GCS,15
-00:07,HR,73
-01:30,Weight,73
-01:30,Weight,-1
-01:31,,2.9
-47:59,pH,735
-48:00,DiasABP,-1
-"""
 OUTCOMES = "RecordID,SAPS-I,SOFA,Length_of_stay,Survival,In-hospital_death\n"
 ALL_TRAIN = SplitsConfig(1, 0, 0)
 

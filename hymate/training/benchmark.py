@@ -56,6 +56,7 @@ from hymate.training import engine, pictures, space, tables
 from hymate.training.finetune import Start, Study, TrialConfig, run_trial
 from hymate.training.launch import absolute, ray_session
 from hymate.training.pretraining import PretrainConfig, pretraining_job, read_vocabulary
+from hymate.training.search import trial_config
 
 BASELINES: tuple[baselines.Kind, ...] = ("gradient_boosting", "logistic_regression")
 REFERENCE = "gradient_boosting"  # what every contender is compared with
@@ -112,7 +113,7 @@ class BenchmarkConfig:
         if clash := set(BASELINES) & set(self.contenders):
             raise ConfigError(f"contenders.{sorted(clash)[0]} is a baseline's name: choose another")
         for contender in self.contenders.values():
-            space.check(contender.point)
+            space.check({**self.point, **contender.point})
             self.model_of(contender)
 
     def model_of(self, contender: Contender) -> ModelConfig:
@@ -253,7 +254,7 @@ def _run_contender(
     study = Study(start, [table], METRIC, [trial], config.run.path)
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder, engine.single_process(config.train.use_gpu) as worker:
-        kept = _Kept(Path(folder), max(config.averaged, 1))
+        kept = _Kept(Path(folder), config.averaged)
         telemetry = Telemetry(config.run.path / "tb" / run.file, enabled=True)
         run_trial(study, trial, worker=worker, report=kept.report, resume=None, telemetry=telemetry)
         states = kept.states()
@@ -261,7 +262,7 @@ def _run_contender(
     examples: dict[str, Examples] = {split: labelled_examples(histories, table, split) for split in COMPARED}
     average = {name: torch.stack([state[name] for state in states]).mean(dim=0) for name in states[0]}
     for suffix, state in (("", states[0]), (AVERAGED, average)):
-        bundle = Bundle("risk", trial.model, trial.data, trial.tasks, vocabulary, state)
+        bundle = Bundle("risk", trial.model, trial.data, trial.tasks, vocabulary, state, in_days=trial.in_days)
         probabilities = _calibrated(bundle, histories, examples)
         parameters = sum(weight.numel() for weight in state.values())
         more = {"seconds": seconds, "pretraining_seconds": pretraining_seconds, "parameters": parameters}
@@ -272,27 +273,10 @@ def _run_contender(
 
 def _trial(config: BenchmarkConfig, contender: Contender, start: Start, run: Run) -> TrialConfig:
     """As few labels are soon learned, a share of them gets its root's share of the steps."""
-    point = {**config.point, **contender.point}
     steps = max(config.train.eval_every, round(config.train.max_steps * run.share**0.5))
-    train = dataclasses.replace(
-        config.train,
-        seed=run.seed,
-        max_steps=steps,
-        warmup_steps=min(config.train.warmup_steps, steps // 4),
-        weight_decay=point.get("weight_decay", config.train.weight_decay),
-    )
-    model = dataclasses.replace(start.model, dropout=point["dropout"])
-    return TrialConfig(
-        tasks=[config.task.name],
-        in_days=[],
-        data=config.data,
-        model=model,
-        train=train,
-        backbone_lr=point["backbone_lr"],
-        head_lr=point["head_lr"],
-        frozen=point.get("frozen", False),
-        early_share=point.get("early_share", 0.0),
-    )
+    warmup = min(config.train.warmup_steps, steps // 4)
+    train = dataclasses.replace(config.train, seed=run.seed, max_steps=steps, warmup_steps=warmup)
+    return trial_config([config.task], train, start, {**config.point, **contender.point})
 
 
 def _pretrain(config: BenchmarkConfig, seed: int) -> tuple[dict[str, Tensor], float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -119,7 +119,7 @@ def search(config: TuneConfig) -> Location:
         check_machine(config.train)
     start = starting_point(config.data, config.model, config.init)
     points = space.draw(config.search.space, config.search.num_trials, config.train.seed)
-    trials = [trial_config(config, start, point) for point in points]
+    trials = [trial_config(config.tasks, config.train, start, point) for point in points]
     labelled = [_labelled(task, config, histories) for task in config.tasks]
 
     write_run_config(run_path, claim)
@@ -177,12 +177,13 @@ def _require_both_classes(task: TaskConfig, examples: Mapping[str, Examples]) ->
             raise UserError(f"task {task.name}: the {split} split needs two different float_values; {remedy}")
 
 
-def trial_config(config: TuneConfig, start: Start, point: Mapping[str, Any]) -> TrialConfig:
+def trial_config(
+    tasks: Sequence[TaskConfig], train: TrainConfig, start: Start, point: Mapping[str, Any]
+) -> TrialConfig:
     """The trial at a point of the space; what the point leaves out comes from the other sections.
 
     Raises ConfigError where a value is impossible.
     """
-    train = config.train
     rates = {"backbone_lr": train.learning_rate, "head_lr": train.learning_rate}
     settings = {**rates, "frozen": False, "early_share": 0.0, **point}
     if start.state is None:
@@ -200,8 +201,8 @@ def trial_config(config: TuneConfig, start: Start, point: Mapping[str, Any]) -> 
         return build(type(section), tree, "search.space: ")
 
     return TrialConfig(
-        tasks=[task.name for task in config.tasks],
-        in_days=[task.name for task in config.tasks if task.longer_than_days is not None],
+        tasks=[task.name for task in tasks],
+        in_days=[task.name for task in tasks if task.longer_than_days is not None],
         data=replaced(start.data, "context"),
         model=replaced(start.model, "dropout", "pooling"),
         train=replaced(train, "weight_decay"),

@@ -100,7 +100,7 @@ class Point:
         histories, table = Histories.open(options.data), labels(options.data, config.tasks[0]).table
         examples = {split: labelled_examples(histories, table, split) for split in SPLITS}
         start = starting_point(config.data, config.model, None)
-        trial = trial_config(config, start, {})
+        trial = trial_config(config.tasks, config.train, start, {})
         return cls(histories, examples, start, trial, options.out / f"{trial.model.layers}-{trial.model.pooling}")
 
     @property
