@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import time
@@ -46,8 +47,17 @@ def processes() -> dict[int, tuple[int, str]]:
 
 
 def ray_processes(folder: str) -> set[int]:
-    """Those of a Ray whose files are in `folder`."""
-    return {pid for pid, (_, line) in processes().items() if f"{folder}/" in line}
+    """Those of a Ray whose files are in `folder`: named on their command line, or, for workers, which change theirs and
+    live a little longer than what started them, written to.
+    """
+    return {pid for pid, (_, line) in processes().items() if f"{folder}/" in line or f"{folder}/" in _output(pid)}
+
+
+def _output(pid: int) -> str:
+    try:
+        return os.readlink(f"/proc/{pid}/fd/1")
+    except OSError:
+        return ""  # it ended meanwhile
 
 
 def points(run_folder: Path, name: str) -> list[Any]:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pyarrow as pa
@@ -200,7 +200,8 @@ def cluster(environment: dict[str, str]) -> Iterator[dict[str, str]]:
     )
     yield settings
     for pid in ray_processes(environment["RAY_TMPDIR"]):
-        os.kill(pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):  # a worker ends with its raylet
+            os.kill(pid, signal.SIGKILL)
 
 
 def test_a_longer_run_goes_on_with_one_worker_on_a_running_cluster(
