@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from commands import ROOT, points, processes, ray_processes, run, step_of, wait_until
+from commands import PATIENCE_S, ROOT, points, processes, ray_processes, run, step_of, wait_until
 from safetensors.torch import load_file
 
 from hymate.bundle import read_bundle
@@ -79,8 +79,10 @@ def train_workers(folder: str) -> set[int]:
 
 
 @contextmanager
-def started(arguments: list[str], environment: dict[str, str], cwd: Path) -> Iterator[subprocess.Popen[bytes]]:
-    process = subprocess.Popen(arguments, env=environment, cwd=cwd, stdout=subprocess.DEVNULL)
+def started(
+    arguments: list[str], environment: dict[str, str], cwd: Path, stderr: int | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
+    process = subprocess.Popen(arguments, env=environment, cwd=cwd, stdout=subprocess.DEVNULL, stderr=stderr)
     try:
         yield process
     finally:
@@ -90,6 +92,10 @@ def started(arguments: list[str], environment: dict[str, str], cwd: Path) -> Ite
 
 def scalars(run_folder: Path, name: str) -> list[tuple[int, float]]:
     return [(point.step, point.value) for point in points(run_folder, name)]
+
+
+def saved_steps(run_folder: Path) -> set[int]:
+    return {json.loads(path.read_text())["step"] for path in (run_folder / "checkpoints").glob("*/state.json")}
 
 
 @pytest.fixture(scope="module")
@@ -129,8 +135,7 @@ def test_a_run_learns_and_shows_it_on_tensorboard(undisturbed: tuple[Path, subpr
 def test_the_best_checkpoints_and_the_last_are_kept(undisturbed: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     folder, _ = undisturbed
     scores = dict(scalars(folder, "validation/val_loss"))
-    kept = {json.loads(path.read_text())["step"] for path in (folder / "checkpoints").glob("*/state.json")}
-    assert kept == {*sorted(scores, key=lambda step: scores[step])[:2], STEPS}
+    assert saved_steps(folder) == {*sorted(scores, key=lambda step: scores[step])[:2], STEPS}
 
 
 def test_a_finished_run_is_not_run_again(
@@ -153,7 +158,7 @@ def test_another_configuration_does_not_continue_the_run(
     assert len(other.stderr.splitlines()) == 1
 
 
-def test_killed_workers_and_a_killed_driver_change_nothing(
+def test_killed_workers_a_killed_and_a_stopped_driver_change_nothing(
     undisturbed: tuple[Path, subprocess.CompletedProcess[str]],
     data: Path,
     environment: dict[str, str],
@@ -171,7 +176,14 @@ def test_killed_workers_and_a_killed_driver_change_nothing(
         )
         wait_until(lambda: step_of(folder) > 2 * EVAL_EVERY or driver.poll() is not None, "the run goes on")
         assert driver.poll() is None and step_of(folder) < STEPS, "the driver was to be killed in mid-run"
-    wait_until(lambda: not ray_processes(ray_folder), "the killed driver's cluster has ended")
+    # at once: the killed driver's workers live on for a moment
+    with started(arguments, environment, tmp_path) as driver:
+        wait_until(lambda: step_of(folder) > 3 * EVAL_EVERY or driver.poll() is not None, "the run goes on")
+        driver.send_signal(signal.SIGTERM)
+        driver.wait(PATIENCE_S)
+    assert driver.returncode == 143
+    stopped_at = step_of(folder)
+    assert stopped_at in saved_steps(folder)
     resumed = run(arguments, environment, tmp_path)
     assert resumed.returncode == 0, resumed.stderr
 
@@ -204,27 +216,43 @@ def cluster(environment: dict[str, str]) -> Iterator[dict[str, str]]:
             os.kill(pid, signal.SIGKILL)
 
 
-def test_a_longer_run_goes_on_with_one_worker_on_a_running_cluster(
+def test_a_longer_run_goes_on_with_one_worker_on_a_running_cluster_from_the_newest_whole_checkpoint(
     undisturbed: tuple[Path, subprocess.CompletedProcess[str]], data: Path, cluster: dict[str, str], tmp_path: Path
 ) -> None:
     folder = tmp_path / "pretrain"
     shutil.copytree(undisturbed[0], folder)
+    newest = max((folder / "checkpoints").glob("checkpoint_*/"))
+    flip_a_bit(newest / "optimizer-00001-of-00002.safetensors")
     changes = ("train.num_workers=1", "train.zero_stage=3", f"train.max_steps={STEPS + EVAL_EVERY}")
     longer = run(command(data, tmp_path, *changes), cluster, tmp_path)
     assert longer.returncode == 0, longer.stderr
+    said = (
+        f"{newest.name} is damaged: optimizer-00001-of-00002.safetensors is not what was written; the checkpoint before"
+    )
+    assert longer.stdout.count(said) == 1, longer.stdout
     assert [step for step, _ in scalars(folder, "train/loss")] == [*range(1, STEPS + EVAL_EVERY + 1)]
-    kept = {json.loads(path.read_text())["step"] for path in (folder / "checkpoints").glob("*/state.json")}
-    assert STEPS + EVAL_EVERY in kept
+    assert STEPS + EVAL_EVERY in saved_steps(folder)
 
 
-def test_a_failing_worker_ends_the_command_with_its_own_error(
+def flip_a_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def test_a_run_that_diverges_ends_at_once_and_names_the_rows(
     data: Path, cluster: dict[str, str], tmp_path: Path
 ) -> None:
-    changes = ("train.learning_rate=1e30", "train.warmup_steps=0", "train.num_workers=1", "train.max_failures=0")
+    changes = ("train.learning_rate=1e30", "train.warmup_steps=0", "train.num_workers=1", "train.max_skipped=3")
     failed = run(command(data, tmp_path, *changes), cluster, tmp_path)
     assert failed.returncode == 1
-    assert re.search(r"FloatingPointError: the loss of step \d+ is nan", failed.stderr), failed.stderr
+    (line,) = failed.stderr.splitlines()
+    assert re.match(r"error: 4 steps in a row, up to step \d, had a loss or gradient that is not finite", line), line
+    shard, rows = re.search(r"The last one's rows: shard (\S+) row group \d+ rows \[([\d, ]+)\]", line).groups()
+    length = pq.read_metadata(data / "histories" / f"{shard}.parquet").num_rows
+    assert all(0 <= int(row) < length for row in rows.split(","))
     assert not (tmp_path / "pretrain" / "bundle").exists()
+    assert len(list((tmp_path / "pretrain" / "tb").glob("events.*"))) == 1, "it was tried again"
 
 
 @pytest.mark.parametrize(
