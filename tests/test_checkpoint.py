@@ -171,7 +171,7 @@ def test_the_checksums_are_those_of_sha256sum(root: Path) -> None:
 
 
 class Poisoned(RandomRows):
-    """One row of some steps has an infinite value; on two workers it is the second one's."""
+    """One row of some steps has an infinite gap; on two workers it is the second one's."""
 
     def __init__(self, steps: set[int]) -> None:
         self.bad = {(step - 1) * CONFIG.rows_per_step + 1 for step in steps}
@@ -179,7 +179,7 @@ class Poisoned(RandomRows):
     def _row(self, i: int) -> Batch:
         row = super()._row(i)
         if i in self.bad:
-            row.value_L[0] = torch.inf
+            row.gap_hours_L[0] = torch.inf
         return row
 
 

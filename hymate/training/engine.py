@@ -190,15 +190,23 @@ def train_step(engine: Any, rows: list[Batch], device: torch.device) -> dict[str
         # the gradient of a loss that is not finite could be finite; made NaN, all workers see it in the norm
         engine.backward(loss * torch.where(torch.isfinite(loss.detach()), 1.0, math.nan))
         norm = _unclipped_norm(engine)
-        if norm is not None and not torch.isfinite(norm):
-            engine.zero_grad()  # AdamW passes over parameters without gradient; under ZeRO DeepSpeed skips by itself
-        engine.step()
+        if norm is None or torch.isfinite(norm):
+            engine.step()  # under ZeRO, DeepSpeed itself skips a step whose norm is not finite
+        else:
+            _step_without_update(engine)
         outputs = {name: value.detach() * row.weight for name, value in outputs.items() if value.ndim == 0}
         for name, value in {**outputs, "num_events": torch.tensor(float(row.num_events))}.items():
             sums[name] = sums.get(name, torch.zeros(())) + value.float().cpu()
     sums["num_rows"] = torch.tensor(float(len(rows)))
     sums["gradient_norm"] = torch.as_tensor(engine.get_global_grad_norm() if norm is None else norm).float().cpu()
     return sums if torch.isfinite(sums["gradient_norm"]) else None
+
+
+def _step_without_update(engine: Any) -> None:
+    """DeepSpeed's step without ZeRO, but for the update: AdamW passes over parameters that have no gradient."""
+    hook = engine.optimizer.register_step_pre_hook(lambda optimizer, *_: optimizer.zero_grad())
+    engine.step()
+    hook.remove()
 
 
 def _count_skipped(standing: Standing, rows: list[Batch], source: TrainingRows, config: TrainConfig) -> None:
