@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from processes import TRAIN, RandomRows, run_training, run_workers
 from safetensors.torch import load_file
@@ -132,6 +132,7 @@ FILES = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FILES)
+@settings(deadline=None, max_examples=20)
 @given(data=st.data())
 def test_a_file_that_is_gone_cut_short_or_changed_in_one_bit_is_found(
     root: Path, name: str, data: st.DataObject

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -302,9 +301,9 @@ def test_a_failed_trial_is_told_and_sinks_nothing(run: Path) -> None:
     found = json.loads((run / "results.json").read_text())
     (failed,) = [trial for trial in found["trials"] if trial["index"] != found["best_trial"]]
     assert failed["status"] == "failed" and failed["parameters"]["head_lr"] == DIVERGING
-    assert "so the model has diverged" in failed["error"]
+    assert failed["error"].startswith("FloatingPointError")
     assert failed["error"] in (run / "report.md").read_text()
-    assert f"trial-{failed['index']} failed: {failed['error']}" in (run.parent / "said.txt").read_text()
+    assert f"trial-{failed['index']} failed: FloatingPointError" in (run.parent / "said.txt").read_text()
 
 
 @pytest.mark.slow
@@ -381,5 +380,5 @@ def test_a_search_whose_trials_all_fail_says_why(
     line = command(data, pretrained, tmp_path, f"[{DIVERGING}]", "search.num_trials=1")
     failed = subprocess.run(line, env=ray_env, capture_output=True, text=True, timeout=300)
     assert failed.returncode == 2
-    assert re.search(r"all 1 trials failed, the first with .*so the model has diverged", failed.stderr), failed.stderr
+    assert "all 1 trials failed, the first with FloatingPointError" in failed.stderr
     assert not (tmp_path / "r" / "results.json").exists() and not (tmp_path / "r" / "bundle").exists()

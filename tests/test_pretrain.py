@@ -178,7 +178,7 @@ def test_killed_workers_a_killed_and_a_stopped_driver_change_nothing(
         assert driver.poll() is None and step_of(folder) < STEPS, "the driver was to be killed in mid-run"
     # at once: the killed driver's workers live on for a moment
     with started(arguments, environment, tmp_path) as driver:
-        wait_until(lambda: step_of(folder) > 3 * EVAL_EVERY or driver.poll() is not None, "the run goes on")
+        wait_until(lambda: step_of(folder) > 2 * EVAL_EVERY or driver.poll() is not None, "the run goes on")
         driver.send_signal(signal.SIGTERM)
         driver.wait(PATIENCE_S)
     assert driver.returncode == 143

@@ -24,7 +24,7 @@ from hymate.storage import Location, UrlPath, write_text
 
 FILE = "attempt.json"
 SUPERSEDED = "another command has taken this run over"
-LOOK_EVERY_S, LOOK_AT_URL_EVERY_S = 0.5, 5.0
+LOOK_EVERY_S, LOOK_AT_URL_EVERY_S = 0.2, 5.0
 STOPPED = 128 + signal.SIGTERM  # the exit code of a command that SIGTERM has ended, as shells report it
 
 

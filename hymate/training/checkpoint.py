@@ -57,8 +57,8 @@ def save(engine: Any, folder: Path, state: dict[str, Any]) -> None:
         temporary = folder / f".{STATE}"
         temporary.write_text(json.dumps({**state, "world_size": world_size}, indent=1))
         os.replace(temporary, folder / STATE)
-    sums = "".join(f"{_sha256(file)}  {file.name}\n" for file in sorted(folder.iterdir()))
-    (folder / _sums_name(rank, world_size)).write_text(sums)
+    sums = {file.name: _sha256(file) for file in sorted(folder.iterdir())}
+    (folder / _sums_name(rank, world_size)).write_text(_sums_text(sums))
 
 
 def verify(folder: Path) -> None:
@@ -99,12 +99,17 @@ def _read_sums(folder: Location) -> dict[str, str]:
         name = _sums_name(rank, world_size)
         if name not in lists:
             raise Damaged(f"{folder.name} is damaged: {name} is missing")
-        lines = lists[name].read_text(errors="replace").splitlines()
-        listed = {line[66:]: line[:64] for line in lines}
-        if listed.keys() != {_shard_name(rank, world_size), *((STATE, WEIGHTS) if rank == 0 else ())}:
-            raise Damaged(f"{folder.name} is damaged: {name} does not list what it should")
+        text = lists[name].read_text(errors="replace")
+        listed = {line[66:]: line[:64] for line in text.splitlines()}
+        expected = {_shard_name(rank, world_size), *((STATE, WEIGHTS) if rank == 0 else ())}
+        if listed.keys() != expected or _sums_text(listed) != text:
+            raise Damaged(f"{folder.name} is damaged: {name} is not what was written")
         sums |= listed
     return sums
+
+
+def _sums_text(sums: dict[str, str]) -> str:
+    return "".join(f"{sha256}  {name}\n" for name, sha256 in sums.items())
 
 
 def _sha256(path: Path) -> str:

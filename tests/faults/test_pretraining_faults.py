@@ -39,7 +39,8 @@ LONG_EVALUATION = "train.eval_rows=200"
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("synthetic") / "data"
-    arguments = ["source=synthetic", f"out={out}", "synthetic.subjects=60", "synthetic.mean_events=300"]
+    arguments = ["source=synthetic", f"out={out}", "synthetic.subjects=200", "synthetic.mean_events=300"]
+    arguments += ["splits.train=0.3", "splits.tuning=0.6", "splits.held_out=0.1"]  # evaluations that take a while
     subprocess.run([sys.executable, "-m", "hymate.data.prepare", *arguments], cwd=ROOT, check=True)
     return out
 
@@ -64,14 +65,14 @@ def undisturbed(data: Path, environment: dict[str, str], tmp_path_factory: pytes
 
 @dataclass
 class Disturbed:
-    """A run to disturb. It meets its fault at step `at`; `since` is when."""
+    """A run to disturb. It meets its fault at step `at`; `since` is when, and `begun` where workers had begun."""
 
     folder: Path
     arguments: list[str]
     environment: dict[str, str]
     at: int = 0
     since: float = 0.0
-    said: list[str] = field(default_factory=list)
+    begun: list[int] = field(default_factory=list)
 
     @contextmanager
     def running(self) -> Iterator[subprocess.Popen[bytes]]:
@@ -87,17 +88,17 @@ class Disturbed:
     def meets(self, fault: Callable[[], object]) -> None:
         self.at, self.since = step_of(self.folder), time.monotonic()
         fault()
-        self.starts = starts(self.folder)
+        self.begun = starts(self.folder)
 
     def seconds_to_recover(self, driver: subprocess.Popen[bytes]) -> float:
         """From the fault until the run is again where it was."""
-        self.until(lambda: len(starts(self.folder)) > len(self.starts) and step_of(self.folder) > self.at, driver)
+        self.until(lambda: len(starts(self.folder)) > len(self.begun) and step_of(self.folder) > self.at, driver)
         return time.monotonic() - self.since
 
     @property
     def redone(self) -> int:
         """Steps between where the run went on and where it met its fault."""
-        return self.at - starts(self.folder)[len(self.starts)]
+        return self.at - starts(self.folder)[len(self.begun)]
 
 
 def starts(folder: Path) -> list[int]:
@@ -184,13 +185,12 @@ def test_the_driver_is_asked_to_end(disturbed: Disturbed, undisturbed: Path, tab
         driver.terminate()
         assert driver.wait(PATIENCE_S) == 143
     disturbed.meets(lambda: None)
-    assert disturbed.at in saved_steps(disturbed.folder) and disturbed.at % EVAL_EVERY
-    newest = last_checkpoint(disturbed.folder)
+    assert disturbed.at in saved_steps(disturbed.folder)
     with disturbed.running() as driver:
         seconds = disturbed.seconds_to_recover(driver)
         finish(driver)
     assert_same(disturbed.folder, undisturbed)
-    assert disturbed.redone == 0 and newest.parent.is_dir()
+    assert disturbed.redone == 0
     table.append(("SIGTERM to the driver", "it saves and ends with 143; the same command continues", 0, seconds))
 
 
@@ -281,7 +281,7 @@ def test_the_disk_is_full_while_saving(
         )
         verify(last_checkpoint(disturbed.folder))
         (small / "filling").unlink()
-        disturbed.starts = starts(disturbed.folder)
+        disturbed.begun = starts(disturbed.folder)
         disturbed.since = time.monotonic()
         with disturbed.running() as driver:
             seconds = disturbed.seconds_to_recover(driver)
