@@ -49,8 +49,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def environment() -> Iterator[dict[str, str]]:
     """Settings of every command here; Ray's files in a folder with a short name (its sockets' paths are limited)."""
     folder = tempfile.mkdtemp(prefix="hy", dir="/tmp")
-    (Path(folder) / "tmp").mkdir()
-    yield {**os.environ, "RAY_TMPDIR": folder, "TMPDIR": f"{folder}/tmp", "TORCHDYNAMO_DISABLE": "1"}
+    yield {**os.environ, "RAY_TMPDIR": folder, "TORCHDYNAMO_DISABLE": "1"}
     wait_until(lambda: not ray_processes(folder), "Ray's processes end")
     shutil.rmtree(folder, ignore_errors=True)
 
@@ -114,7 +113,8 @@ def starts(folder: Path) -> list[int]:
 
 @pytest.fixture
 def disturbed(data: Path, environment: dict[str, str], tmp_path: Path) -> Disturbed:
-    return Disturbed(tmp_path / "pretrain", command(data, tmp_path), environment)
+    temporary = tempfile.mkdtemp(dir=environment["RAY_TMPDIR"])  # killed workers leave what they were about to send
+    return Disturbed(tmp_path / "pretrain", command(data, tmp_path), {**environment, "TMPDIR": temporary})
 
 
 def assert_same(folder: Path, whole: Path) -> None:
