@@ -9,7 +9,7 @@ import threading
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -175,7 +175,8 @@ def _train_worker(config: PretrainConfig, attempt: Attempt) -> dict[str, Any]:
             checkpoint_upload_fn=send,
         )
 
-    with newest_whole(train.get_checkpoint(), worker, telemetry) as resume, attempt.watched() as stop:
+    watched = attempt.watched() if worker.rank == 0 else nullcontext(lambda: False)
+    with newest_whole(train.get_checkpoint(), worker, telemetry) as resume, watched as stop:
         standing = engine.train(
             job,
             config.train,
