@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-ROWS: list[tuple[str, str, int, float]] = []
+ROWS: list[tuple[str, str, int | str, float]] = []
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -16,6 +16,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 @pytest.fixture(scope="session")
-def table() -> list[tuple[str, str, int, float]]:
+def table() -> list[tuple[str, str, int | str, float]]:
     """fault, what happens, steps done again, seconds until the run was again where the fault met it."""
     return ROWS
