@@ -46,7 +46,7 @@ PACKAGES = (
 def recorded(run: Location, command: str, claim: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Keep run.json while the block runs; what the block puts into the dictionary is part of the outcome.
 
-    claim: the configuration's tree and the `data_fingerprint`. An exit without a cause is taken as a wish to stop.
+    claim: the configuration's tree and the `data_fingerprint`. An exit whose status is not 1 is one that was asked for.
     """
     config = {key: value for key, value in claim.items() if key != "data_fingerprint"}
     attempt = {
@@ -136,8 +136,8 @@ def _output(*command: str) -> str | None:
 
 
 def _failure(error: BaseException) -> dict[str, Any]:
-    cause = error.__cause__ if isinstance(error, SystemExit) else error
-    if cause is None or isinstance(cause, KeyboardInterrupt):
+    cause = error.__cause__ or error if isinstance(error, SystemExit) else error
+    if isinstance(cause, KeyboardInterrupt) or (isinstance(cause, SystemExit) and cause.code != 1):
         return {"state": "stopped"}
     # our own messages name no patient and no machine; of others only the kind is kept
     ours = isinstance(cause, (UserError, FloatingPointError))

@@ -178,6 +178,8 @@ def test_killed_workers_and_a_killed_driver_change_nothing(
             lambda: not first & train_workers(ray_folder) or driver.poll() is not None, "the workers are replaced"
         )
         wait_until(lambda: step_of(folder) > 2 * EVAL_EVERY or driver.poll() is not None, "the run goes on")
+        seen = [step for step, _ in scalars(folder, "train/loss")]
+        assert len(seen) >= EVAL_EVERY and seen == [*range(1, len(seen) + 1)], "the curves are there while it runs"
         assert driver.poll() is None and step_of(folder) < STEPS, "the driver was to be killed in mid-run"
     wait_until(lambda: not ray_processes(ray_folder), "the killed driver's cluster has ended")
     resumed = run(arguments, environment, tmp_path)
