@@ -155,11 +155,12 @@ def integrated_gradients(model: RiskModel, row: Batch, num_steps: int = NUM_STEP
         # segments are independent: each gets its own gradient
         gradients = torch.autograd.grad(logit_S.sum(), list(points.values()))
         for name, gradient_ND in zip(points, gradients, strict=True):
-            parts[name] = parts.get(name, 0.0) + weight * (gradient_ND * ways[name]).sum(dim=1).double()
+            change_N = (gradient_ND * ways[name]).flatten(1).sum(dim=1)
+            parts[name] = parts.get(name, 0.0) + weight * change_N.double()
     with torch.no_grad():
         baseline_S, *_ = _logits_on_the_way(model, row, 0.0)
-        patient_SE, weight_LQ = model.patient(row)
-        logit_S = _logit(model, patient_SE)
+        patient_SME, weight_LQ = model.patient(row)
+        logit_S = _logit(model, patient_SME)
     if "variables" in parts:
         variable_L, count_L = _variables(row, model.backbone.embedding.code.num_embeddings)
         parts["events"] = parts["events"] + parts["variables"][variable_L] / count_L
@@ -191,7 +192,7 @@ def _logits_on_the_way(
     """Logits (S,) with all embeddings at a share of their way from the baseline; where they are, and their ways.
 
     These of the "events" (L, D), of the "static" events (F, D), and where the pooling is over variables of what it is
-    told of the "variables" (G, D), whose baseline is an unknown code with no event.
+    told of the "variables" (G, M, D), whose baseline is an unknown code with no event.
     """
     points: dict[str, Tensor] = {}
     ways: dict[str, Tensor] = {}
@@ -207,25 +208,25 @@ def _logits_on_the_way(
         start_ND = embedding.forward(torch.full_like(code_N, UNKNOWN_ID), no_value_N, no_value_N, *rest)
         return moved("static" if "events" in points else "events", start_ND, end_ND)
 
-    def move_variables(vectors: nn.Module, inputs: tuple[Tensor, ...], end_GD: Tensor) -> Tensor:
+    def move_variables(vectors: nn.Module, inputs: tuple[Tensor, ...], end_GMD: Tensor) -> Tensor:
         code_GD, features_GX = inputs
         unknown_GD = model.backbone.embedding.code.weight[UNKNOWN_ID].expand_as(code_GD)
-        return moved("variables", vectors.forward(unknown_GD, torch.zeros_like(features_GX)), end_GD)
+        return moved("variables", vectors.forward(unknown_GD, torch.zeros_like(features_GX)), end_GMD)
 
     hooks = [model.backbone.embedding.register_forward_hook(move_events)]
     if model.pooling.variables is not None:
         hooks.append(model.pooling.variables.vectors.register_forward_hook(move_variables))
     try:
-        patient_SE, _ = model.patient(row)
-        return _logit(model, patient_SE), points, ways
+        patient_SME, _ = model.patient(row)
+        return _logit(model, patient_SME), points, ways
     finally:
         for hook in hooks:
             hook.remove()
 
 
-def _logit(model: RiskModel, patient_SE: Tensor) -> Tensor:
+def _logit(model: RiskModel, patient_SME: Tensor) -> Tensor:
     """(S,) of the model's only task."""
-    return model.outputs(patient_SE)[0][:, 0]
+    return model.outputs(patient_SME)[0][:, 0]
 
 
 # ------------------------------------------------------------------------------------------------ faithfulness

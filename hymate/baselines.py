@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Literal, Protocol
@@ -39,12 +40,14 @@ from hymate.data.tasks import LabelSet, labels
 from hymate.predict import prediction_table
 from hymate.record import recorded
 from hymate.storage import Location, locate, write_text
+from hymate.training.pretraining import available_cpus
 from hymate.training.results import RESULTS, TABLE_WIDTH, score_rows
 
 Kind = Literal["gradient_boosting", "logistic_regression", "lightgbm"]
 
 # Of both kinds of boosting; chosen on the train and tuning splits of PhysioNet 2012, sets b + c.
 LEARNING_RATE, NUM_LEAVES, LEAF_LABELS, L2, FEATURE_SHARE, ROW_SHARE = 0.02, 15, 20, 1.0, 0.1, 0.8
+FOLDS = 5  # of cross-fitting
 NUM_TREES = (150, 600)  # 600 where many variables matter; where few do they learn noise
 STRENGTHS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)  # of logistic regression: 1 / penalty
 MOST_ITERATIONS = 2000
@@ -278,6 +281,32 @@ def compare(
         "seconds": seconds,
     }
     return found, boosting_E
+
+
+def cross_fitted(histories: Histories, train: Examples, tuning: Examples, seed: int) -> np.ndarray:
+    """Gradient boosting's probability of each training example (E,), by a model that learned from no example of the
+    same subject: the folds are of subjects. The tuning split chooses each model's number of trees.
+
+    Raises UserError where there are too few labels to do without a fold, or too many features.
+    """
+    spec = choose(histories, train, FeatureConfig())
+    table, tuning_table = (features(histories, examples, spec) for examples in (train, tuning))
+    subject_S, subject_E = np.unique(train.subject_id_E, return_inverse=True)
+    fold_E = (np.random.default_rng(seed).permutation(len(subject_S)) % FOLDS)[subject_E]
+    known_E = ~np.isnan(train.label_E)
+
+    def left_out(fold: int) -> np.ndarray:
+        model = fit("gradient_boosting", table.only(known_E & (fold_E != fold)), tuning_table, seed)
+        return model.probability(table.value_EX[fold_E == fold])
+
+    for fold in range(FOLDS):
+        if len(np.unique(train.label_E[known_E & (fold_E != fold)])) < 2:
+            raise UserError(f"too few labels for {FOLDS} folds: without one of them there is only one class")
+    probability_E = np.empty(len(train))
+    with ThreadPoolExecutor(available_cpus()) as pool:
+        for fold, probability in enumerate(pool.map(left_out, range(FOLDS))):
+            probability_E[fold_E == fold] = probability
+    return probability_E
 
 
 # ------------------------------------------------------------------------------------------------------ command

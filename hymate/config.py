@@ -86,6 +86,7 @@ class ModelConfig:
     pooling: "fusion" (additive attention over the events, the paper's), "variables" (over the variables, which also
         know what aggregate features would say of them), "last" (last event's state) or "mean".
     num_queries: attention queries of the first two; their results are concatenated.
+    members: poolings and heads over the one encoder; each learns as if it were alone, and their logits are averaged.
     """
 
     d_model: int = 64
@@ -103,6 +104,7 @@ class ModelConfig:
     dropout: float = 0.1
     pooling: Literal["fusion", "variables", "last", "mean"] = "fusion"
     num_queries: int = 8
+    members: int = 1
 
     def __post_init__(self) -> None:
         _positive(
@@ -115,6 +117,7 @@ class ModelConfig:
             "chunk_size",
             "num_heads",
             "num_queries",
+            "members",
         )
         _require(self.window >= 0, "model.window", f"must be 0 (full attention) or more, got {self.window}")
         _require(self.mlp_ratio > 0, "model.mlp_ratio", f"must be positive, got {self.mlp_ratio}")
@@ -306,7 +309,8 @@ class SearchConfig:
     """The fine-tuning search.
 
     space: parameter -> {choice: [...]} | {uniform: [low, high]} | {loguniform: [low, high]}; parameters are
-        `backbone_lr`, `head_lr`, `dropout`, `frozen`, `context`, `pooling`, `weight_decay`, `early_share`.
+        `backbone_lr`, `head_lr`, `dropout`, `frozen`, `context`, `pooling`, `weight_decay`, `early_share`,
+        `teacher_share`.
     metric: what picks the best checkpoint on the tuning split: "mean" of AUROC, AUPRC and, where a task has days,
         concordance; or one of the first two. Of several tasks the mean counts.
     grace_steps: steps before ASHA may stop a trial.

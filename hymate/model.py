@@ -6,6 +6,7 @@ Shape legend (with `hymate.batch`):
     L  events in the packed row     S  segments (patients' windows)     F  static events
     B  batch rows of a mixer        D  d_model                          V  vocabulary size
     Q  pooling queries              E  width of the patient vector      T  tasks
+    M  members: poolings and heads over the one encoder
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from hymate.batch import Batch
 from hymate.config import ModelConfig, ObjectiveConfig, UserError
 from hymate.mixers import BlockState, Mamba1Mixer, Mamba2Mixer
 from hymate.objectives import forecast_targets, hide_events, histories_until, masked_mean
-from hymate.pooling import FusionPooling, VariablePooling, segment_mean, wide
+from hymate.pooling import FusionPooling, MemberLinear, VariablePooling, segment_mean, wide
 
 TIME_PERIODS_HOURS = (2.0, 6.0, 24.0, 72.0, 168.0, 720.0, 2160.0, 8766.0)
 NO_VALUE, HIDDEN_VALUE = 0, 1
@@ -286,7 +287,7 @@ def _scale_residual(block: nn.Module, num_blocks: int) -> None:
 
 
 class PatientPooling(nn.Module):
-    """Event states and static features -> one vector for each patient's window.
+    """Event states and static features -> `config.members` vectors for each patient's window, each by its own weights.
 
     Pooled events (by `config.pooling`), the mean of the static events' embeddings through a layer, and four
     scalars: age, whether it is known, hours since the last event and number of events (both log-scaled).
@@ -295,14 +296,15 @@ class PatientPooling(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.kind = config.pooling
-        self.fusion = FusionPooling(config.d_model, config.num_queries) if self.kind == "fusion" else None
-        self.variables = VariablePooling(config.d_model, config.num_queries) if self.kind == "variables" else None
-        self.static = nn.Linear(config.d_model, config.d_model)
+        widths = (config.d_model, config.num_queries, config.members)
+        self.fusion = FusionPooling(*widths) if self.kind == "fusion" else None
+        self.variables = VariablePooling(*widths) if self.kind == "variables" else None
+        self.static = MemberLinear(config.members, config.d_model, config.d_model)
         attention = self.fusion or self.variables
         self.width = (attention.width if attention else config.d_model) + config.d_model + 4
 
     def forward(self, h_LD: Tensor, batch: Batch, embedding: TripletEmbedding) -> tuple[Tensor, Tensor | None]:
-        """(L, D) -> patient vectors (S, E) and the attention weights (L, Q), None for other poolings."""
+        """(L, D) -> patient vectors (S, M, E) and the attention weights (L, M * Q), None for other poolings."""
         weight_LQ = None
         last_S = torch.tensor(batch.cu_seqlens[1:], device=h_LD.device) - 1
         count_S = torch.tensor(batch.cu_seqlens, device=h_LD.device, dtype=torch.float32).diff()
@@ -311,19 +313,20 @@ class PatientPooling(nn.Module):
         elif self.fusion is not None:
             pooled, weight_LQ = self.fusion(h_LD, batch)
         elif self.kind == "last":
-            pooled = wide(h_LD[last_S])
+            pooled = wide(h_LD[last_S])[:, None]
         else:
-            pooled = segment_mean(h_LD, batch.segment_L, batch.num_segments)
+            pooled = segment_mean(h_LD, batch.segment_L, batch.num_segments)[:, None]
         return self.join(pooled, count_S, batch, embedding), weight_LQ
 
     def join(self, pooled: Tensor, count_S: Tensor, batch: Batch, embedding: TripletEmbedding) -> Tensor:
-        """Pooled events (S, Q * D), count_S of them, and the batch's static features and scalars -> (S, E)."""
+        """Pooled events (S, M or 1, X), count_S of them, and the batch's static features and scalars -> (S, M, E)."""
         static_FD = embedding(batch.static_code_F, batch.static_value_F, batch.static_quantile_F)
-        static_SD = F.gelu(self.static(segment_mean(static_FD, batch.static_segment_F, batch.num_segments)))
+        static_SMD = F.gelu(self.static(segment_mean(static_FD, batch.static_segment_F, batch.num_segments)))
         known_S = ~torch.isnan(batch.age_years_S)
         age_S = torch.nan_to_num(batch.age_years_S) / 100
         scalars = torch.stack([age_S, known_S.float(), torch.log1p(batch.lag_hours_S), torch.log(count_S) / 10], -1)
-        return torch.cat([pooled, wide(static_SD), scalars.to(pooled.dtype)], dim=-1)
+        parts = (pooled, wide(static_SMD), scalars.to(pooled.dtype)[:, None])
+        return torch.cat([part.expand(-1, static_SMD.shape[1], -1) for part in parts], dim=-1)
 
 
 # ------------------------------------------------------------------------------------------------------- models
@@ -350,6 +353,21 @@ class CodeHead(nn.Module):
         return self.out(self.hidden(h_ND), target_N)
 
 
+class PatientHead(nn.Module):
+    """Each member's outputs of its patient vectors."""
+
+    def __init__(self, config: ModelConfig, width_in: int, width_out: int) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(width_in, elementwise_affine=False)
+        self.hidden = MemberLinear(config.members, width_in, config.d_model)
+        self.dropout = nn.Dropout(config.dropout)
+        self.out = MemberLinear(config.members, config.d_model, width_out)
+
+    def forward(self, patient_SME: Tensor) -> Tensor:
+        """(S, M, E) -> (S, M, O)."""
+        return self.out(self.dropout(F.gelu(self.hidden(self.norm(patient_SME)))))
+
+
 class PretrainModel(nn.Module):
     """HyMaTE with the heads of the self-supervised objectives (`hymate.objectives`)."""
 
@@ -360,10 +378,10 @@ class PretrainModel(nn.Module):
         self.code_head = CodeHead(config, vocab_size) if objective.code_weight else None
         self.value_head = _head(config, 1) if objective.value_weight else None
         self.pooling: PatientPooling | None = None
-        self.forecast_head: nn.Sequential | None = None
+        self.forecast_head: PatientHead | None = None
         if objective.forecast_weight:
             self.pooling = PatientPooling(config)
-            self.forecast_head = _head(config, 2 * objective.forecast_variables, self.pooling.width)
+            self.forecast_head = PatientHead(config, self.pooling.width, 2 * objective.forecast_variables)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Scalars: "loss", each term's loss, and each term's own metric."""
@@ -384,11 +402,12 @@ class PretrainModel(nn.Module):
         if self.pooling is not None and self.forecast_head is not None:
             ahead = forecast_targets(batch, self.objective)
             past, at_L = histories_until(batch, ahead.anchor_A, ~(hidden.code_L | hidden.value_L))
-            patient_AE, _ = self.pooling(h_LD[at_L], past, self.backbone.embedding)
-            measured_AK, value_AK = self.forecast_head(patient_AE).float().chunk(2, dim=1)
-            found = F.binary_cross_entropy_with_logits(measured_AK, ahead.measured_AK.float(), reduction="none")
-            valued = ~torch.isnan(ahead.value_AK)
-            error = value_AK[valued] - ahead.value_AK[valued].clamp(-5, 5)
+            patient_AME, _ = self.pooling(h_LD[at_L], past, self.backbone.embedding)
+            measured_AMK, value_AMK = self.forecast_head(patient_AME).float().chunk(2, dim=2)
+            target_AMK = ahead.measured_AK.float()[:, None].expand_as(measured_AMK)
+            found = F.binary_cross_entropy_with_logits(measured_AMK, target_AMK, reduction="none")
+            error_AMK = value_AMK - ahead.value_AK[:, None].clamp(-5, 5)
+            error = error_AMK[~torch.isnan(error_AMK)]
             terms["measured_loss"] = masked_mean(found[ahead.whole_A])
             terms["forecast_loss"] = masked_mean(F.huber_loss(error, torch.zeros_like(error), reduction="none"))
             terms["forecast_mae"] = masked_mean(error.abs())
@@ -397,7 +416,10 @@ class PretrainModel(nn.Module):
 
 
 class RiskModel(nn.Module):
-    """HyMaTE with one head for each task: its logit, and for the tasks `in_days` also log(1 + days)."""
+    """HyMaTE with one head for each task: its logit, and for the tasks `in_days` also log(1 + days).
+
+    What the members say is averaged; each learns as if it were alone (deep ensembles, Lakshminarayanan et al. 2017).
+    """
 
     def __init__(
         self, config: ModelConfig, vocab_size: int, tasks: Sequence[str], in_days: Collection[str] = ()
@@ -408,55 +430,68 @@ class RiskModel(nn.Module):
         self.heads = nn.ModuleDict({task: _task_head(config, self.pooling.width, task in in_days) for task in tasks})
 
     def patient(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """Patient vectors (S, E) and attention weights (L, Q) or None."""
+        """Patient vectors (S, M, E) and attention weights (L, M * Q) or None."""
         return self.pooling(self.backbone(batch), batch, self.backbone.embedding)
 
-    def outputs(self, patient_SE: Tensor) -> tuple[Tensor, Tensor]:
+    def outputs(self, patient_SME: Tensor) -> tuple[Tensor, Tensor]:
         """Logits and log(1 + days), NaN for tasks without days: float32 (S, T) each."""
-        out = [head(patient_SE).float() for head in self.heads.values()]
-        log_days = [out_S[:, 1] if out_S.shape[1] == 2 else torch.full_like(out_S[:, 0], torch.nan) for out_S in out]
-        return torch.stack([out_S[:, 0] for out_S in out], dim=1), torch.stack(log_days, dim=1)
+        logit_STM, log_days_STM = self._of_members(patient_SME)
+        return logit_STM.mean(dim=2), log_days_STM.mean(dim=2)
+
+    def _of_members(self, patient_SME: Tensor) -> tuple[Tensor, Tensor]:
+        out = [head(patient_SME).float() for head in self.heads.values()]
+        days = [o_SMO[..., 1] if o_SMO.shape[2] == 2 else torch.full_like(o_SMO[..., 0], torch.nan) for o_SMO in out]
+        return torch.stack([o_SMO[..., 0] for o_SMO in out], dim=1), torch.stack(days, dim=1)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """ "logit_ST", "log_days_ST" and "loss": the mean over tasks of the mean over a task's labels of the binary
-        cross-entropy and, of days, the Huber loss of their logarithms.
+        cross-entropy and, of days, the Huber loss of their logarithms; of members the mean of theirs.
 
         A task's mean is that over all rows: each row adds its labels' losses over the number that it would have if
         labels were spread evenly (`Batch.share_T`), or those of a row with few of them would weigh more.
         """
-        logit_ST, log_days_ST = self.outputs(self.patient(batch)[0])
-        weight_ST = (1 / (batch.share_T * logit_ST.numel())).expand_as(logit_ST)
-        at, timed = ~torch.isnan(batch.label_ST), ~torch.isnan(batch.days_ST)
-        risk = F.binary_cross_entropy_with_logits(logit_ST[at], batch.label_ST[at], reduction="none")
-        days = F.huber_loss(log_days_ST[timed], batch.days_ST[timed].log1p(), reduction="none")
-        loss = (weight_ST[at] * risk).sum() + (weight_ST[timed] * days).sum()
+        logit_STM, log_days_STM = self._of_members(self.patient(batch)[0])
+        weight_ST = (1 / (batch.share_T * batch.label_ST.numel())).expand_as(batch.label_ST)
+
+        def of_known(error: Callable[..., Tensor], told_STM: Tensor, target_ST: Tensor) -> Tensor:
+            at = ~torch.isnan(target_ST)
+            told_NM, target_NM = told_STM[at], target_ST[at][:, None].expand(-1, told_STM.shape[2])
+            return (weight_ST[at] * error(told_NM, target_NM, reduction="none").mean(dim=1)).sum()
+
+        risk = of_known(F.binary_cross_entropy_with_logits, logit_STM, batch.label_ST)
+        loss = risk + of_known(F.huber_loss, log_days_STM, batch.days_ST.log1p())
+        logit_ST, log_days_ST = logit_STM.mean(dim=2), log_days_STM.mean(dim=2)
         if not self.training:
             logit_ST, log_days_ST = logit_ST.detach(), log_days_ST.detach()
         return {"loss": loss, "logit_ST": logit_ST, "log_days_ST": log_days_ST}
 
     def recalibrate(self, task: str, temperature: float, shift: float) -> None:
         """Make the task's logits what they are now / temperature + shift, by its head's last weights."""
-        last = self.heads[task][-1]  # type: ignore[index]
+        head = self.heads[task]
+        assert isinstance(head, PatientHead)
+        last, bias = head.out, head.out.bias
+        assert bias is not None
         with torch.no_grad():
-            last.weight[0] /= temperature
-            last.bias[0] = last.bias[0] / temperature + shift
+            last.weight[:, :, 0] /= temperature
+            bias[:, 0] = bias[:, 0] / temperature + shift
 
 
-def _head(config: ModelConfig, width_out: int, width_in: int | None = None) -> nn.Sequential:
-    width_in = width_in or config.d_model
+def _head(config: ModelConfig, width_out: int) -> nn.Sequential:
+    """Of events."""
     return nn.Sequential(
-        nn.RMSNorm(width_in),
-        nn.Linear(width_in, config.d_model),
+        nn.RMSNorm(config.d_model),
+        nn.Linear(config.d_model, config.d_model),
         nn.GELU(),
         nn.Dropout(config.dropout),
         nn.Linear(config.d_model, width_out),
     )
 
 
-def _task_head(config: ModelConfig, width_in: int, in_days: bool) -> nn.Sequential:
-    head = _head(config, 2 if in_days else 1, width_in)
+def _task_head(config: ModelConfig, width_in: int, in_days: bool) -> PatientHead:
+    head = PatientHead(config, width_in, 2 if in_days else 1)
     if in_days:
-        nn.init.constant_(head[-1].bias[1], math.log1p(TYPICAL_DAYS))  # type: ignore[index]
+        assert head.out.bias is not None
+        nn.init.constant_(head.out.bias[:, 1], math.log1p(TYPICAL_DAYS))
     return head
 
 
@@ -487,7 +522,7 @@ def decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]
     kept: list[nn.Parameter] = []
     for name, p in module.named_parameters():
         if p.requires_grad:
-            plain = p.ndim < 2 or id(p) in embeddings or name.endswith("A_log")
+            plain = p.ndim < 2 or id(p) in embeddings or name.endswith(("A_log", "bias"))
             (kept if plain else decayed).append(p)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
     return [g for g in groups if g["params"]]

@@ -2,6 +2,7 @@
 
 Shape legend, besides that of `hymate.model`:
     H  horizons      R  rows: events, or variables so far      G  variables: pairs of a segment and a code it holds
+    M  members, each with weights of its own
 """
 
 from __future__ import annotations
@@ -19,6 +20,21 @@ HORIZONS_HOURS = (8766.0, 168.0, 24.0, 4.0)  # a year to the last few events: ho
 STATES_DROPPED = 0.5  # share of the patients that VariablePooling is trained on without contextual states
 
 
+class MemberLinear(nn.Module):
+    """A linear layer for each member, initialised as torch.nn.Linear is."""
+
+    def __init__(self, members: int, width_in: int, width_out: int, bias: bool = True) -> None:
+        super().__init__()
+        bound = width_in**-0.5
+        self.weight = nn.Parameter(torch.empty(members, width_in, width_out).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(members, width_out).uniform_(-bound, bound)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, M, I), or (N, I) that is the same for all members -> (N, M, O)."""
+        y_NMO = torch.einsum("ni,mio->nmo" if x.ndim == 2 else "nmi,mio->nmo", x, self.weight)
+        return y_NMO if self.bias is None else y_NMO + self.bias
+
+
 class FusionPooling(nn.Module):
     """The paper's additive attention over a segment's events, `num_queries` times; its weights explain the prediction.
 
@@ -28,16 +44,16 @@ class FusionPooling(nn.Module):
     the least-squares slope in units of that deviation.
     """
 
-    def __init__(self, d_model: int, num_queries: int) -> None:
+    def __init__(self, d_model: int, num_queries: int, members: int = 1) -> None:
         super().__init__()
-        self.key = nn.Linear(d_model, d_model)
-        self.query = nn.Linear(d_model, num_queries, bias=False)
+        self.key = MemberLinear(members, d_model, d_model)
+        self.query = MemberLinear(members, d_model, num_queries, bias=False)
         horizon_Q = torch.tensor(list(islice(cycle(HORIZONS_HOURS), num_queries)))
-        self.log_rate_Q = nn.Parameter(-horizon_Q.log())
-        self.width = 2 * num_queries * d_model
+        self.log_rate_Q = nn.Parameter(-horizon_Q.log().repeat(members))
+        self.members, self.width = members, 2 * num_queries * d_model
 
     def forward(self, h_LD: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """(L, D) -> pooled (S, 2 * Q * D) and weights (L, Q) that sum to 1 over each segment."""
+        """(L, D) -> pooled (S, M, 2 * Q * D) and weights (L, M * Q) that sum to 1 over each segment."""
         segment_L, S = batch.segment_L.long(), batch.num_segments
         last_L = torch.tensor(batch.cu_seqlens[1:], device=h_LD.device)[segment_L] - 1
         hours_L1 = (batch.time_hours_L - batch.time_hours_L[last_L])[:, None]  # 0 at the end, negative before
@@ -48,11 +64,17 @@ class FusionPooling(nn.Module):
         trend_LQ = weight_LQ * offset_LQ * (variance_SQ + 1.0).rsqrt()[segment_L]  # 1: an hour, where time stands still
         lengths = torch.tensor(batch.cu_seqlens).diff().tolist()
         parts = zip(torch.cat([weight_LQ, trend_LQ], dim=1).split(lengths), wide(h_LD).split(lengths), strict=True)
-        return torch.stack([basis.T @ h for basis, h in parts]).flatten(1), weight_LQ
+        level_SQD, trend_SQD = torch.stack([basis.T @ h for basis, h in parts]).chunk(2, dim=1)
+        return self.pooled(level_SQD, trend_SQD), weight_LQ
 
     def score(self, h_LD: Tensor, hours_L1: Tensor) -> Tensor:
-        """(L, D), hours from the end (not positive) -> logarithms of the weights (L, Q), up to a constant of each."""
-        return wide(self.query(torch.tanh(self.key(h_LD)))) + hours_L1 * self.log_rate_Q.exp()
+        """(L, D), hours from the end (not positive) -> logarithms of the weights (L, M * Q), up to a constant."""
+        return wide(self.query(torch.tanh(self.key(h_LD)))).flatten(1) + hours_L1 * self.log_rate_Q.exp()
+
+    def pooled(self, level_SQD: Tensor, trend_SQD: Tensor) -> Tensor:
+        """Levels and trends (S, M * Q, D) -> (S, M, 2 * Q * D)."""
+        levels_and_trends = [x_SQD.unflatten(1, (self.members, -1)).flatten(2) for x_SQD in (level_SQD, trend_SQD)]
+        return torch.cat(levels_and_trends, dim=2)
 
 
 @dataclass(frozen=True)
@@ -183,16 +205,16 @@ class VariableSums:
 class VariableVectors(nn.Module):
     """Codes and VariablePooling.FEATURES -> vectors; the code shifts and scales what the features say, as of values."""
 
-    def __init__(self, d_model: int) -> None:
+    def __init__(self, d_model: int, members: int) -> None:
         super().__init__()
-        self.told = nn.Linear(len(VariablePooling.FEATURES), d_model)
-        self.code = nn.Linear(d_model, 2 * d_model, bias=False)
-        self.out = nn.Linear(d_model, d_model)
+        self.told = MemberLinear(members, len(VariablePooling.FEATURES), d_model)
+        self.code = MemberLinear(members, d_model, 2 * d_model, bias=False)
+        self.out = MemberLinear(members, d_model, d_model)
 
     def forward(self, code_GD: Tensor, features_GX: Tensor) -> Tensor:
-        """Embedded codes (G, D) and features (G, X) -> (G, D)."""
-        shift_GD, scale_GD = self.code(code_GD).chunk(2, dim=-1)
-        return code_GD + self.out(F.gelu(self.told(features_GX) + shift_GD) * (1 + scale_GD))
+        """Embedded codes (G, D) and features (G, X) -> (G, M, D)."""
+        shift_GMD, scale_GMD = self.code(code_GD).chunk(2, dim=-1)
+        return code_GD[:, None] + self.out(F.gelu(self.told(features_GX) + shift_GMD) * (1 + scale_GMD))
 
 
 class VariablePooling(nn.Module):
@@ -203,6 +225,8 @@ class VariablePooling(nn.Module):
     and counts, extremes and absence can be seen. Contextual states know each patient so well that a few thousand
     labels are soon learned by heart: in training half of the patients go without (stochastic depth, Huang et al. 2016).
     The weights of the variables, shared by their events, explain the prediction.
+
+    The vectors are normalised without gains: what reads them has weights for that.
     """
 
     FEATURES = (
@@ -215,37 +239,43 @@ class VariablePooling(nn.Module):
         *("first value", "last value", "last rank"),
     )
 
-    def __init__(self, d_model: int, num_queries: int) -> None:
+    def __init__(self, d_model: int, num_queries: int, members: int = 1) -> None:
         super().__init__()
-        self.vectors = VariableVectors(d_model)
-        self.states = nn.Linear(2 * d_model, d_model, bias=False)
-        self.norm = nn.RMSNorm(d_model)
-        self.key = nn.Linear(d_model, d_model)
-        self.query = nn.Linear(d_model, num_queries, bias=False)
+        self.vectors = VariableVectors(d_model, members)
+        self.states = MemberLinear(members, 2 * d_model, d_model, bias=False)
+        self.norm = nn.RMSNorm(d_model, elementwise_affine=False)
+        self.key = MemberLinear(members, d_model, d_model)
+        self.query = MemberLinear(members, d_model, num_queries, bias=False)
         self.width = (num_queries + 1) * d_model
         nn.init.zeros_(self.states.weight)
 
     def forward(self, h_LD: Tensor, batch: Batch, code_VD: Tensor) -> tuple[Tensor, Tensor]:
-        """(L, D), the embedding of codes -> pooled (S, (Q + 1) * D), weights (L, Q) that sum to 1 over each segment."""
+        """(L, D), the embedding of codes -> pooled (S, M, (Q + 1) * D) and weights (L, M * Q) that sum to 1 over each
+        segment.
+        """
         sums, group_L = VariableSums.of(h_LD, batch, len(code_VD)).grouped()
         pooled, weight_GQ = self.pool(sums, batch.lag_hours_S, code_VD)
         return pooled, (weight_GQ / wide(sums.sum_RX[:, :1].to(weight_GQ.dtype)))[group_L]
 
     def pool(self, sums: VariableSums, lag_hours_S: Tensor, code_VD: Tensor) -> tuple[Tensor, Tensor]:
-        """Pooled (S, (Q + 1) * D) and the variables' weights (G, Q), which sum to 1 over each segment."""
+        """Pooled (S, M, (Q + 1) * D) and the variables' weights (G, M * Q), which sum to 1 over each segment."""
         S, segment_G = len(lag_hours_S), sums.key_R // len(code_VD)
         events_G1 = sums.sum_RX[:, :1].to(sums.state_RD.dtype)
-        states_GD = self.states(torch.cat([sums.state_RD / events_G1, sums.last_RD], dim=1))
+        states_GMD = self.states(torch.cat([sums.state_RD / events_G1, sums.last_RD], dim=1))
         if self.training:
-            kept_S = (torch.rand(S, device=states_GD.device) >= STATES_DROPPED).to(states_GD.dtype)
-            states_GD = states_GD * (kept_S / (1 - STATES_DROPPED))[segment_G, None]
-        vector_GD = self.vectors(code_VD[sums.key_R % len(code_VD)], sums.features(lag_hours_S[segment_G]))
-        x_GD = self.norm(vector_GD + states_GD)
-        weight_GQ = segment_softmax(wide(self.query(torch.tanh(self.key(x_GD)))), segment_G, S)
+            kept_SM = torch.rand(S, states_GMD.shape[1], device=states_GMD.device) >= STATES_DROPPED
+            states_GMD = states_GMD * (kept_SM.to(states_GMD.dtype) / (1 - STATES_DROPPED))[segment_G, :, None]
+        vector_GMD = self.vectors(code_VD[sums.key_R % len(code_VD)], sums.features(lag_hours_S[segment_G]))
+        x_GMD = self.norm(vector_GMD + states_GMD)
+        score_GMQ = wide(self.query(torch.tanh(self.key(x_GMD))))
+        weight_GMQ = segment_softmax(score_GMQ.flatten(1), segment_G, S).view_as(score_GMQ)
         # the sum adds up evidence, which a mean cannot; over the root of their number, to keep its size
         number_S = torch.bincount(segment_G, minlength=S)
-        part_GQ = torch.cat([weight_GQ, number_S.to(weight_GQ.dtype).rsqrt()[segment_G, None]], dim=1)
-        return segment_sum((part_GQ[:, :, None] * wide(x_GD)[:, None]).flatten(1), segment_G, S), weight_GQ
+        share_G11 = number_S.to(weight_GMQ.dtype).rsqrt()[segment_G, None, None]
+        part_GMQ = torch.cat([weight_GMQ, share_G11.expand(-1, weight_GMQ.shape[1], 1)], dim=2)
+        parts = zip(part_GMQ.split(number_S.tolist()), wide(x_GMD).split(number_S.tolist()), strict=True)
+        pooled_SMQD = torch.stack([torch.einsum("gmq,gmd->mqd", part, x) for part, x in parts])
+        return pooled_SMQD.flatten(2), weight_GMQ.flatten(1)
 
 
 # ---------------------------------------------------------------------------------------------------- segments

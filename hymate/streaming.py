@@ -168,8 +168,8 @@ class StreamingModel:
         embedding = self._model.backbone.embedding
         with torch.no_grad():
             pooled = self._pooled(state.pooled, batch.lag_hours_S).to(self._like.dtype)
-            patient_SE = self._model.pooling.join(pooled, count_S, batch, embedding)
-            logit_ST, log_days_ST = self._model.outputs(patient_SE)
+            patient_SME = self._model.pooling.join(pooled, count_S, batch, embedding)
+            logit_ST, log_days_ST = self._model.outputs(patient_SME)
         return logit_ST[0].cpu().numpy(), log_days_ST[0].cpu().numpy()
 
     def _append_chunk(self, state: PatientState | None, events_L: np.ndarray) -> PatientState:
@@ -210,15 +210,15 @@ class StreamingModel:
         return kept.later(elapsed, rate_Q.double()) + new if isinstance(kept, PooledState) else new
 
     def _pooled(self, kept: PooledState | VariableSums, lag_hours_S: Tensor) -> Tensor:
-        """(1, E') of what was kept. All poolings of events are one: for "mean" the scores are equal, for "last" nothing
-        before the last event counts.
+        """(1, M or 1, X) of what was kept. All poolings of events are one: for "mean" the scores are equal, for "last"
+        nothing before the last event counts.
         """
         pooling = self._model.pooling
         if isinstance(kept, VariableSums):
             assert pooling.variables is not None
             return pooling.variables.pool(kept, lag_hours_S, self._model.backbone.embedding.code.weight)[0]
         level_QD, trend_QD = kept.levels_and_trends()
-        return (level_QD if pooling.fusion is None else torch.cat([level_QD, trend_QD])).view(1, -1)
+        return level_QD[None] if pooling.fusion is None else pooling.fusion.pooled(level_QD[None], trend_QD[None])
 
     def _batch(
         self,

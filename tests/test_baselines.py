@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from meds_evaluation.schema import PredictionSchema
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from hymate import baselines
-from hymate.baselines import BaselinesConfig, compare, fit, importance, run
+from hymate.baselines import BaselinesConfig, compare, cross_fitted, fit, importance, run
 from hymate.config import CONFIGS, UserError, load, to_tree
 from hymate.data import synthetic_law as law
 from hymate.data.features import Column, FeatureConfig, FeatureSpec, FeatureTable
@@ -118,6 +119,25 @@ def test_a_model_is_compared_with_what_the_command_says(
         assert found[same] == scores[same]
     expected = roc_auc_score(examples["held_out"].label_E, model) - scores["auroc"]["value"]
     assert found["difference"]["auroc"]["value"] == pytest.approx(expected)
+
+
+def test_a_cross_fitted_probability_knows_nothing_of_the_subjects_own_labels(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(baselines, "FeatureConfig", lambda: FeatureConfig((48.0,), max_features=100))
+    histories, labels = Histories.open(data), read_labels(data / "labels" / "readmission")
+    train, tuning = (labelled_examples(histories, labels, split) for split in ("train", "tuning"))
+    subject_id, count = np.unique(train.subject_id_E, return_counts=True)
+    own_E = train.subject_id_E == subject_id[count.argmax()]
+    assert own_E.sum() > 1
+    turned = replace(train, label_ET=np.where(own_E[:, None], 1 - train.label_ET, train.label_ET))
+    told_E, other_E = (cross_fitted(histories, examples, tuning, seed=0) for examples in (train, turned))
+    assert np.array_equal(told_E[own_E], other_E[own_E])
+    assert not np.array_equal(told_E, other_E)
+    assert roc_auc_score(train.label_E, told_E) > 0.6
+    single = replace(train, label_ET=np.where(own_E[:, None], 1.0, 0.0))
+    with pytest.raises(UserError, match="too few labels for 5 folds"):
+        cross_fitted(histories, single, tuning, seed=0)
 
 
 def test_what_cannot_be_compared_is_told_and_is_no_error(data: Path) -> None:

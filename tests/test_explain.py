@@ -40,7 +40,7 @@ def risk_model(config: ModelConfig, vocab_size: int = 30) -> RiskModel:
     """New weights, but a head that tells patients apart as a trained one does."""
     torch.manual_seed(0)
     model = RiskModel(config, vocab_size, ["readmission"]).eval().requires_grad_(False)
-    model.heads["readmission"][-1].weight.mul_(20)
+    model.heads["readmission"].out.weight.mul_(20)
     return model
 
 

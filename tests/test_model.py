@@ -37,12 +37,21 @@ CONFIGS = {
     "variables": ModelConfig(
         d_model=16, layers="M", d_state=8, headdim=8, dropout=0.0, pooling="variables", num_queries=3
     ),
+    "three of fusion": ModelConfig(d_model=16, layers="M", d_state=8, headdim=8, dropout=0.0, members=3),
+    "three of variables": ModelConfig(
+        d_model=16, layers="M", d_state=8, headdim=8, dropout=0.0, pooling="variables", num_queries=2, members=3
+    ),
 }
 
 
 def risk_model(name: str) -> RiskModel:
     torch.manual_seed(0)
     return RiskModel(CONFIGS[name], VOCAB, ["readmission"]).double()
+
+
+def logits(model: RiskModel, row: Batch) -> Tensor:
+    """(S,), with their gradients."""
+    return model.outputs(model.patient(row)[0])[0][:, 0]
 
 
 def in_double(batch):
@@ -52,14 +61,14 @@ def in_double(batch):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_packed_equals_alone_forward_and_gradients(name: str) -> None:
-    model = risk_model(name)
+    model = risk_model(name).eval()
     row = in_double(random_row(LENGTHS, vocab_size=VOCAB))
-    packed = model(row)["logit_ST"][:, 0]
+    packed = logits(model, row)
     weights = torch.arange(1.0, len(LENGTHS) + 1, dtype=packed.dtype)
     (packed * weights).sum().backward()
     gradients = {n: p.grad.clone() for n, p in model.named_parameters()}
     model.zero_grad()
-    alone = torch.cat([model(segment_of(row, s))["logit_ST"][:, 0] for s in range(len(LENGTHS))])
+    alone = torch.cat([logits(model, segment_of(row, s)) for s in range(len(LENGTHS))])
     (alone * weights).sum().backward()
     torch.testing.assert_close(packed, alone, rtol=1e-5, atol=1e-5)  # logits are float32
     for n, p in model.named_parameters():
@@ -280,6 +289,33 @@ def test_a_label_weighs_the_same_in_whatever_row_it_stands() -> None:
     row = several_tasks(random_row((7, 1, 23, 40, 9, 12, 5), vocab_size=VOCAB))
     alone = [model(segment_of(row, s))["loss"] for s in range(row.num_segments)]
     torch.testing.assert_close(torch.stack(alone).mean(), model(row)["loss"])
+
+
+@pytest.mark.parametrize("pooling", ["fusion", "variables", "last"])
+def test_members_learn_as_if_each_were_alone_and_are_averaged(pooling: str) -> None:
+    config = replace(CONFIGS["mamba2"], pooling=pooling, members=3)
+    torch.manual_seed(0)
+    model = RiskModel(config, VOCAB, TASKS, in_days=["length_of_stay"]).eval()
+    row = several_tasks(random_row(LENGTHS, vocab_size=VOCAB))
+    together = model(row)
+    together["loss"].backward()
+    said = []
+    for member in range(3):
+        alone = RiskModel(replace(config, members=1), VOCAB, TASKS, in_days=["length_of_stay"]).eval()
+        state = {}
+        for name, weight in model.state_dict().items():
+            own = name.startswith(("pooling.", "heads."))
+            state[name] = weight.chunk(3)[member] if own else weight
+        alone.load_state_dict(state)
+        said.append(alone(row))
+        said[-1]["loss"].backward()
+        for (name, all_of_them), weight in zip(model.named_parameters(), alone.parameters(), strict=True):
+            if name.startswith(("pooling.", "heads.")) and weight.grad is not None:
+                of_member = all_of_them.grad.chunk(3)[member] * 3
+                torch.testing.assert_close(of_member, weight.grad, rtol=1e-4, atol=1e-5)
+    for what in ("logit_ST", "log_days_ST", "loss"):
+        mean = torch.stack([of_one[what] for of_one in said]).mean(dim=0)
+        torch.testing.assert_close(together[what], mean, equal_nan=True, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("pooling", ["fusion", "variables"])

@@ -38,6 +38,9 @@ CONFIGS = {
     "mean": replace(MODEL, pooling="mean"),
     "last": replace(MODEL, pooling="last"),
     "variables": replace(MODEL, pooling="variables", num_queries=2),
+    "members": replace(MODEL, members=3),
+    "members over variables": replace(MODEL, pooling="variables", num_queries=2, members=3),
+    "members of the mean": replace(MODEL, pooling="mean", members=2),
 }
 START_US = 1_600_000_000_123_456
 

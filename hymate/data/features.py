@@ -100,6 +100,10 @@ class FeatureTable:
     examples: Examples
     value_EX: np.ndarray
 
+    def only(self, kept_E: np.ndarray) -> FeatureTable:
+        """The rows where `kept_E` is true."""
+        return FeatureTable(self.spec, self.examples.only(kept_E), self.value_EX[kept_E])
+
 
 # ----------------------------------------------------------------------------------------------------- choosing
 

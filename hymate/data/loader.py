@@ -53,7 +53,8 @@ class Examples:
     position_E: int64, position of the history in the dataset's index.
     stop_E: int64, how many of its events may be used: those at or before the prediction time.
     prediction_time_E: int64, microseconds since 1970; NO_TIME in pretraining.
-    label_ET: float32, 1 or 0; NaN where a task has no label at this time, and where its label is null.
+    label_ET: float32, 1 or 0, or between them what a teacher says; NaN where a task has no label at this time, and
+        where its label is null.
     days_ET: float32; NaN likewise, and for tasks without days.
     subject_id_E: int64.
     dropped: how many labels were left out, by reason.
@@ -69,6 +70,11 @@ class Examples:
 
     def __len__(self) -> int:
         return len(self.position_E)
+
+    def only(self, kept_E: np.ndarray) -> Examples:
+        """Those where `kept_E` is true."""
+        arrays = {name: value[kept_E] for name, value in vars(self).items() if isinstance(value, np.ndarray)}
+        return replace(self, **arrays)
 
     @property
     def label_E(self) -> np.ndarray:

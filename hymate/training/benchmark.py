@@ -251,8 +251,12 @@ def _run_contender(
     vocabulary = read_vocabulary(config.data)
     start = Start(config.model_of(contender), config.data, vocabulary, state)
     trial = _trial(config, contender, start, run)
-    study = Study(start, [table], METRIC, [trial], config.run.path)
     started = time.monotonic()
+    teacher = []
+    if trial.teacher_share:
+        train, tuning = (labelled_examples(histories, table, split) for split in ("train", "tuning"))
+        teacher = [baselines.cross_fitted(histories, train, tuning, run.seed)]
+    study = Study(start, [table], METRIC, [trial], config.run.path, teacher)
     with tempfile.TemporaryDirectory() as folder, engine.single_process(config.train.use_gpu) as worker:
         kept = _Kept(Path(folder), config.averaged)
         telemetry = Telemetry(config.run.path / "tb" / run.file, enabled=True)

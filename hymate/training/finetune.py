@@ -26,7 +26,7 @@ from hymate.telemetry import Telemetry
 from hymate.training import engine
 
 # model settings that a pretrained backbone leaves open: they change no shape of it and not what it computes
-OPEN_SETTINGS = ("dropout", "pooling", "num_queries", "chunk_size")
+OPEN_SETTINGS = ("dropout", "pooling", "num_queries", "members", "chunk_size")
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class TrialConfig:
     in_days: those of the tasks that also predict days.
     frozen: the backbone keeps its pretrained weights; pooling and heads alone are trained.
     early_share: share of the training examples that are shown as they were earlier (`Rows`).
+    teacher_share: of a training label, how much of it is not what happened but what a teacher says (`Study.teacher`).
     """
 
     tasks: list[str]
@@ -57,17 +58,23 @@ class TrialConfig:
     head_lr: float
     frozen: bool = False
     early_share: float = 0.0
+    teacher_share: float = 0.0
 
 
 @dataclass(frozen=True)
 class Study:
-    """What the trials of a search share; labels: a table for each task; metric: one of `tuning_scores`."""
+    """What the trials of a search share; labels: a table for each task; metric: one of `tuning_scores`.
+
+    teacher: for each task a probability of each of its training examples (`hymate.baselines.cross_fitted`), where a
+    trial learns from it, too: knowledge distillation (Hinton et al. 2015).
+    """
 
     start: Start
     labels: list[pa.Table]
     metric: str
     trials: list[TrialConfig]
     run_path: Location
+    teacher: list[np.ndarray] = dataclasses.field(default_factory=list)
 
 
 def starting_point(data: DataConfig, model: ModelConfig | None, init: str | None) -> Start:
@@ -109,6 +116,12 @@ def parameter_groups(model: RiskModel, trial: TrialConfig) -> list[dict[str, Any
     for part, lr in ((model.backbone, trial.backbone_lr), (model.pooling, trial.head_lr), (model.heads, trial.head_lr)):
         groups += [{**group, "lr": lr} for group in decay_groups(part, trial.train.weight_decay)]
     return groups
+
+
+def taught(examples: Examples, probability_E: np.ndarray, share: float) -> Examples:
+    """With labels that are what happened and, for a share of them, what a teacher says."""
+    label_E = (1 - share) * examples.label_E + share * probability_E
+    return dataclasses.replace(examples, label_ET=label_E[:, None].astype(np.float32))
 
 
 def labelled_rows(start: Start, trial: TrialConfig, histories: Histories, examples: Examples) -> Rows:
@@ -165,9 +178,12 @@ def run_trial(
 ) -> None:
     """Train one trial to its end, or until the caller's `report` stops it."""
     start, histories = study.start, Histories.open(trial.data.path)
-    training, tuning = (
-        united([labelled_examples(histories, table, split) for table in study.labels]) for split in ("train", "tuning")
+    parts, tuning_parts = (
+        [labelled_examples(histories, table, split) for table in study.labels] for split in ("train", "tuning")
     )
+    if trial.teacher_share:
+        parts = [taught(part, told_E, trial.teacher_share) for part, told_E in zip(parts, study.teacher, strict=True)]
+    training, tuning = united(parts), united(tuning_parts)
     tuning_rows = labelled_rows(start, trial, histories, tuning)
 
     def evaluate(model: Any) -> dict[str, float]:

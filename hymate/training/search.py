@@ -13,7 +13,7 @@ import numpy as np
 from safetensors.torch import load_file
 
 from hymate import metrics, trust
-from hymate.baselines import compare
+from hymate.baselines import compare, cross_fitted
 from hymate.bundle import Bundle, build_model, write_bundle
 from hymate.config import (
     ConfigError,
@@ -122,8 +122,11 @@ def search(config: TuneConfig) -> Location:
     trials = [trial_config(config.tasks, config.train, start, point) for point in points]
     labelled = [_labelled(task, config, histories) for task in config.tasks]
 
-    study = Study(start, [task.labels.table for task in labelled], config.search.metric, trials, run_path)
+    tables = [task.labels.table for task in labelled]
     with recorded(run_path, "tune", claim) as outcome:
+        taught = any(trial.teacher_share for trial in trials)
+        teacher = [_teacher(task, config, histories) for task in labelled] if taught else []
+        study = Study(start, tables, config.search.metric, trials, run_path, teacher)
         with ray_session(config.train):
             from hymate.training.trials import run_trials  # late: Ray takes its settings when it is imported
 
@@ -179,6 +182,17 @@ def _require_both_classes(task: TaskConfig, examples: Mapping[str, Examples]) ->
             raise UserError(f"task {task.name}: the {split} split needs two different float_values; {remedy}")
 
 
+def _teacher(task: LabelledTask, config: TuneConfig, histories: Histories) -> np.ndarray:
+    name, examples = task.config.name, task.examples
+    print(f"fitting gradient boosting for {name} to learn from; search.space.teacher_share=0 leaves it out", flush=True)
+    try:
+        return cross_fitted(histories, examples["train"], examples["tuning"], config.train.seed)
+    except (UserError, MemoryError) as error:
+        raise UserError(
+            f"search.space.teacher_share: no gradient boosting for {name} ({error}); set it to 0"
+        ) from error
+
+
 def trial_config(
     tasks: Sequence[TaskConfig], train: TrainConfig, start: Start, point: Mapping[str, Any]
 ) -> TrialConfig:
@@ -187,7 +201,7 @@ def trial_config(
     Raises ConfigError where a value is impossible.
     """
     rates = {"backbone_lr": train.learning_rate, "head_lr": train.learning_rate}
-    settings = {**rates, "frozen": False, "early_share": 0.0, **point}
+    settings = {**rates, "frozen": False, "early_share": 0.0, "teacher_share": 0.0, **point}
     if start.state is None:
         settings["frozen"] = False  # nothing pretrained to keep
     for name in ("backbone_lr", "head_lr"):
@@ -195,8 +209,9 @@ def trial_config(
             raise ConfigError(f"search.space.{name} must be positive, got {settings[name]}")
     if not isinstance(settings["frozen"], bool):
         raise ConfigError(f"search.space.frozen must be true or false, got {settings['frozen']!r}")
-    if not 0 <= settings["early_share"] <= 1:
-        raise ConfigError(f"search.space.early_share must be between 0 and 1, got {settings['early_share']}")
+    for name in ("early_share", "teacher_share"):
+        if not 0 <= settings[name] <= 1:
+            raise ConfigError(f"search.space.{name} must be between 0 and 1, got {settings[name]}")
 
     def replaced(section: Any, *names: str) -> Any:
         tree = {**to_tree(section), **{name: settings[name] for name in names if name in settings}}
@@ -212,6 +227,7 @@ def trial_config(
         head_lr=float(settings["head_lr"]),
         frozen=settings["frozen"],
         early_share=float(settings["early_share"]),
+        teacher_share=float(settings["teacher_share"]),
     )
 
 

@@ -10,7 +10,17 @@ import numpy as np
 
 from hymate.config import ConfigError
 
-PARAMETERS = ("backbone_lr", "head_lr", "dropout", "frozen", "context", "pooling", "weight_decay", "early_share")
+PARAMETERS = (
+    "backbone_lr",
+    "head_lr",
+    "dropout",
+    "frozen",
+    "context",
+    "pooling",
+    "weight_decay",
+    "early_share",
+    "teacher_share",
+)
 
 
 def check(space: Mapping[str, Any]) -> None:

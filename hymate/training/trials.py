@@ -167,6 +167,7 @@ def _parameters(trial: TrialConfig) -> dict[str, Any]:
         "pooling": trial.model.pooling,
         "weight_decay": trial.train.weight_decay,
         "early_share": trial.early_share,
+        "teacher_share": trial.teacher_share,
     }
 
 
