@@ -16,14 +16,14 @@ from typing import Any, NoReturn
 
 import yaml
 
-from hymate.config import TrainConfig, UserError, build, check_same_run, to_tree, write_run_config
+from hymate.config import TrainConfig, UserError, build, check_same_run, read_record, to_tree
+from hymate.record import recorded, workers_started
 from hymate.storage import Location, UrlPath, locate
-from hymate.telemetry import Telemetry, progress_line, write_json
-from hymate.training import engine, pretraining
+from hymate.telemetry import Telemetry, progress_line
+from hymate.training import checkpoint, engine, pretraining
 from hymate.training.engine import Worker
 from hymate.training.pretraining import MODE, SCORE, PretrainConfig
 
-RESULT = "result.json"
 CHECKPOINTS = "checkpoints"
 SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.3",  # how soon a written checkpoint counts
@@ -50,14 +50,13 @@ def pretrain(config: PretrainConfig) -> Location:
     run = config.run.path
     claim = {**to_tree(config), "data_fingerprint": histories.fingerprint}
     check_same_run(run, claim, pretraining.CHANGEABLE)
-    write_run_config(run, claim)
     result = _finished(config)
     if result is None:
-        with ray_session(config.train), progress_line(run):
-            best, metrics = _fit(config)
-        bundle = pretraining.export_bundle(config, best, metrics, histories)
-        result = {"bundle": str(bundle), SCORE: metrics[SCORE], "step": metrics["step"], "config": to_tree(config)}
-        write_json(run / RESULT, result)
+        with recorded(run, "pretrain", claim) as result:
+            with ray_session(config.train), progress_line(run):
+                best, metrics = _fit(config)
+            bundle = pretraining.export_bundle(config, best, metrics, histories)
+            result |= {SCORE: metrics[SCORE], "step": metrics["step"], "bundle": str(bundle)}
     print(f"best {SCORE} {result[SCORE]:.4f} at step {int(result['step'])}")
     print(f"bundle: {run / 'bundle'}")
     print(f"curves: tensorboard --logdir {run.parent}")
@@ -148,6 +147,9 @@ def _train_worker(config: PretrainConfig) -> None:
         )
 
     with _latest_checkpoint() as resume:
+        if worker.rank == 0:
+            step = 0 if resume is None else checkpoint.read_state(resume)["step"]
+            workers_started(config.run.path, step, worker.world_size, _num_nodes())
         engine.train(
             job,
             config.train,
@@ -169,6 +171,13 @@ def _latest_checkpoint() -> Iterator[Path | None]:
     else:
         with checkpoint.as_directory() as folder:
             yield Path(folder)
+
+
+def _num_nodes() -> int:
+    """Machines of the cluster."""
+    import ray
+
+    return sum(node["Alive"] for node in ray.nodes())
 
 
 @contextmanager
@@ -237,16 +246,15 @@ def _explain(error: Any) -> NoReturn:
         raise cause
     where = "" if rank is None else f" on worker {rank}"
     print(f"error: training failed{where}\n{''.join(traceback.format_exception_only(cause))}", file=sys.stderr)
-    sys.exit(1)
+    raise SystemExit(1) from cause
 
 
 def _finished(config: PretrainConfig) -> dict[str, Any] | None:
-    """The result of this very run, if it has ended already and its bundle is there."""
-    path = config.run.path / RESULT
-    if not path.is_file() or not (config.run.path / "bundle").is_dir():
+    """The outcome of this very run, if it has ended already and its bundle is there."""
+    record = read_record(config.run.path)
+    if record is None or record["outcome"].get("state") != "finished" or record["config"] != to_tree(config):
         return None
-    result = yaml.safe_load(path.read_text())
-    return result if result["config"] == to_tree(config) else None
+    return record["outcome"] if (config.run.path / "bundle").is_dir() else None
 
 
 def _absolute(config: PretrainConfig) -> PretrainConfig:
