@@ -188,13 +188,16 @@ def test_the_container_file_builds_what_is_there() -> None:
     stages = [argument for name, argument in instructions if name == "FROM"]
     assert [stage.rpartition(" AS ")[2] for stage in stages[:-1]] == ["cpu", "cuda"] and stages[-1] == "${DEVICE}"
     assert ["ARG", "DEVICE=cpu"] in instructions
+    ignored = (CLUSTER / "Containerfile.dockerignore").read_text().splitlines()
+    admitted = {line[1:] for line in ignored if line.startswith("!")}
+    assert ignored[0] == "*", "no data, runs or environments"
     for name, argument in instructions:
         if name == "COPY":
             sources = [word for word in argument.split()[:-1] if not word.startswith("--")]
             assert sources and all((ROOT / source).exists() for source in sources), argument
+            assert {source.split("/")[0] for source in sources} <= admitted, argument
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = {extra for found in re.findall(r'EXTRAS="(\w*)"', text) for extra in found.split(",") if extra}
-    assert extras == {"cuda"} and extras <= project["optional-dependencies"].keys()
+    assert re.findall(r'EXTRAS="(.*?)"', text) == ["", "[cuda]"] and "cuda" in project["optional-dependencies"]
     (torch,) = [each for each in project["dependencies"] if re.match(r"torch\b", each)]
     assert f'"{torch}"' in text
     users = [argument for name, argument in instructions if name == "USER"]

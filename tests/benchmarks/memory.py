@@ -71,6 +71,7 @@ def work(results: Connection, settings: Sequence[str], rank: int, num_workers: i
         engine.train_step(wrapped, rows, worker.device, step)
         num_events += sum(row.num_events for row in rows) if step else 0
     training_cpu_s, training_mib = time.process_time() - start, peak_mib(os.getpid())
+    dist.barrier()  # waiting for another worker's steps is no saving
     start = time.perf_counter()
     checkpoint.save(wrapped, Path(tempfile.mkdtemp(dir=folder)), {"step": steps})
     saving_s = time.perf_counter() - start
