@@ -47,12 +47,16 @@ fi
 
 RAY_ADDRESS=$head:$port python pretrain/run.py "${settings[@]}" "$@" &
 driver=$!
-again=
-trap 'again=1; kill -TERM $driver' TERM # preempted, or out of time in five minutes
+told=
+trap 'told=1; kill -TERM $driver' TERM # by Slurm: out of time in five minutes, preempted or cancelled
 status=0
 wait $driver || status=$?
-if [ -n "$again" ]; then
+if [ -n "$told" ]; then # the signal ended that wait
+    status=0
     wait $driver || status=$?
-    scontrol requeue "$SLURM_JOB_ID"
+    # a cancelled job is no longer running, and one that Slurm preempts is queued again by Slurm
+    if [ "$status" != 0 ] && [ "$(squeue --noheader --jobs "$SLURM_JOB_ID" --format %T)" = RUNNING ]; then
+        scontrol requeue "$SLURM_JOB_ID"
+    fi
 fi
-exit $status
+exit "$status"

@@ -225,6 +225,9 @@ FAKE_SRUN = """#!/usr/bin/env bash
 while [[ $1 == --* ]]; do [[ $1 == --overlap ]] && shift || shift 2; done
 exec "$@"
 """
+FAKE_SQUEUE = """#!/usr/bin/env bash
+echo RUNNING
+"""
 FAKE_SCONTROL = """#!/usr/bin/env bash
 case $1 in
 show) printf 'localhost\\nlocalhost\\n' ;;
@@ -235,8 +238,8 @@ esac
 
 @pytest.fixture
 def slurm_job(tmp_path: Path) -> Iterator[tuple[list[str], dict[str, str], Path]]:
-    """A job's command, environment and folder on two machines, which are both this one; srun and scontrol are not
-    Slurm's.
+    """A job's command, environment and folder on two machines, which are both this one; srun, squeue
+    and scontrol are not Slurm's.
     """
     data, job, tools = prepare_small(tmp_path / "cohort"), str(os.getpid()), tmp_path / "tools"
     folder = tmp_path / "checkout"
@@ -245,7 +248,7 @@ def slurm_job(tmp_path: Path) -> Iterator[tuple[list[str], dict[str, str], Path]
         (folder / name).symlink_to(ROOT / name)
     (folder / ".venv").symlink_to(Path(sys.executable).parent.parent)
     tools.mkdir()
-    for name, text in {"srun": FAKE_SRUN, "scontrol": FAKE_SCONTROL}.items():
+    for name, text in {"srun": FAKE_SRUN, "squeue": FAKE_SQUEUE, "scontrol": FAKE_SCONTROL}.items():
         (tools / name).write_text(text)
         (tools / name).chmod(0o755)
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
