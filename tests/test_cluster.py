@@ -76,11 +76,11 @@ def num_bytes(quantity: str) -> int:
     return int(quantity[:-2]) * UNITS[quantity[-2:]]
 
 
-def measured_mib(model: str, zero_stage: int) -> float:
-    """Peak memory of a worker of two, from the newest table of tests/benchmarks/memory.py."""
+def measured_mib(model: str) -> float:
+    """The most that a worker took at the default context, by the tables of tests/benchmarks/memory.py."""
     text = (ROOT / "tests" / "benchmarks" / "RESULTS.md").read_text()
-    (row, *_) = re.findall(rf"^\| {model} \| [\d,]+ \| 16,384 \| {zero_stage} \| 2 \| ([\d,]+) \|", text, flags=re.M)
-    return float(row.replace(",", ""))
+    rows = re.findall(rf"^\| {model} \| [\d,]+ \| 16,384 \| \d \| \d \| ([\d,]+) \|", text, flags=re.M)
+    return max(float(mib.replace(",", "")) for mib in rows)
 
 
 # --------------------------------------------------------------------------------------------------- Kubernetes
@@ -136,11 +136,11 @@ def test_the_job_fits_its_cluster(kind: str) -> None:
 
 def test_memory_is_what_was_measured() -> None:
     job = resources("rayjob.yaml")["RayJob"]["spec"]
-    config = settings_of(job["entrypoint"])
     (group,) = job["rayClusterSpec"]["workerGroupSpecs"]
     (container,) = group["template"]["spec"]["containers"]
-    needed = int(container["resources"]["requests"]["cpu"]) * measured_mib("small", config.train.zero_stage) * 2**20
-    assert needed <= num_bytes(container["resources"]["limits"]["memory"]) <= 2 * needed
+    assert "model=small" in job["entrypoint"]
+    needed = int(container["resources"]["requests"]["cpu"]) * measured_mib("small") * 2**20
+    assert needed < num_bytes(container["resources"]["limits"]["memory"]) < 2 * needed
 
 
 @pytest.mark.parametrize("kind", VARIANTS)
