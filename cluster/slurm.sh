@@ -27,6 +27,9 @@ mapfile -t machines < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 head=$(getent ahostsv4 "${machines[0]}" | awk '{print $1; exit}')
 port=$((20000 + SLURM_JOB_ID % 10000)) # jobs that share a machine have Rays of their own
 files=/tmp/hymate-$SLURM_JOB_ID
+log=$files.log
+trap 'rm -f "$log"' EXIT
+: >"$log"
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN # whoever reaches an open Ray can run code as you; a new token for each job
 RAY_AUTH_TOKEN=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')
 
@@ -35,9 +38,10 @@ ray=(ray start --block --disable-usage-stats --object-store-memory 134217728 --d
 ray+=(--num-cpus "$SLURM_CPUS_PER_TASK")
 step=(srun --overlap --cpus-per-task "$SLURM_CPUS_PER_TASK")
 "${step[@]}" --nodes 1 --ntasks 1 --nodelist "${machines[0]}" \
-    "${ray[@]}" --head --node-ip-address "$head" --port "$port" --include-dashboard false --temp-dir "$files" &
-until ray health-check --address "$head:$port" >/dev/null 2>&1; do
-    kill -0 $! 2>/dev/null || exit 1
+    "${ray[@]}" --head --node-ip-address "$head" --port "$port" --include-dashboard false --temp-dir "$files" \
+    >"$log" 2>&1 &
+until grep -q "Ray runtime started" "$log"; do # no machine can join before
+    kill -0 $! 2>/dev/null || { cat "$log"; exit 1; }
     sleep 1
 done
 if [ "${#machines[@]}" -gt 1 ]; then
