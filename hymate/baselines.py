@@ -31,13 +31,14 @@ from sklearn.pipeline import make_pipeline
 from threadpoolctl import threadpool_limits
 
 from hymate import metrics
-from hymate.config import ConfigError, TaskConfig, UserError, main, to_tree
+from hymate.config import RECORD, ConfigError, TaskConfig, UserError, main, to_tree
 from hymate.data.features import FeatureConfig, FeatureTable, choose, features
 from hymate.data.histories import Histories
 from hymate.data.loader import Examples, labelled_examples
 from hymate.data.meds import SPLITS, write_parquet
-from hymate.data.tasks import labels
+from hymate.data.tasks import LabelSet, labels
 from hymate.predict import prediction_table
+from hymate.record import recorded
 from hymate.storage import Location, locate, write_text
 from hymate.training.pretraining import available_cpus
 from hymate.training.results import RESULTS, TABLE_WIDTH, score_rows
@@ -324,6 +325,20 @@ def run(config: BaselinesConfig) -> None:
         if positives in (0, len(examples[split])):
             raise UserError(f"all {len(examples[split])} labels of the {split} split are alike: a model needs both")
 
+    claim = {**to_tree(config), "data_fingerprint": histories.fingerprint}
+    (out / RECORD).unlink(missing_ok=True)  # each run is a new one
+    with recorded(out, "baselines", claim) as outcome:
+        found = _scored(config, histories, label_set, examples)
+        write_text(json.dumps(found, indent=1, allow_nan=False) + "\n", out / RESULTS)
+        outcome |= {name: found[name]["value"] for name in ("auroc", "auprc")}
+    _show(found, out)
+
+
+def _scored(
+    config: BaselinesConfig, histories: Histories, label_set: LabelSet, examples: Mapping[str, Examples]
+) -> dict[str, Any]:
+    """The content of results.json; the predictions are in the folder."""
+    root, out = locate(config.data.path), locate(config.out)
     started = time.monotonic()
     spec = choose(histories, examples["train"], config.features)
     table = {split: features(histories, examples[split], spec) for split in SPLITS}
@@ -347,14 +362,11 @@ def run(config: BaselinesConfig) -> None:
         "seconds": {"features": computed - started, "fit": fitted - computed},
         "importance": _importances(model, table["tuning"], config.seed),
         "labels": label_set.counts,
-        "data_fingerprint": histories.fingerprint,
-        "config": to_tree(config),
     }
     oracle = root / "oracle" / f"{config.task.name}.json"
     if oracle.is_file():  # a synthetic cohort, whose law says how well anything can predict
         found["ceiling"] = json.loads(oracle.read_text())["ceiling"]["held_out"]
-    write_text(json.dumps(found, indent=1, allow_nan=False) + "\n", out / RESULTS)
-    _show(found, out)
+    return found
 
 
 def _importances(model: Baseline, tuning: FeatureTable, seed: int) -> dict[str, dict[str, float]]:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import os
 import re
 import sys
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence, Set
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -28,9 +30,11 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from hymate.errors import UserError
-from hymate.storage import CREDENTIAL, CREDENTIAL_REFUSED, Location, locate, write_text
+from hymate.storage import CREDENTIAL, CREDENTIAL_REFUSED, Location, locate
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+RECORD = "run.json"  # in every run folder, see hymate.record
+COMMAND_LINE: ContextVar[tuple[str, ...]] = ContextVar("what the user gave the command", default=())
 T = TypeVar("T")
 _CREDENTIAL_NAME = re.compile(
     r"(^|_)(password|passwd|secret|token|credentials?|access_key|api_key)($|_)", re.IGNORECASE
@@ -364,13 +368,19 @@ class ReportConfig:
 def load(config_name: str, overrides: Sequence[str], schema: type[T]) -> T:
     """Compose `configs/<config_name>.yaml` with Hydra overrides into `schema`.
 
+    With `--repeat RUN_FOLDER` before the overrides, these change the configuration that the folder's run.json holds.
     Raises ConfigError (one line) for anything wrong in either.
     """
+    repeated = overrides[1:2] if overrides[:1] == ["--repeat"] else None
+    if repeated is not None:
+        overrides = overrides[2:]
     try:
         GlobalHydra.instance().clear()
         for override in overrides:
             key, _, value = override.partition("=")
             _refuse_credentials(key.lstrip("+~"), value)
+        if repeated is not None:
+            return build(schema, _changed(_recorded(config_name, *repeated), overrides))
         overrides = _each_task_by_name(overrides)
         if "~task" in overrides and typing.get_type_hints(schema).get("task") is TaskConfig:
             raise ConfigError("task=[...] names several tasks, but this command takes one: give task=NAME")
@@ -385,6 +395,36 @@ def load(config_name: str, overrides: Sequence[str], schema: type[T]) -> T:
     for key, value in _flat(typing.cast("dict[str, Any]", tree)).items():
         _refuse_credentials(key, str(value))
     return build(schema, typing.cast("dict[str, Any]", tree))
+
+
+def _recorded(config_name: str, run: str = "") -> dict[str, Any]:
+    """The configuration that a run folder holds."""
+    record = read_record(locate(run)) if run else None
+    if record is None:
+        raise ConfigError(f"--repeat {run or 'RUN_FOLDER'}: not a run's folder, it has no {RECORD}")
+    if record["command"] != config_name:
+        raise ConfigError(f"--repeat {run}: a run of {record['command']}, not of {config_name}")
+    for key, value in _flat(record["config"]).items():
+        _refuse_credentials(key, str(value))
+    return record["config"]
+
+
+def _changed(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """The tree with single keys changed; what is in it stays text, even if Hydra would make something of it.
+
+    >>> _changed({"run": {"name": "a"}, "init": "${x}"}, ["run.name=b"])
+    {'run': {'name': 'b'}, 'init': '${x}'}
+    """
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        *sections, key = override.key_or_group.split(".")
+        section = tree
+        for name in sections:
+            section = section[name] if isinstance(section.get(name), dict) else {}
+        if override.is_delete():
+            section.pop(key, None)
+        else:
+            section[key] = override.value()
+    return tree
 
 
 def _refuse_credentials(key: str, value: str) -> None:
@@ -427,6 +467,7 @@ def main(config_name: str, schema: type[T], run: Callable[[T], object], argv: Se
         if "--help" in argv or "-h" in argv:
             print(_help(config_name))
             return
+        COMMAND_LINE.set(tuple(argv))
         run(load(config_name, argv, schema))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -525,19 +566,30 @@ def parse_yaml(text: str) -> Any:
         raise ValueError(lines[0][:200] if lines else type(error).__name__) from error
 
 
-def check_same_run(run: Location, tree: Mapping[str, Any], changeable: Set[str]) -> None:
+def read_record(run: Location) -> dict[str, Any] | None:
+    """What run.json of a run folder holds, None where there is none. Raises ConfigError where it is something else."""
+    path = run / RECORD
+    if not path.is_file():
+        return None
+    try:
+        record = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is not readable: choose another run.name") from error
+    kinds = {"command": str, "config": dict, "data_fingerprint": str, "outcome": dict, "attempts": list}
+    if not isinstance(record, dict) or any(not isinstance(record.get(key), kind) for key, kind in kinds.items()):
+        raise ConfigError(f"{path} is not the record of a run: choose another run.name")
+    return record
+
+
+def check_same_run(run: Location, claim: Mapping[str, Any], changeable: Set[str]) -> None:
     """Whether the configuration that a run folder holds, if any, is this one but for `changeable` keys.
 
-    Raises ConfigError naming the first key that differs.
+    claim: the configuration's tree and the `data_fingerprint`. Raises ConfigError naming the first key that differs.
     """
-    path = run / "config.yaml"
-    if not path.is_file():
+    record = read_record(run)
+    if record is None:
         return
-    try:
-        before = parse_yaml(path.read_text())
-    except ValueError as error:
-        raise ConfigError(f"{path} is not readable: choose another run.name") from error
-    old, new = _flat(before if isinstance(before, dict) else {}), _flat(tree)
+    old, new = _flat({**record["config"], "data_fingerprint": record["data_fingerprint"]}), _flat(claim)
     for key in sorted((old.keys() | new.keys()) - changeable):
         if old.get(key) != new.get(key):
             what = "the dataset" if key == "data_fingerprint" else key
@@ -545,11 +597,6 @@ def check_same_run(run: Location, tree: Mapping[str, Any], changeable: Set[str])
                 f"{run} holds a run with another configuration: {what} was {old.get(key)}, now {new.get(key)}; "
                 f"choose another run.name, or delete {run}"
             )
-
-
-def write_run_config(run: Location, tree: Mapping[str, Any]) -> None:
-    """Write `config.yaml` of a run folder, atomically."""
-    write_text(dump_yaml(tree), run / "config.yaml")
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -566,7 +613,9 @@ def _help(config_name: str) -> str:
         if folder.is_dir()
     )
     text = (CONFIGS / f"{config_name}.yaml").read_text()
-    return f"Override any key as key=value, choose a group's file as group=file.\n\nGroups:\n{groups}\n\n{text}"
+    usage = "Override any key as key=value, choose a group's file as group=file."
+    usage += "\n--repeat RUN_FOLDER first: that run's configuration instead of what is below, with single keys changed."
+    return f"{usage}\n\nGroups:\n{groups}\n\n{text}"
 
 
 def _one_line(error: Exception) -> str:

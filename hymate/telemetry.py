@@ -174,6 +174,8 @@ def describe(state: Mapping[str, Any]) -> str:
 
     >>> describe({"step": 20, "max_steps": 100, "loss": 1.25, "score": None, "events_per_second": 5321.0, "eta_s": 75})
     'step 20/100  loss 1.250  5,321 events/s  1:15 left'
+    >>> describe({"step": 20, "max_steps": 100, "trouble": "worker 3 is 2.1x slower than the median"})
+    'step 20/100  worker 3 is 2.1x slower than the median'
     """
     parts = [f"step {state['step']}/{state['max_steps']}"]
     if state.get("loss") is not None:
@@ -191,6 +193,8 @@ def describe(state: Mapping[str, Any]) -> str:
             if minutes >= 60
             else f"{minutes}:{seconds:02d} left"
         )
+    if state.get("trouble") is not None:
+        parts.append(state["trouble"])
     return "  ".join(parts)
 
 

@@ -362,7 +362,7 @@ def test_tensorboard_has_curves_and_hyperparameters(run: Path) -> None:
 @pytest.mark.slow
 def test_a_finished_search_only_shows_its_results_again(run: Path, ray_env: dict[str, str]) -> None:
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
-    config = json.loads((run / "results.json").read_text())["config"]
+    config = json.loads((run / "run.json").read_text())["config"]
     line = command(Path(config["data"]["path"]), Path(config["init"]), run.parent, f"[1e-3,{DIVERGING}]")
     smaller = [*line, "report.boosting=false"]  # on a machine that cannot hold its features
     again = subprocess.run(smaller, env=ray_env, capture_output=True, text=True, timeout=120)

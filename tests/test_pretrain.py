@@ -7,24 +7,28 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
-import yaml
 from commands import PATIENCE_S, ROOT, points, processes, ray_processes, run, step_of, wait_until
 from safetensors.torch import load_file
 
 from hymate.bundle import read_bundle
 from hymate.config import UserError, load
+from hymate.data.histories import Histories
+from hymate.record import code
 from hymate.training.launch import pretrain
 from hymate.training.pretraining import PretrainConfig
 
@@ -90,6 +94,10 @@ def started(
         process.wait()
 
 
+def recorded(run_folder: Path) -> dict[str, Any]:
+    return json.loads((run_folder / "run.json").read_text())
+
+
 def scalars(run_folder: Path, name: str) -> list[tuple[int, float]]:
     return [(point.step, point.value) for point in points(run_folder, name)]
 
@@ -118,7 +126,7 @@ def test_a_run_ends_in_a_bundle_and_says_where(
     assert len(done.stdout.splitlines()) < 20 and not done.stderr, done.stderr
     bundle = read_bundle(folder, kind="pretrained")
     assert bundle.model.d_model == 32 and bundle.data.context == 512
-    assert bundle.extra["metrics"]["val_loss"] == json.loads((folder / "result.json").read_text())["val_loss"]
+    assert bundle.extra["metrics"]["val_loss"] == recorded(folder)["outcome"]["val_loss"]
     assert bundle.extra["data_fingerprint"] in (folder / "bundle" / "README.md").read_text()
 
 
@@ -175,6 +183,8 @@ def test_killed_workers_a_killed_and_a_stopped_driver_change_nothing(
             lambda: not first & train_workers(ray_folder) or driver.poll() is not None, "the workers are replaced"
         )
         wait_until(lambda: step_of(folder) > 2 * EVAL_EVERY or driver.poll() is not None, "the run goes on")
+        seen = [step for step, _ in scalars(folder, "train/loss")]
+        assert len(seen) >= EVAL_EVERY and seen == [*range(1, len(seen) + 1)], "the curves are there while it runs"
         assert driver.poll() is None and step_of(folder) < STEPS, "the driver was to be killed in mid-run"
     # at once: the killed driver's workers live on for a moment
     with started(arguments, environment, tmp_path) as driver:
@@ -187,9 +197,11 @@ def test_killed_workers_a_killed_and_a_stopped_driver_change_nothing(
     resumed = run(arguments, environment, tmp_path)
     assert resumed.returncode == 0, resumed.stderr
 
-    assert json.loads((folder / "result.json").read_text())["val_loss"] == pytest.approx(
-        json.loads((whole / "result.json").read_text())["val_loss"], abs=0, rel=0
-    )
+    (killed, last), outcome = recorded(folder)["attempts"], recorded(folder)["outcome"]
+    assert outcome["val_loss"] == recorded(whole)["outcome"]["val_loss"]
+    begun = [start["step"] for start in [*killed["starts"], *last["starts"]]]
+    assert len(begun) == 3 and begun[0] == 0 < begun[2] and begun == sorted(begun)
+    assert all(step % EVAL_EVERY == 0 for step in begun) and killed["ended"] is None and last["ended"] is not None
     expected, actual = (load_file(path / "bundle" / "model.safetensors") for path in (whole, folder))
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
     assert scalars(folder, "train/loss") == scalars(whole, "train/loss"), "steps are missing, doubled or different"
@@ -253,6 +265,21 @@ def test_a_run_that_diverges_ends_at_once_and_names_the_rows(
     assert all(0 <= int(row) < length for row in rows.split(","))
     assert not (tmp_path / "pretrain" / "bundle").exists()
     assert len(list((tmp_path / "pretrain" / "tb").glob("events.*"))) == 1, "it was tried again"
+    outcome = recorded(tmp_path / "pretrain")["outcome"]
+    assert outcome["state"] == "failed" and f"error: {outcome['reason']}" == line, outcome
+
+
+def test_a_run_is_repeated_from_its_record_bit_for_bit(
+    undisturbed: tuple[Path, subprocess.CompletedProcess[str]], environment: dict[str, str], tmp_path: Path
+) -> None:
+    folder, _ = undisturbed
+    line = [sys.executable, str(ROOT / "pretrain" / "run.py"), "--repeat", str(folder), f"run.dir={tmp_path}"]
+    repeated = run(line, environment, tmp_path)
+    assert repeated.returncode == 0, repeated.stderr
+    again = tmp_path / "pretrain"
+    assert scalars(again, "train/loss") == scalars(folder, "train/loss")
+    assert recorded(again)["outcome"]["val_loss"] == recorded(folder)["outcome"]["val_loss"]
+    assert recorded(again)["attempts"][0]["overrides"] == line[2:]
 
 
 @pytest.mark.parametrize(
@@ -284,6 +311,19 @@ def test_a_dataset_without_a_tuning_split_is_refused(data: Path, tmp_path: Path)
         pretrain(load("pretrain", command(tmp_path / "data", tmp_path)[2:], PretrainConfig))
 
 
-def test_the_run_folder_keeps_its_configuration(undisturbed: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
-    tree = yaml.safe_load((undisturbed[0] / "config.yaml").read_text())
-    assert tree["train"]["max_steps"] == STEPS and tree["model"]["d_model"] == 32 and tree["data_fingerprint"]
+def test_the_run_folder_says_what_the_run_was(
+    undisturbed: tuple[Path, subprocess.CompletedProcess[str]], data: Path
+) -> None:
+    folder, _ = undisturbed
+    record = recorded(folder)
+    config, (attempt,) = record["config"], record["attempts"]
+    assert config["train"]["max_steps"] == STEPS and config["model"]["d_model"] == 32
+    assert record["data_fingerprint"] == Histories.open(data).fingerprint
+    assert record["outcome"]["state"] == "finished" and record["outcome"]["step"] % EVAL_EVERY == 0
+    assert attempt["overrides"] == command(data, folder.parent)[2:]
+    assert [start["step"] for start in attempt["starts"]] == [0]
+    used = attempt["environment"]
+    assert (used["workers"], used["nodes"]) == (2, 1) and used["packages"]["torch"] == version("torch")
+    assert attempt["code"] == code()
+    text = (folder / "run.json").read_text()
+    assert socket.gethostname() not in text

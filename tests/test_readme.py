@@ -66,6 +66,10 @@ def test_readme_commands_run(place: Path) -> None:
     assert len(ran) >= 9
     assert (place / "runs" / "mortality" / "report.md").is_file()
     assert (place / "predictions.parquet").is_file()
+    outcomes = [
+        json.loads((place / "runs" / name / "run.json").read_text())["outcome"] for name in ("pretrain", "again")
+    ]
+    assert outcomes[0]["val_loss"] == outcomes[1]["val_loss"]
     check_tasks(place / "runs" / "tune-readmission-mortality-length_of_stay")
 
 

@@ -205,9 +205,15 @@ def test_hostile_yaml_is_refused(bundle: Path, tmp_path: Path, trace: Path, name
         (bundle / "config.yaml").write_text(own.replace(place, f"{place.split(':')[0]}: {text}\n"))
         with refused("not a readable bundle configuration"):
             read_bundle(bundle)
-    (tmp_path / "config.yaml").write_text(text)
-    with refused("not readable: choose another run.name"):
+
+
+@pytest.mark.parametrize("text", ["{", "[" * 100_000, "[]", '{"config": {}, "attempts": {}}', "\x00"])
+def test_a_hostile_record_of_a_run_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "run.json").write_text(text)
+    with refused("choose another run.name"):
         check_same_run(tmp_path, {"model": {"d_model": 8}}, set())
+    with refused("choose another run.name"):
+        load("pretrain", ["--repeat", str(tmp_path)], PretrainConfig)
 
 
 # --------------------------------------------------------------------------------------------- paths in manifests

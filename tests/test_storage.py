@@ -255,6 +255,9 @@ def test_the_readme_commands_keep_all_at_a_url(data: str, settings: dict[str, st
     endless = [sys.executable, str(ROOT / pretrain[1]), *pretrain[2:], *PRETRAIN, "train.max_steps=1000000"]
     with subprocess.Popen(endless, env=settings, cwd=tmp_path, stdout=subprocess.DEVNULL) as driver:
         wait_until(lambda: driver.poll() is not None or _checkpoints(folder), "there is a checkpoint")
+        with storage.local_copy(folder / "tb") as events:
+            seen = [point.step for point in points(events.parent, "train/loss")]
+        assert len(seen) >= EVAL_EVERY and seen == [*range(1, len(seen) + 1)], "the curves are there while it runs"
         driver.kill()
     wait_until(lambda: not ray_processes(settings["RAY_TMPDIR"]), "the killed driver's cluster has ended")
     assert driver.returncode == -signal.SIGKILL and not (folder / "bundle").exists()
@@ -266,6 +269,9 @@ def test_the_readme_commands_keep_all_at_a_url(data: str, settings: dict[str, st
         losses, stalls = (points(copy, name) for name in ("train/loss", "checkpoint/stall_share"))
     assert [point.step for point in losses] == [*range(1, steps + 1)], "steps are missing or doubled"
     assert [point.step for point in stalls] == [*range(EVAL_EVERY, steps + 1, EVAL_EVERY)]
+    record = json.loads((folder / "run.json").read_text())
+    assert record["outcome"]["state"] == "finished"
+    assert [attempt["ended"] is None for attempt in record["attempts"]] == [True, False]
 
     done(tune, *TUNE)
     tuned = runs / "tune-readmission"

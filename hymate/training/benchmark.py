@@ -42,7 +42,6 @@ from hymate.config import (
     build,
     check_same_run,
     to_tree,
-    write_run_config,
 )
 from hymate.data.features import FeatureConfig, choose, features
 from hymate.data.histories import Histories
@@ -50,6 +49,7 @@ from hymate.data.loader import Examples, labelled_examples
 from hymate.data.meds import read_parquet, write_parquet
 from hymate.data.tasks import labels
 from hymate.predict import predict
+from hymate.record import recorded
 from hymate.storage import Location, atomic_path, local_copy, locate, write_text
 from hymate.telemetry import Telemetry
 from hymate.training import engine, pictures, space, tables
@@ -147,16 +147,16 @@ def benchmark(config: BenchmarkConfig) -> Location:
     labels(locate(config.data.path), config.task)  # a user's mistake shows before the first worker starts
     claim = {**to_tree(config), "data_fingerprint": histories.fingerprint}
     check_same_run(config.run.path, claim, CHANGEABLE)
-    write_run_config(config.run.path, claim)
-    waiting = [run for run in _runs(config) if not _results(config, run).is_file()]
-    if waiting:
-        with ray_session(config.train):
-            _run_all(config, waiting)
-    found = compare(config)
-    write_text(json.dumps(found, indent=1, allow_nan=False) + "\n", config.run.path / "benchmark.json")
-    report = _report(config, found)
-    write_text(report, config.run.path / "benchmark.md")
-    _draw(config, found)
+    with recorded(config.run.path, "benchmark", claim):
+        waiting = [run for run in _runs(config) if not _results(config, run).is_file()]
+        if waiting:
+            with ray_session(config.train):
+                _run_all(config, waiting)
+        found = compare(config)
+        write_text(json.dumps(found, indent=1, allow_nan=False) + "\n", config.run.path / "benchmark.json")
+        report = _report(config, found)
+        write_text(report, config.run.path / "benchmark.md")
+        _draw(config, found)
     _show(found)
     print(f"report: {config.run.path / 'benchmark.md'}, picture: {config.run.path / 'benchmark.png'}")
     return config.run.path
@@ -379,7 +379,7 @@ def compare(config: BenchmarkConfig) -> dict[str, Any]:
                     "pretraining_seconds": float(np.mean([one.get("pretraining_seconds", 0.0) for one in told])),
                 }
             )
-    return {"split": config.split, "task": config.task.name, "rows": rows, "config": to_tree(config)}
+    return {"split": config.split, "task": config.task.name, "rows": rows}
 
 
 def _names(config: BenchmarkConfig) -> list[str]:

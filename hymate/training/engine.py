@@ -28,6 +28,7 @@ from hymate.config import TrainConfig, UserError
 from hymate.telemetry import Telemetry
 from hymate.training import checkpoint
 from hymate.training.memory import keep_freed_memory
+from hymate.training.workers import Clock, Share, curves, trouble
 from hymate.training.zero import deepspeed_config
 
 if TYPE_CHECKING:
@@ -138,9 +139,11 @@ def train(
     meter = Meter(worker, job.rows.tokens_per_row)
     saved_step, saved_at = standing.step, time.monotonic()
     steps = job.rows.steps(_cursor(standing), config.rows_per_step, worker.rank, worker.world_size)
+    timed_steps = meter.clock.rows(steps)
+    meter.clock.start()
     try:
         while not (stopping := anyone(stop(), worker)) and not standing.finished(config):
-            rows, cursor = next(steps)
+            rows, cursor = next(timed_steps)
             share = schedule(standing.step, config)
             set_learning_rates(engine, [lr * share for lr in base_lrs])
             sums = train_step(engine, rows, worker.device)
@@ -153,6 +156,8 @@ def train(
             if standing.step % config.log_every == 0:
                 values = {"learning_rate": base_lrs[0] * share, "skipped_steps": standing.skipped}
                 telemetry.scalars("train", {**meter.mean(), **values}, standing.step)
+                for name, by_rank in curves(meter.shares).items():
+                    telemetry.scalars(name, by_rank, standing.step)
             due = standing.step % config.eval_every == 0 or standing.step == config.max_steps
             telemetry.progress(force=due, **_progress(meter, standing, job, config))
             if due:
@@ -169,6 +174,7 @@ def train(
         if close is not None:
             close()  # stops the loader's thread
         telemetry.close()
+        meter.clock.stop()
         engine.destroy()
     return standing
 
@@ -353,13 +359,18 @@ def set_learning_rates(engine: Any, lrs: list[float]) -> None:
 
 
 class Meter:
-    """Sums the outputs of steps until they are read, and the time they took."""
+    """Sums the outputs of steps until they are read, and the time they took.
+
+    shares: what part each worker had in the steps before the last reading.
+    """
 
     def __init__(self, worker: Worker, tokens_per_row: int) -> None:
         self.worker, self.tokens_per_row = worker, tokens_per_row
         self.loss: float | None = None
         self.events_per_second = 0.0
         self.steps_per_second = 0.0
+        self.shares: list[Share] = []
+        self.clock = Clock(worker.device)
         self._reset()
 
     def _reset(self) -> None:
@@ -368,6 +379,7 @@ class Meter:
 
     def add(self, sums: dict[str, Tensor]) -> None:
         """Take in a step of this worker."""
+        self.clock.step_done()
         self._steps += 1
         for name, value in sums.items():
             self._sums[name] = self._sums.get(name, torch.zeros(())) + value
@@ -381,8 +393,12 @@ class Meter:
         if not self._sums:
             return {}
         names = sorted(self._sums)
-        total = _all_reduced(torch.stack([self._sums[name] for name in names]), self.worker.device)
-        values = dict(zip(names, total.tolist(), strict=True))
+        shares = torch.zeros(self.worker.world_size, len(Share._fields))  # one row a rank: their sum has them all
+        shares[self.worker.rank] = torch.tensor(self.clock.read(float(self._sums["num_events"])))
+        own = torch.cat([torch.stack([self._sums[name] for name in names]), shares.flatten()])
+        total = _all_reduced(own, self.worker.device)
+        values = dict(zip(names, total.tolist(), strict=False))
+        self.shares = [Share(*row) for row in total[len(names) :].view_as(shares).tolist()]
         elapsed = time.monotonic() - self._started
         num_rows, num_events = values.pop("num_rows"), values.pop("num_events")
         norm = values.pop("gradient_norm") / (self._steps * self.worker.world_size)
@@ -436,4 +452,5 @@ def _progress(meter: Meter, standing: Standing, job: Job, config: TrainConfig) -
         "skipped": standing.skipped,
         "events_per_second": meter.events_per_second,
         "eta_s": left / meter.steps_per_second if meter.steps_per_second else None,
+        "trouble": trouble(meter.shares) if meter.shares else None,
     }

@@ -17,16 +17,16 @@ from typing import Any, NoReturn
 import yaml
 from pyarrow.fs import FileSelector, FileType
 
-from hymate.config import TrainConfig, UserError, build, check_same_run, to_tree, write_run_config
+from hymate.config import TrainConfig, UserError, build, check_same_run, read_record, to_tree
+from hymate.record import recorded, workers_started
 from hymate.storage import Location, UrlPath, full_disk_told, locate, remove_tree
-from hymate.telemetry import Telemetry, progress_line, write_json
+from hymate.telemetry import Telemetry, progress_line
 from hymate.training import checkpoint, engine, pretraining
 from hymate.training.attempt import STOPPED, SUPERSEDED, Attempt
 from hymate.training.checkpoint import Damaged
 from hymate.training.engine import Unrecoverable, Worker, agreed, anyone
 from hymate.training.pretraining import MODE, SCORE, PretrainConfig
 
-RESULT = "result.json"
 CHECKPOINTS = "checkpoints"
 SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.3",  # how soon a written checkpoint counts
@@ -55,14 +55,14 @@ def pretrain(config: PretrainConfig) -> Location:
     run = config.run.path
     claim = {**to_tree(config), "data_fingerprint": histories.fingerprint}
     check_same_run(run, claim, pretraining.CHANGEABLE)
-    write_run_config(run, claim)
     result = _finished(config)
     if result is None:
-        with ray_session(config.train), progress_line(run):
-            ended, kept = _fit(config, Attempt.begin(run))
-        bundle, metrics = pretraining.export_bundle(config, kept, histories)
-        result = {"bundle": str(bundle), SCORE: metrics[SCORE], "step": metrics["step"], "config": to_tree(config)}
-        write_json(run / RESULT, {**result, "skipped_steps": ended["skipped"]})
+        with recorded(run, "pretrain", claim) as result:
+            with ray_session(config.train), progress_line(run):
+                ended, kept = _fit(config, Attempt.begin(run))
+            bundle, metrics = pretraining.export_bundle(config, kept, histories)
+            result |= {SCORE: metrics[SCORE], "step": metrics["step"], "bundle": str(bundle)}
+            result |= {"skipped_steps": ended["skipped"]}
     print(f"best {SCORE} {result[SCORE]:.4f} at step {int(result['step'])}")
     print(f"bundle: {run / 'bundle'}")
     print(f"curves: tensorboard --logdir {run.parent}")
@@ -81,7 +81,7 @@ def _fit(config: PretrainConfig, attempt: Attempt) -> tuple[dict[str, Any], list
     ended = result.return_value
     if "unrecoverable" in ended:
         print(f"error: {ended['unrecoverable']}", file=sys.stderr)
-        sys.exit(1)
+        raise SystemExit(1) from Unrecoverable(ended["unrecoverable"])
     if not ended["finished"]:
         print(f"stopped and saved at step {ended['step']}: the same command continues", flush=True)
         sys.exit(STOPPED)
@@ -177,6 +177,9 @@ def _train_worker(config: PretrainConfig, attempt: Attempt) -> dict[str, Any]:
 
     watched = attempt.watched() if worker.rank == 0 else nullcontext(lambda: False)
     with newest_whole(train.get_checkpoint(), worker, telemetry) as resume, watched as stop:
+        if worker.rank == 0:
+            step = 0 if resume is None else checkpoint.read_state(resume)["step"]
+            workers_started(config.run.path, step, worker.world_size, _num_nodes())
         standing = engine.train(
             job,
             config.train,
@@ -229,6 +232,13 @@ def _newest_first(latest: Any, worker: Worker) -> Iterator[Any]:
     ]
     for name in agreed(sorted(names, reverse=True), worker):
         yield type(latest)(f"{parent}/{name}", latest.filesystem)
+
+
+def _num_nodes() -> int:
+    """Machines of the cluster."""
+    import ray
+
+    return sum(node["Alive"] for node in ray.nodes())
 
 
 @contextmanager
@@ -297,16 +307,15 @@ def _explain(error: Any) -> NoReturn:
         raise cause
     where = "" if rank is None else f" on worker {rank}"
     print(f"error: training failed{where}\n{''.join(traceback.format_exception_only(cause))}", file=sys.stderr)
-    sys.exit(1)
+    raise SystemExit(1) from cause
 
 
 def _finished(config: PretrainConfig) -> dict[str, Any] | None:
-    """The result of this very run, if it has ended already and its bundle is there."""
-    path = config.run.path / RESULT
-    if not path.is_file() or not (config.run.path / "bundle").is_dir():
+    """The outcome of this very run, if it has ended already and its bundle is there."""
+    record = read_record(config.run.path)
+    if record is None or record["outcome"].get("state") != "finished" or record["config"] != to_tree(config):
         return None
-    result = yaml.safe_load(path.read_text())
-    return result if result["config"] == to_tree(config) else None
+    return record["outcome"] if (config.run.path / "bundle").is_dir() else None
 
 
 def _absolute(config: PretrainConfig) -> PretrainConfig:

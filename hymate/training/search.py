@@ -27,7 +27,6 @@ from hymate.config import (
     build,
     check_same_run,
     to_tree,
-    write_run_config,
 )
 from hymate.data.histories import Histories
 from hymate.data.loader import Examples, labelled_examples
@@ -35,6 +34,7 @@ from hymate.data.meds import SPLITS
 from hymate.data.subgroups import subgroups
 from hymate.data.tasks import LabelSet, labels
 from hymate.predict import predict, write_predictions
+from hymate.record import recorded
 from hymate.storage import Location, filling, locate
 from hymate.training import checkpoint, pictures, results, space
 from hymate.training.attempt import Attempt, exiting_at_sigterm
@@ -122,19 +122,22 @@ def search(config: TuneConfig) -> Location:
     trials = [trial_config(config.tasks, config.train, start, point) for point in points]
     labelled = [_labelled(task, config, histories) for task in config.tasks]
 
-    write_run_config(run_path, claim)
-    teacher = [_teacher(task, config, histories) for task in labelled] if any(t.teacher_share for t in trials) else []
     tables = [task.labels.table for task in labelled]
-    study = Study(start, tables, config.search.metric, trials, run_path, teacher)
-    with ray_session(config.train), exiting_at_sigterm():
-        from hymate.training.trials import run_trials  # late: Ray takes its settings when it is imported
+    with recorded(run_path, "tune", claim) as outcome:
+        taught = any(trial.teacher_share for trial in trials)
+        teacher = [_teacher(task, config, histories) for task in labelled] if taught else []
+        study = Study(start, tables, config.search.metric, trials, run_path, teacher)
+        with ray_session(config.train), exiting_at_sigterm():
+            from hymate.training.trials import run_trials  # late: Ray takes its settings when it is imported
 
-        outcomes = run_trials(study, config.search, config.train, Attempt.begin(run_path))
-    best = _best(outcomes, config.search.metric, run_path)
-    winner = _winner(start, trials[best.index], best)
-    found = _score_held_out(config, winner, histories, labelled, outcomes, best)
-    _write_hyperparameters(run_path, trials, outcomes)
-    results.write(found, run_path)
+            outcomes = run_trials(study, config.search, config.train, Attempt.begin(run_path))
+        best = _best(outcomes, config.search.metric, run_path)
+        winner = _winner(start, trials[best.index], best)
+        found = _score_held_out(config, winner, histories, labelled, outcomes, best)
+        _write_hyperparameters(run_path, trials, outcomes)
+        results.write(found, run_path)
+        outcome |= {f"best_{config.search.metric}": best.best[config.search.metric], "step": best.best["step"]}
+        outcome |= {"trial": best.index, "bundle": found["bundle"]}
     results.show(found, run_path)
     return run_path
 
@@ -275,7 +278,7 @@ def _score_held_out(
         winner, part = _score_task(config, winner, histories, task)
         parts.append(part)
     found = results.collect(parts, config.search.metric, outcomes, best)
-    found |= {"bundle": str(run_path / "bundle"), "init": config.init, "config": to_tree(config)}
+    found |= {"bundle": str(run_path / "bundle"), "init": config.init}
     write_bundle(
         run_path / "bundle",
         winner.state,

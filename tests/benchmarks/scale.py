@@ -1,0 +1,149 @@
+"""What preparing and streaming a dataset cost for each event: the unit costs of cluster/README.md's table.
+
+    python tests/benchmarks/scale.py DIR [--subjects 80000] [--steps raw prepare stream subjects]
+
+raw: a synthetic cohort, written as MEDS and prepared, for its MEDS files; prepare: these files prepared as a user's
+are (source=meds); stream: the loader gives one epoch of the prepared dataset's training split, in one process. Prints
+for each its wall and processor time, bytes and the peak resident memory of its processes. subjects: what the parts that
+hold something of every subject need for half a million and for 2 million, whose index and splits are made of copies of
+the prepared ones. DIR keeps the data: delete it yourself. 80,000 subjects are 163 million events, of which an epoch
+shows 104 million, and 4 GB. Needs Linux (/proc).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import os
+import shutil
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+from loader import epoch_speed, open_rows, resident_mib
+from prepare_memory import measure, peak_mib
+
+from hymate.data.histories import Splits
+from hymate.data.meds import read_splits
+
+
+def num_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def size(prepared: Path) -> tuple[int, int]:
+    """Subjects and events of a prepared dataset."""
+    splits = json.loads((prepared / "histories" / "metadata.json").read_text())["splits"].values()
+    return sum(split["subjects"] for split in splits), sum(split["events"] for split in splits)
+
+
+def prepare(out: Path, *overrides: str) -> None:
+    seconds, processor, peaks = measure(*overrides, f"out={out}", f"workers={os.cpu_count()}")
+    num_subjects, num_events = size(out)
+    meds_bytes, index_bytes = num_bytes(out / "data"), (out / "histories" / "index.parquet").stat().st_size
+    history_bytes = num_bytes(out / "histories") - index_bytes
+    print(
+        f"{overrides[0]}: {num_subjects:,} subjects, {num_events:,} events in {seconds:.0f} s, {processor:.0f} s of "
+        f"processor time: {processor / num_events * 1e6:.2f} us an event\n"
+        f"  bytes an event: MEDS {meds_bytes / num_events:.2f}, histories {history_bytes / num_events:.2f}; index "
+        f"{index_bytes / num_subjects:.1f} bytes a subject\n"
+        f"  peak resident MiB of its processes: {', '.join(f'{peak:.0f}' for peak in sorted(peaks.values())[::-1])}",
+        flush=True,
+    )
+
+
+def stream(results: Connection, prepared: Path) -> None:
+    torch.set_num_threads(1)
+    before = resident_mib()
+    rows = open_rows(prepared, "train", context=8192, budget=16384)
+    opened = resident_mib() - before
+    per_second, per_cpu_second, memory = epoch_speed(rows, epoch=0)
+    speed = rows.num_events / per_second, rows.num_events / per_cpu_second
+    results.send((rows.num_events, *speed, before, opened, memory, peak_mib(os.getpid())))
+
+
+def copies(prepared: Path, out: Path, num_subjects: int) -> Path:
+    """A dataset's index, vocabulary and splits for more subjects than it has; without their histories."""
+    index = pq.read_table(prepared / "histories" / "index.parquet")
+    parts = []
+    for copy in range(math.ceil(num_subjects / len(index))):
+        shards = pc.binary_join_element_wise(index["shard"], str(copy), "-")
+        part = index.set_column(2, "shard", shards)
+        parts.append(part.set_column(0, "subject_id", [range(copy * len(index), (copy + 1) * len(index))]))
+    index = pa.concat_tables(parts)[:num_subjects]
+    (out / "histories").mkdir(parents=True)
+    (out / "metadata").mkdir()
+    pq.write_table(index, out / "histories" / "index.parquet")
+    pq.write_table(index.select(["subject_id", "split"]), out / "metadata" / "subject_splits.parquet")
+    shutil.copy(prepared / "histories" / "vocabulary.parquet", out / "histories")
+    metadata = json.loads((prepared / "histories" / "metadata.json").read_text())
+    metadata["splits"] = {"train": {"subjects": num_subjects, "events": 0}}
+    (out / "histories" / "metadata.json").write_text(json.dumps(metadata))
+    return out
+
+
+def hold(results: Connection, folder: Path, part: str) -> None:
+    """What a part needs: resident MiB in the end and at most, without those before."""
+    before = resident_mib()
+    kept = open_rows(folder, "train", 8192, 16384) if part == "loader" else Splits(read_splits(folder))
+    results.send((resident_mib() - before, peak_mib(os.getpid()) - before))
+    del kept
+
+
+def subjects(folder: Path, prepared: Path) -> None:
+    sizes = (500_000, 2_000_000)
+    datasets = [copies(prepared, folder / f"copies-{size}", size) for size in sizes]
+    for part in ("loader", "splits"):
+        needed = [answer(hold, dataset, part) for dataset in datasets]
+        for size, (held, peak) in zip(sizes, needed, strict=True):
+            print(f"{part}, {size:,} subjects: {held:.0f} MiB held, {peak:.0f} at most")
+        held, peak = ((more - less) * 2**20 / (sizes[1] - sizes[0]) for less, more in zip(*needed, strict=True))
+        print(f"  {held:.0f} bytes a subject held, {peak:.0f} at most", flush=True)
+
+
+def answer(function: Callable[..., None], *arguments: Any) -> Any:
+    """What `function(pipe, *arguments)` sends from a process of its own."""
+    spawn = multiprocessing.get_context("spawn")
+    ours, theirs = spawn.Pipe()
+    process = spawn.Process(target=function, args=(theirs, *arguments))
+    process.start()
+    theirs.close()  # a process that fails leaves the end of the pipe
+    received = ours.recv()
+    process.join()
+    return received
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", metavar="DIR", type=Path)
+    parser.add_argument("--subjects", type=int, default=80_000)
+    steps = ["raw", "prepare", "stream", "subjects"]
+    parser.add_argument("--steps", nargs="+", choices=steps, default=steps)
+    options = parser.parse_args()
+    raw, prepared = options.folder / "raw", options.folder / "prepared"
+    if "raw" in options.steps:
+        prepare(raw, "source=synthetic", f"synthetic.subjects={options.subjects}")
+    if "prepare" in options.steps:
+        prepare(prepared, "source=meds", f"raw={raw}")
+    if "stream" in options.steps:
+        num_events, wall, cpu, before, opened, memory, peak = answer(stream, prepared)
+        print(
+            f"stream: {num_events:,} training events in {wall:.0f} s, {cpu:.0f} s of processor time: "
+            f"{cpu / num_events * 1e6:.2f} us an event\n"
+            f"  resident MiB: {before:.0f} before, {opened:.0f} more when opened, "
+            f"{', '.join(f'{mib:.0f}' for mib in memory)} at the epoch's quarters, at most {peak:.0f}"
+        )
+
+    if "subjects" in options.steps:
+        subjects(options.folder, prepared)
+
+
+if __name__ == "__main__":
+    main()

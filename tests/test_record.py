@@ -1,0 +1,121 @@
+"""What run.json says of a run: how it ended, and nothing that it should not."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hymate.config import ConfigError, TaskConfig, UserError, check_same_run, load, to_tree
+from hymate.record import recorded, workers_started
+from hymate.training.pretraining import PretrainConfig
+from hymate.training.search import TuneConfig
+
+CLAIM = {"model": {"d_model": 8}, "data_fingerprint": "f"}
+
+
+def attempt(run: Path, error: BaseException | None = None, **found: Any) -> dict[str, Any]:
+    """run.json after an attempt that ended in `error`, or well."""
+    try:
+        with recorded(run, "pretrain", CLAIM) as outcome:
+            assert json.loads((run / "run.json").read_text())["outcome"] == {"state": "running"}
+            workers_started(run, 0, num_workers=2, num_nodes=1)
+            outcome |= found
+            if error is not None:
+                raise error
+    except BaseException as caught:
+        assert caught is error
+    return json.loads((run / "run.json").read_text())
+
+
+def caused(cause: BaseException) -> SystemExit:
+    ending = SystemExit(1)
+    ending.__cause__ = cause
+    return ending
+
+
+@pytest.mark.parametrize(
+    ("error", "outcome"),
+    [
+        (None, {"state": "finished", "val_loss": 1.5}),
+        (UserError("no space left\nat all"), {"state": "failed", "reason": "no space left"}),
+        (caused(FloatingPointError("the loss is nan")), {"state": "failed", "reason": "the loss is nan"}),
+        (KeyError("subject 4711 of host.example"), {"state": "failed", "reason": "KeyError"}),
+        (KeyboardInterrupt(), {"state": "stopped"}),
+        (SystemExit(143), {"state": "stopped"}),
+    ],
+)
+def test_it_says_how_the_run_ended(tmp_path: Path, error: BaseException | None, outcome: dict[str, Any]) -> None:
+    record = attempt(tmp_path, error, val_loss=1.5)
+    assert record["outcome"] == outcome
+    (only,) = record["attempts"]
+    assert only["started"] <= only["starts"][0]["at"] <= only["ended"]
+
+
+def test_attempts_add_up_and_a_killed_one_has_no_end(tmp_path: Path) -> None:
+    record = attempt(tmp_path, KeyboardInterrupt())
+    record["attempts"][0]["ended"] = None  # as a kill leaves it
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    after = attempt(tmp_path)
+    assert [one["ended"] is None for one in after["attempts"]] == [True, False]
+    check_same_run(tmp_path, CLAIM, set())
+    with pytest.raises(ConfigError, match="the dataset was f, now g"):
+        check_same_run(tmp_path, CLAIM | {"data_fingerprint": "g"}, set())
+
+
+def repeated(run: Path, config: PretrainConfig | TuneConfig, command: str, *overrides: str) -> Any:
+    with recorded(run, command, {**to_tree(config), "data_fingerprint": "f"}):
+        pass
+    return load(command, ["--repeat", str(run), *overrides], type(config))
+
+
+def test_a_configuration_comes_back_from_the_record(tmp_path: Path) -> None:
+    config = load("pretrain", ["data.path=somewhere", "model=paper", "train=zero3"], PretrainConfig)
+    assert repeated(tmp_path, config, "pretrain") == config
+    changed = repeated(tmp_path, config, "pretrain", "run.name=again", "train.learning_rate=2e-3")
+    assert (changed.run.name, changed.train.learning_rate, changed.model) == ("again", 2e-3, config.model)
+
+
+def test_a_search_comes_back_from_the_record_and_nothing_in_it_is_looked_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HYMATE_TEST", "found out")
+    given = ["task=[readmission,mortality]", "data.path=somewhere", "init=null", "model=debug"]
+    config = load("tune", given, TuneConfig)
+    assert isinstance(config.task, dict)
+    config.task["mortality"] = TaskConfig("mortality", labels="${oc.env:HYMATE_TEST}")
+    assert repeated(tmp_path, config, "tune") == config
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["train.num_workrs=2"], "did you mean train.num_workers"),
+        (["model=paper"], "model must be a section"),
+        (["run.name"], "run.name"),
+        (["train.api_key=x"], "credential"),
+    ],
+)
+def test_a_mistake_in_a_repetition_is_one_line(tmp_path: Path, overrides: list[str], message: str) -> None:
+    config = load("pretrain", ["data.path=somewhere"], PretrainConfig)
+    with pytest.raises(ConfigError, match=message) as caught:
+        repeated(tmp_path, config, "pretrain", *overrides)
+    assert "\n" not in str(caught.value)
+
+
+def test_only_a_run_of_the_same_command_is_repeated(tmp_path: Path) -> None:
+    for overrides in (["--repeat"], ["--repeat", str(tmp_path)]):
+        with pytest.raises(ConfigError, match="not a run's folder"):
+            load("pretrain", overrides, PretrainConfig)
+    attempt(tmp_path)
+    with pytest.raises(ConfigError, match="a run of pretrain, not of tune"):
+        load("tune", ["--repeat", str(tmp_path)], TuneConfig)
+
+
+def test_settings_of_other_programs_are_not_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["notebook", "--token=abcdefghijklm"])
+    monkeypatch.setenv("SOME_TOKEN", "abcdefghijklm")
+    assert "abcdefghijklm" not in json.dumps(attempt(tmp_path))
