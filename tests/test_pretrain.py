@@ -188,7 +188,7 @@ def test_killed_workers_a_killed_and_a_stopped_driver_change_nothing(
         assert driver.poll() is None and step_of(folder) < STEPS, "the driver was to be killed in mid-run"
     # at once: the killed driver's workers live on for a moment
     with started(arguments, environment, tmp_path) as driver:
-        wait_until(lambda: step_of(folder) > 2 * EVAL_EVERY or driver.poll() is not None, "the run goes on")
+        wait_until(lambda: goes_on(folder, attempts=2) or driver.poll() is not None, "the run goes on")
         driver.send_signal(signal.SIGTERM)
         driver.wait(PATIENCE_S)
     assert driver.returncode == 143
@@ -244,6 +244,12 @@ def test_a_longer_run_goes_on_with_one_worker_on_a_running_cluster_from_the_newe
     assert longer.stdout.count(said) == 1, longer.stdout
     assert [step for step, _ in scalars(folder, "train/loss")] == [*range(1, STEPS + EVAL_EVERY + 1)]
     assert STEPS + EVAL_EVERY in saved_steps(folder)
+
+
+def goes_on(folder: Path, attempts: int) -> bool:
+    """Whether the run's command was given so many times, and the last one's workers train."""
+    given = recorded(folder)["attempts"]
+    return len(given) == attempts and bool(given[-1]["starts"]) and step_of(folder) > given[-1]["starts"][-1]["step"]
 
 
 def flip_a_bit(file: Path) -> None:

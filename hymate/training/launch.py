@@ -22,7 +22,7 @@ from hymate.record import recorded, workers_started
 from hymate.storage import Location, UrlPath, full_disk_told, locate, remove_tree
 from hymate.telemetry import Telemetry, progress_line
 from hymate.training import checkpoint, engine, pretraining
-from hymate.training.attempt import STOPPED, SUPERSEDED, Attempt
+from hymate.training.attempt import STOPPED, SUPERSEDED, Attempt, exiting_at_sigterm
 from hymate.training.checkpoint import Damaged
 from hymate.training.engine import Unrecoverable, Worker, agreed, anyone
 from hymate.training.pretraining import MODE, SCORE, PretrainConfig
@@ -57,7 +57,7 @@ def pretrain(config: PretrainConfig) -> Location:
     check_same_run(run, claim, pretraining.CHANGEABLE)
     result = _finished(config)
     if result is None:
-        with recorded(run, "pretrain", claim) as result:
+        with recorded(run, "pretrain", claim) as result, exiting_at_sigterm():
             with ray_session(config.train), progress_line(run):
                 ended, kept = _fit(config, Attempt.begin(run))
             bundle, metrics = pretraining.export_bundle(config, kept, histories)
