@@ -260,7 +260,13 @@ def slurm_job(tmp_path: Path) -> Iterator[tuple[list[str], dict[str, str], Path]
     environment |= {"SLURM_JOB_NODELIST": "localhost", "SLURM_CPUS_PER_TASK": "1", "RAY_worker_niceness": "0"}
     environment |= {"HYMATE_OPS": "reference", "TORCHDYNAMO_DISABLE": "1"}
     sizes = ["data.context=64", "data.tokens_per_row=64", "data.min_count=1", "model=debug", "train.eval_rows=2"]
-    sizes += ["train.warmup_steps=1", "train.eval_every=3", f"data.path={data}", f"run.dir={tmp_path}/runs"]
+    sizes += [
+        "train.warmup_steps=1",
+        "train.eval_every=3",
+        "train.log_every=1",
+        f"data.path={data}",
+        f"run.dir={tmp_path}/runs",
+    ]
     yield ["bash", str(CLUSTER / "slurm.sh"), *sizes], environment, folder
     shutil.rmtree(f"/tmp/hymate-{job}", ignore_errors=True)
 

@@ -197,11 +197,12 @@ def test_killed_workers_a_killed_and_a_stopped_driver_change_nothing(
     resumed = run(arguments, environment, tmp_path)
     assert resumed.returncode == 0, resumed.stderr
 
-    (killed, last), outcome = recorded(folder)["attempts"], recorded(folder)["outcome"]
+    attempts, outcome = recorded(folder)["attempts"], recorded(folder)["outcome"]
     assert outcome["val_loss"] == recorded(whole)["outcome"]["val_loss"]
-    begun = [start["step"] for start in [*killed["starts"], *last["starts"]]]
-    assert len(begun) == 3 and begun[0] == 0 < begun[2] and begun == sorted(begun)
-    assert all(step % EVAL_EVERY == 0 for step in begun) and killed["ended"] is None and last["ended"] is not None
+    begun = [start["step"] for attempt in attempts for start in attempt["starts"]]
+    assert len(begun) == 4 and begun[0] == 0 and begun == sorted(begun) and begun[-1] == stopped_at
+    assert all(step % EVAL_EVERY == 0 for step in begun[:-1])
+    assert [attempt["ended"] is None for attempt in attempts] == [True, False, False], "the first was killed"
     expected, actual = (load_file(path / "bundle" / "model.safetensors") for path in (whole, folder))
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
     assert scalars(folder, "train/loss") == scalars(whole, "train/loss"), "steps are missing, doubled or different"
