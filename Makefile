@@ -9,7 +9,7 @@ QUICK ?=
 BIN = $(VENV)/bin
 PY = $(BIN)/python
 
-.PHONY: demo test bench clean
+.PHONY: demo test test-faults bench clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -35,6 +35,10 @@ test: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(PY) -m pytest -q
+
+# processes killed, disks filled, servers stopped: some twenty minutes; ends in a table of what each fault costs
+test-faults: $(VENV)/.installed
+	$(PY) -m pytest -q -o addopts="-ra --strict-markers -p no:cacheprovider" tests/faults
 
 # every figure of tests/benchmarks/RESULTS.md that needs no data of its own; QUICK=--quick for a first look
 bench: $(VENV)/.installed

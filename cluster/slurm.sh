@@ -30,6 +30,7 @@ files=/tmp/hymate-$SLURM_JOB_ID
 log=$files.log
 trap 'rm -f "$log"' EXIT
 : >"$log"
+export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0 # when the job ends there is nowhere that work could move to
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN # whoever reaches an open Ray can run code as you; a new token for each job
 RAY_AUTH_TOKEN=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')
 

@@ -191,6 +191,7 @@ class TrainConfig:
     keep: best checkpoints kept, besides the last. patience: evaluations without improvement before the run
         stops early (0: never).
     max_failures: how often dead workers are replaced before the run gives up.
+    max_skipped: a step whose loss or gradient is not finite is skipped; more in a row end the run.
     """
 
     num_workers: int = 1
@@ -212,6 +213,7 @@ class TrainConfig:
     keep: int = 2
     patience: int = 0
     max_failures: int = 3
+    max_skipped: int = 10
     cpus_per_worker: int = 1
     use_gpu: bool = False
     seed: int = 0
@@ -245,7 +247,7 @@ class TrainConfig:
             f"must be at least 0 and below train.max_steps={self.max_steps}, got {self.warmup_steps}",
         )
         _require(0 <= self.min_lr_share <= 1, "train.min_lr_share", f"must be in [0, 1], got {self.min_lr_share}")
-        for name in ("weight_decay", "patience", "max_failures", "seed"):
+        for name in ("weight_decay", "patience", "max_failures", "max_skipped", "seed"):
             _require(getattr(self, name) >= 0, f"train.{name}", f"must not be negative, got {getattr(self, name)}")
 
 

@@ -213,7 +213,7 @@ def atomic_path(path: Location) -> Iterator[Path]:
         else:
             temporary = path.with_name(f".{path.name}.tmp")
             stack.callback(temporary.unlink, missing_ok=True)
-        try:
+        with full_disk_told(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary.unlink(missing_ok=True)
             yield temporary
@@ -223,12 +223,19 @@ def atomic_path(path: Location) -> Iterator[Path]:
             with temporary.open("rb") as written:
                 os.fsync(written.fileno())
             os.replace(temporary, path)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise UserError(
-                    f"{path}: no space left to write it: free some and run the same command again, it continues"
-                ) from error
-            raise
+
+
+@contextlib.contextmanager
+def full_disk_told(path: Location) -> Iterator[None]:
+    """UserError in place of the OSError that a full disk raises in the block, which writes `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise UserError(
+                f"{path}: no space left to write it: free some and run the same command again, it continues"
+            ) from error
+        raise
 
 
 def write_text(text: str, path: Location) -> None:

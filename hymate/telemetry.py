@@ -41,6 +41,7 @@ class Telemetry:
         self._stack = ExitStack()
         self._sender: ThreadPoolExecutor | None = None
         self._sent: Future[None] | None = None
+        self._notes: list[str] = []
 
     def start(self, step: int) -> None:
         """Open the event file of a run that stands at `step`; later points of an earlier attempt are dropped."""
@@ -65,8 +66,13 @@ class Telemetry:
         if self._writer is not None and text:
             self._writer.add_text(name, "\n".join("    " + line for line in text.splitlines()))
 
+    def note(self, line: str) -> None:
+        """A line that the driver is to show, once."""
+        self._notes.append(line)
+
     def progress(self, force: bool = False, **values: Any) -> None:
         """Replace the progress file, not at every call unless `force`."""
+        values["notes"] = self._notes
         now = time.monotonic()
         if self.enabled and (force or now - self._last_progress >= _interval_s(self.run_path)):
             self._last_progress = now
@@ -130,8 +136,10 @@ def _live(path: Location, console: Console, stop: threading.Event) -> None:
     columns = (SpinnerColumn(), BarColumn(24), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("starting workers", total=None)
+        told: set[str] = set()
         while not stop.wait(_interval_s(path)):
             state = read_progress(path)
+            _tell(state, told, console)
             if state:
                 bar.update(task, completed=state["step"], total=state["max_steps"], description=describe(state))
 
@@ -140,15 +148,25 @@ def _printed(path: Location, console: Console, stop: threading.Event) -> None:
     console.print("starting workers")
     shown: dict[str, Any] = {}
     shown_at = time.monotonic()
+    told: set[str] = set()
     while True:
         ending = stop.wait(_interval_s(path))
         state = read_progress(path)
+        _tell(state, told, console)
         evaluated = state.get("score") != shown.get("score")
         if state and state != shown and (ending or evaluated or time.monotonic() - shown_at >= PRINT_EVERY_S):
             console.print(describe(state), highlight=False, soft_wrap=True)
             shown, shown_at = state, time.monotonic()
         if ending:
             return
+
+
+def _tell(state: Mapping[str, Any], told: set[str], console: Console) -> None:
+    """Print the notes that have not been told yet."""
+    for note in state.get("notes", []):
+        if note not in told:
+            console.print(note, highlight=False, markup=False, soft_wrap=True)
+            told.add(note)
 
 
 def describe(state: Mapping[str, Any]) -> str:
@@ -164,6 +182,8 @@ def describe(state: Mapping[str, Any]) -> str:
         parts.append(f"loss {state['loss']:.3f}")
     if state.get("score") is not None:
         parts.append(f"{state.get('score_name', 'score')} {state['score']:.3f}")
+    if state.get("skipped"):
+        parts.append(f"{state['skipped']} steps skipped")
     if state.get("events_per_second"):
         parts.append(f"{state['events_per_second']:,.0f} events/s")
     if state.get("eta_s") is not None:

@@ -27,11 +27,11 @@ def run(arguments: list[str], environment: dict[str, str], cwd: Path) -> subproc
     return subprocess.run(arguments, env=environment, cwd=cwd, capture_output=True, text=True, timeout=PATIENCE_S)
 
 
-def wait_until(condition: Callable[[], object], what: str) -> None:
+def wait_until(condition: Callable[[], object], what: str, look_every_s: float = 0.05) -> None:
     deadline = time.monotonic() + PATIENCE_S
     while not condition():
         assert time.monotonic() < deadline, f"waited in vain until {what}"
-        time.sleep(0.05)
+        time.sleep(look_every_s)
 
 
 def processes() -> dict[int, tuple[int, str]]:

@@ -69,6 +69,9 @@ class RandomRows:
             first += rows_per_step
             yield [self._row(i) for i in indices], Cursor(row=first)
 
+    def place_of(self, row: Batch) -> str:
+        return f"row {row.seed}"
+
     def once(self, rank: int, world_size: int) -> Iterator[tuple[Batch, bool]]:
         """Three rows: with two ranks, the second repeats one that does not count."""
         turns = 3 + (-3) % world_size
@@ -105,11 +108,19 @@ class Recorder(Telemetry):
 
 
 def run_training(
-    worker: Worker, config: TrainConfig, folder: Path, resume: Path | None = None, module_hook: Any = None
+    worker: Worker,
+    config: TrainConfig,
+    folder: Path,
+    resume: Path | None = None,
+    module_hook: Any = None,
+    rows: RandomRows | None = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> tuple[Recorder, Job]:
     """Train; checkpoints of all ranks meet in `folder/step-N`, as a launcher would merge them."""
     recorder = Recorder()
     job = pretraining_job(worker, config)
+    if rows is not None:
+        job.rows = rows
     if module_hook is not None:
         module_hook(job.module)
 
@@ -118,5 +129,5 @@ def run_training(
         shutil.copytree(part, target, dirs_exist_ok=True)
         shutil.rmtree(part)
 
-    train(job, config, worker, report=report, telemetry=recorder, resume=resume)
+    train(job, config, worker, report=report, telemetry=recorder, resume=resume, stop=stop)
     return recorder, job

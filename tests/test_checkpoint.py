@@ -1,18 +1,25 @@
-"""Checkpoints: exact resume, any number of workers, any ZeRO stage, no pickle."""
+"""Checkpoints: exact resume, any number of workers, any ZeRO stage, no pickle, and damage that is found."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from processes import TRAIN, run_training, run_workers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from processes import TRAIN, RandomRows, run_training, run_workers
 from safetensors.torch import load_file
 
-from hymate.training.engine import Worker
+from hymate.batch import Batch
+from hymate.training.checkpoint import Damaged, read_verified_weights, verify
+from hymate.training.engine import Unrecoverable, Worker
 
 CONFIG = replace(TRAIN, max_steps=4, eval_every=2)
 STAGES = (0, 1, 2, 3)
@@ -62,9 +69,9 @@ def points(path: Path, name: str = "train/loss") -> dict[int, float]:
     return {int(step): value for step, value in json.loads(path.read_text())[name].items()}
 
 
-def final_state(folder: Path) -> dict[str, torch.Tensor]:
+def final_state(folder: Path, step: int = 4) -> dict[str, torch.Tensor]:
     """Weights and both moments, whatever the number of files they are in."""
-    files = sorted((folder / "step-4").glob("*.safetensors"))
+    files = sorted((folder / f"step-{step}").glob("*.safetensors"))
     return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
@@ -106,7 +113,150 @@ def test_a_checkpoint_says_where_the_run_stands_and_holds_no_pickle(root: Path) 
         "model.safetensors",
         "optimizer-00000-of-00002.safetensors",
         "optimizer-00001-of-00002.safetensors",
+        "sha256-00000-of-00002.txt",
+        "sha256-00001-of-00002.txt",
     }
+
+
+# ------------------------------------------------------------------------------------------------------- damage
+
+FILES = [
+    "state.json",
+    "model.safetensors",
+    "optimizer-00000-of-00002.safetensors",
+    "optimizer-00001-of-00002.safetensors",
+    "sha256-00000-of-00002.txt",
+    "sha256-00001-of-00002.txt",
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FILES)
+@settings(deadline=None, max_examples=20)
+@given(data=st.data())
+def test_a_file_that_is_gone_cut_short_or_changed_in_one_bit_is_found(
+    root: Path, name: str, data: st.DataObject
+) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(shutil.copytree(root / "whole-2" / "step-4", Path(scratch) / "checkpoint_1"))
+        verify(folder)
+        file = folder / name
+        content = bytearray(file.read_bytes())
+        damage = data.draw(st.sampled_from(["missing", "cut", "bit"]))
+        if damage == "missing":
+            file.unlink()
+        elif damage == "cut":
+            file.write_bytes(content[: data.draw(st.integers(0, len(content) - 1))])
+        else:
+            content[data.draw(st.integers(0, len(content) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+            file.write_bytes(content)
+        with pytest.raises(Damaged, match=r"^checkpoint_1 is damaged: ") as caught:
+            verify(folder)
+        assert "\n" not in str(caught.value)
+        if name == "model.safetensors":
+            with pytest.raises(Damaged):
+                read_verified_weights(folder)
+
+
+@pytest.mark.slow
+def test_the_checksums_are_those_of_sha256sum(root: Path) -> None:
+    folder = root / "whole-2" / "step-4"
+    found = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+    lines = [line for path in sorted(folder.glob("sha256-*")) for line in path.read_text().splitlines()]
+    assert sorted(lines) == sorted(f"{found[name]}  {name}" for name in FILES[:4])
+
+
+# ---------------------------------------------------------------------------------------------- skipping, stopping
+
+
+class Poisoned(RandomRows):
+    """One row of some steps has an infinite gap; on two workers it is the second one's."""
+
+    def __init__(self, steps: set[int]) -> None:
+        self.bad = {(step - 1) * CONFIG.rows_per_step + 1 for step in steps}
+
+    def _row(self, i: int) -> Batch:
+        row = super()._row(i)
+        if i in self.bad:
+            row.gap_hours_L[0] = torch.inf
+        return row
+
+
+def _skipping(worker: Worker, root: Path) -> None:
+    for stage in STAGES:
+        config = replace(CONFIG, num_workers=worker.world_size, zero_stage=stage, max_steps=5, eval_every=1)
+        whole, again = (f"skipping-{stage}", f"skipping-again-{stage}")
+        for name, resume in ((whole, None), (again, root / whole / "step-3")):
+            recorder, _ = run_training(worker, config, root / name, resume=resume, rows=Poisoned({1, 3}))
+            if worker.rank == 0:
+                (root / f"{name}.json").write_text(json.dumps(recorder.points))
+        try:
+            run_training(worker, replace(config, max_skipped=1), root / "never", rows=Poisoned({3, 4, 5}))
+        except Unrecoverable as error:
+            (root / f"said-{stage}-{worker.rank}.txt").write_text(str(error))
+
+
+@pytest.fixture(scope="module")
+def skipping(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("skipping")
+    run_workers(_skipping, 2, folder)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_step_that_is_not_finite_changes_nothing_on_any_worker(skipping: Path, stage: int) -> None:
+    folder = skipping / f"skipping-{stage}"
+    first, second, third, fourth = (final_state(folder, step) for step in (1, 2, 3, 4))
+    assert all(not tensor.any() for name, tensor in first.items() if name.startswith("exp_avg"))
+    assert all(torch.equal(second[name], third[name]) for name in second)
+    assert not all(torch.equal(first[name], second[name]) for name in first)
+    assert not all(torch.equal(third[name], fourth[name]) for name in third)
+    states = [json.loads((folder / f"step-{step}" / "state.json").read_text()) for step in range(1, 6)]
+    assert [(state["skipped"], state["skipped_in_a_row"]) for state in states] == [
+        (1, 1),
+        (1, 0),
+        (2, 1),
+        (2, 0),
+        (2, 0),
+    ]
+    points_of = json.loads((skipping / f"skipping-{stage}.json").read_text())
+    assert list(points_of["train/loss"]) == ["2", "4", "5"]
+    assert list(points_of["train/skipped_steps"].values()) == [1, 1, 2, 2, 2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_run_that_has_skipped_steps_goes_on_bit_for_bit(skipping: Path, stage: int) -> None:
+    whole, again = (final_state(skipping / f"skipping{name}-{stage}", 5) for name in ("", "-again"))
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_too_many_such_steps_in_a_row_end_the_run_on_every_worker_and_name_the_rows(skipping: Path, stage: int) -> None:
+    said, other = ((skipping / f"said-{stage}-{rank}.txt").read_text() for rank in (0, 1))
+    assert said == other and said.startswith(
+        "2 steps in a row, up to step 4, had a loss or gradient that is not finite"
+    )
+    assert "The last one's rows: row 12; row 14; row 13; row 15." in said
+
+
+def _stopping(worker: Worker, root: Path) -> None:
+    """Asked to stop before the fourth step, by one worker alone."""
+    config = replace(CONFIG, num_workers=worker.world_size, max_steps=4, eval_every=10)
+    asked = iter([False] * 3 + [worker.rank == 1])
+    run_training(worker, config, root / "stopped", stop=lambda: next(asked))
+    run_training(worker, config, root / "stopped", resume=root / "stopped" / "step-3")
+    run_training(worker, config, root / "not-stopped")
+
+
+@pytest.mark.slow
+def test_a_run_that_is_stopped_is_saved_where_it_stands_and_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    run_workers(_stopping, 2, tmp_path)
+    assert sorted(path.name for path in (tmp_path / "stopped").iterdir()) == ["step-3", "step-4"]
+    stopped, whole = (final_state(tmp_path / name) for name in ("stopped", "not-stopped"))
+    assert all(torch.equal(stopped[name], whole[name]) for name in whole)
 
 
 @pytest.mark.slow

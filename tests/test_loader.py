@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import re
 import threading
 from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
@@ -566,3 +567,16 @@ def test_training_and_evaluation_may_read_at_once(histories: Histories, vocabula
         next(steps)
         assert_same(list(tuning()), expected)
     steps.close()
+
+
+def test_a_rows_place_leads_to_its_histories_and_names_no_subject(
+    dataset: Path, histories: Histories, vocabulary: Vocabulary
+) -> None:
+    rows = make_rows(histories, vocabulary)
+    (batch, *_), _ = next(rows.steps(Cursor(), 1, 0, 1))
+    found = set()
+    for shard, group, places in re.findall(r"shard (\S+) row group (\d+) rows \[([\d, ]+)\]", rows.place_of(batch)):
+        table = pq.ParquetFile(dataset / "histories" / f"{shard}.parquet").read_row_group(int(group))
+        found |= {table["subject_id"][int(place)].as_py() for place in places.split(",")}
+    assert found == set(rows.examples.subject_id_E[batch.example_S.numpy()].tolist())
+    assert not any(str(subject_id) in rows.place_of(batch) for subject_id in found)

@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
-from commands import ROOT, points, processes, ray_processes, run, step_of, wait_until
+from commands import PATIENCE_S, ROOT, points, processes, ray_processes, run, step_of, wait_until
 from safetensors.torch import load_file
 
 from hymate.bundle import read_bundle
@@ -83,8 +83,10 @@ def train_workers(folder: str) -> set[int]:
 
 
 @contextmanager
-def started(arguments: list[str], environment: dict[str, str], cwd: Path) -> Iterator[subprocess.Popen[bytes]]:
-    process = subprocess.Popen(arguments, env=environment, cwd=cwd, stdout=subprocess.DEVNULL)
+def started(
+    arguments: list[str], environment: dict[str, str], cwd: Path, stderr: int | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
+    process = subprocess.Popen(arguments, env=environment, cwd=cwd, stdout=subprocess.DEVNULL, stderr=stderr)
     try:
         yield process
     finally:
@@ -98,6 +100,10 @@ def recorded(run_folder: Path) -> dict[str, Any]:
 
 def scalars(run_folder: Path, name: str) -> list[tuple[int, float]]:
     return [(point.step, point.value) for point in points(run_folder, name)]
+
+
+def saved_steps(run_folder: Path) -> set[int]:
+    return {json.loads(path.read_text())["step"] for path in (run_folder / "checkpoints").glob("*/state.json")}
 
 
 @pytest.fixture(scope="module")
@@ -137,8 +143,7 @@ def test_a_run_learns_and_shows_it_on_tensorboard(undisturbed: tuple[Path, subpr
 def test_the_best_checkpoints_and_the_last_are_kept(undisturbed: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     folder, _ = undisturbed
     scores = dict(scalars(folder, "validation/val_loss"))
-    kept = {json.loads(path.read_text())["step"] for path in (folder / "checkpoints").glob("*/state.json")}
-    assert kept == {*sorted(scores, key=lambda step: scores[step])[:2], STEPS}
+    assert saved_steps(folder) == {*sorted(scores, key=lambda step: scores[step])[:2], STEPS}
 
 
 def test_a_finished_run_is_not_run_again(
@@ -161,7 +166,7 @@ def test_another_configuration_does_not_continue_the_run(
     assert len(other.stderr.splitlines()) == 1
 
 
-def test_killed_workers_and_a_killed_driver_change_nothing(
+def test_killed_workers_a_killed_and_a_stopped_driver_change_nothing(
     undisturbed: tuple[Path, subprocess.CompletedProcess[str]],
     data: Path,
     environment: dict[str, str],
@@ -181,15 +186,23 @@ def test_killed_workers_and_a_killed_driver_change_nothing(
         seen = [step for step, _ in scalars(folder, "train/loss")]
         assert len(seen) >= EVAL_EVERY and seen == [*range(1, len(seen) + 1)], "the curves are there while it runs"
         assert driver.poll() is None and step_of(folder) < STEPS, "the driver was to be killed in mid-run"
-    wait_until(lambda: not ray_processes(ray_folder), "the killed driver's cluster has ended")
+    # at once: the killed driver's workers live on for a moment
+    with started(arguments, environment, tmp_path) as driver:
+        wait_until(lambda: goes_on(folder, attempts=2) or driver.poll() is not None, "the run goes on")
+        driver.send_signal(signal.SIGTERM)
+        driver.wait(PATIENCE_S)
+    assert driver.returncode == 143
+    stopped_at = step_of(folder)
+    assert stopped_at in saved_steps(folder)
     resumed = run(arguments, environment, tmp_path)
     assert resumed.returncode == 0, resumed.stderr
 
-    (killed, last), outcome = recorded(folder)["attempts"], recorded(folder)["outcome"]
+    attempts, outcome = recorded(folder)["attempts"], recorded(folder)["outcome"]
     assert outcome["val_loss"] == recorded(whole)["outcome"]["val_loss"]
-    begun = [start["step"] for start in [*killed["starts"], *last["starts"]]]
-    assert len(begun) == 3 and begun[0] == 0 < begun[2] and begun == sorted(begun)
-    assert all(step % EVAL_EVERY == 0 for step in begun) and killed["ended"] is None and last["ended"] is not None
+    begun = [start["step"] for attempt in attempts for start in attempt["starts"]]
+    assert len(begun) == 4 and begun[0] == 0 and begun == sorted(begun) and begun[-1] == stopped_at
+    assert all(step % EVAL_EVERY == 0 for step in begun[:-1])
+    assert [attempt["ended"] is None for attempt in attempts] == [True, False, False], "the first was killed"
     expected, actual = (load_file(path / "bundle" / "model.safetensors") for path in (whole, folder))
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
     assert scalars(folder, "train/loss") == scalars(whole, "train/loss"), "steps are missing, doubled or different"
@@ -216,29 +229,51 @@ def cluster(environment: dict[str, str]) -> Iterator[dict[str, str]]:
             os.kill(pid, signal.SIGKILL)
 
 
-def test_a_longer_run_goes_on_with_one_worker_on_a_running_cluster(
+def test_a_longer_run_goes_on_with_one_worker_on_a_running_cluster_from_the_newest_whole_checkpoint(
     undisturbed: tuple[Path, subprocess.CompletedProcess[str]], data: Path, cluster: dict[str, str], tmp_path: Path
 ) -> None:
     folder = tmp_path / "pretrain"
     shutil.copytree(undisturbed[0], folder)
+    newest = max((folder / "checkpoints").glob("checkpoint_*/"))
+    flip_a_bit(newest / "optimizer-00001-of-00002.safetensors")
     changes = ("train.num_workers=1", "train.zero_stage=3", f"train.max_steps={STEPS + EVAL_EVERY}")
     longer = run(command(data, tmp_path, *changes), cluster, tmp_path)
     assert longer.returncode == 0, longer.stderr
+    said = (
+        f"{newest.name} is damaged: optimizer-00001-of-00002.safetensors is not what was written; the checkpoint before"
+    )
+    assert longer.stdout.count(said) == 1, longer.stdout
     assert [step for step, _ in scalars(folder, "train/loss")] == [*range(1, STEPS + EVAL_EVERY + 1)]
-    kept = {json.loads(path.read_text())["step"] for path in (folder / "checkpoints").glob("*/state.json")}
-    assert STEPS + EVAL_EVERY in kept
+    assert STEPS + EVAL_EVERY in saved_steps(folder)
 
 
-def test_a_failing_worker_ends_the_command_with_its_own_error(
+def goes_on(folder: Path, attempts: int) -> bool:
+    """Whether the run's command was given so many times, and the last one's workers train."""
+    given = recorded(folder)["attempts"]
+    return len(given) == attempts and bool(given[-1]["starts"]) and step_of(folder) > given[-1]["starts"][-1]["step"]
+
+
+def flip_a_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def test_a_run_that_diverges_ends_at_once_and_names_the_rows(
     data: Path, cluster: dict[str, str], tmp_path: Path
 ) -> None:
-    changes = ("train.learning_rate=1e30", "train.warmup_steps=0", "train.num_workers=1", "train.max_failures=0")
+    changes = ("train.learning_rate=1e30", "train.warmup_steps=0", "train.num_workers=1", "train.max_skipped=3")
     failed = run(command(data, tmp_path, *changes), cluster, tmp_path)
     assert failed.returncode == 1
-    assert re.search(r"FloatingPointError: the loss of step \d+ is nan", failed.stderr), failed.stderr
+    (line,) = failed.stderr.splitlines()
+    assert re.match(r"error: 4 steps in a row, up to step \d, had a loss or gradient that is not finite", line), line
+    shard, rows = re.search(r"The last one's rows: shard (\S+) row group \d+ rows \[([\d, ]+)\]", line).groups()
+    length = pq.read_metadata(data / "histories" / f"{shard}.parquet").num_rows
+    assert all(0 <= int(row) < length for row in rows.split(","))
     assert not (tmp_path / "pretrain" / "bundle").exists()
+    assert len(list((tmp_path / "pretrain" / "tb").glob("events.*"))) == 1, "it was tried again"
     outcome = recorded(tmp_path / "pretrain")["outcome"]
-    assert outcome["state"] == "failed" and re.fullmatch(r"the loss of step \d+ is nan", outcome["reason"]), outcome
+    assert outcome["state"] == "failed" and f"error: {outcome['reason']}" == line, outcome
 
 
 def test_a_run_is_repeated_from_its_record_bit_for_bit(

@@ -232,6 +232,15 @@ class Rows:
         with contextlib.closing(_prefetched(self._evaluation_of_rank(rank, world_size))) as rows:
             yield from rows
 
+    def place_of(self, row: Batch) -> str:
+        """Where a row's histories are in the dataset's files: enough to look at them, and names no subject."""
+        index, positions = self.histories.index, self.examples.position_E[row.example_S.cpu().numpy()]
+        rows_of: dict[tuple[str, int], list[int]] = {}
+        for position in sorted(set(positions.tolist())):
+            group = (index["shard"][position], int(index["row_group"][position]))
+            rows_of.setdefault(group, []).append(int(index["row"][position]))
+        return ", ".join(f"shard {shard} row group {group} rows {rows}" for (shard, group), rows in rows_of.items())
+
     # ----------------------------------------------------------------------------------------------- statistics
 
     @property

@@ -4,16 +4,20 @@ A checkpoint is a folder:
     state.json                          step, data cursor, best score, ... (plain JSON)
     model.safetensors                   all weights in float32
     optimizer-RANK-of-WORLD.safetensors Adam's moments of every WORLD-th parameter
+    sha256-RANK-of-WORLD.txt            checksums of what worker RANK wrote, as `sha256sum --check` reads them
 
-Each worker writes one share of the optimiser state. The state is keyed by parameter and not by worker, so it
-carries no trace of how ZeRO had cut it, and nothing is pickled.
+Each worker writes one share of the optimiser state, and its checksums last: a checkpoint that lacks a worker's part, or
+of which a byte has changed, is known by them. The state is keyed by parameter and not by worker, so it carries no trace
+of how ZeRO had cut it, and nothing is pickled.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,9 +31,14 @@ from torch import Tensor, nn
 
 from hymate.bundle import read_weights, write_weights
 from hymate.config import UserError
+from hymate.storage import Location, local_copy
 
 STATE, WEIGHTS = "state.json", "model.safetensors"
 MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class Damaged(UserError):
+    """A checkpoint that is not as it was written."""
 
 
 def save(engine: Any, folder: Path, state: dict[str, Any]) -> None:
@@ -48,13 +57,72 @@ def save(engine: Any, folder: Path, state: dict[str, Any]) -> None:
         temporary = folder / f".{STATE}"
         temporary.write_text(json.dumps({**state, "world_size": world_size}, indent=1))
         os.replace(temporary, folder / STATE)
+    sums = {file.name: _sha256(file) for file in sorted(folder.iterdir())}
+    (folder / _sums_name(rank, world_size)).write_text(_sums_text(sums))
+
+
+def verify(folder: Path) -> None:
+    """Raises Damaged where a file of a checkpoint is not there or not as it was written."""
+    for name, sha256 in _read_sums(folder).items():
+        _check(folder.name, folder / name, sha256)
+
+
+def read_verified_weights(folder: Location) -> dict[str, Tensor]:
+    """The weights of a checkpoint anywhere. Raises Damaged where they are not as they were written."""
+    sums = _read_sums(folder)
+    try:
+        with local_copy(folder / WEIGHTS) as file:
+            _check(folder.name, file, sums[WEIGHTS])
+            return read_weights(file)
+    except FileNotFoundError as error:
+        raise Damaged(f"{folder.name} is damaged: {WEIGHTS} is missing") from error
+
+
+def _check(checkpoint: str, file: Path, sha256: str) -> None:
+    try:
+        found = _sha256(file)
+    except OSError as error:
+        raise Damaged(f"{checkpoint} is damaged: {file.name} is missing or cannot be read") from error
+    if found != sha256:
+        raise Damaged(f"{checkpoint} is damaged: {file.name} is not what was written")
+
+
+def _read_sums(folder: Location) -> dict[str, str]:
+    """The checksum of each file that a checkpoint must have."""
+    lists = {path.name: path for path in folder.glob("sha256-*.txt")}
+    found = re.fullmatch(r"sha256-\d{5}-of-(\d{5})\.txt", min(lists, default=""))
+    if not found:
+        raise Damaged(f"{folder.name} is damaged: its checksums are missing")
+    world_size = int(found[1])
+    sums: dict[str, str] = {}
+    for rank in range(world_size):
+        name = _sums_name(rank, world_size)
+        if name not in lists:
+            raise Damaged(f"{folder.name} is damaged: {name} is missing")
+        text = lists[name].read_text(errors="replace")
+        listed = {line[66:]: line[:64] for line in text.splitlines()}
+        expected = {_shard_name(rank, world_size), *((STATE, WEIGHTS) if rank == 0 else ())}
+        if listed.keys() != expected or _sums_text(listed) != text:
+            raise Damaged(f"{folder.name} is damaged: {name} is not what was written")
+        sums |= listed
+    return sums
+
+
+def _sums_text(sums: dict[str, str]) -> str:
+    return "".join(f"{sha256}  {name}\n" for name, sha256 in sums.items())
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_state(folder: Path) -> dict[str, Any]:
     """The plain values of a checkpoint. Raises UserError where they are not there or not such values."""
     with _one_clear_line(folder):
         state = json.loads((folder / STATE).read_text())
-        numbers = [state["step"], state["stale"], state["world_size"], *state["cursor"].values()]
+        counts = [state[name] for name in ("step", "stale", "skipped", "skipped_in_a_row", "world_size")]
+        numbers = [*counts, *state["cursor"].values()]
         if any(type(number) is not int or number < 0 for number in numbers):
             raise ValueError(f"{STATE} is malformed")
         return state
@@ -79,7 +147,7 @@ def load_weights(module: nn.Module, folder: Path) -> None:
 def load_optimizer(engine: Any, folder: Path) -> None:
     """Give a fresh engine the optimiser state of a checkpoint, whatever its world size and ZeRO stage."""
     state = read_state(folder)
-    _create_adam_state(engine, float(state["step"]))
+    create_adam_state(engine, steps=state["step"] - state["skipped"])
     trained = dict(_trained(engine.module))
     restored = set()
     with _one_clear_line(folder):
@@ -120,6 +188,10 @@ def _shard_name(rank: int, world_size: int) -> str:
     return f"optimizer-{rank:05d}-of-{world_size:05d}.safetensors"
 
 
+def _sums_name(rank: int, world_size: int) -> str:
+    return f"sha256-{rank:05d}-of-{world_size:05d}.txt"
+
+
 def _full_moment(engine: Any, parameter: nn.Parameter, key: str) -> Tensor:
     """One of Adam's moments of a whole parameter; collective under ZeRO 1 to 3."""
     if engine.zero_optimization_stage() == 3:
@@ -137,15 +209,20 @@ def _full_moment(engine: Any, parameter: nn.Parameter, key: str) -> Tensor:
     return full.view_as(parameter)
 
 
-def _create_adam_state(engine: Any, step: float) -> None:
-    """Zero moments where torch would create them at its first step; DeepSpeed keeps them in flat partitions."""
+def create_adam_state(engine: Any, steps: int) -> None:
+    """Zero moments after `steps` updates, where torch would create them at its first one; DeepSpeed keeps them in flat
+    partitions.
+    """
     if engine.zero_optimization_stage() == 3:
         adam, flat = engine.optimizer.optimizer, engine.optimizer.fp32_partitioned_groups_flat
     else:
         adam = engine.optimizer.optimizer if engine.zero_optimization() else engine.optimizer
         flat = [parameter for group in adam.param_groups for parameter in group["params"]]
     for parameter in flat:
-        adam.state[parameter] = {"step": torch.tensor(step), **{key: torch.zeros_like(parameter) for key in MOMENTS}}
+        adam.state[parameter] = {
+            "step": torch.tensor(float(steps)),
+            **{key: torch.zeros_like(parameter) for key in MOMENTS},
+        }
 
 
 def _set_moment(engine: Any, parameter: nn.Parameter, key: str, value: Tensor) -> None:

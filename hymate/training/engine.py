@@ -16,7 +16,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from hymate.config import TrainConfig
+from hymate.config import TrainConfig, UserError
 from hymate.telemetry import Telemetry
 from hymate.training import checkpoint
 from hymate.training.memory import keep_freed_memory
@@ -55,6 +55,8 @@ class TrainingRows(Protocol):
         self, cursor: Cursor, rows_per_step: int, rank: int, world_size: int
     ) -> Iterator[tuple[list[Batch], Cursor]]: ...
 
+    def place_of(self, row: Batch) -> str: ...
+
 
 @dataclass
 class Job:
@@ -75,12 +77,18 @@ class Job:
 
 @dataclass
 class Standing:
-    """Where a run stands; kept in every checkpoint. stale: evaluations since the score last improved."""
+    """Where a run stands; kept in every checkpoint.
+
+    stale: evaluations since the score last improved.
+    skipped: steps whose loss or gradient was not finite, which changed nothing; skipped_in_a_row: those up to here.
+    """
 
     step: int = 0
     cursor: dict[str, int] = field(default_factory=dict)
     best: float | None = None
     stale: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
 
     def judge(self, score: float, mode: str) -> None:
         """Take in a new score."""
@@ -97,6 +105,10 @@ class Standing:
 Report = Callable[[dict[str, float], Path], None]
 
 
+class Unrecoverable(UserError):
+    """What ends a run for good: every rank raises it alike, and new workers would come to the same end."""
+
+
 # --------------------------------------------------------------------------------------------------------- loop
 
 
@@ -109,12 +121,14 @@ def train(
     telemetry: Telemetry,
     resume: Path | None,
     description: str = "",
-) -> None:
+    stop: Callable[[], bool] = lambda: False,
+) -> Standing:
     """Train to the last step, or until patience runs out; continues from the checkpoint `resume` where given.
 
     After each evaluation every rank calls `report(metrics, folder)` with its part of a checkpoint, a temporary folder
-    that report takes over and removes. `description` is the configuration's text for TensorBoard.
-    Raises FloatingPointError at a loss that is not finite.
+    that report takes over and removes. `description` is the configuration's text for TensorBoard. When `stop()` is true
+    on any rank, the run is saved where it stands and left there.
+    Raises Unrecoverable where more than `max_skipped` steps in a row, or a validation score, are not finite.
     """
     if worker.device.type == "cpu":
         keep_freed_memory()
@@ -123,27 +137,37 @@ def train(
     telemetry.start(standing.step)
     telemetry.text("config", description)
     meter = Meter(worker, job.rows.tokens_per_row)
-    saved_at = time.monotonic()
+    saved_step, saved_at = standing.step, time.monotonic()
     steps = job.rows.steps(_cursor(standing), config.rows_per_step, worker.rank, worker.world_size)
     timed_steps = meter.clock.rows(steps)
     meter.clock.start()
     try:
-        while not standing.finished(config):
+        while not (stopping := anyone(stop(), worker)) and not standing.finished(config):
             rows, cursor = next(timed_steps)
             share = schedule(standing.step, config)
             set_learning_rates(engine, [lr * share for lr in base_lrs])
-            meter.add(train_step(engine, rows, worker.device, standing.step))
+            sums = train_step(engine, rows, worker.device)
             standing.step, standing.cursor = standing.step + 1, asdict(cursor)
+            if sums is not None:
+                meter.add(sums)
+                standing.skipped_in_a_row = 0
+            else:
+                _count_skipped(standing, rows, job.rows, config)
             if standing.step % config.log_every == 0:
-                telemetry.scalars("train", {**meter.mean(), "learning_rate": base_lrs[0] * share}, standing.step)
+                values = {"learning_rate": base_lrs[0] * share, "skipped_steps": standing.skipped}
+                telemetry.scalars("train", {**meter.mean(), **values}, standing.step)
                 for name, by_rank in curves(meter.shares).items():
                     telemetry.scalars(name, by_rank, standing.step)
-            telemetry.progress(**_progress(meter, standing, job, config))
-            if standing.step % config.eval_every == 0 or standing.step == config.max_steps:
-                stalled_s = evaluate_and_save(engine, job, config, standing, report=report, telemetry=telemetry)
+            due = standing.step % config.eval_every == 0 or standing.step == config.max_steps
+            telemetry.progress(force=due, **_progress(meter, standing, job, config))
+            if due:
+                metrics = evaluate(engine, job, standing, telemetry)
+                stalled_s = save(engine, standing, config, metrics, job.score, report=report, telemetry=telemetry)
                 stalls = {"stall_s": stalled_s, "stall_share": stalled_s / (time.monotonic() - saved_at)}
                 telemetry.scalars("checkpoint", stalls, standing.step)
-                saved_at = time.monotonic()
+                saved_step, saved_at = standing.step, time.monotonic()
+        if stopping and standing.step > saved_step:
+            save(engine, standing, config, {}, job.score, report=report, telemetry=telemetry)
         telemetry.progress(force=True, **_progress(meter, standing, job, config))
     finally:
         close = getattr(steps, "close", None)
@@ -152,13 +176,16 @@ def train(
         telemetry.close()
         meter.clock.stop()
         engine.destroy()
+    return standing
 
 
-def train_step(engine: Any, rows: list[Batch], device: torch.device, step: int) -> dict[str, Tensor]:
+def train_step(engine: Any, rows: list[Batch], device: torch.device) -> dict[str, Tensor] | None:
     """One optimiser step over this worker's rows; the sums over them of the model's outputs.
 
     DeepSpeed divides each loss by the number of accumulated rows and averages over workers, so the gradient is
     that of the mean over the step's rows; it clips and updates at the last row.
+
+    Where a loss or the gradient of any worker is not finite nothing changes, and the result is None on all of them.
     """
     sums: dict[str, Tensor] = {}
     for row in rows:
@@ -166,39 +193,72 @@ def train_step(engine: Any, rows: list[Batch], device: torch.device, step: int) 
         torch.manual_seed(row.seed)
         outputs = engine(row)
         loss = outputs["loss"] * row.weight
-        if not torch.isfinite(loss):
-            raise FloatingPointError(f"the loss of step {step + 1} is {float(loss)}")
-        engine.backward(loss)
+        # the gradient of a loss that is not finite could be finite; made NaN, all workers see it in the norm
+        engine.backward(loss * torch.where(torch.isfinite(loss.detach()), 1.0, math.nan))
         norm = _unclipped_norm(engine)
-        engine.step()
+        if norm is None or torch.isfinite(norm):
+            engine.step()  # under ZeRO, DeepSpeed itself skips a step whose norm is not finite
+        else:
+            _step_without_update(engine)
         outputs = {name: value.detach() * row.weight for name, value in outputs.items() if value.ndim == 0}
         for name, value in {**outputs, "num_events": torch.tensor(float(row.num_events))}.items():
             sums[name] = sums.get(name, torch.zeros(())) + value.float().cpu()
     sums["num_rows"] = torch.tensor(float(len(rows)))
     sums["gradient_norm"] = torch.as_tensor(engine.get_global_grad_norm() if norm is None else norm).float().cpu()
-    return sums
+    return sums if torch.isfinite(sums["gradient_norm"]) else None
 
 
-def evaluate_and_save(
-    engine: Any,
-    job: Job,
-    config: TrainConfig,
-    standing: Standing,
-    *,
-    report: Report,
-    telemetry: Telemetry,
-) -> float:
-    """Score the model, write a checkpoint and report both; collective. Returns the seconds spent on the checkpoint."""
+def _step_without_update(engine: Any) -> None:
+    """DeepSpeed's step without ZeRO, but for the update: AdamW passes over parameters that have no gradient."""
+    hook = engine.optimizer.register_step_pre_hook(lambda optimizer, *_: optimizer.zero_grad())
+    engine.step()
+    hook.remove()
+
+
+def _count_skipped(standing: Standing, rows: list[Batch], source: TrainingRows, config: TrainConfig) -> None:
+    standing.skipped, standing.skipped_in_a_row = standing.skipped + 1, standing.skipped_in_a_row + 1
+    if standing.skipped_in_a_row > config.max_skipped:
+        places: list[str] = [""] * dist.get_world_size()
+        dist.all_gather_object(places, "; ".join(source.place_of(row) for row in rows))
+        raise Unrecoverable(
+            f"{standing.skipped_in_a_row} steps in a row, up to step {standing.step}, had a loss or gradient that is "
+            f"not finite (train.max_skipped={config.max_skipped}). The last one's rows: {'; '.join(places)}. Lower "
+            "train.learning_rate or look at these rows, and start again under another run.name"
+        )
+
+
+def evaluate(engine: Any, job: Job, standing: Standing, telemetry: Telemetry) -> dict[str, float]:
+    """Score the model; collective. Raises Unrecoverable where a metric is not finite."""
     engine.eval()
     with torch.no_grad():
         metrics = job.evaluate(engine)
     engine.train()
+    for name, value in metrics.items():
+        if not math.isfinite(value):
+            raise Unrecoverable(
+                f"{name} at step {standing.step} is {value}, so the model has diverged: lower its learning rate and "
+                "start again under another run.name"
+            )
     standing.judge(metrics[job.score], job.mode)
     telemetry.scalars("validation", metrics, standing.step)
+    return metrics
+
+
+def save(
+    engine: Any,
+    standing: Standing,
+    config: TrainConfig,
+    metrics: dict[str, float],
+    score: str,
+    *,
+    report: Report,
+    telemetry: Telemetry,
+) -> float:
+    """Write a checkpoint and report it with its metrics, if it has any; collective. Returns the seconds it took."""
     started = time.monotonic()
     telemetry.flush()
     folder = Path(tempfile.mkdtemp(prefix=f"hymate-step-{standing.step}-"))
-    checkpoint.save(engine, folder, {**asdict(standing), "score": metrics[job.score], "config": asdict(config)})
+    checkpoint.save(engine, folder, {**asdict(standing), "score": metrics.get(score), "config": asdict(config)})
     epoch = standing.cursor.get("epoch", 0)
     report({**metrics, "step": standing.step, "epoch": epoch}, folder)
     return time.monotonic() - started
@@ -234,10 +294,11 @@ def start(job: Job, config: TrainConfig, worker: Worker, resume: Path | None) ->
     optimizer = torch.optim.AdamW(job.groups, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay)
     engine = build_engine(job.module, optimizer, config, worker)
     if resume is None:
+        checkpoint.create_adam_state(engine, steps=0)  # the first step may be skipped, and then saved
         return engine, Standing()
     checkpoint.load_optimizer(engine, resume)
     state = checkpoint.read_state(resume)
-    return engine, Standing(state["step"], state["cursor"], state["best"], state["stale"])
+    return engine, Standing(**{item.name: state[item.name] for item in fields(Standing)})
 
 
 def build_engine(module: nn.Module, optimizer: torch.optim.Optimizer, config: TrainConfig, worker: Worker) -> Any:
@@ -328,7 +389,9 @@ class Meter:
         self.events_per_second = float(self._sums["num_events"]) * self.worker.world_size / elapsed
 
     def mean(self) -> dict[str, float]:
-        """Means over the rows of all ranks since the last call; collective."""
+        """Means over the rows of all ranks since the last call, none if all were skipped; collective."""
+        if not self._sums:
+            return {}
         names = sorted(self._sums)
         shares = torch.zeros(self.worker.world_size, len(Share._fields))  # one row a rank: their sum has them all
         shares[self.worker.rank] = torch.tensor(self.clock.read(float(self._sums["num_events"])))
@@ -354,6 +417,18 @@ def _unclipped_norm(engine: Any) -> Tensor | None:
     return torch.nn.utils.get_total_norm(gradients)
 
 
+def anyone(flag: bool, worker: Worker) -> bool:
+    """Whether the flag is true on any rank; collective."""
+    return bool(_all_reduced(torch.tensor([float(flag)]), worker.device))
+
+
+def agreed(value: Any, worker: Worker) -> Any:
+    """Rank 0's plain value on every rank; collective."""
+    held = [value]
+    dist.broadcast_object_list(held, src=0, device=worker.device)
+    return held[0]
+
+
 def _all_reduced(values: Tensor, device: torch.device) -> Tensor:
     moved = values.double().to(device)
     dist.all_reduce(moved)
@@ -374,6 +449,7 @@ def _progress(meter: Meter, standing: Standing, job: Job, config: TrainConfig) -
         "loss": meter.loss,
         "score_name": job.score,
         "score": standing.best,
+        "skipped": standing.skipped,
         "events_per_second": meter.events_per_second,
         "eta_s": left / meter.steps_per_second if meter.steps_per_second else None,
         "trouble": trouble(meter.shares) if meter.shares else None,

@@ -9,19 +9,22 @@ import threading
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
+from pyarrow.fs import FileSelector, FileType
 
 from hymate.config import TrainConfig, UserError, build, check_same_run, read_record, to_tree
 from hymate.record import recorded, workers_started
-from hymate.storage import Location, UrlPath, locate
+from hymate.storage import Location, UrlPath, full_disk_told, locate, remove_tree
 from hymate.telemetry import Telemetry, progress_line
 from hymate.training import checkpoint, engine, pretraining
-from hymate.training.engine import Worker
+from hymate.training.attempt import STOPPED, SUPERSEDED, Attempt, exiting_at_sigterm
+from hymate.training.checkpoint import Damaged
+from hymate.training.engine import Unrecoverable, Worker, agreed, anyone
 from hymate.training.pretraining import MODE, SCORE, PretrainConfig
 
 CHECKPOINTS = "checkpoints"
@@ -33,6 +36,7 @@ SETTINGS = {
     "RAY_TRAIN_ENABLE_STATE_ACTOR_RECONCILIATION": "0",  # it asks a dashboard that we do not start
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_get_check_signal_interval_milliseconds": "100",  # how soon a waiting driver sees SIGTERM
 }
 OBJECT_STORE_BYTES = 128 << 20  # Ray's minimum is 75 MB; workers exchange nothing through it
 
@@ -41,7 +45,8 @@ def pretrain(config: PretrainConfig) -> Location:
     """Run, continue or repeat a pretraining run; returns the path of its bundle.
 
     Raises UserError before any worker starts where the configuration, data or machine cannot do it, and exits
-    with status 1 and the failing worker's own error where training fails.
+    with status 1 and the failing worker's own error where training fails. At SIGTERM the run is saved where it stands
+    and the status is 143.
     """
     config = _absolute(config)
     histories = pretraining.check(config)
@@ -52,38 +57,45 @@ def pretrain(config: PretrainConfig) -> Location:
     check_same_run(run, claim, pretraining.CHANGEABLE)
     result = _finished(config)
     if result is None:
-        with recorded(run, "pretrain", claim) as result:
+        with recorded(run, "pretrain", claim) as result, exiting_at_sigterm():
             with ray_session(config.train), progress_line(run):
-                best, metrics = _fit(config)
-            bundle = pretraining.export_bundle(config, best, metrics, histories)
+                ended, kept = _fit(config, Attempt.begin(run))
+            bundle, metrics = pretraining.export_bundle(config, kept, histories)
             result |= {SCORE: metrics[SCORE], "step": metrics["step"], "bundle": str(bundle)}
+            result |= {"skipped_steps": ended["skipped"]}
     print(f"best {SCORE} {result[SCORE]:.4f} at step {int(result['step'])}")
     print(f"bundle: {run / 'bundle'}")
     print(f"curves: tensorboard --logdir {run.parent}")
     return run / "bundle"
 
 
-def _fit(config: PretrainConfig) -> tuple[Location, dict[str, float]]:
-    """Train; the best checkpoint's folder and its metrics."""
+def _fit(config: PretrainConfig, attempt: Attempt) -> tuple[dict[str, Any], list[tuple[Location, dict[str, float]]]]:
+    """Train; where the run stands in the end, and its evaluated checkpoints, the best first, with their metrics."""
     from ray.train.v2.api.exceptions import TrainingFailedError
 
     try:
-        result = _trainer(config).fit()
+        with attempt.stopping_at_sigterm():
+            result = _trainer(config, attempt).fit()
     except TrainingFailedError as error:
         _explain(error)
-    best = result.get_best_checkpoint(SCORE, MODE)
-    assert best is not None, "a run that ends has evaluated at its last step"
-    metrics = next(metrics for kept, metrics in result.best_checkpoints if kept.path == best.path)
-    return config.run.path / CHECKPOINTS / Path(best.path).name, metrics
+    ended = result.return_value
+    if "unrecoverable" in ended:
+        print(f"error: {ended['unrecoverable']}", file=sys.stderr)
+        raise SystemExit(1) from Unrecoverable(ended["unrecoverable"])
+    if not ended["finished"]:
+        print(f"stopped and saved at step {ended['step']}: the same command continues", flush=True)
+        sys.exit(STOPPED)
+    scored = sorted((kept for kept in result.best_checkpoints if SCORE in kept[1]), key=lambda kept: kept[1][SCORE])
+    return ended, [(config.run.path / CHECKPOINTS / Path(kept.path).name, metrics) for kept, metrics in scored]
 
 
-def _trainer(config: PretrainConfig) -> Any:
+def _trainer(config: PretrainConfig, attempt: Attempt) -> Any:
     from ray import train
     from ray.train.torch import TorchTrainer
 
     return TorchTrainer(
         train_worker,
-        train_loop_config=to_tree(config),
+        train_loop_config={"config": to_tree(config), "attempt": attempt.id},
         scaling_config=train.ScalingConfig(
             num_workers=config.train.num_workers,
             use_gpu=config.train.use_gpu,
@@ -109,16 +121,23 @@ def ray_storage(path: Location) -> dict[str, Any]:
     return {"storage_path": str(path)}
 
 
-def train_worker(tree: dict[str, Any]) -> None:
-    """What each worker runs. An exception takes its traceback along, which Ray does not send to the driver."""
+def train_worker(given: dict[str, Any]) -> dict[str, Any]:
+    """What each worker runs; says where the run stands in the end, or what new workers could not help.
+
+    An exception takes its traceback along, which Ray does not send to the driver.
+    """
+    config = build(PretrainConfig, given["config"])
     try:
-        _train_worker(build(PretrainConfig, tree))
+        with full_disk_told(config.run.path):
+            return _train_worker(config, Attempt(config.run.path, given["attempt"]))
+    except Unrecoverable as error:
+        return {"unrecoverable": str(error)}
     except Exception as error:
         error.add_note(traceback.format_exc())
         raise
 
 
-def _train_worker(config: PretrainConfig) -> None:
+def _train_worker(config: PretrainConfig, attempt: Attempt) -> dict[str, Any]:
     """The engine, with Ray as the place where checkpoints go and come from."""
     from ray import train
     from ray.train.torch import get_device
@@ -126,14 +145,24 @@ def _train_worker(config: PretrainConfig) -> None:
     _quiet()
     context = train.get_context()
     worker = Worker(context.get_world_rank(), context.get_world_size(), context.get_local_rank(), get_device())
+    if anyone(attempt.superseded(), worker):
+        raise Unrecoverable(f"{config.run.path}: {SUPERSEDED}")
     telemetry = Telemetry(config.run.path, enabled=worker.rank == 0)
     job = pretraining.pretraining_job(config, worker)
 
     on_the_way = threading.Semaphore()  # one checkpoint at a time: a slow storage must not fill the local disk
 
     def send(checkpoint: train.Checkpoint, name: str) -> train.Checkpoint:
+        folder = config.run.path / CHECKPOINTS / name
         try:
-            return context.get_storage().persist_current_checkpoint(checkpoint, name)
+            with full_disk_told(folder):
+                sent = context.get_storage().persist_current_checkpoint(checkpoint, name)
+            attempt.check()  # what is not reported does not count, and takes no other checkpoint's place
+            return sent
+        except BaseException:
+            with suppress(OSError, UserError):
+                remove_tree(folder)
+            raise
         finally:
             on_the_way.release()
 
@@ -146,11 +175,12 @@ def _train_worker(config: PretrainConfig) -> None:
             checkpoint_upload_fn=send,
         )
 
-    with _latest_checkpoint() as resume:
+    watched = attempt.watched() if worker.rank == 0 else nullcontext(lambda: False)
+    with newest_whole(train.get_checkpoint(), worker, telemetry) as resume, watched as stop:
         if worker.rank == 0:
             step = 0 if resume is None else checkpoint.read_state(resume)["step"]
             workers_started(config.run.path, step, worker.world_size, _num_nodes())
-        engine.train(
+        standing = engine.train(
             job,
             config.train,
             worker,
@@ -158,19 +188,50 @@ def _train_worker(config: PretrainConfig) -> None:
             telemetry=telemetry,
             resume=resume,
             description=yaml.safe_dump(to_tree(config), sort_keys=False),
+            stop=stop,
         )
+    return {"step": standing.step, "skipped": standing.skipped, "finished": standing.finished(config.train)}
 
 
 @contextmanager
-def _latest_checkpoint() -> Iterator[Path | None]:
-    from ray import train
+def newest_whole(latest: Any, worker: Worker, telemetry: Telemetry) -> Iterator[Path | None]:
+    """Local folder of Ray's latest checkpoint, or where that is damaged of the newest one beside it that is not.
 
-    checkpoint = train.get_checkpoint()
-    if checkpoint is None:
+    Collective. None where Ray has none; raises Unrecoverable where none is whole.
+    """
+    if latest is None:
         yield None
-    else:
-        with checkpoint.as_directory() as folder:
-            yield Path(folder)
+        return
+    damages = []
+    for candidate in _newest_first(latest, worker):
+        with candidate.as_directory() as folder:
+            damage = ""
+            try:
+                checkpoint.verify(Path(folder))
+            except Damaged as error:
+                damage = str(error)
+            if not anyone(bool(damage), worker):
+                yield Path(folder)
+                return
+            damages.append(damage or f"{Path(candidate.path).name} is damaged on another worker")
+            telemetry.note(f"{damages[-1]}; the checkpoint before is used")
+    raise Unrecoverable(
+        f"no checkpoint in {Path(latest.path).parent} is whole ({damages[0]}): put a copy back, or delete the run to "
+        "begin again"
+    )
+
+
+def _newest_first(latest: Any, worker: Worker) -> Iterator[Any]:
+    """Ray's latest checkpoint and then the others in its folder; their names are in the order of time."""
+    parent, _, newest = latest.path.rpartition("/")
+    yield latest
+    names = [
+        info.base_name
+        for info in latest.filesystem.get_file_info(FileSelector(parent))
+        if info.type == FileType.Directory and info.base_name.startswith("checkpoint_") and info.base_name != newest
+    ]
+    for name in agreed(sorted(names, reverse=True), worker):
+        yield type(latest)(f"{parent}/{name}", latest.filesystem)
 
 
 def _num_nodes() -> int:

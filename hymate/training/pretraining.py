@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
+from torch import Tensor
 
 from hymate.bundle import write_bundle
 from hymate.config import (
@@ -26,7 +26,7 @@ from hymate.data.histories import FOLDER, Histories
 from hymate.data.loader import Examples, Rows, pretraining_examples
 from hymate.data.vocabulary import Vocabulary
 from hymate.model import PretrainModel, decay_groups
-from hymate.storage import Location, local_copy, locate
+from hymate.storage import Location, locate
 from hymate.training import checkpoint
 from hymate.training.engine import Job, Worker, mean_outputs
 
@@ -51,6 +51,7 @@ CHANGEABLE = {
             "keep",
             "patience",
             "max_failures",
+            "max_skipped",
         )
     ),
 }
@@ -174,13 +175,14 @@ def _rows(config: PretrainConfig, histories: Histories, vocabulary: Vocabulary, 
 
 
 def export_bundle(
-    config: PretrainConfig, best: Location, metrics: Mapping[str, float], histories: Histories
-) -> Location:
-    """The weights of checkpoint `best` as the run's bundle."""
+    config: PretrainConfig, kept: Sequence[tuple[Location, Mapping[str, float]]], histories: Histories
+) -> tuple[Location, dict[str, float]]:
+    """The weights of the first whole one of `kept`, checkpoints and their metrics, as the run's bundle.
+
+    Returns the bundle and the metrics.
+    """
     folder = config.run.path / "bundle"
-    numbers = {name: float(value) for name, value in metrics.items()}
-    with local_copy(best / checkpoint.WEIGHTS) as file:
-        weights = load_file(file)
+    weights, numbers = _first_whole(kept)
     write_bundle(
         folder,
         weights,
@@ -191,7 +193,17 @@ def export_bundle(
         card=_card(config, numbers, histories),
         extra={"metrics": numbers, "data_fingerprint": histories.fingerprint},
     )
-    return folder
+    return folder, numbers
+
+
+def _first_whole(kept: Sequence[tuple[Location, Mapping[str, float]]]) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Weights and metrics of the first checkpoint that is not damaged; tells of those that are."""
+    for folder, metrics in kept:
+        try:
+            return checkpoint.read_verified_weights(folder), {name: float(value) for name, value in metrics.items()}
+        except UserError as error:
+            print(f"{error}; the next best checkpoint is exported", flush=True)
+    raise UserError(f"no checkpoint in {kept[0][0].parent} is whole: put a copy back, or delete the run to begin again")
 
 
 def _card(config: PretrainConfig, metrics: Mapping[str, float], histories: Histories) -> str:

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from safetensors.torch import load_file
 
 from hymate import metrics, trust
 from hymate.baselines import compare, cross_fitted
@@ -36,8 +35,9 @@ from hymate.data.subgroups import subgroups
 from hymate.data.tasks import LabelSet, labels
 from hymate.predict import predict, write_predictions
 from hymate.record import recorded
-from hymate.storage import Location, filling, local_copy, locate
-from hymate.training import pictures, results, space
+from hymate.storage import Location, filling, locate
+from hymate.training import checkpoint, pictures, results, space
+from hymate.training.attempt import Attempt, exiting_at_sigterm
 from hymate.training.finetune import Start, Study, TrialConfig, starting_point
 from hymate.training.launch import absolute, ray_session
 from hymate.training.pretraining import check_machine
@@ -127,10 +127,10 @@ def search(config: TuneConfig) -> Location:
         taught = any(trial.teacher_share for trial in trials)
         teacher = [_teacher(task, config, histories) for task in labelled] if taught else []
         study = Study(start, tables, config.search.metric, trials, run_path, teacher)
-        with ray_session(config.train):
+        with ray_session(config.train), exiting_at_sigterm():
             from hymate.training.trials import run_trials  # late: Ray takes its settings when it is imported
 
-            outcomes = run_trials(study, config.search, config.train)
+            outcomes = run_trials(study, config.search, config.train, Attempt.begin(run_path))
         best = _best(outcomes, config.search.metric, run_path)
         winner = _winner(start, trials[best.index], best)
         found = _score_held_out(config, winner, histories, labelled, outcomes, best)
@@ -247,8 +247,7 @@ def _best(outcomes: list[Outcome], metric: str, run_path: Location) -> Outcome:
 
 def _winner(start: Start, trial: TrialConfig, best: Outcome) -> Bundle:
     assert best.checkpoint is not None
-    with local_copy(best.checkpoint / "model.safetensors") as file:
-        state = load_file(file)
+    state = checkpoint.read_verified_weights(best.checkpoint)
     in_days = trial.in_days
     return Bundle("risk", trial.model, trial.data, trial.tasks, start.vocabulary, state, in_days=in_days)
 

@@ -7,7 +7,6 @@ import math
 import os
 import shutil
 import time
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,13 @@ from ray.tune.experiment import Trial
 from ray.tune.logger import JsonLoggerCallback
 from ray.tune.schedulers import ASHAScheduler
 
-from hymate.config import SearchConfig, TrainConfig
+from hymate.config import SearchConfig, TrainConfig, UserError
 from hymate.storage import Location, remove_tree
 from hymate.telemetry import PROGRESS, Telemetry, read_progress
-from hymate.training import engine
+from hymate.training import checkpoint, engine
+from hymate.training.attempt import Attempt
 from hymate.training.finetune import Study, TrialConfig, run_trial
-from hymate.training.launch import ray_storage
+from hymate.training.launch import newest_whole, ray_storage
 from hymate.training.results import Outcome, Status
 
 # Tune's record of the search is written about once a second and names each trial's latest checkpoint: with fewer
@@ -41,7 +41,7 @@ SECONDS_BETWEEN_REPORTS = 1.0
 SECONDS_BETWEEN_LINES = 15.0
 
 
-def run_trials(study: Study, search: SearchConfig, train: TrainConfig) -> list[Outcome]:
+def run_trials(study: Study, search: SearchConfig, train: TrainConfig, attempt: Attempt) -> list[Outcome]:
     """All trials of the study, as many at once as the machine or cluster holds, or what a killed search left of them.
 
     Ray must be running.
@@ -50,7 +50,7 @@ def run_trials(study: Study, search: SearchConfig, train: TrainConfig) -> list[O
     logging.getLogger("ray.tune.tune").setLevel(logging.CRITICAL)  # it repeats that a trial failed, not why
     folder = study.run_path / TRIALS
     resources = {"cpu": train.cpus_per_worker, "gpu": int(train.use_gpu)}
-    trainable = tune.with_resources(tune.with_parameters(_trial, study=study), resources)
+    trainable = tune.with_resources(tune.with_parameters(_trial, study=study, attempt=attempt), resources)
     if any(folder.glob("experiment_state-*.json")):
         where = ray_storage(folder)
         tuner = tune.Tuner.restore(
@@ -104,44 +104,43 @@ def _trial_name(trial: Trial) -> str:
     return f"trial-{trial.config['index']}"
 
 
-def _trial(parameters: dict[str, Any], study: Study) -> None:
+def _trial(parameters: dict[str, Any], study: Study, attempt: Attempt) -> None:
     """One trial, in a process of its own."""
     trial = study.trials[parameters["index"]]
     name = f"trial-{parameters['index']}"
     torch.set_num_threads(trial.train.cpus_per_worker)
     last_report = -math.inf
 
-    def report(scores: dict[str, float], checkpoint: Path) -> None:
+    def report(scores: dict[str, float], folder: Path) -> None:
         nonlocal last_report
         time.sleep(max(0.0, last_report + SECONDS_BETWEEN_REPORTS - time.monotonic()))
         last_report = time.monotonic()
         try:
-            tune.report(scores, checkpoint=tune.Checkpoint.from_directory(checkpoint))
+            attempt.check()  # the checkpoint would get another one's name
+            tune.report(scores, checkpoint=tune.Checkpoint.from_directory(folder))
         finally:
-            shutil.rmtree(checkpoint, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
 
-    checkpoint = tune.get_checkpoint()
+    telemetry = Telemetry(study.run_path / "tb" / name, enabled=True)
     with (
-        nullcontext() if checkpoint is None else checkpoint.as_directory() as resume,
         engine.single_process(trial.train.use_gpu) as worker,
+        newest_whole(tune.get_checkpoint(), worker, telemetry) as resume,
     ):
         run_trial(
             study,
             trial,
             worker=worker,
             report=report,
-            resume=None if resume is None else Path(resume),
-            telemetry=Telemetry(study.run_path / "tb" / name, enabled=True),
+            resume=resume,
+            telemetry=telemetry,
         )
 
 
 def _outcome(result: tune.Result, study: Study) -> Outcome:
     index = result.config["index"]
-    best: dict[str, float] = {}
-    checkpoint = None
-    for candidate, scores in result.best_checkpoints:
-        if not best or scores[study.metric] > best[study.metric]:
-            best, checkpoint = scores, candidate
+    folder = study.run_path / TRIALS / f"trial-{index}"
+    kept = sorted(result.best_checkpoints, key=lambda scored: scored[1][study.metric], reverse=True)
+    best, scores = _first_whole([(folder / Path(candidate.path).name, scores) for candidate, scores in kept])
     step = (result.metrics or {}).get("step")
     ended: Status = "finished" if step == study.trials[index].train.max_steps else "stopped early"
     return Outcome(
@@ -149,12 +148,21 @@ def _outcome(result: tune.Result, study: Study) -> Outcome:
         parameters=_parameters(study.trials[index]),
         status=ended if result.error is None else "failed",
         step=step,
-        best={key: value for key, value in best.items() if key.rsplit("/")[-1] in SCORES},
-        checkpoint=None
-        if checkpoint is None
-        else study.run_path / TRIALS / f"trial-{index}" / Path(checkpoint.path).name,
+        best={key: value for key, value in scores.items() if key.rsplit("/")[-1] in SCORES},
+        checkpoint=best,
         error=None if result.error is None else _cause(str(result.error)),
     )
+
+
+def _first_whole(kept: list[tuple[Location, dict[str, float]]]) -> tuple[Location | None, dict[str, float]]:
+    """The first checkpoint that is not damaged, and its scores; tells of those that are."""
+    for folder, scores in kept:
+        try:
+            checkpoint.read_verified_weights(folder)
+            return folder, scores
+        except UserError as error:
+            print(f"{folder.parent.name}: {error}; the next best checkpoint counts", flush=True)
+    return None, {}
 
 
 def _parameters(trial: TrialConfig) -> dict[str, Any]:
@@ -183,6 +191,7 @@ class Progress(tune.Callback):
         self.metric, self.run_path = metric, run_path
         self.started = self.printed = time.monotonic()
         self.line = ""
+        self.told: set[str] = set()
 
     def on_trial_result(self, iteration: int, trials: list[Trial], trial: Trial, result: dict, **info: Any) -> None:
         """A trial was evaluated."""
@@ -224,4 +233,8 @@ class Progress(tune.Callback):
         state = read_progress(self.run_path / "tb" / _trial_name(trial) / PROGRESS)
         if not state:
             return f"{_trial_name(trial)} starting"
+        for note in state.get("notes", []):
+            if note not in self.told:
+                print(f"{_trial_name(trial)}: {note}", flush=True)
+                self.told.add(note)
         return f"{_trial_name(trial)} step {state['step']}/{state['max_steps']}"

@@ -144,12 +144,11 @@ def fine_tuned(point: Point, worker: engine.Worker) -> dict[str, Any]:
         if found["auroc"] == max(areas):
             checkpoint.load_weights(best, folder)
 
-    scratch = point.weights / "scratch"
-    scratch.mkdir(parents=True, exist_ok=True)
+    point.weights.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     job = engine.Job(model, parameter_groups(model, trial), point.rows("train"), evaluate, score="auroc", mode="max")
-    silent = Telemetry(scratch, enabled=False)
-    engine.train(job, trial.train, worker, report=report, telemetry=silent, resume=None, scratch=scratch)
+    silent = Telemetry(point.weights, enabled=False)
+    engine.train(job, trial.train, worker, report=report, telemetry=silent, resume=None)
     trained = time.monotonic()
     save_file(best.state_dict(), point.weights / f"{trial.data.context}.safetensors")
     return {

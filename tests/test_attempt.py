@@ -1,0 +1,43 @@
+"""Which command a run belongs to."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from commands import wait_until
+
+from hymate.training.attempt import STOPPED, Attempt, Superseded, exiting_at_sigterm
+
+
+def test_a_command_takes_a_run_over_from_the_one_before(tmp_path: Path) -> None:
+    first = Attempt.begin(tmp_path / "run")
+    with first.watched() as stop:
+        first.check()
+        assert not stop()
+        second = Attempt.begin(tmp_path / "run")
+        with pytest.raises(Superseded, match="another command has taken this run over"):
+            first.check()
+        with pytest.raises(Superseded):
+            wait_until(stop, "the first command sees that it is superseded")
+    second.check()
+
+
+def test_sigterm_asks_the_workers_to_stop(tmp_path: Path) -> None:
+    attempt = Attempt.begin(tmp_path / "run")
+    before = signal.getsignal(signal.SIGTERM)
+    with attempt.watched() as stop, attempt.stopping_at_sigterm():
+        assert not stop()
+        os.kill(os.getpid(), signal.SIGTERM)
+        wait_until(stop, "the workers see it")
+    assert signal.getsignal(signal.SIGTERM) is before
+    with Attempt.begin(tmp_path / "run").watched() as stop:
+        assert not stop(), "the next command would stop at once"
+
+
+def test_sigterm_ends_a_search_with_the_exit_code_of_its_signal() -> None:
+    with pytest.raises(SystemExit) as caught, exiting_at_sigterm():
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert caught.value.code == STOPPED == 143
