@@ -224,6 +224,7 @@ def command(data: Path, init: Path, runs: Path, head_lrs: str, *overrides: str) 
     short += ["search.num_trials=2", "search.grace_steps=8", "search.max_failures=0"]
     given = ["task=readmission", f"data.path={data}", f"init={init}", f"run.dir={runs}", "run.name=r"]
     lrs = ["~search.space.head_lr", f"+search.space.head_lr={{choice:{head_lrs}}}", "search.space.frozen=false"]
+    lrs += ["search.space.teacher_share=0.5"]
     return [sys.executable, str(ROOT / "finetune" / "tune.py"), *given, *CUT, *short, *lrs, *overrides]
 
 
