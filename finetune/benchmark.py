@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # Ray's workers import hymate by the driver's path
 
-from hymate.config import main
+from hymate.command import main
 from hymate.training.benchmark import BenchmarkConfig, benchmark
 
 if __name__ == "__main__":

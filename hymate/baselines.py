@@ -31,7 +31,8 @@ from sklearn.pipeline import make_pipeline
 from threadpoolctl import threadpool_limits
 
 from hymate import metrics
-from hymate.config import RECORD, ConfigError, TaskConfig, UserError, main, to_tree
+from hymate.command import RECORD, main, to_tree
+from hymate.config import ConfigError, TaskConfig, UserError
 from hymate.data.features import FeatureConfig, FeatureTable, choose, features
 from hymate.data.histories import Histories
 from hymate.data.loader import Examples, labelled_examples

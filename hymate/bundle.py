@@ -24,7 +24,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hymate.config import DataConfig, ModelConfig, UserError, build, dump_yaml, parse_yaml
+from hymate.command import build, dump_yaml, parse_yaml
+from hymate.config import DataConfig, ModelConfig, UserError
 from hymate.data.vocabulary import Vocabulary
 from hymate.storage import Location, UrlPath, local_copy, new_folder
 

@@ -31,7 +31,8 @@ from rich.progress import track
 from hymate import explain_pictures
 from hymate.attribution import SHARES, Attribution, Case, Explainer, deletion_and_insertion
 from hymate.bundle import read_bundle
-from hymate.config import ConfigError, TaskConfig, UserError, main
+from hymate.command import main
+from hymate.config import ConfigError, TaskConfig, UserError
 from hymate.data.loader import US_PER_HOUR, Examples
 from hymate.data.meds import write_parquet
 from hymate.predict import DataPath, asked_of, best_device, predict

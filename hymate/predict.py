@@ -30,7 +30,8 @@ from torch import Tensor
 
 from hymate.batch import UNKNOWN_ID, Batch
 from hymate.bundle import Bundle, build_model, read_bundle
-from hymate.config import ConfigError, TaskConfig, UserError, main
+from hymate.command import main
+from hymate.config import ConfigError, TaskConfig, UserError
 from hymate.data.histories import Histories, read_metadata
 from hymate.data.loader import Examples, Rows, labelled_examples
 from hymate.data.meds import read_labels, write_parquet

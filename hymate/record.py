@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import hymate
-from hymate.config import COMMAND_LINE, RECORD, read_record
+from hymate.command import COMMAND_LINE, RECORD, read_record
 from hymate.errors import UserError
 from hymate.storage import Location, write_text
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout that is not installed
 
-from hymate.config import main
+from hymate.command import main
 from hymate.training.launch import pretrain
 from hymate.training.pretraining import PretrainConfig
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from commands import ray_processes, wait_until
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -28,3 +31,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def environment() -> Iterator[dict[str, str]]:
+    """Settings of a module's commands; Ray's files in a folder with a short name (its sockets' paths are limited)."""
+    folder = tempfile.mkdtemp(prefix="hy", dir="/tmp")
+    yield {**os.environ, "RAY_TMPDIR": folder, "TORCHDYNAMO_DISABLE": "1"}
+    wait_until(lambda: not ray_processes(folder), "Ray's processes end")
+    shutil.rmtree(folder, ignore_errors=True)

@@ -19,7 +19,8 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 from hymate import baselines
 from hymate.baselines import BaselinesConfig, compare, cross_fitted, fit, importance, run
-from hymate.config import CONFIGS, UserError, load, to_tree
+from hymate.command import CONFIGS, load, to_tree
+from hymate.config import UserError
 from hymate.data import synthetic_law as law
 from hymate.data.features import Column, FeatureConfig, FeatureSpec, FeatureTable
 from hymate.data.histories import Histories

@@ -18,7 +18,8 @@ from commands import ROOT, run
 from sklearn.metrics import average_precision_score, roc_auc_score
 from small_cohort import prepare_small
 
-from hymate.config import ConfigError, load
+from hymate.command import load
+from hymate.config import ConfigError
 from hymate.training.benchmark import BenchmarkConfig
 
 TINY = [

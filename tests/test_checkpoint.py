@@ -24,6 +24,14 @@ from hymate.training.engine import Unrecoverable, Worker
 CONFIG = replace(TRAIN, max_steps=4, eval_every=2)
 STAGES = (0, 1, 2, 3)
 CROSSINGS = ((0, 2), (1, 3), (3, 0))
+FILES = [
+    "state.json",
+    "model.safetensors",
+    "optimizer-00000-of-00002.safetensors",
+    "optimizer-00001-of-00002.safetensors",
+    "sha256-00000-of-00002.txt",
+    "sha256-00001-of-00002.txt",
+]
 
 
 def _train(worker: Worker, folder: Path, stage: int, resume: Path | None, out: Path) -> None:
@@ -108,26 +116,10 @@ def test_a_checkpoint_says_where_the_run_stands_and_holds_no_pickle(root: Path) 
     state: dict[str, Any] = json.loads((folder / "state.json").read_text())
     assert state["step"] == 4 and state["world_size"] == 2
     assert state["cursor"] == {"epoch": 0, "block": 0, "row": 4 * CONFIG.rows_per_step}
-    assert {file.name for file in folder.iterdir()} == {
-        "state.json",
-        "model.safetensors",
-        "optimizer-00000-of-00002.safetensors",
-        "optimizer-00001-of-00002.safetensors",
-        "sha256-00000-of-00002.txt",
-        "sha256-00001-of-00002.txt",
-    }
+    assert {file.name for file in folder.iterdir()} == set(FILES)
 
 
 # ------------------------------------------------------------------------------------------------------- damage
-
-FILES = [
-    "state.json",
-    "model.safetensors",
-    "optimizer-00000-of-00002.safetensors",
-    "optimizer-00001-of-00002.safetensors",
-    "sha256-00000-of-00002.txt",
-    "sha256-00001-of-00002.txt",
-]
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from small_cohort import prepare_small
 
 from hymate.bundle import read_bundle
-from hymate.config import load
+from hymate.command import load
 from hymate.training.pretraining import PretrainConfig
 
 CLUSTER = ROOT / "cluster"

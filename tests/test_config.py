@@ -9,17 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from hymate.config import (
-    CONFIGS,
-    ConfigError,
-    ModelConfig,
-    ObjectiveConfig,
-    TaskConfig,
-    TrainConfig,
-    build,
-    load,
-    to_tree,
-)
+from hymate.command import CONFIGS, build, load, to_tree
+from hymate.config import ConfigError, ModelConfig, ObjectiveConfig, TaskConfig, TrainConfig
 from hymate.predict import PredictConfig
 from hymate.training.pretraining import PretrainConfig
 from hymate.training.search import TuneConfig

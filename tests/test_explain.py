@@ -20,7 +20,8 @@ from hymate import explain
 from hymate.attribution import SHARES, Explainer, deletion_and_insertion, integrated_gradients
 from hymate.batch import UNKNOWN_ID
 from hymate.bundle import read_bundle, write_bundle
-from hymate.config import ConfigError, DataConfig, ModelConfig, UserError, load
+from hymate.command import load
+from hymate.config import ConfigError, DataConfig, ModelConfig, UserError
 from hymate.data.histories import Histories
 from hymate.data.loader import Examples, labelled_examples
 from hymate.data.meds import read_labels

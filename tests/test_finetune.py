@@ -25,7 +25,8 @@ from small_cohort import SIZES, prepare_small
 
 from hymate import metrics, trust
 from hymate.bundle import read_bundle, write_bundle
-from hymate.config import ConfigError, DataConfig, ModelConfig, ObjectiveConfig, TrainConfig, UserError, load
+from hymate.command import load
+from hymate.config import ConfigError, DataConfig, ModelConfig, ObjectiveConfig, TrainConfig, UserError
 from hymate.data.histories import Histories
 from hymate.data.loader import labelled_examples
 from hymate.data.meds import read_labels

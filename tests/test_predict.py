@@ -13,7 +13,8 @@ from meds_evaluation.schema import PredictionSchema
 from small_cohort import SIZES, prepare_small, write_meds
 
 from hymate.bundle import read_bundle, write_bundle
-from hymate.config import DataConfig, ModelConfig, UserError, load
+from hymate.command import load
+from hymate.config import DataConfig, ModelConfig, UserError
 from hymate.data.meds import read_labels, write_parquet
 from hymate.data.vocabulary import Vocabulary
 from hymate.model import RiskModel

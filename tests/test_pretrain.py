@@ -10,7 +10,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
@@ -26,7 +25,8 @@ from commands import PATIENCE_S, ROOT, points, processes, ray_processes, run, st
 from safetensors.torch import load_file
 
 from hymate.bundle import read_bundle
-from hymate.config import UserError, load
+from hymate.command import load
+from hymate.config import UserError
 from hymate.data.histories import Histories
 from hymate.record import code
 from hymate.training.launch import pretrain
@@ -43,15 +43,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     arguments = ["source=synthetic", f"out={out}", "synthetic.subjects=60", "synthetic.mean_events=300"]
     subprocess.run([sys.executable, "-m", "hymate.data.prepare", *arguments], cwd=ROOT, check=True)
     return out
-
-
-@pytest.fixture(scope="module")
-def environment() -> Iterator[dict[str, str]]:
-    """Settings of every command here; Ray's files in a folder with a short name (its sockets' paths are limited)."""
-    folder = tempfile.mkdtemp(prefix="hy", dir="/tmp")
-    yield {**os.environ, "RAY_TMPDIR": folder, "TORCHDYNAMO_DISABLE": "1"}
-    wait_until(lambda: not ray_processes(folder), "Ray's processes end")
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def command(data: Path, runs: Path, *overrides: str) -> list[str]:

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from hymate.config import ConfigError, TaskConfig, UserError, check_same_run, load, to_tree
+from hymate.command import check_same_run, load, to_tree
+from hymate.config import ConfigError, TaskConfig, UserError
 from hymate.record import recorded, workers_started
 from hymate.training.pretraining import PretrainConfig
 from hymate.training.search import TuneConfig

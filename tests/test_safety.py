@@ -23,7 +23,8 @@ from small_cohort import prepare_small
 from test_bundle import risk_model, write
 
 from hymate.bundle import build_model, read_bundle
-from hymate.config import ConfigError, TaskConfig, UserError, check_same_run, load
+from hymate.command import check_same_run, load
+from hymate.config import ConfigError, TaskConfig, UserError
 from hymate.data import physionet2012
 from hymate.data.histories import Histories
 from hymate.data.meds import MedsSource, SplitsConfig, read_labels

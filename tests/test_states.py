@@ -15,7 +15,8 @@ import torch
 from small_cohort import SIZES, write_meds
 
 from hymate.bundle import read_bundle, write_bundle
-from hymate.config import ConfigError, DataConfig, ModelConfig, UserError, load
+from hymate.command import load
+from hymate.config import ConfigError, DataConfig, ModelConfig, UserError
 from hymate.data.meds import write_parquet
 from hymate.data.prepare import PrepareConfig, prepare
 from hymate.data.vocabulary import Vocabulary

@@ -22,7 +22,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
 
-from hymate.config import ConfigError, TaskConfig, build
+from hymate.command import build
+from hymate.config import ConfigError, TaskConfig
 from hymate.data import synthetic_law as law
 from hymate.data.meds import SplitsConfig
 from hymate.data.synthetic import DISTRACTORS, LACTATE, SyntheticConfig, SyntheticSource

@@ -15,7 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 from meds import LabelSchema
 
-from hymate.config import TaskConfig, UserError, load
+from hymate.command import load
+from hymate.config import TaskConfig, UserError
 from hymate.data import tasks
 
 START = datetime(2100, 1, 1)

@@ -8,7 +8,8 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 from hymate.bundle import Bundle
-from hymate.config import DataConfig, ModelConfig, TrainConfig, load
+from hymate.command import load
+from hymate.config import DataConfig, ModelConfig, TrainConfig
 from hymate.data.prepare import PrepareConfig, prepare
 from hymate.data.tasks import labels
 from hymate.predict import PredictConfig

@@ -34,7 +34,8 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from hymate.config import ConfigError, UserError, main
+from hymate.command import main
+from hymate.config import ConfigError, UserError
 from hymate.data.histories import FOLDER, FORMAT_VERSION, Splits, read_metadata, write_histories
 from hymate.data.meds import (
     DataError,

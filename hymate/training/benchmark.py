@@ -31,18 +31,8 @@ from torch import Tensor
 
 from hymate import baselines, metrics, trust
 from hymate.bundle import Bundle, read_weights, write_weights
-from hymate.config import (
-    ConfigError,
-    DataConfig,
-    ModelConfig,
-    ObjectiveConfig,
-    RunConfig,
-    TaskConfig,
-    TrainConfig,
-    build,
-    check_same_run,
-    to_tree,
-)
+from hymate.command import build, check_same_run, to_tree
+from hymate.config import ConfigError, DataConfig, ModelConfig, ObjectiveConfig, RunConfig, TaskConfig, TrainConfig
 from hymate.data.features import FeatureConfig, choose, features
 from hymate.data.histories import Histories
 from hymate.data.loader import Examples, labelled_examples

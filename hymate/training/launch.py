@@ -17,7 +17,8 @@ from typing import Any, NoReturn
 import yaml
 from pyarrow.fs import FileSelector, FileType
 
-from hymate.config import TrainConfig, UserError, build, check_same_run, read_record, to_tree
+from hymate.command import build, check_same_run, read_record, to_tree
+from hymate.config import TrainConfig, UserError
 from hymate.record import recorded, workers_started
 from hymate.storage import Location, UrlPath, full_disk_told, locate, remove_tree
 from hymate.telemetry import Telemetry, progress_line

@@ -13,15 +13,7 @@ import torch
 from torch import Tensor
 
 from hymate.bundle import write_bundle
-from hymate.config import (
-    ConfigError,
-    DataConfig,
-    ModelConfig,
-    ObjectiveConfig,
-    RunConfig,
-    TrainConfig,
-    UserError,
-)
+from hymate.config import ConfigError, DataConfig, ModelConfig, ObjectiveConfig, RunConfig, TrainConfig, UserError
 from hymate.data.histories import FOLDER, Histories
 from hymate.data.loader import Examples, Rows, pretraining_examples
 from hymate.data.vocabulary import Vocabulary

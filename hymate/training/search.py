@@ -14,6 +14,7 @@ import numpy as np
 from hymate import metrics, trust
 from hymate.baselines import compare, cross_fitted
 from hymate.bundle import Bundle, build_model, write_bundle
+from hymate.command import build, check_same_run, to_tree
 from hymate.config import (
     ConfigError,
     DataConfig,
@@ -24,9 +25,6 @@ from hymate.config import (
     TaskConfig,
     TrainConfig,
     UserError,
-    build,
-    check_same_run,
-    to_tree,
 )
 from hymate.data.histories import Histories
 from hymate.data.loader import Examples, labelled_examples

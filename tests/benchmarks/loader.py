@@ -34,7 +34,7 @@ import torch
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from hymate.config import load
+from hymate.command import load
 from hymate.data.histories import Histories
 from hymate.data.loader import Cursor, Rows, pretraining_examples
 from hymate.data.vocabulary import Vocabulary

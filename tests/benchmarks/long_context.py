@@ -32,7 +32,7 @@ from matplotlib.figure import Figure
 from safetensors.torch import load_file, save_file
 
 from hymate import baselines, metrics
-from hymate.config import load
+from hymate.command import load
 from hymate.data.features import FeatureConfig, choose, features
 from hymate.data.histories import Histories
 from hymate.data.loader import Examples, Rows, labelled_examples

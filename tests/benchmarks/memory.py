@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 from prepare_memory import descendants, peak_mib
 
-from hymate.config import load
+from hymate.command import load
 from hymate.data.loader import Cursor
 from hymate.training import checkpoint, engine
 from hymate.training.memory import keep_freed_memory

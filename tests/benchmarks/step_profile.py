@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch.profiler import profile
 
-from hymate.config import load
+from hymate.command import load
 from hymate.data.histories import Histories
 from hymate.data.loader import Cursor, Rows, pretraining_examples
 from hymate.data.vocabulary import Vocabulary

@@ -9,7 +9,6 @@ import json
 import os
 import random
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -43,15 +42,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     arguments += ["splits.train=0.3", "splits.tuning=0.6", "splits.held_out=0.1"]  # evaluations that take a while
     subprocess.run([sys.executable, "-m", "hymate.data.prepare", *arguments], cwd=ROOT, check=True)
     return out
-
-
-@pytest.fixture(scope="module")
-def environment() -> Iterator[dict[str, str]]:
-    """Settings of every command here; Ray's files in a folder with a short name (its sockets' paths are limited)."""
-    folder = tempfile.mkdtemp(prefix="hy", dir="/tmp")
-    yield {**os.environ, "RAY_TMPDIR": folder, "TORCHDYNAMO_DISABLE": "1"}
-    wait_until(lambda: not ray_processes(folder), "Ray's processes end")
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")

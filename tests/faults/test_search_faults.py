@@ -5,18 +5,15 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import PATIENCE_S, ROOT, processes, ray_processes, run, wait_until
+from commands import PATIENCE_S, ROOT, processes, run, wait_until
 from small_cohort import prepare_small
 
 EVAL_EVERY = 4
@@ -44,11 +41,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def environment() -> Iterator[dict[str, str]]:
-    folder = tempfile.mkdtemp(prefix="hy", dir="/tmp")
-    yield {**os.environ, "RAY_TMPDIR": folder, "TORCHDYNAMO_DISABLE": "1", "HYMATE_OPS": "reference"}
-    wait_until(lambda: not ray_processes(folder), "Ray's processes end")
-    shutil.rmtree(folder, ignore_errors=True)
+def environment(environment: dict[str, str]) -> dict[str, str]:
+    return {**environment, "HYMATE_OPS": "reference"}
 
 
 def command(data: Path, runs: Path) -> list[str]:

@@ -1,0 +1,301 @@
+"""A command's configuration: YAML files and the command line -> the checked sections of `hymate.config`, and back.
+
+`load` composes a YAML file of `configs/` with the command line's overrides, or takes a run's own configuration, and
+builds one of the dataclasses from it. Everything a user can get wrong in a configuration (a misspelt key, a value of
+the wrong type or outside its range, a required key left out) ends here, as one line that names the key and the remedy.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import os
+import re
+import sys
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence, Set
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from hymate.config import ConfigError, TaskConfig
+from hymate.errors import UserError
+from hymate.storage import CREDENTIAL, CREDENTIAL_REFUSED, Location, locate
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+RECORD = "run.json"  # in every run folder, see hymate.record
+COMMAND_LINE: ContextVar[tuple[str, ...]] = ContextVar("what the user gave the command", default=())
+T = TypeVar("T")
+_CREDENTIAL_NAME = re.compile(
+    r"(^|_)(password|passwd|secret|token|credentials?|access_key|api_key)($|_)", re.IGNORECASE
+)
+# ${names:${task}}: the task's name, of several joined
+OmegaConf.register_new_resolver("names", lambda task: task.get("name") or "-".join(task), replace=True)
+
+
+def load(config_name: str, overrides: Sequence[str], schema: type[T]) -> T:
+    """Compose `configs/<config_name>.yaml` with Hydra overrides into `schema`.
+
+    With `--repeat RUN_FOLDER` before the overrides, these change the configuration that the folder's run.json holds.
+    Raises ConfigError (one line) for anything wrong in either.
+    """
+    repeated = overrides[1:2] if overrides[:1] == ["--repeat"] else None
+    if repeated is not None:
+        overrides = overrides[2:]
+    try:
+        GlobalHydra.instance().clear()
+        for override in overrides:
+            key, _, value = override.partition("=")
+            _refuse_credentials(key.lstrip("+~"), value)
+        if repeated is not None:
+            return build(schema, _changed(_recorded(config_name, *repeated), overrides))
+        overrides = _each_task_by_name(overrides)
+        if "~task" in overrides and typing.get_type_hints(schema).get("task") is TaskConfig:
+            raise ConfigError("task=[...] names several tasks, but this command takes one: give task=NAME")
+        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            composed = compose(config_name, overrides=overrides)
+        missing = sorted(OmegaConf.missing_keys(composed))
+        if missing:
+            raise ConfigError(f"{missing[0]} is required: add {missing[0]}=VALUE to the command")
+        tree = OmegaConf.to_container(composed, resolve=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_one_line(error)) from error
+    for key, value in _flat(typing.cast("dict[str, Any]", tree)).items():
+        _refuse_credentials(key, str(value))
+    return build(schema, typing.cast("dict[str, Any]", tree))
+
+
+def _recorded(config_name: str, run: str = "") -> dict[str, Any]:
+    """The configuration that a run folder holds."""
+    record = read_record(locate(run)) if run else None
+    if record is None:
+        raise ConfigError(f"--repeat {run or 'RUN_FOLDER'}: not a run's folder, it has no {RECORD}")
+    if record["command"] != config_name:
+        raise ConfigError(f"--repeat {run}: a run of {record['command']}, not of {config_name}")
+    for key, value in _flat(record["config"]).items():
+        _refuse_credentials(key, str(value))
+    return record["config"]
+
+
+def _changed(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """The tree with single keys changed; what is in it stays text, even if Hydra would make something of it.
+
+    >>> _changed({"run": {"name": "a"}, "init": "${x}"}, ["run.name=b"])
+    {'run': {'name': 'b'}, 'init': '${x}'}
+    """
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        *sections, key = override.key_or_group.split(".")
+        section = tree
+        for name in sections:
+            section = section[name] if isinstance(section.get(name), dict) else {}
+        if override.is_delete():
+            section.pop(key, None)
+        else:
+            section[key] = override.value()
+    return tree
+
+
+def _refuse_credentials(key: str, value: str) -> None:
+    """Raises ConfigError, without the value, where a setting holds or is named like a credential, or holds what the
+    environment keeps under such a name: the configuration is written into run folders, which others may read."""
+    secrets = (
+        held
+        for name, held in os.environ.items()
+        if _CREDENTIAL_NAME.search(name) and not name.endswith(("_PATH", "_FILE")) and len(held) >= 12
+    )
+    named = _CREDENTIAL_NAME.search(key.rpartition(".")[2]) and value not in ("", "None", "null")
+    if named or CREDENTIAL.search(value) or any(secret in value for secret in secrets):
+        raise ConfigError(f"{key} {CREDENTIAL_REFUSED}")
+
+
+def _each_task_by_name(overrides: Sequence[str]) -> list[str]:
+    """`task=[a,b]` as Hydra puts each file into a section of its own: task.a and task.b, not both into task.
+
+    >>> _each_task_by_name(["task=[a,b]", "task.b.labels=DIR"])
+    ['~task', '+task@task.a=a', '+task@task.b=b', 'task.b.labels=DIR']
+    >>> _each_task_by_name(["task=[a]", "task.labels=DIR"])
+    ['task=a', 'task.labels=DIR']
+    """
+    parsed: list[str] = []
+    for text in overrides:
+        names = OverridesParser.create().parse_override(text).value() if text.startswith("task=[") else None
+        if not isinstance(names, list):
+            parsed.append(text)
+            continue
+        if not names or len(set(map(str, names))) < len(names):
+            raise ConfigError(f"{text}: name at least one task, and each of them once")
+        parsed += [f"task={names[0]}"] if len(names) == 1 else ["~task", *(f"+task@task.{n}={n}" for n in names)]
+    return parsed
+
+
+def main(config_name: str, schema: type[T], run: Callable[[T], object], argv: Sequence[str] | None = None) -> None:
+    """A command's entry point: `run(config)`; a user's mistake becomes one line on stderr and exit code 2."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if "--help" in argv or "-h" in argv:
+            print(_help(config_name))
+            return
+        COMMAND_LINE.set(tuple(argv))
+        run(load(config_name, argv, schema))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def build(schema: type[T], tree: Mapping[str, Any], where: str = "") -> T:
+    """Build a dataclass from a plain tree, checking names and types.
+
+    >>> build(RunConfig, {"name": "a", "dri": "b"})
+    Traceback (most recent call last):
+    ...
+    hymate.config.ConfigError: dri is not a known key: did you mean dir?
+    """
+    hints = typing.get_type_hints(schema)
+    known = {f.name: f for f in dataclasses.fields(schema)}  # type: ignore[arg-type]
+    values: dict[str, Any] = {}
+    for key, value in tree.items():
+        path = f"{where}{key}"
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {where}{close[0]}?" if close else f"known keys are {', '.join(known)}"
+            raise ConfigError(f"{path} is not a known key: {hint}")
+        values[key] = _convert(hints[key], value, path)
+    for name, spec in known.items():
+        if name not in values and spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING:
+            raise ConfigError(f"{where}{name} is required: add {where}{name}=VALUE to the command")
+    return schema(**values)
+
+
+def _convert(hint: Any, value: Any, path: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in args:
+            return None
+        options = [a for a in args if a is not type(None)]
+        sections = isinstance(value, Mapping) and all(isinstance(item, Mapping) for item in value.values())
+        return _convert(options[-1] if sections else options[0], value, path)
+    if origin is Literal:
+        if value not in args:
+            raise ConfigError(f"{path} must be one of {', '.join(map(str, args))}; got {value!r}")
+        return value
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{path} must be a section of keys, got {value!r}")
+        return build(typing.cast("type[Any]", hint), value, f"{path}.")
+    if origin in (list, tuple):
+        if not isinstance(value, (list, tuple)):
+            raise ConfigError(f"{path} must be a list, got {value!r}")
+        return origin(_convert(args[0], item, f"{path}[{i}]") for i, item in enumerate(value))
+    if origin is dict or hint is dict:
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{path} must be a section of keys, got {value!r}")
+        return {key: _convert(args[1], item, f"{path}.{key}") for key, item in value.items()} if args else dict(value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is str and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value)
+    if hint is Any or (isinstance(value, hint) and not (hint is int and isinstance(value, bool))):
+        return value
+    raise ConfigError(f"{path} must be {hint.__name__}, got {value!r}")
+
+
+def to_tree(config: Any) -> dict[str, Any]:
+    """The plain nested dictionary of a configuration, for YAML and JSON."""
+    return dataclasses.asdict(config)
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """Plain values only. An alias is refused: with them a small file can stand for a tree that fills the memory."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it has an alias, which no file of ours has")
+        return super().compose_node(parent, index)
+
+
+class _PlainDumper(yaml.SafeDumper):
+    """Writes what `_PlainLoader` reads: a value that stands in two places is written twice."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def dump_yaml(tree: Mapping[str, Any]) -> str:
+    """YAML text of plain values, for `parse_yaml`."""
+    return yaml.dump(dict(tree), Dumper=_PlainDumper, sort_keys=False)
+
+
+def parse_yaml(text: str) -> Any:
+    """Plain values from YAML text that may come from anybody. Raises ValueError (one line) where it is no such text."""
+    try:
+        return yaml.load(text, _PlainLoader)
+    except (yaml.YAMLError, ValueError, ArithmeticError, TypeError, RecursionError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise ValueError(lines[0][:200] if lines else type(error).__name__) from error
+
+
+def read_record(run: Location) -> dict[str, Any] | None:
+    """What run.json of a run folder holds, None where there is none. Raises ConfigError where it is something else."""
+    path = run / RECORD
+    if not path.is_file():
+        return None
+    try:
+        record = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is not readable: choose another run.name") from error
+    kinds = {"command": str, "config": dict, "data_fingerprint": str, "outcome": dict, "attempts": list}
+    if not isinstance(record, dict) or any(not isinstance(record.get(key), kind) for key, kind in kinds.items()):
+        raise ConfigError(f"{path} is not the record of a run: choose another run.name")
+    return record
+
+
+def check_same_run(run: Location, claim: Mapping[str, Any], changeable: Set[str]) -> None:
+    """Whether the configuration that a run folder holds, if any, is this one but for `changeable` keys.
+
+    claim: the configuration's tree and the `data_fingerprint`. Raises ConfigError naming the first key that differs.
+    """
+    record = read_record(run)
+    if record is None:
+        return
+    old, new = _flat({**record["config"], "data_fingerprint": record["data_fingerprint"]}), _flat(claim)
+    for key in sorted((old.keys() | new.keys()) - changeable):
+        if old.get(key) != new.get(key):
+            what = "the dataset" if key == "data_fingerprint" else key
+            raise ConfigError(
+                f"{run} holds a run with another configuration: {what} was {old.get(key)}, now {new.get(key)}; "
+                f"choose another run.name, or delete {run}"
+            )
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _help(config_name: str) -> str:
+    groups = "\n".join(
+        f"  {folder.name}: {', '.join(sorted(p.stem for p in folder.glob('*.yaml')))}"
+        for folder in sorted(CONFIGS.iterdir())
+        if folder.is_dir()
+    )
+    text = (CONFIGS / f"{config_name}.yaml").read_text()
+    usage = "Override any key as key=value, choose a group's file as group=file."
+    usage += "\n--repeat RUN_FOLDER first: that run's configuration instead of what is below, with single keys changed."
+    return f"{usage}\n\nGroups:\n{groups}\n\n{text}"
+
+
+def _one_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:3])
