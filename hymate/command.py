@@ -155,6 +155,7 @@ def main(config_name: str, schema: type[T], run: Callable[[T], object], argv: Se
 def build(schema: type[T], tree: Mapping[str, Any], where: str = "") -> T:
     """Build a dataclass from a plain tree, checking names and types.
 
+    >>> from hymate.config import RunConfig
     >>> build(RunConfig, {"name": "a", "dri": "b"})
     Traceback (most recent call last):
     ...
