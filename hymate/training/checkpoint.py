@@ -18,10 +18,10 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -76,6 +76,24 @@ def read_verified_weights(folder: Location) -> dict[str, Tensor]:
             return read_weights(file)
     except FileNotFoundError as error:
         raise Damaged(f"{folder.name} is damaged: {WEIGHTS} is missing") from error
+
+
+class Whole(NamedTuple):
+    """A checkpoint that is as it was written."""
+
+    folder: Location
+    metrics: dict[str, float]
+    weights: dict[str, Tensor]
+
+
+def first_whole(kept: Iterable[tuple[Location, Mapping[str, Any]]]) -> Whole | None:
+    """The first of some checkpoints, each with its metrics, that is not damaged; tells of those that are."""
+    for folder, metrics in kept:
+        try:
+            return Whole(folder, dict(metrics), read_verified_weights(folder))
+        except UserError as error:
+            print(f"{folder.parent.name}: {error}; the next best checkpoint counts", flush=True)
+    return None
 
 
 def _check(checkpoint: str, file: Path, sha256: str) -> None:

@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from hymate.bundle import write_bundle
 from hymate.config import ConfigError, DataConfig, ModelConfig, ObjectiveConfig, RunConfig, TrainConfig, UserError
@@ -174,7 +173,12 @@ def export_bundle(
     Returns the bundle and the metrics.
     """
     folder = config.run.path / "bundle"
-    weights, numbers = _first_whole(kept)
+    best = checkpoint.first_whole(kept)
+    if best is None:
+        raise UserError(
+            f"no checkpoint in {kept[0][0].parent} is whole: put a copy back, or delete the run to begin again"
+        )
+    weights, numbers = best.weights, {name: float(value) for name, value in best.metrics.items()}
     write_bundle(
         folder,
         weights,
@@ -186,16 +190,6 @@ def export_bundle(
         extra={"metrics": numbers, "data_fingerprint": histories.fingerprint},
     )
     return folder, numbers
-
-
-def _first_whole(kept: Sequence[tuple[Location, Mapping[str, float]]]) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Weights and metrics of the first checkpoint that is not damaged; tells of those that are."""
-    for folder, metrics in kept:
-        try:
-            return checkpoint.read_verified_weights(folder), {name: float(value) for name, value in metrics.items()}
-        except UserError as error:
-            print(f"{error}; the next best checkpoint is exported", flush=True)
-    raise UserError(f"no checkpoint in {kept[0][0].parent} is whole: put a copy back, or delete the run to begin again")
 
 
 def _card(config: PretrainConfig, metrics: Mapping[str, float], histories: Histories) -> str:

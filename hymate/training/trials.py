@@ -16,7 +16,7 @@ from ray.tune.experiment import Trial
 from ray.tune.logger import JsonLoggerCallback
 from ray.tune.schedulers import ASHAScheduler
 
-from hymate.config import SearchConfig, TrainConfig, UserError
+from hymate.config import SearchConfig, TrainConfig
 from hymate.storage import Location, remove_tree
 from hymate.telemetry import PROGRESS, Telemetry, read_progress
 from hymate.training import checkpoint, engine
@@ -140,7 +140,7 @@ def _outcome(result: tune.Result, study: Study) -> Outcome:
     index = result.config["index"]
     folder = study.run_path / TRIALS / f"trial-{index}"
     kept = sorted(result.best_checkpoints, key=lambda scored: scored[1][study.metric], reverse=True)
-    best, scores = _first_whole([(folder / Path(candidate.path).name, scores) for candidate, scores in kept])
+    best = checkpoint.first_whole((folder / Path(candidate.path).name, scores) for candidate, scores in kept)
     step = (result.metrics or {}).get("step")
     ended: Status = "finished" if step == study.trials[index].train.max_steps else "stopped early"
     return Outcome(
@@ -148,21 +148,10 @@ def _outcome(result: tune.Result, study: Study) -> Outcome:
         parameters=_parameters(study.trials[index]),
         status=ended if result.error is None else "failed",
         step=step,
-        best={key: value for key, value in scores.items() if key.rsplit("/")[-1] in SCORES},
-        checkpoint=best,
+        best={key: value for key, value in best.metrics.items() if key.rsplit("/")[-1] in SCORES} if best else {},
+        checkpoint=best.folder if best else None,
         error=None if result.error is None else _cause(str(result.error)),
     )
-
-
-def _first_whole(kept: list[tuple[Location, dict[str, float]]]) -> tuple[Location | None, dict[str, float]]:
-    """The first checkpoint that is not damaged, and its scores; tells of those that are."""
-    for folder, scores in kept:
-        try:
-            checkpoint.read_verified_weights(folder)
-            return folder, scores
-        except UserError as error:
-            print(f"{folder.parent.name}: {error}; the next best checkpoint counts", flush=True)
-    return None, {}
 
 
 def _parameters(trial: TrialConfig) -> dict[str, Any]:
