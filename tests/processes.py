@@ -128,6 +128,7 @@ def run_training(
         target = folder / f"step-{metrics['step']}"
         shutil.copytree(part, target, dirs_exist_ok=True)
         shutil.rmtree(part)
+        dist.barrier()  # a worker that resumes from the checkpoint at once needs the others' parts of it
 
     train(job, config, worker, report=report, telemetry=recorder, resume=resume, stop=stop)
     return recorder, job
