@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from pyarrow.fs import FileSelector, FileType
 
 from hymate.command import build, check_same_run, read_record, to_tree
 from hymate.config import TrainConfig, UserError
@@ -24,9 +23,9 @@ from hymate.storage import Location, UrlPath, full_disk_told, locate, remove_tre
 from hymate.telemetry import Telemetry, progress_line
 from hymate.training import checkpoint, engine, pretraining
 from hymate.training.attempt import STOPPED, SUPERSEDED, Attempt, exiting_at_sigterm
-from hymate.training.checkpoint import Damaged
-from hymate.training.engine import Unrecoverable, Worker, agreed, anyone
+from hymate.training.engine import Unrecoverable, Worker, anyone
 from hymate.training.pretraining import MODE, SCORE, PretrainConfig
+from hymate.training.resume import mend_list, newest_whole
 
 CHECKPOINTS = "checkpoints"
 SETTINGS = {
@@ -60,6 +59,7 @@ def pretrain(config: PretrainConfig) -> Location:
     if result is None:
         with recorded(run, "pretrain", claim) as result, exiting_at_sigterm():
             with ray_session(config.train), progress_line(run):
+                mend_list(run / CHECKPOINTS, SCORE, MODE)
                 ended, kept = _fit(config, Attempt.begin(run))
             bundle, metrics = pretraining.export_bundle(config, kept, histories)
             result |= {SCORE: metrics[SCORE], "step": metrics["step"], "bundle": str(bundle)}
@@ -192,47 +192,6 @@ def _train_worker(config: PretrainConfig, attempt: Attempt) -> dict[str, Any]:
             stop=stop,
         )
     return {"step": standing.step, "skipped": standing.skipped, "finished": standing.finished(config.train)}
-
-
-@contextmanager
-def newest_whole(latest: Any, worker: Worker, telemetry: Telemetry) -> Iterator[Path | None]:
-    """Local folder of Ray's latest checkpoint, or where that is damaged of the newest one beside it that is not.
-
-    Collective. None where Ray has none; raises Unrecoverable where none is whole.
-    """
-    if latest is None:
-        yield None
-        return
-    damages = []
-    for candidate in _newest_first(latest, worker):
-        with candidate.as_directory() as folder:
-            damage = ""
-            try:
-                checkpoint.verify(Path(folder))
-            except Damaged as error:
-                damage = str(error)
-            if not anyone(bool(damage), worker):
-                yield Path(folder)
-                return
-            damages.append(damage or f"{Path(candidate.path).name} is damaged on another worker")
-            telemetry.note(f"{damages[-1]}; the checkpoint before is used")
-    raise Unrecoverable(
-        f"no checkpoint in {Path(latest.path).parent} is whole ({damages[0]}): put a copy back, or delete the run to "
-        "begin again"
-    )
-
-
-def _newest_first(latest: Any, worker: Worker) -> Iterator[Any]:
-    """Ray's latest checkpoint and then the others in its folder; their names are in the order of time."""
-    parent, _, newest = latest.path.rpartition("/")
-    yield latest
-    names = [
-        info.base_name
-        for info in latest.filesystem.get_file_info(FileSelector(parent))
-        if info.type == FileType.Directory and info.base_name.startswith("checkpoint_") and info.base_name != newest
-    ]
-    for name in agreed(sorted(names, reverse=True), worker):
-        yield type(latest)(f"{parent}/{name}", latest.filesystem)
 
 
 def _num_nodes() -> int:

@@ -22,8 +22,9 @@ from hymate.telemetry import PROGRESS, Telemetry, read_progress
 from hymate.training import checkpoint, engine
 from hymate.training.attempt import Attempt
 from hymate.training.finetune import Study, TrialConfig, run_trial
-from hymate.training.launch import newest_whole, ray_storage
+from hymate.training.launch import ray_storage
 from hymate.training.results import Outcome, Status
+from hymate.training.resume import newest_whole
 
 # Tune's record of the search is written about once a second and names each trial's latest checkpoint: with fewer
 # checkpoints kept, or faster reports, a killed search can find one that is already deleted
