@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
 # A Ray cluster of this machine alone, for `ray job submit`.
 #   cluster/local.sh start [OPTIONS OF `ray start`, such as --num-cpus 2]
-#   cluster/local.sh join [OPTIONS OF `ray start`]    one more node on this machine, to try what a cluster does
 #   cluster/local.sh status
 #   cluster/local.sh stop
 # Ray's files and logs are below $HYMATE_CLUSTER. Unlike `ray stop`, stop ends this cluster and no other Ray of yours.
@@ -49,20 +48,6 @@ start() {
     echo "ray job submit --address $address --working-dir . -- python pretrain/run.py ..."
 }
 
-join() {
-    running || fail "no cluster is running in $folder: cluster/local.sh start"
-    : >"$folder/join.log"
-    # with an address of the loopback interface the node, too, listens there only
-    RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=1 nohup ray start --block --node-ip-address 127.0.0.1 \
-        --address "$(cat "$folder/ray/ray_current_cluster")" --dashboard-agent-listen-port 0 --disable-usage-stats \
-        --log-color false "$@" </dev/null >"$folder/join.log" 2>&1 &
-    until grep -q "Ray runtime started" "$folder/join.log"; do
-        kill -0 $! 2>/dev/null || fail "the node did not start:"$'\n'"$(cat "$folder/join.log")"
-        sleep 0.2
-    done
-    echo "kill -9 $(pgrep -P $! -x raylet)    loses this node"
-}
-
 status() {
     running || fail "no cluster is running in $folder"
     ray status --address "$(cat "$folder/ray/ray_current_cluster")"
@@ -71,11 +56,11 @@ status() {
 stop() {
     running || fail "no cluster is running in $folder"
     kill "$(cat "$folder/pid")"
-    while running; do sleep 0.2; done # nodes that joined end with it
+    while running; do sleep 0.2; done
     rm "$folder/pid"
 }
 
 case ${1-} in
-start | join | status | stop) "$@" ;;
-*) fail "usage: cluster/local.sh start|join|status|stop" ;;
+start | status | stop) "$@" ;;
+*) fail "usage: cluster/local.sh start|status|stop" ;;
 esac
