@@ -7,8 +7,8 @@ Prints a Markdown table, a row for each model, stage and number of workers. The 
 each computes --steps steps of one row at the configured context (data.tokens_per_row=16384) or at --tokens events, then
 all save a checkpoint. Peak memory is that of the largest worker, while training and while saving; the speed is a
 worker's, in events per second of processor time, the first step left out. --ray prints instead what the processes of
-Ray and of the driver take beside the workers, while `pretrain/run.py` trains `debug` with two workers. Needs Linux
-(/proc).
+Ray and of the driver take beside the workers, while a job trains `debug` with two workers on a cluster of one machine.
+Needs Linux (/proc).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -105,26 +106,54 @@ def row(data: Path, model: str, stage: int, num_workers: int, steps: int, tokens
 
 
 def print_ray(data: Path) -> None:
-    """Peak memory of what runs beside the workers."""
+    """Memory of what runs beside the workers of a job on a cluster of one machine, when it is most."""
+    settings = [f"data.path={data.absolute()}", "model=debug", "train.num_workers=2", "train.max_steps=20"]
+    settings += [
+        "train.warmup_steps=1",
+        "train.eval_every=10",
+        "train.eval_rows=2",
+        "data.context=1024",
+        "data.tokens_per_row=1024",
+    ]
+    local, ray = str(ROOT / "cluster" / "local.sh"), str(Path(sys.executable).with_name("ray"))
     with tempfile.TemporaryDirectory(prefix="hy", dir="/tmp") as folder:
-        command = [sys.executable, str(ROOT / "pretrain" / "run.py"), f"data.path={data.absolute()}", "model=debug"]
-        command += ["train.num_workers=2", "train.max_steps=8", "train.eval_every=8", "train.warmup_steps=1"]
-        command += ["data.context=1024", "data.tokens_per_row=1024", "train.eval_rows=2", f"run.dir={folder}/runs"]
-        run = subprocess.Popen(command, env={**os.environ, "RAY_TMPDIR": folder}, stdout=subprocess.DEVNULL)
-        peaks: dict[int, tuple[str, float]] = {}
-        while run.poll() is None:
-            for pid in descendants(run.pid):
-                try:
-                    words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
-                except OSError:
-                    continue
-                name = next((Path(word).name for word in words if not word.endswith(("python", "python3", "-u"))), "?")
-                peaks[pid] = name if pid != run.pid else "driver", peak_mib(pid) or 0.0
-            time.sleep(0.1)
-    assert run.returncode == 0, f"the command ended with {run.returncode}"
+        own = {"HYMATE_CLUSTER": folder, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": f"{folder}/token"}
+        environment = {**os.environ, **own}
+        started = subprocess.run(
+            [local, "start", "--num-cpus", "2"], env=environment, check=True, stdout=subprocess.PIPE
+        )
+        address = started.stdout.split(b"--address ")[1].split()[0].decode()
+        command = [ray, "job", "submit", "--address", address, "--working-dir", str(ROOT), "--"]
+        command += ["python", "pretrain/run.py", *settings, f"run.dir={folder}/runs"]
+        head = int(Path(folder, "pid").read_text())
+        samples: list[dict[int, tuple[str, float]]] = []
+        try:
+            with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL) as job:
+                while job.poll() is None:
+                    samples.append({pid: memory_of(pid) for pid in descendants(head)})
+                    time.sleep(0.2)
+            assert job.returncode == 0, f"the job ended with {job.returncode}"
+        finally:
+            subprocess.run([local, "stop"], env=environment, check=True)
+    # a process of Ray's is called after what it is doing
+    workers = {pid for sample in samples for pid, (name, _) in sample.items() if "RayTrainWorker" in name}
+    beside = [[each for pid, each in sample.items() if pid not in workers] for sample in samples]
+    most = max(beside, key=lambda sample: sum(mib for _, mib in sample))
     print("| process | MiB |\n|---|---|")
-    for name, peak in sorted(peaks.values(), key=lambda each: -each[1]):
-        print(f"| {name} | {peak:,.0f} |")
+    for name, mib in sorted(most, key=lambda each: -each[1]):
+        print(f"| {name} | {mib:,.0f} |")
+    print(f"| all | {sum(mib for _, mib in most):,.0f} |")
+
+
+def memory_of(pid: int) -> tuple[str, float]:
+    """A process's name and MiB, its share of pages that several use (PSS); zero where it has ended."""
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_text().split(" (")[0].split("\0")
+        (pss,) = re.findall(r"^Pss: +(\d+) kB", Path(f"/proc/{pid}/smaps_rollup").read_text(), flags=re.MULTILINE)
+    except (OSError, ValueError):
+        return "ended", 0.0
+    name = next((Path(word).name for word in words if word and not word.endswith(("python", "python3", "-u"))), "?")
+    return name, int(pss) / 1024
 
 
 def main() -> None:
