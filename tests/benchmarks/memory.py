@@ -69,7 +69,7 @@ def work(results: Connection, settings: Sequence[str], rank: int, num_workers: i
         if step == 1:
             start = time.process_time()
         rows, _ = next(batches)
-        engine.train_step(wrapped, rows, worker.device, step)
+        engine.train_step(wrapped, rows, worker.device)
         num_events += sum(row.num_events for row in rows) if step else 0
     training_cpu_s, training_mib = time.process_time() - start, peak_mib(os.getpid())
     dist.barrier()  # waiting for another worker's steps is no saving

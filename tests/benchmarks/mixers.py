@@ -13,7 +13,7 @@ import argparse
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 import transformers
@@ -64,7 +64,7 @@ def assert_same(mixer: nn.Module, peer: nn.Module, x_BLD: Tensor) -> None:
         torch.testing.assert_close(mixer(x_BLD), peer(x_BLD), rtol=1e-3, atol=1e-4)
 
 
-def measure(calls: dict[str, tuple[nn.Module, Tensor]], repeats: int) -> Times:
+def measure(calls: Mapping[str, tuple[nn.Module, Tensor]], repeats: int) -> Times:
     """Milliseconds of forward + backward, interleaved; the first call of each warms up."""
     times: Times = {name: [] for name in calls}
     for _ in range(repeats + 1):

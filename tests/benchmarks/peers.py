@@ -172,7 +172,9 @@ def main() -> None:
     print("|---|---|" + "---|" * len(lengths))
     ours: dict[int, float] = {}
     for name in names:
-        cells, last, parameters = [], 0.0, 0.0
+        cells: list[str] = []
+        last: float | str = 0.0  # seconds, or why there is no more
+        parameters = 0.0
         for events in lengths:
             if isinstance(last, float) and 4 * last > options.limit:
                 last = f"over {options.limit:.0f} s"

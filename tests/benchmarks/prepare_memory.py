@@ -37,14 +37,14 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
-def peak_mib(pid: int) -> float | None:
-    """A process's highest resident memory so far; None for one that is gone."""
+def peak_mib(pid: int) -> float:
+    """A process's highest resident memory so far; 0 for one that is gone."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:
-        return None
+        return 0.0
     lines = [line for line in status.splitlines() if line.startswith("VmHWM")]
-    return int(lines[0].split()[1]) / 1024 if lines else None
+    return int(lines[0].split()[1]) / 1024 if lines else 0.0
 
 
 def processor_seconds() -> float:
@@ -61,7 +61,7 @@ def measure(*overrides: str) -> tuple[float, float, dict[int, float]]:
     peaks: dict[int, float] = {}
     while process.poll() is None:
         for pid in descendants(process.pid):
-            peaks[pid] = max(peaks.get(pid, 0), peak_mib(pid) or 0)
+            peaks[pid] = max(peaks.get(pid, 0), peak_mib(pid))
         time.sleep(0.02)
     if process.returncode:
         sys.exit(process.returncode)

@@ -83,9 +83,9 @@ def compare(folder: Path) -> None:
     """One pass against chunks; stops the program where they differ."""
     bundle, histories = read_bundle(folder / "bundle"), Histories.open(folder / "data")
     examples = labelled_examples(histories, pq.read_table(folder / "labels.parquet"), "train")
-    one_pass_E, _ = predict(bundle, histories, examples)
-    whole_E, *_ = predict_whole(bundle, histories, examples)
-    difference = float(np.abs(one_pass_E - whole_E).max())
+    one_pass, _ = predict(bundle, histories, examples)
+    whole, *_ = predict_whole(bundle, histories, examples)
+    difference = float(np.abs(one_pass.probability_ET - whole.probability_ET).max())
     print(
         f"correctness: {COMPARED_EVENTS:,} events, 3 prediction times: probabilities differ by {difference:.1e} at most"
     )

@@ -86,7 +86,11 @@ def engine_step(config: PretrainConfig, worker: engine.Worker) -> Callable[[], N
     job = pretraining_job(config, worker)
     wrapped, _ = engine.start(job, config.train, worker, resume=None)
     steps = job.rows.steps(Cursor(), config.train.rows_per_step, worker.rank, worker.world_size)
-    return lambda: engine.train_step(wrapped, next(steps)[0], worker.device) and None
+
+    def step() -> None:
+        engine.train_step(wrapped, next(steps)[0], worker.device)
+
+    return step
 
 
 @contextmanager
