@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 ROOT = Path(__file__).resolve().parent.parent
 PATIENCE_S = 180.0
@@ -65,6 +66,17 @@ def points(run_folder: Path, name: str) -> list[Any]:
     events = EventAccumulator(str(run_folder / "tb"), size_guidance={"scalars": 0})
     events.Reload()
     return events.Scalars(name)
+
+
+def starts(run_folder: Path) -> list[int]:
+    """The steps at which workers began, from each event file's first records."""
+    steps = []
+    for file in sorted((run_folder / "tb").glob("events.*")):
+        for event in EventFileLoader(str(file)).Load():
+            if event.HasField("session_log"):
+                steps.append(event.step - 1)
+                break
+    return steps
 
 
 def step_of(run_folder: Path) -> int:

@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from commands import starts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -251,16 +252,24 @@ def run(data: Path, pretrained: Path, ray_env: dict[str, str], tmp_path_factory:
 
 
 def _steps(run_path: Path) -> list[int]:
-    """Steps that the good trials reported, in order."""
-    logs = sorted((run_path / "trials").glob("trial-*/result.json"))
-    return [json.loads(line)["step"] for log in logs for line in log.read_text().splitlines() if line.endswith("}")]
+    """Steps at which the good trials were evaluated, in order, as their newest checkpoints have them."""
+    newest = (max(trial.glob("step-*/state.json"), default=None) for trial in (run_path / "trials").glob("trial-*"))
+    return [scores["step"] for file in newest if file for scores in json.loads(file.read_text())["evaluations"]]
 
 
 @pytest.mark.slow
 def test_a_killed_search_goes_on_where_it_was(run: Path) -> None:
-    steps = _steps(run)
-    assert steps[0] == 2 and steps[-1] == 8
-    assert steps.count(2) == 1, "the trial began again from scratch"
+    assert _steps(run) == [2, 4, 6, 8]
+    good = json.loads((run / "results.json").read_text())["best_trial"]
+    first, second = starts(run / "tb" / f"trial-{good}")
+    assert first == 0 and second >= 2, "the trial began again from scratch"
+
+
+@pytest.mark.slow
+def test_a_search_leaves_no_pickle(run: Path) -> None:
+    names = {path.name for path in run.rglob("*") if path.is_file()}
+    assert not [name for name in names if name.startswith("experiment_state") or name.endswith((".pkl", ".pickle"))]
+    assert not (run / "tune").exists()
 
 
 @pytest.mark.slow
@@ -279,7 +288,7 @@ def test_a_finished_search_leaves_everything_it_promises(run: Path, data: Path) 
     assert found["splits"]["train"]["subjects"] == SIZES["train"]
 
     good = found["trials"][found["best_trial"]]
-    checkpoints = [json.loads(path.read_text())["score"] for path in (run / "trials").glob("*/checkpoint_*/state.json")]
+    checkpoints = [json.loads(path.read_text())["score"] for path in (run / "trials").glob("*/step-*/state.json")]
     assert good["status"] == "finished" and good["step"] == 8
     assert good["best"]["mean"] == pytest.approx(max(checkpoints))
     assert good["best"]["mean"] == pytest.approx((good["best"]["auroc"] + good["best"]["auprc"]) / 2)

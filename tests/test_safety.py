@@ -135,7 +135,16 @@ def test_a_pickle_in_a_checkpoint_is_not_unpickled(tmp_path: Path, trace: Path, 
 
 @pytest.mark.parametrize("name", ["pickle", "torch.save", "npz"])
 def test_a_pickle_in_a_checkpoints_optimizer_is_not_unpickled(tmp_path: Path, trace: Path, name: str) -> None:
-    state = {"step": 1, "stale": 0, "skipped": 0, "skipped_in_a_row": 0, "cursor": {}, "best": None, "world_size": 1}
+    state = {
+        "step": 1,
+        "stale": 0,
+        "skipped": 0,
+        "skipped_in_a_row": 0,
+        "evaluations": [],
+        "cursor": {},
+        "best": None,
+        "world_size": 1,
+    }
     (tmp_path / "state.json").write_text(json.dumps(state))
     (tmp_path / "optimizer-00000-of-00001.safetensors").write_bytes(pickles(trace)[name])
     with refused(r"no checkpoint of this model"):

@@ -58,7 +58,7 @@ def save(engine: Any, folder: Path, state: dict[str, Any]) -> None:
         temporary.write_text(json.dumps({**state, "world_size": world_size}, indent=1))
         os.replace(temporary, folder / STATE)
     sums = {file.name: _sha256(file) for file in sorted(folder.iterdir())}
-    (folder / _sums_name(rank, world_size)).write_text(_sums_text(sums))
+    (folder / sums_name(rank, world_size)).write_text(_sums_text(sums))
 
 
 def verify(folder: Path) -> None:
@@ -114,7 +114,7 @@ def _read_sums(folder: Location) -> dict[str, str]:
     world_size = int(found[1])
     sums: dict[str, str] = {}
     for rank in range(world_size):
-        name = _sums_name(rank, world_size)
+        name = sums_name(rank, world_size)
         if name not in lists:
             raise Damaged(f"{folder.name} is damaged: {name} is missing")
         text = lists[name].read_text(errors="replace")
@@ -141,7 +141,10 @@ def read_state(folder: Path) -> dict[str, Any]:
         state = json.loads((folder / STATE).read_text())
         counts = [state[name] for name in ("step", "stale", "skipped", "skipped_in_a_row", "world_size")]
         numbers = [*counts, *state["cursor"].values()]
-        if any(type(number) is not int or number < 0 for number in numbers):
+        scores = [value for scores in state["evaluations"] for value in scores.values()]
+        if any(type(number) is not int or number < 0 for number in numbers) or any(
+            type(score) not in (int, float) for score in scores
+        ):
             raise ValueError(f"{STATE} is malformed")
         return state
 
@@ -206,7 +209,7 @@ def _shard_name(rank: int, world_size: int) -> str:
     return f"optimizer-{rank:05d}-of-{world_size:05d}.safetensors"
 
 
-def _sums_name(rank: int, world_size: int) -> str:
+def sums_name(rank: int, world_size: int) -> str:
     return f"sha256-{rank:05d}-of-{world_size:05d}.txt"
 
 

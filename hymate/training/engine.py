@@ -81,6 +81,7 @@ class Standing:
 
     stale: evaluations since the score last improved.
     skipped: steps whose loss or gradient was not finite, which changed nothing; skipped_in_a_row: those up to here.
+    evaluations: the metrics of each evaluation so far, with its step and epoch.
     """
 
     step: int = 0
@@ -89,6 +90,7 @@ class Standing:
     stale: int = 0
     skipped: int = 0
     skipped_in_a_row: int = 0
+    evaluations: list[dict[str, float]] = field(default_factory=list)
 
     def judge(self, score: float, mode: str) -> None:
         """Take in a new score."""
@@ -96,6 +98,10 @@ class Standing:
             self.best, self.stale = score, 0
         else:
             self.stale += 1
+
+    def place(self) -> dict[str, float]:
+        """Of a checkpoint, in the order of training."""
+        return {"step": self.step, "epoch": self.cursor.get("epoch", 0)}
 
     def finished(self, config: TrainConfig) -> bool:
         """Whether the last step is taken or patience has run out."""
@@ -167,7 +173,7 @@ def train(
                 telemetry.scalars("checkpoint", stalls, standing.step)
                 saved_step, saved_at = standing.step, time.monotonic()
         if stopping and standing.step > saved_step:
-            save(engine, standing, config, {}, job.score, report=report, telemetry=telemetry)
+            save(engine, standing, config, standing.place(), job.score, report=report, telemetry=telemetry)
         telemetry.progress(force=True, **_progress(meter, standing, job, config))
     finally:
         close = getattr(steps, "close", None)
@@ -228,7 +234,7 @@ def _count_skipped(standing: Standing, rows: list[Batch], source: TrainingRows, 
 
 
 def evaluate(engine: Any, job: Job, standing: Standing, telemetry: Telemetry) -> dict[str, float]:
-    """Score the model; collective. Raises Unrecoverable where a metric is not finite."""
+    """The metrics, with step and epoch; collective. Raises Unrecoverable where a metric is not finite."""
     engine.eval()
     with torch.no_grad():
         metrics = job.evaluate(engine)
@@ -241,7 +247,8 @@ def evaluate(engine: Any, job: Job, standing: Standing, telemetry: Telemetry) ->
             )
     standing.judge(metrics[job.score], job.mode)
     telemetry.scalars("validation", metrics, standing.step)
-    return metrics
+    standing.evaluations.append({**metrics, **standing.place()})
+    return dict(standing.evaluations[-1])
 
 
 def save(
@@ -254,13 +261,12 @@ def save(
     report: Report,
     telemetry: Telemetry,
 ) -> float:
-    """Write a checkpoint and report it with its metrics, if it has any; collective. Returns the seconds it took."""
+    """Write a checkpoint and report it with its metrics; collective. Returns the seconds it took."""
     started = time.monotonic()
     telemetry.flush()
     folder = Path(tempfile.mkdtemp(prefix=f"hymate-step-{standing.step}-"))
     checkpoint.save(engine, folder, {**asdict(standing), "score": metrics.get(score), "config": asdict(config)})
-    epoch = standing.cursor.get("epoch", 0)
-    report({**metrics, "step": standing.step, "epoch": epoch}, folder)
+    report(metrics, folder)
     return time.monotonic() - started
 
 

@@ -25,7 +25,7 @@ from hymate.training import checkpoint, engine, pretraining
 from hymate.training.attempt import STOPPED, SUPERSEDED, Attempt, exiting_at_sigterm
 from hymate.training.engine import Unrecoverable, Worker, anyone
 from hymate.training.pretraining import MODE, SCORE, PretrainConfig
-from hymate.training.resume import mend_list, newest_whole
+from hymate.training.resume import mend_list, newest_first, newest_whole
 
 CHECKPOINTS = "checkpoints"
 SETTINGS = {
@@ -59,7 +59,7 @@ def pretrain(config: PretrainConfig) -> Location:
     if result is None:
         with recorded(run, "pretrain", claim) as result, exiting_at_sigterm():
             with ray_session(config.train), progress_line(run):
-                mend_list(run / CHECKPOINTS, SCORE, MODE)
+                mend_list(run / CHECKPOINTS, MODE)
                 ended, kept = _fit(config, Attempt.begin(run))
             bundle, metrics = pretraining.export_bundle(config, kept, histories)
             result |= {SCORE: metrics[SCORE], "step": metrics["step"], "bundle": str(bundle)}
@@ -177,7 +177,14 @@ def _train_worker(config: PretrainConfig, attempt: Attempt) -> dict[str, Any]:
         )
 
     watched = attempt.watched() if worker.rank == 0 else nullcontext(lambda: False)
-    with newest_whole(train.get_checkpoint(), worker, telemetry) as resume, watched as stop:
+    latest = train.get_checkpoint()
+    stored = () if latest is None else newest_first(latest, worker)
+    with newest_whole(stored, worker, telemetry) as resume, watched as stop:
+        if latest is not None and resume is None:
+            raise Unrecoverable(
+                f"no checkpoint in {config.run.path / CHECKPOINTS} is whole: put a copy back, or delete the run "
+                "to begin again"
+            )
         if worker.rank == 0:
             step = 0 if resume is None else checkpoint.read_state(resume)["step"]
             workers_started(config.run.path, step, worker.world_size, _num_nodes())

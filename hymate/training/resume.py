@@ -1,27 +1,34 @@
-"""What a run goes on from: Ray's list of its checkpoints, mended where it is no use, and the newest that is whole."""
+"""What a run goes on from: the newest of its checkpoints that is whole.
+
+Of pretraining, Ray Train keeps the checkpoints and a list of them, which is mended where it is no use; of the trials of
+a search we do (`Kept`).
+"""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pyarrow.fs import FileSelector, FileType
 
 from hymate.config import UserError
-from hymate.storage import Location, write_text
+from hymate.storage import Location, full_disk_told, local_copy, new_folder, remove_tree, write_text
 from hymate.telemetry import Telemetry
 from hymate.training import checkpoint
 from hymate.training.checkpoint import Damaged
-from hymate.training.engine import Unrecoverable, Worker, agreed, anyone
+from hymate.training.engine import Worker, agreed, anyone
 
 LIST = "checkpoint_manager_snapshot.json"
+STEP = "step-"
 
 
-def mend_list(folder: Location, score: str, mode: str) -> None:
+def mend_list(folder: Location, mode: str) -> None:
     """Write Ray Train's list of a run's checkpoints anew where Ray could not go on from it; says so in a line.
 
     Ray overwrites its list in place, so that a crash or a full disk can leave half of it; a checkpoint that it names
@@ -45,10 +52,10 @@ def mend_list(folder: Location, score: str, mode: str) -> None:
     for name in names:
         with suppress(OSError, ValueError, KeyError, TypeError):  # what is damaged is no use
             state = json.loads((folder / name / checkpoint.STATE).read_text())
-            scored = {} if state["score"] is None else {score: state["score"]}
-            metrics = {**scored, "step": state["step"], "epoch": state["cursor"].get("epoch", 0)}
+            evaluated = state["score"] is not None
+            metrics = state["evaluations"][-1] if evaluated else {"step": state["step"]}
             kept.append({"checkpoint_dir_name": name, "metrics": metrics})
-            scores.append(-math.inf if state["score"] is None else state["score"] * (1 if mode == "max" else -1))
+            scores.append(state["score"] * (1 if mode == "max" else -1) if evaluated else -math.inf)
     if not kept:
         raise UserError(f"no checkpoint is left in {folder}: put a copy back, or delete the run to begin again")
     worst_first = sorted(range(len(kept)), key=scores.__getitem__)
@@ -69,17 +76,15 @@ def mend_list(folder: Location, score: str, mode: str) -> None:
 
 
 @contextmanager
-def newest_whole(latest: Any, worker: Worker, telemetry: Telemetry) -> Iterator[Path | None]:
-    """Local folder of Ray's latest checkpoint, or where that is damaged of the newest one beside it that is not.
+def newest_whole(
+    stored: Iterable[tuple[str, AbstractContextManager[str | Path]]], worker: Worker, telemetry: Telemetry
+) -> Iterator[Path | None]:
+    """Local folder of the first of some checkpoints, the newest first, that is not damaged; None where none is.
 
-    Collective. None where Ray has none; raises Unrecoverable where none is whole.
+    stored: names, and what makes each a local folder. Collective; tells of those that are damaged.
     """
-    if latest is None:
-        yield None
-        return
-    damages = []
-    for candidate in _newest_first(latest, worker):
-        with candidate.as_directory() as folder:
+    for name, opened in stored:
+        with opened as folder:
             damage = ""
             try:
                 checkpoint.verify(Path(folder))
@@ -88,22 +93,61 @@ def newest_whole(latest: Any, worker: Worker, telemetry: Telemetry) -> Iterator[
             if not anyone(bool(damage), worker):
                 yield Path(folder)
                 return
-            damages.append(damage or f"{Path(candidate.path).name} is damaged on another worker")
-            telemetry.note(f"{damages[-1]}; the checkpoint before is used")
-    raise Unrecoverable(
-        f"no checkpoint in {Path(latest.path).parent} is whole ({damages[0]}): put a copy back, or delete the run to "
-        "begin again"
-    )
+            damage = damage or f"{name} is damaged on another worker"
+            telemetry.note(f"{damage}; the checkpoint before is used")
+    yield None
 
 
-def _newest_first(latest: Any, worker: Worker) -> Iterator[Any]:
-    """Ray's latest checkpoint and then the others in its folder; their names are in the order of time."""
+def newest_first(latest: Any, worker: Worker) -> Iterator[tuple[str, AbstractContextManager[str]]]:
+    """Ray's latest checkpoint and then the others in its folder, for `newest_whole`; collective."""
     parent, _, newest = latest.path.rpartition("/")
-    yield latest
+    yield newest, latest.as_directory()
     names = [
         info.base_name
         for info in latest.filesystem.get_file_info(FileSelector(parent))
         if info.type == FileType.Directory and info.base_name.startswith("checkpoint_") and info.base_name != newest
     ]
-    for name in agreed(sorted(names, reverse=True), worker):
-        yield type(latest)(f"{parent}/{name}", latest.filesystem)
+    for name in agreed(sorted(names, reverse=True), worker):  # in the order of time
+        yield name, type(latest)(f"{parent}/{name}", latest.filesystem).as_directory()
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The checkpoints of a search's trial in `folder`: the last one, and the `num_best` with the highest scores.
+
+    A trial is continued from them alone, for what it has reported is in each (`engine.Standing.evaluations`).
+    """
+
+    folder: Location
+    num_best: int
+
+    def newest_first(self) -> Iterator[tuple[str, AbstractContextManager[Path]]]:
+        """For `newest_whole`."""
+        names = sorted((path.name for path in self.folder.glob(f"{STEP}*")), reverse=True)
+        return ((name, local_copy(self.folder / name)) for name in names)
+
+    def add(self, checkpoint_folder: Path, step: int) -> None:
+        """Take a checkpoint over, whole or not at all, and remove those that are not kept any more."""
+        target = self.folder / f"{STEP}{step:09d}"
+        with full_disk_told(target), new_folder(target, checkpoint.sums_name(0, 1)) as new:
+            for file in checkpoint_folder.iterdir():
+                shutil.move(file, new)
+        for path, _ in self.best_first()[self.num_best :]:
+            if path != target:
+                remove_tree(path)
+        for path in self.folder.glob(f".{STEP}*"):  # of a process that was killed here
+            remove_tree(path)
+
+    def best_first(self) -> list[tuple[Location, dict[str, float]]]:
+        """Checkpoints with the metrics of their evaluations; those whose state cannot be read are left out."""
+        return [(path, metrics) for _, _, path, metrics in sorted(self._states(), key=lambda it: it[:2], reverse=True)]
+
+    def last_step(self) -> int | None:
+        """That of the last evaluation."""
+        return max((step for _, step, *_ in self._states()), default=None)
+
+    def _states(self) -> Iterator[tuple[float, int, Location, dict[str, float]]]:
+        for path in self.folder.glob(f"{STEP}*"):
+            with suppress(OSError, ValueError, KeyError, TypeError, IndexError):
+                state = json.loads((path / checkpoint.STATE).read_text())
+                yield float(state["score"]), int(state["step"]), path, state["evaluations"][-1]

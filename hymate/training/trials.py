@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import shutil
 import time
@@ -13,70 +12,57 @@ from typing import Any
 import torch
 from ray import tune
 from ray.tune.experiment import Trial
-from ray.tune.logger import JsonLoggerCallback
 from ray.tune.schedulers import ASHAScheduler
 
 from hymate.config import SearchConfig, TrainConfig
-from hymate.storage import Location, remove_tree
+from hymate.storage import Location, remove_tree, write_text
 from hymate.telemetry import PROGRESS, Telemetry, read_progress
 from hymate.training import checkpoint, engine
 from hymate.training.attempt import Attempt
 from hymate.training.finetune import Study, TrialConfig, run_trial
 from hymate.training.launch import ray_storage
 from hymate.training.results import Outcome, Status
-from hymate.training.resume import newest_whole
+from hymate.training.resume import Kept, newest_whole
 
-# Tune's record of the search is written about once a second and names each trial's latest checkpoint: with fewer
-# checkpoints kept, or faster reports, a killed search can find one that is already deleted
-KEPT_CHECKPOINTS = 3
-TRIALS = "trials"
+TRIALS, TUNE, ENDED, TRACEBACK = "trials", "tune", "ended", "error.txt"
 SETTINGS = {
-    "TUNE_GLOBAL_CHECKPOINT_S": "1",
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # we name the loggers we want
+    "TUNE_GLOBAL_CHECKPOINT_S": "1000000",  # Tune's own record of the search, pickles among it, is of no use to us
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # it would end the search early and go on to the held-out split
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # we do
     "RAY_AIR_NEW_OUTPUT": "0",  # its reporter prints even when told to be silent
 }
 SCORES = ("step", "mean", "auroc", "auprc", "concordance", "loss")
-SECONDS_BETWEEN_REPORTS = 1.0
 SECONDS_BETWEEN_LINES = 15.0
 
 
 def run_trials(study: Study, search: SearchConfig, train: TrainConfig, attempt: Attempt) -> list[Outcome]:
     """All trials of the study, as many at once as the machine or cluster holds, or what a killed search left of them.
 
+    Tune starts trials and stops them, and knows nothing of a killed search: each trial continues from its own
+    checkpoints and reports again what it had reported, so that the scheduler sees what it had seen before.
     Ray must be running.
     """
     os.environ.update(SETTINGS)
     logging.getLogger("ray.tune.tune").setLevel(logging.CRITICAL)  # it repeats that a trial failed, not why
-    folder = study.run_path / TRIALS
-    resources = {"cpu": train.cpus_per_worker, "gpu": int(train.use_gpu)}
-    trainable = tune.with_resources(tune.with_parameters(_trial, study=study, attempt=attempt), resources)
-    if any(folder.glob("experiment_state-*.json")):
-        where = ray_storage(folder)
-        tuner = tune.Tuner.restore(
-            where["storage_path"],
-            trainable,
-            resume_unfinished=True,
-            restart_errored=True,
-            storage_filesystem=where.get("storage_filesystem"),
-        )
-    else:
-        remove_tree(folder)  # killed before the first record
-        tuner = _tuner(study, search, train, trainable)
-    grid = tuner.fit()
+    remove_tree(study.run_path / TUNE)
+    try:
+        grid = _tuner(study, search, train, attempt).fit()
+    finally:
+        remove_tree(study.run_path / TUNE)
     return sorted((_outcome(result, study) for result in grid), key=lambda outcome: outcome.index)
 
 
-def _tuner(study: Study, search: SearchConfig, train: TrainConfig, trainable: Any) -> tune.Tuner:
+def _tuner(study: Study, search: SearchConfig, train: TrainConfig, attempt: Attempt) -> tune.Tuner:
     asha = ASHAScheduler(
         time_attr="step",
         max_t=train.max_steps,
         grace_period=min(search.grace_steps, train.max_steps),
         reduction_factor=search.reduction_factor,
     )
+    resources = {"cpu": train.cpus_per_worker, "gpu": int(train.use_gpu)}
     return tune.Tuner(
-        trainable,
+        tune.with_resources(tune.with_parameters(_trial, study=study, attempt=attempt), resources),
         param_space={"index": tune.grid_search(list(range(len(study.trials))))},
         tune_config=tune.TuneConfig(
             metric=study.metric,
@@ -87,16 +73,11 @@ def _tuner(study: Study, search: SearchConfig, train: TrainConfig, trainable: An
             trial_dirname_creator=_trial_name,
         ),
         run_config=tune.RunConfig(
-            name=TRIALS,
+            name=TUNE,
             **ray_storage(study.run_path),
             verbose=0,
-            callbacks=[JsonLoggerCallback(), Progress(study.metric, study.run_path)],
+            callbacks=[Progress(study.metric, study.run_path)],
             failure_config=tune.FailureConfig(max_failures=search.max_failures),
-            checkpoint_config=tune.CheckpointConfig(
-                num_to_keep=max(KEPT_CHECKPOINTS, train.keep),
-                checkpoint_score_attribute=study.metric,
-                checkpoint_score_order="max",
-            ),
         ),
     )
 
@@ -110,23 +91,26 @@ def _trial(parameters: dict[str, Any], study: Study, attempt: Attempt) -> None:
     trial = study.trials[parameters["index"]]
     name = f"trial-{parameters['index']}"
     torch.set_num_threads(trial.train.cpus_per_worker)
-    last_report = -math.inf
+    kept, ended = _kept(study, parameters["index"]), study.run_path / TRIALS / name / ENDED
 
     def report(scores: dict[str, float], folder: Path) -> None:
-        nonlocal last_report
-        time.sleep(max(0.0, last_report + SECONDS_BETWEEN_REPORTS - time.monotonic()))
-        last_report = time.monotonic()
         try:
-            attempt.check()  # the checkpoint would get another one's name
-            tune.report(scores, checkpoint=tune.Checkpoint.from_directory(folder))
+            attempt.check()  # what another command has taken over is not ours any more
+            kept.add(folder, int(scores["step"]))
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+        tune.report(scores)
 
     telemetry = Telemetry(study.run_path / "tb" / name, enabled=True)
     with (
         engine.single_process(trial.train.use_gpu) as worker,
-        newest_whole(tune.get_checkpoint(), worker, telemetry) as resume,
+        newest_whole(kept.newest_first(), worker, telemetry) as resume,
     ):
+        if resume is not None:
+            for scores in checkpoint.read_state(resume)["evaluations"]:
+                tune.report(scores)
+            if ended.is_file():
+                return
         run_trial(
             study,
             trial,
@@ -135,14 +119,17 @@ def _trial(parameters: dict[str, Any], study: Study, attempt: Attempt) -> None:
             resume=resume,
             telemetry=telemetry,
         )
+    write_text("", ended)
+
+
+def _kept(study: Study, index: int) -> Kept:
+    return Kept(study.run_path / TRIALS / f"trial-{index}", study.trials[index].train.keep)
 
 
 def _outcome(result: tune.Result, study: Study) -> Outcome:
     index = result.config["index"]
-    folder = study.run_path / TRIALS / f"trial-{index}"
-    kept = sorted(result.best_checkpoints, key=lambda scored: scored[1][study.metric], reverse=True)
-    best = checkpoint.first_whole((folder / Path(candidate.path).name, scores) for candidate, scores in kept)
-    step = (result.metrics or {}).get("step")
+    kept = _kept(study, index)
+    best, step = checkpoint.first_whole(kept.best_first()), kept.last_step()
     ended: Status = "finished" if step == study.trials[index].train.max_steps else "stopped early"
     return Outcome(
         index=index,
@@ -184,12 +171,16 @@ class Progress(tune.Callback):
         self.told: set[str] = set()
 
     def on_trial_result(self, iteration: int, trials: list[Trial], trial: Trial, result: dict, **info: Any) -> None:
-        """A trial was evaluated."""
+        """A trial was evaluated; "done" says that the scheduler has stopped it."""
+        if result.get("done"):
+            write_text("", self.run_path / TRIALS / _trial_name(trial) / ENDED)
         self._print(trials)
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """A trial failed for good."""
-        print(f"{_trial_name(trial)} failed: {_cause(Path(trial.error_file).read_text())}", flush=True)
+        traceback = Path(trial.error_file).read_text()
+        write_text(traceback, self.run_path / TRIALS / _trial_name(trial) / TRACEBACK)
+        print(f"{_trial_name(trial)} failed: {_cause(traceback)}", flush=True)
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """A trial ended well."""

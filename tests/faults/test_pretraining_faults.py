@@ -21,10 +21,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import PATIENCE_S, ROOT, processes, ray_processes, run, step_of, wait_until
+from commands import PATIENCE_S, ROOT, processes, ray_processes, run, starts, step_of, wait_until
 from s3 import BUCKET, Server, serving
 from s3 import environment as s3_environment
 from safetensors.torch import load_file
+from small_disk import fill, small_disk
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from test_pretrain import command, flip_a_bit, saved_steps, scalars, started, train_workers
 
@@ -88,17 +89,6 @@ class Disturbed:
     def redone(self) -> int:
         """Steps between where the run went on and where it met its fault."""
         return self.at - starts(self.folder)[len(self.begun)]
-
-
-def starts(folder: Path) -> list[int]:
-    """The steps at which workers began, from each event file's first records."""
-    steps = []
-    for file in sorted((folder / "tb").glob("events.*")):
-        for event in EventFileLoader(str(file)).Load():
-            if event.HasField("session_log"):
-                steps.append(event.step - 1)
-                break
-    return steps
 
 
 @pytest.fixture
@@ -251,12 +241,7 @@ def test_a_node_is_killed_and_another_joins(disturbed: Disturbed, undisturbed: P
 def test_the_disk_is_full_while_saving(
     disturbed: Disturbed, undisturbed: Path, data: Path, tmp_path: Path, table: list
 ) -> None:
-    small = tmp_path / "small"
-    small.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", small], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("a disk that is soon full needs the right to mount one")
-    try:
+    with small_disk(tmp_path / "small") as small:
         disturbed.folder = small / "pretrain"
         disturbed.arguments = command(data, small, "train.max_failures=1")
         with disturbed.running() as driver:
@@ -280,14 +265,6 @@ def test_the_disk_is_full_while_saving(
         table.append(
             ("the disk is full", "one line; after making room the same command continues", disturbed.redone, seconds)
         )
-    finally:
-        subprocess.run(["umount", "--lazy", small], check=True)
-
-
-def fill(folder: Path) -> None:
-    with suppress(OSError), (folder / "filling").open("wb") as file:
-        while True:
-            file.write(b"0" * 65536)
 
 
 @pytest.fixture(scope="module")

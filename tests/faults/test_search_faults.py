@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from commands import PATIENCE_S, ROOT, processes, run, wait_until
 from small_cohort import prepare_small
+from small_disk import fill, small_disk
 
 EVAL_EVERY = 4
 SETTINGS = [
@@ -65,8 +66,8 @@ def what_was_found(folder: Path) -> dict[str, Any]:
 
 def reported(folder: Path) -> list[int]:
     """Steps that the trials have reported."""
-    logs = (folder / "trials").glob("trial-*/result.json")
-    return [json.loads(line)["step"] for log in logs for line in log.read_text().splitlines() if line.endswith("}")]
+    newest = (max(trial.glob("step-*/state.json"), default=None) for trial in (folder / "trials").glob("trial-*"))
+    return [scores["step"] for file in newest if file for scores in json.loads(file.read_text())["evaluations"]]
 
 
 def trials(ray_folder: str) -> set[int]:
@@ -104,3 +105,26 @@ def test_a_search_is_killed(
     assert what_was_found(folder) == undisturbed
     happens = "it goes on from the trials' last evaluations"
     table.append((f"`kill -9` of {victim} of a search", happens, f"below {EVAL_EVERY} a trial", seconds))
+
+
+def test_the_disk_is_full_while_a_search_saves(
+    data: Path, environment: dict[str, str], undisturbed: dict[str, Any], tmp_path: Path, table: list
+) -> None:
+    with small_disk(tmp_path / "small") as small:
+        folder, arguments = small / "r", [*command(data, small), "search.max_failures=1"]
+        with subprocess.Popen(arguments, env=environment, cwd=tmp_path, stdout=subprocess.DEVNULL) as driver:
+            wait_until(
+                lambda: max(reported(folder), default=0) >= 8 or driver.poll() is not None, "a trial is under way"
+            )
+            before = len(reported(folder))
+            fill(small)
+            assert driver.wait(PATIENCE_S) != 0
+        (small / "filling").unlink()
+        since = time.monotonic()
+        with subprocess.Popen(arguments, env=environment, cwd=tmp_path, stdout=subprocess.DEVNULL) as driver:
+            wait_until(lambda: len(reported(folder)) > before + 2 or driver.poll() is not None, "the search goes on")
+            seconds = time.monotonic() - since
+            assert driver.wait(PATIENCE_S) == 0
+        assert what_was_found(folder) == undisturbed
+    happens = "it ends; after making room the same command continues"
+    table.append(("the disk of a search is full", happens, f"below {EVAL_EVERY} a trial", seconds))
