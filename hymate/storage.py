@@ -238,6 +238,14 @@ def full_disk_told(path: Location) -> Iterator[None]:
         raise
 
 
+def require_room(folder: Location) -> None:
+    """Raises UserError where the disk of a folder is full."""
+    probe = folder / ".probe"
+    with full_disk_told(folder):
+        write_text(" " * (1 << 20), probe)
+    probe.unlink()
+
+
 def write_text(text: str, path: Location) -> None:
     """Write a text file atomically, making its folder."""
     with atomic_path(path) as temporary:

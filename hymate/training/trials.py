@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ from ray import tune
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler
 
-from hymate.config import SearchConfig, TrainConfig
-from hymate.storage import Location, remove_tree, write_text
+from hymate.config import SearchConfig, TrainConfig, UserError
+from hymate.storage import Location, remove_tree, require_room, write_text
 from hymate.telemetry import PROGRESS, Telemetry, read_progress
 from hymate.training import checkpoint, engine
 from hymate.training.attempt import Attempt
@@ -48,6 +49,9 @@ def run_trials(study: Study, search: SearchConfig, train: TrainConfig, attempt: 
     remove_tree(study.run_path / TUNE)
     try:
         grid = _tuner(study, search, train, attempt).fit()
+    except Exception:
+        require_room(study.run_path)  # on a full disk Tune ends in one error or another
+        raise
     finally:
         remove_tree(study.run_path / TUNE)
     return sorted((_outcome(result, study) for result in grid), key=lambda outcome: outcome.index)
@@ -173,13 +177,13 @@ class Progress(tune.Callback):
     def on_trial_result(self, iteration: int, trials: list[Trial], trial: Trial, result: dict, **info: Any) -> None:
         """A trial was evaluated; "done" says that the scheduler has stopped it."""
         if result.get("done"):
-            write_text("", self.run_path / TRIALS / _trial_name(trial) / ENDED)
+            self._note(trial, ENDED, "")
         self._print(trials)
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """A trial failed for good."""
         traceback = Path(trial.error_file).read_text()
-        write_text(traceback, self.run_path / TRIALS / _trial_name(trial) / TRACEBACK)
+        self._note(trial, TRACEBACK, traceback)
         print(f"{_trial_name(trial)} failed: {_cause(traceback)}", flush=True)
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
@@ -190,6 +194,11 @@ class Progress(tune.Callback):
         """Tune's own heartbeat."""
         if time.monotonic() - self.printed > SECONDS_BETWEEN_LINES:
             self._print(trials)
+
+    def _note(self, trial: Trial, name: str, text: str) -> None:
+        """Where the disk is full the trials say so; without this file nothing is lost but some time."""
+        with suppress(OSError, UserError):
+            write_text(text, self.run_path / TRIALS / _trial_name(trial) / name)
 
     def _print(self, trials: list[Trial]) -> None:
         line = self._describe(trials)

@@ -112,13 +112,16 @@ def test_the_disk_is_full_while_a_search_saves(
 ) -> None:
     with small_disk(tmp_path / "small") as small:
         folder, arguments = small / "r", [*command(data, small), "search.max_failures=1"]
-        with subprocess.Popen(arguments, env=environment, cwd=tmp_path, stdout=subprocess.DEVNULL) as driver:
+        with subprocess.Popen(
+            arguments, env=environment, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        ) as driver:
             wait_until(
                 lambda: max(reported(folder), default=0) >= 8 or driver.poll() is not None, "a trial is under way"
             )
             before = len(reported(folder))
             fill(small)
-            assert driver.wait(PATIENCE_S) != 0
+            _, said = driver.communicate(timeout=PATIENCE_S)
+        assert driver.returncode in (1, 2) and re.search(r"\berror: .*no space left", said.splitlines()[-1]), said
         (small / "filling").unlink()
         since = time.monotonic()
         with subprocess.Popen(arguments, env=environment, cwd=tmp_path, stdout=subprocess.DEVNULL) as driver:
