@@ -53,6 +53,7 @@ def _work(function: Callable[..., None], rank: int, world_size: int, port: int, 
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=60))
     function(Worker(rank, world_size, rank, torch.device("cpu")), *args)
     dist.destroy_process_group()
+    os._exit(0)  # at the interpreter's end threads of torch's that still run abort the process now and then
 
 
 class RandomRows:

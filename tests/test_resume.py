@@ -1,24 +1,16 @@
-"""What a search's trial keeps of its checkpoints."""
+"""What a search's trial keeps of its checkpoints; at a URL in test_storage.py."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from s3 import BUCKET, Server, environment, serving
 
-from hymate.storage import Location, locate
+from hymate.storage import Location
 from hymate.training.resume import Kept
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with serving(tmp_path_factory.mktemp("server")) as server, environment(server.environment):
-        yield server
 
 
 def add(kept: Kept, scratch: Path, step: int, score: float) -> None:
@@ -69,14 +61,3 @@ def test_a_state_that_cannot_be_read_is_not_the_best(tmp_path: Path, text: str) 
     add(kept, tmp_path, 2, 0.9)
     (tmp_path / "kept" / "step-000000002" / "state.json").write_text(text)
     assert [metrics["step"] for _, metrics in kept.best_first()] == [1]
-
-
-@pytest.mark.slow
-def test_checkpoints_are_kept_at_a_url(server: Server, tmp_path: Path) -> None:
-    kept = Kept(locate(f"s3://{BUCKET}/trial"), 1)
-    for step, score in enumerate([0.3, 0.9, 0.5], start=1):
-        add(kept, tmp_path, step, score)
-    assert steps(kept.folder) == {2, 3}
-    (name, opened), _ = kept.newest_first()
-    with opened as folder:
-        assert name == "step-000000003" and json.loads((folder / "state.json").read_text())["score"] == 0.5

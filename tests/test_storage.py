@@ -32,6 +32,7 @@ from hymate.data.histories import Histories
 from hymate.data.meds import write_parquet
 from hymate.data.prepare import PrepareConfig, prepare
 from hymate.storage import Location, StorageError, UrlPath, atomic_path, locate, write_text
+from hymate.training.resume import Kept
 
 EVAL_EVERY = 5
 SHORT = ["data.context=64", "data.tokens_per_row=64", "data.min_count=1", "train.warmup_steps=1"]
@@ -112,6 +113,22 @@ def test_names_that_lead_out_of_a_folder_are_refused(server: Server) -> None:
         storage.local_copy(locate(f"s3://{BUCKET}/hostile")),
     ):
         pass
+
+
+def test_a_trial_keeps_its_checkpoints(place: Location, tmp_path: Path) -> None:
+    kept = Kept(place / "trial", 1)
+    for step, score in enumerate([0.3, 0.9, 0.5], start=1):
+        folder = tmp_path / f"of-{step}"
+        folder.mkdir()
+        state = {"step": step, "score": score, "evaluations": [{"mean": score, "step": step}]}
+        (folder / "state.json").write_text(json.dumps(state))
+        (folder / "sha256-00000-of-00001.txt").write_text("these come last")
+        kept.add(folder, step)
+    assert {path.name for path in kept.folder.iterdir()} == {"step-000000002", "step-000000003"}
+    assert [metrics["mean"] for _, metrics in kept.best_first()] == [0.9, 0.5]
+    (name, opened), _ = kept.newest_first()
+    with opened as copy:
+        assert name == "step-000000003" and json.loads((copy / "state.json").read_text())["score"] == 0.5
 
 
 def test_a_place_goes_to_other_processes(place: Location) -> None:
