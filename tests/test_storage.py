@@ -25,13 +25,14 @@ from commands import ROOT, points, ray_processes, readme_commands, run, wait_unt
 from s3 import BUCKET, Server, environment, serving
 from small_cohort import write_meds
 
-from hymate import storage
+from hymate import object_store, storage
 from hymate.bundle import read_bundle
 from hymate.config import UserError
 from hymate.data.histories import Histories
 from hymate.data.meds import write_parquet
 from hymate.data.prepare import PrepareConfig, prepare
-from hymate.storage import Location, StorageError, UrlPath, atomic_path, locate, write_text
+from hymate.object_store import StorageError
+from hymate.storage import Location, UrlPath, atomic_path, locate, write_text
 from hymate.training.resume import Kept
 
 EVAL_EVERY = 5
@@ -177,7 +178,7 @@ def test_writing_outlasts_an_outage(server: Server, caplog: pytest.LogCaptureFix
 
 
 def test_an_outage_that_does_not_end_is_told_and_harms_nothing(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(storage.PATIENCE, "1")
+    monkeypatch.setenv(object_store.PATIENCE, "1")
     path = locate(f"s3://{BUCKET}/long-outage/table.parquet")
     table = pa.table({"number": np.arange(10)})
     write_parquet(table, path)
@@ -245,7 +246,7 @@ def test_preparing_at_a_url_spares_what_is_there(data: str, raw: Path) -> None:
 def settings(server: Server) -> Iterator[dict[str, str]]:
     """Settings of the commands here; Ray's files in a folder with a short name (its sockets' paths are limited)."""
     folder = tempfile.mkdtemp(prefix="hy", dir="/tmp")
-    quick = {"TORCHDYNAMO_DISABLE": "1", "HYMATE_OPS": "reference", storage.PATIENCE: "120"}
+    quick = {"TORCHDYNAMO_DISABLE": "1", "HYMATE_OPS": "reference", object_store.PATIENCE: "120"}
     yield {**os.environ, "RAY_TMPDIR": folder, "PYTHONPATH": str(ROOT), **quick}
     wait_until(lambda: not ray_processes(folder), "Ray's processes end")
     shutil.rmtree(folder, ignore_errors=True)

@@ -50,7 +50,8 @@ from hymate.data.meds import (
 from hymate.data.physionet2012 import PhysioNet2012Source
 from hymate.data.statistics import CodeStatistics
 from hymate.data.synthetic import SyntheticConfig, SyntheticSource
-from hymate.storage import Location, StorageError, UrlPath, locate, readable, remove_tree, write_text
+from hymate.object_store import StorageError
+from hymate.storage import Location, UrlPath, locate, readable, remove_tree, write_text
 
 WORK = ".work"  # inside histories/: the journal and what later stages need
 JOURNAL_S = 10.0  # between two journals at a URL

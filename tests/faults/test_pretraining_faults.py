@@ -29,7 +29,7 @@ from small_disk import fill, small_disk
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from test_pretrain import command, flip_a_bit, saved_steps, scalars, started, train_workers
 
-from hymate import storage
+from hymate import object_store, storage
 from hymate.training.checkpoint import verify
 
 STEPS, EVAL_EVERY = 60, 10
@@ -276,7 +276,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 def test_the_storage_is_out_of_reach_for_a_while(
     server: Server, disturbed: Disturbed, undisturbed: Path, data: Path, tmp_path: Path, table: list
 ) -> None:
-    environment = {**disturbed.environment, **server.environment, storage.PATIENCE: "120"}
+    environment = {**disturbed.environment, **server.environment, object_store.PATIENCE: "120"}
     temporary, runs = Path(environment["TMPDIR"]), f"s3://{BUCKET}/a-while"
     with started(command(data, tmp_path, f"run.dir={runs}"), environment, tmp_path) as driver:
         disturbed.until(lambda: known_checkpoints(runs) >= 1, driver)
@@ -295,7 +295,7 @@ def test_the_storage_is_out_of_reach_for_a_while(
 def test_the_storage_is_out_of_reach_for_too_long(
     server: Server, disturbed: Disturbed, undisturbed: Path, data: Path, tmp_path: Path, table: list
 ) -> None:
-    environment = {**disturbed.environment, **server.environment, storage.PATIENCE: "8"}
+    environment = {**disturbed.environment, **server.environment, object_store.PATIENCE: "8"}
     runs = f"s3://{BUCKET}/for-long"
     arguments = command(data, tmp_path, f"run.dir={runs}", "train.max_failures=1")
     with started(arguments, environment, tmp_path, stderr=subprocess.PIPE) as driver:
