@@ -118,27 +118,17 @@ def _decision(axes: Axes, label_N: Array, prob_N: Array) -> None:
 def draw_benchmark(
     path: Location, rows: Sequence[Mapping[str, Any]], curves: Mapping[str, tuple[Array, Array]], chance: float
 ) -> None:
-    """Write the PNG of a benchmark: AUPRC over the share of training patients, where there are several, ROC,
-    precision-recall and calibration.
+    """Write the PNG of a benchmark: ROC, precision-recall, calibration, and AUPRC over the share of training patients,
+    or where there is one share the differences to gradient boosting.
 
     rows: of benchmark.json; curves: each contender's labels and probabilities, by name; chance: the prevalence.
     """
     figure = Figure(figsize=INCHES, layout="constrained")
-    by_share, roc, precision_recall, calibration = figure.subplots(2, 2).flat
-    shares = sorted({row["share"] for row in rows})
-    for name in dict.fromkeys(row["name"] for row in rows):
-        own = sorted((r["share"], r["auprc"]["mean"], r["auprc"]["sd"] or 0.0) for r in rows if r["name"] == name)
-        if len(own) > 1:
-            share, mean, deviation = np.array(own).T
-            by_share.errorbar(share, mean, yerr=deviation, fmt="o-", capsize=2, label=name.replace("_", " "))
-    by_share.set(title="Few labels", xlabel="share of the training patients", ylabel="AUPRC, mean and deviation")
-    by_share.set_xscale("log")
-    by_share.set_xticks(shares, [f"{share:.0%}" for share in shares])
-    by_share.set_xticks([], minor=True)
-    if len(shares) > 1:
-        by_share.legend(loc="lower right", frameon=False, fontsize="small")
+    compared, roc, precision_recall, calibration = figure.subplots(2, 2).flat
+    if len({row["share"] for row in rows}) > 1:
+        _draw_shares(compared, rows)
     else:
-        by_share.set_visible(False)
+        _draw_differences(compared, rows)
     roc.plot([0, 1], [0, 1], color=GREY, linestyle=":")
     precision_recall.axhline(chance, color=GREY, linestyle=":")
     for name, (label_N, prob_N) in curves.items():
@@ -159,3 +149,35 @@ def draw_benchmark(
         axes.spines[["top", "right"]].set_visible(False)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=DPI, format="png")
+
+
+def _draw_shares(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
+    shares = sorted({row["share"] for row in rows})
+    for name in dict.fromkeys(row["name"] for row in rows):
+        own = sorted((r["share"], r["auprc"]["mean"], r["auprc"]["sd"] or 0.0) for r in rows if r["name"] == name)
+        if len(own) > 1:
+            share, mean, deviation = np.array(own).T
+            axes.errorbar(share, mean, yerr=deviation, fmt="o-", capsize=2, label=name.replace("_", " "))
+    axes.set(title="Few labels", xlabel="share of the training patients", ylabel="AUPRC, mean and deviation")
+    axes.set_xscale("log")
+    axes.set_xticks(shares, [f"{share:.0%}" for share in shares])
+    axes.set_xticks([], minor=True)
+    axes.legend(loc="lower right", frameon=False, fontsize="small")
+
+
+def _draw_differences(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
+    others = [row for row in rows if row["name"] != "gradient_boosting"]
+    axes.axvline(0, color=GREY, linestyle=":")
+    for shift, metric in ((-0.12, "auroc"), (0.12, "auprc")):
+        told = [(place + shift, row[metric]["difference"]) for place, row in enumerate(others)]
+        told = [(place, difference) for place, difference in told if difference["ci"] is not None]
+        if told:
+            y, middle = np.array([[place, difference["value"]] for place, difference in told]).T
+            low, high = np.array([difference["ci"] for _, difference in told]).T
+            arms = np.maximum(0, [middle - low, high - middle])  # of few patients the interval may lie beside it
+            axes.errorbar(middle, y, xerr=arms, fmt="o", capsize=2, label=metric.upper())
+    axes.set_yticks(range(len(others)), [row["name"].replace("_", " ") for row in others])
+    axes.invert_yaxis()
+    axes.set(title="Less gradient boosting's, 95 % intervals", xlabel="difference")
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc="best", frameon=False, fontsize="small")
