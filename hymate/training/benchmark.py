@@ -177,7 +177,7 @@ def _run_all(config: BenchmarkConfig, waiting: Sequence[Run]) -> None:
     import ray
 
     resources = {"num_cpus": config.train.cpus_per_worker, "num_gpus": float(config.train.use_gpu)}
-    remote, pretraining = (ray.remote(max_calls=1, max_retries=0, **resources)(task) for task in (_run, _pretrain))
+    remote, pretraining = (ray.remote(max_calls=1, max_retries=0, **resources)(task) for task in (_run, pretrain))
     pretrained: dict[int, Any] = {}  # by seed
     started, queue = time.monotonic(), list(waiting)
     running: dict[Any, Run] = {}
@@ -240,7 +240,7 @@ def _run_contender(
     contender = config.contenders[run.name]
     vocabulary = read_vocabulary(config.data)
     start = Start(config.model_of(contender), config.data, vocabulary, state)
-    trial = _trial(config, contender, start, run)
+    trial = trial_of(config, contender, start, run)
     started = time.monotonic()
     teacher = []
     if trial.teacher_share:
@@ -265,7 +265,7 @@ def _run_contender(
             _write(config, named, examples, probabilities, **more)
 
 
-def _trial(config: BenchmarkConfig, contender: Contender, start: Start, run: Run) -> TrialConfig:
+def trial_of(config: BenchmarkConfig, contender: Contender, start: Start, run: Run) -> TrialConfig:
     """As few labels are soon learned, a share of them gets its root's share of the steps."""
     steps = max(config.train.eval_every, round(config.train.max_steps * run.share**0.5))
     warmup = min(config.train.warmup_steps, steps // 4)
@@ -273,7 +273,7 @@ def _trial(config: BenchmarkConfig, contender: Contender, start: Start, run: Run
     return trial_config([config.task], train, start, {**config.point, **contender.point})
 
 
-def _pretrain(config: BenchmarkConfig, seed: int) -> tuple[dict[str, Tensor], float]:
+def pretrain(config: BenchmarkConfig, seed: int) -> tuple[dict[str, Tensor], float]:
     """Weights that were pretrained with this seed, and how long that took; trained once for all shares."""
     torch.set_num_threads(config.train.cpus_per_worker)
     path = config.run.path / "pretrained" / f"{seed}.safetensors"

@@ -1,0 +1,163 @@
+"""The benchmark's contender `distilled` against gradient boosting, cross-validated over the train and tuning stays.
+
+    python tests/benchmarks/cross_validation.py DATA_DIR [--task mortality] [--folds 4] [--seed 0] [--quick]
+
+Of each fold's other patients 600 choose the checkpoint and boosting's number of trees, all else is for training; the
+held-out split is not touched. Pretraining is one for all folds, on the inputs of the train split. Prints a Markdown
+table: the means over the folds of the last checkpoint and of the best one, and their differences to boosting with the
+95 % interval over labels resampled within each fold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import multiprocessing
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from hymate import baselines, metrics
+from hymate.bundle import read_weights
+from hymate.command import load
+from hymate.data.features import FeatureConfig, choose, features
+from hymate.data.histories import Histories
+from hymate.data.loader import Examples, labelled_examples, united
+from hymate.data.tasks import labels
+from hymate.predict import score
+from hymate.storage import locate
+from hymate.telemetry import Telemetry
+from hymate.training import engine
+from hymate.training.benchmark import BenchmarkConfig, Run, pretrain, trial_of
+from hymate.training.finetune import (
+    Start,
+    labelled_rows,
+    parameter_groups,
+    risk_model,
+    taught,
+    tuning_scores,
+)
+from hymate.training.pretraining import read_vocabulary
+
+TUNING_SUBJECTS, SAMPLES = 600, 500
+QUICK = ["pretrain.max_steps=4", "pretrain.warmup_steps=1", "pretrain.eval_every=4", "train.max_steps=4"]
+QUICK += ["train.warmup_steps=1", "train.eval_every=2"]
+Fold = tuple[np.ndarray, dict[str, np.ndarray]]  # labels, and what each model makes of them
+
+
+def folds_of(everyone: Examples, folds: int, fold: int) -> tuple[Examples, Examples, Examples]:
+    """Training, tuning and test examples; a subject is in one of them."""
+    subjects = np.unique(everyone.subject_id_E)
+    order = np.random.default_rng(0).permutation(subjects)
+    test, others = order[fold::folds], np.delete(order, np.s_[fold::folds])
+    tuning = np.random.default_rng(fold).permutation(others)[:TUNING_SUBJECTS]
+    of_test, of_tuning = (np.isin(everyone.subject_id_E, some) for some in (test, tuning))
+    return everyone.only(~of_test & ~of_tuning), everyone.only(of_tuning), everyone.only(of_test)
+
+
+def cross_validate(config: BenchmarkConfig, folds: int, fold: int, seed: int, weights: str) -> Fold:
+    torch.set_num_threads(1)
+    histories, table = Histories.open(config.data.path), labels(locate(config.data.path), config.task).table
+    parts = [labelled_examples(histories, table, split) for split in ("train", "tuning")]
+    joined: dict[str, Any] = {
+        name: np.concatenate([vars(part)[name] for part in parts]) for name in vars(parts[0]) if name != "dropped"
+    }
+    training, tuning, test = folds_of(united([dataclasses.replace(parts[0], **joined)]), folds, fold)
+
+    spec = choose(histories, training, FeatureConfig())
+    told, told_tuning, told_test = (features(histories, part, spec) for part in (training, tuning, test))
+    boosting = baselines.fit("gradient_boosting", told, told_tuning, seed)
+    scores = {"gradient boosting": boosting.probability(told_test.value_EX)}
+
+    contender = config.contenders["distilled"]
+    vocabulary = read_vocabulary(config.data)
+    start = Start(config.model_of(contender), config.data, vocabulary, read_weights(Path(weights)))
+    trial = trial_of(config, contender, start, Run("distilled", 1.0, seed))
+    teacher_E = baselines.cross_fitted(histories, training, tuning, seed)
+    tuning_rows, test_rows = (labelled_rows(start, trial, histories, part) for part in (tuning, test))
+    evaluated: list[tuple[float, np.ndarray]] = []  # on the tuning and on the test examples
+    with tempfile.TemporaryDirectory() as folder, engine.single_process(config.train.use_gpu) as worker:
+
+        def evaluate(model: Any) -> dict[str, float]:
+            found = tuning_scores(tuning, score(model, tuning_rows, worker.device), trial.tasks)
+            evaluated.append((found["mean"], score(model, test_rows, worker.device).logit_ET[:, 0]))
+            return found
+
+        model = risk_model(start, trial)
+        job = engine.Job(
+            module=model,
+            groups=parameter_groups(model, trial),
+            rows=labelled_rows(start, trial, histories, taught(training, teacher_E, trial.teacher_share)),
+            evaluate=evaluate,
+            score="mean",
+            mode="max",
+        )
+        engine.train(
+            job,
+            trial.train,
+            worker,
+            report=lambda metrics, checkpoint: shutil.rmtree(checkpoint),
+            telemetry=Telemetry(Path(folder), enabled=False),
+            resume=None,
+        )
+    scores["HyMaTE, the last checkpoint"] = evaluated[-1][1]
+    scores["HyMaTE, the best on the tuning examples"] = max(evaluated, key=lambda each: each[0])[1]
+    return test.label_E, scores
+
+
+def pretrain_once(config: BenchmarkConfig, seed: int) -> None:
+    """In a process of its own; what it returns stays in the run's folder."""
+    pretrain(config, seed)
+
+
+def areas(results: list[Fold], name: str, at: list[np.ndarray]) -> np.ndarray:
+    """AUROC and AUPRC, mean over the folds, of some labels of each."""
+    of_fold = [
+        [area(label_N[rows], scores[name][rows]) for area in (metrics.auroc, metrics.auprc)]
+        for (label_N, scores), rows in zip(results, at, strict=True)
+    ]
+    return np.mean(np.array(of_fold, dtype=float), axis=0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path, help="a prepared dataset")
+    parser.add_argument("--task", default="mortality")
+    parser.add_argument("--folds", type=int, default=4)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quick", action="store_true", help="a few steps, to see that it runs")
+    options = parser.parse_args()
+    os.environ.update(OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu")
+    with tempfile.TemporaryDirectory() as folder:
+        settings = [f"task={options.task}", f"data.path={options.data.absolute()}", f"run.dir={folder}"]
+        config = load("benchmark", settings + (QUICK if options.quick else []), BenchmarkConfig)
+        spawn = multiprocessing.get_context("spawn")
+        with spawn.Pool(len(os.sched_getaffinity(0)), maxtasksperchild=1) as pool:
+            pool.apply(pretrain_once, (config, options.seed))
+            weights = str(config.run.path / "pretrained" / f"{options.seed}.safetensors")
+            tasks = [(config, options.folds, fold, options.seed, weights) for fold in range(options.folds)]
+            results: list[Fold] = pool.starmap(cross_validate, tasks, chunksize=1)
+    everyone = [np.arange(len(label_N)) for label_N, _ in results]
+    rng = np.random.default_rng(0)
+    samples = [[rng.choice(rows, len(rows)) for rows in everyone] for _ in range(SAMPLES)]
+    print("| model | AUROC | AUPRC | less boosting's: AUROC | AUPRC |\n|---|---|---|---|---|")
+    reference = "gradient boosting"
+    for name in results[0][1]:
+        found = areas(results, name, everyone)
+        cells = [f"{value:.4f}" for value in found] + ["", ""]
+        if name != reference:
+            difference = found - areas(results, reference, everyone)
+            drawn = [areas(results, name, at) - areas(results, reference, at) for at in samples]
+            low, high = np.quantile(drawn, [0.025, 0.975], axis=0)
+            triples = zip(difference, low, high, strict=True)
+            cells[2:] = [f"{value:.4f} [{least:.4f}, {most:.4f}]" for value, least, most in triples]
+        print(f"| {name} | {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main()
