@@ -53,7 +53,8 @@ from challenge import STAY
 from hymate.config import DataConfig, ModelConfig, TaskConfig, UserError
 from hymate.data import physionet2012
 from hymate.data.histories import Histories, History
-from hymate.data.meds import DATA_SCHEMA, LABEL_SCHEMA, MedsSource, SplitsConfig, iter_events, read_labels, read_splits
+from hymate.data.meds import DATA_SCHEMA, LABEL_SCHEMA, SplitsConfig, iter_events, read_labels, read_splits
+from hymate.data.meds_source import MedsSource
 from hymate.data.physionet2012 import PhysioNet2012Source
 from hymate.data.prepare import PrepareConfig, prepare
 from hymate.data.statistics import NUM_KNOTS, VOCABULARY_SCHEMA

@@ -27,7 +27,8 @@ from hymate.command import check_same_run, load
 from hymate.config import ConfigError, TaskConfig, UserError
 from hymate.data import physionet2012
 from hymate.data.histories import Histories
-from hymate.data.meds import MedsSource, SplitsConfig, read_labels
+from hymate.data.meds import SplitsConfig, read_labels
+from hymate.data.meds_source import MedsSource
 from hymate.data.physionet2012 import PhysioNet2012Source
 from hymate.data.tasks import labels
 from hymate.data.vocabulary import Vocabulary

@@ -6,10 +6,7 @@ stream: what they hold does not grow with a shard.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +21,7 @@ import pyarrow.parquet as pq
 from flexible_schema.exceptions import SchemaValidationError, TableValidationError  # type: ignore[import-untyped]
 
 from hymate.config import ConfigError, UserError
-from hymate.storage import Location, UrlPath, atomic_path, files_below, local_copy, readable, write_text
+from hymate.storage import Location, UrlPath, atomic_path, files_below, readable, write_text
 
 DATA_SCHEMA: pa.Schema = meds.DataSchema.schema().remove(4)  # text_value is never used
 LABEL_SCHEMA: pa.Schema = meds.LabelSchema.schema()
@@ -163,7 +160,7 @@ def iter_events(path: Location, code_ids: dict[str, int], named: Location | None
     """
     carried: Events | None = None
     row = 0
-    for batch in _batches(path, DATA_SCHEMA.names, named or path):
+    for batch in read_batches(path, DATA_SCHEMA.names, named or path):
         part = _decode(batch, code_ids, row, named or path)
         row += len(part)
         part = carried.followed_by(part) if carried is not None else part
@@ -204,19 +201,21 @@ def read_parquet(path: Location, columns: Sequence[str] | None = None) -> pa.Tab
     return table
 
 
-def _batches(path: Location, columns: Sequence[str], named: Location) -> Iterator[pa.RecordBatch]:
+def read_batches(path: Location, columns: Sequence[str], named: Location) -> Iterator[pa.RecordBatch]:
+    """Columns of a shard, as far as it has them, in batches of ROWS; raises DataError that names the file `named`."""
     try:
         with open_parquet(path, read_dictionary=["code"], buffer_size=1 << 20, pre_buffer=False) as file:
             present = [c for c in columns if c in file.schema_arrow.names]
-            for batch in file.iter_batches(batch_size=ROWS, columns=present, use_threads=False):
+            for batch in file.iterread_batches(batch_size=ROWS, columns=present, use_threads=False):
                 batch.validate(full=True)  # PyArrow reads damaged pages into places in a dictionary that it hasn't
                 if batch.num_rows:
                     yield batch
     except UNREADABLE as error:
-        raise _unreadable(named) from error
+        raise unreadable(named) from error
 
 
-def _unreadable(path: Location) -> DataError:
+def unreadable(path: Location) -> DataError:
+    """What is said of a file where reading it raises UNREADABLE."""
     return DataError(f"{path}: not a readable Parquet file (truncated or damaged): fetch or write it again")
 
 
@@ -248,7 +247,7 @@ def read_splits(root: Location) -> pa.Table:
     Raises DataError where the file is missing, malformed or names a subject twice.
     """
     path = root / meds.subject_splits_filepath
-    table = _read(path, meds.SubjectSplitSchema)
+    table = read_small(path, meds.SubjectSplitSchema)
     ids = table["subject_id"].to_numpy()
     order = np.argsort(ids, kind="stable")
     twice = np.flatnonzero(np.diff(ids[order]) == 0)
@@ -267,22 +266,25 @@ def read_labels(folder: Location) -> pa.Table:
     files = files_below(folder, ".parquet")
     if not files:
         raise DataError(f"{folder}: no label files (*.parquet): give a folder of MEDS labels")
-    return _without_null_columns(pa.concat_tables([_read_label_file(path) for path in files.values()]))
+    return without_null_columns(pa.concat_tables([read_label_file(path) for path in files.values()]))
 
 
-def _without_null_columns(labels: pa.Table) -> pa.Table:
+def without_null_columns(labels: pa.Table) -> pa.Table:
+    """Labels without the value columns that hold nothing."""
+
     def is_null(name: str) -> bool:
         return labels[name].null_count == labels.num_rows and (labels.num_rows > 0 or name != "boolean_value")
 
     return labels.drop_columns([name for name in labels.column_names[2:] if is_null(name)])
 
 
-def _read_label_file(path: Location) -> pa.Table:
+def read_label_file(path: Location) -> pa.Table:
+    """One file of labels, in the standard's columns and types; raises DataError where it is malformed."""
     try:
         table = read_parquet(path)
     except UNREADABLE as error:
-        raise _unreadable(path) from error
-    _check_columns(path, table.schema, LABEL_KINDS, LABEL_SCHEMA, "MEDS labels have")
+        raise unreadable(path) from error
+    check_columns(path, table.schema, LABEL_KINDS, LABEL_SCHEMA, "MEDS labels have")
     columns = []
     for spec in LABEL_SCHEMA:
         required = spec.name in LABEL_SCHEMA.names[:2]
@@ -306,202 +308,25 @@ def _read_label_file(path: Location) -> pa.Table:
     return labels
 
 
-def _read(path: Location, schema: Any) -> pa.Table:
-    """A small MEDS file as its schema wants it."""
+def read_small(path: Location, schema: Any) -> pa.Table:
+    """A small MEDS file as its schema wants it; raises DataError where it is missing or malformed."""
     if not path.is_file():
         raise DataError(f"{path}: missing: a MEDS dataset has it")
     try:
         table = read_parquet(path)
-        _check_columns(path, table.schema, TABLE_KINDS, schema.schema(), f"MEDS {MEDS_VERSION} has")
+        check_columns(path, table.schema, TABLE_KINDS, schema.schema(), f"MEDS {MEDS_VERSION} has")
         return schema.align(table)
     except (SchemaValidationError, TableValidationError) as error:
         fault = str(error).encode("unicode_escape").decode()  # it quotes columns' names
         raise DataError(f"{path}: {fault[:300]}: write it as MEDS {MEDS_VERSION} has it") from error
     except UNREADABLE as error:
-        raise _unreadable(path) from error
+        raise unreadable(path) from error
 
 
-# ----------------------------------------------------------------------------------------------- a MEDS dataset
+# ------------------------------------------------------------------------------------------------------ columns
 
 
-@dataclass(frozen=True)
-class MedsSource:
-    """A MEDS 0.4 dataset: checked, then linked (copied where linking is impossible).
-
-    Subjects keep the splits of metadata/subject_splits.parquet; without that file they are split by a seeded hash
-    of their ids into the shares of `splits`. Label folders (labels/<task>/) come along.
-    """
-
-    raw: Location
-    splits: SplitsConfig
-    seed: int
-    name: str = "meds"
-
-    def shards(self) -> list[str]:
-        if not self.raw.is_dir():
-            raise DataError(f"{self.raw}: no such folder: raw=DIR must be a MEDS dataset (data/, metadata/)")
-        folder = self.raw / meds.data_subdirectory
-        shards = sorted(name.removesuffix(".parquet") for name in files_below(folder, ".parquet"))
-        if not shards:
-            raise DataError(f"{folder}: no *.parquet shards: raw=DIR must be a MEDS dataset (data/, metadata/)")
-        self._check_version()
-        return shards
-
-    def _check_version(self) -> None:
-        path = self.raw / meds.dataset_metadata_filepath
-        try:
-            version = json.loads(path.read_text())["meds_version"]
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise DataError(
-                f'{path}: missing or without "meds_version": write {{"meds_version": "{meds.__version__}"}} there '
-                f"if this is a MEDS {MEDS_VERSION} dataset"
-            ) from error
-        if str(version).split(".")[:2] != MEDS_VERSION.split("."):
-            raise DataError(
-                f"{path}: MEDS version {' '.join(str(version).split())[:20]} is not supported: convert the dataset to "
-                f"MEDS {MEDS_VERSION}"
-            )
-
-    def fingerprint(self) -> str:
-        digest = hashlib.sha256()
-        files = [f"{meds.data_subdirectory}/{shard}.parquet" for shard in self.shards()]
-        files += [meds.dataset_metadata_filepath, *self._label_files()]
-        if (self.raw / meds.subject_splits_filepath).is_file():
-            files.append(meds.subject_splits_filepath)
-        else:
-            digest.update(repr((self.splits, self.seed)).encode())
-        for name in files:
-            # A Parquet footer holds sizes, offsets and statistics of all columns: it stands for the content.
-            with (self.raw / name).open("rb") as file:
-                size = file.seek(0, os.SEEK_END)
-                file.seek(max(0, size - (1 << 16)))
-                digest.update(f"{name} {size}\n".encode())
-                digest.update(file.read())
-        return digest.hexdigest()
-
-    def write_shard(self, shard: str, out: Location) -> None:
-        raw = self._raw_shard(shard)
-        conforms = _check_schema(raw)
-        with atomic_path(out / meds.data_subdirectory / f"{shard}.parquet") as temporary:
-            if conforms:
-                _link_or_copy(raw, temporary)
-            else:
-                _copy_aligned(raw, temporary)
-            check_events(temporary, named=raw)
-
-    def finish(self, out: Location) -> None:
-        subject_id_N = self._subjects()
-        if (self.raw / meds.subject_splits_filepath).is_file():
-            splits = read_splits(self.raw)
-            self._check_all_split(subject_id_N, splits["subject_id"].to_numpy())
-        else:
-            split_N = self.splits.assign(hash64(subject_id_N.view(np.uint64), self.seed) / 2.0**64)
-            splits = pa.table({"subject_id": subject_id_N, "split": split_N})
-        codes_path = self.raw / meds.code_metadata_filepath
-        codes = _read(codes_path, meds.CodeMetadataSchema) if codes_path.is_file() else codes_table({})
-        dataset = json.loads((self.raw / meds.dataset_metadata_filepath).read_text())
-        write_metadata(out, dataset, splits, codes)
-        for name, path in self._label_files().items():
-            write_parquet(_without_null_columns(_read_label_file(path)), out / name)
-
-    def _raw_shard(self, shard: str) -> Location:
-        return self.raw / meds.data_subdirectory / f"{shard}.parquet"
-
-    def _label_files(self) -> dict[str, Location]:
-        """The files of all label folders, by their path in the dataset."""
-        folder = self.raw / "labels"
-        tasks = [task for task in folder.iterdir() if task.is_dir()] if folder.is_dir() else []
-        return {
-            f"labels/{task.name}/{name}": path
-            for task in sorted(tasks, key=str)
-            for name, path in files_below(task, ".parquet").items()
-        }
-
-    def _subjects(self) -> np.ndarray:
-        """All subjects, sorted; raises DataError where one is in two shards."""
-        shards = self.shards()
-        ids = [_subjects_of(self._raw_shard(shard)) for shard in shards]
-        shard_N = np.repeat(np.arange(len(shards)), [len(i) for i in ids])
-        subject_id_N = np.concatenate(ids)
-        order = np.argsort(subject_id_N, kind="stable")
-        subject_id_N = subject_id_N[order]
-        twice = np.flatnonzero(np.diff(subject_id_N) == 0)
-        if len(twice):
-            first, second = (self._raw_shard(shards[shard_N[order[twice[0] + k]]]) for k in (0, 1))
-            raise DataError(f"{first} and {second}: share {len(twice)} subject(s): write each subject into one shard")
-        return subject_id_N
-
-    def _check_all_split(self, subject_id_N: np.ndarray, known_M: np.ndarray) -> None:
-        without = int((~np.isin(subject_id_N, known_M)).sum())
-        if without:
-            path = self.raw / meds.subject_splits_filepath
-            raise DataError(
-                f"{path}: {without} of {len(subject_id_N)} subjects have no split: add them, "
-                "or remove the file to have all subjects split by hash"
-            )
-
-
-def hash64(key_N: np.ndarray, seed: int) -> np.ndarray:
-    """Well mixed 64-bit hashes (splitmix64) of uint64 keys."""
-    x = key_N.astype(np.uint64) + np.uint64((seed + 1) * 0x9E3779B97F4A7C15 % 2**64)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-def check_events(path: Location, named: Location) -> None:
-    """Check what schemas cannot say of a shard: subjects contiguous, times sorted, values finite, not empty.
-
-    Raises DataError that names the file `named`.
-    """
-    subjects = []
-    for events in iter_events(path, {}, named):
-        starts = events.starts
-        subjects.append(events.subject_id_R[starts])
-        _check_sorted(events, named)
-        infinite = np.flatnonzero(np.isinf(events.value_R))
-        if len(infinite):
-            row = events.first_row + infinite[0]
-            raise DataError(f"{named}: row {row}: numeric_value is infinite: write null where there is no number")
-    if not subjects:
-        raise DataError(f"{named}: holds no rows: delete the shard or extract it again")
-    subject_id_N = np.concatenate(subjects)
-    scattered = len(subject_id_N) - len(np.unique(subject_id_N))
-    if scattered:
-        raise DataError(f"{named}: {scattered} subject(s) not contiguous: sort the shard by subject_id, time")
-
-
-def _check_sorted(events: Events, named: Location) -> None:
-    timed = np.flatnonzero(events.time_R != STATIC_TIME)
-    subject_id, time = events.subject_id_R[timed], events.time_R[timed]
-    earlier = np.flatnonzero((time[1:] < time[:-1]) & (subject_id[1:] == subject_id[:-1]))
-    if len(earlier):
-        row = events.first_row + timed[earlier[0] + 1]
-        raise DataError(f"{named}: row {row}: earlier than the row before: sort the shard by subject_id, time")
-
-
-def _check_schema(path: Location) -> bool:
-    """Whether a shard conforms to the MEDS schema as it is; False where a cast makes it.
-
-    Raises DataError for columns that are missing or of another kind.
-    """
-    try:
-        with open_parquet(path) as file:
-            schema = file.schema_arrow
-    except UNREADABLE as error:
-        raise _unreadable(path) from error
-    _check_columns(path, schema, DATA_KINDS, DATA_SCHEMA, f"MEDS {MEDS_VERSION} has")
-    missing = [name for name in ("subject_id", "time", "code") if name not in schema.names]
-    if missing:
-        raise DataError(f"{path}: column {', '.join(missing)} is missing: MEDS {MEDS_VERSION} shards have it")
-    try:
-        meds.DataSchema.validate(schema.empty_table())
-    except (SchemaValidationError, TableValidationError):
-        return False
-    return True
-
-
-def _check_columns(
+def check_columns(
     path: Location, schema: pa.Schema, kinds: Mapping[str, Callable[[pa.DataType], bool]], wanted: pa.Schema, says: str
 ) -> None:
     """Raises DataError where a column occurs twice, or one of `wanted` is not of the kind that a cast can mend."""
@@ -539,36 +364,9 @@ LABEL_KINDS = {
 }
 
 
-def _copy_aligned(raw: Location, target: Path) -> None:
-    """Copy a shard's MEDS columns, cast to the standard's types."""
-    with pq.ParquetWriter(target, DATA_SCHEMA, compression="zstd") as writer:
-        for number, batch in enumerate(_batches(raw, DATA_SCHEMA.names, raw)):
-            try:
-                columns = [_aligned(batch, spec) for spec in DATA_SCHEMA]
-            except pa.ArrowInvalid as error:
-                # what pyarrow says of it quotes the value
-                raise DataError(
-                    f"{raw}: rows from {number * ROWS}: a value does not fit the types of MEDS or would lose digits: "
-                    f"write subject_id as int64, time as timestamp[us], numeric_value as float"
-                ) from error
-            writer.write_table(pa.table(columns, schema=DATA_SCHEMA))
-
-
-def _aligned(batch: pa.RecordBatch, spec: pa.Field) -> pa.Array:
-    if spec.name not in batch.schema.names:
-        return pa.nulls(batch.num_rows, spec.type)
-    return batch.column(spec.name).cast(spec.type)
-
-
-def _link_or_copy(raw: Location, target: Path) -> None:
-    with local_copy(raw) as found:
-        try:
-            os.link(found, target)
-        except OSError:  # another file system, or one without links
-            shutil.copyfile(found, target)
-
-
-def _subjects_of(path: Location) -> np.ndarray:
-    """The subjects of a shard, sorted."""
-    batches = _batches(path, ["subject_id"], path)
-    return np.unique(np.concatenate([np.unique(batch.column(0).to_numpy()) for batch in batches])).astype(np.int64)
+def hash64(key_N: np.ndarray, seed: int) -> np.ndarray:
+    """Well mixed 64-bit hashes (splitmix64) of uint64 keys."""
+    x = key_N.astype(np.uint64) + np.uint64((seed + 1) * 0x9E3779B97F4A7C15 % 2**64)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

@@ -39,7 +39,6 @@ from hymate.config import ConfigError, UserError
 from hymate.data.histories import FOLDER, FORMAT_VERSION, Splits, read_metadata, write_histories
 from hymate.data.meds import (
     DataError,
-    MedsSource,
     Source,
     SplitsConfig,
     codes_table,
@@ -47,6 +46,7 @@ from hymate.data.meds import (
     read_splits,
     write_parquet,
 )
+from hymate.data.meds_source import MedsSource
 from hymate.data.physionet2012 import PhysioNet2012Source
 from hymate.data.statistics import CodeStatistics
 from hymate.data.synthetic import SyntheticConfig, SyntheticSource
