@@ -206,7 +206,7 @@ def read_batches(path: Location, columns: Sequence[str], named: Location) -> Ite
     try:
         with open_parquet(path, read_dictionary=["code"], buffer_size=1 << 20, pre_buffer=False) as file:
             present = [c for c in columns if c in file.schema_arrow.names]
-            for batch in file.iterread_batches(batch_size=ROWS, columns=present, use_threads=False):
+            for batch in file.iter_batches(batch_size=ROWS, columns=present, use_threads=False):
                 batch.validate(full=True)  # PyArrow reads damaged pages into places in a dictionary that it hasn't
                 if batch.num_rows:
                     yield batch
