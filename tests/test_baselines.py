@@ -27,7 +27,8 @@ from hymate.data.histories import Histories
 from hymate.data.loader import Examples, labelled_examples
 from hymate.data.meds import SPLITS, read_labels, write_parquet
 from hymate.data.prepare import PrepareConfig, prepare
-from hymate.data.synthetic import DISTRACTORS, SyntheticConfig
+from hymate.data.synthetic_codes import DISTRACTORS
+from hymate.data.synthetic_course import SyntheticConfig
 
 KINDS = ["gradient_boosting", "logistic_regression", "lightgbm"]
 SETTINGS = ["features.max_features=400", "features.windows_hours=[48]"]

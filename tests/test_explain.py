@@ -26,7 +26,7 @@ from hymate.data.histories import Histories
 from hymate.data.loader import Examples, labelled_examples
 from hymate.data.meds import read_labels
 from hymate.data.prepare import PrepareConfig, prepare
-from hymate.data.synthetic import DISTRACTORS
+from hymate.data.synthetic_codes import DISTRACTORS
 from hymate.data.synthetic_law import CREATININE, HAEMOGLOBIN, HEART_FAILURE
 from hymate.data.vocabulary import Vocabulary
 from hymate.model import RiskModel

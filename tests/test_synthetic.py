@@ -26,7 +26,9 @@ from hymate.command import build
 from hymate.config import ConfigError, TaskConfig
 from hymate.data import synthetic_law as law
 from hymate.data.meds import SplitsConfig
-from hymate.data.synthetic import DISTRACTORS, LACTATE, SyntheticConfig, SyntheticSource
+from hymate.data.synthetic import SyntheticSource
+from hymate.data.synthetic_codes import DISTRACTORS, LACTATE
+from hymate.data.synthetic_course import SyntheticConfig
 from hymate.metrics import auprc, auroc
 
 DAY_US = 86_400_000_000

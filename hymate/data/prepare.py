@@ -49,7 +49,8 @@ from hymate.data.meds import (
 from hymate.data.meds_source import MedsSource
 from hymate.data.physionet2012 import PhysioNet2012Source
 from hymate.data.statistics import CodeStatistics
-from hymate.data.synthetic import SyntheticConfig, SyntheticSource
+from hymate.data.synthetic import SyntheticSource
+from hymate.data.synthetic_course import SyntheticConfig
 from hymate.object_store import StorageError
 from hymate.storage import Location, UrlPath, locate, readable, remove_tree, write_text
 

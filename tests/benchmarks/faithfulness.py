@@ -25,7 +25,7 @@ from hymate.bundle import read_bundle
 from hymate.data.histories import Histories
 from hymate.data.loader import labelled_examples
 from hymate.data.meds import read_labels
-from hymate.data.synthetic import DISTRACTORS
+from hymate.data.synthetic_codes import DISTRACTORS
 from hymate.data.synthetic_law import COPD, CREATININE, HAEMOGLOBIN, HEART_FAILURE
 from hymate.predict import best_device
 
