@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -10,7 +11,43 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hymate.storage import Location
-from hymate.training.resume import Kept
+from hymate.telemetry import Telemetry
+from hymate.training.engine import single_process
+from hymate.training.resume import Kept, newest_whole
+
+
+class Notes(Telemetry):
+    """Keeps what is told."""
+
+    def __init__(self) -> None:
+        super().__init__(Path("unused"), enabled=False)
+        self.told: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.told.append(text)
+
+
+def whole(folder: Path) -> None:
+    """A checkpoint as it was written."""
+    names = ("optimizer-00000-of-00001.safetensors", "model.safetensors", "state.json")
+    folder.mkdir()
+    for name in names:
+        (folder / name).write_text(name)
+    sums = [f"{hashlib.sha256(name.encode()).hexdigest()}  {name}\n" for name in sorted(names)]
+    (folder / "sha256-00000-of-00001.txt").write_text("".join(sums))
+
+
+@pytest.mark.parametrize("num_damaged", [0, 1, 2, 3])
+def test_the_newest_whole_checkpoint_is_found_and_what_is_passed_over_is_told(tmp_path: Path, num_damaged: int) -> None:
+    kept, notes = Kept(tmp_path, 3), Notes()
+    for step in (1, 2, 3):
+        whole(tmp_path / f"step-{step:09d}")
+    for step in range(3, 3 - num_damaged, -1):
+        (tmp_path / f"step-{step:09d}" / "model.safetensors").write_text("damaged")
+    with single_process(False) as worker, newest_whole(kept.newest_first(), worker, notes) as (found, damages):
+        assert found == (tmp_path / f"step-{3 - num_damaged:09d}" if num_damaged < 3 else None)
+    assert len(damages) == num_damaged and all("model.safetensors is not what was written" in each for each in damages)
+    assert notes.told == ([f"{each}; the checkpoint before is used" for each in damages] if num_damaged < 3 else [])
 
 
 def add(kept: Kept, scratch: Path, step: int, score: float) -> None:

@@ -43,9 +43,11 @@ from hymate.record import recorded
 from hymate.storage import Location, atomic_path, local_copy, locate, write_text
 from hymate.telemetry import Telemetry
 from hymate.training import engine, pictures, space, tables
+from hymate.training.checkpoint import read_verified_weights
 from hymate.training.finetune import Start, Study, TrialConfig, run_trial
 from hymate.training.launch import absolute, ray_session
 from hymate.training.pretraining import PretrainConfig, pretraining_job, read_vocabulary
+from hymate.training.resume import Kept
 from hymate.training.search import trial_config
 
 BASELINES: tuple[baselines.Kind, ...] = ("gradient_boosting", "logistic_regression")
@@ -248,10 +250,10 @@ def _run_contender(
         teacher = [baselines.cross_fitted(histories, train, tuning, run.seed)]
     study = Study(start, [table], METRIC, [trial], config.run.path, teacher)
     with tempfile.TemporaryDirectory() as folder, engine.single_process(config.train.use_gpu) as worker:
-        kept = _Kept(Path(folder), config.averaged)
+        kept = Kept(Path(folder), config.averaged)
         telemetry = Telemetry(config.run.path / "tb" / run.file, enabled=True)
-        run_trial(study, trial, worker=worker, report=kept.report, resume=None, telemetry=telemetry)
-        states = kept.states()
+        run_trial(study, trial, worker=worker, report=_keeping(kept), resume=None, telemetry=telemetry)
+        states = _best_weights(kept)
     seconds = time.monotonic() - started
     examples: dict[str, Examples] = {split: labelled_examples(histories, table, split) for split in COMPARED}
     average = {name: torch.stack([state[name] for state in states]).mean(dim=0) for name in states[0]}
@@ -284,10 +286,10 @@ def pretrain(config: BenchmarkConfig, seed: int) -> tuple[dict[str, Tensor], flo
         started = time.monotonic()
         with tempfile.TemporaryDirectory() as folder, engine.single_process(config.train.use_gpu) as worker:
             job = pretraining_job(settings, worker)
-            kept = _Kept(Path(folder), 1, job.score, -1.0)
+            kept = Kept(Path(folder), 1, job.mode)
             telemetry = Telemetry(config.run.path / "tb" / f"pretrained-{seed}", enabled=True)
-            engine.train(job, settings.train, worker, report=kept.report, telemetry=telemetry, resume=None)
-            (state,) = kept.states()
+            engine.train(job, settings.train, worker, report=_keeping(kept), telemetry=telemetry, resume=None)
+            (state,) = _best_weights(kept)
         with atomic_path(path) as temporary:
             write_weights(state, temporary)
         write_text(json.dumps(time.monotonic() - started) + "\n", path.with_suffix(".json"))
@@ -295,26 +297,17 @@ def pretrain(config: BenchmarkConfig, seed: int) -> tuple[dict[str, Tensor], flo
         return read_weights(copy), json.loads(path.with_suffix(".json").read_text())
 
 
-class _Kept:
-    """The weights of a training's best evaluations, in a folder."""
-
-    def __init__(self, folder: Path, count: int, score: str = METRIC, sign: float = 1.0) -> None:
-        self.folder, self.count, self.score, self.sign = folder, count, score, sign
-        self.best: list[tuple[float, Path]] = []
-
-    def report(self, metrics: dict[str, float], checkpoint: Path) -> None:
-        """`engine.Report`."""
-        path = self.folder / f"{int(metrics['step'])}.safetensors"
-        shutil.move(checkpoint / "model.safetensors", path)
+def _keeping(kept: Kept) -> engine.Report:
+    def report(metrics: dict[str, float], checkpoint: Path) -> None:
+        kept.add(checkpoint, int(metrics["step"]))
         shutil.rmtree(checkpoint)
-        self.best = sorted([*self.best, (self.sign * metrics[self.score], path)], reverse=True)
-        for _, worse in self.best[self.count :]:
-            worse.unlink()
-        self.best = self.best[: self.count]
 
-    def states(self) -> list[dict[str, Tensor]]:
-        """Best first."""
-        return [read_weights(path) for _, path in self.best]
+    return report
+
+
+def _best_weights(kept: Kept) -> list[dict[str, Tensor]]:
+    """Best first."""
+    return [read_verified_weights(folder) for folder, _ in kept.best_first()[: kept.num_best]]
 
 
 def _calibrated(bundle: Bundle, histories: Histories, examples: Mapping[str, Examples]) -> dict[Split, Array]:
@@ -474,4 +467,4 @@ def _draw(config: BenchmarkConfig, found: Mapping[str, Any]) -> None:
             probability_N = np.mean([table["probability"].to_numpy() for table in predictions], axis=0)
             curves[name.replace("_", " ")] = (predictions[0]["label"].to_numpy(), probability_N)
     chance = float(np.mean(next(iter(curves.values()))[0]))
-    pictures.draw_benchmark(config.run.path / "benchmark.png", found["rows"], curves, chance)
+    pictures.draw_benchmark(config.run.path / "benchmark.png", found["rows"], curves, chance, REFERENCE)

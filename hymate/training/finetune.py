@@ -177,13 +177,40 @@ def run_trial(
     telemetry: Telemetry,
 ) -> None:
     """Train one trial to its end, or until the caller's `report` stops it."""
-    start, histories = study.start, Histories.open(trial.data.path)
+    histories = Histories.open(trial.data.path)
     parts, tuning_parts = (
         [labelled_examples(histories, table, split) for table in study.labels] for split in ("train", "tuning")
     )
     if trial.teacher_share:
         parts = [taught(part, told_E, trial.teacher_share) for part, told_E in zip(parts, study.teacher, strict=True)]
-    training, tuning = united(parts), united(tuning_parts)
+    train_on(
+        study.start,
+        trial,
+        histories,
+        united(parts),
+        united(tuning_parts),
+        metric=study.metric,
+        worker=worker,
+        report=report,
+        resume=resume,
+        telemetry=telemetry,
+    )
+
+
+def train_on(
+    start: Start,
+    trial: TrialConfig,
+    histories: Histories,
+    training: Examples,
+    tuning: Examples,
+    *,
+    metric: str,
+    worker: engine.Worker,
+    report: engine.Report,
+    resume: Path | None,
+    telemetry: Telemetry,
+) -> None:
+    """Train on the one, evaluate on the other examples; metric: one of `tuning_scores`."""
     tuning_rows = labelled_rows(start, trial, histories, tuning)
 
     def evaluate(model: Any) -> dict[str, float]:
@@ -195,7 +222,7 @@ def run_trial(
         groups=parameter_groups(model, trial),
         rows=labelled_rows(start, trial, histories, training),
         evaluate=evaluate,
-        score=study.metric,
+        score=metric,
         mode="max",
     )
     description = yaml.safe_dump(dataclasses.asdict(trial), sort_keys=False)

@@ -179,11 +179,11 @@ def _train_worker(config: PretrainConfig, attempt: Attempt) -> dict[str, Any]:
     watched = attempt.watched() if worker.rank == 0 else nullcontext(lambda: False)
     latest = train.get_checkpoint()
     stored = () if latest is None else newest_first(latest, worker)
-    with newest_whole(stored, worker, telemetry) as resume, watched as stop:
-        if latest is not None and resume is None:
+    with newest_whole(stored, worker, telemetry) as (resume, damages), watched as stop:
+        if resume is None and damages:
             raise Unrecoverable(
-                f"no checkpoint in {config.run.path / CHECKPOINTS} is whole: put a copy back, or delete the run "
-                "to begin again"
+                f"no checkpoint in {config.run.path / CHECKPOINTS} is whole ({damages[0]}): put a copy back, or delete "
+                "the run to begin again"
             )
         if worker.rank == 0:
             step = 0 if resume is None else checkpoint.read_state(resume)["step"]

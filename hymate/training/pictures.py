@@ -116,10 +116,14 @@ def _decision(axes: Axes, label_N: Array, prob_N: Array) -> None:
 
 
 def draw_benchmark(
-    path: Location, rows: Sequence[Mapping[str, Any]], curves: Mapping[str, tuple[Array, Array]], chance: float
+    path: Location,
+    rows: Sequence[Mapping[str, Any]],
+    curves: Mapping[str, tuple[Array, Array]],
+    chance: float,
+    reference: str,
 ) -> None:
     """Write the PNG of a benchmark: ROC, precision-recall, calibration, and AUPRC over the share of training patients,
-    or where there is one share the differences to gradient boosting.
+    or where there is one share the differences to the reference.
 
     rows: of benchmark.json; curves: each contender's labels and probabilities, by name; chance: the prevalence.
     """
@@ -128,7 +132,7 @@ def draw_benchmark(
     if len({row["share"] for row in rows}) > 1:
         _draw_shares(compared, rows)
     else:
-        _draw_differences(compared, rows)
+        _draw_differences(compared, rows, reference)
     roc.plot([0, 1], [0, 1], color=GREY, linestyle=":")
     precision_recall.axhline(chance, color=GREY, linestyle=":")
     for name, (label_N, prob_N) in curves.items():
@@ -165,8 +169,8 @@ def _draw_shares(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
     axes.legend(loc="lower right", frameon=False, fontsize="small")
 
 
-def _draw_differences(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
-    others = [row for row in rows if row["name"] != "gradient_boosting"]
+def _draw_differences(axes: Axes, rows: Sequence[Mapping[str, Any]], reference: str) -> None:
+    others = [row for row in rows if row["name"] != reference]
     axes.axvline(0, color=GREY, linestyle=":")
     for shift, metric in ((-0.12, "auroc"), (0.12, "auprc")):
         told = [(place + shift, row[metric]["difference"]) for place, row in enumerate(others)]
@@ -178,6 +182,6 @@ def _draw_differences(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
             axes.errorbar(middle, y, xerr=arms, fmt="o", capsize=2, label=metric.upper())
     axes.set_yticks(range(len(others)), [row["name"].replace("_", " ") for row in others])
     axes.invert_yaxis()
-    axes.set(title="Less gradient boosting's, 95 % intervals", xlabel="difference")
+    axes.set(title=f"Less {reference.replace('_', ' ')}'s, 95 % intervals", xlabel="difference")
     if axes.get_legend_handles_labels()[0]:
         axes.legend(loc="best", frameon=False, fontsize="small")

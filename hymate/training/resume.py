@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from pyarrow.fs import FileSelector, FileType
 
@@ -48,17 +48,11 @@ def mend_list(folder: Location, mode: str) -> None:
             return
     except (ValueError, KeyError, TypeError):
         pass  # no JSON, or not what Ray writes
-    kept, scores = [], []
-    for name in names:
-        with suppress(OSError, ValueError, KeyError, TypeError):  # what is damaged is no use
-            state = json.loads((folder / name / checkpoint.STATE).read_text())
-            evaluated = state["score"] is not None
-            metrics = state["evaluations"][-1] if evaluated else {"step": state["step"]}
-            kept.append({"checkpoint_dir_name": name, "metrics": metrics})
-            scores.append(state["score"] * (1 if mode == "max" else -1) if evaluated else -math.inf)
-    if not kept:
+    stored = list(_states(folder, "checkpoint_"))
+    if not stored:
         raise UserError(f"no checkpoint is left in {folder}: put a copy back, or delete the run to begin again")
-    worst_first = sorted(range(len(kept)), key=scores.__getitem__)
+    kept = [{"checkpoint_dir_name": each.folder.name, "metrics": each.metrics} for each in stored]
+    worst_first = sorted(range(len(kept)), key=lambda i: stored[i].rank(mode))
     mended = {
         "ray_version": ray.__version__,
         "checkpoint_results": [kept[i] for i in worst_first],
@@ -75,14 +69,41 @@ def mend_list(folder: Location, mode: str) -> None:
     print(f"{folder}: Ray's list of the checkpoints was no use; it was written anew from what is there", flush=True)
 
 
+class _State(NamedTuple):
+    """What a checkpoint says of itself; score and evaluation are missing where a run was only stopped."""
+
+    folder: Location
+    step: int
+    score: float | None
+    metrics: dict[str, float]
+
+    def rank(self, mode: str) -> tuple[float, int]:
+        """Greater is better; of equals the later one."""
+        sign = 1 if mode == "max" else -1
+        return (-math.inf if self.score is None else sign * self.score), self.step
+
+
+def _states(folder: Location, prefix: str) -> Iterator[_State]:
+    """Of the checkpoints of a folder, in the order of time; those that cannot be read are left out."""
+    for name in sorted(path.name for path in folder.glob(f"{prefix}*")):
+        path = folder / name
+        with suppress(OSError, ValueError, KeyError, TypeError, IndexError):
+            state = json.loads((path / checkpoint.STATE).read_text())
+            step, score = int(state["step"]), state["score"]
+            metrics = {"step": step} if score is None else state["evaluations"][-1]
+            yield _State(path, step, score if score is None else float(score), metrics)
+
+
 @contextmanager
 def newest_whole(
     stored: Iterable[tuple[str, AbstractContextManager[str | Path]]], worker: Worker, telemetry: Telemetry
-) -> Iterator[Path | None]:
-    """Local folder of the first of some checkpoints, the newest first, that is not damaged; None where none is.
+) -> Iterator[tuple[Path | None, list[str]]]:
+    """Local folder of the first of some checkpoints, the newest first, that is not damaged, and what is wrong with
+    those before it; None where none is whole.
 
-    stored: names, and what makes each a local folder. Collective; tells of those that are damaged.
+    stored: names, and what makes each a local folder. Collective; tells of those that are passed over.
     """
+    damages: list[str] = []
     for name, opened in stored:
         with opened as folder:
             damage = ""
@@ -91,11 +112,12 @@ def newest_whole(
             except Damaged as error:
                 damage = str(error)
             if not anyone(bool(damage), worker):
-                yield Path(folder)
+                for passed_over in damages:
+                    telemetry.note(f"{passed_over}; the checkpoint before is used")
+                yield Path(folder), damages
                 return
-            damage = damage or f"{name} is damaged on another worker"
-            telemetry.note(f"{damage}; the checkpoint before is used")
-    yield None
+            damages.append(damage or f"{name} is damaged on another worker")
+    yield None, damages
 
 
 def newest_first(latest: Any, worker: Worker) -> Iterator[tuple[str, AbstractContextManager[str]]]:
@@ -113,13 +135,14 @@ def newest_first(latest: Any, worker: Worker) -> Iterator[tuple[str, AbstractCon
 
 @dataclass(frozen=True)
 class Kept:
-    """The checkpoints of a search's trial in `folder`: the last one, and the `num_best` with the highest scores.
+    """The checkpoints of one process's training in `folder`: the last one, and the `num_best` with the best scores.
 
-    A trial is continued from them alone, for what it has reported is in each (`engine.Standing.evaluations`).
+    A search's trial is continued from them alone, for what it has reported is in each (`engine.Standing.evaluations`).
     """
 
     folder: Location
     num_best: int
+    mode: Literal["min", "max"] = "max"
 
     def newest_first(self) -> Iterator[tuple[str, AbstractContextManager[Path]]]:
         """For `newest_whole`."""
@@ -140,14 +163,9 @@ class Kept:
 
     def best_first(self) -> list[tuple[Location, dict[str, float]]]:
         """Checkpoints with the metrics of their evaluations; those whose state cannot be read are left out."""
-        return [(path, metrics) for _, _, path, metrics in sorted(self._states(), key=lambda it: it[:2], reverse=True)]
+        scored = [state for state in _states(self.folder, STEP) if state.score is not None]
+        return [(s.folder, s.metrics) for s in sorted(scored, key=lambda s: s.rank(self.mode), reverse=True)]
 
     def last_step(self) -> int | None:
         """That of the last evaluation."""
-        return max((step for _, step, *_ in self._states()), default=None)
-
-    def _states(self) -> Iterator[tuple[float, int, Location, dict[str, float]]]:
-        for path in self.folder.glob(f"{STEP}*"):
-            with suppress(OSError, ValueError, KeyError, TypeError, IndexError):
-                state = json.loads((path / checkpoint.STATE).read_text())
-                yield float(state["score"]), int(state["step"]), path, state["evaluations"][-1]
+        return max((state.step for state in _states(self.folder, STEP)), default=None)

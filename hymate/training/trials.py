@@ -108,9 +108,13 @@ def _trial(parameters: dict[str, Any], study: Study, attempt: Attempt) -> None:
     telemetry = Telemetry(study.run_path / "tb" / name, enabled=True)
     with (
         engine.single_process(trial.train.use_gpu) as worker,
-        newest_whole(kept.newest_first(), worker, telemetry) as resume,
+        newest_whole(kept.newest_first(), worker, telemetry) as (resume, damages),
     ):
-        if resume is not None:
+        if resume is None:
+            ended.unlink(missing_ok=True)
+            if damages:
+                telemetry.note(f"{damages[0]}; no checkpoint is whole, the trial begins again")
+        else:
             for scores in checkpoint.read_state(resume)["evaluations"]:
                 tune.report(scores)
             if ended.is_file():

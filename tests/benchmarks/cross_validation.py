@@ -34,14 +34,8 @@ from hymate.storage import locate
 from hymate.telemetry import Telemetry
 from hymate.training import engine
 from hymate.training.benchmark import BenchmarkConfig, Run, pretrain, trial_of
-from hymate.training.finetune import (
-    Start,
-    labelled_rows,
-    parameter_groups,
-    risk_model,
-    taught,
-    tuning_scores,
-)
+from hymate.training.checkpoint import load_weights
+from hymate.training.finetune import Start, labelled_rows, risk_model, taught, train_on
 from hymate.training.pretraining import read_vocabulary
 
 TUNING_SUBJECTS, SAMPLES = 600, 500
@@ -79,31 +73,29 @@ def cross_validate(config: BenchmarkConfig, folds: int, fold: int, seed: int, we
     start = Start(config.model_of(contender), config.data, vocabulary, read_weights(Path(weights)))
     trial = trial_of(config, contender, start, Run("distilled", 1.0, seed))
     teacher_E = baselines.cross_fitted(histories, training, tuning, seed)
-    tuning_rows, test_rows = (labelled_rows(start, trial, histories, part) for part in (tuning, test))
-    evaluated: list[tuple[float, np.ndarray]] = []  # on the tuning and on the test examples
+    test_rows = labelled_rows(start, trial, histories, test)
+    evaluated: list[
+        tuple[float, np.ndarray]
+    ] = []  # a checkpoint's score on the tuning examples, its logits of the test's
     with tempfile.TemporaryDirectory() as folder, engine.single_process(config.train.use_gpu) as worker:
 
-        def evaluate(model: Any) -> dict[str, float]:
-            found = tuning_scores(tuning, score(model, tuning_rows, worker.device), trial.tasks)
-            evaluated.append((found["mean"], score(model, test_rows, worker.device).logit_ET[:, 0]))
-            return found
+        def report(metrics: dict[str, float], checkpoint: Path) -> None:
+            model = risk_model(start, trial)
+            load_weights(model, checkpoint)
+            evaluated.append((metrics["mean"], score(model.eval(), test_rows, worker.device).logit_ET[:, 0]))
+            shutil.rmtree(checkpoint)
 
-        model = risk_model(start, trial)
-        job = engine.Job(
-            module=model,
-            groups=parameter_groups(model, trial),
-            rows=labelled_rows(start, trial, histories, taught(training, teacher_E, trial.teacher_share)),
-            evaluate=evaluate,
-            score="mean",
-            mode="max",
-        )
-        engine.train(
-            job,
-            trial.train,
-            worker,
-            report=lambda metrics, checkpoint: shutil.rmtree(checkpoint),
-            telemetry=Telemetry(Path(folder), enabled=False),
+        train_on(
+            start,
+            trial,
+            histories,
+            taught(training, teacher_E, trial.teacher_share),
+            tuning,
+            metric="mean",
+            worker=worker,
+            report=report,
             resume=None,
+            telemetry=Telemetry(Path(folder), enabled=False),
         )
     scores["HyMaTE, the last checkpoint"] = evaluated[-1][1]
     scores["HyMaTE, the best on the tuning examples"] = max(evaluated, key=lambda each: each[0])[1]
