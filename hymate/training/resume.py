@@ -40,11 +40,11 @@ def mend_list(folder: Location, mode: str) -> None:
     file = folder / LIST
     if not file.is_file():
         return
-    names = sorted(path.name for path in folder.glob("checkpoint_*") if path.is_dir())  # in the order of time
+    there = {path.name for path in folder.glob("checkpoint_*") if path.is_dir()}
     try:
         found = json.loads(file.read_text())
         listed = {kept["checkpoint_dir_name"] for kept in found["checkpoint_results"]}
-        if found["ray_version"] == ray.__version__ and listed <= set(names):
+        if found["ray_version"] == ray.__version__ and listed <= there:
             return
     except (ValueError, KeyError, TypeError):
         pass  # no JSON, or not what Ray writes
