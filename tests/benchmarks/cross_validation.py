@@ -4,8 +4,9 @@
 
 Of each fold's other patients 600 choose the checkpoint and boosting's number of trees, all else is for training; the
 held-out split is not touched. Pretraining is one for all folds, on the inputs of the train split. Prints a Markdown
-table: the means over the folds of the last checkpoint and of the best one, and their differences to boosting with the
-95 % interval over labels resampled within each fold.
+table of the last checkpoint and the best one, each recalibrated on those 600: areas, means over the folds, their
+differences to boosting with the 95 % interval over labels resampled within each fold, and the calibration error of all
+folds' probabilities together.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hymate import baselines, metrics
+from hymate import baselines, metrics, trust
 from hymate.bundle import read_weights
 from hymate.command import load
 from hymate.data.features import FeatureConfig, choose, features
@@ -73,16 +74,16 @@ def cross_validate(config: BenchmarkConfig, folds: int, fold: int, seed: int, we
     start = Start(config.model_of(contender), config.data, vocabulary, read_weights(Path(weights)))
     trial = trial_of(config, contender, start, Run("distilled", 1.0, seed))
     teacher_E = baselines.cross_fitted(histories, training, tuning, seed)
-    test_rows = labelled_rows(start, trial, histories, test)
-    evaluated: list[
-        tuple[float, np.ndarray]
-    ] = []  # a checkpoint's score on the tuning examples, its logits of the test's
+    rows = [labelled_rows(start, trial, histories, examples) for examples in (tuning, test)]
+    scored: list[tuple[float, np.ndarray]] = []  # a checkpoint's mean on the tuning examples, its test probabilities
     with tempfile.TemporaryDirectory() as folder, engine.single_process(config.train.use_gpu) as worker:
 
         def report(metrics: dict[str, float], checkpoint: Path) -> None:
             model = risk_model(start, trial)
             load_weights(model, checkpoint)
-            evaluated.append((metrics["mean"], score(model.eval(), test_rows, worker.device).logit_ET[:, 0]))
+            tuning_E, test_E = (score(model.eval(), part, worker.device).logit_ET[:, 0] for part in rows)
+            recalibrated_E = trust.recalibrate(tuning.label_E, tuning_E)(test_E)
+            scored.append((metrics["mean"], torch.sigmoid(torch.from_numpy(recalibrated_E)).numpy()))
             shutil.rmtree(checkpoint)
 
         train_on(
@@ -97,8 +98,8 @@ def cross_validate(config: BenchmarkConfig, folds: int, fold: int, seed: int, we
             resume=None,
             telemetry=Telemetry(Path(folder), enabled=False),
         )
-    scores["HyMaTE, the last checkpoint"] = evaluated[-1][1]
-    scores["HyMaTE, the best on the tuning examples"] = max(evaluated, key=lambda each: each[0])[1]
+    scores["HyMaTE, the last checkpoint"] = scored[-1][1]
+    scores["HyMaTE, the best on the tuning examples"] = max(scored, key=lambda each: each[0])[1]
     return test.label_E, scores
 
 
@@ -137,17 +138,19 @@ def main() -> None:
     everyone = [np.arange(len(label_N)) for label_N, _ in results]
     rng = np.random.default_rng(0)
     samples = [[rng.choice(rows, len(rows)) for rows in everyone] for _ in range(SAMPLES)]
-    print("| model | AUROC | AUPRC | less boosting's: AUROC | AUPRC |\n|---|---|---|---|---|")
+    label_N = np.concatenate([label_N for label_N, _ in results])
+    print("| model | AUROC | AUPRC | less boosting's: AUROC | AUPRC | calibration error |\n|---|---|---|---|---|---|")
     reference = "gradient boosting"
     for name in results[0][1]:
         found = areas(results, name, everyone)
-        cells = [f"{value:.4f}" for value in found] + ["", ""]
+        error = metrics.ece(label_N, np.concatenate([scores[name] for _, scores in results]))
+        cells = [f"{value:.4f}" for value in found] + ["", "", f"{error:.3f}"]
         if name != reference:
             difference = found - areas(results, reference, everyone)
             drawn = [areas(results, name, at) - areas(results, reference, at) for at in samples]
             low, high = np.quantile(drawn, [0.025, 0.975], axis=0)
             triples = zip(difference, low, high, strict=True)
-            cells[2:] = [f"{value:.4f} [{least:.4f}, {most:.4f}]" for value, least, most in triples]
+            cells[2:4] = [f"{value:.4f} [{least:.4f}, {most:.4f}]" for value, least, most in triples]
         print(f"| {name} | {' | '.join(cells)} |")
 
 
