@@ -392,4 +392,6 @@ def test_a_search_whose_trials_all_fail_says_why(
     failed = subprocess.run(line, env=ray_env, capture_output=True, text=True, timeout=300)
     assert failed.returncode == 2
     assert "all 1 trials failed, the first with FloatingPointError" in failed.stderr
+    assert "0 done, 0 running, 1 failed" in failed.stdout
+    assert len(starts(tmp_path / "r" / "tb" / "trial-0")) == 1, "it was tried again, which ends the same way"
     assert not (tmp_path / "r" / "results.json").exists() and not (tmp_path / "r" / "bundle").exists()

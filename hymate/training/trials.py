@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import time
+import traceback
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -91,11 +92,20 @@ def _trial_name(trial: Trial) -> str:
 
 
 def _trial(parameters: dict[str, Any], study: Study, attempt: Attempt) -> None:
-    """One trial, in a process of its own."""
-    trial = study.trials[parameters["index"]]
-    name = f"trial-{parameters['index']}"
+    """One trial, in a process of its own. One that diverges returns, as Tune would try again what ends the same way."""
+    failed = study.run_path / TRIALS / f"trial-{parameters['index']}" / TRACEBACK
+    failed.unlink(missing_ok=True)
+    try:
+        _run(parameters["index"], study, attempt)
+    except (engine.Unrecoverable, FloatingPointError):
+        write_text(traceback.format_exc(), failed)
+
+
+def _run(index: int, study: Study, attempt: Attempt) -> None:
+    trial = study.trials[index]
+    name = f"trial-{index}"
     torch.set_num_threads(trial.train.cpus_per_worker)
-    kept, ended = _kept(study, parameters["index"]), study.run_path / TRIALS / name / ENDED
+    kept, ended = _kept(study, index), study.run_path / TRIALS / name / ENDED
 
     def report(scores: dict[str, float], folder: Path) -> None:
         try:
@@ -139,14 +149,16 @@ def _outcome(result: tune.Result, study: Study) -> Outcome:
     kept = _kept(study, index)
     best, step = checkpoint.first_whole(kept.best_first()), kept.last_step()
     ended: Status = "finished" if step == study.trials[index].train.max_steps else "stopped early"
+    failed = study.run_path / TRIALS / f"trial-{index}" / TRACEBACK
+    error = str(result.error or "") or (failed.read_text() if failed.is_file() else None)
     return Outcome(
         index=index,
         parameters=_parameters(study.trials[index]),
-        status=ended if result.error is None else "failed",
+        status=ended if error is None else "failed",
         step=step,
         best={key: value for key, value in best.metrics.items() if key.rsplit("/")[-1] in SCORES} if best else {},
         checkpoint=best.folder if best else None,
-        error=None if result.error is None else _cause(str(result.error)),
+        error=None if error is None else _cause(error),
     )
 
 
@@ -177,6 +189,7 @@ class Progress(tune.Callback):
         self.started = self.printed = time.monotonic()
         self.line = ""
         self.told: set[str] = set()
+        self.failed: set[str] = set()
 
     def on_trial_result(self, iteration: int, trials: list[Trial], trial: Trial, result: dict, **info: Any) -> None:
         """A trial was evaluated; "done" says that the scheduler has stopped it."""
@@ -186,18 +199,25 @@ class Progress(tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """A trial failed for good."""
-        traceback = Path(trial.error_file).read_text()
-        self._note(trial, TRACEBACK, traceback)
-        print(f"{_trial_name(trial)} failed: {_cause(traceback)}", flush=True)
+        text = Path(trial.error_file).read_text()
+        self._note(trial, TRACEBACK, text)
+        self._fail(trial, text)
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        """A trial ended well."""
+        """A trial ended well, or has diverged."""
+        diverged = self.run_path / TRIALS / _trial_name(trial) / TRACEBACK
+        if diverged.is_file():
+            self._fail(trial, diverged.read_text())
         self._print(trials)
 
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
         """Tune's own heartbeat."""
         if time.monotonic() - self.printed > SECONDS_BETWEEN_LINES:
             self._print(trials)
+
+    def _fail(self, trial: Trial, text: str) -> None:
+        self.failed.add(_trial_name(trial))
+        print(f"{_trial_name(trial)} failed: {_cause(text)}", flush=True)
 
     def _note(self, trial: Trial, name: str, text: str) -> None:
         """Where the disk is full the trials say so; without this file nothing is lost but some time."""
@@ -212,8 +232,10 @@ class Progress(tune.Callback):
         self.line, self.printed = line, time.monotonic()
 
     def _describe(self, trials: list[Trial]) -> str:
-        counts = {"done": Trial.TERMINATED, "running": Trial.RUNNING, "failed": Trial.ERROR, "waiting": Trial.PENDING}
-        parts = ["trials " + ", ".join(f"{sum(t.status == s for t in trials)} {n}" for n, s in counts.items())]
+        named = {Trial.TERMINATED: "done", Trial.RUNNING: "running", Trial.PENDING: "waiting"}
+        states = ["failed" if _trial_name(trial) in self.failed else named.get(trial.status) for trial in trials]
+        counts = (f"{states.count(state)} {state}" for state in ("done", "running", "failed", "waiting"))
+        parts = ["trials " + ", ".join(counts)]
         scored = [(t.metric_analysis[self.metric]["max"], t) for t in trials if self.metric in t.metric_analysis]
         if scored:
             best, trial = max(scored, key=lambda pair: pair[0])
