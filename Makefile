@@ -40,7 +40,7 @@ test: $(VENV)/.installed
 test-faults: $(VENV)/.installed
 	$(PY) -m pytest -q -o addopts="-ra --strict-markers -p no:cacheprovider" tests/faults
 
-# every figure of tests/benchmarks/RESULTS.md that needs no data of its own; QUICK=--quick for a first look
+# the speed of mixers, encoders, streaming, loading and training, and the curve over context; QUICK=--quick for a first look
 bench: $(VENV)/.installed
 	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_ARGS) --editable ".[bench]"
 	$(PY) tests/benchmarks/mixers.py $(QUICK)

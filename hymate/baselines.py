@@ -3,9 +3,9 @@
     python -m hymate.baselines data.path=DATA_DIR task=mortality out=DIR
 
 Trains on the train split, chooses on the tuning split (the number of trees, or the strength of logistic regression's
-penalty), and scores the held-out split once. `out` then holds results.json (the scores of
-`hymate.metrics`, the settings, the importance of variables and features) and predictions.parquet (the MEDS prediction
-schema).
+penalty), and scores the held-out split once. `out` then holds results.json (the scores of `hymate.metrics`, what was
+chosen, the importance of variables and features), predictions.parquet (the MEDS prediction schema) and run.json (the
+settings).
 
 Shape legend: E examples, X features (see `hymate.data.features`), M marks of what is missing.
 """
@@ -31,11 +31,11 @@ from sklearn.pipeline import make_pipeline
 from threadpoolctl import threadpool_limits
 
 from hymate import metrics
-from hymate.command import RECORD, main, to_tree
+from hymate.command import RECORD, main
 from hymate.config import ConfigError, TaskConfig, UserError
 from hymate.data.features import FeatureConfig, FeatureTable, choose, features
 from hymate.data.histories import Histories
-from hymate.data.loader import Examples, labelled_examples
+from hymate.data.loader import Examples, labelled_examples, require_both_classes
 from hymate.data.meds import SPLITS, write_parquet
 from hymate.data.tasks import LabelSet, labels
 from hymate.predict import prediction_table
@@ -288,7 +288,7 @@ def cross_fitted(histories: Histories, train: Examples, tuning: Examples, seed: 
     """Gradient boosting's probability of each training example (E,), by a model that learned from no example of the
     same subject: the folds are of subjects. The tuning split chooses each model's number of trees.
 
-    Raises UserError where there are too few labels to do without a fold, or too many features.
+    Raises UserError where there are too few labels to do without a fold.
     """
     spec = choose(histories, train, FeatureConfig())
     table, tuning_table = (features(histories, examples, spec) for examples in (train, tuning))
@@ -321,14 +321,10 @@ def run(config: BaselinesConfig) -> None:
     histories = Histories.open(root)
     label_set = labels(root, config.task)
     examples = {split: labelled_examples(histories, label_set.table, split) for split in SPLITS}
-    for split in ("train", "tuning"):
-        positives = int((examples[split].label_E > 0.5).sum())
-        if positives in (0, len(examples[split])):
-            raise UserError(f"all {len(examples[split])} labels of the {split} split are alike: a model needs both")
-
-    claim = {**to_tree(config), "data_fingerprint": histories.fingerprint}
+    require_both_classes(config.task, examples, ("train", "tuning"))
     (out / RECORD).unlink(missing_ok=True)  # each run is a new one
-    with recorded(out, "baselines", claim) as outcome:
+    inputs = {"data.path": histories.fingerprint, "task.labels": label_set.digest()}
+    with recorded(out, "baselines", config, inputs) as outcome:
         found = _scored(config, histories, label_set, examples)
         write_text(json.dumps(found, indent=1, allow_nan=False) + "\n", out / RESULTS)
         outcome |= {name: found[name]["value"] for name in ("auroc", "auprc")}

@@ -254,28 +254,30 @@ def read_record(run: Location) -> dict[str, Any] | None:
         record = json.loads(path.read_text())
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not readable: choose another run.name") from error
-    kinds = {"command": str, "config": dict, "data_fingerprint": str, "outcome": dict, "attempts": list}
+    kinds = {"command": str, "config": dict, "inputs": dict, "outcome": dict, "attempts": list}
     if not isinstance(record, dict) or any(not isinstance(record.get(key), kind) for key, kind in kinds.items()):
         raise ConfigError(f"{path} is not the record of a run: choose another run.name")
     return record
 
 
-def check_same_run(run: Location, claim: Mapping[str, Any], changeable: Set[str]) -> None:
-    """Whether the configuration that a run folder holds, if any, is this one but for `changeable` keys.
+def check_same_run(run: Location, config: Any, inputs: Mapping[str, str], changeable: Set[str]) -> None:
+    """Whether the run that a folder holds, if any, has this configuration, but for `changeable` keys, and these inputs.
 
-    claim: the configuration's tree and the `data_fingerprint`. Raises ConfigError naming the first key that differs.
+    inputs: digests of what settings of the configuration name, by the settings' names. Raises ConfigError naming the
+    first key that differs.
     """
     record = read_record(run)
     if record is None:
         return
-    old, new = _flat({**record["config"], "data_fingerprint": record["data_fingerprint"]}), _flat(claim)
+    remedy = f"choose another run.name, or delete {run}"
+    old, new = _flat(record["config"]), _flat(to_tree(config))
     for key in sorted((old.keys() | new.keys()) - changeable):
         if old.get(key) != new.get(key):
-            what = "the dataset" if key == "data_fingerprint" else key
-            raise ConfigError(
-                f"{run} holds a run with another configuration: {what} was {old.get(key)}, now {new.get(key)}; "
-                f"choose another run.name, or delete {run}"
-            )
+            was = f"{key} was {old.get(key)}, now {new.get(key)}"
+            raise ConfigError(f"{run} holds a run with another configuration: {was}; {remedy}")
+    for key in sorted(record["inputs"].keys() | inputs.keys()):
+        if record["inputs"].get(key) != inputs.get(key):
+            raise ConfigError(f"{run} holds a run of another content of {key}; {remedy}")
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -4,7 +4,7 @@
 
 For a cohort of predictions drawn by chance, DIR holds
     explanation.md       what to read: variables by importance, and the measured faithfulness
-    variables.parquet    every variable: mean attribution and mean change of the logit when it is removed
+    variables.parquet    every variable: mean attribution and, of the most important, change of the logit without it
     importance.png, faithfulness.png
 and for single patients (those asked for, or those at the highest risk), of each the prediction with the highest risk,
     patients/patient-K.png     a timeline
@@ -126,6 +126,8 @@ def explain_patients(
 ) -> None:
     """A timeline of each of the `chosen` examples, and the table of all their events."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for path in folder.glob("patient-*.png"):
+        path.unlink()  # of an earlier command, which may have shown others
     tables = []
     cases = explainer.cases(examples, chosen)
     for number, (example, case) in enumerate(zip(chosen.tolist(), cases, strict=True), start=1):

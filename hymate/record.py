@@ -1,7 +1,8 @@
 """`run.json`: what a run was, enough to repeat it; no secret, no host or user name, nothing of a patient.
 
 {
-  "command": "pretrain", "config": {...}, "data_fingerprint": "...",       what check_same_run compares
+  "command": "pretrain", "config": {...},
+  "inputs": {"data.path": "..."},                                           digests of what these settings name
   "outcome": {"state": "running" | "finished" | "failed" | "stopped", ...}, what finished found, or why it failed
   "attempts": [                                                             one for each time the command was given
     {
@@ -29,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import hymate
-from hymate.command import COMMAND_LINE, RECORD, read_record
+from hymate.command import COMMAND_LINE, RECORD, read_record, to_tree
 from hymate.errors import UserError
 from hymate.storage import Location, write_text
 
@@ -43,13 +44,13 @@ PACKAGES = (
 
 
 @contextlib.contextmanager
-def recorded(run: Location, command: str, claim: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def recorded(run: Location, command: str, config: Any, inputs: Mapping[str, str]) -> Iterator[dict[str, Any]]:
     """Keep run.json while the block runs; what the block puts into the dictionary is part of the outcome.
 
-    claim: the configuration's tree and the `data_fingerprint`. An exit whose status is not 1 is one that was asked for.
+    config, inputs: what `check_same_run` compares. An exit whose status is not 1 is one that was asked for. Where
+    another command has taken the run over in the meantime, the outcome is that command's to write.
     """
-    config = {key: value for key, value in claim.items() if key != "data_fingerprint"}
-    attempt = {
+    attempt: dict[str, Any] = {
         "started": _now(),
         "ended": None,
         "overrides": list(COMMAND_LINE.get()),
@@ -62,20 +63,21 @@ def recorded(run: Location, command: str, claim: Mapping[str, Any]) -> Iterator[
         run,
         {
             "command": command,
-            "config": config,
-            "data_fingerprint": claim["data_fingerprint"],
+            "config": to_tree(config),
+            "inputs": dict(inputs),
             "outcome": {"state": "running"},
             "attempts": attempts,
         },
     )
+    number = len(attempts)
     found: dict[str, Any] = {}
     try:
         yield found
     except BaseException as error:
         with contextlib.suppress(OSError, UserError):  # what ended the run is what its user must see
-            _end(run, _failure(error))
+            _end(run, number, _failure(error))
         raise
-    _end(run, {"state": "finished", **found})
+    _end(run, number, {"state": "finished", **found})
 
 
 def workers_started(run: Location, step: int, num_workers: int, num_nodes: int) -> None:
@@ -144,11 +146,12 @@ def _failure(error: BaseException) -> dict[str, Any]:
     return {"state": "failed", "reason": str(cause).splitlines()[0] if ours else type(cause).__name__}
 
 
-def _end(run: Location, outcome: Mapping[str, Any]) -> None:
+def _end(run: Location, number: int, outcome: Mapping[str, Any]) -> None:
+    """Of the attempt that is the run's `number`-th."""
     record = read_record(run)
     assert record is not None
-    record["attempts"][-1]["ended"] = _now()
-    _write(run, record | {"outcome": outcome})
+    record["attempts"][number - 1]["ended"] = _now()
+    _write(run, record | ({"outcome": outcome} if number == len(record["attempts"]) else {}))
 
 
 def _write(run: Location, record: Mapping[str, Any]) -> None:

@@ -20,8 +20,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy import special
 from scipy.optimize import minimize
-from scipy.special import expit, logit
+from scipy.special import expit
 
 from hymate import metrics
 
@@ -57,7 +58,7 @@ class Recalibration:
 
     def undo(self, prob_N: ArrayLike) -> Array:
         """What calibrated probabilities were before."""
-        return np.asarray(expit((_logit(prob_N) - self.shift) * self.temperature))
+        return np.asarray(expit((logit(prob_N) - self.shift) * self.temperature))
 
 
 def recalibrate(label_N: ArrayLike, logit_N: ArrayLike) -> Recalibration:
@@ -86,7 +87,7 @@ def calibration_slope(label_N: ArrayLike, prob_N: ArrayLike, subject_N: ArrayLik
 
     1 is ideal; below it the probabilities are too extreme, above it too timid. None where it has no finite value.
     """
-    label_N, logit_N = np.asarray(label_N, dtype=np.float64), _logit(prob_N)
+    label_N, logit_N = np.asarray(label_N, dtype=np.float64), logit(prob_N)
 
     def slopes(weight_BN: Array) -> Array:
         return _slopes(label_N, logit_N, weight_BN)[None]
@@ -155,7 +156,9 @@ def share(flag_N: ArrayLike, subject_N: ArrayLike) -> dict[str, Any]:
     value = float(flag_N.mean())
     middle = (value + Z**2 / (2 * n)) / (1 + Z**2 / n)
     half = Z / (1 + Z**2 / n) * np.sqrt(value * (1 - value) / n + Z**2 / (4 * n**2))
-    return {"value": value, "ci": [float(max(0.0, middle - half)), float(min(1.0, middle + half))]}
+    low, high = max(0.0, middle - half), min(1.0, middle + half)
+    # of a share of 0 or 1 the bounds touch it but for rounding, which must not leave it outside
+    return {"value": value, "ci": [float(min(low, value)), float(max(high, value))]}
 
 
 # --------------------------------------------------------------------------------------------------- decisions
@@ -303,6 +306,7 @@ def assess(
     }
 
 
-def _logit(prob_N: ArrayLike) -> Array:
+def logit(prob_N: ArrayLike) -> Array:
+    """Logits of probabilities, finite also for 0 and 1."""
     clipped: Array = np.clip(np.asarray(prob_N, dtype=np.float64), EPSILON, 1 - EPSILON)
-    return np.asarray(logit(clipped))
+    return np.asarray(special.logit(clipped))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,19 @@ def test_sigterm_asks_the_workers_to_stop(tmp_path: Path) -> None:
     assert signal.getsignal(signal.SIGTERM) is before
     with Attempt.begin(tmp_path / "run").watched() as stop:
         assert not stop(), "the next command would stop at once"
+
+
+def test_sigterm_to_a_command_does_not_stop_the_one_that_took_the_run_over(tmp_path: Path) -> None:
+    first = Attempt.begin(tmp_path / "run")
+    with first.stopping_at_sigterm():
+        second = Attempt.begin(tmp_path / "run")
+        before = set(threading.enumerate())
+        os.kill(os.getpid(), signal.SIGTERM)
+        for thread in set(threading.enumerate()) - before:
+            thread.join()
+    with second.watched() as stop:
+        second.check()
+        assert not stop()
 
 
 def test_sigterm_ends_a_search_with_the_exit_code_of_its_signal() -> None:

@@ -10,17 +10,21 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from commands import ROOT, run
+from scipy.special import expit
 from sklearn.metrics import average_precision_score, roc_auc_score
 from small_cohort import prepare_small
 
 from hymate.command import load
-from hymate.config import ConfigError
+from hymate.config import ConfigError, UserError
 from hymate.training.benchmark import BenchmarkConfig
+from hymate.training.benchmark import benchmark as protocol
+from hymate.training.comparison import COMPARED, Comparison, Run, compare, write_run
 
 TINY = [
     *("model=debug", "model.d_model=16", "model.headdim=8", "model.num_heads=2", "data.context=32"),
@@ -84,10 +88,83 @@ def test_runs_are_compared_and_gone_on_with(data: Path, tmp_path: Path, environm
 @pytest.mark.parametrize(
     ("wrong", "line"),
     [
+        (["shares=[0.5]", "only=[distilled]"], "leave nothing to run"),
+        (["train.cpus_per_worker=1000"], "needs 1000 CPUs"),
+        (["shares=[0.02]"], "the train split has 2 positive and 0 negative labels"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_before_anything_is_trained(
+    data: Path, tmp_path: Path, wrong: list[str], line: str
+) -> None:
+    given = ["task=readmission", f"data.path={data}", f"run.dir={tmp_path}", *TINY, "seeds=1", *wrong]
+    with pytest.raises(UserError, match=line):
+        protocol(load("benchmark", given, BenchmarkConfig))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_mistake_in_a_run_is_one_line_and_the_runs_beside_it_end_well(
+    data: Path, tmp_path: Path, environment: dict[str, str]
+) -> None:
+    # too few labels for boosting's features, which shows when they are chosen
+    few = ["shares=[0.05]", "shared=[gradient_boosting,scratch]", "only=[gradient_boosting,scratch]", "seeds=1"]
+    failed = benchmark(data, tmp_path, environment, *TINY, *few, "max_concurrent=2")
+    assert failed.returncode == 2 and "gradient_boosting of seed 0 on 5% failed; 1 left" in failed.stdout, failed.stderr
+    assert len(failed.stderr.strip().splitlines()) == 1 and "leave no feature of 6 training labels" in failed.stderr
+    assert (tmp_path / "benchmark-readmission" / "runs" / "scratch-0.05-0.json").is_file()
+    record = json.loads((tmp_path / "benchmark-readmission" / "run.json").read_text())
+    assert record["outcome"]["state"] == "failed" and "no feature" in record["outcome"]["reason"]
+
+
+def written(folder: Path, name: str, label: np.ndarray, probability: np.ndarray, seed: int = 0) -> None:
+    """A run as if it had been trained; the tuning split holds the same as the held-out one."""
+    examples = SimpleNamespace(subject_id_E=np.arange(len(label)), label_E=label)
+    told = dict.fromkeys(COMPARED, probability)
+    write_run(Run(name, 1.0, seed), folder, dict.fromkeys(COMPARED, examples), told, seconds=1.0, parameters=None)
+
+
+def comparison(folder: Path, split: str = "held_out") -> Comparison:
+    return Comparison(folder, ["gradient_boosting", "scratch"], [1.0], 2, split, "readmission")
+
+
+def test_without_boosting_there_is_no_difference_to_it(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    label, probability = rng.integers(0, 2, 200).astype(float), rng.random(200)
+    written(tmp_path, "scratch", label, probability)
+    (row,) = compare(comparison(tmp_path))["rows"]
+    assert row["auroc"]["difference"] == row["auroc"]["ensemble_difference"] == {"value": None, "ci": None}
+    written(tmp_path, "gradient_boosting", label, rng.random(200))
+    _, row = compare(comparison(tmp_path))["rows"]
+    assert row["auroc"]["difference"]["ci"][0] < row["auroc"]["difference"]["value"] != 0
+
+
+def test_everyone_is_recalibrated_and_judged_by_other_labels_than_it_was_fitted_to(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    logit = rng.normal(-1, 2, 4000)
+    label = (rng.random(4000) < expit(logit)).astype(float)
+    for seed, (name, scale, shift) in enumerate((("gradient_boosting", 1.5, 0.5), ("scratch", 0.7, -0.5))):
+        written(tmp_path, name, label, expit(scale * logit + shift).astype(np.float32), seed)
+    boosting, scratch = compare(comparison(tmp_path))["rows"]
+    assert boosting["ece"] == pytest.approx(scratch["ece"], abs=3e-3) and boosting["ece"] < 0.02
+    assert [row["ece"] for row in compare(comparison(tmp_path, "tuning"))["rows"]] == [None, None]
+
+
+def test_runs_of_other_labels_are_not_compared(tmp_path: Path) -> None:
+    label = np.arange(20) % 2.0
+    for seed in range(2):
+        written(tmp_path, "scratch", (label + seed) % 2, np.linspace(0.1, 0.9, 20), seed)
+    with pytest.raises(UserError, match="runs of scratch have other labels than each other"):
+        compare(comparison(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "line"),
+    [
         ("only=[boosting]", "only: boosting is no contender"),
         ("shares=[0]", "shares must be above 0"),
         ("+contenders.gru.point.depth=3", "search.space.depth is not a parameter"),
         ("+contenders.gru.model.heads=3", "contenders.model.heads is not a known key"),
+        ("point.head_lr={choice: [1e-3]}", "point: head_lr must be one value here, not a distribution"),
+        ("point.head_lr=fast", "search.space.head_lr must be a positive number, got 'fast'"),
     ],
 )
 def test_a_mistake_is_one_line(wrong: str, line: str) -> None:

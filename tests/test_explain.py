@@ -183,6 +183,8 @@ def explained(bundle: Path, data: Path, out: Path, *overrides: str) -> None:
 def test_the_command_leaves_tables_pictures_and_a_report(
     data: Path, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    (tmp_path / "out" / "patients").mkdir(mode=0o700, parents=True)
+    (tmp_path / "out" / "patients" / "patient-3.png").write_text("of an earlier command")
     explained(bundle, data, tmp_path / "out", "cohort=10", "patients=2")
     pictures = ["faithfulness.png", "importance.png", "patients/patient-1.png", "patients/patient-2.png"]
     tables = ["explanation.md", "patients/events.parquet", "variables.parquet"]

@@ -106,7 +106,11 @@ def test_an_impossible_search_is_refused_when_it_is_configured(data: Path, overr
 
 
 @pytest.mark.parametrize(
-    "point", [{"context": 1024}, {"pooling": "first"}, {"dropout": 1.5}, {"head_lr": -1.0}, {"frozen": "yes"}]
+    "point",
+    [
+        *({"context": 1024}, {"pooling": "first"}, {"dropout": 1.5}, {"head_lr": -1.0}, {"frozen": "yes"}),
+        *({"head_lr": "fast"}, {"backbone_lr": None}, {"early_share": "high"}, {"teacher_share": True}),
+    ],
 )
 def test_an_impossible_point_is_refused_before_any_trial(data: Path, pretrained: Path, point: dict) -> None:
     config = configured(data, pretrained)
@@ -373,7 +377,9 @@ def test_tensorboard_has_curves_and_hyperparameters(run: Path) -> None:
 @pytest.mark.slow
 def test_a_finished_search_only_shows_its_results_again(run: Path, ray_env: dict[str, str]) -> None:
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
-    config = json.loads((run / "run.json").read_text())["config"]
+    record = json.loads((run / "run.json").read_text())
+    assert set(record["inputs"]) == {"data.path", "init", "task.readmission.labels"}
+    config = record["config"]
     line = command(Path(config["data"]["path"]), Path(config["init"]), run.parent, f"[1e-3,{DIVERGING}]")
     smaller = [*line, "report.boosting=false"]  # on a machine that cannot hold its features
     again = subprocess.run(smaller, env=ray_env, capture_output=True, text=True, timeout=120)

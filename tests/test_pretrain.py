@@ -361,7 +361,7 @@ def test_the_run_folder_says_what_the_run_was(
     record = recorded(folder)
     config, (attempt,) = record["config"], record["attempts"]
     assert config["train"]["max_steps"] == STEPS and config["model"]["d_model"] == 32
-    assert record["data_fingerprint"] == Histories.open(data).fingerprint
+    assert record["inputs"]["data.path"] == Histories.open(data).fingerprint
     assert record["outcome"]["state"] == "finished" and record["outcome"]["step"] % EVAL_EVERY == 0
     assert attempt["overrides"] == command(data, folder.parent)[2:]
     assert [start["step"] for start in attempt["starts"]] == [0]

@@ -9,19 +9,19 @@ from typing import Any
 
 import pytest
 
-from hymate.command import check_same_run, load, to_tree
-from hymate.config import ConfigError, TaskConfig, UserError
+from hymate.command import check_same_run, load
+from hymate.config import ConfigError, RunConfig, TaskConfig, UserError
 from hymate.record import recorded, workers_started
 from hymate.training.pretraining import PretrainConfig
 from hymate.training.search import TuneConfig
 
-CLAIM = {"model": {"d_model": 8}, "data_fingerprint": "f"}
+CONFIG, INPUTS = RunConfig(name="one", dir="runs"), {"data.path": "f"}
 
 
 def attempt(run: Path, error: BaseException | None = None, **found: Any) -> dict[str, Any]:
     """run.json after an attempt that ended in `error`, or well."""
     try:
-        with recorded(run, "pretrain", CLAIM) as outcome:
+        with recorded(run, "pretrain", CONFIG, INPUTS) as outcome:
             assert json.loads((run / "run.json").read_text())["outcome"] == {"state": "running"}
             workers_started(run, 0, num_workers=2, num_nodes=1)
             outcome |= found
@@ -62,13 +62,24 @@ def test_attempts_add_up_and_a_killed_one_has_no_end(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text(json.dumps(record))
     after = attempt(tmp_path)
     assert [one["ended"] is None for one in after["attempts"]] == [True, False]
-    check_same_run(tmp_path, CLAIM, set())
-    with pytest.raises(ConfigError, match="the dataset was f, now g"):
-        check_same_run(tmp_path, CLAIM | {"data_fingerprint": "g"}, set())
+    check_same_run(tmp_path, CONFIG, INPUTS, set())
+    with pytest.raises(ConfigError, match=r"holds a run of another content of data\.path"):
+        check_same_run(tmp_path, CONFIG, {"data.path": "g"}, set())
+
+
+def test_the_end_of_a_command_says_nothing_of_the_one_that_took_the_run_over(tmp_path: Path) -> None:
+    with recorded(tmp_path, "pretrain", CONFIG, INPUTS):
+        with pytest.raises(UserError), recorded(tmp_path, "pretrain", CONFIG, INPUTS) as later:
+            later["val_loss"] = 1.5
+            raise UserError("no space left")
+        between = json.loads((tmp_path / "run.json").read_text())
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert between["outcome"] == record["outcome"] == {"state": "failed", "reason": "no space left"}
+    assert all(attempt["ended"] for attempt in record["attempts"])
 
 
 def repeated(run: Path, config: PretrainConfig | TuneConfig, command: str, *overrides: str) -> Any:
-    with recorded(run, command, {**to_tree(config), "data_fingerprint": "f"}):
+    with recorded(run, command, config, INPUTS):
         pass
     return load(command, ["--repeat", str(run), *overrides], type(config))
 

@@ -24,7 +24,7 @@ from test_bundle import risk_model, write
 
 from hymate.bundle import build_model, read_bundle
 from hymate.command import check_same_run, load
-from hymate.config import ConfigError, TaskConfig, UserError
+from hymate.config import ConfigError, RunConfig, TaskConfig, UserError
 from hymate.data import physionet2012
 from hymate.data.histories import Histories
 from hymate.data.meds import SplitsConfig, read_labels
@@ -222,7 +222,7 @@ def test_hostile_yaml_is_refused(bundle: Path, tmp_path: Path, trace: Path, name
 def test_a_hostile_record_of_a_run_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "run.json").write_text(text)
     with refused("choose another run.name"):
-        check_same_run(tmp_path, {"model": {"d_model": 8}}, set())
+        check_same_run(tmp_path, RunConfig("one", "runs"), {}, set())
     with refused("choose another run.name"):
         load("pretrain", ["--repeat", str(tmp_path)], PretrainConfig)
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -28,7 +28,7 @@ import pyarrow as pa
 import torch
 
 from hymate.batch import UNKNOWN_ID, Batch
-from hymate.config import UserError
+from hymate.config import TaskConfig, UserError
 from hymate.data.histories import Histories, History
 from hymate.data.packing import pack
 from hymate.data.vocabulary import Vocabulary
@@ -150,6 +150,21 @@ def labelled_examples(histories: Histories, labels: pa.Table, split: str) -> Exa
         subject_id_E=subject_id_N[order][kept],
         dropped=dropped,
     )
+
+
+def require_both_classes(task: TaskConfig, examples: Mapping[str, Examples], splits: Sequence[str]) -> None:
+    """Raises UserError where a split's labels are all alike: nothing can be learned from it, or measured on it."""
+    for split in splits:
+        label_E, days_E = examples[split].label_E, examples[split].days_E
+        positives = int((label_E > 0.5).sum())
+        remedy = "prepare the dataset with more subjects in this split, or choose another task"
+        if positives in (0, len(label_E)):
+            raise UserError(
+                f"task {task.name}: the {split} split has {positives} positive and {len(label_E) - positives} negative "
+                f"labels, and both are needed: {remedy}"
+            )
+        if task.longer_than_days is not None and len(np.unique(days_E[~np.isnan(days_E)])) < 2:
+            raise UserError(f"task {task.name}: the {split} split needs two different float_values; {remedy}")
 
 
 def united(parts: Sequence[Examples]) -> Examples:

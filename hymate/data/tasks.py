@@ -64,6 +64,14 @@ class LabelSet:
     table: pa.Table
     counts: dict[str, int]
 
+    def digest(self) -> str:
+        """Of what a model learns from them."""
+        found = hashlib.sha256()
+        for name in ("subject_id", "prediction_time", "boolean_value", "float_value"):
+            if name in self.table.column_names:
+                found.update(np.ascontiguousarray(self.table[name].to_numpy()).tobytes())
+        return found.hexdigest()
+
 
 def labels(root: Location, task: TaskConfig) -> LabelSet:
     """The labels of `task` in the dataset at `root`, extracted and kept in `root`/labels/<name> if need be.

@@ -86,13 +86,17 @@ class Attempt:
 
         def request(number: int, frame: FrameType | None) -> None:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            threading.Thread(target=self._write, kwargs={"stop": True}).start()
+            threading.Thread(target=self._ask_to_stop).start()
 
         before = signal.signal(signal.SIGTERM, request)
         try:
             yield
         finally:
             signal.signal(signal.SIGTERM, before)
+
+    def _ask_to_stop(self) -> None:
+        if not self.superseded():
+            self._write(stop=True)
 
     def _read(self) -> dict[str, Any]:
         return json.loads((self.run_path / FILE).read_text())

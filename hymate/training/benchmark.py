@@ -3,62 +3,62 @@
 Gradient boosting and logistic regression (`hymate.baselines`), encoders from scratch, HyMaTE from scratch and
 pretrained, and the average of a pretrained model's best checkpoints. Each (contender, share of the training patients,
 seed) is one task of Ray's that leaves its predictions in the run's folder; what is there already is not run again.
-
-Shape legend: N labels of the compared split, R runs (seeds) of a contender, B bootstrap samples.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from numpy.typing import NDArray
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
-from hymate import baselines, metrics, trust
+from hymate import baselines
 from hymate.bundle import Bundle, read_weights, write_weights
 from hymate.command import build, check_same_run, to_tree
-from hymate.config import ConfigError, DataConfig, ModelConfig, ObjectiveConfig, RunConfig, TaskConfig, TrainConfig
+from hymate.config import (
+    ConfigError,
+    DataConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    RunConfig,
+    TaskConfig,
+    TrainConfig,
+    UserError,
+)
 from hymate.data.features import FeatureConfig, choose, features
 from hymate.data.histories import Histories
-from hymate.data.loader import Examples, labelled_examples
-from hymate.data.meds import read_parquet, write_parquet
+from hymate.data.loader import Examples, labelled_examples, require_both_classes
 from hymate.data.tasks import labels
 from hymate.predict import predict
 from hymate.record import recorded
 from hymate.storage import Location, atomic_path, local_copy, locate, write_text
 from hymate.telemetry import Telemetry
-from hymate.training import engine, pictures, space, tables
+from hymate.training import comparison, engine, space
 from hymate.training.checkpoint import read_verified_weights
+from hymate.training.comparison import COMPARED, Comparison, Run, Split, write_run
 from hymate.training.finetune import Start, Study, TrialConfig, run_trial
 from hymate.training.launch import absolute, ray_session
-from hymate.training.pretraining import PretrainConfig, pretraining_job, read_vocabulary
+from hymate.training.pretraining import PretrainConfig, check_machine, pretraining_job, read_vocabulary
 from hymate.training.resume import Kept
 from hymate.training.search import trial_config
 
 BASELINES: tuple[baselines.Kind, ...] = ("gradient_boosting", "logistic_regression")
-REFERENCE = "gradient_boosting"  # what every contender is compared with
 AVERAGED = "_averaged"  # the name of a pretrained contender with the mean of its best checkpoints' weights
 METRIC = "mean"
-TABLE_WIDTH = 150
-Split = Literal["tuning", "held_out"]
+RUNS = "runs"  # their folder in the benchmark's
 CHANGEABLE = {"data.path", "run.dir", "split", "seeds", "shares", "only", "max_concurrent"}
-COMPARED: tuple[Split, ...] = ("tuning", "held_out")
-Array = NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,11 @@ class BenchmarkConfig:
         if clash := set(BASELINES) & set(self.contenders):
             raise ConfigError(f"contenders.{sorted(clash)[0]} is a baseline's name: choose another")
         for contender in self.contenders.values():
-            space.check({**self.point, **contender.point})
+            point = {**self.point, **contender.point}
+            space.check(point)
+            if ranges := sorted(name for name, value in point.items() if isinstance(value, Mapping)):
+                raise ConfigError(f"point: {ranges[0]} must be one value here, not a distribution")
+            space.check_point(point)
             self.model_of(contender)
 
     def model_of(self, contender: Contender) -> ModelConfig:
@@ -113,45 +117,48 @@ class BenchmarkConfig:
         return build(ModelConfig, {**to_tree(self.model), **contender.model}, "contenders.model.")
 
 
-@dataclass(frozen=True)
-class Run:
-    """One contender with one seed on a share of the training patients; `name` is a baseline's or a contender's."""
-
-    name: str
-    share: float
-    seed: int
-
-    @property
-    def file(self) -> str:
-        """Of its predictions, without the ending."""
-        return f"{self.name}-{self.share:g}-{self.seed}"
-
-
 # -------------------------------------------------------------------------------------------------------- running
 
 
 def benchmark(config: BenchmarkConfig) -> Location:
     """Run what is not there yet, then compare all; returns the run's folder."""
-    data = dataclasses.replace(config.data, path=absolute("data.path", config.data.path))
-    run = dataclasses.replace(config.run, dir=absolute("run.dir", config.run.dir))
-    config = dataclasses.replace(config, data=data, run=run)
-    histories = Histories.open(config.data.path)
-    labels(locate(config.data.path), config.task)  # a user's mistake shows before the first worker starts
-    claim = {**to_tree(config), "data_fingerprint": histories.fingerprint}
-    check_same_run(config.run.path, claim, CHANGEABLE)
-    with recorded(config.run.path, "benchmark", claim):
-        waiting = [run for run in _runs(config) if not _results(config, run).is_file()]
+    config = _absolute(config)
+    path, runs = config.run.path, _runs(config)
+    if not runs:
+        raise ConfigError("only, shared and shares leave nothing to run: shares below 1 are of those in shared alone")
+    if not os.environ.get("RAY_ADDRESS"):
+        check_machine(config.train)
+    histories, label_set = Histories.open(config.data.path), labels(locate(config.data.path), config.task)
+    for share, seed in {(run.share, run.seed) for run in runs}:
+        table = _share_of(label_set.table, histories, share, seed)
+        examples = {split: labelled_examples(histories, table, split) for split in ("train", *COMPARED)}
+        require_both_classes(config.task, examples, ("train", *COMPARED))
+    inputs = {"data.path": histories.fingerprint, "task.labels": label_set.digest()}
+    check_same_run(path, config, inputs, CHANGEABLE)
+    with recorded(path, "benchmark", config, inputs):
+        waiting = [run for run in runs if not run.results(path / RUNS).is_file()]
         if waiting:
             with ray_session(config.train):
                 _run_all(config, waiting)
-        found = compare(config)
-        write_text(json.dumps(found, indent=1, allow_nan=False) + "\n", config.run.path / "benchmark.json")
-        report = _report(config, found)
-        write_text(report, config.run.path / "benchmark.md")
-        _draw(config, found)
-    _show(found)
-    print(f"report: {config.run.path / 'benchmark.md'}, picture: {config.run.path / 'benchmark.png'}")
-    return config.run.path
+        averaged = [name + AVERAGED for name, contender in config.contenders.items() if contender.pretrained]
+        names = [*BASELINES, *config.contenders, *averaged]
+        compared = Comparison(path / RUNS, names, config.shares, config.seeds, config.split, config.task.name)
+        found = comparison.compare(compared)
+        write_text(json.dumps(found, indent=1, allow_nan=False) + "\n", path / "benchmark.json")
+        write_text(comparison.report(compared, found), path / "benchmark.md")
+        comparison.draw(compared, found, path / "benchmark.png")
+    comparison.show(found)
+    print(f"report: {path / 'benchmark.md'}, picture: {path / 'benchmark.png'}")
+    return path
+
+
+def _absolute(config: BenchmarkConfig) -> BenchmarkConfig:
+    data = dataclasses.replace(config.data, path=absolute("data.path", config.data.path))
+    run = dataclasses.replace(config.run, dir=absolute("run.dir", config.run.dir))
+    task = config.task
+    if task.labels is not None:
+        task = dataclasses.replace(task, labels=absolute("task.labels", task.labels))
+    return dataclasses.replace(config, data=data, run=run, task=task)
 
 
 def _runs(config: BenchmarkConfig) -> list[Run]:
@@ -166,56 +173,79 @@ def _runs(config: BenchmarkConfig) -> list[Run]:
     ]
 
 
-def _results(config: BenchmarkConfig, run: Run) -> Location:
-    return config.run.path / "runs" / f"{run.file}.json"
-
-
-def _predictions(config: BenchmarkConfig, run: Run, split: Split) -> Location:
-    return config.run.path / "runs" / f"{run.file}-{split}.parquet"
-
-
 def _run_all(config: BenchmarkConfig, waiting: Sequence[Run]) -> None:
-    """Each in a process of its own. The first failure ends the command, after what was running is done."""
+    """Each in a process of its own. After the first failure what is running ends, nothing else begins."""
     import ray
+    from ray.exceptions import RayTaskError
 
     resources = {"num_cpus": config.train.cpus_per_worker, "num_gpus": float(config.train.use_gpu)}
     remote, pretraining = (ray.remote(max_calls=1, max_retries=0, **resources)(task) for task in (_run, pretrain))
-    pretrained: dict[int, Any] = {}  # by seed
     started, queue = time.monotonic(), list(waiting)
-    running: dict[Any, Run] = {}
-    most = config.max_concurrent or len(queue)
+    running: dict[Any, Run | int] = {}  # a seed is pretrained for all its runs
+    weights: dict[int, Any] = {}
+    failure: Exception | None = None
+
+    def begin() -> bool:
+        """The first that can; whether there was one."""
+        for run in queue:
+            needs_weights = run.name in config.contenders and config.contenders[run.name].pretrained
+            if not needs_weights or run.seed in weights:
+                queue.remove(run)
+                running[remote.remote(config, run, weights[run.seed] if needs_weights else None)] = run
+                return True
+            if run.seed not in running.values():
+                running[pretraining.remote(config, run.seed)] = run.seed
+                return True
+        return False
+
     while queue or running:
-        while queue and len(running) < most:
-            run = queue.pop(0)
-            ready = None
-            if run.name in config.contenders and config.contenders[run.name].pretrained:
-                if run.seed not in pretrained:
-                    pretrained[run.seed] = pretraining.remote(config, run.seed)
-                ready = pretrained[run.seed]
-            running[remote.remote(config, run, ready)] = run
+        while len(running) < (config.max_concurrent or _slots(config)) and begin():
+            pass
         (done,), _ = ray.wait(list(running), num_returns=1)
         run = running.pop(done)
-        ray.get(done)
         minutes, seconds = divmod(int(time.monotonic() - started), 60)
-        left = len(queue) + len(running)
-        print(f"{minutes}:{seconds:02d}  {run.name} of seed {run.seed} on {run.share:.0%}; {left} left", flush=True)
+        if isinstance(run, int):
+            weights[run], outcome = done, f"pretraining of seed {run}"
+        else:
+            outcome = f"{run.name} of seed {run.seed} on {run.share:.0%}"
+        try:
+            ray.get(done)
+        except Exception as error:
+            # a user's mistake is its own line; of what else goes wrong Ray's traceback tells more
+            cause = error.cause if isinstance(error, RayTaskError) else None
+            failure = failure or (cause if isinstance(cause, UserError) else error)
+            queue.clear()
+            outcome += " failed"
+        left = len(queue) + sum(isinstance(one, Run) for one in running.values())
+        print(f"{minutes}:{seconds:02d}  {outcome}; {left} left", flush=True)
+    if failure is not None:
+        raise failure
+
+
+def _slots(config: BenchmarkConfig) -> int:
+    """How many runs the machine or cluster holds at once."""
+    import ray
+
+    there = ray.cluster_resources()
+    slots = int(there.get("CPU", 0)) // config.train.cpus_per_worker
+    return max(1, min(slots, int(there.get("GPU", 0))) if config.train.use_gpu else slots)
 
 
 def _run(config: BenchmarkConfig, run: Run, pretrained: tuple[dict[str, Tensor], float] | None) -> None:
     torch.set_num_threads(config.train.cpus_per_worker)
     histories, table = Histories.open(config.data.path), labels(locate(config.data.path), config.task).table
-    table = _share_of(table, histories, run)
+    table = _share_of(table, histories, run.share, run.seed)
     if run.name in BASELINES:
         _run_baseline(config, run, histories, table)
     else:
         _run_contender(config, run, histories, table, *(pretrained or (None, 0.0)))
 
 
-def _share_of(table: pa.Table, histories: Histories, run: Run) -> pa.Table:
+def _share_of(table: pa.Table, histories: Histories, share: float, seed: int) -> pa.Table:
     """The labels without those of the training patients that the run does not learn from; each seed draws its own."""
     train_id_P = np.sort(histories.index["subject_id"][histories.rows_of("train")])
-    order_P = np.random.default_rng(run.seed).permutation(len(train_id_P))
-    left_out_P = train_id_P[order_P[max(1, round(run.share * len(order_P))) :]]
+    order_P = np.random.default_rng(seed).permutation(len(train_id_P))
+    left_out_P = train_id_P[order_P[max(1, round(share * len(order_P))) :]]
     return table.filter(pc.invert(pc.is_in(table["subject_id"], pa.array(left_out_P))))
 
 
@@ -227,8 +257,8 @@ def _run_baseline(config: BenchmarkConfig, run: Run, histories: Histories, table
     kind = next(name for name in BASELINES if name == run.name)
     model = baselines.fit(kind, told["train"], told["tuning"], run.seed)
     seconds = time.monotonic() - started
-    probabilities: dict[Split, Array] = {split: model.probability(told[split].value_EX) for split in COMPARED}
-    _write(config, run, examples, probabilities, seconds=seconds, parameters=None)
+    probabilities: dict[Split, np.ndarray] = {split: model.probability(told[split].value_EX) for split in COMPARED}
+    write_run(run, config.run.path / RUNS, examples, probabilities, seconds=seconds, parameters=None)
 
 
 def _run_contender(
@@ -251,20 +281,21 @@ def _run_contender(
     study = Study(start, [table], METRIC, [trial], config.run.path, teacher)
     with tempfile.TemporaryDirectory() as folder, engine.single_process(config.train.use_gpu) as worker:
         kept = Kept(Path(folder), config.averaged)
-        telemetry = Telemetry(config.run.path / "tb" / run.file, enabled=True)
+        telemetry = Telemetry(config.run.path / "tb" / run.results(config.run.path).stem, enabled=True)
         run_trial(study, trial, worker=worker, report=_keeping(kept), resume=None, telemetry=telemetry)
         states = _best_weights(kept)
     seconds = time.monotonic() - started
     examples: dict[str, Examples] = {split: labelled_examples(histories, table, split) for split in COMPARED}
     average = {name: torch.stack([state[name] for state in states]).mean(dim=0) for name in states[0]}
-    for suffix, state in (("", states[0]), (AVERAGED, average)):
+    named = {run.name + AVERAGED: average} if contender.pretrained else {}
+    for name, state in {**named, run.name: states[0]}.items():  # the run's own comes last: then the run is there
         bundle = Bundle("risk", trial.model, trial.data, trial.tasks, vocabulary, state, in_days=trial.in_days)
-        probabilities = _calibrated(bundle, histories, examples)
+        probabilities = {
+            split: predict(bundle, histories, examples[split])[0].probability_ET[:, 0] for split in COMPARED
+        }
         parameters = sum(weight.numel() for weight in state.values())
         more = {"seconds": seconds, "pretraining_seconds": pretraining_seconds, "parameters": parameters}
-        named = dataclasses.replace(run, name=run.name + suffix)
-        if not suffix or contender.pretrained:
-            _write(config, named, examples, probabilities, **more)
+        write_run(dataclasses.replace(run, name=name), config.run.path / RUNS, examples, probabilities, **more)
 
 
 def trial_of(config: BenchmarkConfig, contender: Contender, start: Start, run: Run) -> TrialConfig:
@@ -308,163 +339,3 @@ def _keeping(kept: Kept) -> engine.Report:
 def _best_weights(kept: Kept) -> list[dict[str, Tensor]]:
     """Best first."""
     return [read_verified_weights(folder) for folder, _ in kept.best_first()[: kept.num_best]]
-
-
-def _calibrated(bundle: Bundle, histories: Histories, examples: Mapping[str, Examples]) -> dict[Split, Array]:
-    """Probabilities, recalibrated on the tuning split."""
-    logits = {split: predict(bundle, histories, examples[split])[0].logit_ET[:, 0] for split in COMPARED}
-    recalibration = trust.recalibrate(examples["tuning"].label_E, logits["tuning"])
-    return {split: torch.sigmoid(torch.from_numpy(recalibration(logits[split]))).numpy() for split in COMPARED}
-
-
-def _write(
-    config: BenchmarkConfig,
-    run: Run,
-    examples: Mapping[str, Examples],
-    probabilities: Mapping[Split, Array],
-    **more: Any,
-) -> None:
-    """Predictions of both splits, so that a comparison on the held-out one needs no second training; the JSON last: a
-    run is there when its JSON is.
-    """
-    for split in COMPARED:
-        columns = {"subject_id": examples[split].subject_id_E, "label": examples[split].label_E}
-        write_parquet(pa.table(columns | {"probability": probabilities[split]}), _predictions(config, run, split))
-    write_text(json.dumps({**dataclasses.asdict(run), **more}) + "\n", _results(config, run))
-
-
-# ------------------------------------------------------------------------------------------------------ comparing
-
-
-def compare(config: BenchmarkConfig) -> dict[str, Any]:
-    """What benchmark.json says of all runs that are there."""
-    rows = []
-    reference: dict[float, Array] = {}
-    for share in sorted(config.shares, reverse=True):
-        for name in _names(config):
-            found = [Run(name, share, seed) for seed in range(config.seeds)]
-            found = [run for run in found if _results(config, run).is_file()]
-            if not found:
-                continue
-            told = [json.loads(_results(config, run).read_text()) for run in found]
-            predictions = [read_parquet(_predictions(config, run, config.split)) for run in found]
-            label_N, subject_N = (predictions[0][column].to_numpy() for column in ("label", "subject_id"))
-            probability_RN = np.stack([table["probability"].to_numpy() for table in predictions])
-            if name == REFERENCE:
-                reference[share] = probability_RN
-            rows.append(
-                {
-                    "name": name,
-                    "share": share,
-                    **_scored(label_N, probability_RN, subject_N, reference.get(share)),
-                    "parameters": told[0]["parameters"],
-                    "seconds": float(np.mean([one["seconds"] for one in told])),
-                    "pretraining_seconds": float(np.mean([one.get("pretraining_seconds", 0.0) for one in told])),
-                }
-            )
-    return {"split": config.split, "task": config.task.name, "rows": rows}
-
-
-def _names(config: BenchmarkConfig) -> list[str]:
-    averaged = [name + AVERAGED for name, contender in config.contenders.items() if contender.pretrained]
-    return [*BASELINES, *config.contenders, *averaged]
-
-
-def _scored(label_N: Array, probability_RN: Array, subject_N: Array, reference_RN: Array | None) -> dict[str, Any]:
-    """Mean and standard deviation over seeds; intervals of the mean, and of its difference to the reference's, over
-    resampled patients; the scores of the seeds' mean probability, which is an ensemble.
-    """
-    areas_KR = np.array([[area(label_N, p_N) for p_N in probability_RN] for area in (metrics.auroc, metrics.auprc)])
-    others_RN = probability_RN if reference_RN is None else reference_RN
-    paired = metrics.mean_difference(label_N, probability_RN, others_RN, subject_N)
-    mean_N = probability_RN.mean(axis=0)
-    ensemble = metrics.paired_difference(label_N, mean_N, others_RN.mean(axis=0), subject_N)
-    found: dict[str, Any] = {"runs": len(probability_RN), "ece": float(np.mean(_eces(label_N, probability_RN)))}
-    for number, name in enumerate(metrics.AREAS):
-        area = (metrics.auroc, metrics.auprc)[number]
-        found[name] = {
-            "mean": float(areas_KR[number].mean()),
-            "sd": float(areas_KR[number].std(ddof=1)) if len(probability_RN) > 1 else None,
-            "ci": paired[name]["ci"],
-            "difference": paired[name]["difference"],
-            "ensemble": area(label_N, mean_N),
-            "ensemble_difference": ensemble[name],
-        }
-    return found
-
-
-def _eces(label_N: Array, probability_RN: Array) -> list[float]:
-    return [error for p_N in probability_RN if (error := metrics.ece(label_N, p_N)) is not None]
-
-
-# ------------------------------------------------------------------------------------------------------ reporting
-
-
-def _cells(found: Mapping[str, Any], share: float) -> list[list[str]]:
-    head = ["model", "runs", "AUROC", "AUPRC", "AUROC less boosting's", "AUPRC less boosting's"]
-    head += ["seeds averaged", "calibration error", "parameters", "training, s"]
-    cells = [head]
-    for row in found["rows"]:
-        if row["share"] != share:
-            continue
-        areas = [row[name] for name in metrics.AREAS]
-        spread = ["" if area["sd"] is None else f" ± {area['sd']:.3f}" for area in areas]
-        low_high = ["" if area["ci"] is None else " [{:.3f}, {:.3f}]".format(*area["ci"]) for area in areas]
-        named = zip(areas, spread, low_high, strict=True)
-        seconds = f"{row['seconds']:.0f}"
-        if row["pretraining_seconds"]:
-            seconds += f" + {row['pretraining_seconds']:.0f}"
-        cells.append(
-            [
-                row["name"].replace("_", " "),
-                str(row["runs"]),
-                *(f"{area['mean']:.3f}{sd}{interval}" for area, sd, interval in named),
-                *("" if row["name"] == REFERENCE else tables.with_interval(area["difference"]) for area in areas),
-                ", ".join(tables.number(area["ensemble"]) for area in areas),
-                tables.number(row["ece"]),
-                "" if row["parameters"] is None else f"{row['parameters']:,}",
-                seconds,
-            ]
-        )
-    return cells
-
-
-def _report(config: BenchmarkConfig, found: Mapping[str, Any]) -> str:
-    parts = [f"# {found['task']}, {found['split'].replace('_', '-')} split\n"]
-    parts.append(
-        "Mean and standard deviation over seeds, with the 95 % interval over resampled patients; differences to "
-        "gradient boosting on the same patients, seeds averaged likewise.\n"
-    )
-    for share in sorted(config.shares, reverse=True):
-        parts.append(f"\n## Learned from {share:.0%} of the training patients\n")
-        parts.append(tables.markdown(_cells(found, share)) + "\n")
-    return "\n".join(parts) + "\n![](benchmark.png)\n"
-
-
-def _show(found: Mapping[str, Any]) -> None:
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=TABLE_WIDTH)
-    for share in sorted({row["share"] for row in found["rows"]}, reverse=True):
-        title = f"{found['task']}, {found['split']} split, {share:.0%} of the training patients"
-        table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
-        head, *rows = _cells(found, share)
-        for name in head[:6]:
-            table.add_column(name, overflow="fold")
-        for row in rows:
-            table.add_row(*row[:6])
-        console.print(table)
-
-
-def _draw(config: BenchmarkConfig, found: Mapping[str, Any]) -> None:
-    """Curves over the shares, and ROC, precision-recall and calibration of the seeds' mean probabilities."""
-    curves = {}
-    for name in _names(config):
-        runs = [Run(name, max(config.shares), seed) for seed in range(config.seeds)]
-        files = [_predictions(config, run, config.split) for run in runs if _results(config, run).is_file()]
-        predictions = [read_parquet(file) for file in files]
-        if predictions:
-            probability_N = np.mean([table["probability"].to_numpy() for table in predictions], axis=0)
-            curves[name.replace("_", " ")] = (predictions[0]["label"].to_numpy(), probability_N)
-    chance = float(np.mean(next(iter(curves.values()))[0]))
-    pictures.draw_benchmark(config.run.path / "benchmark.png", found["rows"], curves, chance, REFERENCE)

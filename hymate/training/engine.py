@@ -11,6 +11,7 @@ import io
 import logging
 import math
 import os
+import shutil
 import tempfile
 import time
 import warnings
@@ -103,6 +104,10 @@ class Standing:
         """Of a checkpoint, in the order of training."""
         return {"step": self.step, "epoch": self.cursor.get("epoch", 0)}
 
+    def evaluated(self) -> bool:
+        """Whether it was evaluated where it stands."""
+        return bool(self.evaluations) and self.evaluations[-1]["step"] == self.step
+
     def finished(self, config: TrainConfig) -> bool:
         """Whether the last step is taken or patience has run out."""
         return self.step >= config.max_steps or 0 < config.patience <= self.stale
@@ -144,6 +149,15 @@ def train(
     telemetry.text("config", description)
     meter = Meter(worker, job.rows.tokens_per_row)
     saved_step, saved_at = standing.step, time.monotonic()
+
+    def evaluate_and_save() -> None:
+        nonlocal saved_step, saved_at
+        metrics = evaluate(engine, job, standing, telemetry)
+        stalled_s = save(engine, standing, config, metrics, job.score, report=report, telemetry=telemetry)
+        stalls = {"stall_s": stalled_s, "stall_share": stalled_s / (time.monotonic() - saved_at)}
+        telemetry.scalars("checkpoint", stalls, standing.step)
+        saved_step, saved_at = standing.step, time.monotonic()
+
     steps = job.rows.steps(_cursor(standing), config.rows_per_step, worker.rank, worker.world_size)
     timed_steps = meter.clock.rows(steps)
     meter.clock.start()
@@ -167,13 +181,11 @@ def train(
             due = standing.step % config.eval_every == 0 or standing.step == config.max_steps
             telemetry.progress(force=due, **_progress(meter, standing, job, config))
             if due:
-                metrics = evaluate(engine, job, standing, telemetry)
-                stalled_s = save(engine, standing, config, metrics, job.score, report=report, telemetry=telemetry)
-                stalls = {"stall_s": stalled_s, "stall_share": stalled_s / (time.monotonic() - saved_at)}
-                telemetry.scalars("checkpoint", stalls, standing.step)
-                saved_step, saved_at = standing.step, time.monotonic()
+                evaluate_and_save()
         if stopping and standing.step > saved_step:
             save(engine, standing, config, standing.place(), job.score, report=report, telemetry=telemetry)
+        elif not stopping and not standing.evaluated():
+            evaluate_and_save()  # it was stopped between two evaluations, and max_steps then lowered to where it stood
         telemetry.progress(force=True, **_progress(meter, standing, job, config))
     finally:
         close = getattr(steps, "close", None)
@@ -265,8 +277,12 @@ def save(
     started = time.monotonic()
     telemetry.flush()
     folder = Path(tempfile.mkdtemp(prefix=f"hymate-step-{standing.step}-"))
-    checkpoint.save(engine, folder, {**asdict(standing), "score": metrics.get(score), "config": asdict(config)})
-    report(metrics, folder)
+    try:
+        checkpoint.save(engine, folder, {**asdict(standing), "score": metrics.get(score), "config": asdict(config)})
+        report(metrics, folder)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)  # the disk may be full of them
+        raise
     return time.monotonic() - started
 
 

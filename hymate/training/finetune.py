@@ -31,12 +31,13 @@ OPEN_SETTINGS = ("dropout", "pooling", "num_queries", "members", "chunk_size")
 
 @dataclass(frozen=True)
 class Start:
-    """What every trial starts from; state is None when training from scratch."""
+    """What every trial starts from; state is None when training from scratch, else fingerprint is the bundle's."""
 
     model: ModelConfig
     data: DataConfig
     vocabulary: Vocabulary
     state: Mapping[str, Tensor] | None
+    fingerprint: str = ""
 
 
 @dataclass(frozen=True)
@@ -96,11 +97,11 @@ def starting_point(data: DataConfig, model: ModelConfig | None, init: str | None
                 f"model.{field.name}={given} does not fit the bundle, which has {own}: leave model out, or init=null"
             )
     data = dataclasses.replace(data, min_count=bundle.data.min_count)
-    return Start(model or bundle.model, data, bundle.vocabulary, bundle.state)
+    return Start(model or bundle.model, data, bundle.vocabulary, bundle.state, bundle.fingerprint)
 
 
 def risk_model(start: Start, trial: TrialConfig) -> RiskModel:
-    """The trial's model: new weights from the run's seed, then the pretrained backbone's over them."""
+    """The trial's model: new weights from the run's seed, then the pretrained ones over them, where they fit."""
     torch.manual_seed(trial.train.seed)
     model = RiskModel(trial.model, start.vocabulary.size, trial.tasks, trial.in_days)
     if start.state is not None:
@@ -111,7 +112,7 @@ def risk_model(start: Start, trial: TrialConfig) -> RiskModel:
 
 
 def parameter_groups(model: RiskModel, trial: TrialConfig) -> list[dict[str, Any]]:
-    """AdamW groups: the backbone at its learning rate, pooling and heads (new in every trial) at theirs."""
+    """AdamW groups: the backbone at its learning rate, pooling and heads at theirs."""
     groups = []
     for part, lr in ((model.backbone, trial.backbone_lr), (model.pooling, trial.head_lr), (model.heads, trial.head_lr)):
         groups += [{**group, "lr": lr} for group in decay_groups(part, trial.train.weight_decay)]

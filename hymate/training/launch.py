@@ -44,20 +44,20 @@ OBJECT_STORE_BYTES = 128 << 20  # Ray's minimum is 75 MB; workers exchange nothi
 def pretrain(config: PretrainConfig) -> Location:
     """Run, continue or repeat a pretraining run; returns the path of its bundle.
 
-    Raises UserError before any worker starts where the configuration, data or machine cannot do it, and exits
-    with status 1 and the failing worker's own error where training fails. At SIGTERM the run is saved where it stands
-    and the status is 143.
+    Raises UserError before any worker starts where the configuration, data or machine cannot do it, and later where the
+    disk or the storage fails; exits with status 1 and the failing worker's own error where training does. At SIGTERM
+    the run is saved where it stands and the status is 143.
     """
     config = _absolute(config)
     histories = pretraining.check(config)
     if not os.environ.get("RAY_ADDRESS"):
         pretraining.check_machine(config.train)
     run = config.run.path
-    claim = {**to_tree(config), "data_fingerprint": histories.fingerprint}
-    check_same_run(run, claim, pretraining.CHANGEABLE)
+    inputs = {"data.path": histories.fingerprint}
+    check_same_run(run, config, inputs, pretraining.CHANGEABLE)
     result = _finished(config)
     if result is None:
-        with recorded(run, "pretrain", claim) as result, exiting_at_sigterm():
+        with recorded(run, "pretrain", config, inputs) as result, exiting_at_sigterm():
             with ray_session(config.train), progress_line(run):
                 mend_list(run / CHECKPOINTS, MODE)
                 ended, kept = _fit(config, Attempt.begin(run))
@@ -161,6 +161,7 @@ def _train_worker(config: PretrainConfig, attempt: Attempt) -> dict[str, Any]:
             attempt.check()  # what is not reported does not count, and takes no other checkpoint's place
             return sent
         except BaseException:
+            remove_tree(Path(checkpoint.path))  # Ray leaves it where it was not sent
             with suppress(OSError, UserError):
                 remove_tree(folder)
             raise

@@ -1,6 +1,6 @@
-"""report.md's picture of one task: ROC, precision-recall, calibration, decision curve.
+"""report.md's picture of one task, and a benchmark's: ROC, precision-recall, calibration, what is decided or compared.
 
-Shape legend: N labels.
+Shape legend: N labels, T thresholds.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from hymate.config import (
     UserError,
 )
 from hymate.data.histories import Histories
-from hymate.data.loader import Examples, labelled_examples
+from hymate.data.loader import Examples, labelled_examples, require_both_classes
 from hymate.data.meds import SPLITS
 from hymate.data.subgroups import subgroups
 from hymate.data.tasks import LabelSet, labels
@@ -107,21 +107,21 @@ def search(config: TuneConfig) -> Location:
     config = _absolute(config)
     run_path = config.run.path
     histories = Histories.open(config.data.path)
-    claim = {**to_tree(config), "data_fingerprint": histories.fingerprint}
-    check_same_run(run_path, claim, CHANGEABLE)
+    start = starting_point(config.data, config.model, config.init)
+    points = space.draw(config.search.space, config.search.num_trials, config.train.seed)
+    trials = [trial_config(config.tasks, config.train, start, point) for point in points]
+    labelled = [_labelled(task, config, histories) for task in config.tasks]
+    inputs = {"data.path": histories.fingerprint, "init": start.fingerprint}
+    inputs |= {f"task.{task.config.name}.labels": task.labels.digest() for task in labelled}
+    check_same_run(run_path, config, inputs, CHANGEABLE)
     finished = results.read(run_path)
     if finished is not None:
         results.show(finished, run_path)
         return run_path
     if not os.environ.get("RAY_ADDRESS"):
         check_machine(config.train)
-    start = starting_point(config.data, config.model, config.init)
-    points = space.draw(config.search.space, config.search.num_trials, config.train.seed)
-    trials = [trial_config(config.tasks, config.train, start, point) for point in points]
-    labelled = [_labelled(task, config, histories) for task in config.tasks]
-
     tables = [task.labels.table for task in labelled]
-    with recorded(run_path, "tune", claim) as outcome:
+    with recorded(run_path, "tune", config, inputs) as outcome:
         taught = any(trial.teacher_share for trial in trials)
         teacher = [_teacher(task, config, histories) for task in labelled] if taught else []
         study = Study(start, tables, config.search.metric, trials, run_path, teacher)
@@ -160,24 +160,9 @@ def _absolute(config: TuneConfig) -> TuneConfig:
 def _labelled(task: TaskConfig, config: TuneConfig, histories: Histories) -> LabelledTask:
     label_set = labels(locate(config.data.path), task)
     examples = {split: labelled_examples(histories, label_set.table, split) for split in SPLITS}
-    _require_both_classes(task, examples)
+    require_both_classes(task, examples, ("train", "tuning"))  # trials learn from one and are compared on the other
     groups = subgroups(histories, examples["held_out"], config.report.subgroups, config.report.age_bands)
     return LabelledTask(task, label_set, examples, groups)
-
-
-def _require_both_classes(task: TaskConfig, examples: Mapping[str, Examples]) -> None:
-    """Trials learn from the train split and are compared on the tuning split: both need both classes."""
-    for split in ("train", "tuning"):
-        label_E, days_E = examples[split].label_E, examples[split].days_E
-        positives = int((label_E > 0.5).sum())
-        remedy = "prepare the dataset with more subjects in this split, or choose other tasks"
-        if positives in (0, len(label_E)):
-            raise UserError(
-                f"task {task.name}: the {split} split has {positives} positive and {len(label_E) - positives} negative "
-                f"labels: a search needs both; {remedy}"
-            )
-        if task.longer_than_days is not None and len(np.unique(days_E[~np.isnan(days_E)])) < 2:
-            raise UserError(f"task {task.name}: the {split} split needs two different float_values; {remedy}")
 
 
 def _teacher(task: LabelledTask, config: TuneConfig, histories: Histories) -> np.ndarray:
@@ -202,14 +187,7 @@ def trial_config(
     settings = {**rates, "frozen": False, "early_share": 0.0, "teacher_share": 0.0, **point}
     if start.state is None:
         settings["frozen"] = False  # nothing pretrained to keep
-    for name in ("backbone_lr", "head_lr"):
-        if not settings[name] > 0:
-            raise ConfigError(f"search.space.{name} must be positive, got {settings[name]}")
-    if not isinstance(settings["frozen"], bool):
-        raise ConfigError(f"search.space.frozen must be true or false, got {settings['frozen']!r}")
-    for name in ("early_share", "teacher_share"):
-        if not 0 <= settings[name] <= 1:
-            raise ConfigError(f"search.space.{name} must be between 0 and 1, got {settings[name]}")
+    space.check_point(settings)
 
     def replaced(section: Any, *names: str) -> Any:
         tree = {**to_tree(section), **{name: settings[name] for name in names if name in settings}}

@@ -47,6 +47,22 @@ def check(space: Mapping[str, Any]) -> None:
             raise ConfigError(f"{key}.loguniform needs positive bounds, got {list(values)}")
 
 
+def check_point(point: Mapping[str, Any]) -> None:
+    """Raises ConfigError for an impossible value, of those that the model's and the training's sections don't check."""
+    for name in ("backbone_lr", "head_lr"):
+        if name in point and not (_is_number(point[name]) and point[name] > 0):
+            raise ConfigError(f"search.space.{name} must be a positive number, got {point[name]!r}")
+    for name in ("early_share", "teacher_share"):
+        if name in point and not (_is_number(point[name]) and 0 <= point[name] <= 1):
+            raise ConfigError(f"search.space.{name} must be a number between 0 and 1, got {point[name]!r}")
+    if not isinstance(point.get("frozen", False), bool):
+        raise ConfigError(f"search.space.frozen must be true or false, got {point['frozen']!r}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def draw(space: Mapping[str, Any], num_trials: int, seed: int) -> list[dict[str, Any]]:
     """Points of the space as a Latin hypercube: each parameter's values are spread evenly over the trials.
 

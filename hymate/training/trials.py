@@ -182,7 +182,7 @@ def _cause(traceback: str) -> str:
 
 
 class Progress(tune.Callback):
-    """A line on the console at each evaluation and at least every few seconds."""
+    """A line on the console at each evaluation, and every few seconds where something has changed."""
 
     def __init__(self, metric: str, run_path: Location) -> None:
         self.metric, self.run_path = metric, run_path

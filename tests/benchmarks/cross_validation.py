@@ -2,11 +2,11 @@
 
     python tests/benchmarks/cross_validation.py DATA_DIR [--task mortality] [--folds 4] [--seed 0] [--quick]
 
-Of each fold's other patients 600 choose the checkpoint and boosting's number of trees, all else is for training; the
-held-out split is not touched. Pretraining is one for all folds, on the inputs of the train split. Prints a Markdown
-table of the last checkpoint and the best one, each recalibrated on those 600: areas, means over the folds, their
-differences to boosting with the 95 % interval over labels resampled within each fold, and the calibration error of all
-folds' probabilities together.
+Of each fold's other patients 600, or a quarter where that is less, choose the checkpoint and boosting's number of
+trees, all else is for training; the held-out split is not touched. Pretraining is one for all folds, on the inputs of
+the train split. Prints a Markdown table of the last checkpoint and the best one, each recalibrated on those 600: areas,
+means over the folds, their differences to boosting with the 95 % interval over patients resampled within each fold, and
+the calibration error of all folds' probabilities together.
 """
 
 from __future__ import annotations
@@ -34,15 +34,16 @@ from hymate.predict import score
 from hymate.storage import locate
 from hymate.telemetry import Telemetry
 from hymate.training import engine
-from hymate.training.benchmark import BenchmarkConfig, Run, pretrain, trial_of
+from hymate.training.benchmark import BenchmarkConfig, pretrain, trial_of
 from hymate.training.checkpoint import load_weights
+from hymate.training.comparison import Run
 from hymate.training.finetune import Start, labelled_rows, risk_model, taught, train_on
 from hymate.training.pretraining import read_vocabulary
 
 TUNING_SUBJECTS, SAMPLES = 600, 500
 QUICK = ["pretrain.max_steps=4", "pretrain.warmup_steps=1", "pretrain.eval_every=4", "train.max_steps=4"]
 QUICK += ["train.warmup_steps=1", "train.eval_every=2"]
-Fold = tuple[np.ndarray, dict[str, np.ndarray]]  # labels, and what each model makes of them
+Fold = tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]  # subjects, labels, and what each model makes of them
 
 
 def folds_of(everyone: Examples, folds: int, fold: int) -> tuple[Examples, Examples, Examples]:
@@ -50,7 +51,7 @@ def folds_of(everyone: Examples, folds: int, fold: int) -> tuple[Examples, Examp
     subjects = np.unique(everyone.subject_id_E)
     order = np.random.default_rng(0).permutation(subjects)
     test, others = order[fold::folds], np.delete(order, np.s_[fold::folds])
-    tuning = np.random.default_rng(fold).permutation(others)[:TUNING_SUBJECTS]
+    tuning = np.random.default_rng(fold).permutation(others)[: min(TUNING_SUBJECTS, len(others) // 4)]
     of_test, of_tuning = (np.isin(everyone.subject_id_E, some) for some in (test, tuning))
     return everyone.only(~of_test & ~of_tuning), everyone.only(of_tuning), everyone.only(of_test)
 
@@ -100,7 +101,7 @@ def cross_validate(config: BenchmarkConfig, folds: int, fold: int, seed: int, we
         )
     scores["HyMaTE, the last checkpoint"] = scored[-1][1]
     scores["HyMaTE, the best on the tuning examples"] = max(scored, key=lambda each: each[0])[1]
-    return test.label_E, scores
+    return test.subject_id_E, test.label_E, scores
 
 
 def pretrain_once(config: BenchmarkConfig, seed: int) -> None:
@@ -112,9 +113,16 @@ def areas(results: list[Fold], name: str, at: list[np.ndarray]) -> np.ndarray:
     """AUROC and AUPRC, mean over the folds, of some labels of each."""
     of_fold = [
         [area(label_N[rows], scores[name][rows]) for area in (metrics.auroc, metrics.auprc)]
-        for (label_N, scores), rows in zip(results, at, strict=True)
+        for (_, label_N, scores), rows in zip(results, at, strict=True)
     ]
     return np.mean(np.array(of_fold, dtype=float), axis=0)
+
+
+def resampled(subject_N: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Rows of as many subjects, drawn with replacement."""
+    subject_P, subject_of_N = np.unique(subject_N, return_inverse=True)
+    times_N = np.bincount(rng.choice(len(subject_P), len(subject_P)), minlength=len(subject_P))[subject_of_N]
+    return np.repeat(np.arange(len(subject_N)), times_N)
 
 
 def main() -> None:
@@ -135,20 +143,20 @@ def main() -> None:
             weights = str(config.run.path / "pretrained" / f"{options.seed}.safetensors")
             tasks = [(config, options.folds, fold, options.seed, weights) for fold in range(options.folds)]
             results: list[Fold] = pool.starmap(cross_validate, tasks, chunksize=1)
-    everyone = [np.arange(len(label_N)) for label_N, _ in results]
+    everyone = [np.arange(len(label_N)) for _, label_N, _ in results]
     rng = np.random.default_rng(0)
-    samples = [[rng.choice(rows, len(rows)) for rows in everyone] for _ in range(SAMPLES)]
-    label_N = np.concatenate([label_N for label_N, _ in results])
+    samples = [[resampled(subject_N, rng) for subject_N, _, _ in results] for _ in range(SAMPLES)]
+    label_N = np.concatenate([label_N for _, label_N, _ in results])
     print("| model | AUROC | AUPRC | less boosting's: AUROC | AUPRC | calibration error |\n|---|---|---|---|---|---|")
     reference = "gradient boosting"
-    for name in results[0][1]:
+    for name in results[0][-1]:
         found = areas(results, name, everyone)
-        error = metrics.ece(label_N, np.concatenate([scores[name] for _, scores in results]))
+        error = metrics.ece(label_N, np.concatenate([scores[name] for _, _, scores in results]))
         cells = [f"{value:.4f}" for value in found] + ["", "", f"{error:.3f}"]
         if name != reference:
             difference = found - areas(results, reference, everyone)
             drawn = [areas(results, name, at) - areas(results, reference, at) for at in samples]
-            low, high = np.quantile(drawn, [0.025, 0.975], axis=0)
+            low, high = np.nanquantile(drawn, [0.025, 0.975], axis=0)
             triples = zip(difference, low, high, strict=True)
             cells[2:4] = [f"{value:.4f} [{least:.4f}, {most:.4f}]" for value, least, most in triples]
         print(f"| {name} | {' | '.join(cells)} |")
