@@ -6,6 +6,7 @@
   "outcome": {"state": "running" | "finished" | "failed" | "stopped", ...}, what finished found, or why it failed
   "attempts": [                                                             one for each time the command was given
     {
+      "id": "...",
       "started": "2026-01-31T12:00:00+00:00", "ended": null,                null: it is running, or was killed
       "overrides": [...], "code": {...}, "environment": {...},
       "starts": [{"at": "...", "step": 0}]                                  of the workers: more than one if replaced
@@ -23,6 +24,7 @@ import os
 import platform
 import shutil
 import subprocess
+import uuid
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -51,6 +53,7 @@ def recorded(run: Location, command: str, config: Any, inputs: Mapping[str, str]
     another command has taken the run over in the meantime, the outcome is that command's to write.
     """
     attempt: dict[str, Any] = {
+        "id": uuid.uuid4().hex,
         "started": _now(),
         "ended": None,
         "overrides": list(COMMAND_LINE.get()),
@@ -69,15 +72,14 @@ def recorded(run: Location, command: str, config: Any, inputs: Mapping[str, str]
             "attempts": attempts,
         },
     )
-    number = len(attempts)
     found: dict[str, Any] = {}
     try:
         yield found
     except BaseException as error:
         with contextlib.suppress(OSError, UserError):  # what ended the run is what its user must see
-            _end(run, number, _failure(error))
+            _end(run, attempt["id"], _failure(error))
         raise
-    _end(run, number, {"state": "finished", **found})
+    _end(run, attempt["id"], {"state": "finished", **found})
 
 
 def workers_started(run: Location, step: int, num_workers: int, num_nodes: int) -> None:
@@ -146,12 +148,13 @@ def _failure(error: BaseException) -> dict[str, Any]:
     return {"state": "failed", "reason": str(cause).splitlines()[0] if ours else type(cause).__name__}
 
 
-def _end(run: Location, number: int, outcome: Mapping[str, Any]) -> None:
-    """Of the attempt that is the run's `number`-th."""
-    record = read_record(run)
-    assert record is not None
-    record["attempts"][number - 1]["ended"] = _now()
-    _write(run, record | ({"outcome": outcome} if number == len(record["attempts"]) else {}))
+def _end(run: Location, identity: str, outcome: Mapping[str, Any]) -> None:
+    """Of the attempt with that id, if it is still there: the run may have been deleted and begun anew."""
+    record = read_record(run) or {"attempts": []}
+    for attempt in record["attempts"]:
+        if attempt.get("id") == identity:
+            attempt["ended"] = _now()
+            _write(run, record | ({"outcome": outcome} if attempt is record["attempts"][-1] else {}))
 
 
 def _write(run: Location, record: Mapping[str, Any]) -> None:

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from commands import wait_until
@@ -49,6 +50,21 @@ def test_sigterm_to_a_command_does_not_stop_the_one_that_took_the_run_over(tmp_p
     with second.watched() as stop:
         second.check()
         assert not stop()
+
+
+def test_a_search_that_is_taken_over_writes_nothing_into_the_other_ones_trials(tmp_path: Path) -> None:
+    from hymate.training.trials import Progress  # imports Ray
+
+    (tmp_path / "traceback.txt").write_text("Traceback\nKeyError: 3")
+    trial = SimpleNamespace(config={"index": 0}, error_file=str(tmp_path / "traceback.txt"))
+    progress = Progress("mean", tmp_path / "run", Attempt.begin(tmp_path / "run"))
+    for taken_over in (False, True):
+        if taken_over:
+            Attempt.begin(tmp_path / "run")
+        progress.on_trial_error(1, [], trial)
+        told = tmp_path / "run" / "trials" / "trial-0" / "error.txt"
+        assert told.is_file() is not taken_over
+        told.unlink(missing_ok=True)
 
 
 def test_sigterm_ends_a_search_with_the_exit_code_of_its_signal() -> None:

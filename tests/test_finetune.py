@@ -378,7 +378,7 @@ def test_tensorboard_has_curves_and_hyperparameters(run: Path) -> None:
 def test_a_finished_search_only_shows_its_results_again(run: Path, ray_env: dict[str, str]) -> None:
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
     record = json.loads((run / "run.json").read_text())
-    assert set(record["inputs"]) == {"data.path", "init", "task.readmission.labels"}
+    assert set(record["inputs"]) == {"data.path", "init", "task.labels"}
     config = record["config"]
     line = command(Path(config["data"]["path"]), Path(config["init"]), run.parent, f"[1e-3,{DIVERGING}]")
     smaller = [*line, "report.boosting=false"]  # on a machine that cannot hold its features

@@ -78,6 +78,18 @@ def test_the_end_of_a_command_says_nothing_of_the_one_that_took_the_run_over(tmp
     assert all(attempt["ended"] for attempt in record["attempts"])
 
 
+def test_a_run_that_is_deleted_and_begun_anew_is_not_the_one_that_ends(tmp_path: Path) -> None:
+    with pytest.raises(KeyError), recorded(tmp_path, "pretrain", CONFIG, INPUTS):
+        (tmp_path / "run.json").unlink()
+        raise KeyError("what its user must see")
+    assert not (tmp_path / "run.json").exists()
+    with recorded(tmp_path, "pretrain", CONFIG, INPUTS):
+        (tmp_path / "run.json").unlink()
+        attempt(tmp_path, val_loss=1.5)
+        anew = (tmp_path / "run.json").read_text()
+    assert (tmp_path / "run.json").read_text() == anew
+
+
 def repeated(run: Path, config: PretrainConfig | TuneConfig, command: str, *overrides: str) -> Any:
     with recorded(run, command, config, INPUTS):
         pass

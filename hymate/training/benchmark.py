@@ -3,6 +3,8 @@
 Gradient boosting and logistic regression (`hymate.baselines`), encoders from scratch, HyMaTE from scratch and
 pretrained, and the average of a pretrained model's best checkpoints. Each (contender, share of the training patients,
 seed) is one task of Ray's that leaves its predictions in the run's folder; what is there already is not run again.
+
+Shape legend: P training patients, E examples, X features, T tasks.
 """
 
 from __future__ import annotations
@@ -211,9 +213,10 @@ def _run_all(config: BenchmarkConfig, waiting: Sequence[Run]) -> None:
         try:
             ray.get(done)
         except Exception as error:
-            # a user's mistake is its own line; of what else goes wrong Ray's traceback tells more
+            # of a user's mistake or of what diverged a line is enough; of the rest Ray's traceback tells more
             cause = error.cause if isinstance(error, RayTaskError) else None
-            failure = failure or (cause if isinstance(cause, UserError) else error)
+            known = isinstance(cause, UserError | FloatingPointError)
+            failure = failure or (UserError(str(cause)) if known else error)
             queue.clear()
             outcome += " failed"
         left = len(queue) + sum(isinstance(one, Run) for one in running.values())
@@ -281,7 +284,7 @@ def _run_contender(
     study = Study(start, [table], METRIC, [trial], config.run.path, teacher)
     with tempfile.TemporaryDirectory() as folder, engine.single_process(config.train.use_gpu) as worker:
         kept = Kept(Path(folder), config.averaged)
-        telemetry = Telemetry(config.run.path / "tb" / run.results(config.run.path).stem, enabled=True)
+        telemetry = Telemetry(config.run.path / "tb" / run.stem, enabled=True)
         run_trial(study, trial, worker=worker, report=_keeping(kept), resume=None, telemetry=telemetry)
         states = _best_weights(kept)
     seconds = time.monotonic() - started

@@ -1,6 +1,6 @@
 """What a benchmark's runs are compared by: their predictions, kept in the run's folder; table, report and picture.
 
-Shape legend: N labels of the compared split, R runs (seeds) of a contender, B bootstrap samples.
+Shape legend: N labels of the compared split, R runs (seeds) of a contender, K areas (AUROC, AUPRC).
 """
 
 from __future__ import annotations
@@ -41,13 +41,18 @@ class Run:
     share: float
     seed: int
 
+    @property
+    def stem(self) -> str:
+        """What its files' names begin with."""
+        return f"{self.name}-{self.share:g}-{self.seed}"
+
     def results(self, folder: Location) -> Location:
         """What is known of the run; it is written last, so the run is there when this file is."""
-        return folder / f"{self.name}-{self.share:g}-{self.seed}.json"
+        return folder / f"{self.stem}.json"
 
     def predictions(self, folder: Location, split: Split) -> Location:
         """Subjects, labels and probabilities of a split."""
-        return folder / f"{self.name}-{self.share:g}-{self.seed}-{split}.parquet"
+        return folder / f"{self.stem}-{split}.parquet"
 
 
 def write_run(

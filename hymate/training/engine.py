@@ -182,10 +182,10 @@ def train(
             telemetry.progress(force=due, **_progress(meter, standing, job, config))
             if due:
                 evaluate_and_save()
-        if stopping and standing.step > saved_step:
-            save(engine, standing, config, standing.place(), job.score, report=report, telemetry=telemetry)
-        elif not stopping and not standing.evaluated():
+        if standing.finished(config) and not standing.evaluated():
             evaluate_and_save()  # it was stopped between two evaluations, and max_steps then lowered to where it stood
+        elif stopping and standing.step > saved_step:
+            save(engine, standing, config, standing.place(), job.score, report=report, telemetry=telemetry)
         telemetry.progress(force=True, **_progress(meter, standing, job, config))
     finally:
         close = getattr(steps, "close", None)

@@ -57,10 +57,11 @@ def pretrain(config: PretrainConfig) -> Location:
     check_same_run(run, config, inputs, pretraining.CHANGEABLE)
     result = _finished(config)
     if result is None:
+        attempt = Attempt.begin(run)
         with recorded(run, "pretrain", config, inputs) as result, exiting_at_sigterm():
             with ray_session(config.train), progress_line(run):
                 mend_list(run / CHECKPOINTS, MODE)
-                ended, kept = _fit(config, Attempt.begin(run))
+                ended, kept = _fit(config, attempt)
             bundle, metrics = pretraining.export_bundle(config, kept, histories)
             result |= {SCORE: metrics[SCORE], "step": metrics["step"], "bundle": str(bundle)}
             result |= {"skipped_steps": ended["skipped"]}

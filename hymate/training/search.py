@@ -112,7 +112,9 @@ def search(config: TuneConfig) -> Location:
     trials = [trial_config(config.tasks, config.train, start, point) for point in points]
     labelled = [_labelled(task, config, histories) for task in config.tasks]
     inputs = {"data.path": histories.fingerprint, "init": start.fingerprint}
-    inputs |= {f"task.{task.config.name}.labels": task.labels.digest() for task in labelled}
+    for task in labelled:
+        key = f"task.{task.config.name}" if isinstance(config.task, dict) else "task"
+        inputs[f"{key}.labels"] = task.labels.digest()
     check_same_run(run_path, config, inputs, CHANGEABLE)
     finished = results.read(run_path)
     if finished is not None:
@@ -121,6 +123,7 @@ def search(config: TuneConfig) -> Location:
     if not os.environ.get("RAY_ADDRESS"):
         check_machine(config.train)
     tables = [task.labels.table for task in labelled]
+    attempt = Attempt.begin(run_path)
     with recorded(run_path, "tune", config, inputs) as outcome:
         taught = any(trial.teacher_share for trial in trials)
         teacher = [_teacher(task, config, histories) for task in labelled] if taught else []
@@ -128,7 +131,7 @@ def search(config: TuneConfig) -> Location:
         with ray_session(config.train), exiting_at_sigterm():
             from hymate.training.trials import run_trials  # late: Ray takes its settings when it is imported
 
-            outcomes = run_trials(study, config.search, config.train, Attempt.begin(run_path))
+            outcomes = run_trials(study, config.search, config.train, attempt)
         best = _best(outcomes, config.search.metric, run_path)
         winner = _winner(start, trials[best.index], best)
         found = _score_held_out(config, winner, histories, labelled, outcomes, best)
@@ -216,7 +219,8 @@ def _best(outcomes: list[Outcome], metric: str, run_path: Location) -> Outcome:
     if not scored:
         raise UserError(
             f"all {len(outcomes)} trials failed, the first with {outcomes[0].error} "
-            f"(tracebacks: {run_path}/trials/trial-*/error.txt); the same command tries them again"
+            f"(tracebacks: {run_path}/trials/trial-*/error.txt); where they diverged lower the learning rates of "
+            "search.space under another run.name, else the same command tries them again"
         )
     return max(scored, key=lambda outcome: outcome.best[metric])
 

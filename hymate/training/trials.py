@@ -54,7 +54,8 @@ def run_trials(study: Study, search: SearchConfig, train: TrainConfig, attempt: 
         require_room(study.run_path)  # on a full disk Tune ends in one error or another
         raise
     finally:
-        remove_tree(study.run_path / TUNE)
+        if not attempt.superseded():
+            remove_tree(study.run_path / TUNE)
     return sorted((_outcome(result, study) for result in grid), key=lambda outcome: outcome.index)
 
 
@@ -81,7 +82,7 @@ def _tuner(study: Study, search: SearchConfig, train: TrainConfig, attempt: Atte
             name=TUNE,
             **ray_storage(study.run_path),
             verbose=0,
-            callbacks=[Progress(study.metric, study.run_path)],
+            callbacks=[Progress(study.metric, study.run_path, attempt)],
             failure_config=tune.FailureConfig(max_failures=search.max_failures),
         ),
     )
@@ -94,10 +95,12 @@ def _trial_name(trial: Trial) -> str:
 def _trial(parameters: dict[str, Any], study: Study, attempt: Attempt) -> None:
     """One trial, in a process of its own. One that diverges returns, as Tune would try again what ends the same way."""
     failed = study.run_path / TRIALS / f"trial-{parameters['index']}" / TRACEBACK
+    attempt.check()
     failed.unlink(missing_ok=True)
     try:
         _run(parameters["index"], study, attempt)
     except (engine.Unrecoverable, FloatingPointError):
+        attempt.check()
         write_text(traceback.format_exc(), failed)
 
 
@@ -184,8 +187,8 @@ def _cause(traceback: str) -> str:
 class Progress(tune.Callback):
     """A line on the console at each evaluation, and every few seconds where something has changed."""
 
-    def __init__(self, metric: str, run_path: Location) -> None:
-        self.metric, self.run_path = metric, run_path
+    def __init__(self, metric: str, run_path: Location, attempt: Attempt) -> None:
+        self.metric, self.run_path, self.attempt = metric, run_path, attempt
         self.started = self.printed = time.monotonic()
         self.line = ""
         self.told: set[str] = set()
@@ -222,6 +225,7 @@ class Progress(tune.Callback):
     def _note(self, trial: Trial, name: str, text: str) -> None:
         """Where the disk is full the trials say so; without this file nothing is lost but some time."""
         with suppress(OSError, UserError):
+            self.attempt.check()
             write_text(text, self.run_path / TRIALS / _trial_name(trial) / name)
 
     def _print(self, trials: list[Trial]) -> None:
