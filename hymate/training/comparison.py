@@ -225,6 +225,6 @@ def draw(comparison: Comparison, found: Mapping[str, Any], path: Location) -> No
         read = comparison.read(name, max(comparison.shares))
         if read is not None:
             _, _, label_N, probability_RN = read
-            curves[name.replace("_", " ")] = (label_N, probability_RN.mean(axis=0))
+            curves[name] = (label_N, probability_RN.mean(axis=0))
     chance = float(np.mean(next(iter(curves.values()))[0]))
     pictures.draw_benchmark(path, found["rows"], curves, chance, REFERENCE)

@@ -127,21 +127,24 @@ def draw_benchmark(
 
     rows: of benchmark.json; curves: each contender's labels and probabilities, by name; chance: the prevalence.
     """
+    colours = {name: f"C{number}" for number, name in enumerate(dict.fromkeys(row["name"] for row in rows))}
     figure = Figure(figsize=INCHES, layout="constrained")
     compared, roc, precision_recall, calibration = figure.subplots(2, 2).flat
     if len({row["share"] for row in rows}) > 1:
-        _draw_shares(compared, rows)
+        _draw_shares(compared, rows, colours)
     else:
         _draw_differences(compared, rows, reference)
     roc.plot([0, 1], [0, 1], color=GREY, linestyle=":")
     precision_recall.axhline(chance, color=GREY, linestyle=":")
     for name, (label_N, prob_N) in curves.items():
         false_positive, true_positive, _ = roc_curve(label_N, prob_N)
-        roc.plot(false_positive, true_positive, label=name)
+        colour = colours[name]
+        roc.plot(false_positive, true_positive, color=colour, label=name.replace("_", " "))
         precision, recall, _ = precision_recall_curve(label_N, prob_N)
-        precision_recall.step(recall[:-1], precision[:-1], label=name)
+        precision_recall.step(recall[:-1], precision[:-1], color=colour)
         groups = np.array_split(np.argsort(prob_N), 10)
-        calibration.plot([prob_N[at].mean() for at in groups], [label_N[at].mean() for at in groups], "o-", label=name)
+        predicted, observed = ([x_N[at].mean() for at in groups] for x_N in (prob_N, label_N))
+        calibration.plot(predicted, observed, "o-", color=colour)
     end = calibration.get_xlim()[1]
     calibration.plot([0, end], [0, end], color=GREY, linestyle=":")
     roc.set(title="ROC", xlabel="1 - specificity", ylabel="sensitivity", xlim=(0, 1), ylim=(0, 1.01))
@@ -155,13 +158,14 @@ def draw_benchmark(
         figure.savefig(temporary, dpi=DPI, format="png")
 
 
-def _draw_shares(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
+def _draw_shares(axes: Axes, rows: Sequence[Mapping[str, Any]], colours: Mapping[str, str]) -> None:
     shares = sorted({row["share"] for row in rows})
-    for name in dict.fromkeys(row["name"] for row in rows):
+    for name, colour in colours.items():
         own = sorted((r["share"], r["auprc"]["mean"], r["auprc"]["sd"] or 0.0) for r in rows if r["name"] == name)
         if len(own) > 1:
             share, mean, deviation = np.array(own).T
-            axes.errorbar(share, mean, yerr=deviation, fmt="o-", capsize=2, label=name.replace("_", " "))
+            label = name.replace("_", " ")
+            axes.errorbar(share, mean, yerr=deviation, fmt="o-", capsize=2, color=colour, label=label)
     axes.set(title="Few labels", xlabel="share of the training patients", ylabel="AUPRC, mean and deviation")
     axes.set_xscale("log")
     axes.set_xticks(shares, [f"{share:.0%}" for share in shares])
