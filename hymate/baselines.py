@@ -22,7 +22,6 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.ensemble import HistGradientBoostingClassifier
@@ -42,7 +41,8 @@ from hymate.predict import prediction_table
 from hymate.record import recorded
 from hymate.storage import Location, locate, write_text
 from hymate.training.pretraining import available_cpus
-from hymate.training.results import RESULTS, TABLE_WIDTH, score_rows
+from hymate.training.results import RESULTS, score_rows
+from hymate.training.tables import new_console
 
 Kind = Literal["gradient_boosting", "logistic_regression", "lightgbm"]
 
@@ -321,7 +321,7 @@ def run(config: BaselinesConfig) -> None:
     histories = Histories.open(root)
     label_set = labels(root, config.task)
     examples = {split: labelled_examples(histories, label_set.table, split) for split in SPLITS}
-    require_both_classes(config.task, examples, ("train", "tuning"))
+    require_both_classes(config.task, {split: examples[split] for split in ("train", "tuning")})
     (out / RECORD).unlink(missing_ok=True)  # each run is a new one
     inputs = {"data.path": histories.fingerprint, "task.labels": label_set.digest()}
     with recorded(out, "baselines", config, inputs) as outcome:
@@ -379,9 +379,7 @@ def _importances(model: Baseline, tuning: FeatureTable, seed: int) -> dict[str, 
 
 
 def _show(found: dict[str, Any], out: Location) -> None:
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=TABLE_WIDTH)
+    console = new_console()
     title = f"Task {found['task']}: {found['baseline'].replace('_', ' ')} on {found['num_features']} aggregate features"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
     (header, tuning), (_, *rows) = score_rows(found["tuning"]), score_rows(found)

@@ -152,10 +152,10 @@ def labelled_examples(histories: Histories, labels: pa.Table, split: str) -> Exa
     )
 
 
-def require_both_classes(task: TaskConfig, examples: Mapping[str, Examples], splits: Sequence[str]) -> None:
+def require_both_classes(task: TaskConfig, examples: Mapping[str, Examples]) -> None:
     """Raises UserError where a split's labels are all alike: nothing can be learned from it, or measured on it."""
-    for split in splits:
-        label_E, days_E = examples[split].label_E, examples[split].days_E
+    for split, part in examples.items():
+        label_E, days_E = part.label_E, part.days_E
         positives = int((label_E > 0.5).sum())
         remedy = "prepare the dataset with more subjects in this split, or choose another task"
         if positives in (0, len(label_E)):

@@ -131,10 +131,12 @@ def benchmark(config: BenchmarkConfig) -> Location:
     if not os.environ.get("RAY_ADDRESS"):
         check_machine(config.train)
     histories, label_set = Histories.open(config.data.path), labels(locate(config.data.path), config.task)
+    require_both_classes(
+        config.task, {split: labelled_examples(histories, label_set.table, split) for split in COMPARED}
+    )
     for share, seed in {(run.share, run.seed) for run in runs}:
         table = _share_of(label_set.table, histories, share, seed)
-        examples = {split: labelled_examples(histories, table, split) for split in ("train", *COMPARED)}
-        require_both_classes(config.task, examples, ("train", *COMPARED))
+        require_both_classes(config.task, {"train": labelled_examples(histories, table, "train")})
     inputs = {"data.path": histories.fingerprint, "task.labels": label_set.digest()}
     check_same_run(path, config, inputs, CHANGEABLE)
     with recorded(path, "benchmark", config, inputs):

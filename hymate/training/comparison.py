@@ -15,7 +15,6 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 from scipy.special import expit
 
@@ -27,7 +26,6 @@ from hymate.storage import Location, write_text
 from hymate.training import pictures, tables
 
 REFERENCE = "gradient_boosting"  # what every contender is compared with
-TABLE_WIDTH = 150
 Split = Literal["tuning", "held_out"]
 COMPARED: tuple[Split, ...] = ("tuning", "held_out")
 Array = NDArray[Any]
@@ -204,9 +202,7 @@ def report(comparison: Comparison, found: Mapping[str, Any]) -> str:
 
 def show(found: Mapping[str, Any]) -> None:
     """The tables on the console."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=TABLE_WIDTH)
+    console = tables.new_console(150)
     for share in sorted({row["share"] for row in found["rows"]}, reverse=True):
         title = f"{found['task']}, {found['split']} split, {share:.0%} of the training patients"
         table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
 from hymate.config import TaskConfig
@@ -16,12 +15,11 @@ from hymate.data.loader import Examples
 from hymate.data.tasks import LabelSet
 from hymate.metrics import AREAS
 from hymate.storage import Location, write_text
-from hymate.training.tables import markdown, number, with_interval
+from hymate.training.tables import markdown, new_console, number, with_interval
 from hymate.training.verdict import sections, verdict
 from hymate.trust import ENOUGH_POSITIVES, ENOUGH_SUBJECTS
 
 RESULTS, REPORT = "results.json", "report.md"
-TABLE_WIDTH = 130  # of a stream that is no terminal
 
 SCORES = ("num_labels", "num_subjects", "prevalence", "auroc", "auprc", "brier", "ece", "days")
 DAYS = """\
@@ -129,9 +127,7 @@ def read(run_path: Location) -> dict[str, Any] | None:
 
 def show(found: Mapping[str, Any], run_path: Location) -> None:
     """The trials and the scores as tables, and where everything is."""
-    console = Console(soft_wrap=False)
-    if not console.is_terminal:
-        console = Console(width=TABLE_WIDTH)
+    console = new_console()
     for title, rows in (
         ("Trials (scores on the tuning split)", trial_rows(found)),
         (_title(found), score_rows(found)),

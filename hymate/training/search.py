@@ -163,7 +163,8 @@ def _absolute(config: TuneConfig) -> TuneConfig:
 def _labelled(task: TaskConfig, config: TuneConfig, histories: Histories) -> LabelledTask:
     label_set = labels(locate(config.data.path), task)
     examples = {split: labelled_examples(histories, label_set.table, split) for split in SPLITS}
-    require_both_classes(task, examples, ("train", "tuning"))  # trials learn from one and are compared on the other
+    # trials learn from the one and are compared on the other
+    require_both_classes(task, {split: examples[split] for split in ("train", "tuning")})
     groups = subgroups(histories, examples["held_out"], config.report.subgroups, config.report.age_bands)
     return LabelledTask(task, label_set, examples, groups)
 

@@ -5,6 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich.console import Console
+
+
+def new_console(width: int = 130) -> Console:
+    """Where tables are shown; `width` is that of a stream that is no terminal."""
+    terminal = Console()
+    return terminal if terminal.is_terminal else Console(width=width)
+
 
 def number(value: float | None) -> str:
     """Three decimals, or a dash."""
