@@ -1,12 +1,12 @@
 """The benchmark's contender `distilled` against gradient boosting, cross-validated over the train and tuning stays.
 
-    python tests/benchmarks/cross_validation.py DATA_DIR [--task mortality] [--folds 4] [--seed 0] [--quick]
+    python tests/benchmarks/cross_validation.py DATA_DIR [--task mortality] [--folds 4] [--seed 0] [--quick] [key=value]
 
 Of each fold's other patients 600, or a quarter where that is less, choose the checkpoint and boosting's number of
 trees, all else is for training; the held-out split is not touched. Pretraining is one for all folds, on the inputs of
 the train split. Prints a Markdown table of the last checkpoint and the best one, each recalibrated on those 600: areas,
 means over the folds, their differences to boosting with the 95 % interval over patients resampled within each fold, and
-the calibration error of all folds' probabilities together.
+the calibration error of all folds' probabilities together. key=value change the benchmark's configuration.
 """
 
 from __future__ import annotations
@@ -132,11 +132,11 @@ def main() -> None:
     parser.add_argument("--folds", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="a few steps, to see that it runs")
-    options = parser.parse_args()
+    options, changes = parser.parse_known_args()
     os.environ.update(OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu")
     with tempfile.TemporaryDirectory() as folder:
         settings = [f"task={options.task}", f"data.path={options.data.absolute()}", f"run.dir={folder}"]
-        config = load("benchmark", settings + (QUICK if options.quick else []), BenchmarkConfig)
+        config = load("benchmark", settings + (QUICK if options.quick else []) + changes, BenchmarkConfig)
         spawn = multiprocessing.get_context("spawn")
         with spawn.Pool(len(os.sched_getaffinity(0)), maxtasksperchild=1) as pool:
             pool.apply(pretrain_once, (config, options.seed))
