@@ -34,6 +34,10 @@ SETTINGS = {
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # we do
     "RAY_AIR_NEW_OUTPUT": "0",  # its reporter prints even when told to be silent
 }
+SILENCED = (
+    "ray.tune.tune",  # it repeats that a trial failed, not why
+    "ray.tune.execution.experiment_state",  # of Tune's own record it tells with a traceback that the disk is full
+)
 SCORES = ("step", "mean", "auroc", "auprc", "concordance", "loss")
 SECONDS_BETWEEN_LINES = 15.0
 
@@ -46,7 +50,8 @@ def run_trials(study: Study, search: SearchConfig, train: TrainConfig, attempt: 
     Ray must be running.
     """
     os.environ.update(SETTINGS)
-    logging.getLogger("ray.tune.tune").setLevel(logging.CRITICAL)  # it repeats that a trial failed, not why
+    for name in SILENCED:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     remove_tree(study.run_path / TUNE)
     try:
         grid = _tuner(study, search, train, attempt).fit()

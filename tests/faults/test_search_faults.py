@@ -122,6 +122,7 @@ def test_the_disk_is_full_while_a_search_saves(
             fill(small)
             _, said = driver.communicate(timeout=PATIENCE_S)
         assert driver.returncode in (1, 2) and re.search(r"\berror: .*no space left", said.splitlines()[-1]), said
+        assert "Traceback" not in said, said
         (small / "filling").unlink()
         since = time.monotonic()
         with subprocess.Popen(arguments, env=environment, cwd=tmp_path, stdout=subprocess.DEVNULL) as driver:
