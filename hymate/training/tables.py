@@ -1,4 +1,4 @@
-"""How numbers look in a report."""
+"""How numbers and tables look in reports and on the console."""
 
 from __future__ import annotations
 
