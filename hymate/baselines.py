@@ -359,6 +359,7 @@ def _scored(
         "seconds": {"features": computed - started, "fit": fitted - computed},
         "importance": _importances(model, table["tuning"], config.seed),
         "labels": label_set.counts,
+        "label_details": label_set.details,
     }
     oracle = root / "oracle" / f"{config.task.name}.json"
     if oracle.is_file():  # a synthetic cohort, whose law says how well anything can predict

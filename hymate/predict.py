@@ -263,7 +263,7 @@ def prepared(path: Location) -> Iterator[Location]:
 
 def _prediction_times(root: Location, task: TaskConfig) -> pa.Table:
     """The task's labels; labels handed in as a folder need no boolean_value, for prediction needs only the times."""
-    return read_labels(locate(task.labels)) if task.labels is not None else labels(root, task).table
+    return read_labels(locate(task.labels)) if task.labels is not None else labels(root, task, times_only=True).table
 
 
 def _examples(histories: Histories, table: pa.Table, split: str) -> Examples:

@@ -21,10 +21,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hymate.batch import UNKNOWN_ID, Batch
-from hymate.config import UserError
+from hymate.config import TaskConfig, UserError
 from hymate.data import loader
 from hymate.data.histories import HISTORY_SCHEMA, INDEX_SCHEMA, Histories, History
-from hymate.data.loader import Cursor, Examples, Rows, labelled_examples, pretraining_examples, united
+from hymate.data.loader import (
+    Cursor,
+    Examples,
+    Rows,
+    labelled_examples,
+    pretraining_examples,
+    require_both_classes,
+    united,
+)
 from hymate.data.packing import pack
 from hymate.data.statistics import NUM_KNOTS, VOCABULARY_SCHEMA
 from hymate.data.vocabulary import Vocabulary
@@ -314,7 +322,7 @@ def test_labels_without_events_or_subject_are_dropped_and_counted(histories: His
     ids = histories.index["subject_id"].tolist()
     labels = label_table([ids[0], 7, ids[0], ids[7], ids[40], ids[2]], [50, 50, -1e5, 50, 50, 60], [True] * 5 + [None])
     examples = labelled_examples(histories, labels, "train")
-    assert examples.dropped == {"unknown_subject": 1, "without_events": 2}
+    assert examples.dropped == {"unknown_subject": 1, "without_events": 2, "positives_without_events": 2}
     assert examples.subject_id_E.tolist() == [ids[0], ids[2]]
     np.testing.assert_array_equal(examples.label_E, [1, np.nan])
     assert labelled_examples(histories, labels, "tuning").subject_id_E.tolist() == [ids[40]]
@@ -378,10 +386,31 @@ def test_rows_carry_the_labels_of_all_tasks(histories: Histories, vocabulary: Vo
 
 
 @pytest.mark.parametrize("split", ["train", "no_such_split"])
-def test_nothing_left_is_one_clear_line(histories: Histories, split: str) -> None:
-    with pytest.raises(UserError, match="none of 2 labels can be used") as caught:
-        labelled_examples(histories, label_table([1, 2], [5, 5], [True, False]), split)
-    assert "\n" not in str(caught.value)
+def test_nothing_left_is_one_line_that_names_the_cause(histories: Histories, split: str) -> None:
+    of = {name: histories.index["subject_id"][histories.rows_of(name)].tolist() for name in ("train", "tuning")}
+    causes = {
+        "none of the 2 labels is of a subject of the dataset": label_table([1, 2], [5, 5], [True, False]),
+        f"no label is of a subject in split '{split}': of 2 labels 1 in tuning and 1 of unknown": label_table(
+            [of["tuning"][0], 7], [50, 50], [True, False]
+        ),
+    }
+    if split == "train":
+        early = label_table(of["train"][:2] + of["tuning"][:1], [-1e5] * 3, [True] * 3)
+        causes["all 2 labels of split 'train' have prediction times before the first event"] = early
+    for message, labels in causes.items():
+        with pytest.raises(UserError, match=message) as caught:
+            labelled_examples(histories, labels, split)
+        assert "\n" not in str(caught.value)
+        assert len(labelled_examples(histories, labels, split, required=False)) == 0
+
+
+def test_labels_that_are_alike_for_want_of_events_are_told_as_that(histories: Histories) -> None:
+    ids = histories.index["subject_id"][histories.rows_of("train")][:4].tolist()
+    for early in (True, False):  # these lie before the first event
+        labels = label_table(ids, [-1e5, -1e5, 50, 50], [early, early, not early, not early])
+        examples = {"train": labelled_examples(histories, labels, "train")}
+        with pytest.raises(UserError, match=rf"2 more \({2 * early} positive\) were left out, .*prediction times"):
+            require_both_classes(TaskConfig("made-up"), examples)
 
 
 def test_a_split_without_histories_is_one_clear_line(histories: Histories) -> None:

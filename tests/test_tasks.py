@@ -6,7 +6,7 @@ import json
 import logging
 from collections import Counter
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime, time, timedelta
 from pathlib import Path
 
 import pyarrow as pa
@@ -19,7 +19,7 @@ from hymate.command import load
 from hymate.config import TaskConfig, UserError
 from hymate.data import tasks
 
-START = datetime(2100, 1, 1)
+START = datetime(2100, 1, 1, 9)
 ADMITTED, HOME, DIED = "HOSPITAL_ADMISSION//EW EMER.", "HOSPITAL_DISCHARGE//HOME", "HOSPITAL_DISCHARGE//DIED"
 DEATH, LAB = "MEDS_DEATH", "LAB//50912//mg/dL"
 History = list[tuple[float, str]]  # days since START, code
@@ -63,7 +63,7 @@ def days(time: datetime) -> float:
 
 def extract(root: Path, history: History, config: TaskConfig) -> tuple[Labels, dict[str, int]]:
     """Labels and counts of one history; a second subject makes sure that there is a label at all."""
-    other = [*stay(0, 2), *stay(10, 12), (100, LAB)]
+    other = [*stay(0, 2), *stay(10, 12), (100, LAB), (200, DEATH)]
     write(root, [history, other])
     result = tasks.labels(root, config)
     rows = [row for row in result.table.to_pylist() if row["subject_id"] == 1]
@@ -94,6 +94,27 @@ READMISSION: dict[str, tuple[History, Labels, dict[str, int]]] = {
     "transfer at the same instant": ([*stay(0, 3), *stay(3, 9), (80, LAB)], {3: False, 9: False}, {"triggers": 1}),
     "two discharges at one time": ([(0, ADMITTED), (3, HOME), (3, HOME), (80, LAB)], {3: False}, {}),
     "every discharge": ([*stay(0, 3), *stay(9, 12), (80, LAB)], {3: True, 12: False}, {"triggers": 1}),
+    # a registry's date of death, stamped at 00:00 (0.625 is 15 hours after nine o'clock): it comes at the day's end
+    "dated death on the day of a discharge alive": (
+        [*stay(0, 3), (2.625, DEATH), (80, LAB)],
+        {3: False},
+        {"competing_deaths": 1},
+    ),
+    "dated death on the day of a discharge coded as death": (
+        [*stay(0, 3, DIED), (2.625, DEATH)],
+        {},
+        {"died_in_hospital": 1},
+    ),
+    "dated death before the day of the discharge": (
+        [*stay(0, 3), (1.625, DEATH)],
+        {},
+        {"died_in_hospital": 1},
+    ),
+    "dated death at a discharge at midnight": (
+        [(0, ADMITTED), (2.625, HOME), (2.625, DEATH)],
+        {2.625: False},
+        {"competing_deaths": 1},
+    ),
     "no admission seen": ([(3, HOME), (80, LAB)], {3: False}, {}),
 }
 
@@ -133,6 +154,10 @@ MORTALITY: dict[str, tuple[History, Labels]] = {
     "death stamped without a discharge": ([(0, ADMITTED), (5, DEATH)], {1: True}),
     "death at the discharge time": ([*stay(0, 5), (5, DEATH)], {1: True}),
     "died at home": ([*stay(0, 5), (5.4, DEATH)], {1: False}),
+    "dated death on the day of a discharge alive": ([*stay(0, 5), (4.625, DEATH)], {1: False}),
+    "dated death on the day of a discharge coded as death": ([*stay(0, 5, DIED), (4.625, DEATH)], {1: True}),
+    "dated death without a discharge": ([(0, ADMITTED), (4.625, DEATH)], {1: True}),
+    "dated death on the second day, with its discharge": ([*stay(0, 1.2, DIED), (0.625, DEATH)], {1: True}),
     "died in the second day": (stay(0, 1.5, DIED), {1: True}),
     "discharged within 24 hours": (stay(0, 0.9), {}),
     "discharged at 24 hours": (stay(0, 1), {}),
@@ -165,6 +190,7 @@ def test_the_gap_before_the_target_can_be_widened(tmp_path: Path) -> None:
         (stay(0, 7), {1: False}, 7),
         (stay(0, 7.01), {1: True}, 7.01),
         (stay(2, 12.5, DIED), {3: True}, 10.5),
+        ([*stay(2, 12.5), (11.625, DEATH)], {3: True}, 10.5),  # a dated death on the day of a discharge alive
         (stay(0, 0.9), {}, None),
     ],
 )
@@ -315,7 +341,9 @@ def counted_by_hand(path: Path) -> dict[str, Counter[str]]:
     for events, last in zip(patients.values(), ends["time_max"], strict=True):
         admissions = [t for t, code in events if code.startswith("HOSPITAL_ADMISSION//")]
         discharges = [t for t, code in events if code.startswith("HOSPITAL_DISCHARGE//")]
-        deaths = [t for t, code in events if code in (DEATH, DIED)]
+        deaths = [t for t, code in events if code == DIED]
+        deaths += [t if t.time() != time() else t + timedelta(days=1, microseconds=-1) for t in dated(events)]
+        last = max([last, *deaths])
         labelled: Counter[str] = Counter()
         for t in sorted(set(discharges)):
             outcome = readmission_by_hand(t, admissions, deaths, last)
@@ -332,6 +360,10 @@ def counted_by_hand(path: Path) -> dict[str, Counter[str]]:
     readmission = counts["readmission"]
     readmission["labels"] = readmission["positives"] + readmission["negatives"] + readmission["competing_deaths"]
     return counts
+
+
+def dated(events: list[tuple[datetime, str]]) -> list[datetime]:
+    return [t for t, code in events if code == DEATH]
 
 
 def readmission_by_hand(t: datetime, admissions: list[datetime], deaths: list[datetime], last: datetime) -> str:
@@ -361,8 +393,8 @@ def test_mimic_counts_equal_a_count_by_hand(shared_data: Path, tmp_path: Path) -
         "triggers": 214,
         "died_in_hospital": 11,
         "positives": 44,
-        "negatives": 127,
-        "competing_deaths": 6,
+        "negatives": 128,
+        "competing_deaths": 5,
         "censored": 26,
         "labels": 177,
         "subjects": 57,

@@ -30,6 +30,7 @@ import torch
 from hymate.batch import UNKNOWN_ID, Batch
 from hymate.config import TaskConfig, UserError
 from hymate.data.histories import Histories, History
+from hymate.data.meds import SPLITS
 from hymate.data.packing import pack
 from hymate.data.vocabulary import Vocabulary
 
@@ -115,13 +116,13 @@ def pretraining_examples(histories: Histories, split: str) -> Examples:
     )
 
 
-def labelled_examples(histories: Histories, labels: pa.Table, split: str) -> Examples:
+def labelled_examples(histories: Histories, labels: pa.Table, split: str, required: bool = True) -> Examples:
     """A task's labels of `split`'s subjects, each with the events at or before its prediction time.
 
     labels: MEDS labels (subject_id, prediction_time and, where known, boolean_value and the days as float_value).
     Dropped and counted: labels whose subject is not in the dataset (`unknown_subject`), and labels without any
-    event up to the prediction time (`without_events`). Sorted by position and time, whatever the labels' order.
-    Raises UserError when no label is left.
+    event up to the prediction time (`without_events`, and those of them that are positive). Sorted by position and
+    time, whatever the labels' order. Raises UserError when no label is left, unless they are not `required`.
     """
     subject_id_N = labels["subject_id"].to_numpy().astype(np.int64)
     time_N = labels["prediction_time"].cast(pa.timestamp("us")).cast(pa.int64()).to_numpy()
@@ -134,13 +135,13 @@ def labelled_examples(histories: Histories, labels: pa.Table, split: str) -> Exa
     position_E, time_E = position_N[order], time_N[order]
     stop_E = _events_until(histories, position_E, time_E)
     kept = stop_E > 0
-    dropped = {"unknown_subject": int((~known).sum()), "without_events": int((~kept).sum())}
-    if not kept.any():
-        counts = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
-        raise UserError(
-            f"none of {len(labels)} labels can be used in split {split!r} ({counts}): check that labels and dataset "
-            "hold the same subject ids and that events precede the prediction times"
-        )
+    dropped = {
+        "unknown_subject": int((~known).sum()),
+        "without_events": int((~kept).sum()),
+        "positives_without_events": int((label_N[order][~kept] > 0.5).sum()),
+    }
+    if not kept.any() and required:
+        raise _no_example(histories, subject_id_N, split, dropped)
     return Examples(
         position_E=position_E[kept],
         stop_E=stop_E[kept],
@@ -152,6 +153,28 @@ def labelled_examples(histories: Histories, labels: pa.Table, split: str) -> Exa
     )
 
 
+def _no_example(histories: Histories, subject_id_N: np.ndarray, split: str, dropped: Mapping[str, int]) -> UserError:
+    """What to say where no label of a split can be used: why, and what would help."""
+    total = len(subject_id_N)
+    if dropped["without_events"]:
+        return UserError(
+            f"all {dropped['without_events']} labels of split {split!r} have prediction times before the first event "
+            "of their subject: check the labels' prediction times and their unit and time zone"
+        )
+    if dropped["unknown_subject"] == total:
+        return UserError(
+            f"none of the {total} labels is of a subject of the dataset (split {split!r} was asked for): check that "
+            "labels and dataset hold the same subject ids"
+        )
+    of_split = {other: int(_join(subject_id_N, histories, other)[1].sum()) for other in SPLITS}
+    where = ", ".join(f"{count} in {other}" for other, count in of_split.items() if count)
+    return UserError(
+        f"no label is of a subject in split {split!r}: of {total} labels {where or 'none'} and "
+        f"{dropped['unknown_subject']} of unknown subjects: label subjects of {split!r}, or prepare the dataset with "
+        "splits that hold labelled subjects"
+    )
+
+
 def require_both_classes(task: TaskConfig, examples: Mapping[str, Examples]) -> None:
     """Raises UserError where a split's labels are all alike: nothing can be learned from it, or measured on it."""
     for split, part in examples.items():
@@ -159,6 +182,13 @@ def require_both_classes(task: TaskConfig, examples: Mapping[str, Examples]) -> 
         positives = int((label_E > 0.5).sum())
         remedy = "prepare the dataset with more subjects in this split, or choose another task"
         if positives in (0, len(label_E)):
+            lost = part.dropped.get("without_events", 0)
+            lost_positives = part.dropped.get("positives_without_events", 0)
+            if lost_positives if positives == 0 else lost - lost_positives:
+                remedy = (
+                    f"{lost} more ({lost_positives} positive) were left out, because their prediction times lie before "
+                    "the first event of their subject: check the labels' prediction times"
+                )
             raise UserError(
                 f"task {task.name}: the {split} split has {positives} positive and {len(label_E) - positives} negative "
                 f"labels, and both are needed: {remedy}"

@@ -1,8 +1,8 @@
 """Prediction tasks: MEDS labels that are there already, or extracted with an ACES task definition.
 
-ACES finds the triggers, the windows and whether the label's event happened. What it cannot say, whether a missing
-event was not observed because the patient died (a competing risk) or because the record ends (censoring), is
-settled here, with every outcome counted:
+`hymate.data.definition` finds the triggers, the windows and whether the label's event happened. Whether a missing
+event was not observed because the patient died (a competing risk) or because the record ends (censoring) is settled
+here, with every outcome counted:
 
     triggers            times at which the definition's trigger matches (several codes at one time are one trigger)
     excluded            its windows do not hold there (e.g. discharged before the prediction time)
@@ -19,50 +19,42 @@ drop it, are not used.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
-import logging
 import sys
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
-from omegaconf import DictConfig
 from rich.console import Console
 from rich.progress import track
 
 from hymate.config import ConfigError, TaskConfig, UserError
+from hymate.data.definition import CODE_ALONE, find, parse, read_predicates
 from hymate.data.meds import read_labels, write_parquet
-from hymate.storage import Location, files_below, local_copy, locate, new_folder, write_text
+from hymate.storage import Location, files_below, locate, new_folder, write_text
 
-# aces is imported where labels are extracted: it takes seconds (matplotlib among others), and most runs find labels
-RULES_VERSION = 1  # of the rules above; a new one makes old extractions be redone
+RULES_VERSION = 2  # of the rules above and of definition.py; a new one makes old extractions be redone
 SUMMARY = "counts.json"
 MICROSECONDS_PER_DAY = 86_400_000_000
-WINDOW_SCHEMA: dict[str, Any] = {
-    "subject_id": pl.Int64,
-    "trigger": pl.Datetime("us"),
-    "prediction_time": pl.Datetime("us"),
-    "end": pl.Datetime("us"),
-    "event": pl.Boolean,
-}
 
 
 @dataclass(frozen=True)
 class LabelSet:
     """table: subject_id, prediction_time, boolean_value (and float_value in days where the task has it).
     counts: labels, positives and subjects; for extracted labels also the other counts of this file's head.
+    details: for extracted labels, "excluded": how many triggers each window leaves out; "predicates": how many events
+        of the dataset each plain predicate of the definition matches.
     """
 
     table: pa.Table
     counts: dict[str, int]
+    details: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def digest(self) -> str:
         """Of what a model learns from them."""
@@ -73,11 +65,12 @@ class LabelSet:
         return found.hexdigest()
 
 
-def labels(root: Location, task: TaskConfig) -> LabelSet:
+def labels(root: Location, task: TaskConfig, times_only: bool = False) -> LabelSet:
     """The labels of `task` in the dataset at `root`, extracted and kept in `root`/labels/<name> if need be.
 
-    In this order: the folder `task.labels`; `root`/labels/<name> that came with the dataset; ACES's extraction,
-    redone when the definition or the data changed since. Raises UserError where there is no label to be had.
+    In this order: the folder `task.labels`; `root`/labels/<name> that came with the dataset; what `task.definition`
+    finds, redone when the definition or the data changed since. Raises UserError where there is no label to be had,
+    and where no event can make a label positive, unless the prediction times alone are wanted (`times_only`).
     """
     if task.labels is not None:
         return _given(locate(task.labels), "task.labels", task)
@@ -92,7 +85,10 @@ def labels(root: Location, task: TaskConfig) -> LabelSet:
     summary = _summary(folder)
     if summary.get("fingerprint") != fingerprint:
         summary = _extract(task, shards, folder, fingerprint)
-    return LabelSet(read_labels(folder), summary["counts"])
+    if summary["never_positive"] and not times_only:
+        raise _no_event(task, "label's predicate", summary["never_positive"], unmatched(summary["predicates"]))
+    details = {name: summary[name] for name in ("excluded", "predicates")}
+    return LabelSet(read_labels(folder), summary["counts"], details)
 
 
 def _given(folder: Location, key: str, task: TaskConfig) -> LabelSet:
@@ -160,19 +156,26 @@ def _summary(folder: Location) -> dict[str, Any]:
 
 def _extract(task: TaskConfig, shards: dict[str, Location], folder: Location, fingerprint: str) -> dict[str, Any]:
     """Extract every shard's labels beside `folder` and put them there in one move."""
-    counts: dict[str, dict[str, int]] = {}
-    _aces_config(task)
+    config = _definition(task)
+    of_shards: dict[str, dict[str, dict[str, int]]] = {}
     try:
-        with new_folder(folder, SUMMARY) as new, _quiet_aces():
+        with new_folder(folder, SUMMARY) as new:
             progress = Console(stderr=True, quiet=not sys.stderr.isatty())
             for shard in track(shards, f"Labels of {task.name}", console=progress, transient=True):
-                table, counts[shard] = _extract_shard(shards[shard], task)
+                table, of_shards[shard] = _extract_shard(shards[shard], task, config)
                 write_parquet(table, new / f"{shard}.parquet")
-            total: Counter[str] = Counter()
-            for of_shard in counts.values():
-                total.update(of_shard)
-            _require_labels(task, total)
-            summary = {"fingerprint": fingerprint, "counts": dict(total), "shards": counts}
+            total = {name: Counter[str]() for name in ("counts", "excluded", "predicates")}
+            for name, counter in total.items():
+                for found in of_shards.values():
+                    counter.update(found[name])
+            _require_labels(task, config, total)
+            label = config.windows[config.label_window].label
+            summary = {
+                "fingerprint": fingerprint,
+                **{name: dict(counter) for name, counter in total.items()},
+                "never_positive": _never(config, label, unmatched(total["predicates"])),
+                "shards": {shard: found["counts"] for shard, found in of_shards.items()},
+            }
             write_text(json.dumps(summary, indent=2) + "\n", new / SUMMARY)
     except PermissionError as error:
         raise UserError(
@@ -182,54 +185,73 @@ def _extract(task: TaskConfig, shards: dict[str, Location], folder: Location, fi
     return summary
 
 
-def _require_labels(task: TaskConfig, counts: Counter[str]) -> None:
-    assert task.definition is not None
-    if not counts["triggers"]:
-        name = task.definition["trigger"]
-        raise UserError(
-            f"task {task.name}: no event matches its trigger {name}: set task.definition.predicates.{name} to the "
-            "codes of this dataset (metadata/codes.parquet)"
+def _definition(task: TaskConfig) -> Any:
+    config = parse(task)
+    if task.competing is not None and task.competing not in config.predicates:
+        raise ConfigError(
+            f"task.competing={task.competing} is no predicate of task.definition: it has {', '.join(config.predicates)}"
         )
+    return config
+
+
+def unmatched(matches: Mapping[str, int]) -> dict[str, str]:
+    """The predicates that match no event, each with how that is; see `Predicates.matches`."""
+    found = {}
+    for name, count in matches.items():
+        if not count and not name.startswith(CODE_ALONE.format("")):
+            of_code = matches.get(CODE_ALONE.format(name), 0)
+            found[name] = f"{of_code} events have the code of {name}, but no value in its range" if of_code else ""
+    return found
+
+
+def _never(config: Any, name: str, without: Mapping[str, str]) -> list[str]:
+    """The plain predicates for want of which a predicate never holds; none where it may hold."""
+    predicate = config.predicates.get(name)
+    if predicate is None or predicate.is_plain:  # ACES's own predicates always hold somewhere
+        return [name] if name in without else []
+    of_input = [_never(config, other, without) for other in predicate.input_predicates]
+    if predicate.is_or and not all(of_input):
+        return []
+    return sorted({other for inputs in of_input for other in inputs})
+
+
+def _no_event(task: TaskConfig, role: str, names: list[str], without: Mapping[str, str]) -> UserError:
+    assert task.definition is not None
+    keys = [
+        f"task.definition.{'predicates' if name in task.definition['predicates'] else 'patient_demographics'}.{name}"
+        for name in names
+    ]
+    why = "".join(f" ({without[name]})" for name in names if without[name])
+    return UserError(
+        f"task {task.name}: no event matches its {role} {', '.join(names)}{why}: set {' and '.join(keys)} to the codes "
+        "of this dataset (metadata/codes.parquet)"
+    )
+
+
+def _require_labels(task: TaskConfig, config: Any, total: Mapping[str, Mapping[str, int]]) -> None:
+    counts, without = total["counts"], unmatched(total["predicates"])
+    static = [name for name, predicate in config.plain_predicates.items() if predicate.static and name in without]
+    if not counts["triggers"]:
+        never = _never(config, config.trigger.predicate, without)
+        if never or static:
+            raise _no_event(task, "trigger" if never else "static predicate", never or static, without)
     if not counts["labels"]:
         told = ", ".join(f"{value} {name}" for name, value in counts.items())
+        told += f"; predicates that match no event: {', '.join(without)}" if without else ""
         raise UserError(f"task {task.name}: no trigger gets a label ({told}): mend task.definition")
 
 
-def _extract_shard(path: Location, task: TaskConfig) -> tuple[pa.Table, dict[str, int]]:
+def _extract_shard(path: Location, task: TaskConfig, config: Any) -> tuple[pa.Table, dict[str, Any]]:
     """Labels (sorted by subject and time) and counts of one MEDS data file."""
-    from aces.predicates import get_predicates_df
-    from aces.query import query
-
-    config = _aces_config(task)  # a fresh one a shard: query adds up window offsets inside it
-    try:
-        with local_copy(path) as found:
-            events = get_predicates_df(config, DictConfig({"standard": "meds", "path": str(found)}))
-        windows = query(config, events)
-    except (pl.exceptions.PolarsError, pa.ArrowException) as error:
-        fault = _one_line(error).partition("[")[0]  # where Polars quotes values
-        raise UserError(f"{path}: ACES cannot read it with task.definition: {fault}") from error
-    events = events.drop_nulls("timestamp")
-    num_triggers = events.filter(pl.col(config.trigger.predicate) > 0).height
-    rows = _windows(config, windows) if not windows.is_empty() else pl.DataFrame(schema=WINDOW_SCHEMA)
+    predicates = read_predicates(path, config)
+    found = find(config, predicates.events)
     died = pl.col(task.competing) > 0 if task.competing else pl.lit(False)
-    subjects = events.group_by("subject_id").agg(
-        last=pl.col("timestamp").max(), died=pl.col("timestamp").filter(died).min()
+    subjects = predicates.events.group_by("subject_id").agg(
+        last=pl.col("time").max(), died=pl.col("time").filter(died).min()
     )
-    rows = rows.join(subjects, on="subject_id").sort("subject_id", "prediction_time")
-    return _settle(rows, task, num_triggers)
-
-
-def _windows(config: Any, windows: pl.DataFrame) -> pl.DataFrame:
-    """ACES's answer, a row a trigger whose windows hold: when the label window ends and whether its event came."""
-    root = config.windows[config.label_window].root_node
-    summary = pl.col(f"{config.label_window}.{'end' if root == 'start' else 'start'}_summary")
-    return windows.select(
-        "subject_id",
-        "trigger",
-        prediction_time="index_timestamp",
-        end=summary.struct.field("timestamp_at_end"),
-        event=pl.col("label") > 0,
-    ).cast(pl.Schema(WINDOW_SCHEMA))
+    rows = found.rows.join(subjects, on="subject_id", how="left").sort("subject_id", "prediction_time")
+    table, counts = _settle(rows, task, found.num_triggers)
+    return table, {"counts": counts, "excluded": found.excluded, "predicates": predicates.matches}
 
 
 def _settle(rows: pl.DataFrame, task: TaskConfig, num_triggers: int) -> tuple[pa.Table, dict[str, int]]:
@@ -257,72 +279,3 @@ def _settle(rows: pl.DataFrame, task: TaskConfig, num_triggers: int) -> tuple[pa
         **_sizes(table),
     }
     return table, counts
-
-
-# --------------------------------------------------------------------------------------------------------- ACES
-
-
-def _aces_config(task: TaskConfig) -> Any:
-    """`task.definition` as ACES's own configuration object.
-
-    Built from its parts, as ACES's `load` reads files only and drops predicates that no window names, among them
-    `competing`. Raises ConfigError for a definition that ACES cannot use.
-    """
-    from aces.config import DerivedPredicateConfig, EventConfig, PlainPredicateConfig, TaskExtractorConfig, WindowConfig
-
-    definition = copy.deepcopy(task.definition) or {}  # ACES parses `has` in place
-    fields = PlainPredicateConfig.__dataclass_fields__
-
-    def predicate(spec: dict[str, Any], **static: bool) -> Any:
-        if "expr" in spec:
-            return DerivedPredicateConfig(**spec)
-        known = {name: value for name, value in spec.items() if name in fields}
-        plain = PlainPredicateConfig(**known, **static, other_cols={k: v for k, v in spec.items() if k not in fields})
-        if isinstance(plain.code, dict) and plain.code.get("regex"):
-            pl.Series([""]).str.contains(plain.code["regex"])
-        return plain
-
-    try:
-        predicates = {name: predicate(spec) for name, spec in definition["predicates"].items()}
-        for name, spec in definition.get("patient_demographics", {}).items():
-            predicates[name] = predicate(spec, static=True)
-        config = TaskExtractorConfig(
-            predicates=predicates,
-            trigger=EventConfig(definition["trigger"]),
-            windows={name: WindowConfig(**spec) for name, spec in definition["windows"].items()},
-        )
-        unknown = set(definition) - {
-            "predicates",
-            "patient_demographics",
-            "trigger",
-            "windows",
-            "description",
-            "metadata",
-        }
-        if unknown:
-            raise ValueError(f"unknown key {sorted(unknown)[0]}")
-    except (KeyError, TypeError, ValueError, AttributeError, pl.exceptions.PolarsError) as error:
-        raise ConfigError(f"task.definition is not an ACES task: {_one_line(error)}") from error
-    if config.label_window is None or config.index_timestamp_window is None:
-        raise ConfigError("task.definition needs a window with a label and one with an index_timestamp")
-    if task.competing is not None and task.competing not in predicates:
-        raise ConfigError(
-            f"task.competing={task.competing} is no predicate of task.definition: it has {', '.join(predicates)}"
-        )
-    return config
-
-
-@contextmanager
-def _quiet_aces() -> Iterator[None]:
-    """ACES logs each step, and warns e.g. of a shard without a trigger; its errors are exceptions."""
-    logger = logging.getLogger("aces")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

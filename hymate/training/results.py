@@ -12,7 +12,7 @@ from rich.table import Table
 
 from hymate.config import TaskConfig
 from hymate.data.loader import Examples
-from hymate.data.tasks import LabelSet
+from hymate.data.tasks import LabelSet, unmatched
 from hymate.metrics import AREAS
 from hymate.storage import Location, write_text
 from hymate.training.tables import markdown, new_console, number, with_interval
@@ -68,6 +68,7 @@ def of_task(
         )
     return found | {
         "labels": label_set.counts,
+        "label_details": label_set.details,
         "competing_rule": task.competing_rule,
         "splits": {split: _sizes(part) for split, part in examples.items()},
     }
@@ -196,10 +197,28 @@ def _details(found: Mapping[str, Any]) -> list[str]:
                 [str(part["labels"][k]), text.format(rule=rule)] for k, text in MEANING.items() if k in part["labels"]
             ]
             parts += [f"All splits, how the labels{of_task} came about:", markdown(rows)]
+            parts += _label_details(part.get("label_details", {}))
     parts += ["## Trials", markdown(trial_rows(found))]
     failed = [t for t in found["trials"] if t["error"]]
     parts += [f"- trial {t['index']} failed: {t['error']}" for t in failed]
     return [*parts, "## Limits", LIMITS]
+
+
+def _label_details(details: Mapping[str, Mapping[str, int]]) -> list[str]:
+    """Sentences on what the definition's windows and predicates found."""
+    sentences = []
+    if any(details.get("excluded", {}).values()):
+        sentences.append(f"Excluded by window: {_counted(details['excluded'])}.")
+    if matches := details.get("predicates"):
+        sentences.append(f"Events that each predicate matches: {_counted(matches)}.")
+        if without := unmatched(matches):
+            named = ", ".join(f"{name} ({why})" if why else name for name, why in without.items())
+            sentences.append(f"**No event matches {named}: check the codes.**")
+    return sentences
+
+
+def _counted(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in counts.items() if not name.startswith("_"))
 
 
 def recalibration_rows(found: Mapping[str, Any]) -> list[list[str]]:

@@ -1,0 +1,345 @@
+"""ACES task definitions: reading one, and finding its triggers and windows in a shard's events.
+
+ACES (Xu et al. 2024) parses the definition and its predicates. The windows are evaluated here, by ACES's documented
+meaning, because its own `query` departs from it without a word (es-aces 0.7.3):
+
+    `start: end - 24h`            the window's two edges are exchanged, and with them `index_timestamp`
+    `end: start -> P`             with the start excluded, a P at the start still ends the window there
+    `start: end <- P`             likewise
+    `start: end` and the like     an edge that equals the other is lost, and with it the window's conditions
+
+The rules, where ACES's documentation leaves room: an edge `X -> P` (or `X <- P`) is the first P after X (the last one
+before it), or at X itself where the window includes that edge. `null` is the first or last event of the record.
+A trigger with an edge that isn't in the record is left out.
+
+Legend: R rows, the distant times of each subject in order; N triggers.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import meds
+import numpy as np
+import polars as pl
+import pyarrow as pa
+
+from hymate.config import ConfigError, TaskConfig, UserError
+from hymate.data.meds import UNREADABLE, DataError, open_parquet, unreadable
+from hymate.storage import Location
+
+# aces is imported where it is needed: it takes seconds (matplotlib among others), and most runs find labels
+KEYS = {"predicates", "patient_demographics", "trigger", "windows", "description", "metadata"}
+LONGEST = timedelta(days=3_652_059)  # years 1 to 9999
+MICROSECOND = timedelta(microseconds=1)
+ANY_EVENT, RECORD_START, RECORD_END = "_ANY_EVENT", "_RECORD_START", "_RECORD_END"
+LAST_OF_DAY = timedelta(days=1) - MICROSECOND
+CODE_ALONE = "_code_of_{}"  # a predicate with bounds on its value, without them
+
+
+# ----------------------------------------------------------------------------------------------------- the definition
+
+
+def parse(task: TaskConfig) -> Any:
+    """`task.definition` as ACES's own configuration object.
+
+    Built from its parts, as ACES's `load` reads files only and drops predicates that no window names, among them
+    `competing`. Raises ConfigError for a definition that cannot be used.
+    """
+    from aces.config import DerivedPredicateConfig, EventConfig, PlainPredicateConfig, TaskExtractorConfig, WindowConfig
+    from bigtree.utils.exceptions import TreeError
+
+    definition = copy.deepcopy(task.definition) or {}  # ACES parses `has` in place
+    fields = PlainPredicateConfig.__dataclass_fields__
+
+    def predicate(spec: dict[str, Any], **static: bool) -> Any:
+        if "expr" in spec:
+            return DerivedPredicateConfig(**spec)
+        known = {name: value for name, value in spec.items() if name in fields}
+        plain = PlainPredicateConfig(**known, **static, other_cols={k: v for k, v in spec.items() if k not in fields})
+        pl.DataFrame(schema=dict.fromkeys(_columns({"": plain}), pl.String) | {"numeric_value": pl.Float32}).select(
+            plain.MEDS_eval_expr()
+        )
+        return plain
+
+    try:
+        predicates = {name: predicate(spec) for name, spec in definition["predicates"].items()}
+        for name, spec in definition.get("patient_demographics", {}).items():
+            predicates[name] = predicate(spec, static=True)
+        config = TaskExtractorConfig(
+            predicates=predicates,
+            trigger=EventConfig(definition["trigger"]),
+            windows={name: WindowConfig(**spec) for name, spec in definition["windows"].items()},
+        )
+        if unknown := sorted(set(definition) - KEYS):
+            raise ValueError(f"unknown key {unknown[0]}")
+        _require_possible(config)
+    except (KeyError, TypeError, ValueError, AttributeError, TreeError, pl.exceptions.PolarsError) as error:
+        raise ConfigError(f"task.definition is not an ACES task: {one_line(error)}") from error
+    if config.label_window is None or config.index_timestamp_window is None:
+        raise ConfigError("task.definition needs a window with a label and one with an index_timestamp")
+    return config
+
+
+def _require_possible(config: Any) -> None:
+    """Raises ValueError for what ACES takes and no one can mean."""
+    static = {name for name, plain in config.plain_predicates.items() if plain.static}
+    for name, window in config.windows.items():
+        for expr in (window.start_endpoint_expr, window.end_endpoint_expr):
+            if abs(getattr(expr, "window_size", timedelta(0))) > LONGEST:
+                raise ValueError(f"window {name} is longer than the years 1 to 9999")
+        for counted in {*window.referenced_predicates, *([window.label] if window.label else [])} & static:
+            raise ValueError(f"window {name} counts {counted}, which is static: static events have no time")
+        for counted, (least, most) in window.has.items():
+            if (least is None and most is None) or (least is not None and most is not None and most < least):
+                raise ValueError(f"window {name}: has {counted}: ({least}, {most}) is no range")
+    if config.trigger.predicate in static:
+        raise ValueError(f"trigger {config.trigger.predicate} is static: static events have no time")
+    if taken := {"subject_id", "time"} & set(config.predicates):
+        raise ValueError(f"a predicate cannot be named {min(taken)}")
+
+
+def _evaluation_order(config: Any) -> list[str]:
+    """The windows' names, each after the one that it refers to (ACES refuses circles)."""
+    refers = {name: window.referenced_event[0] for name, window in config.windows.items()}
+    order: list[str] = []
+    while len(order) < len(refers):
+        ready = [name for name, other in refers.items() if name not in order and other in ("trigger", *order)]
+        assert ready
+        order += ready
+    return order
+
+
+def one_line(error: Exception) -> str:
+    """An exception's type and text, for the end of a line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+# ------------------------------------------------------------------------------------------------------- predicates
+
+
+@dataclass(frozen=True)
+class Predicates:
+    """A shard seen through a definition's predicates.
+
+    events: a row a subject and time, sorted: subject_id, time and, for each predicate, how many events match; only of
+        subjects with the definition's static predicates.
+    matches: for each plain predicate how many of the shard's events match: of those with a time, or for a static one
+        of those without. A predicate with bounds on its value is there a second time, without them (CODE_ALONE).
+    """
+
+    events: pl.DataFrame
+    matches: dict[str, int]
+
+
+def read_predicates(path: Location, config: Any) -> Predicates:
+    """Evaluate the predicates on one MEDS data file; DataError where it cannot be read, UserError without a column.
+
+    A MEDS_DEATH at 00:00 is a date without a time of day (registries give no more). The patient was alive when
+    discharged alive on that day, so such a death is taken to come at the end of its day.
+    """
+    plain = dict(config.plain_predicates)
+    for name, found in config.plain_predicates.items():
+        if found.value_min is not None or found.value_max is not None:
+            plain[CODE_ALONE.format(name)] = type(found)(found.code, static=found.static)
+    data = _read(path, _columns(plain))
+    death = pl.col("code").str.contains(f"^{meds.death_code}(//.*)?$")
+    date_only = pl.col("time") == pl.col("time").dt.truncate("1d")
+    data = data.with_columns(time=pl.when(death & date_only).then(pl.col("time") + LAST_OF_DAY).otherwise("time"))
+    data = data.select("subject_id", "time", **{name: p.MEDS_eval_expr().cast(pl.Int64) for name, p in plain.items()})
+    has_time = pl.col("time").is_not_null()
+    matches = data.select(
+        **{name: pl.col(name).filter(~has_time if p.static else has_time).sum() for name, p in plain.items()}
+    ).row(0, named=True)
+
+    data = data.select("subject_id", "time", *config.plain_predicates)
+    data = data.group_by("subject_id", "time").agg(pl.all().sum()).sort("subject_id", "time", nulls_last=False)
+    static = [name for name, p in config.plain_predicates.items() if p.static]
+    data = data.with_columns(pl.col(static).filter(~has_time).sum().over("subject_id"))
+    derived = config.derived_predicates
+    read_by_derived = {name for p in derived.values() for name in p.input_predicates}
+    for name, p in derived.items():
+        data = data.with_columns(p.eval_expr().cast(pl.Int64).alias(name))
+    data = data.filter(has_time, *[pl.col(name) > 0 for name in static if name not in read_by_derived])
+    events = data.with_columns(
+        pl.lit(1).alias(ANY_EVENT),
+        (pl.col("time") == pl.col("time").min().over("subject_id")).cast(pl.Int64).alias(RECORD_START),
+        (pl.col("time") == pl.col("time").max().over("subject_id")).cast(pl.Int64).alias(RECORD_END),
+    )
+    return Predicates(events, matches)
+
+
+def _columns(plain: Mapping[str, Any]) -> list[str]:
+    others = {name for predicate in plain.values() for name in predicate.other_cols}
+    return ["subject_id", "time", "code", "numeric_value", *sorted(others)]
+
+
+def _read(path: Location, columns: list[str]) -> pl.DataFrame:
+    optional = "numeric_value"
+    try:
+        with open_parquet(path) as file:
+            table = file.read(columns=columns)
+        table.validate(full=True)
+        if optional not in table.column_names:
+            table = table.append_column(optional, pa.nulls(table.num_rows, pa.float32()))
+        data = pl.DataFrame(pl.from_arrow(table.select(columns)))
+        return data.with_columns(pl.col("time").cast(pl.Datetime("us")), pl.col("code").cast(pl.String))
+    except KeyError as error:
+        raise UserError(f"{path} lacks a column that task.definition names: {one_line(error)}") from error
+    except UNREADABLE as error:
+        raise unreadable(path) from error
+    except pl.exceptions.PolarsError as error:
+        fault = one_line(error).partition("[")[0]  # where Polars quotes values
+        raise DataError(f"{path}: task.definition cannot be evaluated on it: {fault}") from error
+
+
+# ---------------------------------------------------------------------------------------------------------- windows
+
+
+@dataclass(frozen=True)
+class Found:
+    """The triggers of a shard.
+
+    rows: subject_id, trigger, prediction_time, start (see `find`), window_start and end of the window that has the
+        label, event (whether its label's predicate holds there) and event_time (when first); of triggers at which
+        every window holds.
+    num_triggers; excluded: for each window how many triggers it leaves out, of those that the ones before it, in the
+        order of their evaluation, have left.
+    """
+
+    rows: pl.DataFrame
+    num_triggers: int
+    excluded: dict[str, int]
+
+
+def find(config: Any, events: pl.DataFrame, start: str | None = None) -> Found:
+    """Triggers, windows and labels in `Predicates.events`.
+
+    start: what a label is about begins at the "trigger", or at the last event of a predicate up to the prediction
+        time (null where there is none), or nothing is known of it (None).
+    """
+    record = _Record(events)
+    trigger = np.flatnonzero(record.count[config.trigger.predicate])
+    subject_N, trigger_N = record.subject_R[trigger], record.time_R[trigger]
+    edges = {"trigger": (trigger_N, np.ones(len(trigger), dtype=bool))}
+    holds_N, excluded = np.ones(len(trigger), dtype=bool), {}
+    for name in _evaluation_order(config):
+        window = config.windows[name]
+        root, other = ("end", "start") if window.root_node == "end" else ("start", "end")
+        expression = {"start": window.start_endpoint_expr, "end": window.end_endpoint_expr}
+        includes = {"start": window.start_inclusive, "end": window.end_inclusive}
+        reference = edges[".".join(window.referenced_event)]
+        edges[f"{name}.{root}"] = record.edge(subject_N, reference, expression[root], at_reference=False)
+        edges[f"{name}.{other}"] = record.edge(
+            subject_N, edges[f"{name}.{root}"], expression[other], at_reference=includes[root]
+        )
+        (start_N, known_N), (end_N, end_known_N) = edges[f"{name}.start"], edges[f"{name}.end"]
+        here_N = known_N & end_known_N
+        for predicate, (least, most) in window.has.items():
+            count_N = record.counted(predicate, subject_N, start_N, end_N, window)
+            here_N = here_N & (count_N >= (least or 0)) & (count_N <= (count_N if most is None else most))
+        excluded[name] = int((holds_N & ~here_N).sum())
+        holds_N &= here_N
+
+    def held(edge: str) -> np.ndarray:
+        return edges[edge][0][holds_N]
+
+    subject_N, window = subject_N[holds_N], config.windows[config.label_window]
+    start_N, end_N = held(f"{config.label_window}.start"), held(f"{config.label_window}.end")
+    index = config.windows[config.index_timestamp_window].index_timestamp
+    prediction_N = held(f"{config.index_timestamp_window}.{index}")
+    event_N = record.counted(window.label, subject_N, start_N, end_N, window) > 0
+    first_N, _ = record.nearest(window.label, subject_N, start_N, window.start_inclusive)
+    if start in (None, "trigger"):
+        about_N, known_N = held("trigger"), np.full(len(subject_N), start is not None)
+    else:
+        about_N, known_N = record.nearest(start, subject_N, prediction_N, True, before=True)
+    always_N = np.ones(len(subject_N), dtype=bool)
+    rows = pl.DataFrame(
+        {
+            "subject_id": record.subject_id_S[subject_N],
+            "trigger": _times(held("trigger"), always_N),
+            "prediction_time": _times(prediction_N, always_N),
+            "start": _times(about_N, known_N),
+            "window_start": _times(start_N, always_N),
+            "end": _times(end_N, always_N),
+            "event": event_N,
+            "event_time": _times(first_N, event_N),
+        }
+    )
+    return Found(rows, len(trigger), excluded)
+
+
+class _Record:
+    """The rows of `Predicates.events`, searched by subject and time.
+
+    key_R rises with subject and time, so that one search finds a place among all subjects' rows.
+    """
+
+    def __init__(self, events: pl.DataFrame) -> None:
+        subject_id_R = events["subject_id"].to_numpy()
+        self.time_R = events["time"].to_physical().to_numpy()
+        self.count = {name: events[name].to_numpy() for name in events.columns[2:]}
+        new_R = np.diff(subject_id_R, prepend=subject_id_R[:1] - 1) != 0
+        self.subject_R = np.cumsum(new_R) - 1
+        self.first_S = np.flatnonzero(new_R)
+        self.last_S = np.append(self.first_S[1:], len(new_R)) - 1
+        self.subject_id_S = subject_id_R[self.first_S]
+        self._time_U = np.unique(self.time_R)
+        self._key_R = self._key(self.subject_R, np.searchsorted(self._time_U, self.time_R))
+
+    def _key(self, subject_N: np.ndarray, rank_N: np.ndarray) -> np.ndarray:
+        return subject_N * (len(self._time_U) + 1) + rank_N
+
+    def _rows_before(self, subject_N: np.ndarray, time_N: np.ndarray, and_at: bool) -> np.ndarray:
+        """How many rows, other subjects' included, come before each time (or at it)."""
+        rank_N = np.searchsorted(self._time_U, time_N, side="right" if and_at else "left")
+        return np.searchsorted(self._key_R, self._key(subject_N, rank_N))
+
+    def counted(
+        self, predicate: str, subject_N: np.ndarray, start_N: np.ndarray, end_N: np.ndarray, window: Any
+    ) -> np.ndarray:
+        """How many events of a predicate lie between two times, which `window` includes or not."""
+        until = np.concatenate([[0], np.cumsum(self.count[predicate])])
+        from_N = self._rows_before(subject_N, start_N, and_at=not window.start_inclusive)
+        return np.maximum(until[self._rows_before(subject_N, end_N, and_at=window.end_inclusive)] - until[from_N], 0)
+
+    def nearest(
+        self, predicate: str, subject_N: np.ndarray, time_N: np.ndarray, at_time: bool, before: bool = False
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The next (or last) time at which a predicate holds, and whether there is one."""
+        row_H = np.flatnonzero(self.count[predicate])
+        place_N = self._rows_before(subject_N, time_N, and_at=at_time == before)
+        hit_N = np.searchsorted(row_H, place_N) - before
+        row_N = np.append(row_H, -1)[np.clip(hit_N, -1, len(row_H))]
+        known_N = (hit_N >= 0) & (row_N >= 0) & (self.subject_R[row_N] == subject_N)
+        return np.where(known_N, self.time_R[row_N], time_N), known_N
+
+    def edge(
+        self, subject_N: np.ndarray, reference: tuple[np.ndarray, np.ndarray], expression: Any, at_reference: bool
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """A window's edge, in microseconds, and whether the record has it."""
+        time_N, known_N = reference
+        if expression is None:
+            return time_N, known_N
+        if hasattr(expression, "window_size"):
+            return time_N + expression.window_size // MICROSECOND, known_N
+        predicate = expression.end_event
+        if predicate == RECORD_END:
+            found_N = self.time_R[self.last_S[subject_N]]
+            return found_N, known_N & (found_N >= time_N)
+        if predicate == f"-{RECORD_START}":
+            found_N = self.time_R[self.first_S[subject_N]]
+            return found_N, known_N & (found_N <= time_N)
+        before = predicate.startswith("-")
+        found_N, there_N = self.nearest(predicate.removeprefix("-"), subject_N, time_N, at_reference, before)
+        return found_N, known_N & there_N
+
+
+def _times(time_N: np.ndarray, known_N: np.ndarray) -> pl.Series:
+    times = pl.Series(time_N.astype("datetime64[us]"), dtype=pl.Datetime("us"))
+    return times.set(pl.Series(~known_N), None) if len(times) else times
