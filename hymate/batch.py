@@ -17,6 +17,7 @@ from torch import Tensor
 UNKNOWN_ID = 0
 MASK_ID = 1
 FIRST_CODE_ID = 2
+HOURS_PER_YEAR = 8766.0  # of 365.25 days
 
 
 @dataclass
@@ -31,15 +32,15 @@ class Batch:
     segment_L: int32, 0..S-1, non-decreasing.
     cu_seqlens: S+1 Python ints; segment s is events cu_seqlens[s]:cu_seqlens[s+1]. Never empty segments.
     static_code_F, static_value_F, static_quantile_F, static_segment_F: as above, for events without a time.
-    age_years_S: float32, age at the window's end where the birth is known, else NaN.
+    age_years_S: float32, age at the prediction time (in pretraining the window's end); NaN where the birth is unknown.
     lag_hours_S: float32, hours from the window's last event to the prediction time (0 in pretraining).
     example_S: int64, the position of each segment's example in the loader's list (its subject, its label).
     label_ST: float32, each task's label, 1 or 0; NaN where the task has none at this example. Pretraining has no tasks.
     days_ST: float32, how long what each task is about lasts; NaN where it has no label or the task no days.
-    share_T: float32, the share of all examples that have each task's label.
-    weight: the row's share of its optimiser step times the number of rows in it, so that the mean over rows
-        of weight * (row mean) is the mean over the step.
-    seed: a number that depends only on the run's seed and the row's place in the data order.
+    label_weight_ST: float32, how much each label counts in a mean over labels; 1 where nothing else is known.
+    seed_S: int64, not negative, depends only on the run's seed, the epoch and the example: what is drawn for a segment
+        (masks, anchors) does not depend on the row that it stands in.
+    seed: likewise of the run's seed and the row's place in the data order: dropout.
     """
 
     code_L: Tensor
@@ -58,8 +59,8 @@ class Batch:
     example_S: Tensor
     label_ST: Tensor
     days_ST: Tensor
-    share_T: Tensor
-    weight: float = 1.0
+    label_weight_ST: Tensor
+    seed_S: Tensor
     seed: int = 0
 
     @property

@@ -24,7 +24,7 @@ from hymate import ops
 from hymate.batch import Batch
 from hymate.config import ModelConfig, ObjectiveConfig, UserError
 from hymate.mixers import BlockState, Mamba1Mixer, Mamba2Mixer
-from hymate.objectives import forecast_targets, hide_events, histories_until, masked_mean
+from hymate.objectives import Forecast, Hidden, LossModel, forecast_targets, hide_events, histories_until
 from hymate.pooling import FusionPooling, MemberLinear, VariablePooling, segment_mean, wide
 
 TIME_PERIODS_HOURS = (2.0, 6.0, 24.0, 72.0, 168.0, 720.0, 2160.0, 8766.0)
@@ -336,12 +336,12 @@ class ScoredLinear(nn.Linear):
     """A linear layer onto classes that never holds all its outputs: only how well they meet their targets."""
 
     def forward(self, x_ND: Tensor, target_N: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        """Mean cross-entropy and accuracy over N events."""
+        """Sum of the cross-entropies of N events, and how many of them have their target as the likeliest."""
         return ops.linear_cross_entropy(x_ND, self.weight, self.bias, target_N)
 
 
 class CodeHead(nn.Module):
-    """The head of the hidden codes: their mean cross-entropy and accuracy."""
+    """The head of the hidden codes: the sum of their cross-entropies, and how many it tells rightly."""
 
     def __init__(self, config: ModelConfig, vocab_size: int) -> None:
         super().__init__()
@@ -368,57 +368,78 @@ class PatientHead(nn.Module):
         return self.out(self.dropout(F.gelu(self.hidden(self.norm(patient_SME)))))
 
 
-class PretrainModel(nn.Module):
-    """HyMaTE with the heads of the self-supervised objectives (`hymate.objectives`)."""
+class PretrainModel(LossModel):
+    """HyMaTE with the heads of the self-supervised objectives (`hymate.objectives`).
+
+    terms: the weight in the loss of each term and, 0, of its own metric: "code_loss", "code_accuracy" and so on.
+    """
 
     def __init__(self, config: ModelConfig, objective: ObjectiveConfig, vocab_size: int) -> None:
         super().__init__()
         self.objective = objective
+        self.terms: dict[str, float] = {}
         self.backbone = HyMaTE(config, vocab_size)
         self.code_head = CodeHead(config, vocab_size) if objective.code_weight else None
         self.value_head = _head(config, 1) if objective.value_weight else None
         self.pooling: PatientPooling | None = None
         self.forecast_head: PatientHead | None = None
+        if objective.code_weight:
+            self.terms |= {"code_loss": objective.code_weight, "code_accuracy": 0.0}
+        if objective.value_weight:
+            self.terms |= {"value_loss": objective.value_weight, "value_mae": 0.0}
         if objective.forecast_weight:
             self.pooling = PatientPooling(config)
             self.forecast_head = PatientHead(config, self.pooling.width, 2 * objective.forecast_variables)
+            weight = objective.forecast_weight
+            self.terms |= {"measured_loss": weight, "forecast_loss": weight, "forecast_mae": 0.0}
+
+    def count_targets(self, batch: Batch) -> Tensor:
+        """How many targets each of `terms` has in a row: (K,), float64."""
+        hidden, ahead = self._drawn(batch)
+        counts = {"code": hidden.code_L.sum(), "value": hidden.value_L.sum()}
+        if ahead is not None:
+            counts["measured"] = ahead.whole_A.sum() * ahead.measured_AK.shape[1]
+            counts["forecast"] = (~ahead.value_AK.isnan()).sum()
+        return torch.stack([counts[name.split("_")[0]] for name in self.terms]).double()
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Scalars: "loss", each term's loss, and each term's own metric."""
-        hidden = hide_events(batch, self.objective)
+        """ "sum_K": see `LossModel`."""
+        hidden, ahead = self._drawn(batch)
         h_LD = self.backbone(hidden.batch, hidden.value_L)
-        terms: dict[str, Tensor] = {}
-        loss = h_LD.new_zeros(())
+        sums: dict[str, Tensor] = {}
         if self.code_head is not None:
             at = hidden.code_L
-            terms["code_loss"], terms["code_accuracy"] = self.code_head(h_LD[at], batch.code_L[at])
-            loss = loss + self.objective.code_weight * terms["code_loss"]
+            sums["code_loss"], sums["code_accuracy"] = self.code_head(h_LD[at], batch.code_L[at])
         if self.value_head is not None:
-            at = hidden.value_L & ~torch.isnan(batch.value_L)
+            at = hidden.value_L
             error = self.value_head(h_LD[at])[:, 0].float() - batch.value_L[at].clamp(-5, 5)
-            terms["value_loss"] = masked_mean(F.huber_loss(error, torch.zeros_like(error), reduction="none"))
-            terms["value_mae"] = masked_mean(error.abs())
-            loss = loss + self.objective.value_weight * terms["value_loss"]
-        if self.pooling is not None and self.forecast_head is not None:
-            ahead = forecast_targets(batch, self.objective)
+            sums["value_loss"], sums["value_mae"] = _huber(error), error.abs().sum()
+        if self.pooling is not None and self.forecast_head is not None and ahead is not None:
             past, at_L = histories_until(batch, ahead.anchor_A, ~(hidden.code_L | hidden.value_L))
             patient_AME, _ = self.pooling(h_LD[at_L], past, self.backbone.embedding)
             measured_AMK, value_AMK = self.forecast_head(patient_AME).float().chunk(2, dim=2)
+            members = measured_AMK.shape[1]
             target_AMK = ahead.measured_AK.float()[:, None].expand_as(measured_AMK)
             found = F.binary_cross_entropy_with_logits(measured_AMK, target_AMK, reduction="none")
             error_AMK = value_AMK - ahead.value_AK[:, None].clamp(-5, 5)
             error = error_AMK[~torch.isnan(error_AMK)]
-            terms["measured_loss"] = masked_mean(found[ahead.whole_A])
-            terms["forecast_loss"] = masked_mean(F.huber_loss(error, torch.zeros_like(error), reduction="none"))
-            terms["forecast_mae"] = masked_mean(error.abs())
-            loss = loss + self.objective.forecast_weight * (terms["measured_loss"] + terms["forecast_loss"])
-        return {"loss": loss, **{name: value.detach() for name, value in terms.items()}}
+            sums["measured_loss"] = found[ahead.whole_A].sum() / members
+            sums["forecast_loss"], sums["forecast_mae"] = _huber(error) / members, error.abs().sum() / members
+        return {"sum_K": torch.stack([sums[name] for name in self.terms])}
+
+    def _drawn(self, batch: Batch) -> tuple[Hidden, Forecast | None]:
+        """What the row is asked: a function of its seeds, not of the weights."""
+        ahead = forecast_targets(batch, self.objective) if self.forecast_head is not None else None
+        return hide_events(batch, self.objective), ahead
 
 
-class RiskModel(nn.Module):
+class RiskModel(LossModel):
     """HyMaTE with one head for each task: its logit, and for the tasks `in_days` also log(1 + days).
 
     What the members say is averaged; each learns as if it were alone (deep ensembles, Lakshminarayanan et al. 2017).
+
+    terms: the weight in the loss of each task's "TASK_loss" and, in days, "TASK_days_loss". The loss is the mean over
+    tasks of the weighted mean over a task's labels.
     """
 
     def __init__(
@@ -428,6 +449,9 @@ class RiskModel(nn.Module):
         self.backbone = HyMaTE(config, vocab_size)
         self.pooling = PatientPooling(config)
         self.heads = nn.ModuleDict({task: _task_head(config, self.pooling.width, task in in_days) for task in tasks})
+        self._in_days = [number for number, task in enumerate(tasks) if task in in_days]
+        names = [f"{task}_loss" for task in tasks] + [f"{tasks[number]}_days_loss" for number in self._in_days]
+        self.terms = dict.fromkeys(names, 1 / len(tasks))
 
     def patient(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """Patient vectors (S, M, E) and attention weights (L, M * Q) or None."""
@@ -443,27 +467,33 @@ class RiskModel(nn.Module):
         days = [o_SMO[..., 1] if o_SMO.shape[2] == 2 else torch.full_like(o_SMO[..., 0], torch.nan) for o_SMO in out]
         return torch.stack([o_SMO[..., 0] for o_SMO in out], dim=1), torch.stack(days, dim=1)
 
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """ "logit_ST", "log_days_ST" and "loss": the mean over tasks of the mean over a task's labels of the binary
-        cross-entropy and, of days, the Huber loss of their logarithms; of members the mean of theirs.
+    def count_targets(self, batch: Batch) -> Tensor:
+        """The sum of the weights of the labels that each of `terms` has in a row: (K,), float64."""
+        return torch.cat([_weighed(target_SX, w_SX).sum(0) for target_SX, w_SX in self._targets(batch)]).double()
 
-        A task's mean is that over all rows: each row adds its labels' losses over the number that it would have if
-        labels were spread evenly (`Batch.share_T`), or those of a row with few of them would weigh more.
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """ "logit_ST", "log_days_ST" and "sum_K": the weighted sum over labels of the binary cross-entropy and, for
+        days, of the Huber loss of their logarithms; of members the mean of theirs.
         """
         logit_STM, log_days_STM = self._of_members(self.patient(batch)[0])
-        weight_ST = (1 / (batch.share_T * batch.label_ST.numel())).expand_as(batch.label_ST)
 
-        def of_known(error: Callable[..., Tensor], told_STM: Tensor, target_ST: Tensor) -> Tensor:
-            at = ~torch.isnan(target_ST)
-            told_NM, target_NM = told_STM[at], target_ST[at][:, None].expand(-1, told_STM.shape[2])
-            return (weight_ST[at] * error(told_NM, target_NM, reduction="none").mean(dim=1)).sum()
+        def summed(error: Callable[..., Tensor], told_SXM: Tensor, target_SX: Tensor, weight_SX: Tensor) -> Tensor:
+            target_SXM = torch.nan_to_num(target_SX)[:, :, None].expand_as(told_SXM)
+            error_SX = error(told_SXM, target_SXM, reduction="none").mean(dim=2)
+            return (error_SX * _weighed(target_SX, weight_SX)).sum(dim=0)
 
-        risk = of_known(F.binary_cross_entropy_with_logits, logit_STM, batch.label_ST)
-        loss = risk + of_known(F.huber_loss, log_days_STM, batch.days_ST.log1p())
+        labels, days = self._targets(batch)
+        risks = summed(F.binary_cross_entropy_with_logits, logit_STM, *labels)
+        sum_K = torch.cat([risks, summed(F.huber_loss, log_days_STM[:, self._in_days], *days)])
         logit_ST, log_days_ST = logit_STM.mean(dim=2), log_days_STM.mean(dim=2)
         if not self.training:
             logit_ST, log_days_ST = logit_ST.detach(), log_days_ST.detach()
-        return {"loss": loss, "logit_ST": logit_ST, "log_days_ST": log_days_ST}
+        return {"sum_K": sum_K, "logit_ST": logit_ST, "log_days_ST": log_days_ST}
+
+    def _targets(self, batch: Batch) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Labels and their weights; the logarithms of days and theirs, of the tasks that have them."""
+        log_days_SX = batch.days_ST[:, self._in_days].log1p()
+        return (batch.label_ST, batch.label_weight_ST), (log_days_SX, batch.label_weight_ST[:, self._in_days])
 
     def recalibrate(self, task: str, temperature: float, shift: float) -> None:
         """Make the task's logits what they are now / temperature + shift, by its head's last weights."""
@@ -474,6 +504,15 @@ class RiskModel(nn.Module):
         with torch.no_grad():
             last.weight[:, :, 0] /= temperature
             bias[:, 0] = bias[:, 0] / temperature + shift
+
+
+def _huber(error: Tensor) -> Tensor:
+    return F.huber_loss(error, torch.zeros_like(error), reduction="sum")
+
+
+def _weighed(target_SX: Tensor, weight_SX: Tensor) -> Tensor:
+    """The weights of the targets that are there, 0 of others."""
+    return torch.where(target_SX.isnan(), 0.0, weight_SX)
 
 
 def _head(config: ModelConfig, width_out: int) -> nn.Sequential:

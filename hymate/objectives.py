@@ -1,19 +1,29 @@
 """Self-supervised objectives: which events are hidden, and what lies ahead of a moment.
 
-Both depend only on the row and its `seed`, never on a global random state, so that they are the same on any
-number of workers and after a resume. Shape legend: see `hymate.batch`; A anchors, K forecast variables.
+Both depend only on a segment and its seed (`Batch.seed_S`): not on the row that it stands in, on a global random state,
+or on the numbers that dropout draws. So they are the same in any packing, on any number of workers and after a resume.
+
+A loss is a weighted sum of terms, each the mean over its targets in all rows of an optimiser step, on all workers.
+`LossModel` gives the sum over a row's targets and beforehand, from the row alone, their number; `mean_loss` joins them.
+
+Shape legend: see `hymate.batch`; A anchors, K forecast variables, or terms.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hymate.batch import FIRST_CODE_ID, MASK_ID, Batch
+from hymate.batch import FIRST_CODE_ID, HOURS_PER_YEAR, MASK_ID, Batch
 from hymate.config import ObjectiveConfig
+
+# What a random number is for: so that no two uses share numbers.
+EVENT_USES, ANCHOR_USE, NUM_USES = range(4), 4, 5
 
 
 @dataclass
@@ -28,33 +38,44 @@ class Hidden:
 def hide_events(batch: Batch, objective: ObjectiveConfig) -> Hidden:
     """Hide `mask_share` of the events, single ones and whole spans: of each the code, the value or both.
 
-    An event without a value only ever loses its code. At least one event of the row loses its code. When no
-    `masked_event` term has a weight, nothing is hidden.
+    An event without a value only ever loses its code. When no `masked_event` term has a weight, nothing is hidden.
     """
     L, device = batch.num_events, batch.code_L.device
     if not objective.code_weight and not objective.value_weight:
         nothing = torch.zeros(L, dtype=torch.bool, device=device)
         return Hidden(batch, nothing, nothing)
-    generator = torch.Generator().manual_seed(batch.seed)
-    hidden = torch.rand(L, generator=generator) < objective.mask_share * (1 - objective.span_share)
-    starts = torch.rand(L, generator=generator) < objective.mask_share * objective.span_share / objective.span_length
+    segment_L, place_L = batch.segment_L.long(), torch.arange(L, device=device)
+    bounds = torch.tensor(batch.cu_seqlens, device=device)
+    seed_L, of_segment_L = batch.seed_S[segment_L], place_L - bounds[segment_L]
+    single_L, starting_L, length_L, part_L = (_uniform(seed_L, of_segment_L, use) for use in EVENT_USES)
+    starts = starting_L < objective.mask_share * objective.span_share / objective.span_length
     # a span reaches from its start a geometric-like number of events on, and never into the next patient
-    lengths = (1 + torch.rand(L, generator=generator) * (2 * objective.span_length - 1)).long()
-    segment_end = torch.tensor(batch.cu_seqlens[1:])[batch.segment_L.cpu().long()]
-    stops = torch.minimum(torch.arange(L) + lengths, segment_end)[starts]
-    edges = torch.zeros(L + 1, dtype=torch.long)
-    edges.index_add_(0, torch.nonzero(starts)[:, 0], torch.ones(len(stops), dtype=torch.long))
-    edges.index_add_(0, stops, -torch.ones(len(stops), dtype=torch.long))
-    hidden |= edges.cumsum(0)[:L] > 0
-    part = torch.rand(L, generator=generator)
-    fallback = int(torch.randint(L, (1,), generator=generator))
-    hidden, part = hidden.to(device), part.to(device)
+    lengths = (1 + length_L * (2 * objective.span_length - 1)).long()
+    stops = torch.minimum(place_L + lengths, bounds[segment_L + 1])
+    edges = torch.zeros(L + 1, dtype=torch.long, device=device)
+    edges.index_add_(0, place_L, starts.long())
+    edges.index_add_(0, stops, -starts.long())
+    hidden = (single_L < objective.mask_share * (1 - objective.span_share)) | (edges.cumsum(0)[:L] > 0)
     has_value = ~torch.isnan(batch.value_L)
-    code_L = hidden & ((part < 2 / 3) | ~has_value)
-    code_L[fallback] |= ~code_L.any()
-    value_L = hidden & has_value & (part >= 1 / 3)
+    code_L = hidden & ((part_L < 2 / 3) | ~has_value)
+    value_L = hidden & has_value & (part_L >= 1 / 3)
     seen = replace(batch, code_L=torch.where(code_L, MASK_ID, batch.code_L))
     return Hidden(seen, code_L, value_L)
+
+
+def _uniform(seed: Tensor, place: Tensor, use: int) -> Tensor:
+    """Numbers in [0, 1), float64: each is the (place, use)-th output of SplitMix64 (Steele, Lea and Flood 2014) that
+    starts at its seed. Counted, not drawn in turn: the same wherever a segment stands, and on every device.
+    """
+    x = seed + (place * NUM_USES + use + 1) * -0x61C8864680B583EB
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
+        x = (x ^ _shifted(x, shift)) * factor
+    return _shifted(x ^ _shifted(x, 31), 11).double() / 2**53
+
+
+def _shifted(x: Tensor, by: int) -> Tensor:
+    """int64 as unsigned, shifted right."""
+    return (x >> by) & ((1 << (64 - by)) - 1)
 
 
 @dataclass
@@ -84,11 +105,11 @@ def forecast_targets(batch: Batch, objective: ObjectiveConfig) -> Forecast:
     """
     device, K, P = batch.code_L.device, objective.forecast_variables, objective.forecast_points
     horizon = objective.horizon_hours
-    generator = torch.Generator().manual_seed(batch.seed + 1)
     start_S, stop_S = (torch.tensor(batch.cu_seqlens, device=device)[at] for at in (slice(-1), slice(1, None)))
-    draw_SP = torch.rand(len(start_S), P, generator=generator).to(device)
-    # one clock for all segments, each far enough from the next that no horizon reaches it
-    span = batch.time_hours_L.max().double() + horizon + 1
+    draw_SP = _uniform(batch.seed_S[:, None], torch.arange(P, device=device), ANCHOR_USE)
+    # one clock for all segments, each far enough from the next that no horizon reaches it; of whole hours, so that a
+    # sum with a time is not rounded
+    span = (batch.time_hours_L.max().double() + horizon + 1).ceil()
     clock_L = batch.segment_L.double() * span + batch.time_hours_L.double()
     whole_S = torch.searchsorted(clock_L, clock_L[stop_S - 1] - horizon, right=True) - start_S
     choices_S = torch.where(whole_S > 0, whole_S, stop_S - start_S)
@@ -113,8 +134,8 @@ def forecast_targets(batch: Batch, objective: ObjectiveConfig) -> Forecast:
 
 
 def histories_until(batch: Batch, anchor_A: Tensor, seen_L: Tensor) -> tuple[Batch, Tensor]:
-    """A segment for each anchor: the events up to it that are seen (bool, L), and itself. Also where in the row each
-    of these events is.
+    """A segment for each anchor: the events up to it that are seen (bool, L), and itself, as of its time. Also where in
+    the row each of these events is.
 
     The anchors are in the order of the segments and as many in each, as `Forecast` has them.
     """
@@ -124,6 +145,8 @@ def histories_until(batch: Batch, anchor_A: Tensor, seen_L: Tensor) -> tuple[Bat
     at_L, segment_L = _ranges(start_S[of_A], anchor_A + 1 - start_S[of_A])
     kept_L = seen_L[at_L] | (at_L == anchor_A[segment_L])
     at_L, segment_L = at_L[kept_L], segment_L[kept_L]
+    last_A = torch.tensor(batch.cu_seqlens[1:], device=device)[of_A] - 1
+    ahead_hours_A = batch.lag_hours_S[of_A] + batch.time_hours_L[last_A].double() - batch.time_hours_L[anchor_A]
     count_S = torch.bincount(batch.static_segment_F.long(), minlength=len(start_S))
     static_at_F, static_segment_F = _ranges((count_S.cumsum(0) - count_S)[of_A], count_S[of_A])
     events, statics = (
@@ -140,11 +163,13 @@ def histories_until(batch: Batch, anchor_A: Tensor, seen_L: Tensor) -> tuple[Bat
         segment_L=segment_L.int(),
         cu_seqlens=[0, *torch.bincount(segment_L, minlength=len(of_A)).cumsum(0).tolist()],
         static_segment_F=static_segment_F.int(),
-        age_years_S=batch.age_years_S[of_A],
+        age_years_S=(batch.age_years_S[of_A] - ahead_hours_A / HOURS_PER_YEAR).to(batch.age_years_S.dtype),
         lag_hours_S=torch.zeros_like(batch.lag_hours_S[of_A]),
         example_S=batch.example_S[of_A],
         label_ST=batch.label_ST[of_A],
         days_ST=batch.days_ST[of_A],
+        label_weight_ST=batch.label_weight_ST[of_A],
+        seed_S=batch.seed_S[of_A],
     ), at_L
 
 
@@ -155,6 +180,28 @@ def _ranges(start_A: Tensor, length_A: Tensor) -> tuple[Tensor, Tensor]:
     return torch.arange(len(range_N), device=start_A.device) + (start_A - first_A)[range_N], range_N
 
 
-def masked_mean(x: Tensor) -> Tensor:
-    """Mean of what is there; zero, still connected to the graph, when nothing is."""
-    return x.sum() / max(x.numel(), 1)
+class LossModel(nn.Module, ABC):
+    """A model with a loss. Its forward returns "sum_K", the sum of each of `terms` over its targets in a row.
+
+    terms: each term's weight in the loss; 0 for what is only measured.
+    """
+
+    terms: dict[str, float]
+
+    @abstractmethod
+    def count_targets(self, batch: Batch) -> Tensor:
+        """How many targets, or the sum of their weights, each of `terms` has in a row: (K,), float64."""
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Of a step that is this row alone."""
+        return mean_loss(self.terms, self(batch)["sum_K"], self.count_targets(batch))[0]
+
+
+def mean_loss(terms: Mapping[str, float], sum_K: Tensor, count_K: Tensor) -> tuple[Tensor, Tensor]:
+    """The loss, and each term's mean (K,): its sum over count_K targets; 0 where there is none.
+
+    With the count of a whole step and the sum of a part of it: that part's share in both, which add up.
+    """
+    mean_K = sum_K / torch.where(count_K > 0, count_K, 1.0).to(sum_K.dtype)
+    parts = [weight * mean for weight, mean in zip(terms.values(), mean_K, strict=True) if weight]
+    return torch.stack(parts).sum(), mean_K

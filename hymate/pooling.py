@@ -64,7 +64,8 @@ class FusionPooling(nn.Module):
         trend_LQ = weight_LQ * offset_LQ * (variance_SQ + 1.0).rsqrt()[segment_L]  # 1: an hour, where time stands still
         lengths = torch.tensor(batch.cu_seqlens).diff().tolist()
         parts = zip(torch.cat([weight_LQ, trend_LQ], dim=1).split(lengths), wide(h_LD).split(lengths), strict=True)
-        level_SQD, trend_SQD = torch.stack([basis.T @ h for basis, h in parts]).chunk(2, dim=1)
+        with torch.autocast(h_LD.device.type, enabled=False):
+            level_SQD, trend_SQD = torch.stack([basis.T @ h for basis, h in parts]).chunk(2, dim=1)
         return self.pooled(level_SQD, trend_SQD), weight_LQ
 
     def score(self, h_LD: Tensor, hours_L1: Tensor) -> Tensor:
@@ -274,7 +275,8 @@ class VariablePooling(nn.Module):
         share_G11 = number_S.to(weight_GMQ.dtype).rsqrt()[segment_G, None, None]
         part_GMQ = torch.cat([weight_GMQ, share_G11.expand(-1, weight_GMQ.shape[1], 1)], dim=2)
         parts = zip(part_GMQ.split(number_S.tolist()), wide(x_GMD).split(number_S.tolist()), strict=True)
-        pooled_SMQD = torch.stack([torch.einsum("gmq,gmd->mqd", part, x) for part, x in parts])
+        with torch.autocast(x_GMD.device.type, enabled=False):
+            pooled_SMQD = torch.stack([torch.einsum("gmq,gmd->mqd", part, x) for part, x in parts])
         return pooled_SMQD.flatten(2), weight_GMQ.flatten(1)
 
 
@@ -294,7 +296,7 @@ def segment_sum(x_LD: Tensor, segment_L: Tensor, num_segments: int) -> Tensor:
 
 
 def wide(x: Tensor) -> Tensor:
-    """At least float32: sums over a whole history are not for half precision."""
+    """At least float32: sums over a whole history are not for half precision, nor for what autocast makes of them."""
     return x if x.dtype == torch.float64 else x.float()
 
 

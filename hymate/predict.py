@@ -128,7 +128,6 @@ def predict(bundle: Bundle, histories: Histories, examples: Examples) -> tuple[O
         tokens_per_row=bundle.data.tokens_per_row,
         seed=0,
         crop="last",
-        weight_by="segments",
     )
     return score(build_model(bundle).to(device), rows, device), rows
 

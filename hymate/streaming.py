@@ -249,7 +249,8 @@ class StreamingModel:
             example_S=torch.zeros(1, dtype=torch.int64),
             label_ST=torch.empty(1, 0),
             days_ST=torch.empty(1, 0),
-            share_T=torch.empty(0),
+            label_weight_ST=torch.empty(1, 0),
+            seed_S=torch.zeros(1, dtype=torch.int64),
         )
         return batch.to(self._like.device)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -46,7 +47,8 @@ def random_row(lengths: Sequence[int], *, vocab_size: int = 30, seed: int = 0, s
         example_S=torch.arange(S),
         label_ST=(torch.rand(S, 1, generator=g) < 0.5).float(),
         days_ST=torch.full((S, 1), torch.nan),
-        share_T=torch.ones(1),
+        label_weight_ST=torch.ones(S, 1),
+        seed_S=seed * S + torch.arange(S),
         seed=seed,
     )
 
@@ -72,6 +74,37 @@ def segment_of(batch: Batch, s: int) -> Batch:
         example_S=batch.example_S[s : s + 1],
         label_ST=batch.label_ST[s : s + 1],
         days_ST=batch.days_ST[s : s + 1],
-        share_T=batch.share_T,
+        label_weight_ST=batch.label_weight_ST[s : s + 1],
+        seed_S=batch.seed_S[s : s + 1],
         seed=batch.seed,
     )
+
+
+def joined(rows: Sequence[Batch]) -> Batch:
+    """One row of the patients of several."""
+    tensors = {
+        name: torch.cat([getattr(row, name) for row in rows])
+        for name, value in vars(rows[0]).items()
+        if isinstance(value, Tensor)
+    }
+    counts = torch.cat([torch.tensor(row.cu_seqlens).diff() for row in rows])
+    first = torch.tensor([0, *(row.num_segments for row in rows)]).cumsum(0)
+    for name in ("segment_L", "static_segment_F"):
+        shifted = [getattr(row, name) + start for row, start in zip(rows, first.tolist(), strict=False)]
+        tensors[name] = torch.cat(shifted).int()
+    return replace(rows[0], **tensors, cu_seqlens=[0, *counts.cumsum(0).tolist()])
+
+
+def repacked(row: Batch, num_rows: int, seed: int) -> list[Batch]:
+    """The same patients in random order in so many rows, each of one or more of them."""
+    g = torch.Generator().manual_seed(seed)
+    order = torch.randperm(row.num_segments, generator=g).tolist()
+    cuts = (1 + torch.randperm(row.num_segments - 1, generator=g)[: num_rows - 1]).sort().values.tolist()
+    bounds = zip([0, *cuts], [*cuts, row.num_segments], strict=True)
+    return [joined([segment_of(row, s) for s in order[a:b]]) for a, b in bounds]
+
+
+def in_double(row: Batch) -> Batch:
+    """The same in float64."""
+    floats = {k: v.double() for k, v in vars(row).items() if isinstance(v, Tensor) and v.is_floating_point()}
+    return replace(row, **floats)

@@ -165,7 +165,15 @@ def table(seed: int, num_examples: int = 400) -> FeatureTable:
     value_EX = np.stack([level_E, level_E + 1, noise_E, never_E], axis=1).astype(np.float32)
     value_EX[missing_E, :2] = np.nan
     nobody_E, label_ET = np.zeros(num_examples, np.int64), label_E.astype(np.float32)[:, None]
-    examples = Examples(nobody_E, nobody_E, nobody_E, label_ET, np.full_like(label_ET, np.nan), np.arange(num_examples))
+    examples = Examples(
+        nobody_E,
+        nobody_E,
+        nobody_E,
+        label_ET,
+        np.full_like(label_ET, np.nan),
+        np.ones_like(label_ET),
+        np.arange(num_examples),
+    )
     return FeatureTable(FeatureSpec((), columns), examples, value_EX)
 
 

@@ -1,4 +1,4 @@
-"""The training loop: where a run ends, and what a failure leaves."""
+"""The training loop: what a step's gradient is, where a run ends, and what a failure leaves."""
 
 from __future__ import annotations
 
@@ -8,10 +8,18 @@ from dataclasses import replace
 from itertools import count
 from pathlib import Path
 
-from processes import TRAIN, Recorder, pretraining_job, run_training, run_workers
+import pytest
+import torch
+from processes import MODEL, TRAIN, VOCAB, Recorder, pretraining_job, run_training, run_workers
+from rows import random_row, repacked
+from torch import Tensor, nn
 
+from hymate.batch import Batch
+from hymate.config import ObjectiveConfig
+from hymate.model import PretrainModel, RiskModel
+from hymate.objectives import LossModel, mean_loss
 from hymate.training.checkpoint import read_state
-from hymate.training.engine import Worker, train
+from hymate.training.engine import Worker, build_engine, mean_outputs, train, train_step
 
 SHORT = replace(TRAIN, num_workers=1, warmup_steps=1)
 SOONER = replace(SHORT, max_steps=2)
@@ -56,3 +64,75 @@ def failing_to_send(worker: Worker, folder: Path) -> None:
 def test_a_checkpoint_that_cannot_be_sent_is_not_left_behind(tmp_path: Path) -> None:
     run_workers(failing_to_send, 1, tmp_path)
     assert not list(tmp_path.glob("hymate-step-*"))
+
+
+# --------------------------------------------------------------------------------------------- a step's gradient
+
+TASKS = ("readmission", "mortality", "length_of_stay")
+OBJECTIVES = {
+    "masked_event": ObjectiveConfig(),
+    "forecast": ObjectiveConfig(code_weight=0.0, value_weight=0.0, forecast_weight=1.0, forecast_variables=8),
+    "both": ObjectiveConfig(value_weight=0.5, forecast_weight=2.0, forecast_variables=8, horizon_hours=6.0),
+}
+
+
+def patients() -> Batch:
+    """Of very unequal lengths, labels missing at random, with days and weights."""
+    row = random_row((7, 1, 60, 23, 2, 40, 9, 12, 5, 30, 1, 3), vocab_size=VOCAB, seed=5)
+    g = torch.Generator().manual_seed(5)
+    label_ST = (torch.rand(12, 3, generator=g) < 0.5).float()
+    label_ST[torch.rand(12, 3, generator=g) < 0.4] = torch.nan
+    days_ST = torch.full((12, 3), torch.nan)
+    days_ST[:, 2] = torch.where(label_ST[:, 2].isnan(), torch.nan, 20 * torch.rand(12, generator=g))
+    weight_ST = 0.2 + 3 * torch.rand(12, 3, generator=g)
+    return replace(row, label_ST=label_ST, days_ST=days_ST, label_weight_ST=weight_ST)
+
+
+def model_of(name: str) -> LossModel:
+    torch.manual_seed(0)
+    config = replace(MODEL, dropout=0.0)
+    if name == "fine-tuning":
+        return RiskModel(config, VOCAB, TASKS, in_days=["length_of_stay"])
+    return PretrainModel(config, OBJECTIVES[name], VOCAB)
+
+
+def gradients(module: nn.Module) -> list[Tensor]:
+    return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in module.parameters()]
+
+
+def step_in_every_packing(worker: Worker, folder: Path) -> None:
+    for name in (*OBJECTIVES, "fine-tuning"):
+        for num_rows in (2, 4, 8):
+            config = replace(SHORT, num_workers=worker.world_size, rows_per_step=num_rows, zero_stage=0, clip_norm=1e9)
+            module = model_of(name)
+            optimizer = torch.optim.AdamW(module.parameters(), lr=0.0)
+            built = build_engine(module, optimizer, config, worker)
+            found: list[list[Tensor]] = []
+            optimizer.register_step_pre_hook(lambda *_, m=module, f=found: f.append(gradients(m)))
+            rows = repacked(patients(), num_rows, seed=num_rows)
+            own = rows[worker.rank :: worker.world_size]
+            parts = train_step(built, own, worker.device)
+            built.eval()
+            turns = [(row, True) for row in own] + [(rows[0], False)]
+            means = mean_outputs(built, turns, worker)
+            built.destroy()
+            torch.save((found, parts, means), folder / f"{name}-{num_rows}-{worker.rank}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_the_gradient_is_that_of_one_mean_over_all_targets(tmp_path: Path, world_size: int) -> None:
+    """However the patients are packed, accumulated and given to workers; and so are the losses."""
+    run_workers(step_in_every_packing, world_size, tmp_path)
+    for name in (*OBJECTIVES, "fine-tuning"):
+        model, row = model_of(name), patients()
+        loss, mean_K = mean_loss(model.terms, model(row)["sum_K"], model.count_targets(row))
+        loss.backward()
+        expected = {"loss": float(loss.detach()), **dict(zip(model.terms, mean_K.tolist(), strict=True))}
+        for num_rows in (2, 4, 8):
+            of_ranks = [torch.load(tmp_path / f"{name}-{num_rows}-{rank}") for rank in range(world_size)]
+            for (found,), _, means in of_ranks:
+                torch.testing.assert_close(found, gradients(model), rtol=1e-3, atol=1e-5)
+                assert means == pytest.approx(expected, rel=1e-4)
+            for term, value in expected.items():
+                assert sum(float(parts[term]) for _, parts, _ in of_ranks) == pytest.approx(value, rel=1e-4)

@@ -133,7 +133,7 @@ def test_weights_pass_between_cpu_and_gpu(mixer: str) -> None:
     results = []
     for each, device in ((model, "cpu"), (there, "cuda"), (back, "cpu")):
         torch.manual_seed(0)
-        each(row.to(torch.device(device)))["loss"].backward()
+        each.loss(row.to(torch.device(device))).backward()
         results.append([parameter.grad.cpu() for parameter in each.parameters() if parameter.grad is not None])
     assert_all_close(results[2], results[0], 1e-6)
     assert_all_close(results[1], results[0], TOLERANCE[torch.float32])

@@ -116,7 +116,7 @@ def vocabulary(dataset: Path) -> Vocabulary:
 def make_rows(
     histories: Histories, vocabulary: Vocabulary, examples: Examples | None = None, **changes: object
 ) -> Rows:
-    settings: dict = {"context": CONTEXT, "tokens_per_row": BUDGET, "seed": 3, "crop": "random", "weight_by": "events"}
+    settings: dict = {"context": CONTEXT, "tokens_per_row": BUDGET, "seed": 3, "crop": "random"}
     return Rows(histories, vocabulary, examples or pretraining_examples(histories, "train"), **settings | changes)
 
 
@@ -212,7 +212,7 @@ def test_types_are_those_of_the_batch(rows: Rows) -> None:
     for name in ("segment_L", "static_segment_F"):
         assert getattr(batch, name).dtype == torch.int32
     floats = ("value_L", "quantile_L", "time_hours_L", "gap_hours_L", "static_value_F", "static_quantile_F")
-    for name in (*floats, "age_years_S", "lag_hours_S", "label_ST", "days_ST", "share_T"):
+    for name in (*floats, "age_years_S", "lag_hours_S", "label_ST", "days_ST", "label_weight_ST"):
         assert getattr(batch, name).dtype == torch.float32
 
 
@@ -274,7 +274,7 @@ def test_early_views_are_shorter_end_at_their_last_event_and_change_by_epoch(
         }
     )
     examples = labelled_examples(histories, labels, "train")
-    settings: dict = {"crop": "last", "weight_by": "segments"}
+    settings: dict = {"crop": "last"}
     rows = make_rows(histories, vocabulary, examples, early_share=0.5, **settings)
 
     def epoch(number: int) -> dict[int, tuple[int, bool]]:
@@ -378,11 +378,17 @@ def test_rows_carry_the_labels_of_all_tasks(histories: Histories, vocabulary: Vo
     always = label_table(ids, [90] * len(ids), [True] * len(ids))
     often = day_table(label_table(ids[::3], [90] * len(ids[::3]), [False] * len(ids[::3])), list(range(len(ids[::3]))))
     parts = [labelled_examples(histories, table, "train") for table in (always, often)]
+    assert all((part.weight_E == 1).all() for part in parts)
+    weight_E = np.linspace(0.5, 2, len(parts[1]), dtype=np.float32)
+    parts[1] = dataclasses.replace(parts[1], weight_ET=weight_E[:, None])
     examples = united(parts)
+    np.testing.assert_array_equal(
+        examples.weight_ET[~np.isnan(examples.label_ET[:, 1])], np.stack([weight_E**0, weight_E], 1)
+    )
     for batch, _ in make_rows(histories, vocabulary, examples, crop="last").once(0, 1):
         np.testing.assert_array_equal(batch.label_ST, examples.label_ET[batch.example_S])
         np.testing.assert_array_equal(batch.days_ST, examples.days_ET[batch.example_S])
-        np.testing.assert_allclose(batch.share_T, [1, len(parts[1]) / len(parts[0])], rtol=1e-6)
+        np.testing.assert_array_equal(batch.label_weight_ST, examples.weight_ET[batch.example_S])
 
 
 @pytest.mark.parametrize("split", ["train", "no_such_split"])
@@ -476,13 +482,20 @@ def test_resuming_packs_no_block_before_the_cursors(
     assert after == cursor and packed[0] == sum(len(batch.example_S) for batch in expected[-(cursor.row) :])
 
 
-def test_rows_per_step_changes_only_the_weights(rows: Rows) -> None:
-    by_two, _ = take(rows, Cursor(), 6, 2, 1)
-    by_six, _ = take(rows, Cursor(), 2, 6, 2)
-    assert_same(
-        [dataclasses.replace(batch, weight=1.0) for batch in by_two],
-        [dataclasses.replace(batch, weight=1.0) for batch in by_six],
-    )
+def test_rows_per_step_changes_no_row(rows: Rows) -> None:
+    assert_same(take(rows, Cursor(), 6, 2, 1)[0], take(rows, Cursor(), 2, 6, 2)[0])
+
+
+def test_what_is_drawn_for_an_example_does_not_depend_on_its_row(histories: Histories, vocabulary: Vocabulary) -> None:
+    seeds = []
+    for budget in (CONTEXT, BUDGET, 2 * BUDGET):
+        rows = make_rows(histories, vocabulary, tokens_per_row=budget)
+        batches, _ = take(rows, Cursor(1), rows.rows_per_epoch, 1, 1)
+        pairs = [zip(batch.example_S.tolist(), batch.seed_S.tolist(), strict=True) for batch in batches]
+        seeds.append(dict(pair for row in pairs for pair in row))
+        assert len(set(seeds[-1].values())) == len(rows.examples) and min(seeds[-1].values()) >= 0
+    assert seeds[0].keys() >= set(range(len(rows.examples)))
+    assert all(seeds[0][e] == other[e] for other in seeds[1:] for e in range(len(rows.examples)) if e in other)
 
 
 def test_the_order_is_the_same_on_every_machine(rows: Rows) -> None:
@@ -514,16 +527,7 @@ def test_reads_stay_in_a_block_of_row_groups(rows: Rows, histories: Histories, m
     assert orders[0] != orders[1]
 
 
-# ----------------------------------------------------------------------------------------------- weights, evaluation
-
-
-@pytest.mark.parametrize("weight_by", ["events", "segments"])
-def test_weights_are_shares_of_the_step(histories: Histories, vocabulary: Vocabulary, weight_by: str) -> None:
-    batches, _ = take(make_rows(histories, vocabulary, weight_by=weight_by), Cursor(), 4, 4, 2)
-    sizes = np.array([b.num_events if weight_by == "events" else b.num_segments for b in batches]).reshape(4, 4)
-    weights = np.array([batch.weight for batch in batches]).reshape(4, 4)
-    np.testing.assert_allclose(weights, sizes / sizes.mean(axis=1, keepdims=True))
-    assert not np.allclose(weights, 1)
+# -------------------------------------------------------------------------------------------------------- evaluation
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 50])
@@ -532,7 +536,6 @@ def test_one_pass_is_even_over_ranks_and_counts_every_example_once(rows: Rows, w
     assert len({len(items) for items in per_rank}) == 1
     counted = [batch for items in per_rank for batch, counts in items if counts]
     assert sorted(e for batch in counted for e in batch.example_S.tolist()) == list(range(len(rows.examples)))
-    assert all(batch.weight == 1.0 for batch in counted)
 
 
 def test_one_pass_is_the_same_every_time(rows: Rows) -> None:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from rows import random_row, segment_of
+from rows import in_double, random_row, segment_of
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -21,6 +21,7 @@ from hymate.model import (
     decay_groups,
     load_pretrained,
 )
+from hymate.objectives import mean_loss
 from hymate.pooling import HORIZONS_HOURS, FusionPooling, VariablePooling, VariableSums
 
 VOCAB = 30
@@ -52,11 +53,6 @@ def risk_model(name: str) -> RiskModel:
 def logits(model: RiskModel, row: Batch) -> Tensor:
     """(S,), with their gradients."""
     return model.outputs(model.patient(row)[0])[0][:, 0]
-
-
-def in_double(batch):
-    floats = {k: v.double() for k, v in vars(batch).items() if isinstance(v, Tensor) and v.is_floating_point()}
-    return replace(batch, **floats)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -93,6 +89,27 @@ def test_attention_weights_sum_to_one_for_each_patient(name: str) -> None:
     _, weight_LQ = model.patient(row)
     for a, b in zip(row.cu_seqlens, row.cu_seqlens[1:], strict=False):
         torch.testing.assert_close(weight_LQ[a:b].sum(0), torch.ones(weight_LQ.shape[1], dtype=weight_LQ.dtype))
+
+
+@pytest.mark.parametrize("kind", [FusionPooling, VariablePooling])
+def test_sums_over_a_history_are_exact_under_autocast(kind: type[FusionPooling | VariablePooling]) -> None:
+    """Only the networks that make what is summed may be rounded to bf16."""
+    torch.manual_seed(0)
+    pooling = kind(d_model=16, num_queries=2).eval()
+    row = random_row((3000, 700), vocab_size=VOCAB)
+    h_LD, summed = torch.randn(row.num_events, 16), []
+    if isinstance(pooling, VariablePooling):
+        pooling.norm.register_forward_hook(lambda module, inputs, x_GMD: summed.append(x_GMD))
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        if isinstance(pooling, VariablePooling):
+            pooled, _ = pooling(h_LD, row, torch.randn(VOCAB, 16))
+            found, last = pooled[0, 0, -16:], summed[0][: len(row.code_L[row.segment_L == 0].unique())]
+            expected = last[:, 0].double().sum(0) / len(last) ** 0.5
+        else:
+            pooled, weight_LQ = pooling(h_LD, row)
+            found = pooled[0, 0, :16]
+            expected = weight_LQ[:3000, 0].double() @ h_LD[:3000].double()
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_fusion_pooling_returns_levels_and_least_squares_slopes() -> None:
@@ -196,13 +213,13 @@ def test_pretraining_learns_a_row_by_heart(bidirectional: bool) -> None:
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     losses = []
     for _ in range(60):
-        terms = model(row)
+        loss, mean_K = mean_loss(model.terms, model(row)["sum_K"], model.count_targets(row))
         optimizer.zero_grad()
-        terms["loss"].backward()
+        loss.backward()
         optimizer.step()
-        losses.append(float(terms["loss"].detach()))
+        losses.append(float(loss.detach()))
     assert losses[-1] < 0.5 * losses[0]
-    assert 0 <= float(terms["code_accuracy"]) <= 1
+    assert 0 <= float(dict(zip(model.terms, mean_K.detach(), strict=True))["code_accuracy"]) <= 1
 
 
 def test_activation_checkpointing_changes_no_gradient() -> None:
@@ -214,7 +231,7 @@ def test_activation_checkpointing_changes_no_gradient() -> None:
         model = RiskModel(config, VOCAB, ["mortality"])
         model.backbone.gradient_checkpointing = checkpointing
         torch.manual_seed(1)
-        model(row)["loss"].backward()
+        model.loss(row).backward()
         gradients.append([p.grad for p in model.parameters()])
     torch.testing.assert_close(gradients[0], gradients[1])
 
@@ -225,14 +242,15 @@ TASKS = ("readmission", "mortality", "length_of_stay")
 
 
 def several_tasks(row: Batch, seed: int = 0) -> Batch:
-    """Labels of TASKS, some missing, the last in days; share_T is what there is in the row."""
+    """Labels of TASKS and their weights, some missing, the last in days."""
     g = torch.Generator().manual_seed(seed)
     shape = (row.num_segments, len(TASKS))
     label_ST = (torch.rand(shape, generator=g) < 0.5).float()
     label_ST[torch.rand(shape, generator=g) < 0.3] = torch.nan
     days_ST = torch.full(shape, torch.nan)
     days_ST[:, 2] = torch.where(label_ST[:, 2].isnan(), torch.nan, 20 * torch.rand(shape[0], generator=g))
-    return replace(row, label_ST=label_ST, days_ST=days_ST, share_T=(~label_ST.isnan()).float().mean(0))
+    weight_ST = 0.2 + torch.rand(shape, generator=g)
+    return replace(row, label_ST=label_ST, days_ST=days_ST, label_weight_ST=weight_ST)
 
 
 def several_heads() -> RiskModel:
@@ -240,7 +258,7 @@ def several_heads() -> RiskModel:
     return RiskModel(CONFIGS["mamba2"], VOCAB, TASKS, in_days=["length_of_stay"])
 
 
-def test_the_loss_of_several_tasks_is_the_mean_of_their_own() -> None:
+def test_the_loss_of_several_tasks_is_the_mean_of_their_own_weighted_ones() -> None:
     model = several_heads()
     row = several_tasks(random_row((7, 1, 23, 40, 9, 12, 5), vocab_size=VOCAB))
     logit_ST, log_days_ST = model.outputs(model.patient(row)[0])
@@ -248,11 +266,13 @@ def test_the_loss_of_several_tasks_is_the_mean_of_their_own() -> None:
     for task in range(len(TASKS)):
         at = ~row.label_ST[:, task].isnan()
         assert 0 < at.sum() < len(at)
-        loss = F.binary_cross_entropy_with_logits(logit_ST[at, task], row.label_ST[at, task])
+        loss_N = F.binary_cross_entropy_with_logits(logit_ST[at, task], row.label_ST[at, task], reduction="none")
         if task == 2:
-            loss = loss + F.smooth_l1_loss(log_days_ST[at, 2], torch.log(1 + row.days_ST[at, 2]))
-        losses.append(loss)
-    torch.testing.assert_close(model(row)["loss"], torch.stack(losses).mean())
+            days_N = F.smooth_l1_loss(log_days_ST[at, 2], torch.log(1 + row.days_ST[at, 2]), reduction="none")
+            loss_N = loss_N + days_N
+        weight_N = row.label_weight_ST[at, task]
+        losses.append((weight_N * loss_N).sum() / weight_N.sum())
+    torch.testing.assert_close(model.loss(row), torch.stack(losses).mean())
     assert log_days_ST[:, :2].isnan().all()
 
 
@@ -268,7 +288,8 @@ def test_one_task_of_several_is_the_model_of_that_task_alone() -> None:
 
 def row_of(row: Batch, task: int) -> Batch:
     only = slice(task, task + 1)
-    return replace(row, label_ST=row.label_ST[:, only], days_ST=row.days_ST[:, only], share_T=row.share_T[only])
+    names = ("label_ST", "days_ST", "label_weight_ST")
+    return replace(row, **{name: getattr(row, name)[:, only] for name in names})
 
 
 def test_a_task_without_labels_in_a_row_gives_its_head_no_gradient() -> None:
@@ -276,19 +297,11 @@ def test_a_task_without_labels_in_a_row_gives_its_head_no_gradient() -> None:
     row = several_tasks(random_row(LENGTHS, vocab_size=VOCAB))
     row.label_ST[:, 1:] = row.days_ST[:, 1:] = torch.nan
     row.label_ST[:, 0] = 1.0
-    model(row)["loss"].backward()
+    model.loss(row).backward()
     of_head = {name: torch.cat([p.grad.flatten() for p in model.heads[name].parameters()]) for name in TASKS}
     assert of_head["readmission"].abs().max() > 0
     assert not of_head["mortality"].any() and not of_head["length_of_stay"].any()
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.backbone.parameters())
-
-
-def test_a_label_weighs_the_same_in_whatever_row_it_stands() -> None:
-    """Rows of a step, each weighed by its segments, give the loss of all of them in one row."""
-    model = several_heads()
-    row = several_tasks(random_row((7, 1, 23, 40, 9, 12, 5), vocab_size=VOCAB))
-    alone = [model(segment_of(row, s))["loss"] for s in range(row.num_segments)]
-    torch.testing.assert_close(torch.stack(alone).mean(), model(row)["loss"])
 
 
 @pytest.mark.parametrize("pooling", ["fusion", "variables", "last"])
@@ -298,7 +311,7 @@ def test_members_learn_as_if_each_were_alone_and_are_averaged(pooling: str) -> N
     model = RiskModel(config, VOCAB, TASKS, in_days=["length_of_stay"]).eval()
     row = several_tasks(random_row(LENGTHS, vocab_size=VOCAB))
     together = model(row)
-    together["loss"].backward()
+    model.loss(row).backward()
     said = []
     for member in range(3):
         alone = RiskModel(replace(config, members=1), VOCAB, TASKS, in_days=["length_of_stay"]).eval()
@@ -308,12 +321,12 @@ def test_members_learn_as_if_each_were_alone_and_are_averaged(pooling: str) -> N
             state[name] = weight.chunk(3)[member] if own else weight
         alone.load_state_dict(state)
         said.append(alone(row))
-        said[-1]["loss"].backward()
+        alone.loss(row).backward()
         for (name, all_of_them), weight in zip(model.named_parameters(), alone.parameters(), strict=True):
             if name.startswith(("pooling.", "heads.")) and weight.grad is not None:
                 of_member = all_of_them.grad.chunk(3)[member] * 3
                 torch.testing.assert_close(of_member, weight.grad, rtol=1e-4, atol=1e-5)
-    for what in ("logit_ST", "log_days_ST", "loss"):
+    for what in ("logit_ST", "log_days_ST", "sum_K"):
         mean = torch.stack([of_one[what] for of_one in said]).mean(dim=0)
         torch.testing.assert_close(together[what], mean, equal_nan=True, rtol=1e-5, atol=1e-5)
 

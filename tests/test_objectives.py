@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rows import random_row
+from rows import in_double, random_row, repacked
 
 from hymate.batch import FIRST_CODE_ID, MASK_ID, Batch
 from hymate.config import ModelConfig, ObjectiveConfig
@@ -23,14 +23,42 @@ from hymate.objectives import forecast_targets, hide_events, histories_until
 )
 @settings(max_examples=40, deadline=None)
 def test_hidden_events_are_reproducible_and_leave_the_rest_alone(lengths, share, span, seed) -> None:
-    row = replace(random_row(lengths), seed=seed)
+    row = random_row(lengths)
+    row = replace(row, seed_S=(row.seed_S + seed) % 2**62)
     objective = ObjectiveConfig(mask_share=share, span_share=span)
     hidden, again = hide_events(row, objective), hide_events(row, objective)
     assert torch.equal(hidden.code_L, again.code_L) and torch.equal(hidden.value_L, again.value_L)
-    assert hidden.code_L.any()
     assert (hidden.batch.code_L[hidden.code_L] == MASK_ID).all()
     assert torch.equal(hidden.batch.code_L[~hidden.code_L], row.code_L[~hidden.code_L])
     assert not torch.isnan(row.value_L[hidden.value_L]).any()
+
+
+@given(num_rows=st.integers(1, 6), seed=st.integers(0, 99), horizon=st.sampled_from([1.0, 5.0, 24.0]))
+@settings(max_examples=20, deadline=None)
+def test_targets_and_their_losses_are_the_same_in_any_packing(num_rows: int, seed: int, horizon: float) -> None:
+    """On an hourly grid, where events lie exactly at the end of a horizon."""
+    row = random_row((9, 1, 30, 14, 3, 21), vocab_size=12, seed=seed)
+    row = in_double(replace(row, time_hours_L=row.time_hours_L.round(), gap_hours_L=row.gap_hours_L.round()))
+    objective = ObjectiveConfig(forecast_weight=1.0, forecast_variables=8, horizon_hours=horizon)
+    torch.manual_seed(0)
+    config = ModelConfig(d_model=16, layers="MA", d_state=8, headdim=8, num_heads=2, dropout=0.0)
+    model = PretrainModel(config, objective, vocab_size=12).double().eval()
+    rows = repacked(row, num_rows, seed)
+    assert torch.equal(sum(model.count_targets(each) for each in rows), model.count_targets(row))
+    with torch.no_grad():
+        parts_K = torch.stack([model(each)["sum_K"] for each in rows]).sum(0)
+        torch.testing.assert_close(parts_K, model(row)["sum_K"], rtol=1e-5, atol=1e-5)
+
+
+def test_masks_and_dropout_share_no_random_numbers() -> None:
+    """Dropout draws from a generator that starts at the row's seed."""
+    row = random_row([4000], seed=7)
+    row = replace(row, seed_S=torch.tensor([row.seed]))
+    hidden = hide_events(row, ObjectiveConfig(span_share=0.0))
+    torch.manual_seed(row.seed)
+    dropped = torch.rand(row.num_events) < 0.2
+    both = float((dropped & (hidden.code_L | hidden.value_L)).float().mean())
+    assert abs(both - 0.04) < 0.015
 
 
 def test_share_of_hidden_events_is_as_configured() -> None:
@@ -70,7 +98,7 @@ def test_forecast_targets_equal_a_plain_loop() -> None:
 @given(lengths=st.lists(st.integers(1, 20), min_size=1, max_size=4), points=st.integers(1, 3), seed=st.integers(0, 99))
 @settings(max_examples=30, deadline=None)
 def test_histories_until_an_anchor_hold_what_is_seen_up_to_it(lengths, points, seed) -> None:
-    row = replace(random_row(lengths, vocab_size=12), seed=seed)
+    row = random_row(lengths, vocab_size=12, seed=seed)
     ahead = forecast_targets(row, ObjectiveConfig(forecast_weight=1.0, forecast_points=points))
     seen_L = torch.rand(row.num_events, generator=torch.Generator().manual_seed(seed)) < 0.5
     past, at_L = histories_until(row, ahead.anchor_A, seen_L)
@@ -83,12 +111,15 @@ def test_histories_until_an_anchor_hold_what_is_seen_up_to_it(lengths, points, s
         torch.testing.assert_close(past.value_L[own], row.value_L[expected], equal_nan=True)
         static, own_static = row.static_segment_F == of, past.static_segment_F == number
         assert torch.equal(past.static_code_F[own_static], row.static_code_F[static])
-    torch.testing.assert_close(past.age_years_S, row.age_years_S.repeat_interleave(points), equal_nan=True)
+        ahead_hours = row.time_hours_L[row.cu_seqlens[of + 1] - 1] + row.lag_hours_S[of] - row.time_hours_L[anchor]
+        expected_age = row.age_years_S[of] - ahead_hours / 8766
+        torch.testing.assert_close(past.age_years_S[number], expected_age, equal_nan=True)
 
 
 def test_a_forecast_does_not_depend_on_what_comes_later() -> None:
-    """The patient vectors that forecasts come from, when all later events are replaced."""
+    """The patient vectors that forecasts come from, when all later events are others, 20 years later or not there."""
     row = random_row([40], vocab_size=12, seed=1)
+    row = replace(row, age_years_S=torch.tensor([60.0]))
     torch.manual_seed(0)
     config = ModelConfig(d_model=16, layers="MA", d_state=8, headdim=8, num_heads=2, dropout=0.0, pooling="variables")
     model = PretrainModel(config, ObjectiveConfig(forecast_weight=1.0), vocab_size=12).eval()
@@ -103,4 +134,11 @@ def test_a_forecast_does_not_depend_on_what_comes_later() -> None:
     later = torch.arange(40) > 20
     other = replace(row, code_L=torch.where(later, 3, row.code_L), value_L=torch.where(later, 9.0, row.value_L))
     torch.testing.assert_close(patient(other), patient(row))
+    moved_L = torch.where(later, row.time_hours_L + 20 * 8766, row.time_hours_L)
+    much_later = replace(row, time_hours_L=moved_L, age_years_S=row.age_years_S + 20)
+    torch.testing.assert_close(patient(much_later), patient(row))
+    events = {name: value[:21] for name, value in vars(row).items() if name.endswith("_L")}
+    passed = (row.time_hours_L[39] - row.time_hours_L[20]) / 8766
+    ended = replace(row, **events, cu_seqlens=[0, 21], age_years_S=row.age_years_S - passed)
+    torch.testing.assert_close(patient(ended), patient(row))
     assert not torch.allclose(patient(replace(row, code_L=torch.where(later, row.code_L, 3))), patient(row))

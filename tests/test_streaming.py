@@ -113,7 +113,8 @@ def one_pass(model: RiskModel, vocabulary: Vocabulary, history: History, predict
         example_S=torch.zeros(1, dtype=torch.int64),
         label_ST=torch.ones(1, 2),
         days_ST=torch.full((1, 2), torch.nan),
-        share_T=torch.ones(2),
+        label_weight_ST=torch.ones(1, 2),
+        seed_S=torch.zeros(1, dtype=torch.int64),
     )
     with torch.no_grad():
         said = model(batch)

@@ -15,7 +15,8 @@ from torch import nn
 from hymate.config import ObjectiveConfig, TrainConfig
 from hymate.data.loader import Cursor
 from hymate.model import PretrainModel, decay_groups
-from hymate.training.engine import Worker, schedule
+from hymate.objectives import mean_loss
+from hymate.training.engine import Worker, count_targets, schedule
 from hymate.training.zero import deepspeed_config
 
 CONFIG = replace(TRAIN, max_steps=4, eval_every=2)
@@ -84,10 +85,10 @@ def plain() -> tuple[torch.Tensor, torch.Tensor]:
     steps = RandomRows().steps(Cursor(), CONFIG.rows_per_step, 0, 1)
     for step in range(CONFIG.max_steps):
         rows, _ = next(steps)
-        loss = torch.zeros(())
+        count_K, loss = count_targets(module, rows), torch.zeros(())
         for row in rows:
             torch.manual_seed(row.seed)
-            loss = loss + module(row)["loss"] / len(rows)
+            loss = loss + mean_loss(module.terms, module(row)["sum_K"], count_K)[0]
         optimizer.zero_grad()
         loss.backward()
         norms.append(float(nn.utils.clip_grad_norm_(module.parameters(), CONFIG.clip_norm)))

@@ -27,7 +27,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from hymate.batch import UNKNOWN_ID, Batch
+from hymate.batch import HOURS_PER_YEAR, UNKNOWN_ID, Batch
 from hymate.config import TaskConfig, UserError
 from hymate.data.histories import Histories, History
 from hymate.data.meds import SPLITS
@@ -38,11 +38,11 @@ BLOCK_EVENTS = 4_000_000  # 64 MB of times, codes and values
 ROWS_AHEAD = 8  # rows that the background thread keeps ready
 NO_TIME = -1  # prediction_time_E of pretraining examples
 US_PER_HOUR = 3_600_000_000
-US_PER_YEAR = 31_557_600_000_000  # 365.25 days
+US_PER_YEAR = int(HOURS_PER_YEAR) * US_PER_HOUR
 EVALUATION = -1  # the "epoch" of an unshuffled pass
 
 # What a random number is for; a part of its hash, so that no two uses share numbers.
-_GROUP, _EXAMPLE, _ROW, _WINDOW, _SEED, _EARLY = range(6)
+_GROUP, _EXAMPLE, _ROW, _WINDOW, _SEED, _EARLY, _DRAW = range(7)
 
 T = TypeVar("T")
 
@@ -57,6 +57,7 @@ class Examples:
     label_ET: float32, 1 or 0, or between them what a teacher says; NaN where a task has no label at this time, and
         where its label is null.
     days_ET: float32; NaN likewise, and for tasks without days.
+    weight_ET: float32, positive: how much each label counts (inverse probability of censoring); 1 where none is known.
     subject_id_E: int64.
     dropped: how many labels were left out, by reason.
     """
@@ -66,6 +67,7 @@ class Examples:
     prediction_time_E: np.ndarray
     label_ET: np.ndarray
     days_ET: np.ndarray
+    weight_ET: np.ndarray
     subject_id_E: np.ndarray
     dropped: dict[str, int] = field(default_factory=dict)
 
@@ -81,6 +83,11 @@ class Examples:
     def label_E(self) -> np.ndarray:
         """The labels of the only task."""
         return self.label_ET[:, _only_task(self)]
+
+    @property
+    def weight_E(self) -> np.ndarray:
+        """The weights of the only task's labels."""
+        return self.weight_ET[:, _only_task(self)]
 
     @property
     def days_E(self) -> np.ndarray:
@@ -111,6 +118,7 @@ def pretraining_examples(histories: Histories, split: str) -> Examples:
         prediction_time_E=np.full(len(position_E), NO_TIME),
         label_ET=np.empty((len(position_E), 0), dtype=np.float32),
         days_ET=np.empty((len(position_E), 0), dtype=np.float32),
+        weight_ET=np.empty((len(position_E), 0), dtype=np.float32),
         subject_id_E=histories.index["subject_id"][position_E],
         dropped={"without_events": int((~has_events).sum())},
     )
@@ -148,6 +156,7 @@ def labelled_examples(histories: Histories, labels: pa.Table, split: str, requir
         prediction_time_E=time_E[kept],
         label_ET=label_N[order][kept][:, None],
         days_ET=days_N[order][kept][:, None],
+        weight_ET=np.ones((int(kept.sum()), 1), dtype=np.float32),
         subject_id_E=subject_id_N[order][kept],
         dropped=dropped,
     )
@@ -207,15 +216,18 @@ def united(parts: Sequence[Examples]) -> Examples:
     key_N3 = np.concatenate([_keys(part) for part in parts])
     key_E3, first_E, example_N = np.unique(key_N3, axis=0, return_index=True, return_inverse=True)
     label_ET, days_ET = (np.full((len(key_E3), len(parts)), np.nan, dtype=np.float32) for _ in range(2))
+    weight_ET = np.ones_like(label_ET)
     example_of = np.split(example_N.reshape(-1), np.cumsum([len(part) for part in parts])[:-1])
     for task, (part, example_P) in enumerate(zip(parts, example_of, strict=True)):
         label_ET[example_P, task], days_ET[example_P, task] = part.label_E, part.days_E
+        weight_ET[example_P, task] = part.weight_E
     return Examples(
         position_E=key_E3[:, 0],
         stop_E=np.concatenate([part.stop_E for part in parts])[first_E],
         prediction_time_E=key_E3[:, 1],
         label_ET=label_ET,
         days_ET=days_ET,
+        weight_ET=weight_ET,
         subject_id_E=np.concatenate([part.subject_id_E for part in parts])[first_E],
     )
 
@@ -229,7 +241,6 @@ class Rows:
     early_share: share of the examples of a training epoch that are shown as they were earlier: up to half of their
         events, the latest ones, are left out, and the end of what is left is the prediction time. Each epoch draws
         anew. More views of few patients, with the label that they all lead to.
-    weight_by: what counts equally within an optimiser step, "events" or "segments" (see Batch.weight).
     """
 
     def __init__(
@@ -242,14 +253,12 @@ class Rows:
         tokens_per_row: int,
         seed: int,
         crop: Literal["random", "last"],
-        weight_by: Literal["events", "segments"],
         early_share: float = 0.0,
     ) -> None:
         assert len(examples) > 0 and 0 < context <= tokens_per_row
         self.histories, self.vocabulary, self.examples = histories, vocabulary, examples
-        self.tokens_per_row, self.seed, self.crop, self.weight_by = tokens_per_row, seed, crop, weight_by
+        self.tokens_per_row, self.seed, self.crop = tokens_per_row, seed, crop
         self.context, self.early_share = context, early_share
-        self._share_T = torch.from_numpy(np.mean(~np.isnan(examples.label_ET), axis=0, dtype=np.float32))
         self._id_of_code = vocabulary.ids_of(histories.codes).astype(np.int64)
         self._groups = _GroupedExamples(histories, examples.position_E)
         self._events_seen = 0
@@ -341,24 +350,18 @@ class Rows:
         while True:
             step = list(islice(places, rows_per_step))
             after = Cursor(step[-1].epoch, step[-1].block, step[-1].row + 1)
-            sizes = np.array([self._weighed(place) for place in step])
             for i in range(rank, rows_per_step, world_size):
-                yield self._batch(step[i], weight=float(sizes[i] / sizes.mean())), after
+                yield self._batch(step[i]), after
 
     def _evaluation_of_rank(self, rank: int, world_size: int) -> Iterator[tuple[Batch, bool]]:
         places = list(self._order(EVALUATION))
         num_turns = math.ceil(len(places) / world_size)
         for turn in range(rank, num_turns * world_size, world_size):
-            yield self._batch(places[min(turn, len(places) - 1)], weight=1.0), turn < len(places)
-
-    def _weighed(self, place: _Place) -> int:
-        if self.weight_by == "segments":
-            return len(place.examples)
-        return int(self._windows(place.epoch, place.examples).length_S.sum())
+            yield self._batch(places[min(turn, len(places) - 1)]), turn < len(places)
 
     # ------------------------------------------------------------------------------------------------- assembly
 
-    def _batch(self, place: _Place, weight: float) -> Batch:
+    def _batch(self, place: _Place) -> Batch:
         """Read, cut and join the histories of one row."""
         example_S = place.examples
         windows = self._windows(place.epoch, example_S)
@@ -381,8 +384,8 @@ class Rows:
             example_S=torch.from_numpy(example_S),
             label_ST=torch.from_numpy(self.examples.label_ET[example_S]),
             days_ST=torch.from_numpy(self.examples.days_ET[example_S]),
-            share_T=self._share_T,
-            weight=weight,
+            label_weight_ST=torch.from_numpy(self.examples.weight_ET[example_S]),
+            seed_S=torch.from_numpy((_hash(self.seed, place.epoch, _DRAW, example_S) >> np.uint64(1)).astype(np.int64)),
             seed=int(_hash(self.seed, place.epoch, _SEED, place.block, np.array([place.row]))[0] >> np.uint64(1)),
         )
 
@@ -439,7 +442,8 @@ def packed_row(windows: Sequence[History], end_S: np.ndarray, vocabulary: Vocabu
         example_S=torch.arange(len(windows)),
         label_ST=torch.empty(len(windows), 0),
         days_ST=torch.empty(len(windows), 0),
-        share_T=torch.empty(0),
+        label_weight_ST=torch.empty(len(windows), 0),
+        seed_S=torch.zeros(len(windows), dtype=torch.int64),
     )
 
 

@@ -16,18 +16,18 @@ PIECE = 1 << 21  # logits at once: 8 MB in float32, which a last-level cache sti
 
 
 def linear_cross_entropy(x_ND: Tensor, weight_VD: Tensor, bias_V: Tensor, target_N: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean cross-entropy of the logits x @ weight.T + bias, and the share of events whose target has the highest.
+    """Sum over events of the cross-entropy of the logits x @ weight.T + bias, and how many targets have the highest.
 
     Memory is that of one piece of logits, besides the gradients of x, weight and bias, which the forward already
-    computes: the loss is a mean, so they only wait to be scaled, and no logits are kept or computed twice. Under
+    computes: the loss is a sum, so they only wait to be scaled, and no logits are kept or computed twice. Under
     autocast the products are in its dtype; the softmax and the sums over events are at least float32.
     """
     device = x_ND.device.type
     if torch.is_autocast_enabled(device):
         x_ND, weight_VD, bias_V = (t.to(torch.get_autocast_dtype(device)) for t in (x_ND, weight_VD, bias_V))
     with torch.autocast(device, enabled=False):
-        loss, accuracy = _LinearCrossEntropy.apply(x_ND, weight_VD, bias_V, target_N, torch.is_grad_enabled())
-    return loss, accuracy
+        loss, hits = _LinearCrossEntropy.apply(x_ND, weight_VD, bias_V, target_N, torch.is_grad_enabled())
+    return loss, hits
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -35,7 +35,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, x_ND: Tensor, weight_VD: Tensor, bias_V: Tensor, target_N: Tensor, keep: bool
     ) -> tuple[Tensor, Tensor]:
-        N, V = len(x_ND), len(weight_VD)
+        V = len(weight_VD)
         wide = torch.float64 if x_ND.dtype == torch.float64 else torch.float32
         loss, hits = x_ND.new_zeros((), dtype=wide), x_ND.new_zeros((), dtype=wide)
         dx_ND = torch.empty_like(x_ND)
@@ -52,11 +52,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 dx.copy_(dlogits @ weight_VD)
                 dweight_VD += dlogits.T @ x
         if keep:
-            gradients = (dx_ND, dweight_VD.to(weight_VD.dtype), dbias_V.to(bias_V.dtype))
-            ctx.save_for_backward(*(gradient.div_(N) for gradient in gradients))
-        accuracy = hits / N
-        ctx.mark_non_differentiable(accuracy)
-        return loss / N, accuracy
+            ctx.save_for_backward(dx_ND, dweight_VD.to(weight_VD.dtype), dbias_V.to(bias_V.dtype))
+        ctx.mark_non_differentiable(hits)
+        return loss, hits
 
     @staticmethod
     @once_differentiable

@@ -26,6 +26,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hymate.config import TrainConfig, UserError
+from hymate.objectives import LossModel, mean_loss
 from hymate.telemetry import Telemetry
 from hymate.training import checkpoint
 from hymate.training.memory import keep_freed_memory
@@ -68,7 +69,7 @@ class Job:
     score, mode: which of these metrics picks the best checkpoint, and whether small or large is good.
     """
 
-    module: nn.Module
+    module: LossModel
     groups: list[dict[str, Any]]
     rows: TrainingRows
     evaluate: Callable[[Any], dict[str, float]]
@@ -198,32 +199,40 @@ def train(
 
 
 def train_step(engine: Any, rows: list[Batch], device: torch.device) -> dict[str, Tensor] | None:
-    """One optimiser step over this worker's rows; the sums over them of the model's outputs.
+    """One optimiser step over this worker's rows; their parts of the step's loss and of each term's mean, summed.
 
-    DeepSpeed divides each loss by the number of accumulated rows and averages over workers, so the gradient is
-    that of the mean over the step's rows; it clips and updates at the last row.
+    The gradient is that of the loss over all targets of the step, on all workers; their number is known before the
+    model runs. DeepSpeed divides each row's part by the number of accumulated rows and averages over workers, which a
+    factor undoes; it clips and updates at the last row.
 
     Where a loss or the gradient of any worker is not finite nothing changes, and the result is None on all of them.
     """
+    terms = engine.module.terms
+    count_K = count_targets(engine.module, rows).to(device)
+    dist.all_reduce(count_K)
+    num_rows = len(rows) * dist.get_world_size()
     sums: dict[str, Tensor] = {}
     for row in rows:
-        row = row.to(device)
         torch.manual_seed(row.seed)
-        outputs = engine(row)
-        loss = outputs["loss"] * row.weight
+        loss, mean_K = mean_loss(terms, engine(row.to(device))["sum_K"], count_K)
         # the gradient of a loss that is not finite could be finite; made NaN, all workers see it in the norm
-        engine.backward(loss * torch.where(torch.isfinite(loss.detach()), 1.0, math.nan))
+        engine.backward(loss * torch.where(torch.isfinite(loss.detach()), num_rows, math.nan))
         norm = _unclipped_norm(engine)
         if norm is None or torch.isfinite(norm):
             engine.step()  # under ZeRO, DeepSpeed itself skips a step whose norm is not finite
         else:
             _step_without_update(engine)
-        outputs = {name: value.detach() * row.weight for name, value in outputs.items() if value.ndim == 0}
-        for name, value in {**outputs, "num_events": torch.tensor(float(row.num_events))}.items():
+        parts = dict(zip(terms, mean_K.detach(), strict=True)) | {"loss": loss.detach()}
+        for name, value in {**parts, "num_events": torch.tensor(float(row.num_events))}.items():
             sums[name] = sums.get(name, torch.zeros(())) + value.float().cpu()
     sums["num_rows"] = torch.tensor(float(len(rows)))
     sums["gradient_norm"] = torch.as_tensor(engine.get_global_grad_norm() if norm is None else norm).float().cpu()
     return sums if torch.isfinite(sums["gradient_norm"]) else None
+
+
+def count_targets(module: LossModel, rows: Iterable[Batch]) -> Tensor:
+    """How many targets each of the module's terms has in these rows (K,)."""
+    return torch.stack([module.count_targets(row) for row in rows]).sum(dim=0)
 
 
 def _step_without_update(engine: Any) -> None:
@@ -287,23 +296,19 @@ def save(
 
 
 def mean_outputs(engine: Any, rows: Iterable[tuple[Batch, bool]], worker: Worker) -> dict[str, float]:
-    """Mean of the model's scalar outputs over evaluation rows of all ranks, weighted by events; collective.
+    """The loss and the mean of each term over all targets in evaluation rows of all ranks; collective.
 
     rows: `Rows.once` of this rank; a row with False only keeps the ranks in step and is not counted.
     """
-    sums: dict[str, Tensor] = {}
-    events = torch.zeros(())
+    terms = engine.module.terms
+    total_2K = torch.zeros(2, len(terms), dtype=torch.float64)
     for row, counted in rows:
         torch.manual_seed(row.seed)
-        outputs = engine(row.to(worker.device))
-        weight = float(row.num_events) if counted else 0.0
-        events = events + weight
-        for name, value in outputs.items():
-            if value.ndim == 0:
-                sums[name] = sums.get(name, torch.zeros(())) + value.float().cpu() * weight
-    names = sorted(sums)
-    total = _all_reduced(torch.stack([events, *(sums[name] for name in names)]), worker.device)
-    return {name: float(total[i + 1] / total[0]) for i, name in enumerate(names)}
+        sum_K = engine(row.to(worker.device))["sum_K"].double().cpu()
+        if counted:
+            total_2K += torch.stack([sum_K, engine.module.count_targets(row)])
+    loss, mean_K = mean_loss(terms, *_all_reduced(total_2K, worker.device))
+    return {"loss": float(loss), **dict(zip(terms, mean_K.tolist(), strict=True))}
 
 
 # -------------------------------------------------------------------------------------------------------- build
@@ -406,12 +411,12 @@ class Meter:
         for name, value in sums.items():
             self._sums[name] = self._sums.get(name, torch.zeros(())) + value
         elapsed = time.monotonic() - self._started
-        self.loss = float(self._sums["loss"] / self._sums["num_rows"])
+        self.loss = float(self._sums["loss"]) * self.worker.world_size / self._steps  # of all ranks, about
         self.steps_per_second = self._steps / elapsed
         self.events_per_second = float(self._sums["num_events"]) * self.worker.world_size / elapsed
 
     def mean(self) -> dict[str, float]:
-        """Means over the rows of all ranks since the last call, none if all were skipped; collective."""
+        """Means over the steps since the last call, of all ranks' rows; none if all were skipped; collective."""
         if not self._sums:
             return {}
         names = sorted(self._sums)
@@ -424,7 +429,7 @@ class Meter:
         elapsed = time.monotonic() - self._started
         num_rows, num_events = values.pop("num_rows"), values.pop("num_events")
         norm = values.pop("gradient_norm") / (self._steps * self.worker.world_size)
-        means = {name: value / num_rows for name, value in values.items()}
+        means = {name: value / self._steps for name, value in values.items()}
         self._reset()
         efficiency = num_events / (num_rows * self.tokens_per_row)
         rate = num_events / elapsed

@@ -126,7 +126,7 @@ def taught(examples: Examples, probability_E: np.ndarray, share: float) -> Examp
 
 
 def labelled_rows(start: Start, trial: TrialConfig, histories: Histories, examples: Examples) -> Rows:
-    """The last events up to each prediction time; every labelled segment weighs the same."""
+    """The last events up to each prediction time."""
     return Rows(
         histories,
         start.vocabulary,
@@ -135,7 +135,6 @@ def labelled_rows(start: Start, trial: TrialConfig, histories: Histories, exampl
         tokens_per_row=trial.data.tokens_per_row,
         seed=trial.train.seed,
         crop="last",
-        weight_by="segments",
         early_share=trial.early_share,
     )
 
@@ -164,7 +163,8 @@ def _task_scores(examples: Examples, outputs: predict.Outputs, task: int) -> dic
         scores["concordance"] = metrics.concordance(days_E[timed], outputs.log_days_ET[timed, task])
     known = {name: value for name, value in scores.items() if value is not None}
     assert known.keys() == scores.keys(), "the tuning split has both classes and several lengths"
-    loss = float(np.mean(np.logaddexp(0.0, np.where(label_N > 0.5, -logit_N, logit_N))))
+    loss_N = np.logaddexp(0.0, np.where(label_N > 0.5, -logit_N, logit_N))
+    loss = float(np.average(loss_N, weights=examples.weight_ET[at, task]))
     return {**known, "mean": sum(known.values()) / len(known), "loss": loss}
 
 

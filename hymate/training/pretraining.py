@@ -158,7 +158,6 @@ def _rows(config: PretrainConfig, histories: Histories, vocabulary: Vocabulary, 
         tokens_per_row=config.data.tokens_per_row,
         seed=config.train.seed,
         crop="random",
-        weight_by="events",
     )
 
 

@@ -59,7 +59,7 @@ class Trainer:
         start = time.perf_counter()
         for row in rows:
             torch.manual_seed(row.seed)
-            (self.model(row)["loss"] / len(rows)).backward()
+            (self.model.loss(row) / len(rows)).backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
         return time.perf_counter() - start

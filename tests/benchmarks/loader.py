@@ -57,7 +57,6 @@ def open_rows(path: Path, split: str, context: int, budget: int) -> Rows:
         tokens_per_row=budget,
         seed=0,
         crop="random",
-        weight_by="events",
     )
 
 
@@ -101,7 +100,7 @@ def consumption(rows: Rows) -> float:
     for batch in batches:
         if batch is batches[1]:
             start = time.perf_counter()
-        model(batch)["loss"].backward()
+        model.loss(batch).backward()
     return sum(batch.num_events for batch in batches[1:]) / (time.perf_counter() - start)
 
 

@@ -39,21 +39,20 @@ def main() -> None:
         tokens_per_row=config.data.tokens_per_row,
         seed=0,
         crop="random",
-        weight_by="events",
     )
     torch.manual_seed(0)
     model = PretrainModel(config.model, config.objective, vocabulary.size)
     steps = rows.steps(Cursor(), options.rows, 0, 1)
     warm, _ = next(steps)
-    model(warm[0])["loss"].backward()
+    model.loss(warm[0]).backward()
     batches, _ = next(steps)
     start = time.perf_counter()
     for batch in batches:
-        model(batch)["loss"].backward()
+        model.loss(batch).backward()
     seconds = time.perf_counter() - start
     with profile() as measured:
         for batch in batches:
-            model(batch)["loss"].backward()
+            model.loss(batch).backward()
     events = sum(batch.num_events for batch in batches)
     print(f"{events / seconds:,.0f} events/s with {torch.get_num_threads()} threads, {options.model}, {events} events")
     averages = sorted(measured.key_averages(), key=lambda row: -row.self_cpu_time_total)

@@ -31,6 +31,7 @@ from prepare_memory import descendants, peak_mib
 
 from hymate.command import load
 from hymate.data.loader import Cursor
+from hymate.objectives import mean_loss
 from hymate.training import engine
 from hymate.training.memory import keep_freed_memory
 from hymate.training.pretraining import PretrainConfig, pretraining_job
@@ -72,9 +73,10 @@ def bare_step(config: PretrainConfig, worker: engine.Worker) -> Callable[[], Non
 
     def step() -> None:
         rows, _ = next(steps)
+        count_K = engine.count_targets(job.module, rows)
         for row in rows:
             torch.manual_seed(row.seed)
-            (job.module(row)["loss"] * row.weight / len(rows)).backward()
+            mean_loss(job.module.terms, job.module(row)["sum_K"], count_K)[0].backward()
         torch.nn.utils.clip_grad_norm_(job.module.parameters(), config.train.clip_norm)
         optimizer.step()
         optimizer.zero_grad()
