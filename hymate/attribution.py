@@ -32,6 +32,7 @@ from hymate.batch import UNKNOWN_ID, Batch
 from hymate.bundle import Bundle, build_model
 from hymate.data.histories import Histories, History
 from hymate.data.loader import Examples, packed_row
+from hymate.data.meds import is_code
 from hymate.data.packing import pack
 from hymate.model import RiskModel
 
@@ -71,7 +72,7 @@ class Attribution:
 class Explainer:
     """A bundle's model, asked about cases of one dataset. Results do not depend on which cases are asked together.
 
-    birth_code: the dataset's code id of the birth, None where it has none.
+    birth_code: the dataset's code id of the birth (the first one's where there are several), None where it has none.
     """
 
     def __init__(self, bundle: Bundle, histories: Histories, device: torch.device) -> None:
@@ -80,7 +81,8 @@ class Explainer:
         self.histories = histories
         self._bundle = bundle
         self._id_of_code = bundle.vocabulary.ids_of(histories.codes).astype(np.int64)
-        self.birth_code = histories.codes.index(meds.birth_code) if meds.birth_code in histories.codes else None
+        births = (id for id, code in enumerate(histories.codes) if is_code(code, meds.birth_code))
+        self.birth_code = next(births, None)
 
     def cases(self, examples: Examples, chosen: np.ndarray) -> list[Case]:
         """The cases of the `chosen` examples (int64), in that order."""

@@ -307,13 +307,35 @@ def readable(path: Location) -> Path | pa.NativeFile:
 
 
 def files_below(folder: Location, suffix: str) -> dict[str, Location]:
-    """Files anywhere below a folder whose names end in `suffix` and do not begin with a dot, by their path in it."""
+    """Files anywhere below a folder whose names end in `suffix` and do not begin with a dot, by their path in it.
+
+    Symbolic links are followed. Raises UserError where one leads nowhere, and where a folder cannot be read: what lies
+    behind it would be missing without a word.
+    """
     if isinstance(folder, UrlPath):
         found: dict[str, Location] = {path.relative_to(folder).as_posix(): path for path in folder.files()}
     else:
-        found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+        found = {path.relative_to(folder).as_posix(): path for path in _files(folder, ())}
     kept = (name for name in sorted(found) if name.endswith(suffix) and not found[name].name.startswith("."))
     return {name: found[name] for name in kept}
+
+
+def _files(folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:
+    """The files below a local folder; a link back to one of the folders `above` it is left out."""
+    real = folder.resolve()
+    if not folder.is_dir() or real in above:
+        return
+    try:
+        entries = sorted(folder.iterdir())
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be read ({error.strerror}): make it readable") from error
+    for path in entries:
+        if path.is_dir():
+            yield from _files(path, (*above, real))
+        elif path.is_file():
+            yield path
+        elif path.is_symlink() and not path.name.startswith("."):
+            raise UserError(f"{path}: a symbolic link that leads nowhere: mend it or remove it")
 
 
 @contextlib.contextmanager

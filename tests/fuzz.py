@@ -53,7 +53,7 @@ from challenge import STAY
 from hymate.config import DataConfig, ModelConfig, TaskConfig, UserError
 from hymate.data import physionet2012
 from hymate.data.histories import Histories, History
-from hymate.data.meds import DATA_SCHEMA, LABEL_SCHEMA, SplitsConfig, iter_events, read_labels, read_splits
+from hymate.data.meds import DATA_SCHEMA, LABEL_SCHEMA, SplitsConfig, is_code, iter_events, read_labels, read_splits
 from hymate.data.meds_source import MedsSource
 from hymate.data.physionet2012 import PhysioNet2012Source
 from hymate.data.prepare import PrepareConfig, prepare
@@ -411,12 +411,12 @@ class Meds(Reader):
         require(found.keys() == expected.keys(), "other subjects")
         for subject, rows in expected.items():
             static = [row for row in rows if row[0] is None]
-            timed = [row for row in rows if row[0] is not None and row[1] != "MEDS_BIRTH"]
-            births = [row for row in rows if row[0] is not None and row[1] == "MEDS_BIRTH"]
+            timed = [row for row in rows if row[0] is not None and not is_code(row[1], "MEDS_BIRTH")]
+            births = [row for row in rows if row[0] is not None and is_code(row[1], "MEDS_BIRTH")]
             got = found[subject]
             require([row for row in got if row[0] is None] == static, "other static events")
             got = [row for row in got if row[0] is not None]
-            require([row for row in got if row[1] != "MEDS_BIRTH"] == timed, "other events")
+            require([row for row in got if not is_code(row[1], "MEDS_BIRTH")] == timed, "other events")
             require(len(births) >= len(got) - len(timed), "other births")
             times = [row[0] for row in rows if row[0] is not None]
             require(times == sorted(times), "times decrease")
@@ -525,7 +525,7 @@ def plain_stay(text: bytes) -> list[tuple]:
                 static += [(None, coded[parameter][value], None)] if value in coded[parameter] else []
             elif parameter != "RecordID" and value != -1:
                 static.append((None, parameter, value))
-        elif parameter in units and not (parameter == "Weight" and value == -1):
+        elif parameter in units and value != -1:
             timed.append((physionet2012.ORIGIN + datetime.timedelta(minutes=minutes), units[parameter], value))
     return static + sorted(timed, key=lambda event: event[0])
 

@@ -217,6 +217,13 @@ def test_the_command_leaves_tables_pictures_and_a_report(
     )
 
 
+def test_a_birth_with_a_suffix_is_the_birth(data: Path, bundle: Path) -> None:
+    histories = Histories.open(data)
+    assert Explainer(read_bundle(bundle), histories, CPU).birth_code is None
+    histories.codes += ["MEDS_BIRTHDAY", "MEDS_BIRTH//HOME"]
+    assert Explainer(read_bundle(bundle), histories, CPU).birth_code == len(histories.codes) - 1
+
+
 def test_patients_can_be_asked_for(data: Path, bundle: Path, tmp_path: Path) -> None:
     _, examples = held_out(data)
     wanted = sorted(set(examples.subject_id_E.tolist()))[5:7]

@@ -420,7 +420,7 @@ def test_labels_that_are_alike_for_want_of_events_are_told_as_that(histories: Hi
 
 
 def test_a_split_without_histories_is_one_clear_line(histories: Histories) -> None:
-    with pytest.raises(UserError, match="'no_such_split'"):
+    with pytest.raises(UserError, match="no subject is in the no_such_split split"):
         pretraining_examples(histories, "no_such_split")
 
 

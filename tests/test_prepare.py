@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 from hymate.config import ConfigError, UserError
 from hymate.data import prepare as module
 from hymate.data.histories import HISTORY_SCHEMA, Histories
+from hymate.data.loader import labelled_examples, pretraining_examples
 from hymate.data.meds import DATA_SCHEMA, DataError, SplitsConfig, read_labels, read_splits
 from hymate.data.prepare import PrepareConfig, prepare
 
@@ -379,6 +380,8 @@ def damage(raw: Path) -> None:
     path.write_bytes(content)
 
 
+VALUES = [1.0, np.inf, 3.5e38]  # infinity is a float32, too
+
 BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "no folder": (lambda raw: raw.rename(raw.with_name("gone")), r"raw: no such folder: raw=DIR must be"),
     "empty folder": (without_shards, r"raw/data: no \*.parquet shards"),
@@ -398,7 +401,32 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "times in nanoseconds that do not fit": (
         edit("data/train/1.parquet", retype("time", pa.array([None, 1], pa.timestamp("ns")))),
-        r"train/1\.parquet: rows from 0: a value does not fit the types of MEDS or would lose digits",
+        r"train/1\.parquet: row 1: time is too large for timestamp\[us\], MEDS's type, or would lose digits: mend",
+    ),
+    "a number beyond float32": (
+        edit("data/train/1.parquet", retype("numeric_value", [1e38, -1e39])),
+        r"train/1\.parquet: row 1: numeric_value is too large for float, MEDS's type, .*: mend the value or drop",
+    ),
+    "an integer that float32 cannot hold": (
+        edit("data/train/1.parquet", retype("numeric_value", [1, 2**24 + 1])),
+        r"train/1\.parquet: row 1: numeric_value is too large for float, MEDS's type, or would lose digits",
+    ),
+    "a subject beyond int64": (
+        edit("data/train/1.parquet", retype("subject_id", pa.array([3, 2**64 - 1], pa.uint64()))),
+        r"train/1\.parquet: row 1: subject_id is too large for int64",
+    ),
+    "a label beyond float32": (
+        lambda raw: write(
+            pa.table(
+                {"subject_id": [1] * 3, "prediction_time": pa.array([0] * 3, pa.timestamp("us")), "float_value": VALUES}
+            ),
+            raw / "labels/t/0.parquet",
+        ),
+        r"labels/t/0\.parquet: row 2: float_value is too large for float",
+    ),
+    "a link to nothing": (
+        lambda raw: (raw / "data/held_out/1.parquet").symlink_to(raw / "gone.parquet"),
+        r"held_out/1\.parquet: a symbolic link that leads nowhere: mend it or remove it",
     ),
     "unsorted": (
         rows((3, 7, "K", 1.0), (3, 6, "K", 1.0)),
@@ -455,7 +483,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path: Path, name: str) -> 
     spoil, message = BAD[name]
     raw = write_raw(tmp_path / "raw")
     spoil(raw)
-    with pytest.raises(DataError, match=message) as raised:
+    with pytest.raises(UserError, match=message) as raised:
         prepare(config(raw, tmp_path / "out"))
     assert "\n" not in str(raised.value)
     assert not (tmp_path / "out").exists()
@@ -475,6 +503,55 @@ def test_the_linked_raw_data_stay_as_they_are(tmp_path: Path) -> None:
     prepare(config(raw, tmp_path / "out"))
     assert files(raw) == before
     assert os.stat(raw / "data/train/0.parquet").st_ino == os.stat(tmp_path / "out/data/train/0.parquet").st_ino
+
+
+def test_linked_folders_and_files_are_followed(tmp_path: Path) -> None:
+    raw = write_raw(tmp_path / "raw")
+    prepare(config(raw, tmp_path / "plain"))
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    (raw / "data/train").rename(disk / "train")
+    (raw / "data/train").symlink_to(disk / "train")
+    (disk / "train/0.parquet").rename(disk / "shard")
+    (disk / "train/0.parquet").symlink_to("../shard")
+    prepare(config(raw, tmp_path / "linked"))
+    assert files(tmp_path / "linked") == files(tmp_path / "plain")
+    assert not (tmp_path / "linked/data/train/0.parquet").is_symlink()
+
+
+def test_a_birth_may_have_a_suffix(tmp_path: Path) -> None:
+    rows: dict[str, list[Row]] = {
+        "train/0": [
+            (1, BIRTH, "MEDS_BIRTH//HOME", None),
+            (1, BIRTH, "MEDS_BIRTH//HOME//TWIN", None),
+            (1, 7, "A", None),
+        ],
+        "train/1": [(2, 5, "MEDS_BIRTHDAY", None), (2, 7, "A", None), (3, BIRTH, "MEDS_BIRTH", None)],
+    }
+    prepare(config(write_raw(tmp_path / "raw", rows), tmp_path / "out"))
+    histories = Histories.open(tmp_path / "out")
+    assert [h.birth_time for h in histories.read([0, 1, 2])] == [BIRTH, None, BIRTH]
+    assert histories.index["num_events"].tolist() == [1, 2, 0]
+
+
+def test_splits_with_other_names_are_told_and_refused_where_they_matter(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = {shard.replace("tuning", "val").replace("held_out", "test"): own for shard, own in ROWS.items()}
+    prepare(config(write_raw(tmp_path / "raw", rows), tmp_path / "out"))
+    remedy = "rename them in metadata/subject_splits.parquet (validation is tuning, test is held_out)"
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert "the splits 'test', 'val': MEDS calls the splits train, tuning, held_out" in line and remedy in line
+    labels = pa.table(
+        {"subject_id": [4], "prediction_time": pa.array([9], pa.timestamp("us")), "boolean_value": [True]}
+    )
+    histories = Histories.open(tmp_path / "out")
+    for use in (pretraining_examples, lambda histories, split: labelled_examples(histories, labels, split)):
+        with pytest.raises(
+            UserError, match=r"^[^\n]*no subject is in the tuning split: there are subjects in 'test', 'val'"
+        ) as error:
+            use(histories, "tuning")
+        assert remedy in str(error.value)
 
 
 def test_a_full_disk_is_one_line_and_the_command_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

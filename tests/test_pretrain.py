@@ -350,7 +350,7 @@ def test_a_dataset_without_a_tuning_split_is_refused(data: Path, tmp_path: Path)
     table = pq.read_table(index)
     split = pc.replace_substring(table["split"], "tuning", "train")
     pq.write_table(table.set_column(1, pa.field("split", pa.string()), split), index)
-    with pytest.raises(UserError, match="no subject in its tuning split"):
+    with pytest.raises(UserError, match="no subject is in the tuning split"):
         pretrain(load("pretrain", command(tmp_path / "data", tmp_path)[2:], PretrainConfig))
 
 

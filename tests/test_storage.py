@@ -82,6 +82,25 @@ def test_files_and_folders_are_alike_everywhere(place: Location) -> None:
     assert not (place / "a").exists()
 
 
+def test_links_are_followed_and_end(tmp_path: Path) -> None:
+    write_text("one", tmp_path / "disk" / "deep" / "one.txt")
+    write_text("two", tmp_path / "data" / "two.txt")
+    (tmp_path / "data" / "linked").symlink_to(tmp_path / "disk")
+    (tmp_path / "data" / "file.txt").symlink_to("two.txt")
+    (tmp_path / "disk" / "deep" / "back").symlink_to(tmp_path / "data")
+    (tmp_path / "data" / "again").symlink_to("linked")
+    (tmp_path / "data" / ".gone").symlink_to("nothing")
+    assert list(storage.files_below(tmp_path / "data", ".txt")) == [
+        "again/deep/one.txt",
+        "file.txt",
+        "linked/deep/one.txt",
+        "two.txt",
+    ]
+    (tmp_path / "data" / "gone").symlink_to("nothing")
+    with pytest.raises(UserError, match="gone: a symbolic link that leads nowhere: mend it or remove it"):
+        storage.files_below(tmp_path / "data", ".txt")
+
+
 def test_tables_are_read_as_they_were_written(place: Location) -> None:
     table = pa.table({"number": np.arange(100_000), "text": ["x", "y"] * 50_000})
     write_parquet(table, place / "table.parquet")

@@ -19,7 +19,7 @@ STATIC = {
     1: [("GENDER//F", None), ("RACE//A", None), ("RACE//B", None)],
     2: [("GENDER//M", None), ("RACE//B", None)],
     3: [],
-    4: [("GENDER//F", None), ("Age", 50.0)],  # no birth, but an age
+    4: [("GENDER//F", None), ("Age//years", 50.0)],  # no birth, but an age
     5: [("GENDERLESS//X", None)],
 }
 
@@ -32,7 +32,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[Histories, Examples]
     for subject in range(1, 6):
         rows += [{"subject_id": subject, "time": None, "code": code, "numeric_value": v} for code, v in STATIC[subject]]
         years = ([BIRTHS[subject]] if subject in BIRTHS else []) + ([2010, 2020] if subject == 1 else [2020])
-        codes = ["MEDS_BIRTH"] * (subject in BIRTHS) + ["VISIT"] * 2
+        codes = ["MEDS_BIRTH//HOME" if subject == 2 else "MEDS_BIRTH"] * (subject in BIRTHS) + ["VISIT"] * 2
         events = list(zip(years, codes, strict=False))
         rows += [{"subject_id": subject, "time": (y - 1970) * YEAR_US, "code": code} for y, code in events]
         labels += [(subject, (y - 1970) * YEAR_US) for y, code in events if code == "VISIT"]

@@ -19,7 +19,17 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from hymate.config import UserError
-from hymate.data.meds import STATIC_TIME, UNREADABLE, Events, iter_events, open_parquet, read_parquet
+from hymate.data.meds import (
+    RENAME_SPLITS,
+    SPLITS,
+    STATIC_TIME,
+    UNREADABLE,
+    Events,
+    is_code,
+    iter_events,
+    open_parquet,
+    read_parquet,
+)
 from hymate.storage import Location, atomic_path, locate
 
 FORMAT_VERSION = 1
@@ -95,8 +105,9 @@ def write_histories(
     """
     parts = []
     with atomic_path(histories) as temporary, pq.ParquetWriter(temporary, HISTORY_SCHEMA, **_ENCODING) as writer:
+        births = np.array([id for code, id in code_ids.items() if is_code(code, meds.birth_code)], np.int32)
         for row_group, events in enumerate(iter_events(data, code_ids)):
-            rows = _rows(events, code_ids.get(meds.birth_code, -1))
+            rows = _rows(events, births)
             writer.write_table(rows, row_group_size=rows.num_rows)
             subject_id_N = rows["subject_id"].to_numpy()
             parts.append(
@@ -132,7 +143,7 @@ class Splits:
         return self._names[self._split_N[position_N]]
 
 
-def _rows(events: Events, birth_id: int) -> pa.Table:
+def _rows(events: Events, birth_codes: np.ndarray) -> pa.Table:
     """Whole subjects' events as rows of HISTORY_SCHEMA."""
     starts = events.starts
     subject_R = np.repeat(np.arange(len(starts)), np.diff(starts, append=len(events)))
@@ -143,7 +154,7 @@ def _rows(events: Events, birth_id: int) -> pa.Table:
         offsets = np.concatenate([[0], np.cumsum(lengths_N)]).astype(np.int32)
         return pa.ListArray.from_arrays(offsets, values_R[kept_R])
 
-    birth_R = (events.code_R == birth_id) & ~static_R
+    birth_R = np.isin(events.code_R, birth_codes) & ~static_R
     # the birth has a column of its own: as an event it would start the history decades before all others
     event_R = ~static_R & ~birth_R
     births = np.flatnonzero(birth_R)
@@ -204,6 +215,19 @@ class Histories:
     def rows_of(self, split: str) -> np.ndarray:
         """Positions (int64) of the subjects of a split."""
         return np.flatnonzero(self.index["split"] == split)
+
+    @property
+    def odd_splits(self) -> list[str]:
+        """The splits with other names than MEDS's."""
+        return sorted(set(self.index["split"].tolist()) - set(SPLITS))
+
+    def without_subjects(self, split: str) -> UserError:
+        """What to raise where a split is needed and holds nobody."""
+        remedy = "prepare the dataset with subjects in this split"
+        if self.odd_splits:
+            names = ", ".join(map(repr, self.odd_splits))[:200]
+            remedy = f"there are subjects in {names}: {RENAME_SPLITS}, and prepare the dataset again"
+        return UserError(f"{self.path}: no subject is in the {split} split: {remedy}")
 
     def read(self, positions: Sequence[int] | np.ndarray) -> list[History]:
         """The histories at `positions`, in that order; each row group is decoded once."""

@@ -106,6 +106,8 @@ class Cursor:
 
 def pretraining_examples(histories: Histories, split: str) -> Examples:
     """Every history of `split` that has events, whole and without tasks. UserError when there is none."""
+    if not len(histories.rows_of(split)):
+        raise histories.without_subjects(split)
     position_E = np.asarray(histories.rows_of(split), dtype=np.int64)
     stop_E = histories.index["num_events"][position_E].astype(np.int64)
     has_events = stop_E > 0
@@ -165,6 +167,8 @@ def labelled_examples(histories: Histories, labels: pa.Table, split: str, requir
 def _no_example(histories: Histories, subject_id_N: np.ndarray, split: str, dropped: Mapping[str, int]) -> UserError:
     """What to say where no label of a split can be used: why, and what would help."""
     total = len(subject_id_N)
+    if histories.odd_splits and not len(histories.rows_of(split)):
+        return histories.without_subjects(split)
     if dropped["without_events"]:
         return UserError(
             f"all {dropped['without_events']} labels of split {split!r} have prediction times before the first event "

@@ -27,12 +27,21 @@ DATA_SCHEMA: pa.Schema = meds.DataSchema.schema().remove(4)  # text_value is nev
 LABEL_SCHEMA: pa.Schema = meds.LabelSchema.schema()
 MEDS_VERSION = "0.4"
 SPLITS = (meds.train_split, meds.tuning_split, meds.held_out_split)
+RENAME_SPLITS = (
+    f"MEDS calls the splits {', '.join(SPLITS)}; rename them in metadata/subject_splits.parquet (validation is tuning, "
+    "test is held_out)"
+)
 STATIC_TIME = np.iinfo(np.int64).min  # stands for a null time in integer arrays
 ROWS = 1 << 18  # rows decoded at once, and rows of a written row group (about 4 MB)
 MAX_ROWS_PER_BYTE = 64  # of a file; real data are far below, and a footer of a few bytes can declare any number of rows
 UNREADABLE = (pa.ArrowException, OSError, UnicodeDecodeError)  # what pyarrow raises at a damaged file
 # Times that Python and ACES can hold, in microseconds since 1970; their differences fit an integer.
 FIRST_TIME, LAST_TIME = (int(np.datetime64(f"{year:04d}-01-01", "us").astype(np.int64)) for year in (1, 10_000))
+
+
+def is_code(code: str, standard: str) -> bool:
+    """Whether a code is one of the standard's, such as meds.birth_code, which may have a suffix after `//`."""
+    return code == standard or code.startswith(f"{standard}//")
 
 
 class DataError(UserError):
@@ -293,11 +302,7 @@ def read_label_file(path: Location) -> pa.Table:
                 raise DataError(f"{path}: column {spec.name} is missing: MEDS labels need it")
             columns.append(pa.nulls(table.num_rows, spec.type))
             continue
-        try:
-            columns.append(table[spec.name].cast(spec.type))
-        except pa.ArrowException as error:
-            found = table[spec.name].type
-            raise DataError(f"{path}: column {spec.name} is {found}, MEDS labels have {spec.type}: cast it") from error
+        columns.append(cast_column(table[spec.name].combine_chunks(), spec, path))
         nulls = table[spec.name].null_count
         if (required and nulls) or (spec.name == "boolean_value" and 0 < nulls < table.num_rows):
             raise DataError(f"{path}: column {spec.name} has nulls: drop those rows")
@@ -336,6 +341,35 @@ def check_columns(
         if name in kinds and name in wanted.names and not kinds[name](schema.field(name).type):
             kind, found = wanted.field(name).type, schema.field(name).type
             raise DataError(f"{path}: column {name} is {found}, {says} {kind}: write it as that")
+
+
+def cast_column(column: pa.Array, spec: pa.Field, path: Location, first_row: int = 0) -> pa.Array:
+    """A column, whose first row is the file's `first_row`, in its type of the standard.
+
+    Raises DataError that names the first row whose value the type cannot hold, such as 1e39 in a float32.
+    """
+    if (cast := _cast(column, spec.type)) is not None:
+        return cast
+    good, bad = 0, len(column)  # the rows before `good` can be cast, those before `bad` cannot
+    while bad - good > 1:
+        middle = (good + bad) // 2
+        fits = _cast(column[good:middle], spec.type) is not None
+        good, bad = (middle, bad) if fits else (good, middle)
+    raise DataError(
+        f"{path}: row {first_row + good}: {spec.name} is too large for {spec.type}, MEDS's type, or would lose digits: "
+        "mend the value or drop the row"
+    )
+
+
+def _cast(column: pa.Array, kind: pa.DataType) -> pa.Array | None:
+    """None where a value does not fit; PyArrow makes infinities of numbers that are too large for a float."""
+    try:
+        cast = column.cast(kind)
+    except pa.ArrowInvalid:
+        return None
+    if pa.types.is_floating(kind) and pc.any(pc.is_inf(cast)).as_py():
+        return None if pc.any(pc.and_(pc.is_inf(cast), pc.is_finite(column))).as_py() else cast
+    return cast
 
 
 def _is_text(kind: pa.DataType) -> bool:

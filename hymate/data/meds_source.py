@@ -19,12 +19,12 @@ from hymate.data.meds import (
     DATA_KINDS,
     DATA_SCHEMA,
     MEDS_VERSION,
-    ROWS,
     STATIC_TIME,
     UNREADABLE,
     DataError,
     Events,
     SplitsConfig,
+    cast_column,
     check_columns,
     codes_table,
     hash64,
@@ -81,7 +81,7 @@ class MedsSource:
             )
 
     def fingerprint(self) -> str:
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(b"2")  # of what is made of the files; another number has them prepared again
         files = [f"{meds.data_subdirectory}/{shard}.parquet" for shard in self.shards()]
         files += [meds.dataset_metadata_filepath, *self._label_files()]
         if (self.raw / meds.subject_splits_filepath).is_file():
@@ -214,28 +214,22 @@ def _check_schema(path: Location) -> bool:
 def _copy_aligned(raw: Location, target: Path) -> None:
     """Copy a shard's MEDS columns, cast to the standard's types."""
     with pq.ParquetWriter(target, DATA_SCHEMA, compression="zstd") as writer:
-        for number, batch in enumerate(read_batches(raw, DATA_SCHEMA.names, raw)):
-            try:
-                columns = [_aligned(batch, spec) for spec in DATA_SCHEMA]
-            except pa.ArrowInvalid as error:
-                # what pyarrow says of it quotes the value
-                raise DataError(
-                    f"{raw}: rows from {number * ROWS}: a value does not fit the types of MEDS or would lose digits: "
-                    f"write subject_id as int64, time as timestamp[us], numeric_value as float"
-                ) from error
+        first_row = 0
+        for batch in read_batches(raw, DATA_SCHEMA.names, raw):
+            columns = [
+                cast_column(batch.column(spec.name), spec, raw, first_row)
+                if spec.name in batch.schema.names
+                else pa.nulls(batch.num_rows, spec.type)
+                for spec in DATA_SCHEMA
+            ]
             writer.write_table(pa.table(columns, schema=DATA_SCHEMA))
-
-
-def _aligned(batch: pa.RecordBatch, spec: pa.Field) -> pa.Array:
-    if spec.name not in batch.schema.names:
-        return pa.nulls(batch.num_rows, spec.type)
-    return batch.column(spec.name).cast(spec.type)
+            first_row += batch.num_rows
 
 
 def _link_or_copy(raw: Location, target: Path) -> None:
     with local_copy(raw) as found:
         try:
-            os.link(found, target)
+            os.link(found.resolve(), target)  # a link to a symbolic link would be one, too
         except OSError:  # another file system, or one without links
             shutil.copyfile(found, target)
 

@@ -2,8 +2,9 @@
 
 A stay is a subject (subject_id = RecordID). The challenge gives times as minutes since ICU admission only, so every
 stay is placed at ORIGIN, with an ICU_ADMISSION event there, and predictions are made 48 hours later. Descriptors at
-admission become static events; -1 means missing. Of a repeated descriptor the first row counts (set c repeats Age,
-and has no ICUType); later Weight rows are measurements. Recording errors (a pH of 735) are left as they are.
+admission become static events. Of a repeated descriptor the first row counts (set c repeats Age, and has no ICUType);
+later Weight rows are measurements. -1 means missing, in the series too: none of their quantities can be -1, and in
+sets b and c it occurs only as a diastolic pressure. Recording errors (a pH of 735) are left as they are.
 
 Shape legend: R rows of a shard's text files, E events made of them, N stays.
 """
@@ -44,6 +45,7 @@ PREDICTION_TIME = ORIGIN + datetime.timedelta(hours=48)
 LONG_STAY_DAYS = 7
 STAYS_PER_SHARD = 1000
 SETS = ("a", "b", "c")
+CONVERSION = 2  # what is made of the files; another number has them prepared again
 MAX_STAY_BYTES = (
     16 << 20
 )  # of one stay's text; the challenge's have a few kilobytes, and an archive can declare any size
@@ -211,7 +213,7 @@ class PhysioNet2012Source:
         return list(self._shards)
 
     def fingerprint(self) -> str:
-        digest = hashlib.sha256(repr((self.splits, self.seed, CODES)).encode())
+        digest = hashlib.sha256(repr((CONVERSION, self.splits, self.seed, CODES)).encode())
         for letter, files in self._sets.items():
             digest.update(f"set {letter}\n".encode() + files.outcomes.read_bytes())
             if files.stays.is_dir():
@@ -361,8 +363,7 @@ def _events(texts: list[tuple[Location, int, bytes]]) -> pa.Table:
         chosen_R = first_R & (parameter_R == _PARAMETERS.index(name)) & (value_R == number)
         code_R[chosen_R], has_value_R[chosen_R] = _CODE_ID[code], False
     is_static_R = first_R & present_R & (parameter_R != _PARAMETERS.index("RecordID"))
-    is_measured_R = ~first_R & (parameter_R < len(VARIABLES))
-    is_measured_R &= present_R | (parameter_R != _PARAMETERS.index("Weight"))
+    is_measured_R = ~first_R & (parameter_R < len(VARIABLES)) & present_R
 
     num_stays = len(texts)
     origin_us = int(ORIGIN.replace(tzinfo=datetime.UTC).timestamp()) * 1_000_000
@@ -412,7 +413,7 @@ def _parse(texts: list[tuple[Location, int, bytes]]) -> tuple[np.ndarray, np.nda
     parameter = pc.index_in(table["parameter"], pa.array(_PARAMETERS))
     value_R = table["value"].to_numpy()
     valid_times = pc.all(pc.match_substring_regex(table["time"], _TIME)).as_py()
-    if table.num_rows != sum(sizes) or parameter.null_count or not np.isfinite(value_R).all() or not valid_times:
+    if table.num_rows != sum(sizes) or parameter.null_count or not _are_float32(value_R).all() or not valid_times:
         return None
     minute_R = sum(
         unit * pc.utf8_slice_codeunits(table["time"], start, start + 2).cast(pa.int64()).to_numpy()
@@ -429,6 +430,12 @@ def _parse(texts: list[tuple[Location, int, bytes]]) -> tuple[np.ndarray, np.nda
     if not np.array_equal(value_R[is_record_R], record_N[stay_R[is_record_R]]):
         return None
     return stay_R, minute_R, parameter_R, value_R
+
+
+def _are_float32(value_R: np.ndarray) -> np.ndarray:
+    """Which values are finite, also as the float32 that MEDS holds."""
+    with np.errstate(over="ignore"):
+        return np.isfinite(value_R.astype(np.float32))
 
 
 def _first_malformed(texts: list[tuple[Location, int, bytes]]) -> DataError:
@@ -457,8 +464,8 @@ def _fault(line: str, record: int) -> str | None:
         number = float(value)
     except ValueError:
         return "the value is not a number"
-    if not np.isfinite(number):
-        return "the value is not finite"
+    if not _are_float32(np.array(number)):
+        return "the value is not finite" if not np.isfinite(number) else "the value is too large for float32"
     if number not in (DESCRIPTORS.get(parameter) or (number,)):
         return f"not a value of {parameter}"
     if parameter == "RecordID" and number != record:

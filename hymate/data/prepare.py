@@ -38,6 +38,8 @@ from hymate.command import main
 from hymate.config import ConfigError, UserError
 from hymate.data.histories import FOLDER, FORMAT_VERSION, Splits, read_metadata, write_histories
 from hymate.data.meds import (
+    RENAME_SPLITS,
+    SPLITS,
     DataError,
     Source,
     SplitsConfig,
@@ -112,6 +114,11 @@ def prepare(config: PrepareConfig) -> None:
             raise
     remove_tree(out / FOLDER / WORK)
     metadata = read_metadata(out) or {}
+    if others := [split for split in metadata["splits"] if split not in SPLITS]:
+        names = ", ".join(map(repr, others))[:200]
+        console.print(
+            f"warning: no training or scoring uses the splits {names}: {RENAME_SPLITS}", markup=False, soft_wrap=True
+        )
     for split, size in metadata["splits"].items():
         console.print(f"{split}: {size['subjects']:,} subjects, {size['events']:,} events")
     console.print(f"prepared {out} in {time.monotonic() - started:.0f} s")

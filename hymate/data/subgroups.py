@@ -16,7 +16,7 @@ from hymate.data.histories import Histories, History
 from hymate.data.loader import US_PER_YEAR, Examples
 
 SEX = r"(?i)^(gender|sex)(?![a-z])"
-AGE = re.compile(r"(?i)^age$")  # a static event with the age in years, where a dataset has no births
+AGE = re.compile(r"(?i)^age(//|$)")  # a static event with the age in years, where a dataset has no births
 UNKNOWN = "not recorded"
 
 

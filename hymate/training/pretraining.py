@@ -74,10 +74,7 @@ def check(config: PretrainConfig) -> Histories:
     histories = Histories.open(config.data.path)
     for split in (TRAIN_SPLIT, TUNING_SPLIT):
         if not len(histories.rows_of(split)):
-            raise UserError(
-                f"data.path={config.data.path} has no subject in its {split} split: pretraining needs a train and a "
-                "tuning split, prepare the dataset with both"
-            )
+            raise histories.without_subjects(split)
     return histories
 
 
