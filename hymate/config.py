@@ -249,6 +249,9 @@ class TaskConfig:
     competing: the predicate of `definition` that stands for death, where death is a competing risk: a patient
         who died up to the prediction time gets no label, and for a death before the label window ends without
         the label's event competing_rule says "negative" (it did not happen) or "exclude" (no label).
+    start: when what the label is about begins: the "trigger", or the last event of a predicate of `definition` up to
+        the prediction time; null: the label belongs to its prediction time alone. A patient may be shown as at any
+        time from the start on (`early_share`), never as before.
     longer_than_days: null, or the task is how long something lasts: the label is whether the label window ends more
         than this after the trigger, and the days themselves are learned and predicted beside it.
     """
@@ -258,6 +261,7 @@ class TaskConfig:
     definition: dict[str, Any] | None = None
     competing: str | None = None
     competing_rule: Literal["negative", "exclude"] = "negative"
+    start: str | None = None
     longer_than_days: float | None = None
 
     def __post_init__(self) -> None:

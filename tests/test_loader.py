@@ -262,18 +262,24 @@ def test_crop_last_takes_the_end(histories: Histories, vocabulary: Vocabulary) -
             assert code.tolist() == vocabulary.ids_of([CODES[c] for c in history.code[-8:]]).tolist()
 
 
-def test_early_views_are_shorter_end_at_their_last_event_and_change_by_epoch(
+def test_early_views_end_between_start_and_prediction_and_change_by_epoch(
     tmp_path: Path, vocabulary: Vocabulary
 ) -> None:
-    histories = Histories.open(write_prepared(tmp_path, {"train/0": [subject(i, 25) for i in range(60)]}))
+    """A third of the labels start at an event, a third between two events, and of a third the start isn't known."""
+    histories = Histories.open(write_prepared(tmp_path, {"train/0": [subject(i, 25) for i in range(90)]}))
+    times = [history.time for history in histories.read(np.arange(90))]
+    start = [None if i % 3 == 2 else int(time[10] - (i % 3)) for i, time in enumerate(times)]
     labels = pa.table(
         {
-            "subject_id": list(range(60)),
-            "prediction_time": pa.array([60 * YEAR] * 60, pa.timestamp("us")),
-            "boolean_value": [True, False] * 30,
+            "subject_id": list(range(90)),
+            "prediction_time": pa.array([60 * YEAR] * 90, pa.timestamp("us")),
+            "boolean_value": [True, False] * 45,
+            "start": pa.array(start, pa.timestamp("us")),
         }
     )
     examples = labelled_examples(histories, labels, "train")
+    earliest = [25 if start[i] is None else sum(time <= times[i][10]) for i, time in enumerate(times)]
+    assert examples.earliest_E.tolist() == earliest
     settings: dict = {"crop": "last"}
     rows = make_rows(histories, vocabulary, examples, early_share=0.5, **settings)
 
@@ -289,8 +295,12 @@ def test_early_views_are_shorter_end_at_their_last_event_and_change_by_epoch(
 
     first, second = epoch(0), epoch(1)
     for views in (first, second):
-        early = [length for length, is_early in views.values() if is_early]
-        assert 15 <= len(early) <= 45 and min(early) >= 13 and min(early) < 18
+        early = {example: length for example, (length, is_early) in views.items() if is_early}
+        assert 15 <= len(early) <= 45 and min(early.values()) < 21
+        for example, length in early.items():
+            begun = start[example]
+            assert begun is not None and times[example][length - 1] >= begun
+            assert 25 - length <= (25 - earliest[example]) / 2
         assert {length for length, is_early in views.values() if not is_early} == {25}
     assert first != second and first == epoch(0)
     plain = make_rows(histories, vocabulary, examples, **settings)

@@ -243,8 +243,11 @@ def test_labels_come_along_without_null_columns(tmp_path: Path) -> None:
     write(
         pa.table({**labels, "boolean_value": [True, False], "float_value": nulls}), raw / "labels/died/train/0.parquet"
     )
+    write(pa.table({**labels, "weight": [1.0, 2.5]}), raw / "labels/died/train/0.extra.pq")
     prepare(config(raw, tmp_path / "out"))
     table = read_labels(tmp_path / "out" / "labels" / "died")
+    extra = pq.read_table(tmp_path / "out" / "labels" / "died" / "train" / "0.extra.pq")
+    assert extra["weight"].to_pylist() == [1.0, 2.5]
     meds.LabelSchema.validate(table)
     assert table.column_names == ["subject_id", "prediction_time", "boolean_value"]
     assert table["boolean_value"].to_pylist() == [True, False]

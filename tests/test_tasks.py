@@ -18,6 +18,7 @@ from meds import LabelSchema
 from hymate.command import load
 from hymate.config import TaskConfig, UserError
 from hymate.data import tasks
+from hymate.data.meds import FIRST_TIME
 
 START = datetime(2100, 1, 1, 9)
 ADMITTED, HOME, DIED = "HOSPITAL_ADMISSION//EW EMER.", "HOSPITAL_DISCHARGE//HOME", "HOSPITAL_DISCHARGE//DIED"
@@ -301,9 +302,73 @@ def test_days_of_given_labels_are_kept_where_the_task_has_them(tmp_path: Path) -
             given(days)
 
 
+def test_labels_know_when_what_they_are_about_began(tmp_path: Path) -> None:
+    """The admission for death in hospital, a predicate that the task names, and nothing for readmission."""
+    write(tmp_path, [[*stay(0, 3), (19.5, LAB), *stay(20, 25, DIED)], [*stay(0, 3), (80, LAB)]])
+
+    def starts(config: TaskConfig) -> list[float | None] | None:
+        table = tasks.labels(tmp_path, config).table
+        if "start" not in table.column_names:
+            return None
+        return [None if start is None else days(start) for start in table["start"].to_pylist()]
+
+    assert starts(task("mortality")) == [0, 20, 0]
+    assert starts(task("readmission")) is None
+    lab = "+task.definition.predicates.lab={code: LAB//50912//mg/dL}"
+    assert starts(task("mortality", lab, "task.start=lab")) == [None, 19.5, None]
+    extra = pq.read_table(tmp_path / "labels/mortality/train/0.extra.pq")
+    labels = pq.read_table(tmp_path / "labels/mortality/train/0.parquet")
+    assert extra.select(["subject_id", "prediction_time"]).equals(labels.select(["subject_id", "prediction_time"]))
+    assert labels.column_names == ["subject_id", "prediction_time", "boolean_value"]
+
+
+def given_labels(folder: Path, subjects: list[int], **extra: pa.Array) -> Path:
+    keys = {
+        "subject_id": pa.array(subjects, pa.int64()),
+        "prediction_time": pa.array([START] * len(subjects), pa.timestamp("us")),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table({**keys, "boolean_value": [True] * len(subjects)}), folder / "0.parquet")
+    if extra:
+        pq.write_table(pa.table({**keys, **extra}), folder / "0.extra.pq")
+    return folder
+
+
+def test_label_folders_may_bring_start_and_weight(tmp_path: Path) -> None:
+    def given(subjects: list[int], **extra: pa.Array) -> tasks.LabelSet:
+        (tmp_path / "mine" / "0.extra.pq").unlink(missing_ok=True)
+        given_labels(tmp_path / "mine", subjects, **extra)
+        return tasks.labels(tmp_path, task("readmission", f"task.labels={tmp_path / 'mine'}"))
+
+    before = pa.array([START - timedelta(days=1), None], pa.timestamp("us"))
+    found = given([1, 1], start=before, weight=pa.array([1.5, 1.0], pa.float64()))
+    assert [None if start is None else days(start) for start in found.table["start"].to_pylist()] == [-1, None]
+    assert found.table["weight"].to_pylist() == [1.5, 1.0]
+    assert found.digest() != given([1, 1], start=before).digest() != given([1, 1]).digest()
+    assert "start" not in given([1, 1]).table.column_names
+    # a subject's only label is about all that is known of it
+    assert set(given([1, 2]).table["start"].cast(pa.int64()).to_pylist()) == {FIRST_TIME}
+    given_labels(tmp_path / "mine" / "more", [3, 3])
+    assert given([1, 1], weight=pa.array([2.0, 2.0])).table["weight"].to_pylist() == [2, 2, 1, 1]
+
+    wrong = {
+        "a start lies after its prediction_time": {"start": pa.array([START, START + timedelta(days=1)])},
+        "a weight is null, infinite or not positive": {"weight": pa.array([1.0, 0.0])},
+        "column start is int64, what lies beside labels has timestamp": {"start": pa.array([1, 2])},
+        "subject_id is not that of the labels, line by line": {"subject_id": pa.array([2, 1])},
+    }
+    for message, columns in wrong.items():
+        with pytest.raises(UserError, match=rf"^[^\n]*0\.extra\.pq: {message}[^\n]*$"):
+            given([1, 2], **columns)
+    (tmp_path / "mine" / "0.parquet").unlink()
+    with pytest.raises(UserError, match=r"0\.extra\.pq: there are no labels 0\.parquet beside it"):
+        tasks.labels(tmp_path, task("readmission", f"task.labels={tmp_path / 'mine'}"))
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
+        (["task.start=admission"], "task.start=admission is neither null nor trigger nor a predicate"),
         (["task.labels=nowhere"], "task.labels: nowhere is not a folder"),
         (["task.definition=null"], "give task.labels=FOLDER or a task.definition"),
         (["task.competing=dead"], "task.competing=dead is no predicate"),

@@ -30,7 +30,7 @@ import torch
 from hymate.batch import HOURS_PER_YEAR, UNKNOWN_ID, Batch
 from hymate.config import TaskConfig, UserError
 from hymate.data.histories import Histories, History
-from hymate.data.meds import SPLITS
+from hymate.data.meds import LAST_TIME, SPLITS
 from hymate.data.packing import pack
 from hymate.data.vocabulary import Vocabulary
 
@@ -53,6 +53,8 @@ class Examples:
 
     position_E: int64, position of the history in the dataset's index.
     stop_E: int64, how many of its events may be used: those at or before the prediction time.
+    earliest_E: int64, how many of them the earliest view has that the label belongs to, too (`Rows.early_share`): those
+        up to the start of what the label is about; stop_E where there is no earlier view.
     prediction_time_E: int64, microseconds since 1970; NO_TIME in pretraining.
     label_ET: float32, 1 or 0, or between them what a teacher says; NaN where a task has no label at this time, and
         where its label is null.
@@ -64,6 +66,7 @@ class Examples:
 
     position_E: np.ndarray
     stop_E: np.ndarray
+    earliest_E: np.ndarray
     prediction_time_E: np.ndarray
     label_ET: np.ndarray
     days_ET: np.ndarray
@@ -117,6 +120,7 @@ def pretraining_examples(histories: Histories, split: str) -> Examples:
     return Examples(
         position_E=position_E,
         stop_E=stop_E,
+        earliest_E=stop_E,
         prediction_time_E=np.full(len(position_E), NO_TIME),
         label_ET=np.empty((len(position_E), 0), dtype=np.float32),
         days_ET=np.empty((len(position_E), 0), dtype=np.float32),
@@ -129,7 +133,8 @@ def pretraining_examples(histories: Histories, split: str) -> Examples:
 def labelled_examples(histories: Histories, labels: pa.Table, split: str, required: bool = True) -> Examples:
     """A task's labels of `split`'s subjects, each with the events at or before its prediction time.
 
-    labels: MEDS labels (subject_id, prediction_time and, where known, boolean_value and the days as float_value).
+    labels: MEDS labels (subject_id, prediction_time and, where known, boolean_value and the days as float_value) and,
+        where known, `start` (see `hymate.data.extras`).
     Dropped and counted: labels whose subject is not in the dataset (`unknown_subject`), and labels without any
     event up to the prediction time (`without_events`, and those of them that are positive). Sorted by position and
     time, whatever the labels' order. Raises UserError when no label is left, unless they are not `required`.
@@ -143,7 +148,12 @@ def labelled_examples(histories: Histories, labels: pa.Table, split: str, requir
     order = np.lexsort((time_N, position_N))
     order = order[in_split[order]]
     position_E, time_E = position_N[order], time_N[order]
-    stop_E = _events_until(histories, position_E, time_E)
+    start_E = _starts(labels)[order]
+    stop_E, before_start_E, until_start_E = _events_until(
+        histories, position_E, [(time_E, "right"), (start_E, "left"), (start_E, "right")]
+    )
+    # a view's last event is at the start or after it
+    earliest_E = np.minimum(np.maximum(before_start_E + 1, until_start_E), stop_E)
     kept = stop_E > 0
     dropped = {
         "unknown_subject": int((~known).sum()),
@@ -155,6 +165,7 @@ def labelled_examples(histories: Histories, labels: pa.Table, split: str, requir
     return Examples(
         position_E=position_E[kept],
         stop_E=stop_E[kept],
+        earliest_E=earliest_E[kept],
         prediction_time_E=time_E[kept],
         label_ET=label_N[order][kept][:, None],
         days_ET=days_N[order][kept][:, None],
@@ -221,6 +232,8 @@ def united(parts: Sequence[Examples]) -> Examples:
     key_E3, first_E, example_N = np.unique(key_N3, axis=0, return_index=True, return_inverse=True)
     label_ET, days_ET = (np.full((len(key_E3), len(parts)), np.nan, dtype=np.float32) for _ in range(2))
     weight_ET = np.ones_like(label_ET)
+    earliest_E = np.zeros(len(key_E3), dtype=np.int64)  # every label's start counts
+    np.maximum.at(earliest_E, example_N.reshape(-1), np.concatenate([part.earliest_E for part in parts]))
     example_of = np.split(example_N.reshape(-1), np.cumsum([len(part) for part in parts])[:-1])
     for task, (part, example_P) in enumerate(zip(parts, example_of, strict=True)):
         label_ET[example_P, task], days_ET[example_P, task] = part.label_E, part.days_E
@@ -228,6 +241,7 @@ def united(parts: Sequence[Examples]) -> Examples:
     return Examples(
         position_E=key_E3[:, 0],
         stop_E=np.concatenate([part.stop_E for part in parts])[first_E],
+        earliest_E=earliest_E,
         prediction_time_E=key_E3[:, 1],
         label_ET=label_ET,
         days_ET=days_ET,
@@ -242,9 +256,10 @@ class Rows:
     context: most events of one history; longer ones are cut to a window: crop "random" draws one per (seed,
         epoch, example) with every start equally likely, "last" takes the events just before the end.
     tokens_per_row: most events of one row.
-    early_share: share of the examples of a training epoch that are shown as they were earlier: up to half of their
-        events, the latest ones, are left out, and the end of what is left is the prediction time. Each epoch draws
-        anew. More views of few patients, with the label that they all lead to.
+    early_share: share of the examples of a training epoch that are shown as they were at an earlier time: the last
+        events are left out, up to half of those since the start of what the label is about (`Examples.earliest_E`),
+        and the time of the last one left is the prediction time. Each epoch draws other views. More views of few
+        patients, each with its own label; examples without an earlier view are always shown whole.
     """
 
     def __init__(
@@ -399,8 +414,10 @@ class Rows:
         early_S = np.zeros(len(example_S), dtype=bool)
         if self.early_share and epoch != EVALUATION:
             draw_S = _hash(self.seed, epoch, _EARLY, example_S) / 2.0**64
-            early_S = draw_S < self.early_share
-            stop_S = np.where(early_S, np.ceil(stop_S * (1 - draw_S / self.early_share / 2)).astype(np.int64), stop_S)
+            spare_S = stop_S - self.examples.earliest_E[example_S]
+            early_S = (draw_S < self.early_share) & (spare_S > 0)
+            cut_S = np.floor(spare_S * draw_S / self.early_share / 2).astype(np.int64)
+            stop_S = np.where(early_S, stop_S - cut_S, stop_S)
         length_S = np.minimum(stop_S, self.context)
         spare_S = stop_S - length_S
         if self.crop == "random":
@@ -498,6 +515,13 @@ def _only_task(examples: Examples) -> int:
     return 0
 
 
+def _starts(labels: pa.Table) -> np.ndarray:
+    """When what each label is about began, int64 microseconds; after every event where it isn't known."""
+    if "start" not in labels.column_names:
+        return np.full(len(labels), LAST_TIME)
+    return labels["start"].cast(pa.int64()).fill_null(LAST_TIME).to_numpy()
+
+
 def _values(labels: pa.Table, name: str) -> np.ndarray:
     """A column as float32 (booleans as 0 and 1), NaN where it is null or there is none."""
     if name not in labels.column_names:
@@ -526,17 +550,20 @@ def _join(subject_id_N: np.ndarray, histories: Histories, split: str) -> tuple[n
     return position_N, histories.index["subject_id"][position_N] == subject_id_N
 
 
-def _events_until(histories: Histories, position_E: np.ndarray, time_E: np.ndarray) -> np.ndarray:
-    """How many events lie at or before each time. Reads at most about BLOCK_EVENTS events at once.
+def _events_until(
+    histories: Histories, position_E: np.ndarray, times: Sequence[tuple[np.ndarray, Literal["left", "right"]]]
+) -> np.ndarray:
+    """How many events lie before each example's times ("left") or at them, too ("right"): (len(times), E).
 
-    position_E must be sorted.
+    Reads at most about BLOCK_EVENTS events at once. position_E must be sorted.
     """
-    stop_E = np.empty(len(position_E), dtype=np.int64)
+    count_E = np.empty((len(times), len(position_E)), dtype=np.int64)
     block_E = np.cumsum(histories.index["num_events"][position_E].astype(np.int64)) // BLOCK_EVENTS
     for block in np.split(np.arange(len(position_E)), np.flatnonzero(np.diff(block_E)) + 1):
         for example, history in zip(block.tolist(), histories.read(position_E[block]), strict=True):
-            stop_E[example] = np.searchsorted(history.time, time_E[example], side="right")
-    return stop_E
+            for number, (time_E, side) in enumerate(times):
+                count_E[number, example] = np.searchsorted(history.time, time_E[example], side=side)
+    return count_E
 
 
 def ages(birth_time: list[int | None], end_S: np.ndarray) -> torch.Tensor:

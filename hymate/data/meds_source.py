@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from flexible_schema.exceptions import SchemaValidationError, TableValidationError  # type: ignore[import-untyped]
 
+from hymate.data.extras import read_file, write_labels
 from hymate.data.meds import (
     DATA_KINDS,
     DATA_SCHEMA,
@@ -31,13 +32,10 @@ from hymate.data.meds import (
     iter_events,
     open_parquet,
     read_batches,
-    read_label_file,
     read_small,
     read_splits,
     unreadable,
-    without_null_columns,
     write_metadata,
-    write_parquet,
 )
 from hymate.storage import Location, atomic_path, files_below, local_copy
 
@@ -120,7 +118,7 @@ class MedsSource:
         dataset = json.loads((self.raw / meds.dataset_metadata_filepath).read_text())
         write_metadata(out, dataset, splits, codes)
         for name, path in self._label_files().items():
-            write_parquet(without_null_columns(read_label_file(path)), out / name)
+            write_labels(read_file(path), out / name)
 
     def _raw_shard(self, shard: str) -> Location:
         return self.raw / meds.data_subdirectory / f"{shard}.parquet"

@@ -36,7 +36,8 @@ from rich.progress import track
 
 from hymate.config import ConfigError, TaskConfig, UserError
 from hymate.data.definition import CODE_ALONE, find, parse, read_predicates
-from hymate.data.meds import read_labels, write_parquet
+from hymate.data.extras import read_labels_and_extras, write_labels
+from hymate.data.meds import FIRST_TIME
 from hymate.storage import Location, files_below, locate, new_folder, write_text
 
 RULES_VERSION = 2  # of the rules above and of definition.py; a new one makes old extractions be redone
@@ -46,7 +47,8 @@ MICROSECONDS_PER_DAY = 86_400_000_000
 
 @dataclass(frozen=True)
 class LabelSet:
-    """table: subject_id, prediction_time, boolean_value (and float_value in days where the task has it).
+    """table: subject_id, prediction_time, boolean_value (float_value in days where the task has it) and, where known,
+    `start` and `weight` (see `hymate.data.extras`).
     counts: labels, positives and subjects; for extracted labels also the other counts of this file's head.
     details: for extracted labels, "excluded": how many triggers each window leaves out; "predicates": how many events
         of the dataset each plain predicate of the definition matches.
@@ -59,7 +61,7 @@ class LabelSet:
     def digest(self) -> str:
         """Of what a model learns from them."""
         found = hashlib.sha256()
-        for name in ("subject_id", "prediction_time", "boolean_value", "float_value"):
+        for name in ("subject_id", "prediction_time", "boolean_value", "float_value", "start", "weight"):
             if name in self.table.column_names:
                 found.update(np.ascontiguousarray(self.table[name].to_numpy()).tobytes())
         return found.hexdigest()
@@ -88,13 +90,13 @@ def labels(root: Location, task: TaskConfig, times_only: bool = False) -> LabelS
     if summary["never_positive"] and not times_only:
         raise _no_event(task, "label's predicate", summary["never_positive"], unmatched(summary["predicates"]))
     details = {name: summary[name] for name in ("excluded", "predicates")}
-    return LabelSet(read_labels(folder), summary["counts"], details)
+    return LabelSet(read_labels_and_extras(folder), summary["counts"], details)
 
 
 def _given(folder: Location, key: str, task: TaskConfig) -> LabelSet:
     if not folder.is_dir():
         raise UserError(f"{key}: {folder} is not a folder: give a folder of MEDS label Parquet files")
-    table = read_labels(folder)
+    table = read_labels_and_extras(folder)
     if "boolean_value" not in table.column_names or table["boolean_value"].null_count:
         raise UserError(f"{key}: labels in {folder} need a boolean_value without nulls")
     if not table.num_rows:
@@ -106,6 +108,9 @@ def _given(folder: Location, key: str, task: TaskConfig) -> LabelSet:
             f"{key}: labels in {folder} need a float_value, the days (0 or more, null where unknown), because "
             f"longer_than_days of task {task.name} is set: set it to null to learn boolean_value alone"
         )
+    if "start" not in table.column_names and pc.count_distinct(table["subject_id"]).as_py() == table.num_rows:
+        # a subject's only label is about all that is known of it: its first event is the start
+        table = table.append_column("start", pa.array([FIRST_TIME] * table.num_rows, pa.timestamp("us")))
     return LabelSet(table, _sizes(table))
 
 
@@ -141,6 +146,7 @@ def _fingerprint(task: TaskConfig, shards: dict[str, Location]) -> str:
         task.definition,
         task.competing,
         task.competing_rule,
+        task.start,
         task.longer_than_days,
         [(shard, path.stat().st_size) for shard, path in shards.items()],
     ]
@@ -163,7 +169,7 @@ def _extract(task: TaskConfig, shards: dict[str, Location], folder: Location, fi
             progress = Console(stderr=True, quiet=not sys.stderr.isatty())
             for shard in track(shards, f"Labels of {task.name}", console=progress, transient=True):
                 table, of_shards[shard] = _extract_shard(shards[shard], task, config)
-                write_parquet(table, new / f"{shard}.parquet")
+                write_labels(table, new / f"{shard}.parquet")
             total = {name: Counter[str]() for name in ("counts", "excluded", "predicates")}
             for name, counter in total.items():
                 for found in of_shards.values():
@@ -190,6 +196,11 @@ def _definition(task: TaskConfig) -> Any:
     if task.competing is not None and task.competing not in config.predicates:
         raise ConfigError(
             f"task.competing={task.competing} is no predicate of task.definition: it has {', '.join(config.predicates)}"
+        )
+    if task.start not in (None, "trigger", *config.predicates):
+        raise ConfigError(
+            f"task.start={task.start} is neither null nor trigger nor a predicate of task.definition: it has "
+            f"{', '.join(config.predicates)}"
         )
     return config
 
@@ -244,7 +255,7 @@ def _require_labels(task: TaskConfig, config: Any, total: Mapping[str, Mapping[s
 def _extract_shard(path: Location, task: TaskConfig, config: Any) -> tuple[pa.Table, dict[str, Any]]:
     """Labels (sorted by subject and time) and counts of one MEDS data file."""
     predicates = read_predicates(path, config)
-    found = find(config, predicates.events)
+    found = find(config, predicates.events, task.start)
     died = pl.col(task.competing) > 0 if task.competing else pl.lit(False)
     subjects = predicates.events.group_by("subject_id").agg(
         last=pl.col("time").max(), died=pl.col("time").filter(died).min()
@@ -269,7 +280,8 @@ def _settle(rows: pl.DataFrame, task: TaskConfig, num_triggers: int) -> tuple[pa
     if task.longer_than_days is not None:
         days = (pl.col("end") - pl.col("trigger")).dt.total_microseconds() / MICROSECONDS_PER_DAY
         values = {"boolean_value": days > task.longer_than_days, "float_value": days.cast(pl.Float32)}
-    table = kept.select("subject_id", "prediction_time", **values).to_arrow()
+    extra = ["start"] if task.start is not None else []
+    table = kept.select("subject_id", "prediction_time", *extra, **values).to_arrow()
     counts = {
         "triggers": num_triggers,
         "excluded": num_triggers - rows.height,

@@ -111,6 +111,8 @@ def search(config: TuneConfig) -> Location:
     points = space.draw(config.search.space, config.search.num_trials, config.train.seed)
     trials = [trial_config(config.tasks, config.train, start, point) for point in points]
     labelled = [_labelled(task, config, histories) for task in config.tasks]
+    if any(trial.early_share for trial in trials):
+        _require_starts(labelled)
     inputs = {"data.path": histories.fingerprint, "init": start.fingerprint}
     for task in labelled:
         key = f"task.{task.config.name}" if isinstance(config.task, dict) else "task"
@@ -167,6 +169,16 @@ def _labelled(task: TaskConfig, config: TuneConfig, histories: Histories) -> Lab
     require_both_classes(task, {split: examples[split] for split in ("train", "tuning")})
     groups = subgroups(histories, examples["held_out"], config.report.subgroups, config.report.age_bands)
     return LabelledTask(task, label_set, examples, groups)
+
+
+def _require_starts(labelled: Sequence[LabelledTask]) -> None:
+    for task in labelled:
+        if "start" not in task.labels.table.column_names:
+            raise UserError(
+                f"search.space.early_share: the labels of {task.config.name} don't say when what they are about began, "
+                "so an earlier view may have another label: set it to 0, or task.start to the trigger or a predicate "
+                "of task.definition, or give each label a start (<stem>.extra.pq beside <stem>.parquet)"
+            )
 
 
 def _teacher(task: LabelledTask, config: TuneConfig, histories: Histories) -> np.ndarray:
