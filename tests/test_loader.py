@@ -348,6 +348,17 @@ def test_examples_do_not_depend_on_the_order_of_labels(histories: Histories) -> 
         np.testing.assert_array_equal(got[name], expected[name])
 
 
+def test_labels_bring_their_weights(histories: Histories, vocabulary: Vocabulary) -> None:
+    ids = histories.index["subject_id"][histories.rows_of("train")][:3].tolist()
+    labels = label_table([ids[2], ids[0], ids[1]], [50, 50, 50], [True, False, True])
+    assert labelled_examples(histories, labels, "train").weight_E.tolist() == [1, 1, 1]
+    labels = labels.append_column("weight", pa.array([2.5, 1.0, 1.25], pa.float32()))
+    examples = labelled_examples(histories, labels, "train")
+    assert examples.weight_E.tolist() == [1.0, 1.25, 2.5]
+    for batch, _ in make_rows(histories, vocabulary, examples, crop="last").once(0, 1):
+        assert torch.equal(batch.label_weight_ST[:, 0], torch.from_numpy(examples.weight_E)[batch.example_S])
+
+
 def test_labels_without_truth_are_scored_too(histories: Histories) -> None:
     examples = labelled_examples(histories, label_table([int(histories.index["subject_id"][0])], [50]), "train")
     assert np.isnan(examples.label_E).all()

@@ -134,7 +134,7 @@ def labelled_examples(histories: Histories, labels: pa.Table, split: str, requir
     """A task's labels of `split`'s subjects, each with the events at or before its prediction time.
 
     labels: MEDS labels (subject_id, prediction_time and, where known, boolean_value and the days as float_value) and,
-        where known, `start` (see `hymate.data.extras`).
+        where known, `start` and `weight` (see `hymate.data.extras`).
     Dropped and counted: labels whose subject is not in the dataset (`unknown_subject`), and labels without any
     event up to the prediction time (`without_events`, and those of them that are positive). Sorted by position and
     time, whatever the labels' order. Raises UserError when no label is left, unless they are not `required`.
@@ -142,6 +142,7 @@ def labelled_examples(histories: Histories, labels: pa.Table, split: str, requir
     subject_id_N = labels["subject_id"].to_numpy().astype(np.int64)
     time_N = labels["prediction_time"].cast(pa.timestamp("us")).cast(pa.int64()).to_numpy()
     label_N, days_N = _values(labels, "boolean_value"), _values(labels, "float_value")
+    weight_N = _values(labels, "weight") if "weight" in labels.column_names else np.ones_like(label_N)
 
     known = np.isin(subject_id_N, histories.index["subject_id"])
     position_N, in_split = _join(subject_id_N, histories, split)
@@ -169,7 +170,7 @@ def labelled_examples(histories: Histories, labels: pa.Table, split: str, requir
         prediction_time_E=time_E[kept],
         label_ET=label_N[order][kept][:, None],
         days_ET=days_N[order][kept][:, None],
-        weight_ET=np.ones((int(kept.sum()), 1), dtype=np.float32),
+        weight_ET=weight_N[order][kept][:, None],
         subject_id_E=subject_id_N[order][kept],
         dropped=dropped,
     )
