@@ -3,6 +3,9 @@
 `load` composes a YAML file of `configs/` with the command line's overrides, or takes a run's own configuration, and
 builds one of the dataclasses from it. Everything a user can get wrong in a configuration (a misspelt key, a value of
 the wrong type or outside its range, a required key left out) ends here, as one line that names the key and the remedy.
+
+The declared type of a key decides how its value is read. Text (a path, a name, a choice) is taken as it was typed;
+numbers, lists and dictionaries are read by Hydra's grammar.
 """
 
 from __future__ import annotations
@@ -15,7 +18,8 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence, Set
+import unicodedata
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -24,6 +28,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -39,6 +44,19 @@ T = TypeVar("T")
 _CREDENTIAL_NAME = re.compile(
     r"(^|_)(password|passwd|secret|token|credentials?|access_key|api_key)($|_)", re.IGNORECASE
 )
+_HELP = "--help lists the settings, what they are and what they can be"
+_INSTEAD = {  # of Hydra's options, what does here what they do there
+    **dict.fromkeys(("multirun", "m"), "give the command once for each value; finetune/tune.py searches"),
+    **dict.fromkeys(("cfg", "c", "info", "i", "resolve", "package", "p", "hydra-help", "version"), _HELP),
+    **dict.fromkeys(
+        ("config-dir", "cd", "config-path", "cp", "config-name", "cn"),
+        "configurations are files of configs/, chosen as group=file; --repeat RUN_FOLDER, first, takes a run's",
+    ),
+    **dict.fromkeys(("run", "r"), "leave it out, a command runs"),
+    "experimental-rerun": "--repeat RUN_FOLDER, first, repeats a run",
+    **dict.fromkeys(("shell-completion", "sc"), _HELP),
+    "repeat": "give it first and its folder after it: --repeat RUN_FOLDER",
+}
 # ${names:${task}}: the task's name, of several joined
 OmegaConf.register_new_resolver("names", lambda task: task.get("name") or "-".join(task), replace=True)
 
@@ -55,11 +73,16 @@ def load(config_name: str, overrides: Sequence[str], schema: type[T]) -> T:
     try:
         GlobalHydra.instance().clear()
         for override in overrides:
-            key, _, value = override.partition("=")
-            _refuse_credentials(key.lstrip("+~"), value)
+            key, equals, value = override.partition("=")
+            _refuse_credentials(key.lstrip("+~") if equals else "an argument", value if equals else key)
+            _refuse_options(override, schema)
         if repeated is not None:
+            overrides = [_for_hydra(override, schema) for override in overrides]
             return build(schema, _changed(_recorded(config_name, *repeated), overrides))
-        overrides = _each_task_by_name(overrides)
+        overrides = [
+            override if _chooses_file(override) else _for_hydra(override, schema)
+            for override in _each_task_by_name(overrides)
+        ]
         if "~task" in overrides and typing.get_type_hints(schema).get("task") is TaskConfig:
             raise ConfigError("task=[...] names several tasks, but this command takes one: give task=NAME")
         with initialize_config_dir(str(CONFIGS), version_base="1.3"):
@@ -101,8 +124,118 @@ def _changed(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
         if override.is_delete():
             section.pop(key, None)
         else:
-            section[key] = override.value()
+            value = OmegaConf.create({"value": override.value()})
+            section[key] = OmegaConf.to_container(value, resolve=True)["value"]  # type: ignore[call-overload,index]
     return tree
+
+
+def _refuse_options(override: str, schema: type) -> None:
+    """Raises ConfigError where an argument is not key=value: one of Hydra's options or keys, say."""
+    key, equals, _ = override.partition("=")
+    folder = "run.dir=DIR" if any(field.name == "run" for field in dataclasses.fields(schema)) else "out=PLACE"
+    if any(unicodedata.category(character) in ("Cc", "Cs") for character in override):
+        raise ConfigError(f"{override!a} holds a control character, or is not UTF-8: rename what it names")
+    if re.match(r"[+~]*hydra([./@]|$)", key):
+        raise ConfigError(
+            f"{key} is a setting of Hydra's own, which changes nothing here: {folder} says where to write"
+        )
+    if override.startswith("-"):
+        name = key.lstrip("-")
+        instead = _INSTEAD.get(name, "settings are written key=value, without dashes; --help lists them")
+        raise ConfigError(f"{key} is not an option: {instead}")
+    if not equals and not override.startswith("~"):
+        raise ConfigError(
+            f"{override!r} is not a setting: write key=value, with quotes around all of it if it has spaces"
+        )
+
+
+def _chooses_file(override: str) -> bool:
+    """Whether an override is about a group of `configs/`. Raises ConfigError where the group has no such file."""
+    key, equals, value = override.partition("=")
+    group = key.lstrip("+~").partition("@")[0]
+    if not group or not (CONFIGS / group).is_dir():
+        return False
+    files = sorted(file.stem for file in (CONFIGS / group).glob("*.yaml"))
+    for name in re.split(r"\s*,\s*", value.removeprefix("[").removesuffix("]")):
+        if equals and name.lower() != "null" and name not in files:
+            choices = ", ".join(name for name in files if not name.startswith("_"))
+            raise ConfigError(
+                f"{override}: there is no {group}/{name}: choose from {choices}; a key of it is {group}.KEY=VALUE"
+            )
+    return True
+
+
+def _for_hydra(override: str, schema: type) -> str:
+    """A setting as Hydra reads it: text as it was typed, in Hydra's quotes, anything else as it is.
+
+    >>> from hymate.config import RunConfig
+    >>> print(_for_hydra("name=1.10", RunConfig), _for_hydra("name='1.10'", RunConfig))
+    name="1.10" name="1.10"
+
+    Raises ConfigError for a key that the schema does not know, or a list or dictionary that Hydra cannot read.
+    """
+    key, _, text = override.partition("=")
+    if key.startswith("~"):
+        return override
+    kinds = _declared(schema, key.lstrip("+").split("."))
+    value = _read(text)
+    if str in kinds or any(typing.get_origin(kind) is Literal for kind in kinds):
+        if value is None and type(None) in kinds:
+            return override
+        in_quotes = text[:1] in ("'", '"') and value is not _UNREADABLE
+        return f"{key}={_quoted(value if in_quotes else text)}"
+    if value is not _UNREADABLE:
+        return override
+    if text[:1] in ("[", "{", "'", '"'):
+        raise ConfigError(
+            f"{override}: {key} cannot be read: put each text in it in quotes, and all of it in others, e.g. "
+            f'\'{key}=["^RACE//", "a=b"]\''
+        )
+    return f"{key}={_quoted(text)}"
+
+
+_UNREADABLE = object()
+
+
+def _read(text: str) -> Any:
+    """A value by Hydra's grammar; _UNREADABLE where it is none, or several."""
+    try:
+        override = OverridesParser.create().parse_override(f"key={text}")
+    except HydraException:
+        return _UNREADABLE
+    return _UNREADABLE if override.is_sweep_override() else override.value()
+
+
+def _quoted(text: str) -> str:
+    """A text such that Hydra and OmegaConf, which would fill in ${...}, give it back."""
+    return QuotedString(re.sub(r"(\\*)\$\{", r"\1\1\\${", text), Quote.double).with_quotes()
+
+
+def _declared(hint: Any, keys: Sequence[str], where: str = "") -> set[Any]:
+    """The types that a key, given by its parts, may have below `hint`. Raises ConfigError for an unknown one."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        options = [option for option in args if option is not type(None)]
+        section = keys and len(options) > 1 and keys[0] not in {f.name for f in dataclasses.fields(options[0])}
+        found = _declared(options[-1] if section else options[0], keys, where)
+        return found if keys else found | set(args)
+    if not keys or hint is Any:
+        return {hint}
+    path = f"{where}{keys[0]}"
+    if dataclasses.is_dataclass(hint):
+        hints = typing.get_type_hints(hint)
+        if keys[0] not in hints:
+            raise _unknown(keys[0], hints, where)
+        return _declared(hints[keys[0]], keys[1:], f"{path}.")
+    if origin in (dict, list, tuple):
+        return _declared(args[-1] if origin is dict else args[0], keys[1:], f"{path}.")
+    raise ConfigError(f"{path} is not a known key: {where.rstrip('.')} is one value")
+
+
+def _unknown(key: str, known: Collection[str], where: str) -> ConfigError:
+    close = difflib.get_close_matches(key, known, n=1)
+    hint = f"did you mean {where}{close[0]}?" if close else f"known keys are {', '.join(known)}"
+    return ConfigError(f"{where}{key} is not a known key: {hint}")
 
 
 def _refuse_credentials(key: str, value: str) -> None:
@@ -167,9 +300,7 @@ def build(schema: type[T], tree: Mapping[str, Any], where: str = "") -> T:
     for key, value in tree.items():
         path = f"{where}{key}"
         if key not in known:
-            close = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {where}{close[0]}?" if close else f"known keys are {', '.join(known)}"
-            raise ConfigError(f"{path} is not a known key: {hint}")
+            raise _unknown(str(key), known, where)
         values[key] = _convert(hints[key], value, path)
     for name, spec in known.items():
         if name not in values and spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING:
@@ -203,8 +334,8 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         return {key: _convert(args[1], item, f"{path}.{key}") for key, item in value.items()} if args else dict(value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if hint is str and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return str(value)
+    if hint is str and not isinstance(value, str):
+        raise ConfigError(f"{path} must be text, got {value!r}: put it in quotes")
     if hint is Any or (isinstance(value, hint) and not (hint is int and isinstance(value, bool))):
         return value
     raise ConfigError(f"{path} must be {hint.__name__}, got {value!r}")

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import re
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from hymate.command import CONFIGS, build, load, to_tree
+from hymate.baselines import BaselinesConfig
+from hymate.command import CONFIGS, build, dump_yaml, load, main, parse_yaml, to_tree
 from hymate.config import ConfigError, ModelConfig, ObjectiveConfig, TaskConfig, TrainConfig
+from hymate.data.prepare import PrepareConfig
+from hymate.explain import ExplainConfig
 from hymate.predict import PredictConfig
+from hymate.training.benchmark import BenchmarkConfig
 from hymate.training.pretraining import PretrainConfig
 from hymate.training.search import TuneConfig
 
@@ -73,6 +80,163 @@ def test_a_mistake_is_one_line_that_names_the_key(override: str, message: str) -
     with pytest.raises(ConfigError, match=r"^[^\n]*$") as caught:
         pretrain_config(override)
     assert message in str(caught.value)
+
+
+# Each command with what it requires, and its keys that hold text.
+COMMANDS: dict[str, tuple[type, list[str], list[str]]] = {
+    "prepare": (PrepareConfig, ["source=synthetic", "out=D"], ["out", "raw"]),
+    "pretrain": (PretrainConfig, [PATH], ["data.path", "run.dir"]),
+    "tune": (
+        TuneConfig,
+        [PATH, "init=B", "task=[mortality,readmission]"],
+        ["init", "run.dir", "task.mortality.labels"],
+    ),
+    "benchmark": (BenchmarkConfig, [PATH, "task=mortality"], ["data.path", "task.labels", "task.competing"]),
+    "predict": (
+        PredictConfig,
+        [PATH, "bundle=B", "out=o", "task=mortality", "context=all"],
+        ["bundle", "out", "states"],
+    ),
+    "explain": (ExplainConfig, [PATH, "bundle=B", "out=o", "task=mortality"], ["data.path", "bundle", "task.labels"]),
+    "baselines": (BaselinesConfig, [PATH, "out=o", "task=mortality"], ["data.path", "out", "task.labels"]),
+}
+TEXTS = [
+    *("1.10", "1_000", "1e5", "12e4567", "7216e91", "+5", "-3", "007", "0x1F", ".5", "1.", "inf", "nan", "true", "OFF"),
+    *("None", "~x", "a=b", "=x", "date=2026-11-26/d", "d(1)", "or(a, b)", "(copy)", "d#1", "données", "Müller 患者"),
+    *("it's", 'a "b" c', "'a'b'", '"a', "a'", "a,b", "a, b", "a: b", ";", "100%", "%20", "a&b", "*", "?", "a?b"),
+    *(
+        "$HOME",
+        "${run.name}",
+        "a${",
+        "\\${x}",
+        "\\\\${x}",
+        "{a: 1}",
+        "{",
+        "[1, 2]",
+        "[a",
+        "a]",
+        "^ADM.*",
+        "a//b",
+        "...",
+    ),
+    *("a b", " a ", "a ", "C:\\data\\new", "\\", "a\\", "a\\\\", "-x", "--x", "@x", "!x", "|", "<x>", "`x`", "\u200b"),
+]
+
+
+@pytest.mark.parametrize(
+    ("command", "text"),
+    [*(("pretrain", text) for text in TEXTS), *product(COMMANDS, ["1.10", "${x} d(1)#", "C:\\it's=é, b\\"])],
+)
+def test_text_is_taken_as_it_was_typed(command: str, text: str) -> None:
+    schema, required, keys = COMMANDS[command]
+    config = load(command, [*required, *(f"{key}={text}" for key in keys)], schema)
+    tree = to_tree(config)
+    for again in (json.loads(json.dumps(tree)), parse_yaml(dump_yaml(tree))):
+        assert build(schema, again) == config
+    for key in keys:
+        found: Any = tree
+        for part in key.split("."):
+            found = found[part]
+        assert found == text
+
+
+def test_quotes_around_a_whole_text_are_not_part_of_it() -> None:
+    assert pretrain_config("run.name='1.10'").run.name == pretrain_config('run.name="1.10"').run.name == "1.10"
+    assert pretrain_config("""data.path='"x"'""").data.path == '"x"'
+    assert tune_config("task=mortality", "init=null").init is None
+    assert tune_config("task=mortality", "init='null'").init == "null"
+    assert tune_config("task=mortality", "task.name=1e5").run.name == "tune-1e5"
+
+
+def test_a_regular_expression_needs_no_quotes() -> None:
+    code = "task.definition.predicates.hospital_admission.code.regex"
+    gap = "task.definition.windows.gap.end"
+    config = tune_config("task=mortality", f"{code}=^(ADM|HOSP)//.*$", f"{gap}=start + 48h")
+    assert isinstance(config.task, TaskConfig) and config.task.definition is not None
+    assert config.task.definition["predicates"]["hospital_admission"] == {"code": {"regex": "^(ADM|HOSP)//.*$"}}
+    assert config.task.definition["windows"]["gap"]["end"] == "start + 48h"
+    assert tune_config("task=mortality", 'report.subgroups=["^R#, ", b]').report.subgroups == ["^R#, ", "b"]
+
+
+def test_numbers_lists_and_dictionaries_are_read_as_such() -> None:
+    config = tune_config(
+        "task=mortality",
+        "train.max_steps=1_000",
+        "train.learning_rate=1e-3",
+        "train.beta1=0",
+        "data.context=+64",
+        "search.grace_steps=${train.max_steps}",
+        "+search.space.context={choice: [2048, 8192]}",
+        "report.age_bands=[18,65]",
+        "report.boosting=False",
+    )
+    assert (config.train.max_steps, config.train.learning_rate, config.train.beta1) == (1000, 1e-3, 0.0)
+    assert (config.data.context, config.search.grace_steps) == (64, 1000)
+    assert config.search.space["context"] == {"choice": [2048, 8192]}
+    assert config.report.age_bands == [18, 65] and config.report.boosting is False
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("report.subgroups=[1.10]", r"report\.subgroups\[0\] must be text, got 1\.1: put it in quotes"),
+        ("report.subgroups=[^RACE]", "report.subgroups cannot be read: put each text in it in quotes"),
+        ("report.subgroups=^RACE", "report.subgroups must be a list, got '\\^RACE'"),
+        ("run={name: 1.10}", r"run\.name must be text, got 1\.1: put it in quotes"),
+        ("run={name: a=b}", "run cannot be read: put each text in it in quotes"),
+        ("train.max_steps=d(1)", r"train\.max_steps must be int, got 'd\(1\)'"),
+        ("train.max_steps=1,2", r"train\.max_steps must be int, got '1,2'"),
+        ("train.max_steps.x=1", r"train\.max_steps\.x is not a known key: train\.max_steps is one value"),
+        ("task.lables=d(1)", "lables"),
+        ("run.nam=d(1)", r"run\.nam is not a known key: did you mean run\.name\?"),
+        ("+rum=d(1)", r"rum is not a known key: did you mean run\?"),
+        ("model=d(1)", r"there is no model/d\(1\): choose from base, debug, "),
+        ("train@pretrain=007", r"there is no train/007: choose from zero0, "),
+        ("run.name", r"'run\.name' is not a setting: write key=value"),
+        ("run.name=a\nb", r"'run\.name=a\\nb' holds a control character"),
+        ("run.name=\udcff", "is not UTF-8"),
+        ("hydra.run.dir=DIR", r"hydra\.run\.dir is a setting of Hydra's own.*: run\.dir=DIR says where to write"),
+        ("+hydra.job.chdir=true", "hydra.job.chdir is a setting of Hydra"),
+        ("hydra/launcher=joblib", "hydra/launcher is a setting of Hydra"),
+        ("~hydra", "hydra is a setting of Hydra"),
+        ("--multirun", r"--multirun is not an option: .*finetune/tune\.py searches"),
+        ("-m", "-m is not an option"),
+        ("--cfg", "--cfg is not an option: --help lists the settings"),
+        ("--config-dir=/tmp", "--config-dir is not an option: configurations are files of configs/"),
+        ("-cn", "-cn is not an option"),
+        ("--experimental-rerun", "--experimental-rerun is not an option: --repeat RUN_FOLDER"),
+        ("--repeat", "--repeat is not an option: give it first"),
+        ("--run.name=x", r"--run\.name is not an option: settings are written key=value, without dashes"),
+    ],
+)
+def test_what_cannot_be_taken_is_one_line_that_names_it(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=r"^[^\n]*$") as caught:
+        tune_config("task=mortality", override)
+    assert re.search(message, str(caught.value)), str(caught.value)
+
+
+def test_a_command_without_runs_names_its_own_key() -> None:
+    with pytest.raises(ConfigError, match=r"^hydra\.run\.dir .*: out=PLACE says where to write$"):
+        load("predict", ["hydra.run.dir=DIR"], PredictConfig)
+
+
+def test_a_number_in_a_file_is_not_made_text() -> None:
+    with pytest.raises(ConfigError, match=r"^run\.name must be text, got 1\.1: put it in quotes$"):
+        build(PretrainConfig, {**to_tree(pretrain_config()), "run": yaml.safe_load("name: 1.10")})
+
+
+@pytest.mark.parametrize("name", ["1.10", "7216e91", "${run.dir}", "d(1)", "\u00e9"])
+def test_a_repeated_run_takes_names_as_typed(name: str, tmp_path: Path) -> None:
+    record = {"command": "pretrain", "config": to_tree(pretrain_config("run.name=1.1"))}
+    (tmp_path / "run.json").write_text(json.dumps({**record, "inputs": {}, "outcome": {}, "attempts": []}))
+    config = load("pretrain", ["--repeat", str(tmp_path), f"run.name={name}", "train.max_steps=70"], PretrainConfig)
+    assert (config.run.name, config.train.max_steps, config.data.path) == (name, 70, "somewhere")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_lists_the_settings(command: str, capsys: pytest.CaptureFixture) -> None:
+    main(command, COMMANDS[command][0], pytest.fail, ["x=1", "--help"])
+    assert (CONFIGS / f"{command}.yaml").read_text() in capsys.readouterr().out
 
 
 def test_a_required_key_left_out_is_named() -> None:

@@ -412,8 +412,9 @@ WITH_CREDENTIALS: dict[str, Callable[[], list[str]]] = {
     "unquoted": lambda: [f"data.path=s3://someone:{SECRET}@bucket/data"],
     "in the query": lambda: [f"run.dir='s3://bucket/runs?region=eu-1&secret_key={SECRET}'"],
     "an access key": lambda: ["run.dir='s3://bucket/runs?id=AKIAABCDEFGHIJKLMNOP'"],
-    "from the environment": lambda: ["run.name=${oc.env:EXAMPLE_API_KEY}"],
+    "from the environment": lambda: ["train.seed=${oc.env:EXAMPLE_API_KEY}"],
     "a key of its own": lambda: [f"+data.secret={SECRET}"],
+    "without a key": lambda: [f"s3://someone:{SECRET}@bucket/data"],
     "in an environment's name": lambda: [f"data.path=/data/{SECRET}"],
 }
 
@@ -422,7 +423,7 @@ WITH_CREDENTIALS: dict[str, Callable[[], list[str]]] = {
 def test_a_credential_is_refused_and_not_repeated(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv("EXAMPLE_API_KEY", SECRET)
     given = WITH_CREDENTIALS[name]()
-    key = given[0].partition("=")[0].lstrip("+")
+    key = given[0].partition("=")[0].lstrip("+") if "=" in given[0] else "an argument"
     with pytest.raises(ConfigError, match=rf"^{key} holds a credential, .* give it by the environment") as caught:
         load("pretrain", ["data.path=/data", *given], PretrainConfig)
     assert "hunter2" not in str(caught.value) and "AKIA" not in str(caught.value)
