@@ -10,6 +10,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # Ray's workers import hymate by the driver's path
 
+from hymate import ending
+
+if __name__ == "__main__":
+    ending.watch()  # the imports take seconds
+
 from hymate.command import main
 from hymate.training.search import TuneConfig, search
 

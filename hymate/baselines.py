@@ -12,6 +12,11 @@ Shape legend: E examples, X features (see `hymate.data.features`), M marks of wh
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from hymate import ending
+
+    ending.watch()  # the imports take seconds
+
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -39,7 +44,7 @@ from hymate.data.meds import SPLITS, write_parquet
 from hymate.data.tasks import LabelSet, labels
 from hymate.predict import prediction_table
 from hymate.record import recorded
-from hymate.storage import Location, locate, write_text
+from hymate.storage import Location, locate, require_folder, write_text
 from hymate.training.pretraining import available_cpus
 from hymate.training.results import RESULTS, score_rows
 from hymate.training.tables import new_console
@@ -318,6 +323,7 @@ def run(config: BaselinesConfig) -> None:
     if config.baseline == "lightgbm":
         _lightgbm()
     root, out = locate(config.data.path), locate(config.out)
+    require_folder(out, "out")
     histories = Histories.open(root)
     label_set = labels(root, config.task)
     examples = {split: labelled_examples(histories, label_set.table, split) for split in SPLITS}

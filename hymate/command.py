@@ -33,8 +33,8 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from hymate import ending, machine
 from hymate.config import ConfigError, TaskConfig
-from hymate.errors import UserError
 from hymate.storage import CREDENTIAL, CREDENTIAL_REFUSED, Location, locate
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -272,17 +272,15 @@ def _each_task_by_name(overrides: Sequence[str]) -> list[str]:
 
 
 def main(config_name: str, schema: type[T], run: Callable[[T], object], argv: Sequence[str] | None = None) -> None:
-    """A command's entry point: `run(config)`; a user's mistake becomes one line on stderr and exit code 2."""
+    """A command's entry point: `run(config)`; `hymate.ending` says how it ends where it does not end well."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    try:
+    with ending.command():
         if "--help" in argv or "-h" in argv:
             print(_help(config_name))
             return
         COMMAND_LINE.set(tuple(argv))
+        machine.settle()
         run(load(config_name, argv, schema))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 def build(schema: type[T], tree: Mapping[str, Any], where: str = "") -> T:

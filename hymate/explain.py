@@ -18,6 +18,11 @@ Shape legend, besides that of `hymate.attribution`: C codes of the dataset.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from hymate import ending
+
+    ending.watch()  # the imports take seconds
+
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -36,7 +41,7 @@ from hymate.config import ConfigError, TaskConfig, UserError
 from hymate.data.loader import US_PER_HOUR, Examples
 from hymate.data.meds import write_parquet
 from hymate.predict import DataPath, asked_of, best_device, predict
-from hymate.storage import Location, locate, write_text
+from hymate.storage import Location, locate, require_folder, write_text
 from hymate.training.tables import markdown
 
 T = TypeVar("T")
@@ -79,6 +84,7 @@ def run(config: ExplainConfig) -> None:
     """The command."""
     bundle = read_bundle(locate(config.bundle), kind="risk").for_task(config.task.name)
     out = locate(config.out)
+    require_folder(out, "out")
     with asked_of(bundle, locate(config.data.path), config.task, config.split) as (histories, examples):
         _check_subjects(config.subjects, examples, config.split)
         outputs, rows = predict(bundle, histories, examples)

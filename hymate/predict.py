@@ -16,6 +16,11 @@ and starts at the beginning for prediction times before it (`hymate.states` has 
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from hymate import ending
+
+    ending.watch()  # the imports take seconds
+
 import contextlib
 import tempfile
 from collections.abc import Callable, Iterator
@@ -38,7 +43,7 @@ from hymate.data.meds import read_labels, write_parquet
 from hymate.data.prepare import PrepareConfig, prepare
 from hymate.data.tasks import labels
 from hymate.states import StateFolder
-from hymate.storage import Location, locate
+from hymate.storage import Location, locate, require_file, require_folder
 from hymate.streaming import StreamingModel, check_streamable
 
 
@@ -212,6 +217,9 @@ def run(config: PredictConfig) -> None:
 
 def _run(config: PredictConfig) -> None:
     bundle = read_bundle(locate(config.bundle), kind="risk").for_task(config.task.name)
+    require_file(locate(config.out), "out")
+    if config.states is not None:
+        require_folder(locate(config.states), "states")
     if config.context == "all":
         check_streamable(bundle.model)
     with contextlib.ExitStack() as stack:

@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import hymate
+from hymate import ending
 from hymate.command import COMMAND_LINE, RECORD, read_record, to_tree
 from hymate.errors import UserError
 from hymate.storage import Location, write_text
@@ -49,8 +50,8 @@ PACKAGES = (
 def recorded(run: Location, command: str, config: Any, inputs: Mapping[str, str]) -> Iterator[dict[str, Any]]:
     """Keep run.json while the block runs; what the block puts into the dictionary is part of the outcome.
 
-    config, inputs: what `check_same_run` compares. An exit whose status is not 1 is one that was asked for. Where
-    another command has taken the run over in the meantime, the outcome is that command's to write.
+    config, inputs: what `check_same_run` compares. Where another command has taken the run over in the meantime, the
+    outcome is that command's to write.
     """
     attempt: dict[str, Any] = {
         "id": uuid.uuid4().hex,
@@ -74,7 +75,8 @@ def recorded(run: Location, command: str, config: Any, inputs: Mapping[str, str]
     )
     found: dict[str, Any] = {}
     try:
-        yield found
+        with ending.at_the_latest(lambda: _end(run, attempt["id"], {"state": "stopped"})):
+            yield found
     except BaseException as error:
         with contextlib.suppress(OSError, UserError):  # what ended the run is what its user must see
             _end(run, attempt["id"], _failure(error))
@@ -140,9 +142,9 @@ def _output(*command: str) -> str | None:
 
 
 def _failure(error: BaseException) -> dict[str, Any]:
-    cause = error.__cause__ or error if isinstance(error, SystemExit) else error
-    if isinstance(cause, KeyboardInterrupt) or (isinstance(cause, SystemExit) and cause.code != 1):
+    if ending.asked() or isinstance(error, KeyboardInterrupt):
         return {"state": "stopped"}
+    cause = error.__cause__ or error if isinstance(error, SystemExit) else error
     # our own messages name no patient and no machine; of others only the kind is kept
     ours = isinstance(cause, (UserError, FloatingPointError))
     return {"state": "failed", "reason": str(cause).splitlines()[0] if ours else type(cause).__name__}

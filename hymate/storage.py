@@ -229,6 +229,47 @@ def require_room(folder: Location) -> None:
     probe.unlink()
 
 
+def require_folder(folder: Location, key: str) -> None:
+    """Raises UserError, in the name of the setting `key`, where no file can be written into a folder, there or not."""
+    _require_writable(folder, folder / ".try", key)
+
+
+def require_file(file: Location, key: str) -> None:
+    """Raises UserError, in the name of the setting `key`, where no file can be written to `file`."""
+    _require_writable(
+        file, file.with_name(f".{file.name}.try") if isinstance(file, Path) else file.parent / ".try", key
+    )
+
+
+def _require_writable(place: Location, probe: Location, key: str) -> None:
+    """Leaves nothing behind."""
+    made: list[Path] = []
+    try:
+        if isinstance(probe, UrlPath):
+            write_text("", probe)
+            with contextlib.suppress(OSError, UserError):  # who may not delete can still write
+                probe.unlink()
+            return
+        for folder in reversed([probe.parent, *probe.parent.parents]):
+            if not folder.is_dir():
+                folder.mkdir(exist_ok=True)
+                made.append(folder)
+        if isinstance(place, Path) and place.is_dir() and probe.parent != place:
+            raise IsADirectoryError(errno.EISDIR, "is a folder", str(place))
+        with probe.open("a"):
+            probe.unlink(missing_ok=True)
+    except (OSError, UserError) as error:
+        reason = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.strerror else error
+        if isinstance(error, FileExistsError):
+            dangling = Path(error.filename).is_symlink()
+            reason = f"{error.filename} is a {'link to what is not there' if dangling else 'file, not a folder'}"
+        raise UserError(f"{key}={place} cannot be written to ({reason}): give {key}= another place") from error
+    finally:
+        for folder in reversed(made):
+            with contextlib.suppress(OSError):  # another command uses it by now
+                folder.rmdir()
+
+
 def write_text(text: str, path: Location) -> None:
     """Write a text file atomically, making its folder."""
     with atomic_path(path) as temporary:

@@ -10,6 +10,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout that is not installed
 
+from hymate import ending
+
+if __name__ == "__main__":
+    ending.watch()  # the imports take seconds
+
 from hymate.command import main
 from hymate.training.launch import pretrain
 from hymate.training.pretraining import PretrainConfig

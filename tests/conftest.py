@@ -40,3 +40,14 @@ def environment() -> Iterator[dict[str, str]]:
     yield {**os.environ, "RAY_TMPDIR": folder, "TORCHDYNAMO_DISABLE": "1"}
     wait_until(lambda: not ray_processes(folder), "Ray's processes end")
     shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def nobody() -> Iterator[int]:
+    """The tests run as a user, this id, whom permissions hold back: not as root."""
+    if os.geteuid() != 0:
+        yield os.geteuid()
+        return
+    os.seteuid(54321)
+    yield 54321
+    os.seteuid(0)

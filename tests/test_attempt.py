@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import threading
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from commands import wait_until
 
-from hymate.training.attempt import STOPPED, Attempt, Superseded, exiting_at_sigterm
+from hymate.training.attempt import Attempt, Superseded
 
 
 def test_a_command_takes_a_run_over_from_the_one_before(tmp_path: Path) -> None:
@@ -27,26 +24,19 @@ def test_a_command_takes_a_run_over_from_the_one_before(tmp_path: Path) -> None:
     second.check()
 
 
-def test_sigterm_asks_the_workers_to_stop(tmp_path: Path) -> None:
+def test_the_workers_are_asked_to_stop(tmp_path: Path) -> None:
     attempt = Attempt.begin(tmp_path / "run")
-    before = signal.getsignal(signal.SIGTERM)
-    with attempt.watched() as stop, attempt.stopping_at_sigterm():
+    with attempt.watched() as stop:
         assert not stop()
-        os.kill(os.getpid(), signal.SIGTERM)
+        assert attempt.ask_to_stop()
         wait_until(stop, "the workers see it")
-    assert signal.getsignal(signal.SIGTERM) is before
     with Attempt.begin(tmp_path / "run").watched() as stop:
         assert not stop(), "the next command would stop at once"
 
 
-def test_sigterm_to_a_command_does_not_stop_the_one_that_took_the_run_over(tmp_path: Path) -> None:
-    first = Attempt.begin(tmp_path / "run")
-    with first.stopping_at_sigterm():
-        second = Attempt.begin(tmp_path / "run")
-        before = set(threading.enumerate())
-        os.kill(os.getpid(), signal.SIGTERM)
-        for thread in set(threading.enumerate()) - before:
-            thread.join()
+def test_a_command_does_not_stop_the_one_that_took_the_run_over(tmp_path: Path) -> None:
+    first, second = Attempt.begin(tmp_path / "run"), Attempt.begin(tmp_path / "run")
+    assert not first.ask_to_stop()
     with second.watched() as stop:
         second.check()
         assert not stop()
@@ -65,9 +55,3 @@ def test_a_search_that_is_taken_over_writes_nothing_into_the_other_ones_trials(t
         told = tmp_path / "run" / "trials" / "trial-0" / "error.txt"
         assert told.is_file() is not taken_over
         told.unlink(missing_ok=True)
-
-
-def test_sigterm_ends_a_search_with_the_exit_code_of_its_signal() -> None:
-    with pytest.raises(SystemExit) as caught, exiting_at_sigterm():
-        os.kill(os.getpid(), signal.SIGTERM)
-    assert caught.value.code == STOPPED == 143

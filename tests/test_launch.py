@@ -1,10 +1,11 @@
-"""A Ray of a run's own is closed to others, and so is everything in cluster/."""
+"""The Ray of a run: one of its own is closed to others, and so is everything in cluster/; one that can't be had."""
 
 from __future__ import annotations
 
 import ipaddress
 import os
 import re
+import socket
 import subprocess
 import sys
 import tempfile
@@ -15,10 +16,13 @@ import psutil
 import pytest
 from commands import PATIENCE_S, ROOT
 
+from hymate.config import TrainConfig, UserError
+from hymate.training import cluster
+
 SESSION = """
 import sys
 from hymate.config import TrainConfig
-from hymate.training.launch import ray_session
+from hymate.training.cluster import ray_session
 with ray_session(TrainConfig()):
     import ray
     print(ray.get_runtime_context().gcs_address, flush=True)
@@ -72,6 +76,63 @@ def test_a_ray_of_our_own_refuses_strangers(
     line = [str(Path(sys.executable).with_name("ray")), "status", "--address", address]
     refused = subprocess.run(line, env=environment | own, capture_output=True, text=True, timeout=PATIENCE_S)
     assert refused.returncode != 0 and "Unauthenticated" in refused.stdout + refused.stderr, refused.stderr
+
+
+# ---------------------------------------------------------------------------------------------- what can't be had
+
+
+@pytest.mark.parametrize(
+    ("address", "reason"),
+    [
+        ("ray://127.0.0.1:10001", "is not the address of a cluster: give HOST:PORT"),
+        ("http://127.0.0.1:8265", "is not the address of a cluster"),
+        ("local", "is not the address of a cluster"),
+        ("127.0.0.1", r"no Ray cluster that can be used \(Invalid address format: 127.0.0.1\)"),
+        ("127.0.0.1:six", "no Ray cluster that can be used"),
+        ("nowhere.invalid:6379", r"\(Temporary failure in name resolution|Name or service not known"),
+        ("two words:6379", "no Ray cluster that can be used"),
+    ],
+)
+def test_an_address_of_no_cluster_is_refused(address: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(UserError, match=f"^RAY_ADDRESS={re.escape(address)}.*{reason}") as caught:
+        cluster.check(TrainConfig())
+    assert "\n" not in str(caught.value)
+
+
+def test_a_cluster_that_is_gone_or_silent_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("", 0)) as silent:
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        monkeypatch.setattr(cluster, "ANSWER_S", 2.0)
+        with pytest.raises(UserError, match=rf"^RAY_ADDRESS={address}: .*\(no answer for 2 s\)"):
+            cluster.check(TrainConfig())
+    monkeypatch.undo()
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(UserError, match=rf"^RAY_ADDRESS={address}: .*\(Connection refused\)"):
+        cluster.check(TrainConfig())
+
+
+def test_a_ray_of_our_own_finds_another_place_where_the_usual_one_does_not_do(
+    nobody: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        closed, deep = Path(folder) / "closed", Path(folder) / ("x" * 50)
+        (closed / "ray").mkdir(parents=True, mode=0o500)  # as another user's would be
+        deep.mkdir()
+        for unfit, reason in ((closed, "Permission denied"), (deep, "longer than [0-9]+ characters")):
+            monkeypatch.setenv("TMPDIR", str(unfit))
+            with cluster.own_folder() as other:
+                assert Path(other).parent == Path("/tmp") and Path(other).stat().st_mode & 0o777 == 0o700
+            assert not Path(other).exists()
+            with monkeypatch.context() as given, pytest.raises(UserError, match=f"{reason}.*set RAY_TMPDIR to"):
+                given.setenv("RAY_TMPDIR", str(unfit))
+                with cluster.own_folder():
+                    pass
+        monkeypatch.setenv("TMPDIR", folder)
+        with cluster.own_folder() as usual:
+            assert usual == f"{folder}/ray"
 
 
 def test_what_is_in_cluster_is_closed_to_others() -> None:

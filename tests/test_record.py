@@ -11,6 +11,7 @@ import pytest
 
 from hymate.command import check_same_run, load
 from hymate.config import ConfigError, RunConfig, TaskConfig, UserError
+from hymate.ending import Stopped
 from hymate.record import recorded, workers_started
 from hymate.training.pretraining import PretrainConfig
 from hymate.training.search import TuneConfig
@@ -46,7 +47,7 @@ def caused(cause: BaseException) -> SystemExit:
         (caused(FloatingPointError("the loss is nan")), {"state": "failed", "reason": "the loss is nan"}),
         (KeyError("subject 4711 of host.example"), {"state": "failed", "reason": "KeyError"}),
         (KeyboardInterrupt(), {"state": "stopped"}),
-        (SystemExit(143), {"state": "stopped"}),
+        (Stopped("saved at step 3"), {"state": "stopped"}),
     ],
 )
 def test_it_says_how_the_run_ended(tmp_path: Path, error: BaseException | None, outcome: dict[str, Any]) -> None:

@@ -10,6 +10,11 @@ are done, so that a killed preparation continues when the command is given again
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from hymate import ending
+
+    ending.watch()  # the imports take seconds
+
 import contextlib
 import fcntl
 import functools
@@ -53,8 +58,9 @@ from hymate.data.physionet2012 import PhysioNet2012Source
 from hymate.data.statistics import CodeStatistics
 from hymate.data.synthetic import SyntheticSource
 from hymate.data.synthetic_course import SyntheticConfig
+from hymate.ending import without_ctrl_c
 from hymate.object_store import StorageError
-from hymate.storage import Location, UrlPath, locate, readable, remove_tree, write_text
+from hymate.storage import Location, UrlPath, locate, readable, remove_tree, require_folder, write_text
 
 WORK = ".work"  # inside histories/: the journal and what later stages need
 JOURNAL_S = 10.0  # between two journals at a URL
@@ -98,6 +104,8 @@ def prepare(config: PrepareConfig) -> None:
     """
     console = Console(stderr=True)
     source, out = config.open_source(), locate(config.out).absolute()
+    if read_metadata(out) is None:
+        require_folder(out, "out")
     shards = source.shards()
     fingerprint = hashlib.sha256(f"{FORMAT_VERSION} {source.name} {source.fingerprint()}".encode()).hexdigest()
     if _is_complete(out, fingerprint):
@@ -259,8 +267,11 @@ class _Stages:
     def __enter__(self) -> _Stages:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._pool:
+            if kind is not None and issubclass(kind, KeyboardInterrupt):
+                for child in multiprocessing.active_children():
+                    child.kill()  # a shard may take minutes
             self._pool.shutdown(cancel_futures=True)
 
     def each(self, stage: str, task: Callable[[str], None]) -> None:
@@ -285,7 +296,8 @@ class _Stages:
                 task(shard)
                 yield shard
             return
-        futures = {self._pool.submit(task, shard): shard for shard in todo}
+        with without_ctrl_c():
+            futures = {self._pool.submit(task, shard): shard for shard in todo}
         try:
             for future in as_completed(futures):
                 future.result()
@@ -331,10 +343,7 @@ def _locked(out: Location) -> Iterator[None]:
     if isinstance(work, UrlPath):  # no locks there: two at once do each other's work again
         yield
         return
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written to ({error.strerror}): change out=DIR") from error
+    work.mkdir(parents=True, exist_ok=True)
     with (work / "lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,8 +1,8 @@
 """Run a compiled kernel over its units of work, on several threads.
 
-Kernels are compiled at their first use, once for each dtype, and kept on disk (in __pycache__, or where the
-environment variable NUMBA_CACHE_DIR says). They are called by address from one small parallel loop: with a
-parallel loop around each of them, compiling took three times as long.
+Kernels are compiled at their first use, once for each dtype, and kept on disk (in __pycache__, else in the user's
+cache, or where the environment variable NUMBA_CACHE_DIR says). They are called by address from one small parallel
+loop: with a parallel loop around each of them, compiling took three times as long.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ import numba
 import numpy as np
 from numba import cfunc, njit, prange, types
 
+from hymate import machine
 from hymate.ops.kernels import OPTIONS
 
+machine.settle()  # else Numba finds no place for its files in some containers
 _launching = threading.Lock()  # Numba's fallback threading layer aborts when two threads launch at once
 
 

@@ -9,14 +9,11 @@ asked to end says so in the file, too.
 from __future__ import annotations
 
 import json
-import signal
-import sys
 import threading
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from types import FrameType
 from typing import Any
 
 from hymate.config import UserError
@@ -25,7 +22,6 @@ from hymate.storage import Location, UrlPath, write_text
 FILE = "attempt.json"
 SUPERSEDED = "another command has taken this run over"
 LOOK_EVERY_S, LOOK_AT_URL_EVERY_S = 0.2, 5.0
-STOPPED = 128 + signal.SIGTERM  # the exit code of a command that SIGTERM has ended, as shells report it
 
 
 class Superseded(UserError):
@@ -80,43 +76,18 @@ class Attempt:
         finally:
             ending.set()
 
-    @contextmanager
-    def stopping_at_sigterm(self) -> Iterator[None]:
-        """While the block runs, SIGTERM asks the workers to save and stop; a second one ends the command at once."""
-
-        def request(number: int, frame: FrameType | None) -> None:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            threading.Thread(target=self._ask_to_stop).start()
-
-        before = signal.signal(signal.SIGTERM, request)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGTERM, before)
-
-    def _ask_to_stop(self) -> None:
-        if not self.superseded():
+    def ask_to_stop(self) -> bool:
+        """Have the workers save and stop; false where the run belongs to another command by now."""
+        superseded = self.superseded()
+        if not superseded:
             self._write(stop=True)
+        return not superseded
 
     def _read(self) -> dict[str, Any]:
         return json.loads((self.run_path / FILE).read_text())
 
     def _write(self, stop: bool) -> None:
         write_text(json.dumps({"id": self.id, "stop": stop}), self.run_path / FILE)
-
-
-@contextmanager
-def exiting_at_sigterm() -> Iterator[None]:
-    """While the block runs, SIGTERM ends the command in order, with the exit code that shells report for it."""
-
-    def leave(number: int, frame: FrameType | None) -> None:
-        sys.exit(STOPPED)
-
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _interval_s(path: Location) -> float:

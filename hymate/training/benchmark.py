@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
 import tempfile
 import time
@@ -45,14 +44,14 @@ from hymate.data.loader import Examples, labelled_examples, require_both_classes
 from hymate.data.tasks import labels
 from hymate.predict import predict
 from hymate.record import recorded
-from hymate.storage import Location, atomic_path, local_copy, locate, write_text
+from hymate.storage import Location, atomic_path, local_copy, locate, require_folder, write_text
 from hymate.telemetry import Telemetry
-from hymate.training import comparison, engine, space
+from hymate.training import cluster, comparison, engine, space
 from hymate.training.checkpoint import read_verified_weights
 from hymate.training.comparison import COMPARED, Comparison, Run, Split, write_run
 from hymate.training.finetune import Start, Study, TrialConfig, run_trial
-from hymate.training.launch import absolute, ray_session
-from hymate.training.pretraining import PretrainConfig, check_machine, pretraining_job, read_vocabulary
+from hymate.training.launch import absolute
+from hymate.training.pretraining import PretrainConfig, pretraining_job, read_vocabulary
 from hymate.training.resume import Kept
 from hymate.training.search import trial_config
 
@@ -128,8 +127,8 @@ def benchmark(config: BenchmarkConfig) -> Location:
     path, runs = config.run.path, _runs(config)
     if not runs:
         raise ConfigError("only, shared and shares leave nothing to run: shares below 1 are of those in shared alone")
-    if not os.environ.get("RAY_ADDRESS"):
-        check_machine(config.train)
+    require_folder(path, "run.dir")
+    cluster.check(config.train)
     histories, label_set = Histories.open(config.data.path), labels(locate(config.data.path), config.task)
     require_both_classes(
         config.task, {split: labelled_examples(histories, label_set.table, split) for split in COMPARED}
@@ -142,7 +141,7 @@ def benchmark(config: BenchmarkConfig) -> Location:
     with recorded(path, "benchmark", config, inputs):
         waiting = [run for run in runs if not run.results(path / RUNS).is_file()]
         if waiting:
-            with ray_session(config.train):
+            with cluster.ray_session(config.train):
                 _run_all(config, waiting)
         averaged = [name + AVERAGED for name, contender in config.contenders.items() if contender.pretrained]
         names = [*BASELINES, *config.contenders, *averaged]

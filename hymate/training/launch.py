@@ -8,58 +8,47 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 
+from hymate import ending
 from hymate.command import build, check_same_run, read_record, to_tree
-from hymate.config import TrainConfig, UserError
+from hymate.config import UserError
 from hymate.record import recorded, workers_started
-from hymate.storage import Location, UrlPath, full_disk_told, locate, remove_tree
+from hymate.storage import Location, UrlPath, full_disk_told, locate, remove_tree, require_folder
 from hymate.telemetry import Telemetry, progress_line
-from hymate.training import checkpoint, engine, pretraining
-from hymate.training.attempt import STOPPED, SUPERSEDED, Attempt, exiting_at_sigterm
+from hymate.training import checkpoint, cluster, engine, pretraining
+from hymate.training.attempt import SUPERSEDED, Attempt
 from hymate.training.engine import Unrecoverable, Worker, anyone
 from hymate.training.pretraining import MODE, SCORE, PretrainConfig
 from hymate.training.resume import mend_list, newest_first, newest_whole
 
 CHECKPOINTS = "checkpoints"
-SETTINGS = {
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.3",  # how soon a written checkpoint counts
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # it only logs that it cannot start
-    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # it would print everything twice
-    "RAY_TRAIN_METRICS_ENABLED": "0",
-    "RAY_TRAIN_ENABLE_STATE_ACTOR_RECONCILIATION": "0",  # it asks a dashboard that we do not start
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_get_check_signal_interval_milliseconds": "100",  # how soon a waiting driver sees SIGTERM
-}
-OBJECT_STORE_BYTES = 128 << 20  # Ray's minimum is 75 MB; workers exchange nothing through it
 
 
 def pretrain(config: PretrainConfig) -> Location:
     """Run, continue or repeat a pretraining run; returns the path of its bundle.
 
     Raises UserError before any worker starts where the configuration, data or machine cannot do it, and later where the
-    disk or the storage fails; exits with status 1 and the failing worker's own error where training does. At SIGTERM
-    the run is saved where it stands and the status is 143.
+    disk or the storage fails; exits with status 1 and the failing worker's own error where training does. Raises
+    Stopped when a signal has asked the command to end and the run is saved where it stands.
     """
     config = _absolute(config)
     histories = pretraining.check(config)
-    if not os.environ.get("RAY_ADDRESS"):
-        pretraining.check_machine(config.train)
+    cluster.check(config.train)
     run = config.run.path
     inputs = {"data.path": histories.fingerprint}
     check_same_run(run, config, inputs, pretraining.CHANGEABLE)
     result = _finished(config)
     if result is None:
+        require_folder(run, "run.dir")
         attempt = Attempt.begin(run)
-        with recorded(run, "pretrain", config, inputs) as result, exiting_at_sigterm():
-            with ray_session(config.train), progress_line(run):
+        with recorded(run, "pretrain", config, inputs) as result:
+            with cluster.ray_session(config.train), progress_line(run):
                 mend_list(run / CHECKPOINTS, MODE)
                 ended, kept = _fit(config, attempt)
             bundle, metrics = pretraining.export_bundle(config, kept, histories)
@@ -76,7 +65,7 @@ def _fit(config: PretrainConfig, attempt: Attempt) -> tuple[dict[str, Any], list
     from ray.train.v2.api.exceptions import TrainingFailedError
 
     try:
-        with attempt.stopping_at_sigterm():
+        with ending.instead(lambda: _workers_save(attempt)):
             result = _trainer(config, attempt).fit()
     except TrainingFailedError as error:
         _explain(error)
@@ -85,17 +74,26 @@ def _fit(config: PretrainConfig, attempt: Attempt) -> tuple[dict[str, Any], list
         print(f"error: {ended['unrecoverable']}", file=sys.stderr)
         raise SystemExit(1) from Unrecoverable(ended["unrecoverable"])
     if not ended["finished"]:
-        print(f"stopped and saved at step {ended['step']}: the same command continues", flush=True)
-        sys.exit(STOPPED)
+        raise ending.Stopped(f"stopped and saved at step {ended['step']}: the same command continues")
     scored = sorted((kept for kept in result.best_checkpoints if SCORE in kept[1]), key=lambda kept: kept[1][SCORE])
     return ended, [(config.run.path / CHECKPOINTS / Path(kept.path).name, metrics) for kept, metrics in scored]
+
+
+def _workers_save(attempt: Attempt) -> bool:
+    """Have the workers save where they stand; false where none has begun, as when the run waits for machines."""
+    record = read_record(attempt.run_path)
+    return record is not None and bool(record["attempts"][-1]["starts"]) and attempt.ask_to_stop()
 
 
 def _trainer(config: PretrainConfig, attempt: Attempt) -> Any:
     from ray import train
     from ray.train.torch import TorchTrainer
 
-    return TorchTrainer(
+    class Trainer(TorchTrainer):
+        def _register_sigint_handler(self, controller: Any) -> None:
+            """Ray's own would drop what has not been saved."""
+
+    return Trainer(
         train_worker,
         train_loop_config={"config": to_tree(config), "attempt": attempt.id},
         scaling_config=train.ScalingConfig(
@@ -210,53 +208,6 @@ def _num_nodes() -> int:
     return sum(node["Alive"] for node in ray.nodes())
 
 
-@contextmanager
-def ray_session(train: TrainConfig) -> Iterator[None]:
-    """The cluster at RAY_ADDRESS, or one of our own on this machine for the time of the run."""
-    if not os.environ.get("RAY_ADDRESS"):
-        os.environ.setdefault("RAY_AUTH_MODE", "token")  # other users of this machine stay out
-        os.environ.setdefault(
-            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0"
-        )  # and other machines: Ray listens on loopback only
-    for name, value in SETTINGS.items():
-        os.environ.setdefault(name, value)
-    import ray
-
-    if ray.is_initialized():
-        yield
-        return
-    # Ray sets the number of threads for some kinds of processes only; more threads than CPUs stall each other
-    threads = {"env_vars": {"OMP_NUM_THREADS": str(train.cpus_per_worker)}}
-    quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "runtime_env": threads}
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(**quiet)
-        _note_missing_machines(train, ray.cluster_resources())
-    else:
-        ray.init(
-            address="local",
-            num_cpus=pretraining.available_cpus(),
-            include_dashboard=False,
-            object_store_memory=OBJECT_STORE_BYTES,
-            **quiet,
-        )
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-def _note_missing_machines(train: TrainConfig, resources: Mapping[str, float]) -> None:
-    """Ray waits for machines to join; the user should know what it waits for."""
-    for kind, wanted in {
-        "CPU": train.num_workers * train.cpus_per_worker,
-        "GPU": train.use_gpu * train.num_workers,
-    }.items():
-        if wanted > resources.get(kind, 0):
-            print(
-                f"waiting for machines: the run needs {wanted} {kind}s, the cluster has {int(resources.get(kind, 0))}"
-            )
-
-
 def _quiet() -> None:
     """Silence what Ray Train says at every report; errors reach the driver as exceptions."""
     import ray.train.v2._internal.execution.context as context
@@ -274,8 +225,7 @@ def _explain(error: Any) -> NoReturn:
     rank, cause = next(iter((causes or failures).items()), (None, other))
     if isinstance(cause, UserError):
         raise cause
-    where = "" if rank is None else f" on worker {rank}"
-    print(f"error: training failed{where}\n{''.join(traceback.format_exception_only(cause))}", file=sys.stderr)
+    ending.tell(cause, "training failed: " if rank is None else f"training failed on worker {rank}: ")
     raise SystemExit(1) from cause
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,12 +32,11 @@ from hymate.data.subgroups import subgroups
 from hymate.data.tasks import LabelSet, labels
 from hymate.predict import predict, write_predictions
 from hymate.record import recorded
-from hymate.storage import Location, filling, locate
-from hymate.training import checkpoint, pictures, results, space
-from hymate.training.attempt import Attempt, exiting_at_sigterm
+from hymate.storage import Location, filling, locate, require_folder
+from hymate.training import checkpoint, cluster, pictures, results, space
+from hymate.training.attempt import Attempt
 from hymate.training.finetune import Start, Study, TrialConfig, starting_point
-from hymate.training.launch import absolute, ray_session
-from hymate.training.pretraining import check_machine
+from hymate.training.launch import absolute
 from hymate.training.results import Outcome
 
 # keys that a search may change when it is continued: they move it to other machines or spare these what is too large
@@ -106,6 +104,10 @@ def search(config: TuneConfig) -> Location:
     """
     config = _absolute(config)
     run_path = config.run.path
+    finished = results.read(run_path)
+    if finished is None:
+        require_folder(run_path, "run.dir")
+        cluster.check(config.train)
     histories = Histories.open(config.data.path)
     start = starting_point(config.data, config.model, config.init)
     points = space.draw(config.search.space, config.search.num_trials, config.train.seed)
@@ -118,19 +120,16 @@ def search(config: TuneConfig) -> Location:
         key = f"task.{task.config.name}" if isinstance(config.task, dict) else "task"
         inputs[f"{key}.labels"] = task.labels.digest()
     check_same_run(run_path, config, inputs, CHANGEABLE)
-    finished = results.read(run_path)
     if finished is not None:
         results.show(finished, run_path)
         return run_path
-    if not os.environ.get("RAY_ADDRESS"):
-        check_machine(config.train)
     tables = [task.labels.table for task in labelled]
     attempt = Attempt.begin(run_path)
     with recorded(run_path, "tune", config, inputs) as outcome:
         taught = any(trial.teacher_share for trial in trials)
         teacher = [_teacher(task, config, histories) for task in labelled] if taught else []
         study = Study(start, tables, config.search.metric, trials, run_path, teacher)
-        with ray_session(config.train), exiting_at_sigterm():
+        with cluster.ray_session(config.train):
             from hymate.training.trials import run_trials  # late: Ray takes its settings when it is imported
 
             outcomes = run_trials(study, config.search, config.train, attempt)

@@ -1,0 +1,56 @@
+"""What libraries take for granted and a machine may lack: a home to keep caches in, a user's name, temporary files."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import stat
+import tempfile
+from pathlib import Path
+
+from hymate.errors import UserError
+
+
+def settle() -> None:
+    """Set HOME, XDG_CACHE_HOME or USER where libraries would fail without; processes started later inherit them.
+
+    Containers often have a home that is read-only or missing, and a user id without a name. Raises UserError where
+    there is no place for temporary files either.
+    """
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError as error:
+        raise UserError("no temporary file can be written: set TMPDIR to a folder that can") from error
+    home = Path(os.path.expanduser("~"))  # it stays ~ where there is none
+    if not home.is_absolute() or not home.is_dir():
+        os.environ["HOME"] = str(own_folder())
+    else:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache")
+        existing = next(folder for folder in (cache, *cache.parents) if folder.exists())
+        if not os.access(existing, os.W_OK | os.X_OK, effective_ids=True):
+            os.environ["XDG_CACHE_HOME"] = str(own_folder())
+    if not _name():
+        os.environ["USER"] = f"uid-{os.geteuid()}"
+
+
+def own_folder() -> Path:
+    """A folder of temporary files that only this user can write to; the same one every time, where possible.
+
+    What others can write to must not hold caches: Numba unpickles its own.
+    """
+    folder = Path(tempfile.gettempdir()) / f"hymate-{os.geteuid()}"
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        found = folder.lstat()
+        if stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o077:
+            return folder
+    except OSError:
+        pass
+    return Path(tempfile.mkdtemp(prefix="hymate-"))
+
+
+def _name() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError, ImportError):
+        return ""

@@ -1,0 +1,173 @@
+"""The Ray that a run uses: the cluster at RAY_ADDRESS, or one of its own on this machine; and whether it can be had."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from hymate import ending
+from hymate.config import TrainConfig, UserError
+from hymate.training.pretraining import available_cpus, check_machine
+
+SETTINGS = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.3",  # how soon a written checkpoint counts
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # it only logs that it cannot start
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # it would print everything twice
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_STATE_ACTOR_RECONCILIATION": "0",  # it asks a dashboard that we do not start
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_get_check_signal_interval_milliseconds": "100",  # how soon a waiting driver sees a signal
+}
+OBJECT_STORE_BYTES = 128 << 20  # Ray's minimum is 75 MB; workers exchange nothing through it
+ANSWER_S = 22.0  # of a cluster, the start of a Python included
+# Ray itself tries for minutes, deaf to signals: another process asks
+ASK = """
+import socket, sys
+try:
+    from ray._private.services import canonicalize_bootstrap_address, extract_ip_port
+    address = canonicalize_bootstrap_address(sys.argv[1])
+    socket.create_connection(extract_ip_port(address), 5).close()
+    from ray._raylet import GcsClient
+    GcsClient(address=address).check_alive([], 5.0)
+except Exception as error:
+    sys.exit(f"{getattr(error, 'strerror', None) or error}")
+"""
+# what Ray appends to the folder of its files, and the longest path of a socket
+SOCKET, LONGEST_SOCKET = "/session_2026-12-31_23-59-59_999999_4194304/sockets/plasma_store", 107
+
+
+def check(train: TrainConfig) -> None:
+    """Whether the run's workers find a place, before anything is computed. Raises UserError where they don't."""
+    address = os.environ.get("RAY_ADDRESS")
+    if not address:
+        check_machine(train)
+        with own_folder():
+            pass
+    elif "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:  # the cluster has just started a job's driver
+        _ask(address)
+
+
+@contextmanager
+def ray_session(train: TrainConfig) -> Iterator[None]:
+    """The cluster at RAY_ADDRESS, or one of our own on this machine for the time of the run."""
+    address = os.environ.get("RAY_ADDRESS")
+    if not address:
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # other users of this machine stay out
+        if not os.environ.get("RAY_AUTH_TOKEN_PATH"):  # Ray would keep one in the home
+            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        # and other machines: Ray listens on loopback only
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    ray._private.utils.set_sigterm_handler = lambda handler: None  # Ray's would take the place of `ending`'s
+    # Ray sets the number of threads for some kinds of processes only; more threads than CPUs stall each other
+    threads = {"env_vars": {"OMP_NUM_THREADS": str(train.cpus_per_worker)}}
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "runtime_env": threads}
+    with nullcontext("") if address else own_folder() as folder:
+        try:
+            if address:
+                _connect(address, quiet)
+                _note_missing_machines(train, ray.cluster_resources())
+            else:
+                ray.init(
+                    address="local",
+                    num_cpus=available_cpus(),
+                    include_dashboard=False,
+                    object_store_memory=OBJECT_STORE_BYTES,
+                    _temp_dir=folder,
+                    **quiet,
+                )
+            yield
+        finally:
+            ray.shutdown()
+
+
+def _ask(address: str) -> None:
+    """Raises UserError where no cluster answers at RAY_ADDRESS."""
+    if "://" in address or address == "local":
+        raise UserError(
+            f"RAY_ADDRESS={address} is not the address of a cluster: give HOST:PORT of its head (ray start prints it), "
+            "or unset it for a Ray on this machine"
+        )
+    try:
+        asked = subprocess.run(
+            [sys.executable, "-c", ASK, address], capture_output=True, text=True, timeout=ANSWER_S, errors="replace"
+        )
+        lines = asked.stderr.strip().splitlines() if asked.returncode else None
+    except subprocess.TimeoutExpired:
+        lines = [f"no answer for {ANSWER_S:.0f} s"]
+    if lines is not None:
+        _refuse(address, lines[-1] if lines else "no answer")
+
+
+def _connect(address: str, settings: Mapping[str, Any]) -> None:
+    import ray
+
+    try:
+        ray.init(**settings)
+    except Exception as error:  # another version of Ray or Python, no raylet on this machine, ...
+        _refuse(address, ending.describe(error))
+
+
+def _refuse(address: str, reason: str) -> None:
+    raise UserError(
+        f"RAY_ADDRESS={address}: no Ray cluster that can be used ({reason}): start it, set RAY_ADDRESS to HOST:PORT of "
+        "its head, or unset it for a Ray on this machine"
+    )
+
+
+@contextmanager
+def own_folder() -> Iterator[str]:
+    """Where a Ray of our own keeps its files: where Ray would, else in a temporary folder."""
+    given = os.environ.get("RAY_TMPDIR")
+    usual = Path(given or os.environ.get("TMPDIR") or "/tmp") / "ray"
+    reason = _unfit(usual)
+    if reason is None:
+        yield str(usual)
+        return
+    others = [] if given else [folder for folder in map(Path, ("/tmp", "/var/tmp", "/dev/shm")) if not _unfit(folder)]
+    if not others:
+        raise UserError(
+            f"{usual}: no place for Ray's files ({reason}): set RAY_TMPDIR to a folder with a short path that you can "
+            "write to"
+        )
+    with tempfile.TemporaryDirectory(prefix="hy", dir=others[0], ignore_cleanup_errors=True) as folder:
+        yield folder
+
+
+def _unfit(folder: Path) -> str | None:
+    """Why Ray cannot keep its files in a folder, which need not be there yet."""
+    if len(str(folder.absolute()) + SOCKET) > LONGEST_SOCKET:
+        return f"its path is longer than {LONGEST_SOCKET - len(SOCKET)} characters"
+    try:
+        existing = next(part for part in (folder, *folder.absolute().parents) if part.exists())
+        with tempfile.TemporaryFile(dir=existing):
+            return None
+    except OSError as error:
+        return error.strerror or type(error).__name__
+
+
+def _note_missing_machines(train: TrainConfig, resources: Mapping[str, float]) -> None:
+    """Ray waits for machines to join; the user should know what it waits for."""
+    for kind, wanted in {
+        "CPU": train.num_workers * train.cpus_per_worker,
+        "GPU": train.use_gpu * train.num_workers,
+    }.items():
+        if wanted > resources.get(kind, 0):
+            print(
+                f"waiting for machines: the run needs {wanted} {kind}s, the cluster has {int(resources.get(kind, 0))}"
+            )
