@@ -165,13 +165,18 @@ def _follow(receiver: socket.socket) -> None:
 def _leave(number: int) -> None:
     """End at once."""
     _Watch.asked = _Watch.asked or number
-    if _Watch.at_the_latest is not None:  # at a URL it may take long
-        last = threading.Thread(target=_Watch.at_the_latest, daemon=True)
-        last.start()
-        last.join(2.0)
+    last = threading.Thread(target=_act_at_the_latest, daemon=True)
+    last.start()
+    last.join(2.0)  # at a URL it may take longer
     with contextlib.suppress(OSError):
         os.write(2, f"stopped by {_name()}\n".encode())
     os._exit(128 + number)
+
+
+def _act_at_the_latest() -> None:
+    if _Watch.at_the_latest is not None:
+        with contextlib.suppress(Exception):  # nobody could do anything about it
+            _Watch.at_the_latest()
 
 
 def _name() -> str:

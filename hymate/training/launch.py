@@ -68,6 +68,8 @@ def _fit(config: PretrainConfig, attempt: Attempt) -> tuple[dict[str, Any], list
         with ending.instead(lambda: _workers_save(attempt)):
             result = _trainer(config, attempt).fit()
     except TrainingFailedError as error:
+        if ending.asked():  # whoever ends a command may end its workers, too
+            raise ending.Stopped from error
         _explain(error)
     ended = result.return_value
     if "unrecoverable" in ended:
