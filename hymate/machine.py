@@ -15,12 +15,16 @@ def settle() -> None:
     """Set HOME, XDG_CACHE_HOME or USER where libraries would fail without; processes started later inherit them.
 
     Containers often have a home that is read-only or missing, and a user id without a name. Raises UserError where
-    there is no place for temporary files either.
+    there is no place for temporary files or no current folder.
     """
     try:
         tempfile.gettempdir()
     except FileNotFoundError as error:
         raise UserError("no temporary file can be written: set TMPDIR to a folder that can") from error
+    try:
+        os.getcwd()
+    except FileNotFoundError as error:
+        raise UserError("the current folder has been deleted: change to another one") from error
     home = Path(os.path.expanduser("~"))  # it stays ~ where there is none
     if not home.is_absolute() or not home.is_dir():
         os.environ["HOME"] = str(own_folder())

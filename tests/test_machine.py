@@ -72,6 +72,14 @@ def test_a_machine_without_a_place_for_temporary_files_is_refused(
         machine.settle()
 
 
+def test_a_current_folder_that_is_gone_is_refused(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (temporary / "gone").mkdir()
+    monkeypatch.chdir(temporary / "gone")
+    (temporary / "gone").rmdir()
+    with pytest.raises(UserError, match="current folder has been deleted"):
+        machine.settle()
+
+
 def test_a_folder_that_others_can_write_to_holds_no_caches(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert machine.own_folder() == machine.own_folder() == temporary / f"hymate-{os.geteuid()}"
     machine.own_folder().chmod(0o777)

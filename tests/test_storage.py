@@ -32,7 +32,7 @@ from hymate.data.histories import Histories
 from hymate.data.meds import write_parquet
 from hymate.data.prepare import PrepareConfig, prepare
 from hymate.object_store import StorageError
-from hymate.storage import Location, UrlPath, atomic_path, locate, write_text
+from hymate.storage import Location, UrlPath, atomic_path, locate, require_file, require_folder, write_text
 from hymate.training.resume import Kept
 
 EVAL_EVERY = 5
@@ -182,6 +182,16 @@ def test_a_url_of_no_known_kind_is_refused() -> None:
 def test_a_missing_bucket_is_told_at_once(server: Server) -> None:
     with pytest.raises(StorageError, match=r"s3://no-such-bucket: .*NO_SUCH_BUCKET.*check the address"):
         write_text("text", locate("s3://no-such-bucket/file"))
+
+
+def test_whether_an_output_can_be_written_is_found_out_at_urls_too(server: Server) -> None:
+    folder = locate(f"s3://{BUCKET}/outputs")
+    require_folder(folder / "run", "run.dir")
+    require_file(folder / "predictions.parquet", "out")
+    assert not list(folder.files())
+    for require in (require_folder, require_file):
+        with pytest.raises(UserError, match=r"^out=s3://no-such-bucket/p cannot be written to \(.*NO_SUCH_BUCKET"):
+            require(locate("s3://no-such-bucket/p"), "out")
 
 
 def test_writing_outlasts_an_outage(server: Server, caplog: pytest.LogCaptureFixture) -> None:
