@@ -249,6 +249,12 @@ class TaskConfig:
     competing: the predicate of `definition` that stands for death, where death is a competing risk: a patient
         who died up to the prediction time gets no label, and for a death before the label window ends without
         the label's event competing_rule says "negative" (it did not happen) or "exclude" (no label).
+    censoring_rule: what becomes of a label whose record ends inside its window, without a death there. "exclude": no
+        label, with the event or without (the whole window must be seen). "exclude_negatives": with the event it is
+        positive, without it no label, which raises the fraction of positives. "weights": the same, and the labels that
+        remain have inverse-probability-of-censoring weights, which make up for it.
+    kinds: predicates of `definition` that tell kinds of the label's event apart, to count them; where false, an event
+        of this kind does not count as the label's.
     start: when what the label is about begins: the "trigger", or the last event of a predicate of `definition` up to
         the prediction time; null: the label belongs to its prediction time alone. A patient may be shown as at any
         time from the start on (`early_share`), never as before.
@@ -261,6 +267,8 @@ class TaskConfig:
     definition: dict[str, Any] | None = None
     competing: str | None = None
     competing_rule: Literal["negative", "exclude"] = "negative"
+    censoring_rule: Literal["exclude", "exclude_negatives", "weights"] = "exclude"
+    kinds: dict[str, bool] = field(default_factory=dict)
     start: str | None = None
     longer_than_days: float | None = None
 

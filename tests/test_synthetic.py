@@ -92,7 +92,7 @@ class Reference:
             if code.endswith("DIED"):
                 self.died += 1
                 continue
-            if not readmitted and death > end and last <= end:
+            if death > end and last < end:
                 self.censored += 1
                 continue
             self.competing += not readmitted and death <= end

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from datetime import datetime, time, timedelta
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -82,7 +83,7 @@ READMISSION: dict[str, tuple[History, Labels, dict[str, int]]] = {
     "followed up to the window's end": ([*stay(0, 3), (33, LAB)], {3: False}, {}),
     "record ends early": ([*stay(0, 3), (32.9, LAB)], {}, {"censored": 1}),
     "record ends at the discharge": (stay(0, 3), {}, {"censored": 1}),
-    "positive although the record ends early": ([*stay(0, 3), (20, ADMITTED), (21, LAB)], {3: True}, {}),
+    "record ends early after a readmission": ([*stay(0, 3), (20, ADMITTED), (21, LAB)], {}, {"censored": 1}),
     "positive although death follows": ([*stay(0, 3), (20, ADMITTED), (25, DEATH)], {3: True}, {}),
     "discharge coded as death": ([*stay(0, 3, DIED), (3.5, LAB)], {}, {"died_in_hospital": 1}),
     "death stamped after the discharge": ([*stay(0, 3, DIED), (3.3, DEATH)], {}, {"died_in_hospital": 1}),
@@ -92,7 +93,21 @@ READMISSION: dict[str, tuple[History, Labels, dict[str, int]]] = {
     "death at home": ([*stay(0, 3), (3.3, DEATH)], {3: False}, {"competing_deaths": 1}),
     "death on day 30": ([*stay(0, 3), (33, DEATH), (33, LAB)], {3: False}, {"competing_deaths": 1}),
     "death after the window": ([*stay(0, 3), (34, DEATH)], {3: False}, {}),
-    "transfer at the same instant": ([*stay(0, 3), *stay(3, 9), (80, LAB)], {3: False, 9: False}, {"triggers": 1}),
+    "transfer at the same instant": (
+        [*stay(0, 3), *stay(3, 9), (80, LAB)],
+        {9: False},
+        {"triggers": 1, "excluded": 1},
+    ),
+    "transfers within hours, then a readmission": (
+        [*stay(0, 3), *stay(3.2, 9), *stay(9.25, 12), (20, ADMITTED), (80, LAB)],
+        {12: True},
+        {"triggers": 2, "excluded": 2},
+    ),
+    "seven hours later is no transfer": (
+        [*stay(0, 3), *stay(3.3, 9), (80, LAB)],
+        {3: True, 9: False},
+        {"triggers": 1},
+    ),
     "two discharges at one time": ([(0, ADMITTED), (3, HOME), (3, HOME), (80, LAB)], {3: False}, {}),
     "every discharge": ([*stay(0, 3), *stay(9, 12), (80, LAB)], {3: True, 12: False}, {"triggers": 1}),
     # a registry's date of death, stamped at 00:00 (0.625 is 15 hours after nine o'clock): it comes at the day's end
@@ -131,6 +146,84 @@ def test_readmission_rules(case: str, tmp_path: Path) -> None:
     assert counts["labels"] == 2 + len(expected)
     assert counts["positives"] == 1 + sum(expected.values())
     assert counts["subjects"] == 1 + bool(expected)
+
+
+def test_the_censoring_rule_is_a_choice(tmp_path: Path) -> None:
+    """Lost on day 21, after a readmission or without one."""
+    history = [*stay(0, 3), (20, ADMITTED), (21, LAB)]
+    for rule, expected, censored in (
+        ("exclude", {}, 1),
+        ("exclude_negatives", {3: True}, 0),
+        ("weights", {3: True}, 0),
+    ):
+        found, counts = extract(tmp_path, history, task("readmission", f"task.censoring_rule={rule}"))
+        assert (found, counts["censored"], counts["positives_unseen"]) == (expected, censored, 1)
+    lost = [*stay(0, 3), (21, LAB)]
+    for rule in ("exclude", "exclude_negatives", "weights"):
+        found, counts = extract(tmp_path, lost, task("readmission", f"task.censoring_rule={rule}"))
+        assert (found, counts["censored"], counts["positives_unseen"]) == ({}, 1, 0)
+
+
+def test_weights_are_one_over_the_probability_of_being_followed(tmp_path: Path) -> None:
+    """Two of eight are lost on day 10, one of the remaining five on 20; one dies on day 15, one comes back on 25."""
+    histories = [
+        *[[*stay(0, 3), (13, LAB)]] * 2,
+        [*stay(0, 3), (18, DEATH)],
+        [*stay(0, 3), (23, LAB)],
+        [*stay(0, 3), (28, ADMITTED), (29, LAB)],
+        *[[*stay(0, 3), (80, LAB)]] * 3,
+    ]
+    write(tmp_path, histories, "train/0")
+    write(tmp_path, [*histories[2:3], *histories[4:]], "held_out/0", first_subject=11)
+    table = tasks.labels(tmp_path, task("readmission", "task.censoring_rule=weights")).table
+    weight = dict(zip(table["subject_id"].to_pylist(), table["weight"].to_pylist(), strict=True))
+    first, later = 8 / 6, 8 / 6 * 5 / 4
+    expected = {3: first, 5: later, 6: later, 7: later, 8: later}
+    assert weight == pytest.approx({**expected, 11: 1, 12: 1, 13: 1, 14: 1, 15: 1})  # each split by itself
+    assert sum(w for subject, w in weight.items() if subject < 10) == pytest.approx(8)
+    assert "weight" not in tasks.labels(tmp_path, task("readmission")).table.column_names
+
+
+def test_of_a_risk_of_20_percent_two_rules_say_20_and_one_23(tmp_path: Path) -> None:
+    """30 % are lost, whatever would have happened: what was seen of them until then is in the record."""
+    rng = np.random.default_rng(0)
+    size = 4000
+    back, lost = rng.random(size) < 0.2, rng.random(size) < 0.3
+    when, until = rng.uniform(0.5, 30, size), np.where(lost, rng.uniform(0.5, 30, size), 60)
+    histories = [
+        [*stay(0, 1), *([(1 + when[i], ADMITTED)] if back[i] and when[i] < until[i] else []), (1 + until[i], LAB)]
+        for i in range(size)
+    ]
+    write(tmp_path, histories)
+    risk = {}
+    for rule in ("exclude", "exclude_negatives", "weights"):
+        table = tasks.labels(tmp_path, task("readmission", f"task.censoring_rule={rule}")).table
+        weight = table["weight"].to_numpy() if rule == "weights" else None
+        risk[rule] = np.average(table["boolean_value"].to_numpy(), weights=weight)
+    truth, error = back.mean(), np.sqrt(0.16 / size)
+    assert abs(risk["exclude"] - truth) < 2 * error and abs(risk["weights"] - truth) < 2 * error
+    assert abs(risk["exclude_negatives"] - 0.17 / 0.73) < 3 * error and risk["exclude_negatives"] > truth + 3 * error
+
+
+def test_kinds_of_admissions_are_counted_and_can_be_left_out(tmp_path: Path) -> None:
+    observed, planned = "HOSPITAL_ADMISSION//EU OBSERVATION", "HOSPITAL_ADMISSION//ELECTIVE"
+    histories = [
+        [*stay(0, 3), (9, observed), (20, ADMITTED), (80, LAB)],
+        [*stay(0, 3), (9, observed), (80, LAB)],
+        [*stay(0, 3), (9, planned), (80, LAB)],
+        [*stay(0, 3), (9, ADMITTED), (10, planned), (80, LAB)],
+        [*stay(0, 3), (80, LAB)],
+    ]
+    write(tmp_path, histories)
+
+    def values(*overrides: str) -> list[bool]:
+        found = tasks.labels(tmp_path, task("readmission", *overrides))
+        assert found.details["kinds"] == {"observation": 2, "planned": 1}
+        return found.table["boolean_value"].to_pylist()
+
+    assert values() == [True, True, True, True, False]
+    assert values("task.kinds.observation=false") == [True, False, True, True, False]
+    assert values("task.kinds.observation=false", "task.kinds.planned=false") == [True, False, False, True, False]
 
 
 def test_competing_deaths_can_be_excluded(tmp_path: Path) -> None:
@@ -368,6 +461,7 @@ def test_label_folders_may_bring_start_and_weight(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
+        (["+task.kinds.day_case=false"], "task.kinds.day_case is no predicate"),
         (["task.start=admission"], "task.start=admission is neither null nor trigger nor a predicate"),
         (["task.labels=nowhere"], "task.labels: nowhere is not a folder"),
         (["task.definition=null"], "give task.labels=FOLDER or a task.definition"),
@@ -433,13 +527,14 @@ def dated(events: list[tuple[datetime, str]]) -> list[datetime]:
 
 def readmission_by_hand(t: datetime, admissions: list[datetime], deaths: list[datetime], last: datetime) -> str:
     end = t + timedelta(days=30)
+    if any(t <= a <= t + timedelta(hours=6) for a in admissions):
+        return "excluded"
     if any(d <= t for d in deaths):
         return "died_in_hospital"
-    if any(t < a <= end for a in admissions):
-        return "positives"
-    if any(d <= end for d in deaths):
-        return "competing_deaths"
-    return "negatives" if last >= end else "censored"
+    dies, readmitted = any(d <= end for d in deaths), any(t < a <= end for a in admissions)
+    if last < end and not dies:
+        return "censored"
+    return "positives" if readmitted else "competing_deaths" if dies else "negatives"
 
 
 def test_mimic_counts_equal_a_count_by_hand(shared_data: Path, tmp_path: Path) -> None:
@@ -456,13 +551,15 @@ def test_mimic_counts_equal_a_count_by_hand(shared_data: Path, tmp_path: Path) -
         assert result.counts["labels"] == len(result.table)
     assert by_hand["readmission"] == {
         "triggers": 214,
+        "excluded": 3,
         "died_in_hospital": 11,
-        "positives": 44,
+        "positives": 39,
         "negatives": 128,
         "competing_deaths": 5,
-        "censored": 26,
-        "labels": 177,
-        "subjects": 57,
+        "censored": 28,
+        "labels": 172,
+        "subjects": 56,
     }
+    assert tasks.labels(tmp_path, task("readmission")).details["kinds"] == {"observation": 16, "planned": 3}
     assert by_hand["mortality"] == {"labels": 188, "positives": 10}
     assert by_hand["length_of_stay"] == {"labels": 188, "positives": 70}

@@ -204,9 +204,9 @@ def _read(path: Location, columns: list[str]) -> pl.DataFrame:
 class Found:
     """The triggers of a shard.
 
-    rows: subject_id, trigger, prediction_time, start (see `find`), window_start and end of the window that has the
-        label, event (whether its label's predicate holds there) and event_time (when first); of triggers at which
-        every window holds.
+    rows: subject_id, trigger, prediction_time, start (see `find`), end of the window that has the label, event
+        (whether its label's predicate holds there), event_time (when first) and, for each kind, whether the first of
+        all its events is of that kind; of triggers at which every window holds.
     num_triggers; excluded: for each window how many triggers it leaves out, of those that the ones before it, in the
         order of their evaluation, have left.
     """
@@ -216,12 +216,14 @@ class Found:
     excluded: dict[str, int]
 
 
-def find(config: Any, events: pl.DataFrame, start: str | None = None) -> Found:
+def find(config: Any, events: pl.DataFrame, start: str | None = None, kinds: Mapping[str, bool] | None = None) -> Found:
     """Triggers, windows and labels in `Predicates.events`.
 
     start: what a label is about begins at the "trigger", or at the last event of a predicate up to the prediction
         time (null where there is none), or nothing is known of it (None).
+    kinds: predicates that tell kinds of the label's event apart; where false, events of this kind make no label.
     """
+    kinds = kinds or {}
     record = _Record(events)
     trigger = np.flatnonzero(record.count[config.trigger.predicate])
     subject_N, trigger_N = record.subject_R[trigger], record.time_R[trigger]
@@ -240,7 +242,7 @@ def find(config: Any, events: pl.DataFrame, start: str | None = None) -> Found:
         (start_N, known_N), (end_N, end_known_N) = edges[f"{name}.start"], edges[f"{name}.end"]
         here_N = known_N & end_known_N
         for predicate, (least, most) in window.has.items():
-            count_N = record.counted(predicate, subject_N, start_N, end_N, window)
+            count_N = record.counted(record.count[predicate], subject_N, start_N, end_N, *_inclusive(window))
             here_N = here_N & (count_N >= (least or 0)) & (count_N <= (count_N if most is None else most))
         excluded[name] = int((holds_N & ~here_N).sum())
         holds_N &= here_N
@@ -252,12 +254,21 @@ def find(config: Any, events: pl.DataFrame, start: str | None = None) -> Found:
     start_N, end_N = held(f"{config.label_window}.start"), held(f"{config.label_window}.end")
     index = config.windows[config.index_timestamp_window].index_timestamp
     prediction_N = held(f"{config.index_timestamp_window}.{index}")
-    event_N = record.counted(window.label, subject_N, start_N, end_N, window) > 0
-    first_N, _ = record.nearest(window.label, subject_N, start_N, window.start_inclusive)
+    every_R = record.count[window.label]
+    left_out_R = np.any([record.count[kind] > 0 for kind, counts in kinds.items() if not counts], axis=0)
+    label_R = np.where(left_out_R, 0, every_R)
+    event_N = record.counted(label_R, subject_N, start_N, end_N, *_inclusive(window)) > 0
+    first_N, _ = record.nearest(label_R, subject_N, start_N, window.start_inclusive)
+    any_N = record.counted(every_R, subject_N, start_N, end_N, *_inclusive(window)) > 0
+    first_of_all_N, _ = record.nearest(every_R, subject_N, start_N, window.start_inclusive)
+    of_kind = {
+        kind: any_N & (record.counted(record.count[kind], subject_N, first_of_all_N, first_of_all_N, True, True) > 0)
+        for kind in kinds
+    }
     if start in (None, "trigger"):
         about_N, known_N = held("trigger"), np.full(len(subject_N), start is not None)
     else:
-        about_N, known_N = record.nearest(start, subject_N, prediction_N, True, before=True)
+        about_N, known_N = record.nearest(record.count[start], subject_N, prediction_N, True, before=True)
     always_N = np.ones(len(subject_N), dtype=bool)
     rows = pl.DataFrame(
         {
@@ -265,13 +276,17 @@ def find(config: Any, events: pl.DataFrame, start: str | None = None) -> Found:
             "trigger": _times(held("trigger"), always_N),
             "prediction_time": _times(prediction_N, always_N),
             "start": _times(about_N, known_N),
-            "window_start": _times(start_N, always_N),
             "end": _times(end_N, always_N),
             "event": event_N,
             "event_time": _times(first_N, event_N),
+            **of_kind,
         }
     )
     return Found(rows, len(trigger), excluded)
+
+
+def _inclusive(window: Any) -> tuple[bool, bool]:
+    return window.start_inclusive, window.end_inclusive
 
 
 class _Record:
@@ -301,18 +316,24 @@ class _Record:
         return np.searchsorted(self._key_R, self._key(subject_N, rank_N))
 
     def counted(
-        self, predicate: str, subject_N: np.ndarray, start_N: np.ndarray, end_N: np.ndarray, window: Any
+        self,
+        count_R: np.ndarray,
+        subject_N: np.ndarray,
+        start_N: np.ndarray,
+        end_N: np.ndarray,
+        at_start: bool,
+        at_end: bool,
     ) -> np.ndarray:
-        """How many events of a predicate lie between two times, which `window` includes or not."""
-        until = np.concatenate([[0], np.cumsum(self.count[predicate])])
-        from_N = self._rows_before(subject_N, start_N, and_at=not window.start_inclusive)
-        return np.maximum(until[self._rows_before(subject_N, end_N, and_at=window.end_inclusive)] - until[from_N], 0)
+        """How many events lie between two times, or at them."""
+        until = np.concatenate([[0], np.cumsum(count_R)])
+        from_N = self._rows_before(subject_N, start_N, and_at=not at_start)
+        return np.maximum(until[self._rows_before(subject_N, end_N, and_at=at_end)] - until[from_N], 0)
 
     def nearest(
-        self, predicate: str, subject_N: np.ndarray, time_N: np.ndarray, at_time: bool, before: bool = False
+        self, count_R: np.ndarray, subject_N: np.ndarray, time_N: np.ndarray, at_time: bool, before: bool = False
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The next (or last) time at which a predicate holds, and whether there is one."""
-        row_H = np.flatnonzero(self.count[predicate])
+        """The next (or last) time that has an event, and whether there is one."""
+        row_H = np.flatnonzero(count_R)
         place_N = self._rows_before(subject_N, time_N, and_at=at_time == before)
         hit_N = np.searchsorted(row_H, place_N) - before
         row_N = np.append(row_H, -1)[np.clip(hit_N, -1, len(row_H))]
@@ -336,7 +357,8 @@ class _Record:
             found_N = self.time_R[self.first_S[subject_N]]
             return found_N, known_N & (found_N <= time_N)
         before = predicate.startswith("-")
-        found_N, there_N = self.nearest(predicate.removeprefix("-"), subject_N, time_N, at_reference, before)
+        count_R = self.count[predicate.removeprefix("-")]
+        found_N, there_N = self.nearest(count_R, subject_N, time_N, at_reference, before)
         return found_N, known_N & there_N
 
 

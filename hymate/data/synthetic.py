@@ -9,9 +9,12 @@ the record shows up to then, so that the best prediction any model can make is k
 3. Otherwise the subject dies within the window with probability DEATH_IN_WINDOW (a negative label where a death
    counts as one), or is seen again after day 30 (at a later admission, or a last outpatient visit): negative.
 
-Step 1 does not look at the outcome, and steps 2 and 3 end in a label whatever happens, so among labelled
-discharges P(label | record) = p exactly. Where deaths in the window are left out instead of counted as negative,
-it is p / (p + (1 - p) (1 - DEATH_IN_WINDOW)), which ranks the discharges in the same order.
+Step 1 does not look at the outcome, so among the discharges that it leaves P(readmitted | record) = p exactly. Of the
+readmitted, a fraction q (about 0.05) is lost in the window all the same, after the next stay, by step 1 of that. A
+label asks for the whole window (task.censoring_rule=exclude), so these have none, and P(label | record) is
+p (1 - q) / (1 - p q). Nothing in the record up to the discharge tells who they are: the order is that of p, and with
+it the best AUROC and AUPRC; the Brier score of p is 0.0001 above the best. Where deaths in the window are left out
+instead of counted as negative, the order is the same again.
 
 The law is in synthetic_law.py. With `shuffled_labels` p is the same for every discharge, and nothing in the record
 predicts the outcome. With `driver_distance` the law has one driver, which lies hundreds to thousands of events before

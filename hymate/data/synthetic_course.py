@@ -133,7 +133,19 @@ def simulate(rng: np.random.Generator, num_patients: int, config: SyntheticConfi
         active_A, admission_A, previous_A = active_A[again_A], next_A[again_A], stay["discharge"][again_A]
     stays = {name: np.concatenate([b[name] for b in batches]) for name in batches[0]}
     order_S = np.argsort(stays["patient"], kind="stable")
-    return patients, {name: column[order_S] for name, column in stays.items()}
+    stays = {name: column[order_S] for name, column in stays.items()}
+    stays["labelled"] &= _seen_to_the_end(patients, stays)
+    return patients, stays
+
+
+def _seen_to_the_end(patients: Patients, stays: Stays) -> np.ndarray:
+    """Whether the record reaches the end of the 30 days after each stay, or a death in them (S,)."""
+    last_P = patients.death_P.copy()
+    for name in ("discharge", "visit"):
+        np.maximum.at(last_P, stays["patient"], stays[name])
+    window_S, death_S = stays["discharge"] + law.WINDOW_DAYS * DAY, patients.death_P[stays["patient"]]
+    dies_S = (death_S != NULL_MINUTE) & (death_S <= window_S)
+    return dies_S | (last_P[stays["patient"]] >= window_S)
 
 
 def _stay(

@@ -41,6 +41,7 @@ COEFFICIENTS = {
 PREVALENCE = 0.28  # of the label under the law; every discharge's probability when labels are shuffled
 LAW = {
     "outcome": "readmitted within 30 days ~ Bernoulli(p), logit p = intercept + sum of coefficient * driver",
+    "labels": "of discharges whose 30 days, or a death in them, the record shows",
     "creatinine": f"(ln(last value, mg/dL) - {CREATININE_LOG_MEAN}) / {CREATININE_LOG_SD}",
     "haemoglobin_fall": f"-(least-squares slope, g/dL per day) / {HAEMOGLOBIN_SLOPE_SD}",
     "heart_failure": f"1 if {HEART_FAILURE} is recorded (at this discharge or any before)",

@@ -9,12 +9,12 @@ here, with every outcome counted:
     died_in_hospital    the competing event, death, came at or before the prediction time: not at risk, no label
     competing_deaths    death after it, before the label window ends and without the label's event: no label under
                         `competing_rule: exclude`, a negative one under `negative`
-    censored            no event, no death, and the record ends before the window: no label
+    censored            the record ends inside the window, without a death there: no label. Under `censoring_rule:
+                        exclude` with the label's event or without, under the other rules without
+    positives_unseen    with the label's event, and the record ends inside the window, without a death there
     labels, positives, subjects     what remains
 
-so triggers = excluded + died_in_hospital + censored + labels, + competing_deaths under `exclude`. A positive
-stays positive even where the record ends inside the window, which is why ACES's own `censoring` windows, which
-drop it, are not used.
+so triggers = excluded + died_in_hospital + censored + labels, + competing_deaths under `exclude`.
 """
 
 from __future__ import annotations
@@ -40,8 +40,9 @@ from hymate.data.extras import read_labels_and_extras, write_labels
 from hymate.data.meds import FIRST_TIME
 from hymate.storage import Location, files_below, locate, new_folder, write_text
 
-RULES_VERSION = 2  # of the rules above and of definition.py; a new one makes old extractions be redone
+RULES_VERSION = 3  # of the rules above and of definition.py; a new one makes old extractions be redone
 SUMMARY = "counts.json"
+DETAILS = {"excluded", "kinds", "predicates"}
 MICROSECONDS_PER_DAY = 86_400_000_000
 
 
@@ -50,8 +51,9 @@ class LabelSet:
     """table: subject_id, prediction_time, boolean_value (float_value in days where the task has it) and, where known,
     `start` and `weight` (see `hymate.data.extras`).
     counts: labels, positives and subjects; for extracted labels also the other counts of this file's head.
-    details: for extracted labels, "excluded": how many triggers each window leaves out; "predicates": how many events
-        of the dataset each plain predicate of the definition matches.
+    details: for extracted labels, "excluded": how many triggers each window leaves out; "kinds": how many first events
+        in the label window are of each of the task's kinds, counted or left out; "predicates": how many events of the
+        dataset each plain predicate of the definition matches.
     """
 
     table: pa.Table
@@ -89,7 +91,7 @@ def labels(root: Location, task: TaskConfig, times_only: bool = False) -> LabelS
         summary = _extract(task, shards, folder, fingerprint)
     if summary["never_positive"] and not times_only:
         raise _no_event(task, "label's predicate", summary["never_positive"], unmatched(summary["predicates"]))
-    details = {name: summary[name] for name in ("excluded", "predicates")}
+    details = {name: summary[name] for name in sorted(DETAILS)}
     return LabelSet(read_labels_and_extras(folder), summary["counts"], details)
 
 
@@ -146,6 +148,8 @@ def _fingerprint(task: TaskConfig, shards: dict[str, Location]) -> str:
         task.definition,
         task.competing,
         task.competing_rule,
+        task.censoring_rule,
+        task.kinds,
         task.start,
         task.longer_than_days,
         [(shard, path.stat().st_size) for shard, path in shards.items()],
@@ -163,14 +167,18 @@ def _summary(folder: Location) -> dict[str, Any]:
 def _extract(task: TaskConfig, shards: dict[str, Location], folder: Location, fingerprint: str) -> dict[str, Any]:
     """Extract every shard's labels beside `folder` and put them there in one move."""
     config = _definition(task)
+    triggers: dict[str, pl.DataFrame] = {}
     of_shards: dict[str, dict[str, dict[str, int]]] = {}
     try:
         with new_folder(folder, SUMMARY) as new:
             progress = Console(stderr=True, quiet=not sys.stderr.isatty())
             for shard in track(shards, f"Labels of {task.name}", console=progress, transient=True):
-                table, of_shards[shard] = _extract_shard(shards[shard], task, config)
-                write_labels(table, new / f"{shard}.parquet")
-            total = {name: Counter[str]() for name in ("counts", "excluded", "predicates")}
+                triggers[shard], of_shards[shard] = _extract_shard(shards[shard], task, config)
+            if task.censoring_rule == "weights":
+                _weigh(triggers)
+            for shard, rows in triggers.items():
+                write_labels(_labels_of(rows, task), new / f"{shard}.parquet")
+            total = {name: Counter[str]() for name in (*sorted(DETAILS), "counts")}
             for name, counter in total.items():
                 for found in of_shards.values():
                     counter.update(found[name])
@@ -196,6 +204,10 @@ def _definition(task: TaskConfig) -> Any:
     if task.competing is not None and task.competing not in config.predicates:
         raise ConfigError(
             f"task.competing={task.competing} is no predicate of task.definition: it has {', '.join(config.predicates)}"
+        )
+    if unknown := sorted(set(task.kinds) - set(config.predicates)):
+        raise ConfigError(
+            f"task.kinds.{unknown[0]} is no predicate of task.definition: it has {', '.join(config.predicates)}"
         )
     if task.start not in (None, "trigger", *config.predicates):
         raise ConfigError(
@@ -252,42 +264,98 @@ def _require_labels(task: TaskConfig, config: Any, total: Mapping[str, Mapping[s
         raise UserError(f"task {task.name}: no trigger gets a label ({told}): mend task.definition")
 
 
-def _extract_shard(path: Location, task: TaskConfig, config: Any) -> tuple[pa.Table, dict[str, Any]]:
-    """Labels (sorted by subject and time) and counts of one MEDS data file."""
+def _extract_shard(path: Location, task: TaskConfig, config: Any) -> tuple[pl.DataFrame, dict[str, dict[str, int]]]:
+    """One MEDS data file's triggers at which every window holds, with what becomes of them, and the counts."""
     predicates = read_predicates(path, config)
-    found = find(config, predicates.events, task.start)
+    found = find(config, predicates.events, task.start, task.kinds)
     died = pl.col(task.competing) > 0 if task.competing else pl.lit(False)
     subjects = predicates.events.group_by("subject_id").agg(
         last=pl.col("time").max(), died=pl.col("time").filter(died).min()
     )
     rows = found.rows.join(subjects, on="subject_id", how="left").sort("subject_id", "prediction_time")
-    table, counts = _settle(rows, task, found.num_triggers)
-    return table, {"counts": counts, "excluded": found.excluded, "predicates": predicates.matches}
+    rows = _settled(rows, task)
+    at_risk, kept = rows.filter(~pl.col("dead")), rows.filter("label")
+    counts = {
+        "triggers": found.num_triggers,
+        "excluded": found.num_triggers - rows.height,
+        "died_in_hospital": rows.height - at_risk.height,
+        "competing_deaths": int(rows["competing"].sum()),
+        "censored": int((rows["unseen"] & ~rows["label"]).sum()),
+        "positives_unseen": int((rows["unseen"] & rows["event"]).sum()),
+        **_sizes(_labels_of(kept, task)),
+    }
+    kinds = {kind: int(at_risk[kind].sum()) for kind in task.kinds}
+    return rows, {"counts": counts, "excluded": found.excluded, "kinds": kinds, "predicates": predicates.matches}
 
 
-def _settle(rows: pl.DataFrame, task: TaskConfig, num_triggers: int) -> tuple[pa.Table, dict[str, int]]:
-    """Which rows become labels, by the rules at the head of this file."""
-    no_event = ~pl.col("event")
+def _settled(rows: pl.DataFrame, task: TaskConfig) -> pl.DataFrame:
+    """What becomes of each trigger, by the rules at the head of this file, as further columns.
+
+    dead: before the prediction time. dies: in the label window. competing: that, without the label's event. unseen: the
+    record ends in the window, without a death there. label: whether there is one.
+    """
     dead = (pl.col("died") <= pl.col("prediction_time")).fill_null(False)
-    dies = (pl.col("died") <= pl.col("end")).fill_null(False)
-    unseen = (pl.col("last") < pl.col("end")).fill_null(False)  # a null end: the window runs to the end of the record
-    rows = rows.with_columns(dead=dead, competing=~dead & no_event & dies, censored=~dead & no_event & ~dies & unseen)
-    dropped = pl.col("dead") | pl.col("censored")
+    rows = rows.with_columns(dead=dead, dies=~dead & (pl.col("died") <= pl.col("end")).fill_null(False))
+    rows = rows.with_columns(
+        competing=pl.col("dies") & ~pl.col("event"),
+        unseen=~pl.col("dead") & ~pl.col("dies") & (pl.col("last") < pl.col("end")),
+    )
+    censored = pl.col("unseen") if task.censoring_rule == "exclude" else pl.col("unseen") & ~pl.col("event")
+    lost = pl.col("dead") | censored
     if task.competing_rule == "exclude":
-        dropped |= pl.col("competing")
-    kept = rows.filter(~dropped)
+        lost |= pl.col("competing")
+    return rows.with_columns(label=~lost)
+
+
+def _labels_of(rows: pl.DataFrame, task: TaskConfig) -> pa.Table:
+    """Labels, and `start` and `weight` where the task has them."""
     values = {"boolean_value": pl.col("event")}
     if task.longer_than_days is not None:
         days = (pl.col("end") - pl.col("trigger")).dt.total_microseconds() / MICROSECONDS_PER_DAY
         values = {"boolean_value": days > task.longer_than_days, "float_value": days.cast(pl.Float32)}
     extra = ["start"] if task.start is not None else []
-    table = kept.select("subject_id", "prediction_time", *extra, **values).to_arrow()
-    counts = {
-        "triggers": num_triggers,
-        "excluded": num_triggers - rows.height,
-        "died_in_hospital": int(rows["dead"].sum()),
-        "competing_deaths": int(rows["competing"].sum()),
-        "censored": int(rows["censored"].sum()),
-        **_sizes(table),
-    }
-    return table, counts
+    extra += ["weight"] if "weight" in rows.columns else []
+    return rows.filter("label").select("subject_id", "prediction_time", *extra, **values).to_arrow()
+
+
+# ------------------------------------------------------------------------------------------------------- censoring
+
+
+def _weigh(triggers: dict[str, pl.DataFrame]) -> None:
+    """Give the triggers of each shard their `weight`, by the censoring in the shard's split.
+
+    Each split by itself: its scores then are an estimate from its patients alone, nothing of the held-out ones reaches
+    training, and where follow-up differs between splits (by calendar time, say) each has its own.
+    """
+    of_split: dict[str, list[str]] = {}
+    for shard in triggers:
+        of_split.setdefault(shard.partition("/")[0], []).append(shard)
+    for shards in of_split.values():
+        rows = pl.concat([triggers[shard] for shard in shards])
+        until = pl.coalesce(
+            pl.when("event").then("event_time"), pl.when("dies").then("died"), pl.when("unseen").then("last"), "end"
+        )
+        followed = rows.select((until - pl.col("prediction_time")).dt.total_microseconds()).to_series().to_numpy()
+        censored = (rows["unseen"] & ~rows["event"]).to_numpy()
+        at_risk = ~rows["dead"].to_numpy()
+        weight = np.ones(rows.height)
+        weight[at_risk] = censoring_weights(followed[at_risk], censored[at_risk])
+        first = 0
+        for shard in shards:
+            stop = first + triggers[shard].height
+            triggers[shard] = triggers[shard].with_columns(weight=pl.Series(weight[first:stop], dtype=pl.Float32))
+            first = stop
+
+
+def censoring_weights(followed_N: np.ndarray, censored_N: np.ndarray) -> np.ndarray:
+    """One over the Kaplan-Meier probability of being followed up to just before each time (Robins & Finkelstein 2000).
+
+    followed_N: time to the event or the end of the window, or, where censored_N, to the end of the record. At one time
+    events come before censoring. Those that are followed thus stand for those that were lost before.
+    """
+    order_N = np.lexsort((censored_N, followed_N))
+    at_risk_N = np.arange(len(order_N), 0, -1)
+    followed = np.cumprod(np.where(censored_N[order_N], 1 - 1 / at_risk_N, 1.0))
+    weight_N = np.empty(len(order_N))
+    weight_N[order_N] = 1 / np.concatenate([[1.0], followed[:-1]])[: len(order_N)]
+    return weight_N

@@ -30,7 +30,8 @@ MEANING = {
     "excluded": "its windows do not hold there",
     "died_in_hospital": "death at or before the prediction time: not at risk, no label",
     "competing_deaths": "death inside the label window without the event: {rule}",
-    "censored": "the record ends inside the label window without the event: no label",
+    "censored": "the record ends inside the label window, without a death there: no label{censoring}",
+    "positives_unseen": "with the event, and the record ends inside the label window: {unseen}",
     "labels": "labels",
     "positives": "positive labels",
     "subjects": "subjects with a label",
@@ -39,6 +40,15 @@ LIMITS = """\
 Not a medical device. The model knows the codes, units and practices of the dataset it was trained on: on another
 site's data look at the share of unknown codes that prediction prints, and validate locally before any use."""
 Status = Literal["finished", "stopped early", "failed"]
+CENSORING = {
+    "exclude": (", with the event or without", "no label"),
+    "exclude_negatives": (", where the event was not seen", "a positive label, so positives are too frequent"),
+    "weights": (
+        ", where the event was not seen",
+        "a positive label; labels weigh one over their probability of being seen, in all scores here but not in other "
+        "tools",
+    ),
+}
 COMPETING = {"negative": "a negative label", "exclude": "no label"}
 
 
@@ -70,6 +80,7 @@ def of_task(
         "labels": label_set.counts,
         "label_details": label_set.details,
         "competing_rule": task.competing_rule,
+        "censoring_rule": task.censoring_rule,
         "splits": {split: _sizes(part) for split, part in examples.items()},
     }
 
@@ -191,10 +202,13 @@ def _details(found: Mapping[str, Any]) -> list[str]:
     parts += ["## Labels", markdown(split_rows(found))]
     for part in parts_of(found):
         if "triggers" in part["labels"]:
-            rule, of_task = COMPETING[part["competing_rule"]], f" of {part['task']}" if "tasks" in found else ""
+            of_task = f" of {part['task']}" if "tasks" in found else ""
+            rule, (censoring, unseen) = COMPETING[part["competing_rule"]], CENSORING[part["censoring_rule"]]
             rows = [["count", "what"]]
             rows += [
-                [str(part["labels"][k]), text.format(rule=rule)] for k, text in MEANING.items() if k in part["labels"]
+                [str(part["labels"][k]), text.format(rule=rule, censoring=censoring, unseen=unseen)]
+                for k, text in MEANING.items()
+                if k in part["labels"]
             ]
             parts += [f"All splits, how the labels{of_task} came about:", markdown(rows)]
             parts += _label_details(part.get("label_details", {}))
@@ -209,6 +223,8 @@ def _label_details(details: Mapping[str, Mapping[str, int]]) -> list[str]:
     sentences = []
     if any(details.get("excluded", {}).values()):
         sentences.append(f"Excluded by window: {_counted(details['excluded'])}.")
+    if kinds := details.get("kinds"):
+        sentences.append(f"First events in the label window by kind, also where left out: {_counted(kinds)}.")
     if matches := details.get("predicates"):
         sentences.append(f"Events that each predicate matches: {_counted(matches)}.")
         if without := unmatched(matches):
