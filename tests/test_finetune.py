@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -316,6 +317,29 @@ def test_a_finished_search_leaves_everything_it_promises(run: Path, data: Path) 
         assert f"{boosting[name]['value']:.3f}" in report.split("## Scores")[0]
     said = (run.parent / "said.txt").read_text()
     assert f"{found['auprc']['value']:.3f}" in said and str(run / "bundle") in said and "tensorboard --logdir" in said
+
+
+@pytest.mark.slow
+def test_a_search_without_held_out_labels_makes_all_but_their_scores(
+    data: Path, pretrained: Path, ray_env: dict[str, str], tmp_path: Path
+) -> None:
+    for split in ("train", "tuning"):
+        (tmp_path / "mine" / split).mkdir(parents=True)
+        shutil.copy(data / "labels/readmission" / split / "0.parquet", tmp_path / "mine" / split)
+    one = ["search.num_trials=1", "search.space.teacher_share=0", f"task.labels={tmp_path / 'mine'}"]
+    line = command(data, pretrained, tmp_path / "runs", "[0.001]", *one)
+    done = subprocess.run(line, env=ray_env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = tmp_path / "runs" / "r"
+    found = json.loads((run / "results.json").read_text())
+    assert found["split"] == "tuning" and found["num_labels"] == 2 * SIZES["tuning"]
+    assert found["splits"]["held_out"]["labels"] == 0
+    bundle = read_bundle(run, kind="risk")
+    assert "held_out" not in bundle.extra and bundle.extra["tuning"]["auroc"] == found["auroc"]
+    for text in ((run / "report.md").read_text(), (run / "bundle" / "README.md").read_text(), done.stdout):
+        assert "held-out scores are missing" in " ".join(text.split())
+        assert "held-out predictions for" not in text
+    assert "no held-out labels" in done.stdout
 
 
 @pytest.mark.slow

@@ -39,6 +39,10 @@ MEANING = {
 LIMITS = """\
 Not a medical device. The model knows the codes, units and practices of the dataset it was trained on: on another
 site's data look at the share of unknown codes that prediction prints, and validate locally before any use."""
+NO_HELD_OUT = (
+    "there are no held-out labels, so held-out scores are missing: these are of the tuning split, which chose the "
+    "checkpoint and recalibrated it, and flatter the model"
+)
 Status = Literal["finished", "stopped early", "failed"]
 CENSORING = {
     "exclude": (", with the event or without", "no label"),
@@ -66,16 +70,18 @@ class Outcome:
 
 
 def of_task(
-    task: TaskConfig, scores: Mapping[str, Any], label_set: LabelSet, examples: Mapping[str, Examples]
+    task: TaskConfig, scores: Mapping[str, Any], label_set: LabelSet, examples: Mapping[str, Examples], split: str
 ) -> dict[str, Any]:
-    """What results.json says of a task. scores: `metrics.scores` on the held-out split."""
-    found = {"task": task.name, "split": "held_out", **scores}
+    """What results.json says of a task. scores: `metrics.scores` on `split`, held_out unless that has no labels."""
+    found = {"task": task.name, "split": split, **scores}
     positives = round((scores["prevalence"] or 0) * scores["num_labels"])
     if positives < ENOUGH_POSITIVES or scores["num_subjects"] < ENOUGH_SUBJECTS:
         found["note"] = (
             f"{positives} positive labels and {scores['num_subjects']} subjects are too few for the AUROC to mean "
             f"anything: at least {ENOUGH_POSITIVES} and {ENOUGH_SUBJECTS} are needed"
         )
+    if split != "held_out":
+        found["note"] = NO_HELD_OUT
     return found | {
         "labels": label_set.counts,
         "label_details": label_set.details,
@@ -102,10 +108,14 @@ def parts_of(found: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return list(found.get("tasks", [found]))
 
 
-def held_out_scores(found: Mapping[str, Any]) -> dict[str, Any]:
-    """The scores in results.json, for the bundle; of several tasks by their names."""
-    scores = {part["task"]: {name: part[name] for name in SCORES if name in part} for part in parts_of(found)}
-    return scores if "tasks" in found else scores[found["task"]]
+def scores_of(found: Mapping[str, Any], split: str) -> dict[str, Any]:
+    """The scores in results.json that are of a split, for the bundle; of several tasks by their names."""
+    scores = {
+        part["task"]: {name: part[name] for name in SCORES if name in part}
+        for part in parts_of(found)
+        if part["split"] == split
+    }
+    return scores if "tasks" in found else scores.get(found["task"], {})
 
 
 def predictions_file(task: str, tasks: Sequence[str]) -> str:
@@ -180,7 +190,8 @@ def card(found: Mapping[str, Any]) -> str:
 def _verdict(found: Mapping[str, Any]) -> list[str]:
     parts = [f"**Note:** {note}." for note in notes(found)]
     for part in parts_of(found):
-        parts += [*_task_column(found, f"**{part['task']}**"), verdict(part)]
+        if part["split"] == "held_out":
+            parts += [*_task_column(found, f"**{part['task']}**"), verdict(part)]
     return parts
 
 
@@ -190,15 +201,16 @@ def _details(found: Mapping[str, Any]) -> list[str]:
     parts = [
         "## Scores",
         "Intervals are 95 %: of proportions Wilson's with patients for trials, of all else from a bootstrap over "
-        "patients. The held-out split was scored once, by the checkpoint that was best on the tuning split "
-        f"({_criterion(found)}), after its logits were recalibrated on the tuning split:",
+        f"patients. {_scored_once(found)} by the checkpoint that was best on the tuning split ({_criterion(found)}), "
+        "after its logits were recalibrated on the tuning split:",
         markdown(recalibration_rows(found)),
         markdown(score_rows(found)),
     ]
     if len(days) > 1:
         parts += [DAYS, markdown(days)]
     for part in parts_of(found):
-        parts += [*_task_column(found, f"# {part['task']}"), *sections(part)]
+        if part["split"] == "held_out":
+            parts += [*_task_column(found, f"# {part['task']}"), *sections(part)]
     parts += ["## Labels", markdown(split_rows(found))]
     for part in parts_of(found):
         if "triggers" in part["labels"]:
@@ -239,7 +251,7 @@ def _counted(counts: Mapping[str, int]) -> str:
 
 def recalibration_rows(found: Mapping[str, Any]) -> list[list[str]]:
     """Header and a line for each task: what its logits were divided by and raised by, and what that did."""
-    rows = [[*_task_column(found, "task"), "temperature", "shift", "ECE on held-out before", "after"]]
+    rows = [[*_task_column(found, "task"), "temperature", "shift", "ECE before", "after"]]
     for part in parts_of(found):
         fitted = part["recalibration"]
         changes = f"{fitted['temperature']:.2f}", f"{fitted['shift']:+.2f}"
@@ -330,7 +342,13 @@ def trial_rows(found: Mapping[str, Any]) -> list[list[str]]:
 
 def _title(found: Mapping[str, Any]) -> str:
     parts = parts_of(found)
-    return f"Task{'s' * (len(parts) > 1)} {', '.join(part['task'] for part in parts)}: risk model on the held_out split"
+    splits = " or ".join(sorted({part["split"] for part in parts}))
+    return f"Task{'s' * (len(parts) > 1)} {', '.join(part['task'] for part in parts)}: risk model on the {splits} split"
+
+
+def _scored_once(found: Mapping[str, Any]) -> str:
+    held_out = any(part["split"] == "held_out" for part in parts_of(found))
+    return "The held-out split was scored once," if held_out else "The tuning split was scored"
 
 
 def _criterion(found: Mapping[str, Any]) -> str:

@@ -86,12 +86,19 @@ class TuneConfig:
 
 @dataclass(frozen=True)
 class LabelledTask:
-    """A task with its labels, the examples of each split that they make, and whose the held-out ones are."""
+    """A task with its labels, the examples of each split that they make, and whose the held-out ones are.
+
+    There may be no held-out examples: then the search does all but score them.
+    """
 
     config: TaskConfig
     labels: LabelSet
     examples: Mapping[str, Examples]
     held_out_groups: Mapping[str, Mapping[str, np.ndarray]]
+
+    @property
+    def scored_split(self) -> str:
+        return "held_out" if len(self.examples["held_out"]) else "tuning"
 
 
 # ------------------------------------------------------------------------------------------------------- search
@@ -135,7 +142,7 @@ def search(config: TuneConfig) -> Location:
             outcomes = run_trials(study, config.search, config.train, attempt)
         best = _best(outcomes, config.search.metric, run_path)
         winner = _winner(start, trials[best.index], best)
-        found = _score_held_out(config, winner, histories, labelled, outcomes, best)
+        found = _score_winner(config, winner, histories, labelled, outcomes, best)
         _write_hyperparameters(run_path, trials, outcomes)
         results.write(found, run_path)
         outcome |= {f"best_{config.search.metric}": best.best[config.search.metric], "step": best.best["step"]}
@@ -163,10 +170,16 @@ def _absolute(config: TuneConfig) -> TuneConfig:
 
 def _labelled(task: TaskConfig, config: TuneConfig, histories: Histories) -> LabelledTask:
     label_set = labels(locate(config.data.path), task)
-    examples = {split: labelled_examples(histories, label_set.table, split) for split in SPLITS}
+    examples = {
+        split: labelled_examples(histories, label_set.table, split, required=split != "held_out") for split in SPLITS
+    }
     # trials learn from the one and are compared on the other
     require_both_classes(task, {split: examples[split] for split in ("train", "tuning")})
-    groups = subgroups(histories, examples["held_out"], config.report.subgroups, config.report.age_bands)
+    groups = {}
+    if len(examples["held_out"]):
+        groups = subgroups(histories, examples["held_out"], config.report.subgroups, config.report.age_bands)
+    else:
+        print(f"{task.name} has no held-out labels: scores will be of the tuning split", flush=True)
     return LabelledTask(task, label_set, examples, groups)
 
 
@@ -256,7 +269,7 @@ def _calibrated(
     return dataclasses.replace(winner, state=model.state_dict()), recalibration, outputs.probability_ET[:, 0]
 
 
-def _score_held_out(
+def _score_winner(
     config: TuneConfig,
     winner: Bundle,
     histories: Histories,
@@ -282,7 +295,7 @@ def _score_held_out(
         in_days=winner.in_days,
         card=results.card(found),
         extra={
-            "held_out": results.held_out_scores(found),
+            **{split: scores for split in ("held_out", "tuning") if (scores := results.scores_of(found, split))},
             "recalibration": {part["task"]: part["recalibration"] for part in parts},
             "fingerprint": histories.fingerprint,
         },
@@ -297,35 +310,38 @@ def _score_task(
 
     Its predictions and its picture are in the run's folder.
     """
-    name, tuning, held_out = task.config.name, task.examples["tuning"], task.examples["held_out"]
+    name, split, tuning = task.config.name, task.scored_split, task.examples["tuning"]
     winner, recalibration, tuning_probability_E = _calibrated(winner, histories, name, tuning)
-    outputs, _ = predict(winner.for_task(name), histories, held_out)
-    write_predictions(held_out, outputs, config.run.path / results.predictions_file(name, winner.tasks))
-    label_E, probability_E, subject_id_E = held_out.label_E, outputs.probability_ET[:, 0], held_out.subject_id_E
+    scored = task.examples[split]
+    outputs, _ = predict(winner.for_task(name), histories, scored)
+    write_predictions(scored, outputs, config.run.path / results.predictions_file(name, winner.tasks))
+    label_E, probability_E, subject_id_E = scored.label_E, outputs.probability_ET[:, 0], scored.subject_id_E
     scores = metrics.scores(label_E, probability_E, subject_id_E)
     if name in winner.in_days:
-        timed_E = ~np.isnan(held_out.days_E)
-        days_N, predicted_N = held_out.days_E[timed_E], outputs.days_ET[timed_E, 0]
+        timed_E = ~np.isnan(scored.days_E)
+        days_N, predicted_N = scored.days_E[timed_E], outputs.days_ET[timed_E, 0]
         scores["days"] = metrics.day_scores(days_N, predicted_N, subject_id_E[timed_E])
-    part = results.of_task(task.config, scores, task.labels, task.examples)
-    part |= trust.assess(
-        label_E, probability_E, subject_id_E, task.held_out_groups, tuning.label_E, tuning_probability_E
-    )
+    part = results.of_task(task.config, scores, task.labels, task.examples, split)
     before = metrics.ece(label_E, recalibration.undo(probability_E))
     part["recalibration"] = {**dataclasses.asdict(recalibration), "ece_before": before}
     part["boosting"], part["picture"] = None, None
-    if scores["auroc"]["value"] is not None:
-        part["boosting"], boosting_E = {"left_out": "report.boosting=false"}, None
-        if config.report.boosting:
-            print(
-                f"fitting gradient boosting for {name} to compare with; report.boosting=false leaves it out", flush=True
-            )
-            part["boosting"], boosting_E = compare(histories, task.examples, probability_E, config.train.seed)
-        part["picture"] = f"{name}.png"
-        pictures.draw(config.run.path / part["picture"], label_E, probability_E, part, boosting_E)
+    if split == "held_out":
+        part |= trust.assess(
+            label_E, probability_E, subject_id_E, task.held_out_groups, tuning.label_E, tuning_probability_E
+        )
+        if scores["auroc"]["value"] is not None:
+            part["boosting"], boosting_E = {"left_out": "report.boosting=false"}, None
+            if config.report.boosting:
+                print(
+                    f"fitting gradient boosting for {name} to compare with; report.boosting=false leaves it out",
+                    flush=True,
+                )
+                part["boosting"], boosting_E = compare(histories, task.examples, probability_E, config.train.seed)
+            part["picture"] = f"{name}.png"
+            pictures.draw(config.run.path / part["picture"], label_E, probability_E, part, boosting_E)
     oracle = locate(config.data.path) / "oracle" / f"{name}.json"
     if oracle.is_file():  # a synthetic cohort, whose law says how well anything can predict
-        part["ceiling"] = json.loads(oracle.read_text())["ceiling"]["held_out"]
+        part["ceiling"] = json.loads(oracle.read_text())["ceiling"][split]
     return winner, part
 
 
