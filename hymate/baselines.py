@@ -3,9 +3,9 @@
     python -m hymate.baselines data.path=DATA_DIR task=mortality out=DIR
 
 Trains on the train split, chooses on the tuning split (the number of trees, or the strength of logistic regression's
-penalty), and scores the held-out split once. `out` then holds results.json (the scores of `hymate.metrics`, what was
-chosen, the importance of variables and features), predictions.parquet (the MEDS prediction schema) and run.json (the
-settings).
+penalty), recalibrates the probabilities there as a search does, and scores the held-out split once. `out` then holds
+results.json (the scores of `hymate.metrics`, what was chosen, the importance of variables and features),
+predictions.parquet (the MEDS prediction schema) and run.json (the settings).
 
 Shape legend: E examples, X features (see `hymate.data.features`), M marks of what is missing.
 """
@@ -21,7 +21,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import Any, Literal, Protocol
 
@@ -34,7 +34,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from threadpoolctl import threadpool_limits
 
-from hymate import metrics
+from hymate import metrics, trust
 from hymate.command import RECORD, main
 from hymate.config import ConfigError, TaskConfig, UserError
 from hymate.data.features import FeatureConfig, FeatureTable, choose, features
@@ -265,28 +265,43 @@ def compare(
 ) -> tuple[dict[str, Any], np.ndarray | None]:
     """Gradient boosting beside another model, whose probabilities of the held-out examples are `probability_E`.
 
-    examples: of each split; train and tuning have both classes. Returns boosting's held-out scores and how they were
-    come by, with the other model's AUROC and AUPRC less its own as "difference", and its held-out probabilities; or
-    why it could not be fitted as "left_out", and None: what is compared with it has cost hours and must not be lost.
+    examples: of each split; train and tuning have both classes. Returns boosting's held-out scores, recalibrated on the
+    tuning split as the other model is, and how they were come by, with the other model's AUROC and AUPRC less its own
+    as "difference", and its held-out probabilities; or why it could not be fitted as "left_out", and None: what is
+    compared with it has cost hours and must not be lost.
     """
     started = time.monotonic()
     try:
         spec = choose(histories, examples["train"], FeatureConfig())
         train, tuning = (features(histories, examples[split], spec) for split in ("train", "tuning"))
         model = fit("gradient_boosting", train, tuning, seed)
-        boosting_E = model.probability(features(histories, examples["held_out"], spec).value_EX)
+        held_out = features(histories, examples["held_out"], spec)
+        boosting, recalibration = _recalibrated(model, {"tuning": tuning, "held_out": held_out})
     except (UserError, MemoryError) as error:
         return {"left_out": str(error)}, None
     seconds = time.monotonic() - started
     label_E, subject_id_E = examples["held_out"].label_E, examples["held_out"].subject_id_E
+    boosting_E = boosting["held_out"]
     scores = metrics.scores(label_E, boosting_E, subject_id_E)
     found = {name: scores[name] for name in ("auroc", "auprc", "brier", "ece")} | {
         "difference": metrics.paired_difference(label_E, probability_E, boosting_E, subject_id_E),
+        "recalibration": recalibration,
         "chosen": model.chosen,
         "num_features": len(spec.columns),
         "seconds": seconds,
     }
     return found, boosting_E
+
+
+def _recalibrated(
+    model: Baseline, tables: Mapping[str, FeatureTable]
+) -> tuple[dict[str, np.ndarray], dict[str, float | None]]:
+    """Probabilities of the tuning and held-out examples, recalibrated on the tuning split, and what that changed."""
+    raw = {split: model.probability(tables[split].value_EX) for split in ("tuning", "held_out")}
+    recalibration = trust.recalibrate(tables["tuning"].examples.label_E, trust.logit(raw["tuning"]))
+    before = metrics.ece(tables["held_out"].examples.label_E, raw["held_out"])
+    probability = {split: recalibration.probability(raw_E) for split, raw_E in raw.items()}
+    return probability, {**asdict(recalibration), "ece_before": before}
 
 
 def cross_fitted(histories: Histories, train: Examples, tuning: Examples, seed: int) -> np.ndarray:
@@ -348,7 +363,7 @@ def _scored(
     computed = time.monotonic()
     model = fit(config.baseline, table["train"], table["tuning"], config.seed)
     fitted = time.monotonic()
-    probability = {split: model.probability(table[split].value_EX) for split in ("tuning", "held_out")}
+    probability, recalibration = _recalibrated(model, table)
     scores = {
         split: metrics.scores(examples[split].label_E, p_E, examples[split].subject_id_E)
         for split, p_E in probability.items()
@@ -359,7 +374,9 @@ def _scored(
         "baseline": config.baseline,
         "split": "held_out",
         **scores["held_out"],
-        "tuning": {"task": config.task.name, "split": "tuning", **scores["tuning"]},
+        # of the labels that it was recalibrated on a calibration error would say nothing
+        "tuning": {"task": config.task.name, "split": "tuning", **scores["tuning"], "ece": None},
+        "recalibration": recalibration,
         "chosen": model.chosen,
         "num_features": len(spec.columns),
         "seconds": {"features": computed - started, "fit": fitted - computed},

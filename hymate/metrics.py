@@ -1,7 +1,8 @@
 """Metrics of predicted risks and days, with intervals that know that labels of one patient belong together.
 
 Every number is None, not a made-up value, where it is undefined: AUROC and AUPRC need both classes, concordance two
-different lengths.
+different lengths. Labels may have weights (`weight_N`, above 0, 1 each where it is left out), such as the inverse
+probability of not being censored: a label of weight 2 counts as two equal labels of its patient do.
 
 Shape legend:
     N  labels
@@ -24,63 +25,72 @@ AREAS = ("auroc", "auprc")
 ELEMENTS_AT_ONCE = 2_000_000  # of the (B, N) weights: bounds the bootstrap's memory to some 100 MB
 
 
-def auroc(label_N: ArrayLike, score_N: ArrayLike) -> float | None:
+def auroc(label_N: ArrayLike, score_N: ArrayLike, weight_N: ArrayLike | None = None) -> float | None:
     """Area under the ROC curve: the chance that a positive is scored above a negative, ties counting half."""
-    return _defined(_areas(label_N, score_N)[0])
+    return _defined(_areas(label_N, score_N, weights(weight_N, label_N)[None])[0])
 
 
-def auprc(label_N: ArrayLike, score_N: ArrayLike) -> float | None:
+def auprc(label_N: ArrayLike, score_N: ArrayLike, weight_N: ArrayLike | None = None) -> float | None:
     """Average precision: precision at each distinct score, weighted by the recall gained there (no interpolation)."""
-    return _defined(_areas(label_N, score_N)[1])
+    return _defined(_areas(label_N, score_N, weights(weight_N, label_N)[None])[1])
 
 
-def brier(label_N: ArrayLike, prob_N: ArrayLike) -> float | None:
+def brier(label_N: ArrayLike, prob_N: ArrayLike, weight_N: ArrayLike | None = None) -> float | None:
     """Mean squared difference of probability and label (Brier 1950); 0 is best."""
     label_N, prob_N = _checked(label_N, prob_N)
-    return float(np.mean((prob_N - label_N) ** 2)) if len(label_N) else None
+    return mean((prob_N - label_N) ** 2, weight_N)
 
 
-def ece(label_N: ArrayLike, prob_N: ArrayLike, bins: int = 10) -> float | None:
+def ece(label_N: ArrayLike, prob_N: ArrayLike, weight_N: ArrayLike | None = None, bins: int = 10) -> float | None:
     """Expected calibration error (Naeini et al. 2015): |mean probability - share of positives| in equally wide
     bins of the probability, averaged over the labels; 0 is best.
     """
     label_N, prob_N = _checked(label_N, prob_N)
     if not len(label_N):
         return None
-    bin_N = np.minimum((prob_N * bins).astype(int), bins - 1)
-    return float(np.abs(np.bincount(bin_N, prob_N - label_N, bins)).sum() / len(label_N))
+    weight_N = weights(weight_N, label_N)
+    return float(np.abs(np.bincount(ece_bin(prob_N, bins), weight_N * (prob_N - label_N), bins)).sum() / weight_N.sum())
 
 
-def intervals(
-    label_N: ArrayLike,
-    prob_N: ArrayLike,
-    subject_N: ArrayLike,
-    num_samples: int = 1000,
-    seed: int = 0,
-    level: float = 0.95,
-) -> dict[str, tuple[float, float] | None]:
-    """Percentile bootstrap intervals of "auroc" and "auprc"; see `bootstrap`."""
-    label_N, prob_N = _checked(label_N, prob_N)
+def ece_bin(prob_N: Array, bins: int = 10) -> Array:
+    """The number of each probability's bin."""
+    return np.minimum((prob_N * bins).astype(int), bins - 1)
 
-    def areas(weight_BN: Array) -> Array:
-        return _areas(label_N, prob_N, weight_BN)
 
-    return dict(zip(AREAS, bootstrap(areas, len(AREAS), subject_N, num_samples, seed, level), strict=True))
+def mean(value_N: ArrayLike, weight_N: ArrayLike | None = None) -> float | None:
+    """Weighted mean, None of nothing."""
+    value_N = np.asarray(value_N, dtype=np.float64)
+    return float(np.average(value_N, weights=weights(weight_N, value_N))) if len(value_N) else None
+
+
+def weights(weight_N: ArrayLike | None, label_N: ArrayLike) -> Array:
+    """The labels' weights as float64 (N,), 1 each where there are none."""
+    size = len(np.asarray(label_N))
+    weight_N = np.ones(size) if weight_N is None else np.asarray(weight_N, dtype=np.float64)
+    assert weight_N.shape == (size,), f"{size} labels, weights of shape {weight_N.shape}"
+    assert (np.isfinite(weight_N) & (weight_N > 0)).all(), "weights must be finite and above 0"
+    return weight_N
+
+
+def areas(
+    label_N: ArrayLike, score_N: ArrayLike, subject_N: ArrayLike, weight_N: ArrayLike | None = None
+) -> dict[str, dict[str, Any]]:
+    """ "auroc" and "auprc", each as `estimates` gives it."""
+    label_N, score_N = _checked(label_N, score_N, low=-np.inf, high=np.inf)
+
+    def statistics(weight_BN: Array) -> Array:
+        return _areas(label_N, score_N, weight_BN)
+
+    return dict(zip(AREAS, estimates(statistics, len(AREAS), subject_N, weight_N), strict=True))
 
 
 def paired_difference(
-    label_N: ArrayLike,
-    a_N: ArrayLike,
-    b_N: ArrayLike,
-    subject_N: ArrayLike,
-    num_samples: int = 1000,
-    seed: int = 0,
-    level: float = 0.95,
+    label_N: ArrayLike, a_N: ArrayLike, b_N: ArrayLike, subject_N: ArrayLike, weight_N: ArrayLike | None = None
 ) -> dict[str, dict[str, Any]]:
     """How much better scores `a_N` are than `b_N` on the same labels, in "auroc" and "auprc": a's minus b's.
 
-    Each has a `value` and its `ci` [low, high], see `bootstrap`: both scores are computed on the same resampled
-    patients, which cancels what the two have in common. Scores are any finite numbers; each vector has its own scale.
+    Each is as `estimates` gives it: both scores are computed on the same resampled patients, which cancels what the two
+    have in common. Scores are any finite numbers; each vector has its own scale.
     """
     label_N, a_N = _checked(label_N, a_N, low=-np.inf, high=np.inf)
     _, b_N = _checked(label_N, b_N, low=-np.inf, high=np.inf)
@@ -88,16 +98,11 @@ def paired_difference(
     def differences(weight_BN: Array) -> Array:
         return _areas(label_N, a_N, weight_BN) - _areas(label_N, b_N, weight_BN)
 
-    value_K = differences(np.ones((1, len(label_N))))
-    ci_K = bootstrap(differences, len(AREAS), subject_N, num_samples, seed, level)
-    return {
-        name: {"value": _defined(value_1), "ci": _listed(ci)}
-        for name, value_1, ci in zip(AREAS, value_K, ci_K, strict=True)
-    }
+    return dict(zip(AREAS, estimates(differences, len(AREAS), subject_N, weight_N), strict=True))
 
 
 def mean_difference(
-    label_N: ArrayLike, a_RN: Array, b_RN: Array, subject_N: ArrayLike, num_samples: int = 1000, seed: int = 0
+    label_N: ArrayLike, a_RN: Array, b_RN: Array, subject_N: ArrayLike, weight_N: ArrayLike | None = None
 ) -> dict[str, dict[str, Any]]:
     """As `paired_difference`, of the means over several models' scores: of each area the "ci" of a's mean (95 %), and
     as "difference" how much better it is than b's mean.
@@ -107,29 +112,50 @@ def mean_difference(
         a_KB, b_KB = (np.mean([_areas(label_N, x_N, weight_BN) for x_N in x_RN], axis=0) for x_RN in (a_RN, b_RN))
         return np.concatenate([a_KB, a_KB - b_KB])
 
-    value_K = means(np.ones((1, a_RN.shape[1])))[:, 0]
-    ci_K = [_listed(ci) for ci in bootstrap(means, len(value_K), subject_N, num_samples, seed)]
-    K = len(AREAS)
+    found = estimates(means, 2 * len(AREAS), subject_N, weight_N)
+    own, differences = found[: len(AREAS)], found[len(AREAS) :]
     return {
-        name: {"ci": ci_K[k], "difference": {"value": _defined(value_K[K + k : K + k + 1]), "ci": ci_K[K + k]}}
-        for k, name in enumerate(AREAS)
+        name: {"ci": mine["ci"], "difference": difference}
+        for name, mine, difference in zip(AREAS, own, differences, strict=True)
     }
 
 
-def bootstrap(
+def estimates(
     statistics: Callable[[Array], Array],
     num_statistics: int,
     subject_N: ArrayLike,
+    weight_N: ArrayLike | None = None,
+) -> list[dict[str, Any]]:
+    """Each statistic's `value`, None where it is undefined, and its 95 % interval `ci` [low, high] by `resampled`.
+
+    The interval is a percentile one (Efron & Tibshirani 1993). Samples where a statistic is undefined are skipped; `ci`
+    is None where none is left or there is one patient only.
+    """
+    if not len(np.asarray(subject_N)):
+        return [{"value": None, "ci": None} for _ in range(num_statistics)]
+    value_K1 = statistics(weights(weight_N, subject_N)[None])
+    value_KB = resampled(statistics, num_statistics, subject_N, weight_N)
+    return [
+        {"value": _defined(value_1), "ci": _percentiles(value_B)}
+        for value_1, value_B in zip(value_K1, value_KB, strict=True)
+    ]
+
+
+def resampled(
+    statistics: Callable[[Array], Array],
+    num_statistics: int,
+    subject_N: ArrayLike,
+    weight_N: ArrayLike | None = None,
     num_samples: int = 1000,
     seed: int = 0,
-    level: float = 0.95,
-) -> list[tuple[float, float] | None]:
-    """Percentile bootstrap intervals (Efron & Tibshirani 1993) that resample patients, each with all their labels.
+) -> Array:
+    """The statistics (K, B) of bootstrap samples of patients, each with all their labels; no samples of one patient.
 
-    statistics: weights of the labels (B, N), how often each was drawn -> values (K, B), NaN where undefined. Samples
-    where a statistic is undefined are skipped; its interval is None where none is left or there is one patient only.
+    statistics: weights of the labels (B, N), how often each was drawn times its own -> values (K, B), NaN where
+    undefined.
     """
     subject_P, patient_N = np.unique(np.asarray(subject_N), return_inverse=True)
+    weight_N = weights(weight_N, patient_N)
     values = [np.empty((num_statistics, 0))]
     if len(subject_P) > 1:
         rng = np.random.default_rng(seed)
@@ -137,37 +163,40 @@ def bootstrap(
         at_once = max(1, ELEMENTS_AT_ONCE // len(patient_N))
         for start in range(0, num_samples, at_once):
             times_BP = rng.multinomial(len(subject_P), share_P, size=min(at_once, num_samples - start))
-            values.append(statistics(times_BP[:, patient_N].astype(np.float64)))
-    return [_percentiles(value_B, level) for value_B in np.concatenate(values, axis=1)]
+            values.append(statistics(times_BP[:, patient_N] * weight_N))
+    return np.concatenate(values, axis=1)
 
 
-def scores(label_N: ArrayLike, prob_N: ArrayLike, subject_N: ArrayLike) -> dict[str, Any]:
-    """Everything a results table needs, as plain JSON values; see `intervals` for `ci` (95 %)."""
+def scores(
+    label_N: ArrayLike, prob_N: ArrayLike, subject_N: ArrayLike, weight_N: ArrayLike | None = None
+) -> dict[str, Any]:
+    """Everything a results table needs, as plain JSON values; counts are without weights."""
     label_N, prob_N = _checked(label_N, prob_N)
-    ci = intervals(label_N, prob_N, subject_N)
     return {
         "num_labels": len(label_N),
+        "num_positives": int(label_N.sum()),
         "num_subjects": len(np.unique(np.asarray(subject_N))),
-        "prevalence": float(label_N.mean()) if len(label_N) else None,
-        "auroc": {"value": auroc(label_N, prob_N), "ci": _listed(ci["auroc"])},
-        "auprc": {"value": auprc(label_N, prob_N), "ci": _listed(ci["auprc"])},
-        "brier": brier(label_N, prob_N),
-        "ece": ece(label_N, prob_N),
+        "prevalence": mean(label_N, weight_N),
+        **areas(label_N, prob_N, subject_N, weight_N),
+        "brier": brier(label_N, prob_N, weight_N),
+        "ece": ece(label_N, prob_N, weight_N),
     }
 
 
-def concordance(days_N: ArrayLike, predicted_N: ArrayLike) -> float | None:
+def concordance(days_N: ArrayLike, predicted_N: ArrayLike, weight_N: ArrayLike | None = None) -> float | None:
     """Harrell's C (Harrell et al. 1982) without censoring: the chance that of two different lengths the longer one is
-    predicted to be longer, equal predictions counting half.
+    predicted to be longer, equal predictions counting half; a pair weighs the product of its labels' weights.
     """
-    return _defined(_concordance(*_checked_days(days_N, predicted_N)))
+    return _defined(_concordance(*_checked_days(days_N, predicted_N), weights(weight_N, days_N)[None]))
 
 
-def day_scores(days_N: ArrayLike, predicted_N: ArrayLike, subject_N: ArrayLike) -> dict[str, Any]:
+def day_scores(
+    days_N: ArrayLike, predicted_N: ArrayLike, subject_N: ArrayLike, weight_N: ArrayLike | None = None
+) -> dict[str, Any]:
     """What a results table says of predicted days, as plain JSON values with 95 % intervals over patients.
 
-    "mae" is the mean absolute error in days; "mae_of_median" that of the best constant, the median of days_N, which a
-    model must beat to be of use.
+    "mae" is the mean absolute error in days; "mae_of_median" that of the best constant, the (weighted) median of
+    days_N, which a model must beat to be of use.
     """
     days_N, predicted_N = _checked_days(days_N, predicted_N)
     error_N = np.abs(predicted_N - days_N)
@@ -176,20 +205,21 @@ def day_scores(days_N: ArrayLike, predicted_N: ArrayLike, subject_N: ArrayLike) 
         mae_B = weight_BN @ error_N / weight_BN.sum(axis=1)
         return np.stack([mae_B, _concordance(days_N, predicted_N, weight_BN)])
 
-    mae_ci, concordance_ci = bootstrap(statistics, 2, subject_N)
-    known = len(days_N) > 0
-    return {
-        "num_labels": len(days_N),
-        "mae": {"value": float(error_N.mean()) if known else None, "ci": _listed(mae_ci)},
-        "mae_of_median": float(np.abs(days_N - np.median(days_N)).mean()) if known else None,
-        "concordance": {"value": concordance(days_N, predicted_N), "ci": _listed(concordance_ci)},
-    }
+    mae, concordance = estimates(statistics, 2, subject_N, weight_N)
+    best_constant = mean(np.abs(days_N - _median(days_N, weights(weight_N, days_N))), weight_N) if len(days_N) else None
+    return {"num_labels": len(days_N), "mae": mae, "mae_of_median": best_constant, "concordance": concordance}
 
 
-def _areas(label_N: ArrayLike, score_N: ArrayLike, weight_BN: Array | None = None) -> Array:
+def _median(value_N: Array, weight_N: Array) -> float:
+    """A value that half of the weight lies at or below."""
+    order_N = np.argsort(value_N, kind="stable")
+    below_N = np.cumsum(weight_N[order_N])
+    return float(value_N[order_N][np.searchsorted(below_N, below_N[-1] / 2)])
+
+
+def _areas(label_N: ArrayLike, score_N: ArrayLike, weight_BN: Array) -> Array:
     """(2, B): AUROC and average precision under each row of label weights; NaN where a class has no weight."""
     label_N, score_N = _checked(label_N, score_N, low=-np.inf, high=np.inf)
-    weight_BN = np.ones((1, len(label_N))) if weight_BN is None else weight_BN
     if not len(label_N):
         return np.full((2, len(weight_BN)), np.nan)
     order_N = np.argsort(-score_N, kind="stable")
@@ -211,13 +241,12 @@ def _areas(label_N: ArrayLike, score_N: ArrayLike, weight_BN: Array | None = Non
     return np.stack([roc_B, pr_B])
 
 
-def _concordance(days_N: Array, predicted_N: Array, weight_BN: Array | None = None) -> Array:
+def _concordance(days_N: Array, predicted_N: Array, weight_BN: Array) -> Array:
     """(B,): concordance under each row of label weights, in O(N log N); NaN where no two lengths differ.
 
     Two labels whose lengths have different ranks differ first in one bit of them: there the pair is counted, among
     labels with the same higher bits, sorted by prediction, by running sums of the weights whose bit is 0.
     """
-    weight_BN = np.ones((1, len(days_N))) if weight_BN is None else weight_BN
     concordant_B, pairs_B = np.zeros(len(weight_BN)), np.zeros(len(weight_BN))
     _, rank_N = np.unique(days_N, return_inverse=True)
     for bit in range(int(rank_N.max(initial=0)).bit_length()):
@@ -259,17 +288,11 @@ def _checked_days(days_N: ArrayLike, predicted_N: ArrayLike) -> tuple[Array, Arr
     return days_N, predicted_N
 
 
-def _percentiles(value_B: Array, level: float) -> tuple[float, float] | None:
+def _percentiles(value_B: Array) -> list[float] | None:
+    """The middle 95 %."""
     value_B = value_B[~np.isnan(value_B)]
-    if not len(value_B):
-        return None
-    low, high = np.percentile(value_B, [50 * (1 - level), 50 * (1 + level)])
-    return float(low), float(high)
+    return np.percentile(value_B, [2.5, 97.5]).tolist() if len(value_B) else None
 
 
 def _defined(value_1: Array) -> float | None:
     return None if np.isnan(value_1[0]) else float(value_1[0])
-
-
-def _listed(interval: tuple[float, float] | None) -> list[float] | None:
-    return None if interval is None else list(interval)

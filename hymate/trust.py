@@ -1,19 +1,21 @@
 """What else than a ranking decides whether a risk model can be used: whether its probabilities mean what they say,
 what acting on them brings, and for whom they are wrong.
 
-Every function looks at one task. Proportions have Wilson intervals (1927) with the number of patients for the number of
-trials, as if all of a patient's labels were one: too wide rather than too narrow, and not empty where nothing happened.
-Other intervals are `metrics.bootstrap`'s. All are 95 %.
+Every function looks at one task. Proportions have Wilson intervals (1927) with an effective number of patients for the
+number of trials (Kish 1965), as if all of a patient's labels were one: too wide rather than too narrow, and not empty
+where nothing happened. Other intervals are `metrics.estimates`'. All are 95 %. Labels may have weights, as in
+`hymate.metrics`.
 
 Shape legend:
     N  labels
+    M  labels of the tuning split
+    P  patients
     B  bootstrap samples
     T  thresholds of the probability
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +25,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import special
 from scipy.optimize import minimize
 from scipy.special import expit
+from scipy.stats import norm
 
 from hymate import metrics
 
@@ -35,8 +38,9 @@ THRESHOLDS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
 GRID = tuple(percent / 100 for percent in range(1, 100))
 CURVE_GROUPS, LABELS_A_GROUP = 10, 20
 SIMULATIONS = 200
+FEWEST_EACH = 5  # patients with the outcome, and without it, on whom a verdict may rest
 PRIOR_LABELS = 10  # the precision of the prior of a log temperature and a shift
-Z = 1.959964  # 97.5 % of a standard normal
+Z = float(norm.ppf(0.975))
 NEWTON_STEPS, CONVERGED = 20, 1e-6
 STEEPEST = 50.0  # a slope that grows beyond this has no end: the classes are separated
 EPSILON = 1e-7
@@ -56,12 +60,16 @@ class Recalibration:
         """Calibrated logits (N,)."""
         return logit_N / self.temperature + self.shift
 
+    def probability(self, prob_N: ArrayLike) -> Array:
+        """Calibrated probabilities (N,) of probabilities."""
+        return np.asarray(expit(self(logit(prob_N))))
+
     def undo(self, prob_N: ArrayLike) -> Array:
         """What calibrated probabilities were before."""
         return np.asarray(expit((logit(prob_N) - self.shift) * self.temperature))
 
 
-def recalibrate(label_N: ArrayLike, logit_N: ArrayLike) -> Recalibration:
+def recalibrate(label_N: ArrayLike, logit_N: ArrayLike, weight_N: ArrayLike | None = None) -> Recalibration:
     """The temperature (Guo et al. 2017) and shift (Platt 1999) of least negative log-likelihood on labels that the
     model did not learn from.
 
@@ -71,18 +79,21 @@ def recalibrate(label_N: ArrayLike, logit_N: ArrayLike) -> Recalibration:
     finite and 50 labels from doing more harm than they must.
     """
     label_N, logit_N = np.asarray(label_N, dtype=np.float64), np.asarray(logit_N, dtype=np.float64)
+    weight_N = metrics.weights(weight_N, label_N)
 
     def loss(parameters: Array) -> float:
         log_temperature, shift = parameters
         calibrated_N = logit_N * np.exp(-log_temperature) + shift
-        likelihood = np.logaddexp(0.0, np.where(label_N > 0.5, -calibrated_N, calibrated_N)).sum()
+        likelihood = (weight_N * np.logaddexp(0.0, np.where(label_N > 0.5, -calibrated_N, calibrated_N))).sum()
         return float(likelihood + PRIOR_LABELS / 2 * (log_temperature**2 + shift**2))
 
     log_temperature, shift = minimize(loss, np.zeros(2), method="L-BFGS-B").x
     return Recalibration(float(np.exp(log_temperature)), float(shift))
 
 
-def calibration_slope(label_N: ArrayLike, prob_N: ArrayLike, subject_N: ArrayLike) -> dict[str, Any]:
+def calibration_slope(
+    label_N: ArrayLike, prob_N: ArrayLike, subject_N: ArrayLike, weight_N: ArrayLike | None = None
+) -> dict[str, Any]:
     """Slope of the logistic regression of the label on the logit (Cox 1958), by maximum likelihood.
 
     1 is ideal; below it the probabilities are too extreme, above it too timid. None where it has no finite value.
@@ -92,9 +103,7 @@ def calibration_slope(label_N: ArrayLike, prob_N: ArrayLike, subject_N: ArrayLik
     def slopes(weight_BN: Array) -> Array:
         return _slopes(label_N, logit_N, weight_BN)[None]
 
-    value = float(slopes(np.ones((1, len(label_N))))[0, 0])
-    (ci,) = metrics.bootstrap(slopes, 1, subject_N)
-    return {"value": None if np.isnan(value) else value, "ci": None if ci is None else list(ci)}
+    return metrics.estimates(slopes, 1, subject_N, weight_N)[0]
 
 
 def _slopes(label_N: Array, logit_N: Array, weight_BN: Array) -> Array:
@@ -118,73 +127,107 @@ def _slopes(label_N: Array, logit_N: Array, weight_BN: Array) -> Array:
     return np.where(found_B, slope_B, np.nan)
 
 
-def calibration_error(label_N: ArrayLike, prob_N: ArrayLike, seed: int = 0) -> dict[str, float | None]:
+def calibration_error(
+    label_N: ArrayLike, prob_N: ArrayLike, subject_N: ArrayLike, weight_N: ArrayLike | None = None, seed: int = 0
+) -> dict[str, float | None]:
     """`metrics.ece` and how much of it is chance.
 
     With few labels the share of positives in a bin differs from the mean probability of even a perfect model: 0.024 is
-    usual with 800 labels. "by_chance" is the mean error of labels drawn from the probabilities themselves (Broecker &
-    Smith 2007); "beyond_chance" is what remains, errors of the two kinds adding in squares, 0 where nothing does. The
-    labels are drawn one by one: where a patient's hang together more than their probabilities do, chance is larger.
+    usual with 800 labels. "by_chance" is the mean error where the residuals of each patient, all together, have a
+    random sign, as those of a perfect model might have (a wild bootstrap, Wu 1986, of clusters); "beyond_chance" is
+    what remains, errors of the two kinds adding in squares (Broecker & Smith 2007), 0 where nothing does.
     """
     label_N, prob_N = np.asarray(label_N, dtype=np.float64), np.asarray(prob_N, dtype=np.float64)
-    found = metrics.ece(label_N, prob_N)
+    found = metrics.ece(label_N, prob_N, weight_N)
     if found is None:
         return {"ece": None, "by_chance": None, "beyond_chance": None}
-    rng = np.random.default_rng(seed)
-    drawn = np.array([metrics.ece(rng.binomial(1, prob_N), prob_N) for _ in range(SIMULATIONS)], dtype=np.float64)
-    beyond = max(0.0, found**2 - float(np.mean(drawn**2))) ** 0.5
-    return {"ece": found, "by_chance": float(drawn.mean()), "beyond_chance": beyond}
+    weight_N = metrics.weights(weight_N, label_N)
+    subject_P, patient_N = np.unique(np.asarray(subject_N), return_inverse=True)
+    bin_N, rng = metrics.ece_bin(prob_N), np.random.default_rng(seed)
+    residual_N = weight_N * (prob_N - label_N)
+    flipped = (
+        np.bincount(bin_N, residual_N * rng.choice((-1.0, 1.0), len(subject_P))[patient_N]) for _ in range(SIMULATIONS)
+    )
+    chance = np.array([np.abs(sum_K).sum() for sum_K in flipped]) / weight_N.sum()
+    beyond = max(0.0, found**2 - float(np.mean(chance**2))) ** 0.5
+    return {"ece": found, "by_chance": float(chance.mean()), "beyond_chance": beyond}
 
 
-def calibration_curve(label_N: ArrayLike, prob_N: ArrayLike, subject_N: ArrayLike) -> list[dict[str, Any]]:
+def calibration_curve(
+    label_N: ArrayLike, prob_N: ArrayLike, subject_N: ArrayLike, weight_N: ArrayLike | None = None
+) -> list[dict[str, Any]]:
     """Mean probability and observed share in groups of as many labels each, from the lowest probabilities on."""
     label_N, prob_N, subject_N = np.asarray(label_N), np.asarray(prob_N), np.asarray(subject_N)
+    weight_N = metrics.weights(weight_N, label_N)
     groups = np.clip(len(label_N) // LABELS_A_GROUP, 1, CURVE_GROUPS)
     return [
-        {"predicted": float(prob_N[own].mean()), "observed": share(label_N[own], subject_N[own]), "labels": len(own)}
+        {
+            "predicted": metrics.mean(prob_N[own], weight_N[own]),
+            "observed": share(label_N[own], subject_N[own], weight_N[own]),
+            "labels": len(own),
+        }
         for own in np.array_split(np.argsort(prob_N, kind="stable"), groups)
         if len(own)
     ]
 
 
-def share(flag_N: ArrayLike, subject_N: ArrayLike) -> dict[str, Any]:
-    """`value`, the share of labels with the flag (None without labels), and its `ci`."""
-    flag_N = np.asarray(flag_N, dtype=np.float64)
-    n = len(np.unique(np.asarray(subject_N)))
-    if not n:
+def share(flag_N: ArrayLike, subject_N: ArrayLike, weight_N: ArrayLike | None = None, z: float = Z) -> dict[str, Any]:
+    """`value`, the share of labels with the flag (None without labels), and its `ci`; z: its half width, in errors."""
+    value = metrics.mean(flag_N, weight_N)
+    if value is None:
         return {"value": None, "ci": None}
-    value = float(flag_N.mean())
-    middle = (value + Z**2 / (2 * n)) / (1 + Z**2 / n)
-    half = Z / (1 + Z**2 / n) * np.sqrt(value * (1 - value) / n + Z**2 / (4 * n**2))
+    return {"value": value, "ci": wilson(value, effective_patients(subject_N, weight_N), z)}
+
+
+def wilson(value: float, n: float, z: float = Z) -> list[float]:
+    """Interval [low, high] of a proportion `value` of `n` trials (Wilson 1927), 95 % unless z says otherwise."""
+    middle = (value + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * np.sqrt(value * (1 - value) / n + z**2 / (4 * n**2))
     low, high = max(0.0, middle - half), min(1.0, middle + half)
     # of a share of 0 or 1 the bounds touch it but for rounding, which must not leave it outside
-    return {"value": value, "ci": [float(min(low, value)), float(max(high, value))]}
+    return [float(min(low, value)), float(max(high, value))]
+
+
+def effective_patients(subject_N: ArrayLike, weight_N: ArrayLike | None = None) -> float:
+    """How many patients with equally many labels tell as much as these (Kish 1965): (sum m)^2 / sum m^2, where m is
+    the weight of all labels of a patient.
+    """
+    _, patient_N = np.unique(np.asarray(subject_N), return_inverse=True)
+    weight_P = np.bincount(patient_N, metrics.weights(weight_N, patient_N))
+    return float(weight_P.sum() ** 2 / (weight_P**2).sum())
 
 
 # --------------------------------------------------------------------------------------------------- decisions
 
 
-def threshold_at(specificity: float, label_N: ArrayLike, prob_N: ArrayLike) -> float:
+def threshold_at(specificity: float, label_N: ArrayLike, prob_N: ArrayLike, weight_N: ArrayLike | None = None) -> float:
     """The lowest threshold above which at most 1 - specificity of the negatives lie; an alert is a higher probability.
 
     label_N must hold a negative.
     """
-    negative_M = np.sort(np.asarray(prob_N, dtype=np.float64)[np.asarray(label_N) < 0.5])
-    return float(negative_M[max(0, int(np.ceil(specificity * len(negative_M) - 1e-9)) - 1)])
+    negative_N = np.asarray(label_N) < 0.5
+    prob_N = np.asarray(prob_N, dtype=np.float64)[negative_N]
+    order_N = np.argsort(prob_N, kind="stable")
+    below_N = np.cumsum(metrics.weights(weight_N, label_N)[negative_N][order_N])
+    return float(prob_N[order_N][np.searchsorted(below_N, specificity * below_N[-1] * (1 - 1e-12))])
 
 
-def operating_point(threshold: float, label_N: ArrayLike, prob_N: ArrayLike, subject_N: ArrayLike) -> dict[str, Any]:
+def operating_point(
+    threshold: float, label_N: ArrayLike, prob_N: ArrayLike, subject_N: ArrayLike, weight_N: ArrayLike | None = None
+) -> dict[str, Any]:
     """Sensitivity, specificity and positive predictive value of alerts above a threshold, and alerts per 100
     predictions.
     """
     positive_N, subject_N = np.asarray(label_N) > 0.5, np.asarray(subject_N)
     alert_N = np.asarray(prob_N, dtype=np.float64) > threshold
+    weight_N = metrics.weights(weight_N, label_N)
+    alerts = metrics.mean(alert_N, weight_N)
     return {
         "threshold": threshold,
-        "sensitivity": share(alert_N[positive_N], subject_N[positive_N]),
-        "specificity": share(~alert_N[~positive_N], subject_N[~positive_N]),
-        "ppv": share(positive_N[alert_N], subject_N[alert_N]),
-        "alerts_per_100": float(100 * alert_N.mean()) if len(alert_N) else None,
+        "sensitivity": share(alert_N[positive_N], subject_N[positive_N], weight_N[positive_N]),
+        "specificity": share(~alert_N[~positive_N], subject_N[~positive_N], weight_N[~positive_N]),
+        "ppv": share(positive_N[alert_N], subject_N[alert_N], weight_N[alert_N]),
+        "alerts_per_100": None if alerts is None else 100 * alerts,
     }
 
 
@@ -201,55 +244,113 @@ def net_benefit(label_N: ArrayLike, prob_N: ArrayLike, threshold_T: ArrayLike, w
     return ((weight_BN @ (act_NT * worth_NT)) / weight_BN.sum(axis=1, keepdims=True)).T
 
 
-def decision_curve(label_N: ArrayLike, prob_N: ArrayLike, subject_N: ArrayLike) -> dict[str, Any]:
+def decision_curve(
+    label_N: ArrayLike, prob_N: ArrayLike, subject_N: ArrayLike, weight_N: ArrayLike | None = None
+) -> dict[str, Any]:
     """What acting on the probabilities brings, against acting on everyone or on no one, whichever is better.
 
     "net_benefit": rows of `threshold`, net benefits of `model` and `all`, the model's `gain` on the better one of all
-    and none, at those of THRESHOLDS that 1 to 99 % of the probabilities reach. "useful": the longest run of GRID's
-    thresholds at each of which the gain's interval lies above 0, [low, high], or None.
+    and none, at those of THRESHOLDS that 1 to 99 % of the probabilities reach. "useful": `useful_range`.
     """
     label_N, prob_N = np.asarray(label_N, dtype=np.float64), np.asarray(prob_N, dtype=np.float64)
+    weight_N = metrics.weights(weight_N, label_N)
+    reached_T = [t for t in THRESHOLDS if 0.01 <= (metrics.mean(prob_N >= t, weight_N) or 0.0) <= 0.99]
 
     def gains(weight_BN: Array) -> Array:
-        everyone_TB = net_benefit(label_N, np.ones_like(prob_N), GRID, weight_BN)
-        return net_benefit(label_N, prob_N, GRID, weight_BN) - np.maximum(everyone_TB, 0)
+        everyone_TB = net_benefit(label_N, np.ones_like(prob_N), reached_T, weight_BN)
+        return net_benefit(label_N, prob_N, reached_T, weight_BN) - np.maximum(everyone_TB, 0)
 
-    gain_T = gains(np.ones((1, len(label_N))))[:, 0]
-    ci_T = metrics.bootstrap(gains, len(GRID), subject_N)
-    model_T = net_benefit(label_N, prob_N, GRID)[:, 0]
-    all_T = net_benefit(label_N, np.ones_like(prob_N), GRID)[:, 0]
-    rows = [
-        {
-            "threshold": GRID[t],
-            "model": float(model_T[t]),
-            "all": float(all_T[t]),
-            "gain": {"value": float(gain_T[t]), "ci": None if ci_T[t] is None else list(ci_T[t] or ())},
-        }
-        for t in map(GRID.index, THRESHOLDS)
-        if 0.01 <= np.mean(prob_N >= GRID[t]) <= 0.99
-    ]
-    runs = itertools.groupby(range(len(GRID)), key=lambda t: (ci := ci_T[t]) is not None and ci[0] > 0)
-    useful = max((list(run) for better, run in runs if better), key=len, default=None)
-    return {"net_benefit": rows, "useful": None if useful is None else [GRID[useful[0]], GRID[useful[-1]]]}
+    gain_T = metrics.estimates(gains, len(reached_T), subject_N, weight_N)
+    model_T, all_T = (
+        net_benefit(label_N, p_N, reached_T, weight_N[None])[:, 0] for p_N in (prob_N, np.ones_like(prob_N))
+    )
+    columns = zip(reached_T, model_T.tolist(), all_T.tolist(), gain_T, strict=True)
+    rows = [dict(zip(("threshold", "model", "all", "gain"), row, strict=True)) for row in columns]
+    return {"net_benefit": rows, "useful": useful_range(label_N, prob_N, subject_N, weight_N)}
+
+
+def useful_range(
+    label_N: ArrayLike, prob_N: ArrayLike, subject_N: ArrayLike, weight_N: ArrayLike | None = None
+) -> list[float] | None:
+    """The longest run of GRID's thresholds, [low, high], at each of which acting on the model is detectably better than
+    acting on no one and than acting on everyone; None where there is none.
+
+    Better than on no one means that of those acted on more than the threshold are positive, better than on everyone
+    that of the others fewer are: two tests of a proportion against a known one, both of which must reject (at 2.5 %,
+    one-sided). A bootstrap of the gain fails where few are on one side: ten negatives below the threshold and no
+    positive are ten negatives in every sample, though at this risk they are no wonder. Here the error is never below
+    that of the tested proportion, and FEWEST_EACH patients at least are rightly acted on, and rightly left alone.
+    """
+    positive_N, prob_N = np.asarray(label_N) > 0.5, np.asarray(prob_N, dtype=np.float64)
+    _, patient_N = np.unique(np.asarray(subject_N), return_inverse=True)
+    weight_N = metrics.weights(weight_N, positive_N)
+
+    def better(threshold: float, side_N: Array, sign: int) -> bool:
+        right_N = side_N & (positive_N == (sign > 0))
+        if len(np.unique(patient_N[right_N])) < FEWEST_EACH:
+            return False
+        return sign * _surplus(threshold, positive_N[side_N], patient_N[side_N], weight_N[side_N]) > Z
+
+    longest: list[float] = []
+    run: list[float] = []
+    for threshold in GRID:
+        act_N = prob_N >= threshold
+        useful = better(threshold, act_N, 1) and better(threshold, ~act_N, -1)
+        run = [*run, threshold] if useful else []
+        longest = max(longest, run, key=len)
+    return [longest[0], longest[-1]] if longest else None
+
+
+def _surplus(expected: float, label_N: Array, patient_N: Array, weight_N: Array) -> float:
+    """How many standard errors more than `expected` the proportion of positives is.
+
+    The error is the larger one of what the differences between patients say (a sandwich over clusters, Liang & Zeger
+    1986) and what independent labels of the expected proportion would have.
+    """
+    excess_N = weight_N * (label_N - expected)
+    centred_P = np.bincount(patient_N, excess_N - weight_N * (excess_N.sum() / weight_N.sum()))
+    binomial = expected * (1 - expected) * (weight_N**2).sum()
+    return float(excess_N.sum() / np.sqrt(max((centred_P**2).sum(), binomial)))
 
 
 # ---------------------------------------------------------------------------------------------------- subgroups
 
 
-def group_scores(threshold: float, label_N: ArrayLike, prob_N: ArrayLike, subject_N: ArrayLike) -> dict[str, Any]:
+def group_z(groups: int) -> float:
+    """How many errors a group must be off to be accused, so that of reports on as many groups that are all right at
+    most one in twenty accuses any (Bonferroni's correction).
+    """
+    return float(norm.ppf(1 - 0.025 / groups))
+
+
+def group_scores(
+    threshold: float,
+    z: float,
+    overall: float | None,
+    label_N: ArrayLike,
+    prob_N: ArrayLike,
+    subject_N: ArrayLike,
+    weight_N: ArrayLike | None = None,
+) -> dict[str, Any]:
     """One group's line; of a group of fewer than FEWEST_SUBJECTS nothing but that (`few`).
 
     Sensitivity and specificity are those at `threshold`. `enough`: whether the group alone could bear a judgement.
-    `wrong`: "too high" or "too low" where the mean probability is outside the interval of the observed share.
+    `wrong`: "too high" or "too low" where the mean probability is outside the interval of the observed share, and
+    `ranked_worse` whether the interval of the AUROC lies below `overall`, of groups with FEWEST_EACH patients of both
+    kinds: of fewer a bootstrap knows too little. Both intervals reach `z` errors to each side, as many groups ask for.
     """
     label_N, prob_N, subject_N = np.asarray(label_N), np.asarray(prob_N), np.asarray(subject_N)
+    weight_N = metrics.weights(weight_N, label_N)
     subjects = len(np.unique(subject_N))
     if subjects < FEWEST_SUBJECTS:
         return {"few": True}
-    ci = metrics.intervals(label_N, prob_N, subject_N)["auroc"]
-    observed, predicted = share(label_N, subject_N), float(prob_N.mean())
-    point = operating_point(threshold, label_N, prob_N, subject_N)
-    low, high = observed["ci"]
+    observed, predicted = share(label_N, subject_N, weight_N), metrics.mean(prob_N, weight_N)
+    assert predicted is not None, "there are patients"
+    low, high = share(label_N, subject_N, weight_N, z)["ci"]
+    areas = metrics.areas(label_N, prob_N, subject_N, weight_N)
+    auroc, ci = areas["auroc"]["value"], areas["auroc"]["ci"]
+    known = min(len(np.unique(subject_N[of_class])) for of_class in (label_N > 0.5, label_N < 0.5)) >= FEWEST_EACH
+    point = operating_point(threshold, label_N, prob_N, subject_N, weight_N)
     positives = int((label_N > 0.5).sum())
     return {
         "few": False,
@@ -259,8 +360,9 @@ def group_scores(threshold: float, label_N: ArrayLike, prob_N: ArrayLike, subjec
         "observed": observed,
         "predicted": predicted,
         "wrong": "too high" if predicted > high else "too low" if predicted < low else None,
-        "auroc": {"value": metrics.auroc(label_N, prob_N), "ci": None if ci is None else list(ci)},
-        "auprc": metrics.auprc(label_N, prob_N),
+        "auroc": areas["auroc"],
+        "auprc": areas["auprc"]["value"],
+        "ranked_worse": bool(known and auroc + z / Z * (ci[1] - auroc) < overall),
         "sensitivity": point["sensitivity"],
         "specificity": point["specificity"],
         "enough": positives >= ENOUGH_POSITIVES and subjects >= ENOUGH_SUBJECTS,
@@ -277,31 +379,36 @@ def assess(
     groups: Mapping[str, Mapping[str, Array]],
     tuning_label_M: ArrayLike,
     tuning_prob_M: ArrayLike,
+    weight_N: ArrayLike | None = None,
+    tuning_weight_M: ArrayLike | None = None,
 ) -> dict[str, Any]:
     """All of the above for one task's held-out labels, as plain JSON values.
 
-    groups: kind of group -> name -> which labels belong to it (N,). The thresholds come from the tuning split (M
-    labels), so that their sensitivity and specificity on held-out labels are no hindsight.
+    groups: kind of group -> name -> which labels belong to it (N,). The thresholds come from the tuning split, so that
+    their sensitivity and specificity on held-out labels are no hindsight.
     """
     label_N, prob_N, subject_N = np.asarray(label_N), np.asarray(prob_N), np.asarray(subject_N)
-    threshold_of = {aim: threshold_at(aim, tuning_label_M, tuning_prob_M) for aim in SPECIFICITIES}
+    weight_N = metrics.weights(weight_N, label_N)
+    every = label_N, prob_N, subject_N, weight_N
+    threshold_of = {aim: threshold_at(aim, tuning_label_M, tuning_prob_M, tuning_weight_M) for aim in SPECIFICITIES}
+    named = [(kind, name, own) for kind, groups_of in groups.items() for name, own in groups_of.items()]
+    judged = sum(len(np.unique(subject_N[own])) >= FEWEST_SUBJECTS for _, _, own in named)
+    z, overall = group_z(max(1, judged)), metrics.auroc(label_N, prob_N, weight_N)
     return {
         "calibration": {
-            **calibration_error(label_N, prob_N),
-            "predicted": float(prob_N.mean()),
-            "observed": share(label_N, subject_N),
-            "slope": calibration_slope(label_N, prob_N, subject_N),
-            "curve": calibration_curve(label_N, prob_N, subject_N),
+            **calibration_error(*every),
+            "predicted": metrics.mean(prob_N, weight_N),
+            "observed": share(label_N, subject_N, weight_N),
+            "slope": calibration_slope(*every),
+            "curve": calibration_curve(*every),
         },
         "operating_points": [
-            {"aim": aim, **operating_point(threshold, label_N, prob_N, subject_N)}
-            for aim, threshold in threshold_of.items()
+            {"aim": aim, **operating_point(threshold, *every)} for aim, threshold in threshold_of.items()
         ],
-        **decision_curve(label_N, prob_N, subject_N),
+        **decision_curve(*every),
         "subgroups": [
-            {"kind": kind, "group": name, **group_scores(threshold_of[0.9], label_N[own], prob_N[own], subject_N[own])}
-            for kind, named in groups.items()
-            for name, own in named.items()
+            {"kind": kind, "group": name, **group_scores(threshold_of[0.9], z, overall, *(x_N[own] for x_N in every))}
+            for kind, name, own in named
         ],
     }
 

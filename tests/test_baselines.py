@@ -15,14 +15,15 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from meds_evaluation.schema import PredictionSchema
+from scipy.special import expit, logit
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from hymate import baselines
+from hymate import baselines, metrics, trust
 from hymate.baselines import BaselinesConfig, compare, cross_fitted, fit, importance, run
 from hymate.command import CONFIGS, load, to_tree
 from hymate.config import UserError
 from hymate.data import synthetic_law as law
-from hymate.data.features import Column, FeatureConfig, FeatureSpec, FeatureTable
+from hymate.data.features import Column, FeatureConfig, FeatureSpec, FeatureTable, choose, features
 from hymate.data.histories import Histories
 from hymate.data.loader import Examples, labelled_examples
 from hymate.data.meds import SPLITS, read_labels, write_parquet
@@ -117,8 +118,18 @@ def test_a_model_is_compared_with_what_the_command_says(
     found, boosting = compare(histories, examples, model, seed=0)
     assert json.loads(json.dumps(found)) == found
     assert boosting == pytest.approx(predictions["predicted_boolean_probability"].to_numpy(), abs=1e-6)
-    for same in ("auroc", "auprc", "brier", "ece", "chosen", "num_features"):
+    for same in ("auroc", "auprc", "brier", "ece", "recalibration", "chosen", "num_features"):
         assert found[same] == scores[same]
+    # its calibration is that of a model recalibrated on the tuning labels, as a search's is
+    spec = choose(histories, examples["train"], baselines.FeatureConfig())
+    table = {split: features(histories, examples[split], spec) for split in SPLITS}
+    raw = fit("gradient_boosting", table["train"], table["tuning"], seed=0)
+    fitted = trust.recalibrate(examples["tuning"].label_E, logit(raw.probability(table["tuning"].value_EX)))
+    assert boosting == pytest.approx(expit(fitted(logit(raw.probability(table["held_out"].value_EX)))))
+    before = metrics.ece(examples["held_out"].label_E, raw.probability(table["held_out"].value_EX))
+    assert found["recalibration"] == pytest.approx(
+        {"temperature": fitted.temperature, "shift": fitted.shift, "ece_before": before}
+    )
     expected = roc_auc_score(examples["held_out"].label_E, model) - scores["auroc"]["value"]
     assert found["difference"]["auroc"]["value"] == pytest.approx(expected)
 

@@ -74,21 +74,20 @@ def cohort(num_subjects: int, labels_each: int, seed: int = 0) -> tuple[np.ndarr
 
 
 def test_intervals_resample_patients_not_labels() -> None:
-    one = metrics.intervals(*cohort(80, 1))
-    ten = metrics.intervals(*cohort(80, 10))
-    for name in ("auroc", "auprc"):
-        assert ten[name] == pytest.approx(one[name], abs=1e-9)  # ten equal labels of a patient tell no more than one
+    one = metrics.areas(*cohort(80, 1))
+    ten = metrics.areas(*cohort(80, 10))
     label, prob, _ = cohort(80, 10)
-    alone = metrics.intervals(label, prob, np.arange(len(label)))
-    for name, interval in ten.items():
-        assert interval is not None and alone[name] is not None
-        assert interval[1] - interval[0] > 2 * (alone[name][1] - alone[name][0])
+    alone = metrics.areas(label, prob, np.arange(len(label)))
+    for name in ("auroc", "auprc"):
+        # ten equal labels of a patient tell no more than one
+        assert ten[name]["ci"] == pytest.approx(one[name]["ci"], abs=1e-9)
+        assert np.diff(ten[name]["ci"]) > 2 * np.diff(alone[name]["ci"])
 
 
 def test_interval_of_the_auroc_agrees_with_its_standard_error() -> None:
     label, prob, subject = cohort(2000, 1)
     auc = metrics.auroc(label, prob)
-    low, high = metrics.intervals(label, prob, subject)["auroc"]
+    low, high = metrics.areas(label, prob, subject)["auroc"]["ci"]
     # Hanley & McNeil 1982
     positives, negatives = label.sum(), (~label).sum()
     q1, q2 = auc / (2 - auc), 2 * auc**2 / (1 + auc)
@@ -120,7 +119,7 @@ def test_the_difference_of_two_scores_agrees_with_delong() -> None:
 def test_a_difference_is_paired_clustered_and_antisymmetric() -> None:
     label, prob, subject = cohort(80, 5)
     other = np.repeat(np.random.default_rng(1).normal(size=80), 5)
-    same = metrics.paired_difference(label, prob, 3 * prob - 7, subject, num_samples=20)
+    same = metrics.paired_difference(label, prob, 3 * prob - 7, subject)
     assert same == {name: {"value": 0.0, "ci": [0.0, 0.0]} for name in ("auroc", "auprc")}
     forth, back = (metrics.paired_difference(label, *pair, subject) for pair in ((prob, other), (other, prob)))
     alone = metrics.paired_difference(label, prob, other, np.arange(len(label)))
@@ -139,7 +138,7 @@ def test_the_difference_of_means_is_the_mean_of_differences() -> None:
     alone = metrics.mean_difference(label, a[None], b[:1], subject)
     expected = metrics.paired_difference(label, a, b[0], subject)
     assert {name: alone[name]["difference"] for name in alone} == expected
-    assert alone["auroc"]["ci"] == pytest.approx(metrics.intervals(label, a, subject)["auroc"])
+    assert alone["auroc"]["ci"] == pytest.approx(metrics.areas(label, a, subject)["auroc"]["ci"])
     differences = [metrics.paired_difference(label, a, each, subject)["auprc"]["value"] for each in b]
     found = metrics.mean_difference(label, np.stack([a] * 3), b, subject)["auprc"]["difference"]["value"]
     assert found == pytest.approx(np.mean(differences))
@@ -147,16 +146,101 @@ def test_the_difference_of_means_is_the_mean_of_differences() -> None:
 
 def test_undefined_samples_are_skipped_and_one_patient_has_no_interval() -> None:
     # two patients, one positive: half of the samples hold one of them twice
-    assert metrics.intervals([0, 1], [0.1, 0.9], [1, 2])["auroc"] == (1.0, 1.0)
-    assert metrics.intervals([0, 1], [0.1, 0.9], [7, 7]) == {"auroc": None, "auprc": None}
+    assert metrics.areas([0, 1], [0.1, 0.9], [1, 2])["auroc"] == {"value": 1.0, "ci": [1.0, 1.0]}
+    assert metrics.areas([0, 1], [0.1, 0.9], [7, 7])["auprc"] == {"value": 1.0, "ci": None}
 
 
-def test_intervals_depend_on_the_seed_alone_and_not_on_the_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    data = cohort(30, 2)
-    whole = metrics.intervals(*data, num_samples=50)
-    assert metrics.intervals(*data, num_samples=50, seed=1) != whole
+def test_samples_depend_on_the_seed_alone_and_not_on_the_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    label, prob, subject = cohort(30, 2)
+
+    def samples(seed: int = 0) -> np.ndarray:
+        return metrics.resampled(lambda weight: metrics._areas(label, prob, weight), 2, subject, None, 50, seed)
+
+    whole = samples()
+    assert not np.array_equal(samples(1), whole)
     monkeypatch.setattr(metrics, "ELEMENTS_AT_ONCE", 7 * 60)
-    assert metrics.intervals(*data, num_samples=50) == whole
+    np.testing.assert_allclose(samples(), whole, rtol=1e-12)
+
+
+# ------------------------------------------------------------------------------------------------------- weights
+
+# labels, scores, days, weights; a subject has two of them
+weighted = st.lists(
+    st.tuples(st.booleans(), st.integers(0, 6).map(lambda k: k / 6), st.integers(0, 9), st.integers(1, 4)),
+    min_size=2,
+    max_size=24,
+)
+
+
+@settings(deadline=None, max_examples=30)
+@given(weighted)
+def test_integer_weights_equal_repeated_labels(rows: list[tuple[bool, float, int, int]]) -> None:
+    label, score, days, weight = (np.array(column, dtype=float) for column in zip(*rows, strict=True))
+    subject, other = np.arange(len(rows)) // 2, 1 - score**2
+    again = np.repeat(np.arange(len(rows)), weight.astype(int))
+    for found, repeated in (
+        (metrics.scores(label, score, subject, weight), metrics.scores(label[again], score[again], subject[again])),
+        (
+            metrics.day_scores(days, 9 * score, subject, weight),
+            metrics.day_scores(days[again], 9 * score[again], subject[again]),
+        ),
+        (
+            metrics.paired_difference(label, score, other, subject, weight),
+            metrics.paired_difference(label[again], score[again], other[again], subject[again]),
+        ),
+        (
+            metrics.mean_difference(label, np.stack([score, other]), other[None], subject, weight),
+            metrics.mean_difference(
+                label[again], np.stack([score, other])[:, again], other[None, again], subject[again]
+            ),
+        ),
+    ):
+        for name in ("num_labels", "num_positives"):  # counts are of labels, whatever they weigh
+            assert found.pop(name, None) is None or repeated.pop(name) >= len(label) * (name == "num_labels")
+        alike(found, repeated)
+
+
+@settings(deadline=None, max_examples=20)
+@given(weighted, st.sampled_from([1.0, 0.25, 3.0]))
+def test_equal_weights_change_nothing(rows: list[tuple[bool, float, int, int]], each: float) -> None:
+    label, score, days, _ = (np.array(column, dtype=float) for column in zip(*rows, strict=True))
+    subject, weight = np.arange(len(rows)) // 2, np.full(len(rows), each, np.float32)
+    alike(metrics.scores(label, score, subject, weight), metrics.scores(label, score, subject))
+    alike(metrics.day_scores(days, score, subject, weight), metrics.day_scores(days, score, subject))
+    if each == 1:
+        assert metrics.scores(label, score, subject, weight) == metrics.scores(label, score, subject)
+
+
+def test_weighted_areas_are_scikit_learns() -> None:
+    rng = np.random.default_rng(0)
+    label, prob, weight = rng.random(200) < 0.3, rng.random(200).round(1), rng.exponential(size=200) + 0.1
+    assert metrics.auroc(label, prob, weight) == pytest.approx(roc_auc_score(label, prob, sample_weight=weight))
+    assert metrics.auprc(label, prob, weight) == pytest.approx(
+        average_precision_score(label, prob, sample_weight=weight)
+    )
+    assert metrics.brier(label, prob, weight) == pytest.approx(brier_score_loss(label, prob, sample_weight=weight))
+
+
+@pytest.mark.parametrize("weight", [[1.0, 0.0], [1.0, -1.0], [1.0, float("nan")], [1.0]])
+def test_impossible_weights_are_refused(weight: list[float]) -> None:
+    with pytest.raises(AssertionError, match="weights"):
+        metrics.auroc([0, 1], [0.1, 0.9], weight)
+
+
+def alike(found: object, expected: object) -> None:
+    """Equal but for rounding, at any depth."""
+    if isinstance(found, dict):
+        assert isinstance(expected, dict) and found.keys() == expected.keys()
+        for name in found:
+            alike(found[name], expected[name])
+    elif isinstance(found, list):
+        assert isinstance(expected, list)
+        for one, other in zip(found, expected, strict=True):
+            alike(one, other)
+    elif not isinstance(found, float):
+        assert found == expected
+    else:
+        assert found == pytest.approx(expected, abs=1e-9)
 
 
 # ---------------------------------------------------------------------------------------------------------- days

@@ -6,12 +6,14 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given
+from benchmarks import verdicts
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import expit
 from scipy.stats import binomtest
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import confusion_matrix, roc_curve
+from test_metrics import alike
 
 from hymate import metrics, trust
 
@@ -70,17 +72,27 @@ def test_a_slope_without_a_finite_value_is_none(label: list[int]) -> None:
 def test_a_perfect_models_error_is_chance_and_a_wrong_models_is_not() -> None:
     beyond, usual = [], []
     for seed in range(10):
-        label, true, _ = cohort(800, seed)
-        perfect = trust.calibration_error(label, expit(true))
+        label, true, subject = cohort(800, seed)
+        perfect = trust.calibration_error(label, expit(true), subject)
         assert perfect["ece"] == metrics.ece(label, expit(true))
         beyond.append(perfect["beyond_chance"])
         usual.append(perfect["by_chance"])
     assert 0.02 < np.mean(usual) < 0.04 and np.mean(beyond) < 0.5 * np.mean(usual)
-    label, true, _ = cohort(50_000)
+    label, true, subject = cohort(50_000)
     for distorted in (1.5 * true, true + 0.5):
-        wrong = trust.calibration_error(label, expit(distorted))
+        wrong = trust.calibration_error(label, expit(distorted), subject)
         assert wrong["beyond_chance"] == pytest.approx(np.mean(np.abs(expit(distorted) - expit(true))), rel=0.1)
-    assert trust.calibration_error([], [])["ece"] is None
+    assert trust.calibration_error([], [], [])["ece"] is None
+
+
+def test_chance_is_as_large_as_patients_are_few() -> None:
+    label, true, subject = cohort(400)
+    one, five = (
+        trust.calibration_error(*(np.repeat(column, times) for column in (label, expit(true), subject)))
+        for times in (1, 5)
+    )
+    assert five["ece"] == pytest.approx(one["ece"])
+    assert five["by_chance"] == pytest.approx(one["by_chance"])  # five equal labels of a patient tell no more than one
 
 
 def test_the_calibration_curve_holds_every_label_once_in_order() -> None:
@@ -93,6 +105,7 @@ def test_the_calibration_curve_holds_every_label_once_in_order() -> None:
     assert total == pytest.approx(label.sum())
 
 
+@settings(deadline=None)
 @given(st.integers(1, 3000), st.data())
 def test_shares_have_wilsons_interval(num: int, data: st.DataObject) -> None:
     count = data.draw(st.sampled_from([0, num]) | st.integers(0, num))
@@ -103,6 +116,16 @@ def test_shares_have_wilsons_interval(num: int, data: st.DataObject) -> None:
     assert 0 <= found["ci"][0] <= found["value"] <= found["ci"][1] <= 1  # a picture's bars have no negative length
     repeated = trust.share(np.repeat(np.arange(num) < count, 3), np.repeat(np.arange(num), 3))
     assert repeated["ci"] == pytest.approx(found["ci"])  # three equal labels of a patient tell no more than one
+    tripled = trust.share(np.arange(num) < count, np.arange(num), np.full(num, 3.0))
+    assert tripled["ci"] == pytest.approx(found["ci"])
+
+
+def test_patients_with_unequal_numbers_of_labels_tell_less() -> None:
+    subject = np.repeat([1, 2, 3, 4], [1, 1, 1, 7])
+    assert trust.effective_patients(subject) == pytest.approx(100 / 52)  # Kish 1965: (1 + 1 + 1 + 7)^2 / (3 + 49)
+    assert trust.effective_patients([1, 2, 3, 4], [1, 1, 1, 7]) == pytest.approx(100 / 52)
+    before, after = verdicts.share_coverage(800, spread=1.2, cohorts=400)
+    assert before < 0.9 and 0.94 < after < 0.99
 
 
 # --------------------------------------------------------------------------------------------------- decisions
@@ -153,6 +176,17 @@ def test_a_good_model_is_worth_it_in_the_middle_and_a_useless_one_nowhere() -> N
     assert useless["useful"] is None
 
 
+@pytest.mark.parametrize(("num_labels", "many"), [(300, True), (800, False), (3000, True)])
+def test_a_model_is_called_useful_where_it_is(num_labels: int, many: bool) -> None:
+    """A small run of tests/benchmarks/verdicts.py; `before` is a bootstrap of the gain at each threshold."""
+    before, after = verdicts.useful_rates(num_labels, many, "useless", cohorts=45)[:, 0]
+    assert after <= 0.05
+    assert before > 0.1 or num_labels == 3000
+    (called_before, _), (called, _) = verdicts.useful_rates(num_labels, many, "calibrated", cohorts=12)
+    assert called >= called_before - 0.1 or num_labels < 3000
+    assert verdicts.useful_rates(num_labels, many, "too high", cohorts=18)[1, 1] <= 0.1  # wrongly so in part
+
+
 # ---------------------------------------------------------------------------------------------------- one task
 
 
@@ -174,6 +208,39 @@ def test_a_group_whose_risks_are_wrong_is_told_and_a_tiny_one_is_not_shown() -> 
     assert wrong["specificity"]["value"] < fine["specificity"]["value"]
     for point in found["operating_points"]:
         assert point["specificity"]["value"] == pytest.approx(point["aim"], abs=1e-3)
+
+
+def test_groups_are_rarely_accused_by_chance() -> None:
+    (_, _), (wrong, ranked_worse) = verdicts.group_accusations(800, many=False, groups=20, cohorts=20)
+    assert wrong <= 0.1 and ranked_worse <= 0.1
+
+
+def test_weights_count_as_repeated_labels() -> None:
+    label, true, subject = cohort(400)
+    weight = np.random.default_rng(1).integers(1, 4, len(label))
+    again = np.repeat(np.arange(len(label)), weight)
+    groups = {"kind": {"odd": subject % 2 == 1}}
+    repeated = {"kind": {"odd": groups["kind"]["odd"][again]}}
+    prob = expit(true + 0.3)
+    found = trust.assess(label, prob, subject, groups, label, prob, weight, weight)
+    expected = trust.assess(label[again], prob[again], subject[again], repeated, label[again], prob[again])
+    for assessed in (found, expected):
+        assessed["calibration"].pop("curve")  # of as many labels each, whatever they weigh
+        for count in ("labels", "positives", "enough"):
+            assessed["subgroups"][0].pop(count)
+    # repeated labels pass for independent ones in the binomial error, a weighted one does not
+    assert found.pop("useful") == pytest.approx(expected.pop("useful"), abs=0.03)
+    alike(found, expected)
+    curve = trust.calibration_curve(label, prob, subject, weight)
+    assert sum(group["labels"] for group in curve) == len(label)
+    lowest = np.argsort(prob, kind="stable")[: curve[0]["labels"]]
+    assert curve[0]["predicted"] == pytest.approx(np.average(prob[lowest], weights=weight[lowest]))
+    logits = true * 1.5 - 0.2
+    fitted, of_repeated = trust.recalibrate(label, logits, weight), trust.recalibrate(label[again], logits[again])
+    assert (fitted.temperature, fitted.shift) == pytest.approx((of_repeated.temperature, of_repeated.shift), rel=1e-4)
+    assert trust.assess(label, prob, subject, groups, label, prob, np.ones(400)) == trust.assess(
+        label, prob, subject, groups, label, prob
+    )
 
 
 def test_labels_of_one_class_are_no_error() -> None:

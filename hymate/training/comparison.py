@@ -16,7 +16,6 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
-from scipy.special import expit
 
 from hymate import metrics, trust
 from hymate.config import UserError
@@ -97,8 +96,8 @@ class Comparison:
 
 
 def _recalibrated(tuning: pa.Table, table: pa.Table) -> Array:
-    logit_N, tuning_logit_N = (trust.logit(part["probability"].to_numpy()) for part in (table, tuning))
-    return expit(trust.recalibrate(tuning["label"].to_numpy(), tuning_logit_N)(logit_N))
+    label_M, tuning_M = (tuning[name].to_numpy() for name in ("label", "probability"))
+    return trust.recalibrate(label_M, trust.logit(tuning_M)).probability(table["probability"].to_numpy())
 
 
 def compare(comparison: Comparison) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from hymate.trust import ENOUGH_POSITIVES, ENOUGH_SUBJECTS
 
 RESULTS, REPORT = "results.json", "report.md"
 
-SCORES = ("num_labels", "num_subjects", "prevalence", "auroc", "auprc", "brier", "ece", "days")
+SCORES = ("num_labels", "num_positives", "num_subjects", "prevalence", "auroc", "auprc", "brier", "ece", "days")
 DAYS = """\
 How long it lasts, in days. "Of the median" is the error of the best constant, which a model must beat to be of use;
 concordance is the chance that of two different lengths the longer one is predicted to be longer."""
@@ -74,7 +74,7 @@ def of_task(
 ) -> dict[str, Any]:
     """What results.json says of a task. scores: `metrics.scores` on `split`, held_out unless that has no labels."""
     found = {"task": task.name, "split": split, **scores}
-    positives = round((scores["prevalence"] or 0) * scores["num_labels"])
+    positives = scores["num_positives"]
     if positives < ENOUGH_POSITIVES or scores["num_subjects"] < ENOUGH_SUBJECTS:
         found["note"] = (
             f"{positives} positive labels and {scores['num_subjects']} subjects are too few for the AUROC to mean "
@@ -200,9 +200,10 @@ def _details(found: Mapping[str, Any]) -> list[str]:
     days = day_rows(found)
     parts = [
         "## Scores",
-        "Intervals are 95 %: of proportions Wilson's with patients for trials, of all else from a bootstrap over "
-        f"patients. {_scored_once(found)} by the checkpoint that was best on the tuning split ({_criterion(found)}), "
-        "after its logits were recalibrated on the tuning split:",
+        "Intervals are 95 %: of proportions Wilson's, whose trials are patients, fewer where some have more labels "
+        f"than others (Kish); of all else from a bootstrap over patients. {_scored_once(found)} by the checkpoint that "
+        f"was best on the tuning split ({_criterion(found)}), after its logits were recalibrated on the tuning split, "
+        "as gradient boosting's are:",
         markdown(recalibration_rows(found)),
         markdown(score_rows(found)),
     ]
@@ -250,12 +251,16 @@ def _counted(counts: Mapping[str, int]) -> str:
 
 
 def recalibration_rows(found: Mapping[str, Any]) -> list[list[str]]:
-    """Header and a line for each task: what its logits were divided by and raised by, and what that did."""
-    rows = [[*_task_column(found, "task"), "temperature", "shift", "ECE before", "after"]]
+    """Header and lines for each task: what each model's logits were divided by and raised by, and what that did."""
+    rows = [[*_task_column(found, "task"), "logits of", "temperature", "shift", "ECE before", "after"]]
     for part in parts_of(found):
-        fitted = part["recalibration"]
-        changes = f"{fitted['temperature']:.2f}", f"{fitted['shift']:+.2f}"
-        rows.append([*_task_column(found, part["task"]), *changes, number(fitted["ece_before"]), number(part["ece"])])
+        boosting = part["boosting"] or {}
+        for name, model in (("model", part), ("gradient boosting", boosting)):
+            if "recalibration" in model:
+                fitted = model["recalibration"]
+                changes = f"{fitted['temperature']:.2f}", f"{fitted['shift']:+.2f}"
+                errors = number(fitted["ece_before"]), number(model["ece"])
+                rows.append([*_task_column(found, part["task"]), name, *changes, *errors])
     return rows
 
 

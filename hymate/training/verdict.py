@@ -42,12 +42,15 @@ def sections(found: Mapping[str, Any]) -> list[str]:
         "Thresholds chosen on the tuning split; everything else measured on the held-out split.",
         markdown(_operating_rows(found)),
         "## Net benefit",
-        "True positives per 100 predictions, less false ones at the threshold's odds; no one acted on is 0.",
+        "True positives per 100 predictions, less false ones at the threshold's odds; acting on no one is 0. Each "
+        "interval is of one threshold alone; the verdict asks that the risk of those acted on is above the threshold "
+        "and that of the others below it, with enough patients on both sides.",
         markdown(_benefit_rows(found)),
         "## Groups",
         f"Sensitivity is that at the threshold for {percent(VERDICT_AIM)} specificity. (few): below {ENOUGH_POSITIVES} "
         f"positives or {ENOUGH_SUBJECTS} patients, too few to judge the group alone; of groups below "
-        f"{FEWEST_SUBJECTS} patients nothing is shown. One group in twenty stands out by chance.",
+        f"{FEWEST_SUBJECTS} patients nothing is shown. Each interval is of one group alone; whether risks are too high "
+        "or too low, or patients ranked worse, allows for the number of groups.",
         markdown(_group_rows(found)),
     ]
 
@@ -56,9 +59,9 @@ def sections(found: Mapping[str, Any]) -> list[str]:
 
 
 def _ranking(found: Mapping[str, Any]) -> str:
-    positives = round(found["prevalence"] * found["num_labels"])
     return (
-        f"Of {found['num_labels']:,} held-out predictions for {found['num_subjects']:,} patients {positives:,} are "
+        f"Of {found['num_labels']:,} held-out predictions for {found['num_subjects']:,} patients "
+        f"{found['num_positives']:,} are "
         f"positive ({percent(found['prevalence'])}). A positive is ranked above a negative with a chance of "
         f"{with_interval(found['auroc'])} (AUROC; 0.5 is guessing); AUPRC is {with_interval(found['auprc'])}, "
         f"where guessing gives {number(found['prevalence'])}."
@@ -139,8 +142,7 @@ def _groups(found: Mapping[str, Any]) -> str:
             for g in groups
         )
         texts += [f"On average {wrong} for {names}."] if groups else []
-    worse = [g for g in told if g["auroc"]["ci"] and g["auroc"]["ci"][1] < found["auroc"]["value"]]
-    worse = sorted(worse, key=lambda g: g["auroc"]["value"])[:NAMED]
+    worse = sorted((g for g in told if g["ranked_worse"]), key=lambda g: g["auroc"]["value"])[:NAMED]
     if worse:
         names = "; ".join(f"{_name(group)} (AUROC {with_interval(group['auroc'])})" for group in worse)
         texts.append(f"Ranks worse for {names}.")
