@@ -177,13 +177,14 @@ def table(seed: int, num_examples: int = 400) -> FeatureTable:
     value_EX[missing_E, :2] = np.nan
     nobody_E, label_ET = np.zeros(num_examples, np.int64), label_E.astype(np.float32)[:, None]
     examples = Examples(
-        nobody_E,
-        nobody_E,
-        nobody_E,
-        label_ET,
-        np.full_like(label_ET, np.nan),
-        np.ones_like(label_ET),
-        np.arange(num_examples),
+        position_E=nobody_E,
+        stop_E=nobody_E,
+        earliest_E=nobody_E,
+        prediction_time_E=nobody_E,
+        label_ET=label_ET,
+        days_ET=np.full_like(label_ET, np.nan),
+        weight_ET=np.ones_like(label_ET),
+        subject_id_E=np.arange(num_examples),
     )
     return FeatureTable(FeatureSpec((), columns), examples, value_EX)
 
@@ -236,7 +237,7 @@ def test_the_file_names_every_setting_with_the_default_of_the_code() -> None:
     [
         (["data.path=/nowhere"], "not a prepared dataset"),
         (["baseline=forest"], "baseline must be one of gradient_boosting, logistic_regression, lightgbm"),
-        (["features.max_feature=3"], "Could not override .features.max_feature."),
+        (["features.max_feature=3"], "features.max_feature is not a known key: did you mean features.max_features"),
         (["features.windows_hours=[48,24]"], "features.windows_hours must be positive and rise"),
         (["seed=-1"], "seed must not be negative"),
     ],
