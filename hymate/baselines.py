@@ -36,7 +36,7 @@ from threadpoolctl import threadpool_limits
 
 from hymate import metrics, trust
 from hymate.command import RECORD, main
-from hymate.config import ConfigError, TaskConfig, UserError
+from hymate.config import ConfigError, Place, TaskConfig, UserError
 from hymate.data.features import FeatureConfig, FeatureTable, choose, features
 from hymate.data.histories import Histories
 from hymate.data.loader import Examples, labelled_examples, require_both_classes
@@ -66,7 +66,7 @@ IMPORTANCE_LABELS, REPEATS, DETAILED_VARIABLES = 2000, 3, 10
 class DataPath:
     """path: a prepared dataset."""
 
-    path: str
+    path: Place
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class BaselinesConfig:
 
     data: DataPath
     task: TaskConfig
-    out: str
+    out: Place
     baseline: Kind = "gradient_boosting"
     seed: int = 0
     features: FeatureConfig = field(default_factory=FeatureConfig)

@@ -123,7 +123,7 @@ def read_bundle(path: Location, kind: Kind | None = None) -> Bundle:
         _check_file(folder, name, tree["sha256"])
     try:
         model = build(ModelConfig, tree["model"], "model.")
-        data = build(DataConfig, {**tree["data"], "path": ""}, "data.")
+        data = build(DataConfig, {**tree["data"], "path": "."}, "data.")  # no bundle says where
         tasks, in_days = ([str.__str__(task) for task in tree[key]] for key in ("tasks", "in_days"))
         if len(set(tasks)) < len(tasks) or not set(in_days) <= set(tasks):
             raise ValueError("tasks are named twice, or in_days names others")

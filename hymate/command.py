@@ -18,11 +18,10 @@ import re
 import sys
 import types
 import typing
-import unicodedata
 from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from hydra import compose, initialize_config_dir
@@ -35,7 +34,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from hymate import ending, machine
 from hymate.config import ConfigError, TaskConfig
-from hymate.storage import CREDENTIAL, CREDENTIAL_REFUSED, Location, locate
+from hymate.errors import UserError
+from hymate.storage import CREDENTIAL, CREDENTIAL_REFUSED, UNPRINTABLE, Location, locate
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 RECORD = "run.json"  # in every run folder, see hymate.record
@@ -133,7 +133,7 @@ def _refuse_options(override: str, schema: type) -> None:
     """Raises ConfigError where an argument is not key=value: one of Hydra's options or keys, say."""
     key, equals, _ = override.partition("=")
     folder = "run.dir=DIR" if any(field.name == "run" for field in dataclasses.fields(schema)) else "out=PLACE"
-    if any(unicodedata.category(character) in ("Cc", "Cs") for character in override):
+    if UNPRINTABLE.search(override):
         raise ConfigError(f"{override!a} holds a control character, or is not UTF-8: rename what it names")
     if re.match(r"[+~]*hydra([./@]|$)", key):
         raise ConfigError(
@@ -284,7 +284,7 @@ def main(config_name: str, schema: type[T], run: Callable[[T], object], argv: Se
 
 
 def build(schema: type[T], tree: Mapping[str, Any], where: str = "") -> T:
-    """Build a dataclass from a plain tree, checking names and types.
+    """Build a dataclass from a plain tree, checking names and types, and a type's annotation, a function, its values.
 
     >>> from hymate.config import RunConfig
     >>> build(RunConfig, {"name": "a", "dri": "b"})
@@ -292,7 +292,7 @@ def build(schema: type[T], tree: Mapping[str, Any], where: str = "") -> T:
     ...
     hymate.config.ConfigError: dri is not a known key: did you mean dir?
     """
-    hints = typing.get_type_hints(schema)
+    hints = typing.get_type_hints(schema, include_extras=True)
     known = {f.name: f for f in dataclasses.fields(schema)}  # type: ignore[arg-type]
     values: dict[str, Any] = {}
     for key, value in tree.items():
@@ -314,6 +314,13 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         options = [a for a in args if a is not type(None)]
         sections = isinstance(value, Mapping) and all(isinstance(item, Mapping) for item in value.values())
         return _convert(options[-1] if sections else options[0], value, path)
+    if origin is Annotated:
+        value = _convert(args[0], value, path)
+        try:
+            args[1](value)
+        except UserError as error:
+            raise ConfigError(f"{path}: {error}") from error
+        return value
     if origin is Literal:
         if value not in args:
             raise ConfigError(f"{path} must be one of {', '.join(map(str, args))}; got {value!r}")

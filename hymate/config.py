@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 from hymate.errors import UserError
-from hymate.storage import Location, locate
+from hymate.storage import UNPRINTABLE, Location, locate, parse_location
 
 
 class ConfigError(UserError):
     """A mistake in the configuration."""
+
+
+Place = Annotated[str, parse_location]  # a local path or a URL
 
 
 # --------------------------------------------------------------------------------------------------- sections
@@ -28,7 +32,7 @@ class DataConfig:
     min_count: codes with fewer training events share the unknown id.
     """
 
-    path: str
+    path: Place
     context: int = 8192
     tokens_per_row: int = 16384
     min_count: int = 10
@@ -223,13 +227,17 @@ class RunConfig:
     """Where a run lives: `<dir>/<name>`, `dir` a folder or a URL; the same name continues the run that is there."""
 
     name: str
-    dir: str = "runs"
+    dir: Place = "runs"
 
     def __post_init__(self) -> None:
         _require(
-            bool(self.name) and "/" not in self.name and not self.name.startswith("."),
+            bool(self.name)
+            and "/" not in self.name
+            and self.name[0] not in ".~"
+            and not UNPRINTABLE.search(self.name)
+            and ("?" not in self.name or isinstance(parse_location(self.dir), Path)),
             "run.name",
-            f"must be a plain folder name, got {self.name!r}",
+            f"must be a plain folder name (no /, no . or ~ at its beginning, at a URL no ?), got {self.name!a}",
         )
 
     @property
@@ -263,7 +271,7 @@ class TaskConfig:
     """
 
     name: str
-    labels: str | None = None
+    labels: Place | None = None
     definition: dict[str, Any] | None = None
     competing: str | None = None
     competing_rule: Literal["negative", "exclude"] = "negative"

@@ -37,7 +37,7 @@ from hymate import explain_pictures
 from hymate.attribution import SHARES, Attribution, Case, Explainer, deletion_and_insertion
 from hymate.bundle import read_bundle
 from hymate.command import main
-from hymate.config import ConfigError, TaskConfig, UserError
+from hymate.config import ConfigError, Place, TaskConfig, UserError
 from hymate.data.loader import US_PER_HOUR, Examples
 from hymate.data.meds import write_parquet
 from hymate.predict import DataPath, asked_of, best_device, predict
@@ -65,10 +65,10 @@ class ExplainConfig:
     cohort: most predictions behind the tables of variables and of faithfulness.
     """
 
-    bundle: str
+    bundle: Place
     data: DataPath
     task: TaskConfig
-    out: str
+    out: Place
     split: Literal["all", "train", "tuning", "held_out"] = "held_out"
     subjects: list[int] = field(default_factory=list)
     patients: int = 3

@@ -36,7 +36,7 @@ from torch import Tensor
 from hymate.batch import UNKNOWN_ID, Batch
 from hymate.bundle import Bundle, build_model, read_bundle
 from hymate.command import main
-from hymate.config import ConfigError, TaskConfig, UserError
+from hymate.config import ConfigError, Place, TaskConfig, UserError
 from hymate.data.histories import Histories, read_metadata
 from hymate.data.loader import Examples, Rows, labelled_examples
 from hymate.data.meds import read_labels, write_parquet
@@ -51,7 +51,7 @@ from hymate.streaming import StreamingModel, check_streamable
 class DataPath:
     """path: a prepared dataset, or any MEDS folder (prepared in a temporary folder first)."""
 
-    path: str
+    path: Place
 
 
 @dataclass(frozen=True)
@@ -62,13 +62,13 @@ class PredictConfig:
     folder that keeps the subjects' states.
     """
 
-    bundle: str
+    bundle: Place
     data: DataPath
     task: TaskConfig
-    out: str
+    out: Place
     split: Literal["all", "train", "tuning", "held_out"] = "all"
     context: Literal["bundle", "all"] = "bundle"
-    states: str | None = None
+    states: Place | None = None
 
     def __post_init__(self) -> None:
         if self.states is not None and self.context != "all":

@@ -14,7 +14,7 @@ import yaml
 
 from hymate.baselines import BaselinesConfig
 from hymate.command import CONFIGS, build, dump_yaml, load, main, parse_yaml, to_tree
-from hymate.config import ConfigError, ModelConfig, ObjectiveConfig, TaskConfig, TrainConfig
+from hymate.config import ConfigError, ModelConfig, ObjectiveConfig, RunConfig, TaskConfig, TrainConfig
 from hymate.data.prepare import PrepareConfig
 from hymate.explain import ExplainConfig
 from hymate.predict import PredictConfig
@@ -100,9 +100,10 @@ COMMANDS: dict[str, tuple[type, list[str], list[str]]] = {
     "explain": (ExplainConfig, [PATH, "bundle=B", "out=o", "task=mortality"], ["data.path", "bundle", "task.labels"]),
     "baselines": (BaselinesConfig, [PATH, "out=o", "task=mortality"], ["data.path", "out", "task.labels"]),
 }
+PLACES = ["s3:/x", "s3://", "S3://b/x", "file:x", "http://h/x", "~nobody-of-this-name", "", "s3://b/a?1", "s3://b/../x"]
 TEXTS = [
     *("1.10", "1_000", "1e5", "12e4567", "7216e91", "+5", "-3", "007", "0x1F", ".5", "1.", "inf", "nan", "true", "OFF"),
-    *("None", "~x", "a=b", "=x", "date=2026-11-26/d", "d(1)", "or(a, b)", "(copy)", "d#1", "données", "Müller 患者"),
+    *("None", "~", "a=b", "=x", "date=2026-11-26/d", "d(1)", "or(a, b)", "(copy)", "d#1", "données", "Müller 患者"),
     *("it's", 'a "b" c', "'a'b'", '"a', "a'", "a,b", "a, b", "a: b", ";", "100%", "%20", "a&b", "*", "?", "a?b"),
     *(
         "$HOME",
@@ -138,6 +139,32 @@ def test_text_is_taken_as_it_was_typed(command: str, text: str) -> None:
         for part in key.split("."):
             found = found[part]
         assert found == text
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_what_names_no_place_is_refused_by_its_key(command: str) -> None:
+    schema, required, keys = COMMANDS[command]
+    for key, text in product(set(keys) - {"task.competing"}, PLACES):
+        tree = to_tree(load(command, required, schema))
+        *sections, last = key.split(".")
+        section = tree
+        for name in sections:
+            section = section[name]
+        section[last] = text
+        with pytest.raises(ConfigError, match=rf"^{re.escape(key)}: [^\n]*$"):
+            build(schema, tree)
+
+
+@pytest.mark.parametrize("name", ["", "a/b", ".a", "~", "~a", "a\nb", "\x00", "\udcff"])
+def test_the_name_of_a_run_is_that_of_a_folder(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"^run\.name must be a plain folder name"):
+        RunConfig(name)
+
+
+def test_the_name_of_a_run_at_a_url_has_no_question_mark() -> None:
+    assert RunConfig("a?b").path == Path("runs/a?b").absolute()
+    with pytest.raises(ConfigError, match=r"^run\.name must be .*at a URL no \?"):
+        RunConfig("a?b", "s3://bucket/runs")
 
 
 def test_quotes_around_a_whole_text_are_not_part_of_it() -> None:

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import boto3
 import numpy as np
@@ -32,7 +32,16 @@ from hymate.data.histories import Histories
 from hymate.data.meds import write_parquet
 from hymate.data.prepare import PrepareConfig, prepare
 from hymate.object_store import StorageError
-from hymate.storage import Location, UrlPath, atomic_path, locate, require_file, require_folder, write_text
+from hymate.storage import (
+    Location,
+    UrlPath,
+    atomic_path,
+    locate,
+    parse_location,
+    require_file,
+    require_folder,
+    write_text,
+)
 from hymate.training.resume import Kept
 
 EVAL_EVERY = 5
@@ -61,6 +70,9 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Location:
 
 
 def test_files_and_folders_are_alike_everywhere(place: Location) -> None:
+    odd = "#1 %20 (é)='[*]&;"
+    write_text("odd", place / odd / odd)
+    assert (place / odd / odd).read_text() == "odd" and list(storage.files_below(place / odd, "")) == [odd]
     write_text("one ö", place / "a" / "one.txt")
     write_text("two", place / "a" / "b" / "two.txt")
     write_text("hidden", place / "a" / ".two.txt")
@@ -171,9 +183,63 @@ def test_a_url_with_credentials_is_refused_and_not_repeated(url: str) -> None:
     assert SECRET not in str(caught.value)
 
 
-def test_a_url_of_no_known_kind_is_refused() -> None:
-    with pytest.raises(UserError, match="nowhere://bucket: not a storage that can be used"):
-        locate("nowhere://bucket/data")
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("nowhere://bucket/data", "nowhere://bucket: not a storage that can be used: give a local path, or a URL of"),
+        ("http://host:80/data", "http://host:80: not a storage that can be used"),
+        ("https:/host/data", "https:: not a storage that can be used"),
+        ("s3a://bucket/data", "s3a://bucket: not a storage"),
+        ("mock://x/data", "mock://x: not a storage"),
+        ("s3:/bucket/x", r"s3:/bucket/x: write s3://BUCKET/FOLDER, or \./s3:/bucket/x for a local path"),
+        ("s3:///x", "s3:///x: write s3://BUCKET/FOLDER"),
+        ("s3:x", "s3:x: write s3://BUCKET/FOLDER"),
+        ("s3://", "s3://: write s3://BUCKET/FOLDER"),
+        ("S3://bucket/x", "S3://bucket/x: write s3://BUCKET/FOLDER"),
+        (" s3://bucket/x", "write s3://BUCKET/FOLDER"),
+        ("s3://my bucket/x", "write s3://BUCKET/FOLDER"),
+        ("s3://bucket#1/x", "write s3://BUCKET/FOLDER"),
+        ("gs:x", "gs:x: write gs://BUCKET/FOLDER"),
+        ("abfs:///x", r"write abfs://CONTAINER@ACCOUNT\.dfs\.core\.windows\.net/FOLDER"),
+        ("file:relative", "file:relative: write file:///FOLDER"),
+        ("file:/x", "file:/x: write file:///FOLDER"),
+        ("file://relative/x", "file://relative/x: write file:///FOLDER"),
+        ("file://", "file://: write file:///FOLDER"),
+        ("s3://bucket/a/../b", r"a URL leads down only: write it without \.\."),
+        ("file:///a/../b", r"a URL leads down only: write it without \.\."),
+        ("s3://bucket/exp?2", r"s3://bucket/exp\?2: a \? in a URL begins the storage's options"),
+        ("s3://bucket/exp?region=eu#1", r"a \? in a URL begins the storage's options"),
+        ("file:///exp?2", r"a \? in a URL begins the storage's options"),
+        ("file:///exp?region=eu", r"a \? in a URL begins the storage's options"),
+        ("s3://bucket/a?regoin=eu", "s3://bucket: not a storage that can be used: .*regoin"),
+        ("~nobody-of-this-name/x", r"there is no such home folder; .* written \./~nobody-of-this-name/x"),
+        ("", "it is empty: give a folder, a file or a URL"),
+        ("a\x00b", r"'a\\x00b' holds a control character"),
+        ("s3://bucket/a\nb", "holds a control character"),
+        ("file:///a%0Ab", "holds a control character"),
+        ("\udcff", "is not UTF-8"),
+    ],
+)
+def test_what_names_no_place_is_refused_in_one_line(text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        locate(text)
+    assert "\n" not in str(caught.value)
+
+
+def test_names_are_kept_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("exp#1", "a b", " a ", "100%", "%20", "é", "a;b&c=d", "[1]*", "a:b", "(x)", "'\"", "~", "\\", "{$x}"):
+        url = parse_location(f"s3://bucket/x/{name}/data")
+        assert isinstance(url, UrlPath) and url.relative == PurePosixPath("x", name, "data")
+        assert parse_location(str(url)) == url == parse_location(f"s3://bucket/x/{name}/data/")
+        assert parse_location(f"{tmp_path}/{name}") == tmp_path / name
+    for name in ("a?b", "C:\\data", "C:/data", "host:5000/data", "./s3:/x", "./~x", "12:30", "a~", "/a/s3://b"):
+        assert locate(name) == Path(name)
+    assert locate("~/data") == tmp_path / "data" and locate("~") == tmp_path
+    assert locate("file:///a%23b#1%3F%20") == Path("/a#b#1? ") and locate("file://localhost/a") == Path("/a")
+    options = parse_location("s3://bucket/a#1?endpoint_override=http://127.0.0.1:1/x&scheme=http")
+    assert isinstance(options, UrlPath) and options.options == "endpoint_override=http://127.0.0.1:1/x&scheme=http"
+    assert str(options.parent / "b") == "s3://bucket/b?endpoint_override=http://127.0.0.1:1/x&scheme=http"
 
 
 # ------------------------------------------------------------------------------------------------------ outages

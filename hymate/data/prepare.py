@@ -40,7 +40,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from hymate.command import main
-from hymate.config import ConfigError, UserError
+from hymate.config import ConfigError, Place, UserError
 from hymate.data.histories import FOLDER, FORMAT_VERSION, Splits, read_metadata, write_histories
 from hymate.data.meds import (
     RENAME_SPLITS,
@@ -75,8 +75,8 @@ class PrepareConfig:
     """
 
     source: Literal["physionet2012", "meds", "synthetic"]
-    out: str
-    raw: str | None = None
+    out: Place
+    raw: Place | None = None
     splits: SplitsConfig = field(default_factory=SplitsConfig)
     seed: int = 0
     workers: int = 2

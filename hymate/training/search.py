@@ -18,6 +18,7 @@ from hymate.config import (
     ConfigError,
     DataConfig,
     ModelConfig,
+    Place,
     ReportConfig,
     RunConfig,
     SearchConfig,
@@ -64,7 +65,7 @@ class TuneConfig:
     task: TaskConfig | dict[str, TaskConfig]
     search: SearchConfig
     run: RunConfig
-    init: str | None
+    init: Place | None
     model: ModelConfig | None = None
     report: ReportConfig = field(default_factory=ReportConfig)
 
