@@ -30,8 +30,9 @@ from torch import Tensor, nn
 
 from hymate.batch import UNKNOWN_ID, Batch
 from hymate.bundle import Bundle, build_model
+from hymate.data.examples import Examples
 from hymate.data.histories import Histories, History
-from hymate.data.loader import Examples, packed_row
+from hymate.data.loader import packed_row
 from hymate.data.meds import is_code
 from hymate.data.packing import pack
 from hymate.model import RiskModel

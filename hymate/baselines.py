@@ -37,9 +37,9 @@ from threadpoolctl import threadpool_limits
 from hymate import metrics, trust
 from hymate.command import RECORD, main
 from hymate.config import ConfigError, Place, TaskConfig, UserError
+from hymate.data.examples import Examples, labelled_examples, require_both_classes
 from hymate.data.features import FeatureConfig, FeatureTable, choose, features
 from hymate.data.histories import Histories
-from hymate.data.loader import Examples, labelled_examples, require_both_classes
 from hymate.data.meds import SPLITS, write_parquet
 from hymate.data.tasks import LabelSet, labels
 from hymate.predict import prediction_table

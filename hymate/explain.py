@@ -38,7 +38,8 @@ from hymate.attribution import SHARES, Attribution, Case, Explainer, deletion_an
 from hymate.bundle import read_bundle
 from hymate.command import main
 from hymate.config import ConfigError, Place, TaskConfig, UserError
-from hymate.data.loader import US_PER_HOUR, Examples
+from hymate.data.examples import Examples
+from hymate.data.loader import US_PER_HOUR
 from hymate.data.meds import write_parquet
 from hymate.predict import DataPath, asked_of, best_device, predict
 from hymate.storage import Location, locate, require_folder, write_text

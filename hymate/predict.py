@@ -37,8 +37,9 @@ from hymate.batch import UNKNOWN_ID, Batch
 from hymate.bundle import Bundle, build_model, read_bundle
 from hymate.command import main
 from hymate.config import ConfigError, Place, TaskConfig, UserError
+from hymate.data.examples import Examples, labelled_examples
 from hymate.data.histories import Histories, read_metadata
-from hymate.data.loader import Examples, Rows, labelled_examples
+from hymate.data.loader import Rows
 from hymate.data.meds import read_labels, write_parquet
 from hymate.data.prepare import PrepareConfig, prepare
 from hymate.data.tasks import labels

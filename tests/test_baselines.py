@@ -23,9 +23,9 @@ from hymate.baselines import BaselinesConfig, compare, cross_fitted, fit, import
 from hymate.command import CONFIGS, load, to_tree
 from hymate.config import UserError
 from hymate.data import synthetic_law as law
+from hymate.data.examples import Examples, labelled_examples
 from hymate.data.features import Column, FeatureConfig, FeatureSpec, FeatureTable, choose, features
 from hymate.data.histories import Histories
-from hymate.data.loader import Examples, labelled_examples
 from hymate.data.meds import SPLITS, read_labels, write_parquet
 from hymate.data.prepare import PrepareConfig, prepare
 from hymate.data.synthetic_codes import DISTRACTORS

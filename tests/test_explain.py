@@ -22,8 +22,8 @@ from hymate.batch import UNKNOWN_ID
 from hymate.bundle import read_bundle, write_bundle
 from hymate.command import load
 from hymate.config import ConfigError, DataConfig, ModelConfig, UserError
+from hymate.data.examples import Examples, labelled_examples
 from hymate.data.histories import Histories
-from hymate.data.loader import Examples, labelled_examples
 from hymate.data.meds import read_labels
 from hymate.data.prepare import PrepareConfig, prepare
 from hymate.data.synthetic_codes import DISTRACTORS

@@ -29,8 +29,8 @@ from hymate import metrics, trust
 from hymate.bundle import read_bundle, write_bundle
 from hymate.command import load
 from hymate.config import ConfigError, DataConfig, ModelConfig, ObjectiveConfig, TrainConfig, UserError
+from hymate.data.examples import labelled_examples
 from hymate.data.histories import Histories
-from hymate.data.loader import labelled_examples
 from hymate.data.meds import read_labels
 from hymate.data.vocabulary import Vocabulary
 from hymate.model import PretrainModel

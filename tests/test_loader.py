@@ -23,16 +23,9 @@ from hypothesis import strategies as st
 from hymate.batch import UNKNOWN_ID, Batch
 from hymate.config import TaskConfig, UserError
 from hymate.data import loader
+from hymate.data.examples import Examples, labelled_examples, pretraining_examples, require_both_classes, united
 from hymate.data.histories import HISTORY_SCHEMA, INDEX_SCHEMA, Histories, History
-from hymate.data.loader import (
-    Cursor,
-    Examples,
-    Rows,
-    labelled_examples,
-    pretraining_examples,
-    require_both_classes,
-    united,
-)
+from hymate.data.loader import Cursor, Rows
 from hymate.data.packing import pack
 from hymate.data.statistics import NUM_KNOTS, VOCABULARY_SCHEMA
 from hymate.data.vocabulary import Vocabulary

@@ -25,8 +25,8 @@ from hypothesis import strategies as st
 
 from hymate.config import ConfigError, UserError
 from hymate.data import prepare as module
+from hymate.data.examples import labelled_examples, pretraining_examples
 from hymate.data.histories import HISTORY_SCHEMA, Histories
-from hymate.data.loader import labelled_examples, pretraining_examples
 from hymate.data.meds import DATA_SCHEMA, DataError, SplitsConfig, read_labels, read_splits
 from hymate.data.prepare import PrepareConfig, prepare
 

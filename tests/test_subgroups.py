@@ -7,8 +7,8 @@ import pyarrow as pa
 import pytest
 
 from hymate.config import ConfigError, ReportConfig
+from hymate.data.examples import Examples, labelled_examples
 from hymate.data.histories import Histories
-from hymate.data.loader import Examples, labelled_examples
 from hymate.data.meds import DATA_SCHEMA, codes_table, write_metadata, write_parquet
 from hymate.data.prepare import PrepareConfig, prepare
 from hymate.data.subgroups import subgroups

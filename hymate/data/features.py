@@ -24,8 +24,9 @@ from typing import NamedTuple
 import numpy as np
 
 from hymate.config import ConfigError, UserError
+from hymate.data.examples import NO_TIME, Examples
 from hymate.data.histories import Histories
-from hymate.data.loader import NO_TIME, US_PER_HOUR, Examples, ages
+from hymate.data.loader import US_PER_HOUR, ages
 
 BLOCK_EVENTS = 500_000
 WHOLE = 0  # the window that is the whole history

@@ -8,7 +8,7 @@ Shuffling keeps reads local. An epoch shuffles the row groups of the files, take
 block of about BLOCK_EVENTS events, and shuffles, packs and again shuffles inside the block. Going on in the middle of
 an epoch packs one block, not those before it.
 
-Legend, besides that of `hymate.batch`: E examples, N labels, P subjects in the dataset's index, G row groups.
+Legend, besides that of `hymate.batch`: E examples, P subjects in the dataset's index, G row groups.
 """
 
 from __future__ import annotations
@@ -16,27 +16,24 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import deque
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import count, islice
 from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
-import pyarrow as pa
 import torch
 
 from hymate.batch import HOURS_PER_YEAR, UNKNOWN_ID, Batch
-from hymate.config import TaskConfig, UserError
+from hymate.data.examples import NO_TIME, Examples
 from hymate.data.histories import Histories, History
-from hymate.data.meds import LAST_TIME, SPLITS
 from hymate.data.packing import pack
 from hymate.data.vocabulary import Vocabulary
 
 BLOCK_EVENTS = 4_000_000  # 64 MB of times, codes and values
 ROWS_AHEAD = 8  # rows that the background thread keeps ready
-NO_TIME = -1  # prediction_time_E of pretraining examples
 US_PER_HOUR = 3_600_000_000
 US_PER_YEAR = int(HOURS_PER_YEAR) * US_PER_HOUR
 EVALUATION = -1  # the "epoch" of an unshuffled pass
@@ -48,207 +45,12 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Examples:
-    """What an epoch visits: histories, each up to a time.
-
-    position_E: int64, position of the history in the dataset's index.
-    stop_E: int64, how many of its events may be used: those at or before the prediction time.
-    earliest_E: int64, how many of them the earliest view has that the label belongs to, too (`Rows.early_share`): those
-        up to the start of what the label is about; stop_E where there is no earlier view.
-    prediction_time_E: int64, microseconds since 1970; NO_TIME in pretraining.
-    label_ET: float32, 1 or 0, or between them what a teacher says; NaN where a task has no label at this time, and
-        where its label is null.
-    days_ET: float32; NaN likewise, and for tasks without days.
-    weight_ET: float32, positive: how much each label counts (inverse probability of censoring); 1 where none is known.
-    subject_id_E: int64.
-    dropped: how many labels were left out, by reason.
-    """
-
-    position_E: np.ndarray
-    stop_E: np.ndarray
-    earliest_E: np.ndarray
-    prediction_time_E: np.ndarray
-    label_ET: np.ndarray
-    days_ET: np.ndarray
-    weight_ET: np.ndarray
-    subject_id_E: np.ndarray
-    dropped: dict[str, int] = field(default_factory=dict)
-
-    def __len__(self) -> int:
-        return len(self.position_E)
-
-    def only(self, kept_E: np.ndarray) -> Examples:
-        """Those where `kept_E` is true."""
-        arrays = {name: value[kept_E] for name, value in vars(self).items() if isinstance(value, np.ndarray)}
-        return replace(self, **arrays)
-
-    @property
-    def label_E(self) -> np.ndarray:
-        """The labels of the only task."""
-        return self.label_ET[:, _only_task(self)]
-
-    @property
-    def weight_E(self) -> np.ndarray:
-        """The weights of the only task's labels."""
-        return self.weight_ET[:, _only_task(self)]
-
-    @property
-    def days_E(self) -> np.ndarray:
-        """The days of the only task."""
-        return self.days_ET[:, _only_task(self)]
-
-
-@dataclass(frozen=True)
 class Cursor:
     """The next row of a run. The end of an epoch and the start of the next are the same place."""
 
     epoch: int = 0
     block: int = 0
     row: int = 0  # of the block
-
-
-def pretraining_examples(histories: Histories, split: str) -> Examples:
-    """Every history of `split` that has events, whole and without tasks. UserError when there is none."""
-    if not len(histories.rows_of(split)):
-        raise histories.without_subjects(split)
-    position_E = np.asarray(histories.rows_of(split), dtype=np.int64)
-    stop_E = histories.index["num_events"][position_E].astype(np.int64)
-    has_events = stop_E > 0
-    if not has_events.any():
-        raise UserError(f"no history with events in split {split!r}: prepare the dataset with subjects in this split")
-    position_E, stop_E = position_E[has_events], stop_E[has_events]
-    return Examples(
-        position_E=position_E,
-        stop_E=stop_E,
-        earliest_E=stop_E,
-        prediction_time_E=np.full(len(position_E), NO_TIME),
-        label_ET=np.empty((len(position_E), 0), dtype=np.float32),
-        days_ET=np.empty((len(position_E), 0), dtype=np.float32),
-        weight_ET=np.empty((len(position_E), 0), dtype=np.float32),
-        subject_id_E=histories.index["subject_id"][position_E],
-        dropped={"without_events": int((~has_events).sum())},
-    )
-
-
-def labelled_examples(histories: Histories, labels: pa.Table, split: str, required: bool = True) -> Examples:
-    """A task's labels of `split`'s subjects, each with the events at or before its prediction time.
-
-    labels: MEDS labels (subject_id, prediction_time and, where known, boolean_value and the days as float_value) and,
-        where known, `start` and `weight` (see `hymate.data.extras`).
-    Dropped and counted: labels whose subject is not in the dataset (`unknown_subject`), and labels without any
-    event up to the prediction time (`without_events`, and those of them that are positive). Sorted by position and
-    time, whatever the labels' order. Raises UserError when no label is left, unless they are not `required`.
-    """
-    subject_id_N = labels["subject_id"].to_numpy().astype(np.int64)
-    time_N = labels["prediction_time"].cast(pa.timestamp("us")).cast(pa.int64()).to_numpy()
-    label_N, days_N = _values(labels, "boolean_value"), _values(labels, "float_value")
-    weight_N = _values(labels, "weight") if "weight" in labels.column_names else np.ones_like(label_N)
-
-    known = np.isin(subject_id_N, histories.index["subject_id"])
-    position_N, in_split = _join(subject_id_N, histories, split)
-    order = np.lexsort((time_N, position_N))
-    order = order[in_split[order]]
-    position_E, time_E = position_N[order], time_N[order]
-    start_E = _starts(labels)[order]
-    stop_E, before_start_E, until_start_E = _events_until(
-        histories, position_E, [(time_E, "right"), (start_E, "left"), (start_E, "right")]
-    )
-    # a view's last event is at the start or after it
-    earliest_E = np.minimum(np.maximum(before_start_E + 1, until_start_E), stop_E)
-    kept = stop_E > 0
-    dropped = {
-        "unknown_subject": int((~known).sum()),
-        "without_events": int((~kept).sum()),
-        "positives_without_events": int((label_N[order][~kept] > 0.5).sum()),
-    }
-    if not kept.any() and required:
-        raise _no_example(histories, subject_id_N, split, dropped)
-    return Examples(
-        position_E=position_E[kept],
-        stop_E=stop_E[kept],
-        earliest_E=earliest_E[kept],
-        prediction_time_E=time_E[kept],
-        label_ET=label_N[order][kept][:, None],
-        days_ET=days_N[order][kept][:, None],
-        weight_ET=weight_N[order][kept][:, None],
-        subject_id_E=subject_id_N[order][kept],
-        dropped=dropped,
-    )
-
-
-def _no_example(histories: Histories, subject_id_N: np.ndarray, split: str, dropped: Mapping[str, int]) -> UserError:
-    """What to say where no label of a split can be used: why, and what would help."""
-    total = len(subject_id_N)
-    if histories.odd_splits and not len(histories.rows_of(split)):
-        return histories.without_subjects(split)
-    if dropped["without_events"]:
-        return UserError(
-            f"all {dropped['without_events']} labels of split {split!r} have prediction times before the first event "
-            "of their subject: check the labels' prediction times and their unit and time zone"
-        )
-    if dropped["unknown_subject"] == total:
-        return UserError(
-            f"none of the {total} labels is of a subject of the dataset (split {split!r} was asked for): check that "
-            "labels and dataset hold the same subject ids"
-        )
-    of_split = {other: int(_join(subject_id_N, histories, other)[1].sum()) for other in SPLITS}
-    where = ", ".join(f"{count} in {other}" for other, count in of_split.items() if count)
-    return UserError(
-        f"no label is of a subject in split {split!r}: of {total} labels {where or 'none'} and "
-        f"{dropped['unknown_subject']} of unknown subjects: label subjects of {split!r}, or prepare the dataset with "
-        "splits that hold labelled subjects"
-    )
-
-
-def require_both_classes(task: TaskConfig, examples: Mapping[str, Examples]) -> None:
-    """Raises UserError where a split's labels are all alike: nothing can be learned from it, or measured on it."""
-    for split, part in examples.items():
-        label_E, days_E = part.label_E, part.days_E
-        positives = int((label_E > 0.5).sum())
-        remedy = "prepare the dataset with more subjects in this split, or choose another task"
-        if positives in (0, len(label_E)):
-            lost = part.dropped.get("without_events", 0)
-            lost_positives = part.dropped.get("positives_without_events", 0)
-            if lost_positives if positives == 0 else lost - lost_positives:
-                remedy = (
-                    f"{lost} more ({lost_positives} positive) were left out, because their prediction times lie before "
-                    "the first event of their subject: check the labels' prediction times"
-                )
-            raise UserError(
-                f"task {task.name}: the {split} split has {positives} positive and {len(label_E) - positives} negative "
-                f"labels, and both are needed: {remedy}"
-            )
-        if task.longer_than_days is not None and len(np.unique(days_E[~np.isnan(days_E)])) < 2:
-            raise UserError(f"task {task.name}: the {split} split needs two different float_values; {remedy}")
-
-
-def united(parts: Sequence[Examples]) -> Examples:
-    """The examples of several tasks, one a part: each history and time of any of them is an example, with the labels of
-    all of them.
-
-    Where a task has several labels at one time, each is an example. Sorted as `labelled_examples` sorts; what the parts
-    have dropped is theirs to tell.
-    """
-    key_N3 = np.concatenate([_keys(part) for part in parts])
-    key_E3, first_E, example_N = np.unique(key_N3, axis=0, return_index=True, return_inverse=True)
-    label_ET, days_ET = (np.full((len(key_E3), len(parts)), np.nan, dtype=np.float32) for _ in range(2))
-    weight_ET = np.ones_like(label_ET)
-    earliest_E = np.zeros(len(key_E3), dtype=np.int64)  # every label's start counts
-    np.maximum.at(earliest_E, example_N.reshape(-1), np.concatenate([part.earliest_E for part in parts]))
-    example_of = np.split(example_N.reshape(-1), np.cumsum([len(part) for part in parts])[:-1])
-    for task, (part, example_P) in enumerate(zip(parts, example_of, strict=True)):
-        label_ET[example_P, task], days_ET[example_P, task] = part.label_E, part.days_E
-        weight_ET[example_P, task] = part.weight_E
-    return Examples(
-        position_E=key_E3[:, 0],
-        stop_E=np.concatenate([part.stop_E for part in parts])[first_E],
-        earliest_E=earliest_E,
-        prediction_time_E=key_E3[:, 1],
-        label_ET=label_ET,
-        days_ET=days_ET,
-        weight_ET=weight_ET,
-        subject_id_E=np.concatenate([part.subject_id_E for part in parts])[first_E],
-    )
 
 
 class Rows:
@@ -509,62 +311,6 @@ class _GroupedExamples:
         events_G = self._events_G[group_G]
         block_G = (np.cumsum(events_G) - events_G) // BLOCK_EVENTS
         return np.split(group_G, np.flatnonzero(np.diff(block_G)) + 1)
-
-
-def _only_task(examples: Examples) -> int:
-    assert examples.label_ET.shape[1] == 1, "these are the examples of several tasks"
-    return 0
-
-
-def _starts(labels: pa.Table) -> np.ndarray:
-    """When what each label is about began, int64 microseconds; after every event where it isn't known."""
-    if "start" not in labels.column_names:
-        return np.full(len(labels), LAST_TIME)
-    return labels["start"].cast(pa.int64()).fill_null(LAST_TIME).to_numpy()
-
-
-def _values(labels: pa.Table, name: str) -> np.ndarray:
-    """A column as float32 (booleans as 0 and 1), NaN where it is null or there is none."""
-    if name not in labels.column_names:
-        return np.full(len(labels), np.nan, dtype=np.float32)
-    values = labels[name].cast(pa.uint8()) if pa.types.is_boolean(labels[name].type) else labels[name]
-    return values.cast(pa.float32()).to_numpy()
-
-
-def _keys(examples: Examples) -> np.ndarray:
-    """(E, 3): position, time, and how many examples with both of them come before; the examples are sorted."""
-    place_E = np.arange(len(examples))
-    key_E2 = np.stack([examples.position_E, examples.prediction_time_E], axis=1)
-    start = np.flatnonzero((np.diff(key_E2, axis=0, prepend=-1) != 0).any(axis=1))
-    return np.column_stack([key_E2, place_E - np.repeat(start, np.diff(start, append=len(examples)))])
-
-
-def _join(subject_id_N: np.ndarray, histories: Histories, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """For each subject id: its position in the index, and whether it is in `split` (if not, the position is void)."""
-    position_P = np.asarray(histories.rows_of(split), dtype=np.int64)
-    if len(position_P) == 0:
-        return np.zeros(len(subject_id_N), dtype=np.int64), np.zeros(len(subject_id_N), dtype=bool)
-    subject_id_P = histories.index["subject_id"][position_P]
-    order_P = np.argsort(subject_id_P)
-    at_N = np.minimum(np.searchsorted(subject_id_P[order_P], subject_id_N), len(order_P) - 1)
-    position_N = position_P[order_P[at_N]]
-    return position_N, histories.index["subject_id"][position_N] == subject_id_N
-
-
-def _events_until(
-    histories: Histories, position_E: np.ndarray, times: Sequence[tuple[np.ndarray, Literal["left", "right"]]]
-) -> np.ndarray:
-    """How many events lie before each example's times ("left") or at them, too ("right"): (len(times), E).
-
-    Reads at most about BLOCK_EVENTS events at once. position_E must be sorted.
-    """
-    count_E = np.empty((len(times), len(position_E)), dtype=np.int64)
-    block_E = np.cumsum(histories.index["num_events"][position_E].astype(np.int64)) // BLOCK_EVENTS
-    for block in np.split(np.arange(len(position_E)), np.flatnonzero(np.diff(block_E)) + 1):
-        for example, history in zip(block.tolist(), histories.read(position_E[block]), strict=True):
-            for number, (time_E, side) in enumerate(times):
-                count_E[number, example] = np.searchsorted(history.time, time_E[example], side=side)
-    return count_E
 
 
 def ages(birth_time: list[int | None], end_S: np.ndarray) -> torch.Tensor:

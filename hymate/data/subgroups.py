@@ -12,8 +12,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from hymate.config import ConfigError
+from hymate.data.examples import Examples
 from hymate.data.histories import Histories, History
-from hymate.data.loader import US_PER_YEAR, Examples
+from hymate.data.loader import US_PER_YEAR
 
 SEX = r"(?i)^(gender|sex)(?![a-z])"
 AGE = re.compile(r"(?i)^age(//|$)")  # a static event with the age in years, where a dataset has no births

@@ -38,9 +38,9 @@ from hymate.config import (
     TrainConfig,
     UserError,
 )
+from hymate.data.examples import Examples, labelled_examples, require_both_classes
 from hymate.data.features import FeatureConfig, choose, features
 from hymate.data.histories import Histories
-from hymate.data.loader import Examples, labelled_examples, require_both_classes
 from hymate.data.tasks import labels
 from hymate.predict import predict
 from hymate.record import recorded

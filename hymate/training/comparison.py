@@ -19,7 +19,7 @@ from rich.table import Table
 
 from hymate import metrics, trust
 from hymate.config import UserError
-from hymate.data.loader import Examples
+from hymate.data.examples import Examples
 from hymate.data.meds import read_parquet, write_parquet
 from hymate.storage import Location, write_text
 from hymate.training import pictures, tables

@@ -17,8 +17,9 @@ from torch import Tensor
 from hymate import metrics, predict
 from hymate.bundle import read_bundle
 from hymate.config import ConfigError, DataConfig, ModelConfig, TrainConfig
+from hymate.data.examples import Examples, labelled_examples, united
 from hymate.data.histories import Histories
-from hymate.data.loader import Examples, Rows, labelled_examples, united
+from hymate.data.loader import Rows
 from hymate.data.vocabulary import Vocabulary
 from hymate.model import RiskModel, decay_groups, load_pretrained
 from hymate.storage import Location, locate

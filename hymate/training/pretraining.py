@@ -13,8 +13,9 @@ import torch
 
 from hymate.bundle import write_bundle
 from hymate.config import ConfigError, DataConfig, ModelConfig, ObjectiveConfig, RunConfig, TrainConfig, UserError
+from hymate.data.examples import Examples, pretraining_examples
 from hymate.data.histories import FOLDER, Histories
-from hymate.data.loader import Examples, Rows, pretraining_examples
+from hymate.data.loader import Rows
 from hymate.data.vocabulary import Vocabulary
 from hymate.model import PretrainModel, decay_groups
 from hymate.storage import Location, locate

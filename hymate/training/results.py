@@ -11,7 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from hymate.config import TaskConfig
-from hymate.data.loader import Examples
+from hymate.data.examples import Examples
 from hymate.data.tasks import LabelSet, unmatched
 from hymate.metrics import AREAS
 from hymate.storage import Location, write_text

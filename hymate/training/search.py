@@ -26,8 +26,8 @@ from hymate.config import (
     TrainConfig,
     UserError,
 )
+from hymate.data.examples import Examples, labelled_examples, require_both_classes
 from hymate.data.histories import Histories
-from hymate.data.loader import Examples, labelled_examples, require_both_classes
 from hymate.data.meds import SPLITS
 from hymate.data.subgroups import subgroups
 from hymate.data.tasks import LabelSet, labels

@@ -28,9 +28,9 @@ from scipy.special import expit
 from hymate import baselines, metrics, trust
 from hymate.bundle import read_weights
 from hymate.command import load
+from hymate.data.examples import Examples, labelled_examples, united
 from hymate.data.features import FeatureConfig, choose, features
 from hymate.data.histories import Histories
-from hymate.data.loader import Examples, labelled_examples, united
 from hymate.data.tasks import labels
 from hymate.predict import score
 from hymate.storage import locate

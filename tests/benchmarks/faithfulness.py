@@ -22,8 +22,8 @@ import numpy as np
 from hymate import explain
 from hymate.attribution import Attribution, Case, Explainer, integrated_gradients
 from hymate.bundle import read_bundle
+from hymate.data.examples import labelled_examples
 from hymate.data.histories import Histories
-from hymate.data.loader import labelled_examples
 from hymate.data.meds import read_labels
 from hymate.data.synthetic_codes import DISTRACTORS
 from hymate.data.synthetic_law import COPD, CREATININE, HAEMOGLOBIN, HEART_FAILURE

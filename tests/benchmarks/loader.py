@@ -35,8 +35,9 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from hymate.command import load
+from hymate.data.examples import pretraining_examples
 from hymate.data.histories import Histories
-from hymate.data.loader import Cursor, Rows, pretraining_examples
+from hymate.data.loader import Cursor, Rows
 from hymate.data.vocabulary import Vocabulary
 from hymate.model import PretrainModel
 from hymate.ops import packed_attention

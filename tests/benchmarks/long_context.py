@@ -33,9 +33,10 @@ from safetensors.torch import load_file, save_file
 
 from hymate import baselines, metrics
 from hymate.command import load
+from hymate.data.examples import Examples, labelled_examples
 from hymate.data.features import FeatureConfig, choose, features
 from hymate.data.histories import Histories
-from hymate.data.loader import Examples, Rows, labelled_examples
+from hymate.data.loader import Rows
 from hymate.data.meds import SPLITS, write_text
 from hymate.data.synthetic import ORACLE
 from hymate.data.tasks import labels

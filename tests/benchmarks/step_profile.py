@@ -13,8 +13,9 @@ import torch
 from torch.profiler import profile
 
 from hymate.command import load
+from hymate.data.examples import pretraining_examples
 from hymate.data.histories import Histories
-from hymate.data.loader import Cursor, Rows, pretraining_examples
+from hymate.data.loader import Cursor, Rows
 from hymate.data.vocabulary import Vocabulary
 from hymate.model import PretrainModel
 from hymate.training.pretraining import PretrainConfig

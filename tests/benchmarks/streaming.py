@@ -29,8 +29,8 @@ import torch
 
 from hymate.bundle import build_model, read_bundle, write_bundle
 from hymate.config import DataConfig, ModelConfig
+from hymate.data.examples import labelled_examples
 from hymate.data.histories import Histories
-from hymate.data.loader import labelled_examples
 from hymate.data.meds import DATA_SCHEMA, LABEL_SCHEMA, write_metadata, write_parquet
 from hymate.data.prepare import PrepareConfig, prepare
 from hymate.data.vocabulary import Vocabulary
