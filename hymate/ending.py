@@ -36,7 +36,7 @@ class Stopped(KeyboardInterrupt):
 
 
 class _Watch:
-    """What this process knows of signals. Only `_follow` runs in another thread, which libraries can't hold up."""
+    """What this process knows of signals."""
 
     sender: socket.socket | None = None  # while signals are watched
     asked: int | None = None  # the first signal
@@ -61,6 +61,13 @@ def watch() -> None:
             signal.signal(number, _handle)
     sys.unraisablehook = _raise_again
     threading.Thread(target=_follow, args=(receiver,), daemon=True).start()
+
+
+def take_back() -> None:
+    """Handle signals again after a library has taken them: Ray's C++ code, which leaves SIGTERM to kill at its end."""
+    for number in NAMES:
+        if _Watch.sender is not None and signal.getsignal(number) is _handle:  # as Python knows it
+            signal.signal(number, _handle)
 
 
 def asked() -> bool:
@@ -140,6 +147,7 @@ def _raise_again(dropped: Any) -> None:
 
 
 def _follow(receiver: socket.socket) -> None:
+    """Runs in a thread, which sees signals also where the main thread does not."""
     first, first_at = 0, 0.0
     with receiver:
         while True:

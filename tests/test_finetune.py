@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from commands import starts
+from commands import PATIENCE_S, starts, wait_until
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -275,6 +275,23 @@ def test_a_killed_search_goes_on_where_it_was(run: Path) -> None:
     good = json.loads((run / "results.json").read_text())["best_trial"]
     first, second = starts(run / "tb" / f"trial-{good}")
     assert first == 0 and second >= 2, "the trial began again from scratch"
+
+
+@pytest.mark.slow
+def test_a_search_goes_on_without_a_reader_and_ends_in_order_at_sigterm(
+    data: Path, pretrained: Path, ray_env: dict[str, str], tmp_path: Path
+) -> None:
+    line = command(data, pretrained, tmp_path, "[1e-3]", "search.space.teacher_share=0", "train.max_steps=100000")
+    with subprocess.Popen(line, env=ray_env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as stopped:
+        assert stopped.stdout is not None and stopped.stderr is not None
+        stopped.stdout.readline()
+        stopped.stdout.close()
+        wait_until(lambda: len(_steps(tmp_path / "r")) >= 2 or stopped.poll() is not None, "the search goes on")
+        stopped.send_signal(signal.SIGTERM)
+        said = stopped.stderr.read()
+        assert stopped.wait(PATIENCE_S) == 143, said
+    assert said == "stopped by SIGTERM: the same command takes it up again\n"
+    assert json.loads((tmp_path / "r" / "run.json").read_text())["outcome"] == {"state": "stopped"}
 
 
 @pytest.mark.slow

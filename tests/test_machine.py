@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import shutil
 import stat
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from commands import PATIENCE_S, ROOT
+from small_cohort import prepare_small
 
 from hymate import machine
 from hymate.errors import UserError
@@ -85,3 +90,49 @@ def test_a_folder_that_others_can_write_to_holds_no_caches(temporary: Path, monk
     machine.own_folder().chmod(0o777)
     other = machine.own_folder()
     assert other != machine.own_folder() and stat.S_IMODE(other.stat().st_mode) == 0o700
+
+
+# ------------------------------------------------------------------------------------- a container as they often are
+
+MAY_READ = "-all,+dac_read_search"  # the interpreter, whoever it belongs to
+
+
+@pytest.fixture
+def stranger() -> Iterator[tuple[list[str], dict[str, str], Path]]:
+    """What makes a command one of a user without a name or a home, its environment, and a folder for all users."""
+    if os.geteuid() != 0 or shutil.which("setpriv") is None:
+        pytest.skip("needs root and setpriv, to become another user")
+    words = ["setpriv", "--reuid", "54321", "--regid", "54321", "--clear-groups"]
+    words += ["--inh-caps", MAY_READ, "--ambient-caps", MAY_READ]
+    with tempfile.TemporaryDirectory(prefix="hy", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        temporary = Path(folder) / ("x" * 200)
+        temporary.mkdir()
+        for path in (Path(folder), temporary):
+            path.chmod(0o777)
+        unset = ("HOME", "USER", "LOGNAME", "XDG_CACHE_HOME", "RAY_TMPDIR", "RAY_ADDRESS", "NUMBA_CACHE_DIR")
+        environment = {key: value for key, value in os.environ.items() if key not in unset}
+        settings = {"TMPDIR": str(temporary), "TORCHDYNAMO_DISABLE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+        yield words, environment | settings, Path(folder)
+
+
+def test_kernels_find_a_place_where_the_code_is_read_only(stranger: tuple[list[str], dict[str, str], Path]) -> None:
+    words, environment, folder = stranger
+    shutil.copytree(ROOT / "hymate", folder / "hymate", ignore=shutil.ignore_patterns("__pycache__"))
+    line = [*words, sys.executable, "-c", "import hymate.ops.cpu"]
+    environment["PYTHONPATH"] = str(folder)
+    done = subprocess.run(line, env=environment, cwd=folder, capture_output=True, text=True, timeout=PATIENCE_S)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_a_run_trains_without_a_home_or_a_name_and_with_a_long_path_to_temporary_files(
+    stranger: tuple[list[str], dict[str, str], Path], tmp_path: Path
+) -> None:
+    words, environment, folder = stranger
+    line = [*words, sys.executable, str(ROOT / "pretrain" / "run.py"), f"data.path={prepare_small(tmp_path)}"]
+    line += [f"run.dir={folder}/runs", "model=debug", "data.context=64", "data.tokens_per_row=64", "data.min_count=1"]
+    line += ["train.max_steps=1", "train.eval_every=1", "train.eval_rows=1", "train.warmup_steps=0"]
+    line += ["train.rows_per_step=1", "train.num_workers=1"]
+    environment["HYMATE_OPS"] = "reference"  # compiling takes longer than all the rest
+    done = subprocess.run(line, env=environment, cwd=folder, capture_output=True, text=True, timeout=PATIENCE_S)
+    assert done.returncode == 0 and not done.stderr, done.stdout + done.stderr

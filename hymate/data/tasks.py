@@ -19,6 +19,7 @@ so triggers = excluded + died_in_hospital + censored + labels, + competing_death
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import sys
@@ -191,7 +192,9 @@ def _extract(task: TaskConfig, shards: dict[str, Location], folder: Location, fi
                 "shards": {shard: found["counts"] for shard, found in of_shards.items()},
             }
             write_text(json.dumps(summary, indent=2) + "\n", new / SUMMARY)
-    except PermissionError as error:
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
         raise UserError(
             f"{folder.parent} cannot be written: make it writable for the labels of {task.name}, or give "
             "task.labels=FOLDER"

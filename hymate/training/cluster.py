@@ -91,9 +91,11 @@ def ray_session(train: TrainConfig) -> Iterator[None]:
                     _temp_dir=folder,
                     **quiet,
                 )
+            ending.take_back()
             yield
         finally:
             ray.shutdown()
+            ending.take_back()
 
 
 def _ask(address: str) -> None:
