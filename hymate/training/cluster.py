@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from hymate import ending
 from hymate.config import TrainConfig, UserError
@@ -36,7 +36,9 @@ try:
     from ray._private.services import canonicalize_bootstrap_address, extract_ip_port
     address = canonicalize_bootstrap_address(sys.argv[1])
     socket.create_connection(extract_ip_port(address), 5).close()
+    from ray._private.authentication.authentication_token_setup import ensure_token_if_auth_enabled
     from ray._raylet import GcsClient
+    ensure_token_if_auth_enabled(create_token_if_missing=False)
     GcsClient(address=address).check_alive([], 5.0)
 except Exception as error:
     sys.exit(f"{getattr(error, 'strerror', None) or error}")
@@ -62,8 +64,8 @@ def ray_session(train: TrainConfig) -> Iterator[None]:
     address = os.environ.get("RAY_ADDRESS")
     if not address:
         os.environ.setdefault("RAY_AUTH_MODE", "token")  # other users of this machine stay out
-        if not os.environ.get("RAY_AUTH_TOKEN_PATH"):  # Ray would keep one in the home
-            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        if not (os.environ.get("RAY_AUTH_TOKEN_PATH") or os.environ.get("RAY_AUTH_TOKEN")):
+            os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # Ray would keep one in the home
         # and other machines: Ray listens on loopback only
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     for name, value in SETTINGS.items():
@@ -125,11 +127,11 @@ def _connect(address: str, settings: Mapping[str, Any]) -> None:
         _refuse(address, ending.describe(error))
 
 
-def _refuse(address: str, reason: str) -> None:
-    raise UserError(
-        f"RAY_ADDRESS={address}: no Ray cluster that can be used ({reason}): start it, set RAY_ADDRESS to HOST:PORT of "
-        "its head, or unset it for a Ray on this machine"
-    )
+def _refuse(address: str, reason: str) -> NoReturn:
+    remedy = "start it, set RAY_ADDRESS to HOST:PORT of its head, or unset it for a Ray on this machine"
+    if "token" in reason.lower():
+        remedy = "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to a file with the cluster's token"
+    raise UserError(f"RAY_ADDRESS={address}: no Ray cluster that can be used ({reason.split('. ')[0][:200]}): {remedy}")
 
 
 @contextmanager
