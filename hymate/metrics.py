@@ -106,10 +106,18 @@ def mean_difference(
 ) -> dict[str, dict[str, Any]]:
     """As `paired_difference`, of the means over several models' scores: of each area the "ci" of a's mean (95 %), and
     as "difference" how much better it is than b's mean.
+
+    A score is NaN where a model has none, as in cross-validation outside its fold.
     """
+    label_N = np.asarray(label_N)
+
+    def mean_areas(score_RN: Array, weight_BN: Array) -> Array:
+        scored_RN = ~np.isnan(score_RN)
+        each = zip(score_RN, scored_RN, strict=True)
+        return np.mean([_areas(label_N[at], score_N[at], weight_BN[:, at]) for score_N, at in each], axis=0)
 
     def means(weight_BN: Array) -> Array:
-        a_KB, b_KB = (np.mean([_areas(label_N, x_N, weight_BN) for x_N in x_RN], axis=0) for x_RN in (a_RN, b_RN))
+        a_KB, b_KB = mean_areas(a_RN, weight_BN), mean_areas(b_RN, weight_BN)
         return np.concatenate([a_KB, a_KB - b_KB])
 
     found = estimates(means, 2 * len(AREAS), subject_N, weight_N)

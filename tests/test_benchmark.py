@@ -1,10 +1,13 @@
-"""finetune/benchmark.py: real runs under Ray on a small cohort, gone on with, and the numbers that it reports."""
+"""finetune/benchmark.py: real runs under Ray on a small cohort, killed and continued, and what it reports."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import multiprocessing
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -15,31 +18,41 @@ from types import SimpleNamespace
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from commands import ROOT, run
+from commands import ROOT, run, wait_until
 from scipy.special import expit
 from sklearn.metrics import average_precision_score, roc_auc_score
-from small_cohort import prepare_small
+from small_cohort import SIZES, prepare_small
 
+from hymate import baselines, trust
 from hymate.command import load
 from hymate.config import ConfigError, UserError
-from hymate.training.benchmark import BenchmarkConfig
+from hymate.data.features import FeatureConfig, choose, features
+from hymate.data.histories import Histories
+from hymate.data.meds import read_labels, write_parquet
+from hymate.training.benchmark import BenchmarkConfig, Labelled, train_and_score, trial_of
 from hymate.training.benchmark import benchmark as protocol
-from hymate.training.comparison import COMPARED, Comparison, Run, compare, write_run
+from hymate.training.comparison import Comparison, Run, compare, write_run
+from hymate.training.finetune import Start
+from hymate.training.pretraining import PretrainConfig, read_vocabulary
 
 TINY = [
     *("model=debug", "model.d_model=16", "model.headdim=8", "model.num_heads=2", "data.context=32"),
     *("data.tokens_per_row=256", "data.min_count=1", "pretrain.max_steps=2", "pretrain.eval_every=2"),
     *("pretrain.warmup_steps=1", "pretrain.eval_rows=1", "train.max_steps=4", "train.eval_every=2"),
-    *("train.warmup_steps=1", "train.rows_per_step=1", "averaged=2"),
+    *("train.warmup_steps=1", "train.rows_per_step=1", "folds=2", "seeds=1"),
 ]
 ONLY = "only=[gradient_boosting,pretrained]"
+DEVELOPMENT = SIZES["train"] + SIZES["tuning"]  # patients, who have two labels each
 
 
-def benchmark(
-    data: Path, folder: Path, environment: dict[str, str], *overrides: str
-) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "finetune" / "benchmark.py"), "task=readmission", f"data.path={data}"]
-    return run([*command, f"run.dir={folder}", *overrides], environment, folder)
+def command(data: Path, folder: Path, *overrides: str) -> list[str]:
+    script = str(ROOT / "finetune" / "benchmark.py")
+    return [sys.executable, script, "task=readmission", f"data.path={data}", f"run.dir={folder}", *TINY, *overrides]
+
+
+def configured(data: Path | str, folder: Path | str, *overrides: str) -> BenchmarkConfig:
+    given = ["task=readmission", f"data.path={data}", f"run.dir={folder}", *TINY, *overrides]
+    return load("benchmark", given, BenchmarkConfig)
 
 
 @pytest.fixture(scope="module")
@@ -54,51 +67,82 @@ def environment() -> Iterator[dict[str, str]]:
         yield {**os.environ, "DS_ACCELERATOR": "cpu", "RAY_TMPDIR": folder}
 
 
-def test_runs_are_compared_and_gone_on_with(data: Path, tmp_path: Path, environment: dict[str, str]) -> None:
-    one = benchmark(data, tmp_path, environment, *TINY, ONLY, "seeds=1")
-    assert one.returncode == 0, one.stderr
+def test_a_benchmark_that_is_killed_goes_on_and_compares(
+    data: Path, tmp_path: Path, environment: dict[str, str]
+) -> None:
     folder = tmp_path / "benchmark-readmission"
-    first = {path: path.stat().st_mtime_ns for path in (folder / "runs").iterdir()}
-    found = json.loads((folder / "benchmark.json").read_text())
-    assert [row["name"] for row in found["rows"]] == ["gradient_boosting", "pretrained", "pretrained_averaged"]
-    for row in found["rows"]:
-        table = pq.read_table(folder / "runs" / f"{row['name']}-1-0-tuning.parquet")
-        label, probability = table["label"].to_numpy(), table["probability"].to_numpy()
-        assert row["auroc"]["mean"] == pytest.approx(roc_auc_score(label, probability))
-        assert row["auprc"]["mean"] == pytest.approx(average_precision_score(label, probability))
-        assert row["auroc"]["sd"] is None and row["runs"] == 1
-    reference, model, _ = found["rows"]
+    first = folder / "runs" / "gradient_boosting-all-seed0-fold0.json"
+    with subprocess.Popen(command(data, tmp_path, ONLY, "max_concurrent=1"), env=environment) as started:
+        wait_until(first.is_file, "the first run is there")
+        started.kill()
+    assert started.returncode == -signal.SIGKILL
+    there = {path: path.stat().st_mtime_ns for path in (folder / "runs").iterdir() if path.stem == first.stem}
+    assert not (folder / "cross_validation.json").exists()
+
+    one = run(command(data, tmp_path, ONLY, "max_concurrent=1"), environment, tmp_path)
+    assert one.returncode == 0, one.stderr
+    assert there and {path: path.stat().st_mtime_ns for path in there} == there
+    reference, model = check_cross_validation(folder)
     difference = model["auroc"]["difference"]["value"]
     assert difference == pytest.approx(model["auroc"]["mean"] - reference["auroc"]["mean"])
 
-    # one seed more of the baseline; what is there is only compared, now on the other split
-    more = ["only=[gradient_boosting]", "seeds=2", "split=held_out"]
-    two = benchmark(data, tmp_path, environment, *TINY, *more)
+    # the held-out labels, with fewer and more of the others to learn from: one look
+    more = ["split=held_out", "only=[gradient_boosting,scratch]", "budgets=[60,140]"]
+    two = run(command(data, tmp_path, *more), environment, tmp_path)
     assert two.returncode == 0, two.stderr
-    assert {path: path.stat().st_mtime_ns for path in first} == first
-    found = json.loads((folder / "benchmark.json").read_text())
-    assert found["split"] == "held_out" and [row["runs"] for row in found["rows"]] == [2, 1, 1]
-    assert "pretrained averaged" in two.stdout and "pretrained averaged" in (folder / "benchmark.md").read_text()
-    tables = [pq.read_table(path) for path in (folder / "runs").glob("gradient_boosting-1-*-held_out.parquet")]
-    areas = [roc_auc_score(table["label"].to_numpy(), table["probability"].to_numpy()) for table in tables]
-    assert len(areas) == 2 and found["rows"][0]["auroc"]["mean"] == pytest.approx(np.mean(areas))
-    assert (folder / "benchmark.png").stat().st_size > 10_000
+    found = json.loads((folder / "held_out.json").read_text())
+    assert [(row["name"], row["budget"]) for row in found["rows"]] == [
+        ("gradient_boosting", 140),
+        ("scratch", 140),
+        ("gradient_boosting", 60),
+        ("scratch", 60),
+    ]
+    assert all(row["fitting"] + row["choosing"] == row["budget"] for row in found["rows"])
+    assert len(found["looks"]) == 1 and "Look 1 of this benchmark" in (folder / "held_out.md").read_text()
+    assert (folder / "held_out.png").stat().st_size > 10_000
+    assert json.loads((folder / "run.json").read_text())["outcome"] == {"state": "finished", "looks": 1}
+
+    # what is shown again is no new look; what is compared anew is one
+    protocol(configured(data, tmp_path, *more))
+    assert len(json.loads((folder / "looks.json").read_text())) == 1
+    protocol(configured(data, tmp_path, *more, "budgets=[60]"))
+    looks = json.loads((folder / "looks.json").read_text())
+    assert [[row["budget"] for row in look["seen"]] for look in looks] == [[140, 140, 60, 60], [60, 60]]
+    assert f"Look 2 of this benchmark at these labels**, after {looks[0]['at']}" in (folder / "held_out.md").read_text()
+    check_cross_validation(folder)
+
+
+def check_cross_validation(folder: Path) -> list[dict]:
+    """The rows of the report, which are what the predictions of the runs say."""
+    found = json.loads((folder / "cross_validation.json").read_text())
+    assert [row["name"] for row in found["rows"]] == ["gradient_boosting", "pretrained"] and found["looks"] == []
+    for row in found["rows"]:
+        stem = f"{row['name']}-all-seed0-fold"
+        tables = [pq.read_table(folder / "runs" / f"{stem}{fold}.parquet").to_pandas() for fold in (0, 1)]
+        for name, area in (("auroc", roc_auc_score), ("auprc", average_precision_score)):
+            areas = [area(table["label"], table["probability"]) for table in tables]
+            assert row[name]["mean"] == pytest.approx(np.mean(areas)) and row[name]["sd"] is None
+        scored = np.concatenate([table["subject_id"] for table in tables])
+        assert sorted(scored) == sorted([*range(1, DEVELOPMENT + 1)] * 2)  # held-out patients have higher numbers
+    assert "The vocabulary and pretraining have seen the inputs" in (folder / "cross_validation.md").read_text()
+    assert (folder / "cross_validation.png").stat().st_size > 10_000
+    return found["rows"]
 
 
 @pytest.mark.parametrize(
     ("wrong", "line"),
     [
-        (["shares=[0.5]", "only=[distilled]"], "leave nothing to run"),
+        (["folds=60"], "of all labels, seed 0, fold 0 . positive and . negative ones are there to be scored on"),
+        (["budgets=[100]"], "of 100 labels, seed 0, fold 0 there are only 84"),
+        (["budgets=[2]", "split=held_out"], "of 2 labels, seed 0 . positive and . negative ones are there to"),
         (["train.cpus_per_worker=1000"], "needs 1000 CPUs"),
-        (["shares=[0.02]"], "the train split has 2 positive and 0 negative labels"),
     ],
 )
 def test_what_cannot_be_run_is_refused_before_anything_is_trained(
     data: Path, tmp_path: Path, wrong: list[str], line: str
 ) -> None:
-    given = ["task=readmission", f"data.path={data}", f"run.dir={tmp_path}", *TINY, "seeds=1", *wrong]
     with pytest.raises(UserError, match=line):
-        protocol(load("benchmark", given, BenchmarkConfig))
+        protocol(configured(data, tmp_path, *wrong))
     assert not list(tmp_path.iterdir())
 
 
@@ -106,52 +150,181 @@ def test_a_mistake_in_a_run_is_one_line_and_the_runs_beside_it_end_well(
     data: Path, tmp_path: Path, environment: dict[str, str]
 ) -> None:
     # too few labels for boosting's features, which shows when they are chosen
-    few = ["shares=[0.05]", "shared=[gradient_boosting,scratch]", "only=[gradient_boosting,scratch]", "seeds=1"]
-    failed = benchmark(data, tmp_path, environment, *TINY, *few, "max_concurrent=2")
-    assert failed.returncode == 2 and "gradient_boosting of seed 0 on 5% failed; 1 left" in failed.stdout, failed.stderr
+    few = ["budgets=[14]", "choosing_fraction=0.5", "split=held_out", "max_concurrent=2"]
+    few.append("only=[gradient_boosting,scratch]")
+    failed = run(command(data, tmp_path, *few), environment, tmp_path)
+    assert failed.returncode == 2, failed.stderr
+    assert "gradient_boosting on 14 labels, seed 0 failed; 1 left" in failed.stdout
     assert len(failed.stderr.strip().splitlines()) == 1 and "leave no feature of 6 training labels" in failed.stderr
-    assert (tmp_path / "benchmark-readmission" / "runs" / "scratch-0.05-0.json").is_file()
+    assert (tmp_path / "benchmark-readmission" / "runs" / "scratch-14-seed0-held_out.json").is_file()
     record = json.loads((tmp_path / "benchmark-readmission" / "run.json").read_text())
     assert record["outcome"]["state"] == "failed" and "no feature" in record["outcome"]["reason"]
 
 
-def written(folder: Path, name: str, label: np.ndarray, probability: np.ndarray, seed: int = 0) -> None:
-    """A run as if it had been trained; the tuning split holds the same as the held-out one."""
-    examples = SimpleNamespace(subject_id_E=np.arange(len(label)), label_E=label)
-    told = dict.fromkeys(COMPARED, probability)
-    write_run(Run(name, 1.0, seed), folder, dict.fromkeys(COMPARED, examples), told, seconds=1.0, parameters=None)
+# ----------------------------------------------------------------------------------------------- what is fair
 
 
-def comparison(folder: Path, split: str = "held_out") -> Comparison:
-    return Comparison(folder, ["gradient_boosting", "scratch"], [1.0], 2, split, "readmission")
+def labelled(data: Path, split: str = "cross_validation") -> tuple[Histories, Labelled]:
+    histories = Histories.open(data)
+    return histories, Labelled.of(histories, read_labels(data / "labels" / "readmission"), split)
 
 
-def test_without_boosting_there_is_no_difference_to_it(tmp_path: Path) -> None:
+def test_folds_hold_every_development_patient_once_and_no_held_out_one(data: Path) -> None:
+    config, (_, there) = configured(data, "runs", "folds=3"), labelled(data)
+    by_seed = []
+    for seed in (0, 1):
+        folds = [there.allotted(config, Run("any", 0, seed, fold)) for fold in range(3)]
+        for own in folds:
+            patients = [set(part.subject_id_E) for part in (own.fitting, own.choosing, own.test)]
+            assert sum(map(len, patients)) == len(set.union(*patients)) == DEVELOPMENT
+            assert len(patients[1]) / len(patients[0] | patients[1]) == pytest.approx(0.2, abs=0.02)
+        tested = np.concatenate([own.test.subject_id_E for own in folds])
+        assert sorted(tested) == sorted([*range(1, DEVELOPMENT + 1)] * 2)
+        by_seed.append(set(folds[0].test.subject_id_E))
+    assert by_seed[0] != by_seed[1]
+    _, with_held_out = labelled(data, "held_out")
+    own = with_held_out.allotted(config, Run("any", 0, 0, None))
+    assert own.test.subject_id_E.min() > DEVELOPMENT >= own.fitting.subject_id_E.max()
+
+
+def test_a_budget_counts_every_label_and_both_parts_have_the_same_prevalence(data: Path) -> None:
+    config, (_, there) = configured(data, "runs", "budgets=[40,41,80]"), labelled(data, "held_out")
+    for seed in range(5):
+        allotted = {budget: there.allotted(config, Run("any", budget, seed, None)) for budget in (40, 41, 80)}
+        seen = {}
+        for budget, own in allotted.items():
+            assert len(own.fitting) + len(own.choosing) == budget
+            seen[budget] = {*own.fitting.subject_id_E, *own.choosing.subject_id_E}
+            assert own.choosing.label_E.mean() == pytest.approx(own.fitting.label_E.mean(), abs=0.2)
+            assert own.fraction == budget / 80
+        assert seen[40] <= seen[41] <= seen[80]
+
+
+@pytest.mark.parametrize("name", ["logistic_regression", "distilled"])
+def test_a_run_learns_nothing_from_labels_beyond_its_budget(data: Path, tmp_path: Path, name: str) -> None:
+    config = configured(data, tmp_path, "budgets=[60,0]", "split=held_out")
+    one = Run(name, 60, 0, None)
+    own = labelled(data, "held_out")[1].allotted(config, one)
+    seen = {*own.fitting.subject_id_E, *own.choosing.subject_id_E}
+    table = read_labels(data / "labels" / "readmission")
+    flipped = [
+        bool(label) if subject in seen else not label
+        for subject, label in zip(table["subject_id"].to_pylist(), table["boolean_value"].to_pylist(), strict=True)
+    ]
+    write_parquet(
+        table.set_column(table.column_names.index("boolean_value"), "boolean_value", [flipped]),
+        tmp_path / "flipped" / "0.parquet",
+    )
+    other = dataclasses.replace(
+        config,
+        task=dataclasses.replace(config.task, labels=str(tmp_path / "flipped")),
+        run=dataclasses.replace(config.run, name="other"),
+    )
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as processes:  # DeepSpeed trains once in one
+        processes.starmap(train_and_score, [(each, one, None) for each in (config, other)], chunksize=1)
+    as_labelled, as_flipped = (
+        pq.read_table(one.predictions(each.run.path / "runs")).to_pandas() for each in (config, other)
+    )
+    assert (as_labelled["label"] != as_flipped["label"]).all()
+    assert as_labelled["probability"].tolist() == as_flipped["probability"].tolist()
+
+
+def test_boosting_is_recalibrated_by_the_labels_that_it_chose_by(data: Path, tmp_path: Path) -> None:
+    config, one = configured(data, tmp_path), Run("gradient_boosting", 0, 0, 1)
+    train_and_score(config, one, None)
+    histories, there = labelled(data)
+    own = there.allotted(config, one)
+    spec = choose(histories, own.fitting, FeatureConfig())
+    fitting, choosing, test = (features(histories, part, spec) for part in (own.fitting, own.choosing, own.test))
+    model = baselines.fit("gradient_boosting", fitting, choosing, seed=0)
+    logit, test_logit = (trust.logit(model.probability(part.value_EX)) for part in (choosing, test))
+    expected = expit(trust.recalibrate(own.choosing.label_E, logit)(test_logit))
+    written = pq.read_table(one.predictions(config.run.path / "runs")).to_pandas()
+    assert written["probability"].to_numpy() == pytest.approx(expected)
+    assert np.abs(expected - expit(test_logit)).max() > 0.01
+
+
+def test_encoders_have_the_same_pooling_views_and_candidates_and_the_papers_model_is_the_papers(data: Path) -> None:
+    for pooling in ("variables", "fusion"):
+        settings = ["task=mortality", f"data.path={data}", f"model.pooling={pooling}", "point.early_share=0.5"]
+        config = load("benchmark", [*settings, "data.min_count=1"], BenchmarkConfig)
+        models = {name: config.model_of(contender) for name, contender in config.contenders.items()}
+        trials = {
+            name: trial_of(
+                config, contender, Start(models[name], config.data, read_vocabulary(config.data), None), 0, 0.05
+            )
+            for name, contender in config.contenders.items()
+        }
+        own = trials["scratch"]
+        for name, layers in (("gru", "GG"), ("transformer", "AA"), ("mamba", "MM")):
+            assert trials[name] == dataclasses.replace(own, model=dataclasses.replace(own.model, layers=layers))
+        assert own.model.pooling == pooling
+        assert all(trial.train == own.train and trial.early_share == 0.5 for trial in trials.values())
+        # few labels have fewer steps, but choose among as many evaluations
+        assert own.train.max_steps == round(0.05**0.5 * config.train.max_steps)
+        assert own.train.max_steps // own.train.eval_every == config.train.max_steps // config.train.eval_every
+        published = load("pretrain", [*settings[1:2], "model=paper"], PretrainConfig).model
+        assert models["paper"] == trials["paper"].model == published
+
+
+def test_contenders_of_one_model_are_pretrained_once() -> None:
+    config = configured("DATA", "runs", "+contenders.other={pretrained: true, model: {layers: MM}, point: {}}")
+    needed = [config.pretraining(Run(name, 0, 1, 0)) for name in ("pretrained", "distilled", "other", "scratch", "gru")]
+    assert needed[0] == needed[1] != needed[2] and needed[2] is not None and needed[3:] == [None, None]
+
+
+# ----------------------------------------------------------------------------------------------- what is compared
+
+
+def written(folder: Path, name: str, label: np.ndarray, probability: np.ndarray, seed: int, fold_N: np.ndarray) -> None:
+    """A seed's runs as if they had been trained."""
+    for fold in np.unique(fold_N):
+        at = fold_N == fold
+        test = SimpleNamespace(
+            subject_id_E=np.flatnonzero(at), prediction_time_E=np.zeros(at.sum(), dtype=int), label_E=label[at]
+        )
+        known = {"fitting": 8, "choosing": 2, "parameters": None, "seconds": 1.0, "pretraining_seconds": 0.0}
+        write_run(Run(name, 0, seed, int(fold)), folder, test, probability[at], **known)
+
+
+def comparison(folder: Path, split: str = "cross_validation") -> Comparison:
+    return Comparison(folder, ["gradient_boosting", "scratch"], [0], 2, split, 2, "readmission")
+
+
+def test_areas_are_means_over_the_folds_of_each_seed(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
-    label, probability = rng.integers(0, 2, 200).astype(float), rng.random(200)
-    written(tmp_path, "scratch", label, probability)
+    label, fold_SN = rng.integers(0, 2, 200).astype(float), rng.integers(0, 2, (2, 200))
+    probability_SN = rng.random((2, 200)) / 2
+    probability_SN += fold_SN / 2  # of the second fold all are higher: a rank over both would be no model's
+    for seed in range(2):
+        written(tmp_path, "scratch", label, probability_SN[seed], seed, fold_SN[seed])
     (row,) = compare(comparison(tmp_path))["rows"]
     assert row["auroc"]["difference"] == row["auroc"]["ensemble_difference"] == {"value": None, "ci": None}
-    written(tmp_path, "gradient_boosting", label, rng.random(200))
+    for seed in range(2):
+        written(tmp_path, "gradient_boosting", label, rng.random(200), seed, fold_SN[seed])
     _, row = compare(comparison(tmp_path))["rows"]
-    assert row["auroc"]["difference"]["ci"][0] < row["auroc"]["difference"]["value"] != 0
+    for name, area in (("auroc", roc_auc_score), ("auprc", average_precision_score)):
+        of_seed = [
+            np.mean([area(label[fold_N == fold], probability_N[fold_N == fold]) for fold in range(2)])
+            for probability_N, fold_N in zip(probability_SN, fold_SN, strict=True)
+        ]
+        assert row[name]["mean"] == pytest.approx(np.mean(of_seed))
+        assert row[name]["sd"] == pytest.approx(np.std(of_seed, ddof=1))
+        low, high = row[name]["ci"]
+        assert low < row[name]["mean"] < high < low + 0.3
+        assert row[name]["ensemble"] == pytest.approx(area(label, probability_SN.mean(axis=0)))
+        assert row[name]["difference"]["ci"][0] < row[name]["difference"]["value"] < row[name]["difference"]["ci"][1]
 
-
-def test_everyone_is_recalibrated_and_judged_by_other_labels_than_it_was_fitted_to(tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
-    logit = rng.normal(-1, 2, 4000)
-    label = (rng.random(4000) < expit(logit)).astype(float)
-    for seed, (name, scale, shift) in enumerate((("gradient_boosting", 1.5, 0.5), ("scratch", 0.7, -0.5))):
-        written(tmp_path, name, label, expit(scale * logit + shift).astype(np.float32), seed)
-    boosting, scratch = compare(comparison(tmp_path))["rows"]
-    assert boosting["ece"] == pytest.approx(scratch["ece"], abs=3e-3) and boosting["ece"] < 0.02
-    assert [row["ece"] for row in compare(comparison(tmp_path, "tuning"))["rows"]] == [None, None]
+    # a seed that lacks a fold does not count
+    Run("scratch", 0, 1, 1).results(tmp_path).unlink()
+    _, row = compare(comparison(tmp_path))["rows"]
+    assert row["seeds"] == 1 and row["auroc"]["sd"] is None
 
 
 def test_runs_of_other_labels_are_not_compared(tmp_path: Path) -> None:
     label = np.arange(20) % 2.0
     for seed in range(2):
-        written(tmp_path, "scratch", (label + seed) % 2, np.linspace(0.1, 0.9, 20), seed)
+        written(tmp_path, "scratch", (label + seed) % 2, np.linspace(0.1, 0.9, 20), seed, np.arange(20) // 10)
     with pytest.raises(UserError, match="runs of scratch have other labels than each other"):
         compare(comparison(tmp_path))
 
@@ -160,7 +333,9 @@ def test_runs_of_other_labels_are_not_compared(tmp_path: Path) -> None:
     ("wrong", "line"),
     [
         ("only=[boosting]", "only: boosting is no contender"),
-        ("shares=[0]", "shares must be above 0"),
+        ("budgets=[-1]", "budgets must be different numbers of labels, 0 for all there are; got [-1]"),
+        ("choosing_fraction=1", "choosing_fraction must be between 0 and 1"),
+        ("folds=1", "folds must be at least 2"),
         ("+contenders.gru.point.depth=3", "search.space.depth is not a parameter"),
         ("+contenders.gru.model.heads=3", "contenders.model.heads is not a known key"),
         ("point.head_lr={choice: [1e-3]}", "point: head_lr must be one value here, not a distribution"),

@@ -1,16 +1,21 @@
-"""The protocol: contenders trained on the same labels with several seeds, and scored on the same patients.
+"""The benchmark: contenders trained on the same labels with several seeds, and scored on the same patients.
 
 Gradient boosting and logistic regression (`hymate.baselines`), encoders from scratch, HyMaTE from scratch and
-pretrained, and the average of a pretrained model's best checkpoints. Each (contender, share of the training patients,
-seed) is one task of Ray's that leaves its predictions in the run's folder; what is there already is not run again.
+pretrained, and the paper's model. They are scored by cross-validation over the train and tuning patients, or on the
+held-out ones. A budget of labels counts every label that a run sees: most are fitted to, the others choose among the
+run's candidates and recalibrate it, by the same rule for everyone.
 
-Shape legend: P training patients, E examples, X features, T tasks.
+Each (contender, budget, seed, fold) is one task of Ray's that leaves its predictions in the run's folder; what is there
+already is not run again.
+
+Shape legend: P patients, E examples, T tasks.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
 import tempfile
 import time
@@ -21,11 +26,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
+from scipy.special import expit
 from torch import Tensor
 
-from hymate import baselines
+from hymate import baselines, trust
 from hymate.bundle import Bundle, read_weights, write_weights
 from hymate.command import build, check_same_run, to_tree
 from hymate.config import (
@@ -38,7 +43,7 @@ from hymate.config import (
     TrainConfig,
     UserError,
 )
-from hymate.data.examples import Examples, labelled_examples, require_both_classes
+from hymate.data.examples import Examples, labelled_examples
 from hymate.data.features import FeatureConfig, choose, features
 from hymate.data.histories import Histories
 from hymate.data.tasks import labels
@@ -48,24 +53,25 @@ from hymate.storage import Location, atomic_path, local_copy, locate, require_fo
 from hymate.telemetry import Telemetry
 from hymate.training import cluster, comparison, engine, space
 from hymate.training.checkpoint import read_verified_weights
-from hymate.training.comparison import COMPARED, Comparison, Run, Split, write_run
-from hymate.training.finetune import Start, Study, TrialConfig, run_trial
+from hymate.training.comparison import Comparison, Run, Split, note_look, write_run
+from hymate.training.finetune import Start, TrialConfig, taught, train_on
 from hymate.training.launch import absolute
 from hymate.training.pretraining import PretrainConfig, pretraining_job, read_vocabulary
 from hymate.training.resume import Kept
 from hymate.training.search import trial_config
 
 BASELINES: tuple[baselines.Kind, ...] = ("gradient_boosting", "logistic_regression")
-AVERAGED = "_averaged"  # the name of a pretrained contender with the mean of its best checkpoints' weights
-METRIC = "mean"
-RUNS = "runs"  # their folder in the benchmark's
-CHANGEABLE = {"data.path", "run.dir", "split", "seeds", "shares", "only", "max_concurrent"}
+CHOSEN_BY = "loss"  # cross-entropy, as in hymate.baselines: AUROC and AUPRC of few positives jump
+RUNS, PRETRAINED = "runs", "pretrained"  # folders in the benchmark's
+DEVELOPMENT, HELD_OUT = "train and tuning", "held_out"
+CHANGEABLE = {"data.path", "run.dir", "split", "seeds", "budgets", "only", "max_concurrent"}
 
 
 @dataclass(frozen=True)
 class Contender:
     """A model that is fine-tuned. model: what it changes of the configuration's; point: its settings, as of a search's
-    space; pretrained: whether it starts from weights that were pretrained with the same seed.
+    space; pretrained: whether it starts from weights that were pretrained with the same seed, once for all contenders
+    of the same model.
     """
 
     point: dict[str, Any]
@@ -84,23 +90,26 @@ class BenchmarkConfig:
     train: TrainConfig
     task: TaskConfig
     split: Split
+    folds: int
     only: list[str]
     seeds: int
-    shares: list[float]
-    shared: list[str]
-    averaged: int
+    budgets: list[int]
+    with_few_labels: list[str]
+    choosing_fraction: float
     max_concurrent: int
     contenders: dict[str, Contender]
     point: dict[str, Any]
     run: RunConfig
 
     def __post_init__(self) -> None:
-        if not self.shares or not all(0 < share <= 1 for share in self.shares):
-            raise ConfigError(f"shares must be above 0 and at most 1, got {self.shares}")
-        for name in ("seeds", "averaged"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
-        for key in ("shared", "only"):
+        if not self.budgets or min(self.budgets) < 0 or len(set(self.budgets)) < len(self.budgets):
+            raise ConfigError(f"budgets must be different numbers of labels, 0 for all there are; got {self.budgets}")
+        if not 0 < self.choosing_fraction < 1:
+            raise ConfigError(f"choosing_fraction must be between 0 and 1, got {self.choosing_fraction}")
+        for name, least in (("seeds", 1), ("folds", 2)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        for key in ("with_few_labels", "only"):
             if unknown := set(getattr(self, key)) - {*BASELINES, *self.contenders}:
                 raise ConfigError(f"{key}: {', '.join(sorted(unknown))} is no contender")
         if clash := set(BASELINES) & set(self.contenders):
@@ -117,6 +126,31 @@ class BenchmarkConfig:
         """The contender's model. Raises ConfigError where a setting is impossible."""
         return build(ModelConfig, {**to_tree(self.model), **contender.model}, "contenders.model.")
 
+    @property
+    def largest_first(self) -> list[int]:
+        """The budgets; all labels are the largest."""
+        return sorted(self.budgets, key=lambda budget: budget or math.inf, reverse=True)
+
+    def pretraining(self, run: Run) -> Pretraining | None:
+        """Of the weights that the run starts from; None where it starts from scratch."""
+        pretrained = {name: contender for name, contender in self.contenders.items() if contender.pretrained}
+        if run.name not in pretrained:
+            return None
+        model = self.model_of(pretrained[run.name])
+        alike = [name for name, contender in pretrained.items() if self.model_of(contender) == model]
+        return Pretraining(alike[0], run.seed)
+
+
+@dataclass(frozen=True)
+class Pretraining:
+    """The pretrained weights of all contenders that have the model of this one."""
+
+    name: str
+    seed: int
+
+    def __str__(self) -> str:
+        return f"pretraining of {self.name}, seed {self.seed}"
+
 
 # -------------------------------------------------------------------------------------------------------- running
 
@@ -126,32 +160,37 @@ def benchmark(config: BenchmarkConfig) -> Location:
     config = _absolute(config)
     path, runs = config.run.path, _runs(config)
     if not runs:
-        raise ConfigError("only, shared and shares leave nothing to run: shares below 1 are of those in shared alone")
+        raise ConfigError(
+            "only leaves nothing to run: of several budgets all but the largest are with_few_labels' alone"
+        )
     require_folder(path, "run.dir")
     cluster.check(config.train)
     histories, label_set = Histories.open(config.data.path), labels(locate(config.data.path), config.task)
-    require_both_classes(
-        config.task, {split: labelled_examples(histories, label_set.table, split) for split in COMPARED}
-    )
-    for share, seed in {(run.share, run.seed) for run in runs}:
-        table = _share_of(label_set.table, histories, share, seed)
-        require_both_classes(config.task, {"train": labelled_examples(histories, table, "train")})
+    there = Labelled.of(histories, label_set.table, config.split)
+    for run in {(run.budget, run.seed, run.fold): run for run in runs}.values():
+        there.allotted(config, run).check(config, run)
     inputs = {"data.path": histories.fingerprint, "task.labels": label_set.digest()}
     check_same_run(path, config, inputs, CHANGEABLE)
-    with recorded(path, "benchmark", config, inputs):
+    with recorded(path, "benchmark", config, inputs) as outcome:
         waiting = [run for run in runs if not run.results(path / RUNS).is_file()]
         if waiting:
             with cluster.ray_session(config.train):
                 _run_all(config, waiting)
-        averaged = [name + AVERAGED for name, contender in config.contenders.items() if contender.pretrained]
-        names = [*BASELINES, *config.contenders, *averaged]
-        compared = Comparison(path / RUNS, names, config.shares, config.seeds, config.split, config.task.name)
-        found = comparison.compare(compared)
-        write_text(json.dumps(found, indent=1, allow_nan=False) + "\n", path / "benchmark.json")
-        write_text(comparison.report(compared, found), path / "benchmark.md")
-        comparison.draw(compared, found, path / "benchmark.png")
+        names = [*BASELINES, *config.contenders]
+        compared = Comparison(
+            path / RUNS, names, config.largest_first, config.seeds, config.split, config.folds, config.task.name
+        )
+        found, looks = comparison.compare(compared), []
+        if config.split == HELD_OUT:
+            looks = note_look(path, found)
+            outcome["looks"] = len(looks)
+        write_text(
+            json.dumps({**found, "looks": looks}, indent=1, allow_nan=False) + "\n", path / f"{config.split}.json"
+        )
+        write_text(comparison.report(compared, found, looks), path / f"{config.split}.md")
+        comparison.draw(compared, found, path / f"{config.split}.png")
     comparison.show(found)
-    print(f"report: {path / 'benchmark.md'}, picture: {path / 'benchmark.png'}")
+    print(f"report: {path / config.split}.md, picture: {path / config.split}.png")
     return path
 
 
@@ -165,15 +204,98 @@ def _absolute(config: BenchmarkConfig) -> BenchmarkConfig:
 
 
 def _runs(config: BenchmarkConfig) -> list[Run]:
-    """In the order in which they are started: every contender once, then with the next seed; small shares last."""
+    """In the order in which they are started: every contender once, then the next fold and seed; few labels last."""
     everyone = [*BASELINES, *config.contenders]
+    folds = [None] if config.split == HELD_OUT else list(range(config.folds))
     return [
-        Run(name, share, seed)
-        for share in sorted(config.shares, reverse=True)
+        Run(name, budget, seed, fold)
+        for budget in config.largest_first
         for seed in range(config.seeds)
-        for name in (everyone if share == 1 else config.shared)
+        for fold in folds
+        for name in (everyone if budget == config.largest_first[0] else config.with_few_labels)
         if not config.only or name in config.only
     ]
+
+
+# ------------------------------------------------------------------------------------------------- who has which labels
+
+
+@dataclass(frozen=True)
+class Allotment:
+    """A run's labels: what it is fitted to, what it chooses and recalibrates by, what it is scored on; a patient is in
+    one of them. fraction: how many it learns from, of those of the largest budget.
+    """
+
+    fitting: Examples
+    choosing: Examples
+    test: Examples
+    fraction: float
+
+    def check(self, config: BenchmarkConfig, run: Run) -> None:
+        """Raises UserError where a part is smaller than the budget wants it, or has one class only."""
+        there = len(self.fitting) + len(self.choosing)
+        if there < run.budget:
+            raise UserError(f"budgets={config.budgets}: of {run.labels} there are only {there}")
+        for name, examples in (("fit", self.fitting), ("choose by", self.choosing), ("be scored on", self.test)):
+            positives = int((examples.label_E > 0.5).sum())
+            if positives in (0, len(examples)):
+                raise UserError(
+                    f"task {config.task.name}: of {run.labels} {positives} positive and {len(examples) - positives} "
+                    f"negative ones are there to {name}, and both are needed: take a larger budget or fewer folds"
+                )
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Examples with a label: those of the train and tuning patients together and, if asked for, the held-out ones."""
+
+    development: Examples
+    held_out: Examples | None
+
+    @classmethod
+    def of(cls, histories: Histories, table: pa.Table, split: Split) -> Labelled:
+        """table: the task's labels."""
+        parts = np.where(histories.index["split"] == HELD_OUT, HELD_OUT, DEVELOPMENT)
+        histories = Histories(
+            histories.path, histories.codes, {**histories.index, "split": parts}, histories.fingerprint
+        )
+        wanted = [DEVELOPMENT, HELD_OUT] if split == HELD_OUT else [DEVELOPMENT]
+        found = [labelled_examples(histories, table, part) for part in wanted]
+        development, *held_out = [examples.only(~np.isnan(examples.label_E)) for examples in found]
+        return cls(development, held_out[0] if held_out else None)
+
+    def allotted(self, config: BenchmarkConfig, run: Run) -> Allotment:
+        """The labels of a run: each seed draws its own folds, and its own patients until the budget is reached.
+
+        Smaller budgets are parts of larger ones. Those to choose by are every so many of the patients in the order of
+        outcome and draw, so that both parts have the same prevalence.
+        """
+        pool, test, rng = self.development, self.held_out, np.random.default_rng(run.seed)
+        if run.fold is not None:
+            fold_E = _shuffled(pool.subject_id_E, rng) % config.folds
+            pool, test = pool.only(fold_E != run.fold), pool.only(fold_E == run.fold)
+        assert test is not None, "a run without a fold is scored on the held-out labels"
+        largest = min(config.largest_first[0] or len(pool), len(pool))
+        rank_E = _shuffled(pool.subject_id_E, rng)
+        drawn = np.zeros(len(pool), dtype=bool)
+        drawn[np.argsort(rank_E, kind="stable")[: run.budget or None]] = True
+        pool, rank_E = pool.only(drawn), rank_E[drawn]
+        subject_P, first_E, subject_E = np.unique(pool.subject_id_E, return_index=True, return_inverse=True)
+        positive_P = np.bincount(subject_E, pool.label_E > 0.5) > 0
+        order_P = np.lexsort((rank_E[first_E], positive_P))
+        chooses_P = np.zeros(len(subject_P), dtype=bool)
+        chooses_P[order_P] = np.diff(np.floor(np.arange(len(subject_P) + 1) * config.choosing_fraction + 0.5)) > 0
+        chooses_E = chooses_P[subject_E]
+        return Allotment(pool.only(~chooses_E), pool.only(chooses_E), test, len(pool) / largest)
+
+
+def _shuffled(subject_id_E: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The place of each example's patient in a random order of all patients."""
+    subject_P, subject_E = np.unique(subject_id_E, return_inverse=True)
+    return rng.permutation(len(subject_P))[subject_E]
+
+
+# -------------------------------------------------------------------------------------------------------- Ray's tasks
 
 
 def _run_all(config: BenchmarkConfig, waiting: Sequence[Run]) -> None:
@@ -182,22 +304,25 @@ def _run_all(config: BenchmarkConfig, waiting: Sequence[Run]) -> None:
     from ray.exceptions import RayTaskError
 
     resources = {"num_cpus": config.train.cpus_per_worker, "num_gpus": float(config.train.use_gpu)}
-    remote, pretraining = (ray.remote(max_calls=1, max_retries=0, **resources)(task) for task in (_run, pretrain))
+    remote, pretraining = (
+        ray.remote(max_calls=1, max_retries=0, **resources)(task) for task in (train_and_score, pretrain)
+    )
     started, queue = time.monotonic(), list(waiting)
-    running: dict[Any, Run | int] = {}  # a seed is pretrained for all its runs
-    weights: dict[int, Any] = {}
+    running: dict[Any, Run | Pretraining] = {}
+    weights: dict[Pretraining | None, Any] = {None: None}
     failure: Exception | None = None
 
     def begin() -> bool:
         """The first that can; whether there was one."""
         for run in queue:
-            needs_weights = run.name in config.contenders and config.contenders[run.name].pretrained
-            if not needs_weights or run.seed in weights:
+            needed = config.pretraining(run)
+            if needed in weights:
                 queue.remove(run)
-                running[remote.remote(config, run, weights[run.seed] if needs_weights else None)] = run
+                running[remote.remote(config, run, weights[needed])] = run
                 return True
-            if run.seed not in running.values():
-                running[pretraining.remote(config, run.seed)] = run.seed
+            if needed not in running.values():
+                assert needed is not None
+                running[pretraining.remote(config, needed)] = needed
                 return True
         return False
 
@@ -207,10 +332,9 @@ def _run_all(config: BenchmarkConfig, waiting: Sequence[Run]) -> None:
         (done,), _ = ray.wait(list(running), num_returns=1)
         run = running.pop(done)
         minutes, seconds = divmod(int(time.monotonic() - started), 60)
-        if isinstance(run, int):
-            weights[run], outcome = done, f"pretraining of seed {run}"
-        else:
-            outcome = f"{run.name} of seed {run.seed} on {run.share:.0%}"
+        outcome = str(run)
+        if isinstance(run, Pretraining):
+            weights[run] = done
         try:
             ray.get(done)
         except Exception as error:
@@ -235,96 +359,100 @@ def _slots(config: BenchmarkConfig) -> int:
     return max(1, min(slots, int(there.get("GPU", 0))) if config.train.use_gpu else slots)
 
 
-def _run(config: BenchmarkConfig, run: Run, pretrained: tuple[dict[str, Tensor], float] | None) -> None:
+def train_and_score(config: BenchmarkConfig, run: Run, pretrained: tuple[dict[str, Tensor], float] | None) -> None:
     torch.set_num_threads(config.train.cpus_per_worker)
     histories, table = Histories.open(config.data.path), labels(locate(config.data.path), config.task).table
-    table = _share_of(table, histories, run.share, run.seed)
+    own = Labelled.of(histories, table, config.split).allotted(config, run)
+    state, pretraining_seconds = pretrained or (None, 0.0)
+    started = time.monotonic()
     if run.name in BASELINES:
-        _run_baseline(config, run, histories, table)
+        choosing_logit_E, test_logit_E, parameters = _baseline(run, histories, own)
     else:
-        _run_contender(config, run, histories, table, *(pretrained or (None, 0.0)))
+        choosing_logit_E, test_logit_E, parameters = _contender(config, run, histories, own, state)
+    recalibrated = trust.recalibrate(own.choosing.label_E, choosing_logit_E)
+    write_run(
+        run,
+        config.run.path / RUNS,
+        own.test,
+        expit(recalibrated(test_logit_E)),
+        fitting=len(own.fitting),
+        choosing=len(own.choosing),
+        parameters=parameters,
+        seconds=time.monotonic() - started,
+        pretraining_seconds=pretraining_seconds,
+    )
 
 
-def _share_of(table: pa.Table, histories: Histories, share: float, seed: int) -> pa.Table:
-    """The labels without those of the training patients that the run does not learn from; each seed draws its own."""
-    train_id_P = np.sort(histories.index["subject_id"][histories.rows_of("train")])
-    order_P = np.random.default_rng(seed).permutation(len(train_id_P))
-    left_out_P = train_id_P[order_P[max(1, round(share * len(order_P))) :]]
-    return table.filter(pc.invert(pc.is_in(table["subject_id"], pa.array(left_out_P))))
-
-
-def _run_baseline(config: BenchmarkConfig, run: Run, histories: Histories, table: pa.Table) -> None:
-    started = time.monotonic()
-    examples = {split: labelled_examples(histories, table, split) for split in ("train", *COMPARED)}
-    spec = choose(histories, examples["train"], FeatureConfig())
-    told = {split: features(histories, examples[split], spec) for split in examples}
+def _baseline(run: Run, histories: Histories, own: Allotment) -> tuple[np.ndarray, np.ndarray, None]:
+    """Logits of the examples to choose by and of the test examples."""
     kind = next(name for name in BASELINES if name == run.name)
-    model = baselines.fit(kind, told["train"], told["tuning"], run.seed)
-    seconds = time.monotonic() - started
-    probabilities: dict[Split, np.ndarray] = {split: model.probability(told[split].value_EX) for split in COMPARED}
-    write_run(run, config.run.path / RUNS, examples, probabilities, seconds=seconds, parameters=None)
+    spec = choose(histories, own.fitting, FeatureConfig())
+    fitting, choosing, test = (features(histories, part, spec) for part in (own.fitting, own.choosing, own.test))
+    model = baselines.fit(kind, fitting, choosing, run.seed)
+    choosing_logit_E, test_logit_E = (trust.logit(model.probability(part.value_EX)) for part in (choosing, test))
+    return choosing_logit_E, test_logit_E, None
 
 
-def _run_contender(
-    config: BenchmarkConfig,
-    run: Run,
-    histories: Histories,
-    table: pa.Table,
-    state: dict[str, Tensor] | None,
-    pretraining_seconds: float,
-) -> None:
-    contender = config.contenders[run.name]
-    vocabulary = read_vocabulary(config.data)
+def _contender(
+    config: BenchmarkConfig, run: Run, histories: Histories, own: Allotment, state: dict[str, Tensor] | None
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """As `_baseline`, and how many parameters the model has."""
+    contender, vocabulary = config.contenders[run.name], read_vocabulary(config.data)
     start = Start(config.model_of(contender), config.data, vocabulary, state)
-    trial = trial_of(config, contender, start, run)
-    started = time.monotonic()
-    teacher = []
+    trial = trial_of(config, contender, start, run.seed, own.fraction)
+    fitting = own.fitting
     if trial.teacher_share:
-        train, tuning = (labelled_examples(histories, table, split) for split in ("train", "tuning"))
-        teacher = [baselines.cross_fitted(histories, train, tuning, run.seed)]
-    study = Study(start, [table], METRIC, [trial], config.run.path, teacher)
+        teacher_E = baselines.cross_fitted(histories, fitting, own.choosing, run.seed)
+        fitting = taught(fitting, teacher_E, trial.teacher_share)
     with tempfile.TemporaryDirectory() as folder, engine.single_process(config.train.use_gpu) as worker:
-        kept = Kept(Path(folder), config.averaged)
-        telemetry = Telemetry(config.run.path / "tb" / run.stem, enabled=True)
-        run_trial(study, trial, worker=worker, report=_keeping(kept), resume=None, telemetry=telemetry)
-        states = _best_weights(kept)
-    seconds = time.monotonic() - started
-    examples: dict[str, Examples] = {split: labelled_examples(histories, table, split) for split in COMPARED}
-    average = {name: torch.stack([state[name] for state in states]).mean(dim=0) for name in states[0]}
-    named = {run.name + AVERAGED: average} if contender.pretrained else {}
-    for name, state in {**named, run.name: states[0]}.items():  # the run's own comes last: then the run is there
-        bundle = Bundle("risk", trial.model, trial.data, trial.tasks, vocabulary, state, in_days=trial.in_days)
-        probabilities = {
-            split: predict(bundle, histories, examples[split])[0].probability_ET[:, 0] for split in COMPARED
-        }
-        parameters = sum(weight.numel() for weight in state.values())
-        more = {"seconds": seconds, "pretraining_seconds": pretraining_seconds, "parameters": parameters}
-        write_run(dataclasses.replace(run, name=name), config.run.path / RUNS, examples, probabilities, **more)
+        kept = Kept(Path(folder), 1, "min")
+        train_on(
+            start,
+            trial,
+            histories,
+            fitting,
+            own.choosing,
+            metric=CHOSEN_BY,
+            worker=worker,
+            report=_keeping(kept),
+            resume=None,
+            telemetry=Telemetry(config.run.path / "tb" / run.stem, enabled=True),
+        )
+        best = _best_weights(kept)
+    bundle = Bundle("risk", trial.model, trial.data, trial.tasks, vocabulary, best, in_days=trial.in_days)
+    outputs = [predict(bundle, histories, examples)[0] for examples in (own.choosing, own.test)]
+    choosing_logit_E, test_logit_E = (output.logit_ET[:, 0] for output in outputs)
+    return choosing_logit_E, test_logit_E, sum(weight.numel() for weight in best.values())
 
 
-def trial_of(config: BenchmarkConfig, contender: Contender, start: Start, run: Run) -> TrialConfig:
-    """As few labels are soon learned, a share of them gets its root's share of the steps."""
-    steps = max(config.train.eval_every, round(config.train.max_steps * run.share**0.5))
-    warmup = min(config.train.warmup_steps, steps // 4)
-    train = dataclasses.replace(config.train, seed=run.seed, max_steps=steps, warmup_steps=warmup)
+def trial_of(config: BenchmarkConfig, contender: Contender, start: Start, seed: int, fraction: float) -> TrialConfig:
+    """Few labels are soon learned: a fraction of them gets its root's share of the steps, with as many evaluations."""
+    share = fraction**0.5
+    steps, warmup, every = (
+        round(share * number) for number in (config.train.max_steps, config.train.warmup_steps, config.train.eval_every)
+    )
+    steps = max(1, steps)
+    train = dataclasses.replace(
+        config.train, seed=seed, max_steps=steps, warmup_steps=min(warmup, steps - 1), eval_every=max(1, every)
+    )
     return trial_config([config.task], train, start, {**config.point, **contender.point})
 
 
-def pretrain(config: BenchmarkConfig, seed: int) -> tuple[dict[str, Tensor], float]:
-    """Weights that were pretrained with this seed, and how long that took; trained once for all shares."""
+def pretrain(config: BenchmarkConfig, pretraining: Pretraining) -> tuple[dict[str, Tensor], float]:
+    """The weights, and how long they took; trained once for all budgets and folds."""
     torch.set_num_threads(config.train.cpus_per_worker)
-    path = config.run.path / "pretrained" / f"{seed}.safetensors"
+    path = config.run.path / PRETRAINED / f"{pretraining.name}-seed{pretraining.seed}.safetensors"
     if not path.with_suffix(".json").is_file():  # it comes last
-        settings = PretrainConfig(
-            config.data, config.model, config.objective, dataclasses.replace(config.pretrain, seed=seed), config.run
-        )
+        model = config.model_of(config.contenders[pretraining.name])
+        train = dataclasses.replace(config.pretrain, seed=pretraining.seed)
+        settings = PretrainConfig(config.data, model, config.objective, train, config.run)
         started = time.monotonic()
         with tempfile.TemporaryDirectory() as folder, engine.single_process(config.train.use_gpu) as worker:
             job = pretraining_job(settings, worker)
             kept = Kept(Path(folder), 1, job.mode)
-            telemetry = Telemetry(config.run.path / "tb" / f"pretrained-{seed}", enabled=True)
+            telemetry = Telemetry(config.run.path / "tb" / f"{PRETRAINED}-{path.stem}", enabled=True)
             engine.train(job, settings.train, worker, report=_keeping(kept), telemetry=telemetry, resume=None)
-            (state,) = _best_weights(kept)
+            state = _best_weights(kept)
         with atomic_path(path) as temporary:
             write_weights(state, temporary)
         write_text(json.dumps(time.monotonic() - started) + "\n", path.with_suffix(".json"))
@@ -340,6 +468,6 @@ def _keeping(kept: Kept) -> engine.Report:
     return report
 
 
-def _best_weights(kept: Kept) -> list[dict[str, Tensor]]:
-    """Best first."""
-    return [read_verified_weights(folder) for folder, _ in kept.best_first()[: kept.num_best]]
+def _best_weights(kept: Kept) -> dict[str, Tensor]:
+    folder, _ = kept.best_first()[0]
+    return read_verified_weights(folder)

@@ -1,6 +1,7 @@
 """What a benchmark's runs are compared by: their predictions, kept in the run's folder; table, report and picture.
 
-Shape legend: N labels of the compared split, R runs (seeds) of a contender, K areas (AUROC, AUPRC).
+Shape legend: N labels that everyone is scored on, R models of a contender: one for each seed or, of cross-validation,
+for each seed and fold; K areas (AUROC, AUPRC).
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any, Literal
 
 import numpy as np
@@ -17,7 +19,7 @@ from numpy.typing import NDArray
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from hymate import metrics, trust
+from hymate import metrics
 from hymate.config import UserError
 from hymate.data.examples import Examples
 from hymate.data.meds import read_parquet, write_parquet
@@ -25,143 +27,211 @@ from hymate.storage import Location, write_text
 from hymate.training import pictures, tables
 
 REFERENCE = "gradient_boosting"  # what every contender is compared with
-Split = Literal["tuning", "held_out"]
-COMPARED: tuple[Split, ...] = ("tuning", "held_out")
+LOOKS = "looks.json"
+Split = Literal["cross_validation", "held_out"]
 Array = NDArray[Any]
 
 
 @dataclass(frozen=True)
 class Run:
-    """One contender with one seed on a share of the training patients; `name` is a baseline's or a contender's."""
+    """One training: a contender, `budget` labels (0: all there are), a seed, and the fold that it is scored on.
+
+    name: a baseline's or a contender's. fold: None for the held-out split.
+    """
 
     name: str
-    share: float
+    budget: int
     seed: int
+    fold: int | None
 
     @property
     def stem(self) -> str:
         """What its files' names begin with."""
-        return f"{self.name}-{self.share:g}-{self.seed}"
+        scored_on = "held_out" if self.fold is None else f"fold{self.fold}"
+        return f"{self.name}-{self.budget or 'all'}-seed{self.seed}-{scored_on}"
+
+    @property
+    def labels(self) -> str:
+        """In words, which labels it has: the same for every contender."""
+        scored_on = "" if self.fold is None else f", fold {self.fold}"
+        return f"{self.budget or 'all'} labels, seed {self.seed}{scored_on}"
+
+    def __str__(self) -> str:
+        return f"{self.name} on {self.labels}"
 
     def results(self, folder: Location) -> Location:
         """What is known of the run; it is written last, so the run is there when this file is."""
         return folder / f"{self.stem}.json"
 
-    def predictions(self, folder: Location, split: Split) -> Location:
-        """Subjects, labels and probabilities of a split."""
-        return folder / f"{self.stem}-{split}.parquet"
+    def predictions(self, folder: Location) -> Location:
+        """Subjects, prediction times, labels and recalibrated probabilities."""
+        return folder / f"{self.stem}.parquet"
 
 
-def write_run(
-    run: Run, folder: Location, examples: Mapping[str, Examples], probabilities: Mapping[Split, Array], **more: Any
-) -> None:
-    """Predictions of both splits, so that a comparison on the held-out one needs no second training."""
-    for split in COMPARED:
-        columns = {"subject_id": examples[split].subject_id_E, "label": examples[split].label_E}
-        write_parquet(pa.table(columns | {"probability": probabilities[split]}), run.predictions(folder, split))
-    write_text(json.dumps({**dataclasses.asdict(run), **more}) + "\n", run.results(folder))
+def write_run(run: Run, folder: Location, test: Examples, probability_E: Array, **known: Any) -> None:
+    """The run's predictions, and what else is known of it."""
+    columns = {"subject_id": test.subject_id_E, "prediction_time": test.prediction_time_E, "label": test.label_E}
+    write_parquet(pa.table(columns | {"probability": probability_E}), run.predictions(folder))
+    write_text(json.dumps({**dataclasses.asdict(run), **known}) + "\n", run.results(folder))
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One contender's finished runs on one budget.
+
+    known: what each run's file holds. probability_RN: NaN where a model did not score a label because it lies in
+    another fold.
+    """
+
+    known: list[dict[str, Any]]
+    seeds: int
+    subject_N: Array
+    label_N: Array
+    probability_RN: Array
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The runs of a folder that are compared on a split; those that are not there yet are left out."""
+    """The runs of a folder that are compared; a seed that lacks a fold is left out."""
 
     folder: Location
     names: Sequence[str]
-    shares: Sequence[float]
+    budgets: Sequence[int]
     seeds: int
     split: Split
+    folds: int
     task: str
 
-    def read(self, name: str, share: float) -> tuple[list[dict[str, Any]], Array, Array, Array] | None:
-        """Of one contender's runs what is known of each, their subjects (N,), labels (N,) and probabilities (R, N).
-
-        The probabilities of all contenders are recalibrated on the tuning split, as those of a bundle are. Raises
-        UserError where the runs are not of the same labels.
-        """
-        runs = [Run(name, share, seed) for seed in range(self.seeds)]
-        runs = [run for run in runs if run.results(self.folder).is_file()]
-        if not runs:
+    def read(self, name: str, budget: int) -> Scored | None:
+        """Raises UserError where the seeds were not scored on the same labels."""
+        folds = [None] if self.split == "held_out" else list(range(self.folds))
+        seeds = [[Run(name, budget, seed, fold) for fold in folds] for seed in range(self.seeds)]
+        seeds = [runs for runs in seeds if all(run.results(self.folder).is_file() for run in runs)]
+        if not seeds:
             return None
-        found = [read_parquet(run.predictions(self.folder, self.split)) for run in runs]
-        subject_N, label_N = (found[0][column].to_numpy() for column in ("subject_id", "label"))
-        for table in found:
-            alike = len(table) == len(label_N) and np.array_equal(table["label"].to_numpy(), label_N)
-            if not alike or not np.array_equal(table["subject_id"].to_numpy(), subject_N):
-                raise UserError(f"{self.folder}: runs of {name} have other labels than each other: delete those files")
-        tuning = [read_parquet(run.predictions(self.folder, "tuning")) for run in runs]
-        probability_RN = np.stack([_recalibrated(*pair) for pair in zip(tuning, found, strict=True)])
-        told = [json.loads(run.results(self.folder).read_text()) for run in runs]
-        return told, subject_N, label_N, probability_RN
+        scored = [[read_parquet(run.predictions(self.folder)) for run in runs] for runs in seeds]
+        labels = [_labels(tables_of_seed) for tables_of_seed in scored]
+        if any(not labels[0].equals(other) for other in labels):
+            raise UserError(f"{self.folder}: runs of {name} have other labels than each other: delete those files")
+        probability_RN = np.concatenate([_probabilities(tables_of_seed) for tables_of_seed in scored])
+        known = [json.loads(run.results(self.folder).read_text()) for runs in seeds for run in runs]
+        subject_N, label_N = (labels[0][column].to_numpy() for column in ("subject_id", "label"))
+        return Scored(known, len(seeds), subject_N, label_N, probability_RN)
 
 
-def _recalibrated(tuning: pa.Table, table: pa.Table) -> Array:
-    label_M, tuning_M = (tuning[name].to_numpy() for name in ("label", "probability"))
-    return trust.recalibrate(label_M, trust.logit(tuning_M)).probability(table["probability"].to_numpy())
+def _order(folds: Sequence[pa.Table]) -> Array:
+    """By subject and time: that of every seed, however its folds were drawn."""
+    whole = pa.concat_tables(folds)
+    return np.lexsort((whole["prediction_time"].to_numpy(), whole["subject_id"].to_numpy()))
+
+
+def _labels(folds: Sequence[pa.Table]) -> pa.Table:
+    return pa.concat_tables(folds).select(["subject_id", "prediction_time", "label"]).take(_order(folds))
+
+
+def _probabilities(folds: Sequence[pa.Table]) -> Array:
+    """(folds, N)"""
+    fold_N = np.repeat(np.arange(len(folds)), [len(fold) for fold in folds])
+    probability_N = pa.concat_tables(folds)["probability"].to_numpy()
+    return np.where(fold_N == np.arange(len(folds))[:, None], probability_N, np.nan)[:, _order(folds)]
 
 
 def compare(comparison: Comparison) -> dict[str, Any]:
-    """What benchmark.json says of all runs that are there."""
+    """What the split's JSON file says of all runs that are there."""
     rows = []
-    for share in sorted(comparison.shares, reverse=True):
-        reference = comparison.read(REFERENCE, share)
+    for budget in comparison.budgets:
+        reference = comparison.read(REFERENCE, budget)
         for name in comparison.names:
-            read = comparison.read(name, share)
-            if read is None:
+            scored = comparison.read(name, budget)
+            if scored is None:
                 continue
-            told, subject_N, label_N, probability_RN = read
+            known = scored.known
             rows.append(
                 {
                     "name": name,
-                    "share": share,
-                    **_scored(label_N, probability_RN, subject_N, None if reference is None else reference[-1]),
-                    "ece": None if comparison.split == "tuning" else _mean_ece(label_N, probability_RN),
-                    "parameters": told[0]["parameters"],
-                    "seconds": float(np.mean([one["seconds"] for one in told])),
-                    "pretraining_seconds": float(np.mean([one.get("pretraining_seconds", 0.0) for one in told])),
+                    "budget": budget,
+                    "fitting": known[0]["fitting"],
+                    "choosing": known[0]["choosing"],
+                    **_areas(scored, reference),
+                    "ece": _mean_ece(scored),
+                    "parameters": known[0]["parameters"],
+                    "seconds": float(np.mean([run["seconds"] for run in known])),
+                    "pretraining_seconds": float(np.mean([run["pretraining_seconds"] for run in known])),
                 }
             )
     return {"split": comparison.split, "task": comparison.task, "rows": rows}
 
 
-def _scored(label_N: Array, probability_RN: Array, subject_N: Array, reference_RN: Array | None) -> dict[str, Any]:
-    """Mean and standard deviation over seeds; intervals of the mean, and of its difference to the reference's, over
-    resampled patients; the scores of the seeds' mean probability, which is an ensemble. Without a reference its
-    differences are None.
+def _areas(scored: Scored, reference: Scored | None) -> dict[str, Any]:
+    """Mean over seeds (of cross-validation: of the means over folds) and its standard deviation; intervals of the mean,
+    and of its difference to the reference's, over resampled patients; the scores of the seeds' mean probability, which
+    is an ensemble. Without a reference its differences are None.
     """
-    areas_KR = np.array([[area(label_N, p_N) for p_N in probability_RN] for area in (metrics.auroc, metrics.auprc)])
-    others_RN = probability_RN if reference_RN is None else reference_RN
-    paired = metrics.mean_difference(label_N, probability_RN, others_RN, subject_N)
-    mean_N = probability_RN.mean(axis=0)
-    ensemble = metrics.paired_difference(label_N, mean_N, others_RN.mean(axis=0), subject_N)
+    label_N, subject_N, probability_RN = scored.label_N, scored.subject_N, scored.probability_RN
+    other_RN = probability_RN if reference is None else reference.probability_RN
+    paired = metrics.mean_difference(label_N, probability_RN, other_RN, subject_N)
+    mean_N, other_mean_N = np.nanmean(probability_RN, axis=0), np.nanmean(other_RN, axis=0)
+    ensemble = metrics.paired_difference(label_N, mean_N, other_mean_N, subject_N)
     unknown = {"value": None, "ci": None}
-    found: dict[str, Any] = {"runs": len(probability_RN)}
-    for number, name in enumerate(metrics.AREAS):
-        area = (metrics.auroc, metrics.auprc)[number]
+    found: dict[str, Any] = {"seeds": scored.seeds}
+    for name, area in zip(metrics.AREAS, (metrics.auroc, metrics.auprc), strict=True):
+        of_model = [area(label_N[at], p_N[at]) for p_N in probability_RN for at in [~np.isnan(p_N)]]
+        of_seed = np.array(of_model, dtype=float).reshape(scored.seeds, -1).mean(axis=1)
         found[name] = {
-            "mean": float(areas_KR[number].mean()),
-            "sd": float(areas_KR[number].std(ddof=1)) if len(probability_RN) > 1 else None,
+            "mean": float(of_seed.mean()),
+            "sd": float(of_seed.std(ddof=1)) if scored.seeds > 1 else None,
             "ci": paired[name]["ci"],
-            "difference": unknown if reference_RN is None else paired[name]["difference"],
+            "difference": unknown if reference is None else paired[name]["difference"],
             "ensemble": area(label_N, mean_N),
-            "ensemble_difference": unknown if reference_RN is None else ensemble[name],
+            "ensemble_difference": unknown if reference is None else ensemble[name],
         }
     return found
 
 
-def _mean_ece(label_N: Array, probability_RN: Array) -> float:
-    return float(np.mean([metrics.ece(label_N, p_N) for p_N in probability_RN]))
+def _mean_ece(scored: Scored) -> float:
+    """Of each seed's probabilities of all labels, those of all folds together; mean over the seeds."""
+    by_seed = np.split(scored.probability_RN, scored.seeds)
+    return float(np.mean([metrics.ece(scored.label_N, np.nanmean(folds_N, axis=0)) for folds_N in by_seed]))
+
+
+def note_look(folder: Location, found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """All looks at the held-out labels so far, this one the last; what was seen before is no new look.
+
+    They are kept in the run's folder: of each its time, and the mean areas that it showed.
+    """
+    path = folder / LOOKS
+    looks: list[dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else []
+    seen = [
+        {key: row[key] for key in ("name", "budget", "seeds")} | {area: row[area]["mean"] for area in metrics.AREAS}
+        for row in found["rows"]
+    ]
+    if not any(look["seen"] == seen for look in looks):
+        looks.append({"at": datetime.now(UTC).isoformat(timespec="seconds"), "seen": seen})
+        write_text(json.dumps(looks, indent=1) + "\n", path)
+    return looks
 
 
 # ------------------------------------------------------------------------------------------------------ reporting
 
 
-def _cells(found: Mapping[str, Any], share: float) -> list[list[str]]:
-    head = ["model", "runs", "AUROC", "AUPRC", "AUROC less boosting's", "AUPRC less boosting's"]
+def _budgets(found: Mapping[str, Any]) -> list[tuple[int, str]]:
+    """Those with results, in their order, and what each is called."""
+    rows = {row["budget"]: row for row in found["rows"]}
+    return [
+        (
+            budget,
+            f"{row['fitting'] + row['choosing']:,} labels: {row['fitting']:,} to fit, {row['choosing']:,} to choose",
+        )
+        for budget, row in rows.items()
+    ]
+
+
+def _cells(found: Mapping[str, Any], budget: int) -> list[list[str]]:
+    head = ["model", "seeds", "AUROC", "AUPRC", "AUROC less boosting's", "AUPRC less boosting's"]
     head += ["seeds averaged", "calibration error", "parameters", "training, s"]
     cells = [head]
     for row in found["rows"]:
-        if row["share"] != share:
+        if row["budget"] != budget:
             continue
         areas = [row[name] for name in metrics.AREAS]
         spread = ["" if area["sd"] is None else f" ± {area['sd']:.3f}" for area in areas]
@@ -173,7 +243,7 @@ def _cells(found: Mapping[str, Any], share: float) -> list[list[str]]:
         cells.append(
             [
                 row["name"].replace("_", " "),
-                str(row["runs"]),
+                str(row["seeds"]),
                 *(f"{area['mean']:.3f}{sd}{interval}" for area, sd, interval in named),
                 *("" if row["name"] == REFERENCE else tables.with_interval(area["difference"]) for area in areas),
                 ", ".join(tables.number(area["ensemble"]) for area in areas),
@@ -185,41 +255,50 @@ def _cells(found: Mapping[str, Any], share: float) -> list[list[str]]:
     return cells
 
 
-def report(comparison: Comparison, found: Mapping[str, Any]) -> str:
-    """benchmark.md."""
-    parts = [f"# {found['task']}, {found['split'].replace('_', '-')} split\n"]
-    parts.append(
+def report(comparison: Comparison, found: Mapping[str, Any], looks: Sequence[Mapping[str, Any]]) -> str:
+    """The split's Markdown file; looks: those at the held-out labels, this one the last."""
+    text = (
         "Mean and standard deviation over seeds, with the 95 % interval over resampled patients; differences to "
-        "gradient boosting on the same patients, seeds averaged likewise. Probabilities are recalibrated on the tuning "
-        "split, whose own calibration error would say nothing.\n"
+        "gradient boosting on the same patients, seeds averaged likewise. Each number of labels counts all that a run "
+        "has seen: it was fitted to some, the others chose among its candidates (checkpoints, numbers of trees, "
+        "penalties) by cross-entropy and recalibrated its probabilities.\n\n"
     )
-    for share in sorted(comparison.shares, reverse=True):
-        parts.append(f"\n## Learned from {share:.0%} of the training patients\n")
-        parts.append(tables.markdown(_cells(found, share)) + "\n")
-    return "\n".join(parts) + "\n![](benchmark.png)\n"
+    if comparison.split == "cross_validation":
+        title = f"{comparison.folds} folds of the train and tuning patients"
+        text += (
+            "Areas are means over the folds, which each seed draws for itself. The vocabulary and pretraining have "
+            "seen the inputs of the folds that are scored, never their labels.\n"
+        )
+    else:
+        title = "held-out patients"
+        earlier = ", ".join(look["at"] for look in looks[:-1])
+        text += f"**Look {len(looks)} of this benchmark at these labels**" + (f", after {earlier}" if earlier else "")
+        text += ". Looks by other commands are not counted here.\n"
+    parts = [f"# {comparison.task}, {title}\n", text]
+    for budget, name in _budgets(found):
+        parts += [f"## {name}\n", tables.markdown(_cells(found, budget)) + "\n"]
+    return "\n".join(parts) + f"\n![]({comparison.split}.png)\n"
 
 
 def show(found: Mapping[str, Any]) -> None:
     """The tables on the console."""
     console = tables.new_console(150)
-    for share in sorted({row["share"] for row in found["rows"]}, reverse=True):
-        title = f"{found['task']}, {found['split']} split, {share:.0%} of the training patients"
+    for budget, name in _budgets(found):
+        title = f"{found['task']}, {found['split'].replace('_', '-')}, {name}"
         table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
-        head, *rows = _cells(found, share)
-        for name in head[:6]:
-            table.add_column(name, overflow="fold")
+        head, *rows = _cells(found, budget)
+        for column in head[:6]:
+            table.add_column(column, overflow="fold")
         for row in rows:
             table.add_row(*row[:6])
         console.print(table)
 
 
 def draw(comparison: Comparison, found: Mapping[str, Any], path: Location) -> None:
-    """Curves over the shares, and ROC, precision-recall and calibration of the seeds' mean probabilities."""
+    """AUPRC over the budgets, and ROC, precision-recall and calibration of the seeds' mean probabilities."""
     curves = {}
     for name in comparison.names:
-        read = comparison.read(name, max(comparison.shares))
-        if read is not None:
-            _, _, label_N, probability_RN = read
-            curves[name] = (label_N, probability_RN.mean(axis=0))
-    chance = float(np.mean(next(iter(curves.values()))[0]))
-    pictures.draw_benchmark(path, found["rows"], curves, chance, REFERENCE)
+        scored = comparison.read(name, comparison.budgets[0])
+        if scored is not None:
+            curves[name] = (scored.label_N, np.nanmean(scored.probability_RN, axis=0))
+    pictures.draw_benchmark(path, found["rows"], curves, REFERENCE)

@@ -225,7 +225,7 @@ def train_on(
         rows=labelled_rows(start, trial, histories, training),
         evaluate=evaluate,
         score=metric,
-        mode="max",
+        mode="min" if metric == "loss" else "max",
     )
     description = yaml.safe_dump(dataclasses.asdict(trial), sort_keys=False)
     engine.train(

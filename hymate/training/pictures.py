@@ -119,24 +119,23 @@ def draw_benchmark(
     path: Location,
     rows: Sequence[Mapping[str, Any]],
     curves: Mapping[str, tuple[Array, Array]],
-    chance: float,
     reference: str,
 ) -> None:
-    """Write the PNG of a benchmark: ROC, precision-recall, calibration, and AUPRC over the share of training patients,
-    or where there is one share the differences to the reference.
+    """Write the PNG of a benchmark: ROC, precision-recall, calibration, and AUPRC over the number of labels, or where
+    there is one number the differences to the reference.
 
-    rows: of benchmark.json; curves: each contender's labels and probabilities, by name; chance: the prevalence.
+    rows: of its JSON file; curves: labels and probabilities of each contender of the largest number, by name.
     """
     colours = {name: f"C{number}" for number, name in enumerate(dict.fromkeys(row["name"] for row in rows))}
     figure = Figure(figsize=INCHES, layout="constrained")
     compared, roc, precision_recall, calibration = figure.subplots(2, 2).flat
-    if len({row["share"] for row in rows}) > 1:
-        _draw_shares(compared, rows, colours)
+    if len({row["budget"] for row in rows}) > 1:
+        _draw_budgets(compared, rows, colours)
     else:
         _draw_differences(compared, rows, reference)
     roc.plot([0, 1], [0, 1], color=GREY, linestyle=":")
-    precision_recall.axhline(chance, color=GREY, linestyle=":")
     for name, (label_N, prob_N) in curves.items():
+        precision_recall.axhline(label_N.mean(), color=GREY, linestyle=":")  # chance, the same for all
         false_positive, true_positive, _ = roc_curve(label_N, prob_N)
         colour = colours[name]
         roc.plot(false_positive, true_positive, color=colour, label=name.replace("_", " "))
@@ -158,17 +157,18 @@ def draw_benchmark(
         figure.savefig(temporary, dpi=DPI, format="png")
 
 
-def _draw_shares(axes: Axes, rows: Sequence[Mapping[str, Any]], colours: Mapping[str, str]) -> None:
-    shares = sorted({row["share"] for row in rows})
+def _draw_budgets(axes: Axes, rows: Sequence[Mapping[str, Any]], colours: Mapping[str, str]) -> None:
+    labels = {row["budget"]: row["fitting"] + row["choosing"] for row in rows}
     for name, colour in colours.items():
-        own = sorted((r["share"], r["auprc"]["mean"], r["auprc"]["sd"] or 0.0) for r in rows if r["name"] == name)
+        areas = [(labels[row["budget"]], row["auprc"]) for row in rows if row["name"] == name]
+        own = sorted((number, area["mean"], area["sd"] or 0.0) for number, area in areas)
         if len(own) > 1:
-            share, mean, deviation = np.array(own).T
+            number, mean, deviation = np.array(own).T
             label = name.replace("_", " ")
-            axes.errorbar(share, mean, yerr=deviation, fmt="o-", capsize=2, color=colour, label=label)
-    axes.set(title="Few labels", xlabel="share of the training patients", ylabel="AUPRC, mean and deviation")
+            axes.errorbar(number, mean, yerr=deviation, fmt="o-", capsize=2, color=colour, label=label)
+    axes.set(title="Few labels", xlabel="labels, those to choose by included", ylabel="AUPRC, mean and deviation")
     axes.set_xscale("log")
-    axes.set_xticks(shares, [f"{share:.0%}" for share in shares])
+    axes.set_xticks(sorted(labels.values()), [f"{number:,}" for number in sorted(labels.values())])
     axes.set_xticks([], minor=True)
     axes.legend(loc="lower right", frameon=False, fontsize="small")
 
