@@ -58,7 +58,7 @@ from hymate.training.finetune import Start, TrialConfig, taught, train_on
 from hymate.training.launch import absolute
 from hymate.training.pretraining import PretrainConfig, pretraining_job, read_vocabulary
 from hymate.training.resume import Kept
-from hymate.training.search import trial_config
+from hymate.training.search import require_starts, trial_config
 
 BASELINES: tuple[baselines.Kind, ...] = ("gradient_boosting", "logistic_regression")
 CHOSEN_BY = "loss"  # cross-entropy, as in hymate.baselines: AUROC and AUPRC of few positives jump
@@ -166,6 +166,8 @@ def benchmark(config: BenchmarkConfig) -> Location:
     require_folder(path, "run.dir")
     cluster.check(config.train)
     histories, label_set = Histories.open(config.data.path), labels(locate(config.data.path), config.task)
+    if any({**config.point, **contender.point}.get("early_share") for contender in config.contenders.values()):
+        require_starts(config.task, label_set)
     there = Labelled.of(histories, label_set.table, config.split)
     for run in {(run.budget, run.seed, run.fold): run for run in runs}.values():
         there.allotted(config, run).check(config, run)

@@ -122,7 +122,8 @@ def search(config: TuneConfig) -> Location:
     trials = [trial_config(config.tasks, config.train, start, point) for point in points]
     labelled = [_labelled(task, config, histories) for task in config.tasks]
     if any(trial.early_share for trial in trials):
-        _require_starts(labelled)
+        for task in labelled:
+            require_starts(task.config, task.labels)
     inputs = {"data.path": histories.fingerprint, "init": start.fingerprint}
     for task in labelled:
         key = f"task.{task.config.name}" if isinstance(config.task, dict) else "task"
@@ -184,14 +185,14 @@ def _labelled(task: TaskConfig, config: TuneConfig, histories: Histories) -> Lab
     return LabelledTask(task, label_set, examples, groups)
 
 
-def _require_starts(labelled: Sequence[LabelledTask]) -> None:
-    for task in labelled:
-        if "start" not in task.labels.table.column_names:
-            raise UserError(
-                f"search.space.early_share: the labels of {task.config.name} don't say when what they are about began, "
-                "so an earlier view may have another label: set it to 0, or task.start to the trigger or a predicate "
-                "of task.definition, or give each label a start (<stem>.extra.pq beside <stem>.parquet)"
-            )
+def require_starts(task: TaskConfig, label_set: LabelSet) -> None:
+    """Raises UserError where there are no earlier views."""
+    if "start" not in label_set.table.column_names:
+        raise UserError(
+            f"search.space.early_share: the labels of {task.name} don't say when what they are about began, so an "
+            "earlier view may have another label: set it to 0, or task.start to the trigger or a predicate of "
+            "task.definition, or give each label a start (<stem>.extra.pq beside <stem>.parquet)"
+        )
 
 
 def _teacher(task: LabelledTask, config: TuneConfig, histories: Histories) -> np.ndarray:
