@@ -429,13 +429,14 @@ def _contender(
 
 def trial_of(config: BenchmarkConfig, contender: Contender, start: Start, seed: int, fraction: float) -> TrialConfig:
     """Few labels are soon learned: a fraction of them gets its root's share of the steps, with as many evaluations."""
-    share = fraction**0.5
-    steps, warmup, every = (
-        round(share * number) for number in (config.train.max_steps, config.train.warmup_steps, config.train.eval_every)
-    )
-    steps = max(1, steps)
+    candidates = math.ceil(config.train.max_steps / config.train.eval_every)
+    steps = max(1, round(fraction**0.5 * config.train.max_steps))
     train = dataclasses.replace(
-        config.train, seed=seed, max_steps=steps, warmup_steps=min(warmup, steps - 1), eval_every=max(1, every)
+        config.train,
+        seed=seed,
+        max_steps=steps,
+        warmup_steps=min(round(fraction**0.5 * config.train.warmup_steps), steps - 1),
+        eval_every=math.ceil(steps / candidates),
     )
     return trial_config([config.task], train, start, {**config.point, **contender.point})
 
