@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -283,10 +284,17 @@ def written(folder: Path, name: str, label: np.ndarray, probability: np.ndarray,
     for fold in np.unique(fold_N):
         at = fold_N == fold
         test = SimpleNamespace(
-            subject_id_E=np.flatnonzero(at), prediction_time_E=np.zeros(at.sum(), dtype=int), label_E=label[at]
+            subject_id_E=np.flatnonzero(at),
+            prediction_time_E=np.zeros(at.sum(), dtype=int),
+            label_E=label[at],
+            weight_E=weight_of(label)[at],
         )
         known = {"fitting": 8, "choosing": 2, "parameters": None, "seconds": 1.0, "pretraining_seconds": 0.0}
         write_run(Run(name, 0, seed, int(fold)), folder, test, probability[at], **known)
+
+
+def weight_of(label: np.ndarray) -> np.ndarray:
+    return 1 + np.arange(len(label)) % 3
 
 
 def comparison(folder: Path, split: str = "cross_validation") -> Comparison:
@@ -306,15 +314,20 @@ def test_areas_are_means_over_the_folds_of_each_seed(tmp_path: Path) -> None:
         written(tmp_path, "gradient_boosting", label, rng.random(200), seed, fold_SN[seed])
     _, row = compare(comparison(tmp_path))["rows"]
     for name, area in (("auroc", roc_auc_score), ("auprc", average_precision_score)):
+
+        def weighted(probability_N: np.ndarray, at: np.ndarray, area: Any = area) -> float:
+            return area(label[at], probability_N[at], sample_weight=weight_of(label)[at])
+
         of_seed = [
-            np.mean([area(label[fold_N == fold], probability_N[fold_N == fold]) for fold in range(2)])
+            np.mean([weighted(probability_N, fold_N == fold) for fold in range(2)])
             for probability_N, fold_N in zip(probability_SN, fold_SN, strict=True)
         ]
         assert row[name]["mean"] == pytest.approx(np.mean(of_seed))
         assert row[name]["sd"] == pytest.approx(np.std(of_seed, ddof=1))
         low, high = row[name]["ci"]
         assert low < row[name]["mean"] < high < low + 0.3
-        assert row[name]["ensemble"] == pytest.approx(area(label, probability_SN.mean(axis=0)))
+        everyone = np.ones(200, dtype=bool)
+        assert row[name]["ensemble"] == pytest.approx(weighted(probability_SN.mean(axis=0), everyone))
         assert row[name]["difference"]["ci"][0] < row[name]["difference"]["value"] < row[name]["difference"]["ci"][1]
 
     # a seed that lacks a fold does not count

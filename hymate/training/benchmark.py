@@ -371,7 +371,7 @@ def train_and_score(config: BenchmarkConfig, run: Run, pretrained: tuple[dict[st
         choosing_logit_E, test_logit_E, parameters = _baseline(run, histories, own)
     else:
         choosing_logit_E, test_logit_E, parameters = _contender(config, run, histories, own, state)
-    recalibrated = trust.recalibrate(own.choosing.label_E, choosing_logit_E)
+    recalibrated = trust.recalibrate(own.choosing.label_E, choosing_logit_E, own.choosing.weight_E)
     write_run(
         run,
         config.run.path / RUNS,

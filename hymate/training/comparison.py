@@ -64,14 +64,20 @@ class Run:
         return folder / f"{self.stem}.json"
 
     def predictions(self, folder: Location) -> Location:
-        """Subjects, prediction times, labels and recalibrated probabilities."""
+        """Subjects, prediction times, labels, their weights and recalibrated probabilities."""
         return folder / f"{self.stem}.parquet"
 
 
 def write_run(run: Run, folder: Location, test: Examples, probability_E: Array, **known: Any) -> None:
     """The run's predictions, and what else is known of it."""
-    columns = {"subject_id": test.subject_id_E, "prediction_time": test.prediction_time_E, "label": test.label_E}
-    write_parquet(pa.table(columns | {"probability": probability_E}), run.predictions(folder))
+    columns = {
+        "subject_id": test.subject_id_E,
+        "prediction_time": test.prediction_time_E,
+        "label": test.label_E,
+        "weight": test.weight_E,
+        "probability": probability_E,
+    }
+    write_parquet(pa.table(columns), run.predictions(folder))
     write_text(json.dumps({**dataclasses.asdict(run), **known}) + "\n", run.results(folder))
 
 
@@ -87,6 +93,7 @@ class Scored:
     seeds: int
     subject_N: Array
     label_N: Array
+    weight_N: Array
     probability_RN: Array
 
 
@@ -115,8 +122,8 @@ class Comparison:
             raise UserError(f"{self.folder}: runs of {name} have other labels than each other: delete those files")
         probability_RN = np.concatenate([_probabilities(tables_of_seed) for tables_of_seed in scored])
         known = [json.loads(run.results(self.folder).read_text()) for runs in seeds for run in runs]
-        subject_N, label_N = (labels[0][column].to_numpy() for column in ("subject_id", "label"))
-        return Scored(known, len(seeds), subject_N, label_N, probability_RN)
+        subject_N, label_N, weight_N = (labels[0][name].to_numpy() for name in ("subject_id", "label", "weight"))
+        return Scored(known, len(seeds), subject_N, label_N, weight_N, probability_RN)
 
 
 def _order(folds: Sequence[pa.Table]) -> Array:
@@ -126,7 +133,7 @@ def _order(folds: Sequence[pa.Table]) -> Array:
 
 
 def _labels(folds: Sequence[pa.Table]) -> pa.Table:
-    return pa.concat_tables(folds).select(["subject_id", "prediction_time", "label"]).take(_order(folds))
+    return pa.concat_tables(folds).drop_columns("probability").take(_order(folds))
 
 
 def _probabilities(folds: Sequence[pa.Table]) -> Array:
@@ -167,22 +174,22 @@ def _areas(scored: Scored, reference: Scored | None) -> dict[str, Any]:
     and of its difference to the reference's, over resampled patients; the scores of the seeds' mean probability, which
     is an ensemble. Without a reference its differences are None.
     """
-    label_N, subject_N, probability_RN = scored.label_N, scored.subject_N, scored.probability_RN
+    label_N, weight_N, probability_RN = scored.label_N, scored.weight_N, scored.probability_RN
     other_RN = probability_RN if reference is None else reference.probability_RN
-    paired = metrics.mean_difference(label_N, probability_RN, other_RN, subject_N)
+    paired = metrics.mean_difference(label_N, probability_RN, other_RN, scored.subject_N, weight_N)
     mean_N, other_mean_N = np.nanmean(probability_RN, axis=0), np.nanmean(other_RN, axis=0)
-    ensemble = metrics.paired_difference(label_N, mean_N, other_mean_N, subject_N)
+    ensemble = metrics.paired_difference(label_N, mean_N, other_mean_N, scored.subject_N, weight_N)
     unknown = {"value": None, "ci": None}
     found: dict[str, Any] = {"seeds": scored.seeds}
     for name, area in zip(metrics.AREAS, (metrics.auroc, metrics.auprc), strict=True):
-        of_model = [area(label_N[at], p_N[at]) for p_N in probability_RN for at in [~np.isnan(p_N)]]
+        of_model = [area(label_N[at], p_N[at], weight_N[at]) for p_N in probability_RN for at in [~np.isnan(p_N)]]
         of_seed = np.array(of_model, dtype=float).reshape(scored.seeds, -1).mean(axis=1)
         found[name] = {
             "mean": float(of_seed.mean()),
             "sd": float(of_seed.std(ddof=1)) if scored.seeds > 1 else None,
             "ci": paired[name]["ci"],
             "difference": unknown if reference is None else paired[name]["difference"],
-            "ensemble": area(label_N, mean_N),
+            "ensemble": area(label_N, mean_N, weight_N),
             "ensemble_difference": unknown if reference is None else ensemble[name],
         }
     return found
@@ -191,7 +198,8 @@ def _areas(scored: Scored, reference: Scored | None) -> dict[str, Any]:
 def _mean_ece(scored: Scored) -> float:
     """Of each seed's probabilities of all labels, those of all folds together; mean over the seeds."""
     by_seed = np.split(scored.probability_RN, scored.seeds)
-    return float(np.mean([metrics.ece(scored.label_N, np.nanmean(folds_N, axis=0)) for folds_N in by_seed]))
+    errors = [metrics.ece(scored.label_N, np.nanmean(each, axis=0), scored.weight_N) for each in by_seed]
+    return float(np.mean(np.array(errors, dtype=float)))
 
 
 def note_look(folder: Location, found: Mapping[str, Any]) -> list[dict[str, Any]]:
