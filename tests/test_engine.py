@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import count
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from hymate.config import ObjectiveConfig
 from hymate.model import PretrainModel, RiskModel
 from hymate.objectives import LossModel, mean_loss
 from hymate.training.checkpoint import read_state
-from hymate.training.engine import Worker, build_engine, mean_outputs, train, train_step
+from hymate.training.engine import Worker, build_engine, changed_rate, mean_outputs, train, train_step
 
 SHORT = replace(TRAIN, num_workers=1, warmup_steps=1)
 SOONER = replace(SHORT, max_steps=2)
@@ -64,6 +64,17 @@ def failing_to_send(worker: Worker, folder: Path) -> None:
 def test_a_checkpoint_that_cannot_be_sent_is_not_left_behind(tmp_path: Path) -> None:
     run_workers(failing_to_send, 1, tmp_path)
     assert not list(tmp_path.glob("hymate-step-*"))
+
+
+def test_another_length_says_what_it_does_to_the_learning_rate() -> None:
+    config = replace(SHORT, max_steps=100, warmup_steps=10, learning_rate=1e-3, min_lr_share=0.1)
+    state = {"step": 55, "config": asdict(config)}
+    assert changed_rate(state, config) is None
+    line = changed_rate(state, replace(config, max_steps=190))
+    assert (
+        line is not None
+        and "max_steps=190 instead of 100: from step 55 on the learning rate is 0.000868, not 0.00055" in line
+    )
 
 
 # --------------------------------------------------------------------------------------------- a step's gradient

@@ -235,6 +235,8 @@ def test_a_longer_run_goes_on_with_one_worker_on_a_running_cluster_from_the_newe
     said = (
         f"{newest.name} is damaged: optimizer-00001-of-00002.safetensors is not what was written; the checkpoint before"
     )
+    rate = f"instead of {STEPS}: from step {STEPS - EVAL_EVERY} on the learning rate is"
+    assert longer.stdout.count(rate) == 1, longer.stdout
     assert longer.stdout.count(said) == 1 and "it was written anew from what is there" in longer.stdout, longer.stdout
     assert [step for step, _ in scalars(folder, "train/loss")] == [*range(1, STEPS + EVAL_EVERY + 1)]
     assert STEPS + EVAL_EVERY in saved_steps(folder)

@@ -145,6 +145,7 @@ def test_a_pickle_in_a_checkpoints_optimizer_is_not_unpickled(tmp_path: Path, tr
         "cursor": {},
         "best": None,
         "world_size": 1,
+        "config": {"max_steps": 2},
     }
     (tmp_path / "state.json").write_text(json.dumps(state))
     (tmp_path / "optimizer-00000-of-00001.safetensors").write_bytes(pickles(trace)[name])

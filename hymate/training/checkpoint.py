@@ -140,7 +140,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     with _one_clear_line(folder):
         state = json.loads((folder / STATE).read_text())
         counts = [state[name] for name in ("step", "stale", "skipped", "skipped_in_a_row", "world_size")]
-        numbers = [*counts, *state["cursor"].values()]
+        numbers = [*counts, *state["cursor"].values(), state["config"]["max_steps"]]
         scores = [value for scores in state["evaluations"] for value in scores.values()]
         if any(type(number) is not int or number < 0 for number in numbers) or any(
             type(score) not in (int, float) for score in scores

@@ -15,9 +15,9 @@ import shutil
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -145,6 +145,8 @@ def train(
     if worker.device.type == "cpu":
         keep_freed_memory()
     engine, standing = start(job, config, worker, resume)
+    if resume is not None and (line := changed_rate(checkpoint.read_state(resume), config)):
+        telemetry.note(line)
     base_lrs = [group["lr"] for group in job.groups]
     telemetry.start(standing.step)
     telemetry.text("config", description)
@@ -377,6 +379,18 @@ def schedule(step: int, config: TrainConfig) -> float:
         return (step + 1) / config.warmup_steps
     done = min(1.0, (step - config.warmup_steps) / (config.max_steps - config.warmup_steps))
     return config.min_lr_share + (1 - config.min_lr_share) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def changed_rate(state: Mapping[str, Any], config: TrainConfig) -> str | None:
+    """One line where another train.max_steps changes the learning rate of a run that goes on from this state."""
+    step, before = state["step"], replace(config, max_steps=state["config"]["max_steps"])
+    old, new = (config.learning_rate * schedule(step, each) for each in (before, config))
+    if math.isclose(old, new):
+        return None
+    return (
+        f"train.max_steps={config.max_steps} instead of {before.max_steps}: from step {step} on the learning rate is "
+        f"{new:.3g}, not {old:.3g}, and decays until step {config.max_steps}"
+    )
 
 
 def set_learning_rates(engine: Any, lrs: list[float]) -> None:
