@@ -48,21 +48,28 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Widths and the layer pattern of a HyMaTE encoder.
+    """Widths and the layer pattern of a HyMaTE encoder. configs/model/paper.yaml is the published one.
 
+    embedding: of the events: "modulated" (the code shifts and scales what its value becomes; time as cycles) or "plain"
+        (a network of the value and one of the time, the paper's).
     layers: one letter a block, M a Mamba mixer, A self-attention, G a gated recurrent unit (e.g. "MMMA").
     mixer: "mamba2" (Dao & Gu 2024) or "mamba1" (Gu & Dao 2023, the paper's).
     window: sliding attention window in events on each side; 0 is full attention.
-    bidirectional: each M block reads its history in both directions.
-    pooling: "fusion" (additive attention over the events, the paper's), "variables" (over the variables, which also
+    causal: attention sees only an event's past. bidirectional: each M block reads its history in both directions, and
+        attention, too, sees what comes later.
+    mlp_ratio: width of each block's gated MLP over d_model; 0 is none (the paper's).
+    pooling: "attention" (the paper's: additive attention over the events, and a dense network of the static features),
+        "fusion" (attention that forgets at learned rates and knows trends), "variables" (over the variables, which also
         know what aggregate features would say of them), "last" (last event's state) or "mean".
-    num_queries: attention queries of the first two; their results are concatenated.
+    num_queries: attention queries of the first three; their results are concatenated.
     members: poolings and heads over the one encoder; each learns as if it were alone, and their logits are averaged.
     """
 
     d_model: int = 64
+    embedding: Literal["modulated", "plain"] = "modulated"
     layers: str = "MMMA"
     mixer: Literal["mamba1", "mamba2"] = "mamba2"
+    causal: bool = True
     bidirectional: bool = False
     d_state: int = 32
     d_conv: int = 4
@@ -73,7 +80,7 @@ class ModelConfig:
     window: int = 512
     mlp_ratio: float = 2.0
     dropout: float = 0.1
-    pooling: Literal["fusion", "variables", "last", "mean"] = "fusion"
+    pooling: Literal["attention", "fusion", "variables", "last", "mean"] = "fusion"
     num_queries: int = 8
     members: int = 1
 
@@ -91,7 +98,11 @@ class ModelConfig:
             "members",
         )
         _require(self.window >= 0, "model.window", f"must be 0 (full attention) or more, got {self.window}")
-        _require(self.mlp_ratio > 0, "model.mlp_ratio", f"must be positive, got {self.mlp_ratio}")
+        _require(
+            self.mlp_ratio == 0 or self.mlp_ratio * self.d_model >= 1,
+            "model.mlp_ratio",
+            f"must be 0 (no MLP) or at least 1 / d_model, got {self.mlp_ratio}",
+        )
         _require(0 <= self.dropout < 1, "model.dropout", f"must be in [0, 1), got {self.dropout}")
         _require(
             bool(self.layers) and set(self.layers) <= set("MAG"),
@@ -109,6 +120,11 @@ class ModelConfig:
             f"must divide d_model={self.d_model}, got {self.num_heads}",
         )
 
+    @property
+    def sees_ahead(self) -> bool:
+        """Whether what an event becomes depends on later events."""
+        return self.bidirectional or ("A" in self.layers and not self.causal)
+
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
@@ -118,7 +134,7 @@ class ObjectiveConfig:
     forecast_weight: `forecast`, from the pooled patient vector at `forecast_points` random times of each history:
         whether each of the `forecast_variables` most frequent variables is measured in the `horizon_hours` that follow
         (cross-entropy), and its mean normalised value there (Huber). The patient vector must see only the past, so this
-        needs a model that is not bidirectional.
+        needs a model that does not see ahead (`ModelConfig.sees_ahead`).
     mask_share: share of events hidden; span_share: part of it that falls in whole spans of mean span_length.
     """
 
@@ -156,7 +172,8 @@ class TrainConfig:
 
     rows_per_step: packed rows of one optimiser step over all workers; it stays the same when the number of
         workers changes (each worker accumulates rows_per_step / num_workers rows).
-    max_steps: optimiser steps; warmup_steps: linear warm-up, then cosine decay to min_lr_share * learning_rate.
+    max_steps: optimiser steps; warmup_steps: linear warm-up, then cosine decay to min_lr_share * learning_rate
+        at max_steps, also where a run goes on with another max_steps.
     eval_every: steps between evaluations on the tuning split, each followed by a checkpoint; in pretraining an
         evaluation reads about eval_rows packed rows.
     keep: best checkpoints kept, besides the last. patience: evaluations without improvement before the run

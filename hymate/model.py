@@ -1,6 +1,7 @@
-"""The HyMaTE encoder (arXiv 2509.24118), top-down readable: embedding, mixers, attention, block, patient, heads.
+"""The HyMaTE encoder (arXiv 2509.24118), top-down readable: mixers, attention, block, encoder, patient, heads.
 
-The Mamba mixers themselves are in `hymate.mixers`, attention pooling in `hymate.pooling`.
+The events' embedding is in `hymate.embedding`, the Mamba mixers in `hymate.mixers`, attention pooling in
+`hymate.pooling`. configs/model/paper.yaml is the published model; what differs in ours is an option each.
 
 Shape legend (with `hymate.batch`):
     L  events in the packed row     S  segments (patients' windows)     F  static events
@@ -23,70 +24,12 @@ from torch.utils.checkpoint import checkpoint
 from hymate import ops
 from hymate.batch import Batch
 from hymate.config import ModelConfig, ObjectiveConfig, UserError
+from hymate.embedding import EMBEDDINGS, EventEmbedding
 from hymate.mixers import BlockState, Mamba1Mixer, Mamba2Mixer
 from hymate.objectives import Forecast, Hidden, LossModel, forecast_targets, hide_events, histories_until
 from hymate.pooling import FusionPooling, MemberLinear, VariablePooling, segment_mean, wide
 
-TIME_PERIODS_HOURS = (2.0, 6.0, 24.0, 72.0, 168.0, 720.0, 2160.0, 8766.0)
-NO_VALUE, HIDDEN_VALUE = 0, 1
 TYPICAL_DAYS = 5.0  # what a new head predicts, so that it need not learn the scale first
-
-
-# -------------------------------------------------------------------------------------------------- embedding
-
-
-class TripletEmbedding(nn.Module):
-    """e = code + value + time, one vector for each event (the paper's triplet).
-
-    A small network encodes the value, and the code shifts and scales each of its channels (FiLM, Perez et al. 2018),
-    because what a value means depends on the code; a missing and a hidden value each have their own vector. Time enters
-    as log-scaled hours since the window began and since the event before, and as phases of daily to yearly cycles.
-    """
-
-    def __init__(self, vocab_size: int, d_model: int) -> None:
-        super().__init__()
-        self.code = nn.Embedding(vocab_size, d_model)
-        self.no_value = nn.Embedding(2, d_model)
-        self.value_in = nn.Linear(4, d_model)
-        self.value_code = nn.Linear(d_model, 2 * d_model, bias=False)
-        self.value_out = nn.Linear(d_model, d_model)
-        self.time_in = nn.Linear(2 + 2 * len(TIME_PERIODS_HOURS), d_model)
-        self.time_out = nn.Linear(d_model, d_model)
-        self.frequency_K: Tensor
-        self.register_buffer("frequency_K", 2 * math.pi / torch.tensor(TIME_PERIODS_HOURS), persistent=False)
-        nn.init.normal_(self.code.weight, std=0.5)
-        nn.init.normal_(self.no_value.weight, std=0.5)
-
-    def forward(
-        self,
-        code_L: Tensor,
-        value_L: Tensor,
-        quantile_L: Tensor,
-        hidden_L: Tensor | None = None,
-        time_hours_L: Tensor | None = None,
-        gap_hours_L: Tensor | None = None,
-    ) -> Tensor:
-        """(L,) ids, normalised values, ranks, value-hidden flags and times -> (L, D); static events have no time."""
-        code_LD = self.code(code_L)
-        missing_L = torch.isnan(value_L)
-        z_L, rank_L = torch.nan_to_num(value_L), torch.nan_to_num(quantile_L)
-        absent_L = missing_L if hidden_L is None else missing_L | hidden_L
-        features = torch.stack([torch.asinh(z_L), z_L.clamp(-3, 3), rank_L, rank_L.square()], dim=-1)
-        shift_LD, scale_LD = self.value_code(code_LD).chunk(2, dim=-1)
-        value_LD = self.value_out(F.gelu(self.value_in(features) + shift_LD) * (1 + scale_LD))
-        kind_L = torch.full_like(code_L, NO_VALUE)
-        if hidden_L is not None:
-            kind_L = torch.where(hidden_L, HIDDEN_VALUE, kind_L)
-        event_LD = code_LD + torch.where(absent_L[:, None], self.no_value(kind_L), value_LD)
-        if time_hours_L is not None and gap_hours_L is not None:
-            event_LD = event_LD + self._time(time_hours_L, gap_hours_L)
-        return event_LD
-
-    def _time(self, time_hours_L: Tensor, gap_hours_L: Tensor) -> Tensor:
-        phase_LK = time_hours_L[:, None] * self.frequency_K
-        logs = torch.stack([torch.log1p(time_hours_L), torch.log1p(gap_hours_L)], dim=-1)
-        features = torch.cat([logs, phase_LK.sin(), phase_LK.cos()], dim=-1)
-        return self.time_out(F.gelu(self.time_in(features)))
 
 
 # ------------------------------------------------------------------------------------------------------ mixers
@@ -128,7 +71,7 @@ class SelfAttention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.num_heads, self.window = config.num_heads, config.window or None
-        self.causal = not config.bidirectional
+        self.causal = config.causal and not config.bidirectional
         self.qkv = nn.Linear(config.d_model, 3 * config.d_model, bias=False)
         self.out = nn.Linear(config.d_model, config.d_model, bias=False)
 
@@ -209,26 +152,28 @@ MIXERS: dict[str, Callable[[ModelConfig], MambaBlockMixer | SelfAttention | GRU]
 
 
 class Block(nn.Module):
-    """Pre-norm mixer, then pre-norm gated MLP, each added to its input."""
+    """Pre-norm mixer, then pre-norm gated MLP (none where mlp_ratio is 0), each added to its input."""
 
     def __init__(self, config: ModelConfig, kind: str) -> None:
         super().__init__()
         self.mixer_norm = nn.RMSNorm(config.d_model)
         self.mixer = MIXERS[kind](config)
-        self.mlp_norm = nn.RMSNorm(config.d_model)
-        self.mlp = GatedMLP(config.d_model, config.mlp_ratio)
+        self.mlp: GatedMLP | None = None
+        if config.mlp_ratio:
+            self.mlp_norm = nn.RMSNorm(config.d_model)
+            self.mlp = GatedMLP(config.d_model, config.mlp_ratio)
         self.add = ResidualDropout(config.dropout)
 
     def forward(self, x_LD: Tensor, batch: Batch) -> Tensor:
         """(L, D) -> (L, D)."""
         x_LD = self.add(x_LD, self.mixer(self.mixer_norm(x_LD), batch))
-        return self.add(x_LD, self.mlp(self.mlp_norm(x_LD)))
+        return x_LD if self.mlp is None else self.add(x_LD, self.mlp(self.mlp_norm(x_LD)))
 
     def carry(self, x_LD: Tensor, state: BlockState | None) -> tuple[Tensor, BlockState]:
         """One history's next events (L, D) -> (L, D), without dropout, and what they leave to those after them."""
         mixed_LD, state = self.mixer.carry(self.mixer_norm(x_LD), state)
         x_LD = x_LD + mixed_LD
-        return x_LD + self.mlp(self.mlp_norm(x_LD)), state
+        return x_LD if self.mlp is None else x_LD + self.mlp(self.mlp_norm(x_LD)), state
 
 
 class HyMaTE(nn.Module):
@@ -243,11 +188,11 @@ class HyMaTE(nn.Module):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False
-        self.embedding = TripletEmbedding(vocab_size, config.d_model)
+        self.embedding = EMBEDDINGS[config.embedding](vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config, kind) for kind in config.layers)
         self.norm = nn.RMSNorm(config.d_model)
         for block in self.blocks:
-            _scale_residual(block, len(self.blocks))
+            _scale_residual(block, len(self.blocks) * (2 if config.mlp_ratio else 1))
 
     def encode(self, batch: Batch, hidden_L: Tensor | None = None) -> Tensor:
         """Contextual event states (L, D); hidden_L: bool, events whose value the model must not see."""
@@ -278,12 +223,25 @@ class HyMaTE(nn.Module):
         return self.embedding(*events, hidden_L, batch.time_hours_L, batch.gap_hours_L)
 
 
-def _scale_residual(block: nn.Module, num_blocks: int) -> None:
-    """Shrink what each of the 2 * num_blocks branches adds, so that the residual stream keeps its size (GPT-2)."""
+def _scale_residual(block: nn.Module, num_branches: int) -> None:
+    """Shrink what each of the encoder's branches adds, so that the residual stream keeps its size (GPT-2)."""
     with torch.no_grad():
         for name, weight in block.named_parameters():
             if name.endswith(("out_proj.weight", "out.weight", "down.weight")):
-                weight.div_(math.sqrt(2 * num_blocks))
+                weight.div_(math.sqrt(num_branches))
+
+
+class StaticNetwork(nn.Module):
+    """The paper's dense network of the static features: two layers, for each member (STraTS, arXiv 2107.14293)."""
+
+    def __init__(self, members: int, width_in: int, width_out: int) -> None:
+        super().__init__()
+        self.hidden = MemberLinear(members, width_in, 2 * width_out)
+        self.out = MemberLinear(members, 2 * width_out, width_out)
+
+    def forward(self, x_SX: Tensor) -> Tensor:
+        """(S, X) -> (S, M, D)."""
+        return torch.tanh(self.out(torch.tanh(self.hidden(x_SX))))
 
 
 class PatientPooling(nn.Module):
@@ -291,19 +249,25 @@ class PatientPooling(nn.Module):
 
     Pooled events (by `config.pooling`), the mean of the static events' embeddings through a layer, and four
     scalars: age, whether it is known, hours since the last event and number of events (both log-scaled).
+    With "attention", the paper's: pooled events, and a dense network of that mean and the age alone.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.kind = config.pooling
         widths = (config.d_model, config.num_queries, config.members)
-        self.fusion = FusionPooling(*widths) if self.kind == "fusion" else None
+        timed = self.kind == "fusion"
+        self.fusion = FusionPooling(*widths, timed=timed) if self.kind in ("fusion", "attention") else None
         self.variables = VariablePooling(*widths) if self.kind == "variables" else None
-        self.static = MemberLinear(config.members, config.d_model, config.d_model)
+        self.static: MemberLinear | StaticNetwork
+        if self.kind == "attention":
+            self.static, scalars = StaticNetwork(config.members, config.d_model + 2, config.d_model), 0
+        else:
+            self.static, scalars = MemberLinear(config.members, config.d_model, config.d_model), 4
         attention = self.fusion or self.variables
-        self.width = (attention.width if attention else config.d_model) + config.d_model + 4
+        self.width = (attention.width if attention else config.d_model) + config.d_model + scalars
 
-    def forward(self, h_LD: Tensor, batch: Batch, embedding: TripletEmbedding) -> tuple[Tensor, Tensor | None]:
+    def forward(self, h_LD: Tensor, batch: Batch, embedding: EventEmbedding) -> tuple[Tensor, Tensor | None]:
         """(L, D) -> patient vectors (S, M, E) and the attention weights (L, M * Q), None for other poolings."""
         weight_LQ = None
         last_S = torch.tensor(batch.cu_seqlens[1:], device=h_LD.device) - 1
@@ -318,15 +282,19 @@ class PatientPooling(nn.Module):
             pooled = segment_mean(h_LD, batch.segment_L, batch.num_segments)[:, None]
         return self.join(pooled, count_S, batch, embedding), weight_LQ
 
-    def join(self, pooled: Tensor, count_S: Tensor, batch: Batch, embedding: TripletEmbedding) -> Tensor:
+    def join(self, pooled: Tensor, count_S: Tensor, batch: Batch, embedding: EventEmbedding) -> Tensor:
         """Pooled events (S, M or 1, X), count_S of them, and the batch's static features and scalars -> (S, M, E)."""
         static_FD = embedding(batch.static_code_F, batch.static_value_F, batch.static_quantile_F)
-        static_SMD = F.gelu(self.static(segment_mean(static_FD, batch.static_segment_F, batch.num_segments)))
+        static_SD = segment_mean(static_FD, batch.static_segment_F, batch.num_segments)
         known_S = ~torch.isnan(batch.age_years_S)
-        age_S = torch.nan_to_num(batch.age_years_S) / 100
-        scalars = torch.stack([age_S, known_S.float(), torch.log1p(batch.lag_hours_S), torch.log(count_S) / 10], -1)
-        parts = (pooled, wide(static_SMD), scalars.to(pooled.dtype)[:, None])
-        return torch.cat([part.expand(-1, static_SMD.shape[1], -1) for part in parts], dim=-1)
+        age_S2 = torch.stack([torch.nan_to_num(batch.age_years_S) / 100, known_S.float()], -1).to(pooled.dtype)
+        parts: list[Tensor] = [pooled]
+        if isinstance(self.static, StaticNetwork):
+            parts.append(wide(self.static(torch.cat([static_SD, age_S2], -1))))
+        else:
+            logs_S2 = torch.stack([torch.log1p(batch.lag_hours_S), torch.log(count_S) / 10], -1).to(pooled.dtype)
+            parts += [wide(F.gelu(self.static(static_SD))), age_S2[:, None], logs_S2[:, None]]
+        return torch.cat([part.expand(-1, parts[1].shape[1], -1) for part in parts], dim=-1)
 
 
 # ------------------------------------------------------------------------------------------------------- models

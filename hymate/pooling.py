@@ -37,45 +37,51 @@ class MemberLinear(nn.Module):
 
 class FusionPooling(nn.Module):
     """The paper's additive attention over a segment's events, `num_queries` times; its weights explain the prediction.
+    It returns the level of what it attends to: the weighted mean of the states.
 
-    Each query also forgets: an event's score falls with its hours before the segment's end, at a learned rate that
-    starts at one of HORIZONS_HOURS. It returns the level of what it attends to (the weighted mean of the
-    states) and its trend: the weighted covariance of states and time over the standard deviation of time, which is
-    the least-squares slope in units of that deviation.
+    Where `timed`, each query also forgets: an event's score falls with its hours before the segment's end, at a learned
+    rate that starts at one of HORIZONS_HOURS. And it returns the trend: the weighted covariance of states and time over
+    the standard deviation of time, which is the least-squares slope in units of that deviation.
     """
 
-    def __init__(self, d_model: int, num_queries: int, members: int = 1) -> None:
+    def __init__(self, d_model: int, num_queries: int, members: int = 1, timed: bool = True) -> None:
         super().__init__()
         self.key = MemberLinear(members, d_model, d_model)
         self.query = MemberLinear(members, d_model, num_queries, bias=False)
-        horizon_Q = torch.tensor(list(islice(cycle(HORIZONS_HOURS), num_queries)))
-        self.log_rate_Q = nn.Parameter(-horizon_Q.log().repeat(members))
-        self.members, self.width = members, 2 * num_queries * d_model
+        self.members, self.width = members, (1 + timed) * num_queries * d_model
+        self.log_rate_Q: nn.Parameter | None = None
+        if timed:
+            horizon_Q = torch.tensor(list(islice(cycle(HORIZONS_HOURS), num_queries)))
+            self.log_rate_Q = nn.Parameter(-horizon_Q.log().repeat(members))
 
     def forward(self, h_LD: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """(L, D) -> pooled (S, M, 2 * Q * D) and weights (L, M * Q) that sum to 1 over each segment."""
+        """(L, D) -> pooled (S, M, Q * D or, timed, twice that), weights (L, M * Q) that sum to 1 over each segment."""
         segment_L, S = batch.segment_L.long(), batch.num_segments
         last_L = torch.tensor(batch.cu_seqlens[1:], device=h_LD.device)[segment_L] - 1
         hours_L1 = (batch.time_hours_L - batch.time_hours_L[last_L])[:, None]  # 0 at the end, negative before
         score_LQ = self.score(h_LD, hours_L1)
         weight_LQ = segment_softmax(score_LQ, segment_L, S)
-        offset_LQ = hours_L1 - segment_sum(weight_LQ * hours_L1, segment_L, S)[segment_L]
-        variance_SQ = segment_sum(weight_LQ * offset_LQ.square(), segment_L, S)
-        trend_LQ = weight_LQ * offset_LQ * (variance_SQ + 1.0).rsqrt()[segment_L]  # 1: an hour, where time stands still
+        bases_LQ = [weight_LQ]
+        if self.log_rate_Q is not None:
+            offset_LQ = hours_L1 - segment_sum(weight_LQ * hours_L1, segment_L, S)[segment_L]
+            variance_SQ = segment_sum(weight_LQ * offset_LQ.square(), segment_L, S)
+            # 1: an hour, where time stands still
+            bases_LQ.append(weight_LQ * offset_LQ * (variance_SQ + 1.0).rsqrt()[segment_L])
         lengths = torch.tensor(batch.cu_seqlens).diff().tolist()
-        parts = zip(torch.cat([weight_LQ, trend_LQ], dim=1).split(lengths), wide(h_LD).split(lengths), strict=True)
+        parts = zip(torch.cat(bases_LQ, dim=1).split(lengths), wide(h_LD).split(lengths), strict=True)
         with torch.autocast(h_LD.device.type, enabled=False):
-            level_SQD, trend_SQD = torch.stack([basis.T @ h for basis, h in parts]).chunk(2, dim=1)
-        return self.pooled(level_SQD, trend_SQD), weight_LQ
+            sums_SQD = torch.stack([basis.T @ h for basis, h in parts]).chunk(len(bases_LQ), dim=1)
+        return self.pooled(*sums_SQD), weight_LQ
 
     def score(self, h_LD: Tensor, hours_L1: Tensor) -> Tensor:
         """(L, D), hours from the end (not positive) -> logarithms of the weights (L, M * Q), up to a constant."""
-        return wide(self.query(torch.tanh(self.key(h_LD)))).flatten(1) + hours_L1 * self.log_rate_Q.exp()
+        score_LQ = wide(self.query(torch.tanh(self.key(h_LD)))).flatten(1)
+        return score_LQ if self.log_rate_Q is None else score_LQ + hours_L1 * self.log_rate_Q.exp()
 
-    def pooled(self, level_SQD: Tensor, trend_SQD: Tensor) -> Tensor:
-        """Levels and trends (S, M * Q, D) -> (S, M, 2 * Q * D)."""
-        levels_and_trends = [x_SQD.unflatten(1, (self.members, -1)).flatten(2) for x_SQD in (level_SQD, trend_SQD)]
-        return torch.cat(levels_and_trends, dim=2)
+    def pooled(self, level_SQD: Tensor, trend_SQD: Tensor | None = None) -> Tensor:
+        """Levels and, where timed, trends (S, M * Q, D) -> (S, M, Q * D) or twice that."""
+        sums = [level_SQD] if self.log_rate_Q is None or trend_SQD is None else [level_SQD, trend_SQD]
+        return torch.cat([x_SQD.unflatten(1, (self.members, -1)).flatten(2) for x_SQD in sums], dim=2)
 
 
 @dataclass(frozen=True)

@@ -99,10 +99,10 @@ class PatientState:
 
 def check_streamable(config: ModelConfig) -> None:
     """Raises UserError where no state of bounded size can stand for the events so far."""
-    if config.bidirectional:
+    if config.sees_ahead:
         raise UserError(
-            "a model that reads histories in both directions (model.bidirectional=true) cannot go on from a state: "
-            "use context=bundle, or train with model.bidirectional=false"
+            "a model that reads histories in both directions (model.bidirectional=true or model.causal=false) cannot "
+            "go on from a state: use context=bundle, or train with model.bidirectional=false and model.causal=true"
         )
     if "A" in config.layers and config.window == 0:
         raise UserError(
@@ -202,10 +202,11 @@ class StreamingModel:
         hours_L = torch.from_numpy((time_us_L - time_us_L[-1]) / US_PER_HOUR).to(h_LD.device)
         if pooling.kind == "last":
             kept, h_LD, hours_L = None, h_LD[-1:], hours_L[-1:]
-        if pooling.fusion is None:
-            score_LQ, rate_Q = h_LD.new_zeros(len(h_LD), 1), h_LD.new_zeros(1)
-        else:
-            score_LQ, rate_Q = pooling.fusion.score(h_LD, hours_L[:, None]), pooling.fusion.log_rate_Q.exp()
+        score_LQ, rate_Q = h_LD.new_zeros(len(h_LD), 1), h_LD.new_zeros(1)
+        if pooling.fusion is not None:
+            score_LQ = pooling.fusion.score(h_LD, hours_L[:, None])
+            if pooling.fusion.log_rate_Q is not None:
+                rate_Q = pooling.fusion.log_rate_Q.exp()
         new = PooledState.of(score_LQ.double(), hours_L, h_LD.double())
         return kept.later(elapsed, rate_Q.double()) + new if isinstance(kept, PooledState) else new
 

@@ -79,6 +79,14 @@ def test_a_bundle_read_back_predicts_the_same(bundle: Path) -> None:
     torch.testing.assert_close(build_model(read)(row)["logit_ST"], risk_model()(row)["logit_ST"], rtol=0, atol=0)
 
 
+def test_a_bundle_of_before_an_option_has_its_default(bundle: Path) -> None:
+    tree = yaml.safe_load((bundle / "config.yaml").read_text())
+    for name in ("embedding", "causal"):
+        del tree["model"][name]
+    (bundle / "config.yaml").write_text(yaml.safe_dump(tree))
+    assert read_bundle(bundle).model == MODEL
+
+
 def test_a_run_folder_stands_for_its_bundle(bundle: Path) -> None:
     (bundle.parent / "config.yaml").write_text("run: {name: pretrain}\n")
     assert read_bundle(bundle.parent).tasks == ["readmission"]

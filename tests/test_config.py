@@ -51,7 +51,6 @@ def test_the_files_name_every_key_with_the_default_of_the_code(group: str) -> No
 
 def test_choices_do_what_their_names_say() -> None:
     assert [pretrain_config(f"train=zero{stage}").train.zero_stage for stage in range(4)] == [0, 1, 2, 3]
-    assert pretrain_config("model=paper").model.mixer == "mamba1"
     assert pretrain_config("objective=forecast").objective.code_weight == 0
     assert pretrain_config("objective=both").objective.forecast_weight > 0
     config = pretrain_config("model=small", "train=zero2", "train.num_workers=4", "run.name=mine")
@@ -271,9 +270,12 @@ def test_a_required_key_left_out_is_named() -> None:
         load("pretrain", [], PretrainConfig)
 
 
-def test_forecasting_refuses_a_bidirectional_model() -> None:
-    with pytest.raises(ConfigError, match=r"needs model\.bidirectional=false"):
-        pretrain_config("objective=both", "model.bidirectional=true")
+@pytest.mark.parametrize("override", ["model.bidirectional=true", "model.causal=false", "model=paper"])
+def test_forecasting_refuses_a_model_that_has_seen_the_future(override: str) -> None:
+    with pytest.raises(ConfigError, match=r"needs model\.bidirectional=false and model\.causal=true"):
+        pretrain_config("objective=both", override)
+    pretrain_config("objective=both", override, "model.bidirectional=false", "model.causal=true")
+    pretrain_config("objective=both", "model.layers=M", "model.causal=false")
 
 
 def tune_config(*overrides: str) -> TuneConfig:

@@ -33,6 +33,7 @@ from hymate.model import RiskModel
 from hymate.predict import predict
 
 MODEL = ModelConfig(d_model=16, layers="MA", d_state=8, headdim=8, num_heads=2, window=8, num_queries=2)
+PAPER = replace(MODEL, embedding="plain", mixer="mamba1", causal=False, window=0, mlp_ratio=0.0, pooling="attention")
 CPU = torch.device("cpu")
 lengths_lists = st.lists(st.integers(1, 30), min_size=1, max_size=5)
 
@@ -49,9 +50,16 @@ def risk_model(config: ModelConfig, vocab_size: int = 30) -> RiskModel:
 
 
 @settings(max_examples=15, deadline=None)
-@given(lengths=lengths_lists, seed=st.integers(0, 100), statics=st.integers(0, 2))
-def test_the_parts_sum_to_what_knowing_the_events_changes(lengths: list[int], seed: int, statics: int) -> None:
-    model, row = risk_model(MODEL), random_row(lengths, seed=seed, statics=statics)
+@given(
+    config=st.sampled_from([MODEL, PAPER]),
+    lengths=lengths_lists,
+    seed=st.integers(0, 100),
+    statics=st.integers(0, 2),
+)
+def test_the_parts_sum_to_what_knowing_the_events_changes(
+    config: ModelConfig, lengths: list[int], seed: int, statics: int
+) -> None:
+    model, row = risk_model(config), random_row(lengths, seed=seed, statics=statics)
 
     def nothing(like: torch.Tensor) -> torch.Tensor:
         return torch.full_like(like, torch.nan)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hymate.batch import Batch
+from hymate.command import load
 from hymate.config import ModelConfig, ObjectiveConfig, UserError
 from hymate.model import (
     HyMaTE,
@@ -23,6 +24,7 @@ from hymate.model import (
 )
 from hymate.objectives import mean_loss
 from hymate.pooling import HORIZONS_HOURS, FusionPooling, VariablePooling, VariableSums
+from hymate.training.pretraining import PretrainConfig
 
 VOCAB = 30
 LENGTHS = (7, 1, 23, 40)
@@ -31,6 +33,19 @@ CONFIGS = {
     "mamba1": ModelConfig(d_model=16, layers="MMA", mixer="mamba1", d_state=4, window=0, dropout=0.0),
     "bidirectional": ModelConfig(
         d_model=16, layers="MA", d_state=8, headdim=8, window=6, dropout=0.0, bidirectional=True
+    ),
+    "paper": ModelConfig(
+        d_model=16,
+        embedding="plain",
+        layers="MMA",
+        mixer="mamba1",
+        causal=False,
+        d_state=4,
+        window=0,
+        mlp_ratio=0,
+        dropout=0.0,
+        pooling="attention",
+        num_queries=1,
     ),
     "recurrent": ModelConfig(d_model=16, layers="GA", window=6, dropout=0.0),
     "last": ModelConfig(d_model=16, layers="M", d_state=8, headdim=8, dropout=0.0, pooling="last"),
@@ -82,7 +97,7 @@ def test_event_states_of_a_unidirectional_model_see_only_the_past() -> None:
     assert not torch.allclose(before[20:], after[20:])
 
 
-@pytest.mark.parametrize("name", ["mamba2", "variables"])
+@pytest.mark.parametrize("name", ["mamba2", "variables", "paper"])
 def test_attention_weights_sum_to_one_for_each_patient(name: str) -> None:
     model = risk_model(name)
     row = in_double(random_row(LENGTHS, vocab_size=VOCAB))
@@ -167,6 +182,43 @@ def test_variables_know_what_aggregate_features_would_say() -> None:
         torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
 
 
+def test_the_papers_model_is_the_published_one() -> None:
+    config = load("pretrain", ["data.path=nowhere", "model=paper"], PretrainConfig).model
+    torch.manual_seed(0)
+    model = RiskModel(config, VOCAB, ["mortality"]).eval()
+    row = random_row((12,), vocab_size=VOCAB)
+
+    # the value's and the time's part of an event are the same whatever its code
+    def embedded(code: int, value: float, hours: float) -> Tensor:
+        columns = [torch.full((1,), x) for x in (value, torch.nan)]
+        times = [torch.full((1,), x) for x in (hours, torch.nan)]
+        return model.backbone.embedding(torch.tensor([code]), *columns, None, *times)[0]
+
+    for value, hours in ((1.5, 0.0), (0.2, 30.0)):
+        parts = [embedded(code, value, hours) - embedded(code, 0.2, 0.0) for code in (3, 9)]
+        torch.testing.assert_close(*parts, rtol=1e-4, atol=1e-6)
+        assert (value, hours) == (0.2, 0.0) or parts[0].abs().max() > 0.01
+    # Mamba layers and attention, each with its norm and nothing else
+    assert [type(block.mixer).__name__ for block in model.backbone.blocks] == 2 * ["MambaBlockMixer"] + [
+        "SelfAttention"
+    ]
+    for block in model.backbone.blocks:
+        assert {name.split(".")[0] for name, _ in block.named_parameters()} == {"mixer_norm", "mixer"}
+    # attention is not masked
+    later = replace(row, code_L=torch.cat([row.code_L[:-1], (row.code_L[-1:] - 1) % (VOCAB - 2) + 2]))
+    assert not torch.allclose(model.backbone(row)[0], model.backbone(later)[0])
+    # one attention over the events, and the static features through their network; no hand-made scalars
+    patient_SME, weight_LQ = model.patient(row)
+    assert patient_SME.shape == (1, 1, 2 * config.d_model) and weight_LQ.shape == (12, 1)
+    pooled_D = weight_LQ[:, 0] @ model.backbone(row)
+    torch.testing.assert_close(patient_SME[0, 0, : config.d_model], pooled_D, rtol=1e-4, atol=1e-6)
+    unlike = replace(row, lag_hours_S=row.lag_hours_S + 100, gap_hours_L=row.gap_hours_L + 1)
+    torch.testing.assert_close(model.patient(unlike)[0], patient_SME)
+    for name, other in (("age_years_S", 30.0), ("static_code_F", 3)):
+        changed = replace(row, **{name: torch.full_like(getattr(row, name), other)})
+        assert not torch.allclose(model.patient(changed)[0], patient_SME)
+
+
 def test_mixers_hold_the_parameter_names_and_shapes_of_mamba_ssm() -> None:
     mamba2 = Mamba2Mixer(d_model=32, d_state=16, d_conv=4, expand=2, headdim=16, ngroups=1, chunk_size=32)
     assert {n: tuple(p.shape) for n, p in mamba2.named_parameters()} == {
@@ -203,11 +255,11 @@ def test_scan_parameters_norms_and_embeddings_never_decay() -> None:
     assert {n for n in names.values() if "norm" in n or "embedding.code" in n} <= kept
 
 
-@pytest.mark.parametrize("bidirectional", [False, True])
-def test_pretraining_learns_a_row_by_heart(bidirectional: bool) -> None:
+@pytest.mark.parametrize("name", ["mamba2", "bidirectional", "paper"])
+def test_pretraining_learns_a_row_by_heart(name: str) -> None:
     torch.manual_seed(0)
-    config = replace(CONFIGS["mamba2"], d_model=32, bidirectional=bidirectional)
-    objective = ObjectiveConfig(forecast_weight=0.0 if bidirectional else 1.0, forecast_variables=8)
+    config = replace(CONFIGS[name], d_model=32)
+    objective = ObjectiveConfig(forecast_weight=0.0 if config.sees_ahead else 1.0, forecast_variables=8)
     model = PretrainModel(config, objective, VOCAB)
     row = random_row((60, 50), vocab_size=VOCAB)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
@@ -304,7 +356,7 @@ def test_a_task_without_labels_in_a_row_gives_its_head_no_gradient() -> None:
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.backbone.parameters())
 
 
-@pytest.mark.parametrize("pooling", ["fusion", "variables", "last"])
+@pytest.mark.parametrize("pooling", ["fusion", "attention", "variables", "last"])
 def test_members_learn_as_if_each_were_alone_and_are_averaged(pooling: str) -> None:
     config = replace(CONFIGS["mamba2"], pooling=pooling, members=3)
     torch.manual_seed(0)
@@ -331,7 +383,7 @@ def test_members_learn_as_if_each_were_alone_and_are_averaged(pooling: str) -> N
         torch.testing.assert_close(together[what], mean, equal_nan=True, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("pooling", ["fusion", "variables"])
+@pytest.mark.parametrize("pooling", ["fusion", "attention", "variables"])
 def test_pooling_moves_from_forecasting_to_the_risk_model(pooling: str) -> None:
     config = replace(CONFIGS["mamba2"], pooling=pooling)
     pretrained = PretrainModel(config, ObjectiveConfig(forecast_weight=1.0), VOCAB)

@@ -254,7 +254,7 @@ def test_states_without_whole_histories_are_refused(data: Path, bundle: Path, tm
         predicted(bundle, data, tmp_path, f"states={tmp_path / 'states'}")
 
 
-@pytest.mark.parametrize("setting", [{"window": 0}, {"bidirectional": True}])
+@pytest.mark.parametrize("setting", [{"window": 0}, {"bidirectional": True}, {"causal": False}])
 def test_a_model_that_cannot_stream_is_refused_before_any_data_is_read(
     setting: dict, data: Path, tmp_path: Path
 ) -> None:

@@ -41,6 +41,9 @@ CONFIGS = {
     "members": replace(MODEL, members=3),
     "members over variables": replace(MODEL, pooling="variables", num_queries=2, members=3),
     "members of the mean": replace(MODEL, pooling="mean", members=2),
+    "paper, with a past": replace(
+        MODEL, embedding="plain", mixer="mamba1", mlp_ratio=0, pooling="attention", num_queries=1
+    ),
 }
 START_US = 1_600_000_000_123_456
 
@@ -226,7 +229,11 @@ def test_attention_goes_on_as_over_the_whole_row(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize(
     ("config", "said"),
-    [(replace(MODEL, window=0), "window=0"), (replace(MODEL, bidirectional=True), "both directions")],
+    [
+        (replace(MODEL, window=0), "window=0"),
+        (replace(MODEL, bidirectional=True), "both directions"),
+        (replace(MODEL, causal=False), r"model\.causal=false"),
+    ],
 )
 def test_models_without_a_state_of_bounded_size_are_refused(
     config: ModelConfig, said: str, vocabulary: Vocabulary

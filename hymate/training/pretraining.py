@@ -60,10 +60,10 @@ class PretrainConfig:
     run: RunConfig
 
     def __post_init__(self) -> None:
-        if self.objective.forecast_weight > 0 and self.model.bidirectional:
+        if self.objective.forecast_weight > 0 and self.model.sees_ahead:
             raise ConfigError(
-                "objective.forecast_weight needs model.bidirectional=false: a bidirectional model has already seen "
-                "the future it would forecast; set either"
+                "objective.forecast_weight needs model.bidirectional=false and model.causal=true: this model has "
+                "already seen the future that it would forecast; set them, or objective=masked_event"
             )
 
 
