@@ -52,6 +52,7 @@ from challenge import STAY
 
 from hymate.config import DataConfig, ModelConfig, TaskConfig, UserError
 from hymate.data import physionet2012
+from hymate.data.extras import SCHEMA as EXTRA_SCHEMA
 from hymate.data.histories import Histories, History
 from hymate.data.meds import DATA_SCHEMA, LABEL_SCHEMA, SplitsConfig, is_code, iter_events, read_labels, read_splits
 from hymate.data.meds_source import MedsSource
@@ -564,6 +565,13 @@ class Labels(Reader):
             pq.write_table(
                 pa.Table.from_pylist(rows, LABEL_SCHEMA), folder / f"{part}.parquet", write_page_checksum=bool(part)
             )
+            keys = [{name: row[name] for name in ("subject_id", "prediction_time")} for row in rows]
+            extra = [
+                {**key, "start": datetime.datetime(2019, 1, 1) if n % 2 else None, "weight": 1.0 + n}
+                for n, key in enumerate(keys)
+            ]
+            if part:
+                pq.write_table(pa.Table.from_pylist(extra, EXTRA_SCHEMA), folder / f"{part}.extra.pq")
         self.files = files_of(folder)
 
     def mutate(self, rng: random.Random) -> Files:
@@ -591,8 +599,14 @@ class Labels(Reader):
             require(found == expected, f"{name} differs")
             require(name != "boolean_value" or all(value in (True, False, None) for value in expected), "no boolean")
         require(None not in table["subject_id"].to_pylist() + table["prediction_time"].to_pylist(), "nulls")
-        days = labels(folder, TaskConfig("stay", labels=str(folder), longer_than_days=1.0)).table["float_value"]
-        require(all(value is None or 0 <= value < math.inf for value in days.to_pylist()), "impossible days")
+        table = labels(folder, TaskConfig("stay", labels=str(folder), longer_than_days=1.0)).table
+        days = table["float_value"].to_pylist()
+        require(all(value is None or 0 <= value < math.inf for value in days), "impossible days")
+        if "weight" in table.column_names:
+            require(all(0 < value < math.inf for value in table["weight"].to_pylist()), "impossible weights")
+        if "start" in table.column_names:
+            times = (table[name].cast(pa.int64()).to_pylist() for name in ("start", "prediction_time"))
+            require(all(start is None or start <= time for start, time in zip(*times, strict=True)), "a late start")
 
 
 class Prepared(Reader):
