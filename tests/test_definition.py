@@ -178,7 +178,7 @@ STAY: list[tuple[float | None, str, float | None]] = [
 ]
 
 
-def test_every_predicate_s_events_are_counted(tmp_path: Path) -> None:
+def test_every_predicate_s_events_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with_values(tmp_path, STAY, ward=["a"] * 5 + ["b"])
     config = task(
         "readmission",
@@ -191,6 +191,7 @@ def test_every_predicate_s_events_are_counted(tmp_path: Path) -> None:
     counted = {"hospital_admission": 2, "hospital_discharge": 1, "died": 0, "high": 1, "at_b": 1, "female": 1}
     assert {name: found.details["predicates"][name] for name in counted} == counted
     assert set(tasks.unmatched(found.details["predicates"])) == {"died", "observation", "planned"}
+    assert "no event matches died: check the codes" in capsys.readouterr().err  # kinds are told by their counts
 
 
 @pytest.mark.parametrize(

@@ -24,18 +24,20 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from scipy.special import expit
 from small_cohort import SIZES, prepare_small
+from test_tasks import LAB, task, write
 
 from hymate import metrics, trust
 from hymate.bundle import read_bundle, write_bundle
 from hymate.command import load
 from hymate.config import ConfigError, DataConfig, ModelConfig, ObjectiveConfig, TrainConfig, UserError
-from hymate.data.examples import labelled_examples
+from hymate.data.examples import Examples, labelled_examples
 from hymate.data.histories import Histories
 from hymate.data.meds import read_labels
+from hymate.data.tasks import labels
 from hymate.data.vocabulary import Vocabulary
 from hymate.model import PretrainModel
 from hymate.predict import predict, prediction_table
-from hymate.training import space
+from hymate.training import results, space
 from hymate.training.finetune import TrialConfig, parameter_groups, risk_model, starting_point
 from hymate.training.search import TuneConfig, search, trial_config
 from hymate.training.verdict import verdict
@@ -214,6 +216,39 @@ def test_the_verdict_on_boosting_where_measures_disagree_or_are_missing() -> Non
     assert "Predicted days were not compared" in of_boosting(found | {"days": {}})
     left_out = of_boosting(found | {"boosting": {"left_out": "report.boosting=false"}})
     assert "Not compared: report.boosting=false. `python -m hymate.baselines`" in left_out
+
+
+def test_the_report_says_how_labels_came_about(tmp_path: Path) -> None:
+    home, back = "HOSPITAL_DISCHARGE//HOME", "HOSPITAL_ADMISSION//EU OBSERVATION"
+    write(tmp_path, [[(0, home), (9, back), (80, LAB)], [(0, home), (0.1, back), (80, LAB)], [(0, home), (9, LAB)]])
+    config = task("readmission")
+    found = labels(tmp_path, config)
+    label, subject = np.array([1.0, 0.0]), np.array([1, 2])
+    nobody = Examples(
+        position_E=subject,
+        stop_E=subject,
+        earliest_E=subject,
+        prediction_time_E=subject,
+        label_ET=label[:, None],
+        days_ET=np.full((2, 1), np.nan),
+        weight_ET=np.ones((2, 1)),
+        subject_id_E=subject,
+    )
+    scores = metrics.scores(label, label, subject)
+    part = results.of_task(config, scores, found, dict.fromkeys(SIZES, nobody), "tuning")
+    part |= {"recalibration": {"temperature": 1.0, "shift": 0.0, "ece_before": 0.0}, "boosting": None, "picture": None}
+    outcome = results.Outcome(0, {}, "finished", 2, {"mean": 1.0, "step": 2}, None, None)
+    report = results.report(results.collect([part], "mean", [outcome], outcome))
+    for text in (
+        "| 3 | times at which the task's trigger occurs |",
+        "| 1 | the record ends inside the label window, without a death there: no label, with the event or without |",
+        "Excluded by window: input 0, transfer 1, target 0.",
+        "by kind, also where left out: observation 1, planned 0.",
+        "Events that each predicate matches: hospital_admission 2, hospital_discharge 3, observation 2, planned 0, ",
+        "**No event matches died: check the codes.**",
+        "held-out scores are missing",
+    ):
+        assert text in report, text
 
 
 def of_boosting(found: dict[str, Any]) -> str:

@@ -184,6 +184,12 @@ def _extract(task: TaskConfig, shards: dict[str, Location], folder: Location, fi
                 for found in of_shards.values():
                     counter.update(found[name])
             _require_labels(task, config, total)
+            without = [name for name in unmatched(total["predicates"]) if name not in task.kinds]
+            if without:
+                print(
+                    f"task {task.name}: no event matches {', '.join(without)}: check the codes in task.definition",
+                    file=sys.stderr,
+                )
             label = config.windows[config.label_window].label
             summary = {
                 "fingerprint": fingerprint,

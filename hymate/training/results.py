@@ -240,7 +240,7 @@ def _label_details(details: Mapping[str, Mapping[str, int]]) -> list[str]:
         sentences.append(f"First events in the label window by kind, also where left out: {_counted(kinds)}.")
     if matches := details.get("predicates"):
         sentences.append(f"Events that each predicate matches: {_counted(matches)}.")
-        if without := unmatched(matches):
+        if without := {name: why for name, why in unmatched(matches).items() if name not in details.get("kinds", {})}:
             named = ", ".join(f"{name} ({why})" if why else name for name, why in without.items())
             sentences.append(f"**No event matches {named}: check the codes.**")
     return sentences
