@@ -304,12 +304,12 @@ class ScoredLinear(nn.Linear):
     """A linear layer onto classes that never holds all its outputs: only how well they meet their targets."""
 
     def forward(self, x_ND: Tensor, target_N: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        """Sum of the cross-entropies of N events, and how many of them have their target as the likeliest."""
+        """Sum of the cross-entropies of N events, and for how many the target is the likeliest code."""
         return ops.linear_cross_entropy(x_ND, self.weight, self.bias, target_N)
 
 
 class CodeHead(nn.Module):
-    """The head of the hidden codes: the sum of their cross-entropies, and how many it tells rightly."""
+    """The head of the hidden codes: the sum of their cross-entropies, and how many of them it gets right."""
 
     def __init__(self, config: ModelConfig, vocab_size: int) -> None:
         super().__init__()
@@ -406,7 +406,7 @@ class RiskModel(LossModel):
 
     What the members say is averaged; each learns as if it were alone (deep ensembles, Lakshminarayanan et al. 2017).
 
-    terms: the weight in the loss of each task's "TASK_loss" and, in days, "TASK_days_loss". The loss is the mean over
+    terms: the weight in the loss of each task's "TASK/loss" and, in days, "TASK/days_loss". The loss is the mean over
     tasks of the weighted mean over a task's labels.
     """
 
@@ -418,7 +418,7 @@ class RiskModel(LossModel):
         self.pooling = PatientPooling(config)
         self.heads = nn.ModuleDict({task: _task_head(config, self.pooling.width, task in in_days) for task in tasks})
         self._in_days = [number for number, task in enumerate(tasks) if task in in_days]
-        names = [f"{task}_loss" for task in tasks] + [f"{tasks[number]}_days_loss" for number in self._in_days]
+        names = [f"{task}/loss" for task in tasks] + [f"{tasks[number]}/days_loss" for number in self._in_days]
         self.terms = dict.fromkeys(names, 1 / len(tasks))
 
     def patient(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
@@ -445,9 +445,9 @@ class RiskModel(LossModel):
         """
         logit_STM, log_days_STM = self._of_members(self.patient(batch)[0])
 
-        def summed(error: Callable[..., Tensor], told_SXM: Tensor, target_SX: Tensor, weight_SX: Tensor) -> Tensor:
-            target_SXM = torch.nan_to_num(target_SX)[:, :, None].expand_as(told_SXM)
-            error_SX = error(told_SXM, target_SXM, reduction="none").mean(dim=2)
+        def summed(error: Callable[..., Tensor], predicted_SXM: Tensor, target_SX: Tensor, weight_SX: Tensor) -> Tensor:
+            target_SXM = torch.nan_to_num(target_SX)[:, :, None].expand_as(predicted_SXM)
+            error_SX = error(predicted_SXM, target_SXM, reduction="none").mean(dim=2)
             return (error_SX * _weighed(target_SX, weight_SX)).sum(dim=0)
 
         labels, days = self._targets(batch)
