@@ -38,9 +38,9 @@ class Batch:
     label_ST: float32, each task's label, 1 or 0; NaN where the task has none at this example. Pretraining has no tasks.
     days_ST: float32, how long what each task is about lasts; NaN where it has no label or the task no days.
     label_weight_ST: float32, how much each label counts in a mean over labels; 1 where nothing else is known.
-    seed_S: int64, not negative, depends only on the run's seed, the epoch and the example: what is drawn for a segment
-        (masks, anchors) does not depend on the row that it stands in.
-    seed: likewise of the run's seed and the row's place in the data order: dropout.
+    seed_S: int64, not negative; it depends only on the run's seed, the epoch and the example. What is drawn for a
+        segment (masks, anchors) starts from it, and so does not depend on the row that it stands in.
+    seed: a number that depends only on the run's seed and the row's place in the data order; dropout starts from it.
     """
 
     code_L: Tensor
