@@ -33,13 +33,18 @@ ANSWER_S = 22.0  # of a cluster, the start of a Python included
 ASK = """
 import socket, sys
 try:
-    from ray._private.services import canonicalize_bootstrap_address, extract_ip_port
+    from ray._private.services import canonicalize_bootstrap_address, extract_ip_port, get_node_to_connect_for_driver
     address = canonicalize_bootstrap_address(sys.argv[1])
     socket.create_connection(extract_ip_port(address), 5).close()
     from ray._private.authentication.authentication_token_setup import ensure_token_if_auth_enabled
     from ray._raylet import GcsClient
     ensure_token_if_auth_enabled(create_token_if_missing=False)
-    GcsClient(address=address).check_alive([], 5.0)
+    cluster = GcsClient(address=address)
+    cluster.check_alive([], 5.0)
+    try:
+        get_node_to_connect_for_driver(cluster, timeout_seconds=12)
+    except RuntimeError:
+        sys.exit("this machine is not part of it")
 except Exception as error:
     sys.exit(f"{getattr(error, 'strerror', None) or error}")
 """
@@ -129,7 +134,9 @@ def _connect(address: str, settings: Mapping[str, Any]) -> None:
 
 def _refuse(address: str, reason: str) -> NoReturn:
     remedy = "start it, set RAY_ADDRESS to HOST:PORT of its head, or unset it for a Ray on this machine"
-    if "token" in reason.lower():
+    if "not part of it" in reason:
+        remedy = f"run ray start --address={address} here, or submit the command as a job"
+    elif "token" in reason.lower():
         remedy = "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to a file with the cluster's token"
     raise UserError(f"RAY_ADDRESS={address}: no Ray cluster that can be used ({reason.split('. ')[0][:200]}): {remedy}")
 
