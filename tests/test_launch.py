@@ -113,6 +113,21 @@ def test_a_cluster_that_is_gone_or_silent_is_refused(monkeypatch: pytest.MonkeyP
         cluster.check(TrainConfig())
 
 
+def test_sigterm_ends_the_wait_for_a_cluster() -> None:
+    script = "from hymate import ending\nending.watch()\nwith ending.command():\n"
+    script += "    from hymate.config import TrainConfig\n    from hymate.training import cluster\n"
+    script += "    cluster.check(TrainConfig())"
+    with socket.create_server(("", 0)) as silent:
+        environment = {**os.environ, "RAY_ADDRESS": f"127.0.0.1:{silent.getsockname()[1]}"}
+        with subprocess.Popen(
+            [sys.executable, "-c", script], env=environment, cwd=ROOT, stderr=subprocess.PIPE, text=True
+        ) as process:
+            silent.accept()[0].close()
+            process.terminate()
+            _, said = process.communicate(timeout=PATIENCE_S)
+    assert (process.returncode, said) == (143, "stopped by SIGTERM: the same command takes it up again\n")
+
+
 def test_a_ray_of_our_own_finds_another_place_where_the_usual_one_does_not_do(
     nobody: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -123,15 +138,15 @@ def test_a_ray_of_our_own_finds_another_place_where_the_usual_one_does_not_do(
         deep.mkdir()
         for unfit, reason in ((closed, "Permission denied"), (deep, "longer than [0-9]+ characters")):
             monkeypatch.setenv("TMPDIR", str(unfit))
-            with cluster.own_folder() as other:
+            with cluster.ray_folder() as other:
                 assert Path(other).parent == Path("/tmp") and Path(other).stat().st_mode & 0o777 == 0o700
             assert not Path(other).exists()
             with monkeypatch.context() as given, pytest.raises(UserError, match=f"{reason}.*set RAY_TMPDIR to"):
                 given.setenv("RAY_TMPDIR", str(unfit))
-                with cluster.own_folder():
+                with cluster.ray_folder():
                     pass
         monkeypatch.setenv("TMPDIR", folder)
-        with cluster.own_folder() as usual:
+        with cluster.ray_folder() as usual:
             assert usual == f"{folder}/ray"
 
 

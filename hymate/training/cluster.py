@@ -57,7 +57,7 @@ def check(train: TrainConfig) -> None:
     address = os.environ.get("RAY_ADDRESS")
     if not address:
         check_machine(train)
-        with own_folder():
+        with ray_folder():
             pass
     elif "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:  # the cluster has just started a job's driver
         _ask(address)
@@ -84,7 +84,7 @@ def ray_session(train: TrainConfig) -> Iterator[None]:
     # Ray sets the number of threads for some kinds of processes only; more threads than CPUs stall each other
     threads = {"env_vars": {"OMP_NUM_THREADS": str(train.cpus_per_worker)}}
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "runtime_env": threads}
-    with nullcontext("") if address else own_folder() as folder:
+    with nullcontext("") if address else ray_folder() as folder:
         try:
             if address:
                 _connect(address, quiet)
@@ -142,10 +142,10 @@ def _refuse(address: str, reason: str) -> NoReturn:
 
 
 @contextmanager
-def own_folder() -> Iterator[str]:
+def ray_folder() -> Iterator[str]:
     """Where a Ray of our own keeps its files: where Ray would, else in a temporary folder."""
     given = os.environ.get("RAY_TMPDIR")
-    usual = Path(given or os.environ.get("TMPDIR") or "/tmp") / "ray"
+    usual = Path(given or os.environ.get("TMPDIR") or "/tmp").absolute() / "ray"
     reason = _unfit(usual)
     if reason is None:
         yield str(usual)
@@ -162,10 +162,10 @@ def own_folder() -> Iterator[str]:
 
 def _unfit(folder: Path) -> str | None:
     """Why Ray cannot keep its files in a folder, which need not be there yet."""
-    if len(str(folder.absolute()) + SOCKET) > LONGEST_SOCKET:
+    if len(str(folder) + SOCKET) > LONGEST_SOCKET:
         return f"its path is longer than {LONGEST_SOCKET - len(SOCKET)} characters"
     try:
-        existing = next(part for part in (folder, *folder.absolute().parents) if part.exists())
+        existing = next(part for part in (folder, *folder.parents) if part.exists())
         with tempfile.TemporaryFile(dir=existing):
             return None
     except OSError as error:
