@@ -152,6 +152,19 @@ def test_a_window_that_runs_to_the_next_discharge_does_not_end_at_the_one_that_i
     assert labelled(tmp_path, [*stay(0, 3), *stay(20, 25), (80, LAB)], config) == {3: True}
 
 
+@pytest.mark.parametrize("name", ["readmission", "mortality", "length_of_stay"])
+def test_the_tasks_that_come_along_mean_the_same_to_aces(name: str, shared_data: Path) -> None:
+    query = pytest.importorskip("aces.query").query
+    for path in sorted((shared_data / "mimic_iv_demo_meds" / "data").rglob("*.parquet")):
+        config = definition.parse(task(name))
+        events = definition.read_predicates(path, config).events
+        ours = definition.find(config, events).rows.select("subject_id", "trigger", "prediction_time", "event")
+        theirs = query(config, events.rename({"time": "timestamp"})).select(
+            "subject_id", "trigger", prediction_time="index_timestamp", event=pl.col("label") > 0
+        )
+        assert len(ours) and ours.equals(theirs.sort("subject_id", "trigger"))
+
+
 # ------------------------------------------------------------------------------------------------- predicates
 
 
