@@ -21,7 +21,7 @@ import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import meds
 import numpy as np
@@ -221,72 +221,85 @@ def find(config: Any, events: pl.DataFrame, start: str | None = None, kinds: Map
 
     start: what a label is about begins at the "trigger", or at the last event of a predicate up to the prediction
         time (null where there is none), or nothing is known of it (None).
-    kinds: predicates that tell kinds of the label's event apart; where false, events of this kind make no label.
+    kinds: predicates that tell kinds of the label's event apart; where false, events at times of this kind make no
+        label.
     """
-    kinds = kinds or {}
-    record = _Record(events)
+    record, kinds = _Record(events), kinds or {}
     trigger = np.flatnonzero(record.count[config.trigger.predicate])
-    subject_N, trigger_N = record.subject_R[trigger], record.time_R[trigger]
-    edges = {"trigger": (trigger_N, np.ones(len(trigger), dtype=bool))}
-    holds_N, excluded = np.ones(len(trigger), dtype=bool), {}
-    for name in _evaluation_order(config):
-        window = config.windows[name]
-        root, other = ("end", "start") if window.root_node == "end" else ("start", "end")
-        expression = {"start": window.start_endpoint_expr, "end": window.end_endpoint_expr}
-        includes = {"start": window.start_inclusive, "end": window.end_inclusive}
-        reference = edges[".".join(window.referenced_event)]
-        edges[f"{name}.{root}"] = record.edge(subject_N, reference, expression[root], at_reference=False)
-        edges[f"{name}.{other}"] = record.edge(
-            subject_N, edges[f"{name}.{root}"], expression[other], at_reference=includes[root]
-        )
-        (start_N, known_N), (end_N, end_known_N) = edges[f"{name}.start"], edges[f"{name}.end"]
-        here_N = known_N & end_known_N
-        for predicate, (least, most) in window.has.items():
-            count_N = record.counted(record.count[predicate], subject_N, start_N, end_N, *_inclusive(window))
-            here_N = here_N & (count_N >= (least or 0)) & (count_N <= (count_N if most is None else most))
-        excluded[name] = int((holds_N & ~here_N).sum())
-        holds_N &= here_N
+    edges, holds_N, excluded = _evaluated(config, record, trigger)
+    subject_N = record.subject_R[trigger][holds_N]
+    time_N = {name: edge_N[holds_N] for name, (edge_N, _) in edges.items()}
+    prediction_N = time_N[f"{config.index_timestamp_window}.{_index(config)}"]
 
-    def held(edge: str) -> np.ndarray:
-        return edges[edge][0][holds_N]
-
-    subject_N, window = subject_N[holds_N], config.windows[config.label_window]
-    start_N, end_N = held(f"{config.label_window}.start"), held(f"{config.label_window}.end")
-    index = config.windows[config.index_timestamp_window].index_timestamp
-    prediction_N = held(f"{config.index_timestamp_window}.{index}")
+    window = config.windows[config.label_window]
+    span = _Span(time_N[f"{config.label_window}.start"], time_N[f"{config.label_window}.end"], *_includes(window))
     every_R = record.count[window.label]
     left_out_R = np.any([record.count[kind] > 0 for kind, counts in kinds.items() if not counts], axis=0)
-    label_R = np.where(left_out_R, 0, every_R)
-    event_N = record.counted(label_R, subject_N, start_N, end_N, *_inclusive(window)) > 0
-    first_N, _ = record.nearest(label_R, subject_N, start_N, window.start_inclusive)
-    any_N = record.counted(every_R, subject_N, start_N, end_N, *_inclusive(window)) > 0
-    first_of_all_N, _ = record.nearest(every_R, subject_N, start_N, window.start_inclusive)
-    of_kind = {
-        kind: any_N & (record.counted(record.count[kind], subject_N, first_of_all_N, first_of_all_N, True, True) > 0)
-        for kind in kinds
-    }
-    if start in (None, "trigger"):
-        about_N, known_N = held("trigger"), np.full(len(subject_N), start is not None)
-    else:
-        about_N, known_N = record.nearest(record.count[start], subject_N, prediction_N, True, before=True)
+    event_N, first_N = record.first(np.where(left_out_R, 0, every_R), subject_N, span)
+    any_N, first_of_any_N = record.first(every_R, subject_N, span)
+    then = _Span(first_of_any_N, first_of_any_N, True, True)
+
     always_N = np.ones(len(subject_N), dtype=bool)
+    about_N, known_N = time_N["trigger"], always_N & (start is not None)
+    if start not in (None, "trigger"):
+        about_N, known_N = record.nearest(record.count[start], subject_N, prediction_N, True, before=True)
     rows = pl.DataFrame(
         {
             "subject_id": record.subject_id_S[subject_N],
-            "trigger": _times(held("trigger"), always_N),
+            "trigger": _times(time_N["trigger"], always_N),
             "prediction_time": _times(prediction_N, always_N),
             "start": _times(about_N, known_N),
-            "end": _times(end_N, always_N),
+            "end": _times(span.end_N, always_N),
             "event": event_N,
             "event_time": _times(first_N, event_N),
-            **of_kind,
+            **{kind: any_N & (record.counted(record.count[kind], subject_N, then) > 0) for kind in kinds},
         }
     )
     return Found(rows, len(trigger), excluded)
 
 
-def _inclusive(window: Any) -> tuple[bool, bool]:
+Edge = tuple[np.ndarray, np.ndarray]  # time_N int64 in microseconds, void where not known_N
+
+
+class _Span(NamedTuple):
+    """From start to end, at which events count or not."""
+
+    start_N: np.ndarray
+    end_N: np.ndarray
+    at_start: bool
+    at_end: bool
+
+
+def _includes(window: Any) -> tuple[bool, bool]:
     return window.start_inclusive, window.end_inclusive
+
+
+def _index(config: Any) -> str:
+    return str(config.windows[config.index_timestamp_window].index_timestamp)
+
+
+def _evaluated(config: Any, record: _Record, trigger: np.ndarray) -> tuple[dict[str, Edge], np.ndarray, dict[str, int]]:
+    """Every window's edges by name ("gap.start"), at which triggers all windows hold, and how many each leaves out."""
+    subject_N, always_N = record.subject_R[trigger], np.ones(len(trigger), dtype=bool)
+    edges: dict[str, Edge] = {"trigger": (record.time_R[trigger], always_N)}
+    holds_N, excluded = always_N, {}
+    for name in _evaluation_order(config):
+        window = config.windows[name]
+        root, other = ("end", "start") if window.root_node == "end" else ("start", "end")
+        expression = {"start": window.start_endpoint_expr, "end": window.end_endpoint_expr}
+        at_root = window.end_inclusive if root == "end" else window.start_inclusive
+        reference = edges[".".join(window.referenced_event)]
+        edges[f"{name}.{root}"] = edge = record.edge(subject_N, reference, expression[root], at_reference=False)
+        edges[f"{name}.{other}"] = record.edge(subject_N, edge, expression[other], at_reference=at_root)
+        (start_N, start_known_N), (end_N, end_known_N) = edges[f"{name}.start"], edges[f"{name}.end"]
+        here_N = start_known_N & end_known_N
+        for predicate, (least, most) in window.has.items():
+            span = _Span(start_N, end_N, *_includes(window))
+            count_N = record.counted(record.count[predicate], subject_N, span)
+            here_N = here_N & (count_N >= (least or 0)) & (count_N <= (count_N if most is None else most))
+        excluded[name] = int((holds_N & ~here_N).sum())
+        holds_N = holds_N & here_N
+    return edges, holds_N, excluded
 
 
 class _Record:
@@ -315,23 +328,21 @@ class _Record:
         rank_N = np.searchsorted(self._time_U, time_N, side="right" if and_at else "left")
         return np.searchsorted(self._key_R, self._key(subject_N, rank_N))
 
-    def counted(
-        self,
-        count_R: np.ndarray,
-        subject_N: np.ndarray,
-        start_N: np.ndarray,
-        end_N: np.ndarray,
-        at_start: bool,
-        at_end: bool,
-    ) -> np.ndarray:
-        """How many events lie between two times, or at them."""
+    def counted(self, count_R: np.ndarray, subject_N: np.ndarray, span: _Span) -> np.ndarray:
+        """How many events lie in a span."""
         until = np.concatenate([[0], np.cumsum(count_R)])
-        from_N = self._rows_before(subject_N, start_N, and_at=not at_start)
-        return np.maximum(until[self._rows_before(subject_N, end_N, and_at=at_end)] - until[from_N], 0)
+        from_N = self._rows_before(subject_N, span.start_N, and_at=not span.at_start)
+        to_N = self._rows_before(subject_N, span.end_N, and_at=span.at_end)
+        return np.maximum(until[to_N] - until[from_N], 0)
+
+    def first(self, count_R: np.ndarray, subject_N: np.ndarray, span: _Span) -> tuple[np.ndarray, np.ndarray]:
+        """Whether a span has an event, and the time of its first one."""
+        time_N, _ = self.nearest(count_R, subject_N, span.start_N, span.at_start)
+        return self.counted(count_R, subject_N, span) > 0, time_N
 
     def nearest(
         self, count_R: np.ndarray, subject_N: np.ndarray, time_N: np.ndarray, at_time: bool, before: bool = False
-    ) -> tuple[np.ndarray, np.ndarray]:
+    ) -> Edge:
         """The next (or last) time that has an event, and whether there is one."""
         row_H = np.flatnonzero(count_R)
         place_N = self._rows_before(subject_N, time_N, and_at=at_time == before)
@@ -340,10 +351,8 @@ class _Record:
         known_N = (hit_N >= 0) & (row_N >= 0) & (self.subject_R[row_N] == subject_N)
         return np.where(known_N, self.time_R[row_N], time_N), known_N
 
-    def edge(
-        self, subject_N: np.ndarray, reference: tuple[np.ndarray, np.ndarray], expression: Any, at_reference: bool
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """A window's edge, in microseconds, and whether the record has it."""
+    def edge(self, subject_N: np.ndarray, reference: Edge, expression: Any, at_reference: bool) -> Edge:
+        """A window's edge, relative to another one."""
         time_N, known_N = reference
         if expression is None:
             return time_N, known_N
