@@ -248,7 +248,7 @@ def test_boosting_is_recalibrated_by_the_labels_that_it_chose_by(data: Path, tmp
 
 
 def test_encoders_have_the_same_pooling_views_and_candidates_and_the_papers_model_is_the_papers(data: Path) -> None:
-    for pooling in ("variables", "fusion"):
+    for pooling in ("variables", "attention"):
         settings = ["task=mortality", f"data.path={data}", f"model.pooling={pooling}", "point.early_share=0.5"]
         config = load("benchmark", [*settings, "data.min_count=1"], BenchmarkConfig)
         models = {name: config.model_of(contender) for name, contender in config.contenders.items()}
