@@ -64,7 +64,7 @@ BASELINES: tuple[baselines.Kind, ...] = ("gradient_boosting", "logistic_regressi
 CHOSEN_BY = "loss"  # cross-entropy, as in hymate.baselines: AUROC and AUPRC of few positives jump
 RUNS, PRETRAINED = "runs", "pretrained"  # folders in the benchmark's
 DEVELOPMENT, HELD_OUT = "train and tuning", "held_out"
-CHANGEABLE = {"data.path", "run.dir", "split", "seeds", "budgets", "only", "max_concurrent"}
+CHANGEABLE = {"data.path", "run.dir", "split", "seeds", "budgets", "with_few_labels", "only", "max_concurrent"}
 
 
 @dataclass(frozen=True)
@@ -225,7 +225,7 @@ def _runs(config: BenchmarkConfig) -> list[Run]:
 @dataclass(frozen=True)
 class Allotment:
     """A run's labels: what it is fitted to, what it chooses and recalibrates by, what it is scored on; a patient is in
-    one of them. fraction: how many it learns from, of those of the largest budget.
+    one of them. fraction: of all labels that it might have had, those that its budget allows.
     """
 
     fitting: Examples
@@ -277,8 +277,7 @@ class Labelled:
             fold_E = _shuffled(pool.subject_id_E, rng) % config.folds
             pool, test = pool.only(fold_E != run.fold), pool.only(fold_E == run.fold)
         assert test is not None, "a run without a fold is scored on the held-out labels"
-        largest = min(config.largest_first[0] or len(pool), len(pool))
-        rank_E = _shuffled(pool.subject_id_E, rng)
+        rank_E, there = _shuffled(pool.subject_id_E, rng), len(pool)
         drawn = np.zeros(len(pool), dtype=bool)
         drawn[np.argsort(rank_E, kind="stable")[: run.budget or None]] = True
         pool, rank_E = pool.only(drawn), rank_E[drawn]
@@ -288,7 +287,7 @@ class Labelled:
         chooses_P = np.zeros(len(subject_P), dtype=bool)
         chooses_P[order_P] = np.diff(np.floor(np.arange(len(subject_P) + 1) * config.choosing_fraction + 0.5)) > 0
         chooses_E = chooses_P[subject_E]
-        return Allotment(pool.only(~chooses_E), pool.only(chooses_E), test, len(pool) / largest)
+        return Allotment(pool.only(~chooses_E), pool.only(chooses_E), test, len(pool) / there)
 
 
 def _shuffled(subject_id_E: np.ndarray, rng: np.random.Generator) -> np.ndarray:
