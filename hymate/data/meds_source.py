@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from flexible_schema.exceptions import SchemaValidationError, TableValidationError  # type: ignore[import-untyped]
 
-from hymate.data.extras import read_file, write_labels
+from hymate.data.extras import SUFFIX, read_file, write_labels
 from hymate.data.meds import (
     DATA_KINDS,
     DATA_SCHEMA,
@@ -81,7 +81,7 @@ class MedsSource:
     def fingerprint(self) -> str:
         digest = hashlib.sha256(b"2")  # of what is made of the files; another number has them prepared again
         files = [f"{meds.data_subdirectory}/{shard}.parquet" for shard in self.shards()]
-        files += [meds.dataset_metadata_filepath, *self._label_files()]
+        files += [meds.dataset_metadata_filepath, *self._label_files(), *self._label_files(SUFFIX)]
         if (self.raw / meds.subject_splits_filepath).is_file():
             files.append(meds.subject_splits_filepath)
         else:
@@ -123,14 +123,14 @@ class MedsSource:
     def _raw_shard(self, shard: str) -> Location:
         return self.raw / meds.data_subdirectory / f"{shard}.parquet"
 
-    def _label_files(self) -> dict[str, Location]:
+    def _label_files(self, suffix: str = ".parquet") -> dict[str, Location]:
         """The files of all label folders, by their path in the dataset."""
         folder = self.raw / "labels"
         tasks = [task for task in folder.iterdir() if task.is_dir()] if folder.is_dir() else []
         return {
             f"labels/{task.name}/{name}": path
             for task in sorted(tasks, key=str)
-            for name, path in files_below(task, ".parquet").items()
+            for name, path in files_below(task, suffix).items()
         }
 
     def _subjects(self) -> np.ndarray:
