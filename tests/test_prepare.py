@@ -249,8 +249,8 @@ def test_labels_come_along_without_null_columns(tmp_path: Path) -> None:
     extra = pq.read_table(tmp_path / "out" / "labels" / "died" / "train" / "0.extra.pq")
     assert extra["weight"].to_pylist() == [1.0, 2.5]
     (raw / "labels/died/train/0.extra.pq").unlink()
-    prepare(config(raw, tmp_path / "out"))  # which is seen, as other labels are
-    assert not (tmp_path / "out" / "labels" / "died" / "train" / "0.extra.pq").exists()
+    with pytest.raises(UserError, match="prepared from other data"):
+        prepare(config(raw, tmp_path / "out"))
     meds.LabelSchema.validate(table)
     assert table.column_names == ["subject_id", "prediction_time", "boolean_value"]
     assert table["boolean_value"].to_pylist() == [True, False]

@@ -48,8 +48,6 @@ def write_labels(table: pa.Table, path: Location) -> None:
     extra = [name for name in SCHEMA.names[2:] if name in table.column_names]
     if extra:
         write_parquet(table.select([*KEYS, *extra]), beside(path))
-    else:
-        beside(path).unlink(missing_ok=True)  # of other labels that were here
     write_parquet(without_null_columns(table.drop_columns(extra)), path)
 
 
