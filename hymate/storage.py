@@ -192,7 +192,7 @@ def parse_location(text: str) -> Location:
     >>> parse_location("s3://bucket/exp#1/data").relative
     PurePosixPath('exp#1/data')
 
-    Raises UserError where it names none: an empty text, half a URL, one of something else, a control character.
+    Raises UserError where it names none: an empty text, half a URL, a name that is too long or odd.
     """
     if "://" in text and CREDENTIAL.search(text):
         raise UserError(f"{text.partition('://')[0]}://... {CREDENTIAL_REFUSED}")
@@ -200,6 +200,8 @@ def parse_location(text: str) -> Location:
         raise UserError("it is empty: give a folder, a file or a URL; . is the current folder")
     if UNPRINTABLE.search(text):
         raise UserError(f"{text!a} holds a control character, or is not UTF-8: rename what it names")
+    if any(len(name.encode()) > 255 for name in text.split("/")):
+        raise UserError(f"{text}: a name in it is longer than the 255 bytes that file systems keep")
     url = _URL.fullmatch(text)
     if url is not None:
         scheme, slashes, authority, path, _ = url.groups()

@@ -213,6 +213,7 @@ def test_a_url_with_credentials_is_refused_and_not_repeated(url: str) -> None:
         ("file:///exp?region=eu", r"a \? in a URL begins the storage's options"),
         ("s3://bucket/a?regoin=eu", "s3://bucket: not a storage that can be used: .*regoin"),
         ("~nobody-of-this-name/x", r"there is no such home folder; .* written \./~nobody-of-this-name/x"),
+        ("a/" + 128 * "é", "longer than the 255 bytes"),
         ("", "it is empty: give a folder, a file or a URL"),
         ("a\x00b", r"'a\\x00b' holds a control character"),
         ("s3://bucket/a\nb", "holds a control character"),
