@@ -33,7 +33,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from hymate import ending, machine
-from hymate.config import ConfigError, TaskConfig
+from hymate.config import QUOTE_IT, ConfigError, TaskConfig
 from hymate.errors import UserError
 from hymate.storage import CREDENTIAL, CREDENTIAL_REFUSED, UNPRINTABLE, Location, locate
 
@@ -340,7 +340,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if hint is str and not isinstance(value, str):
-        raise ConfigError(f"{path} must be text, got {value!r}: put it in quotes")
+        raise ConfigError(f"{path} must be text, got {value!r}: {QUOTE_IT}")
     if hint is Any or (isinstance(value, hint) and not (hint is int and isinstance(value, bool))):
         return value
     raise ConfigError(f"{path} must be {hint.__name__}, got {value!r}")

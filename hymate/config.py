@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,6 +16,7 @@ class ConfigError(UserError):
     """A mistake in the configuration."""
 
 
+QUOTE_IT = "put it in quotes, and in a shell those in others: 'KEY=\"TEXT\"'"
 Place = Annotated[str, parse_location]  # a local path or a URL
 
 
@@ -308,6 +310,12 @@ class TaskConfig:
             "task.longer_than_days",
             f"must be positive or null, got {self.longer_than_days}",
         )
+        for name, code in _codes(self.definition or {}):
+            _require(
+                isinstance(code, str),
+                f"task.definition.predicates.{name}.code",
+                f"must be text, got {code!r}: {QUOTE_IT}",
+            )
 
 
 @dataclass(frozen=True)
@@ -364,6 +372,16 @@ class ReportConfig:
             "report.age_bands",
             f"must rise, e.g. [18, 65]; got {self.age_bands}",
         )
+
+
+def _codes(definition: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Each code or regular expression of an ACES definition, with its predicate's name."""
+    predicates = definition.get("predicates")
+    for name, predicate in predicates.items() if isinstance(predicates, Mapping) else ():
+        code = predicate.get("code", "") if isinstance(predicate, Mapping) else ""
+        for value in code.values() if isinstance(code, Mapping) else [code]:
+            for text in value if isinstance(value, list) else [value]:
+                yield name, text
 
 
 def _require(condition: bool, key: str, text: str) -> None:

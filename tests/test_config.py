@@ -208,6 +208,19 @@ def test_numbers_lists_and_dictionaries_are_read_as_such() -> None:
         ("report.subgroups=[1.10]", r"report\.subgroups\[0\] must be text, got 1\.1: put it in quotes"),
         ("report.subgroups=[^RACE]", "report.subgroups cannot be read: put each text in it in quotes"),
         ("report.subgroups=^RACE", "report.subgroups must be a list, got '\\^RACE'"),
+        (
+            "task.definition.predicates.died.code=250.00",
+            r"died\.code must be text, got 250\.0: put it in quotes",
+        ),
+        (
+            "+task.definition.predicates.x={code: 250.00}",
+            r"x\.code must be text, got 250\.0: put it in quotes",
+        ),
+        (
+            "+task.definition.predicates.x={code: {any: [A, 25]}}",
+            r"x\.code must be text, got 25: put it in",
+        ),
+        ("task.definition.predicates.died.code.regex=1.10", r"died\.code must be text, got 1\.1: put it"),
         ("run={name: 1.10}", r"run\.name must be text, got 1\.1: put it in quotes"),
         ("run={name: a=b}", "run cannot be read: put each text in it in quotes"),
         ("train.max_steps=d(1)", r"train\.max_steps must be int, got 'd\(1\)'"),
@@ -247,7 +260,7 @@ def test_a_command_without_runs_names_its_own_key() -> None:
 
 
 def test_a_number_in_a_file_is_not_made_text() -> None:
-    with pytest.raises(ConfigError, match=r"^run\.name must be text, got 1\.1: put it in quotes$"):
+    with pytest.raises(ConfigError, match=r"^run\.name must be text, got 1\.1: put it in quotes, "):
         build(PretrainConfig, {**to_tree(pretrain_config()), "run": yaml.safe_load("name: 1.10")})
 
 
