@@ -109,16 +109,17 @@ class Baseline:
 
 
 def fit(kind: Kind, train: FeatureTable, tuning: FeatureTable, seed: int) -> Baseline:
-    """Fit on `train`, choose among the kind's candidates on `tuning`; both need both classes.
+    """Fit on `train`, choose among the kind's candidates on `tuning`; both need both classes. Labels count by their
+    weights.
 
     The same seed gives the same model. Raises UserError where the model's package is not installed.
     """
     known_X = ~np.isnan(train.value_EX).all(axis=0)
     with _one_thread():
         value_EX, positive_E = train.value_EX[:, known_X], train.examples.label_E > 0.5
-        fitted = _fitted(kind, value_EX, positive_E, train.spec.is_count_X[known_X], seed)
+        fitted = _fitted(kind, value_EX, positive_E, train.examples.weight_E, train.spec.is_count_X[known_X], seed)
     models = [Baseline(classifier, known_X, chosen) for chosen, classifier in fitted]
-    return min(models, key=lambda model: _cross_entropy(tuning.examples.label_E, model.probability(tuning.value_EX)))
+    return min(models, key=lambda model: _cross_entropy(tuning.examples, model.probability(tuning.value_EX)))
 
 
 def _one_thread() -> threadpool_limits:
@@ -129,7 +130,12 @@ def _one_thread() -> threadpool_limits:
 
 
 def _fitted(
-    kind: Kind, value_EX: np.ndarray, positive_E: np.ndarray, is_count_X: np.ndarray, seed: int
+    kind: Kind,
+    value_EX: np.ndarray,
+    positive_E: np.ndarray,
+    weight_E: np.ndarray,
+    is_count_X: np.ndarray,
+    seed: int,
 ) -> list[tuple[dict[str, float], Classifier]]:
     """What is tried, and what it is called by in Baseline.chosen; nothing is random in logistic regression."""
     if kind == "gradient_boosting":
@@ -142,7 +148,7 @@ def _fitted(
             max_features=FEATURE_SHARE,
             early_stopping=False,
             random_state=seed,
-        ).fit(value_EX, positive_E)
+        ).fit(value_EX, positive_E, sample_weight=weight_E)
         return [({"trees": n}, _FirstTrees(boosting, n)) for n in NUM_TREES]
     if kind == "lightgbm":
         settings = dict(
@@ -167,7 +173,8 @@ def _fitted(
             ({"C": c}, make_pipeline(_Design(is_count_X), LogisticRegression(C=c, max_iter=MOST_ITERATIONS)))
             for c in STRENGTHS
         ]
-    return [(chosen, classifier.fit(value_EX, positive_E)) for chosen, classifier in candidates]
+    weights = {("sample_weight" if kind == "lightgbm" else "logisticregression__sample_weight"): weight_E}
+    return [(chosen, classifier.fit(value_EX, positive_E, **weights)) for chosen, classifier in candidates]
 
 
 @dataclass(frozen=True)
@@ -223,10 +230,10 @@ class _Design(BaseEstimator, TransformerMixin):
         return value_EX
 
 
-def _cross_entropy(label_E: np.ndarray, probability_E: np.ndarray) -> float:
+def _cross_entropy(examples: Examples, probability_E: np.ndarray) -> float:
     """What settings are chosen by: AUROC and AUPRC of few positives jump."""
-    right_E = np.where(label_E > 0.5, probability_E, 1 - probability_E)
-    return float(-np.log(right_E.clip(1e-12)).mean())
+    right_E = np.where(examples.label_E > 0.5, probability_E, 1 - probability_E)
+    return float(np.average(-np.log(right_E.clip(1e-12)), weights=examples.weight_E))
 
 
 def importance(model: Baseline, table: FeatureTable, group_X: Sequence[str], seed: int) -> dict[str, float]:
@@ -239,10 +246,10 @@ def importance(model: Baseline, table: FeatureTable, group_X: Sequence[str], see
     shuffled_E = rng.permutation(len(table.examples))
     classes = [shuffled_E[table.examples.label_E[shuffled_E] == label][:IMPORTANCE_LABELS] for label in (0, 1)]
     chosen_E = np.concatenate(classes)
-    value_EX, label_E = table.value_EX[chosen_E], table.examples.label_E[chosen_E]
+    value_EX, examples = table.value_EX[chosen_E], table.examples.only(chosen_E)
 
     def auroc() -> float:
-        area = metrics.auroc(label_E, model.probability(value_EX))
+        area = metrics.auroc(examples.label_E, model.probability(value_EX), examples.weight_E)
         assert area is not None, "the examples have both classes"
         return area
 
@@ -280,11 +287,13 @@ def compare(
     except (UserError, MemoryError) as error:
         return {"left_out": str(error)}, None
     seconds = time.monotonic() - started
-    label_E, subject_id_E = examples["held_out"].label_E, examples["held_out"].subject_id_E
-    boosting_E = boosting["held_out"]
-    scores = metrics.scores(label_E, boosting_E, subject_id_E)
+    held_out_examples, boosting_E = examples["held_out"], boosting["held_out"]
+    label_E, subject_id_E, weight_E = (
+        getattr(held_out_examples, name) for name in ("label_E", "subject_id_E", "weight_E")
+    )
+    scores = metrics.scores(label_E, boosting_E, subject_id_E, weight_E)
     found = {name: scores[name] for name in ("auroc", "auprc", "brier", "ece")} | {
-        "difference": metrics.paired_difference(label_E, probability_E, boosting_E, subject_id_E),
+        "difference": metrics.paired_difference(label_E, probability_E, boosting_E, subject_id_E, weight_E),
         "recalibration": recalibration,
         "chosen": model.chosen,
         "num_features": len(spec.columns),
@@ -298,8 +307,9 @@ def _recalibrated(
 ) -> tuple[dict[str, np.ndarray], dict[str, float | None]]:
     """Probabilities of the tuning and held-out examples, recalibrated on the tuning split, and what that changed."""
     raw = {split: model.probability(tables[split].value_EX) for split in ("tuning", "held_out")}
-    recalibration = trust.recalibrate(tables["tuning"].examples.label_E, trust.logit(raw["tuning"]))
-    before = metrics.ece(tables["held_out"].examples.label_E, raw["held_out"])
+    tuning, held_out = (tables[split].examples for split in ("tuning", "held_out"))
+    recalibration = trust.recalibrate(tuning.label_E, trust.logit(raw["tuning"]), tuning.weight_E)
+    before = metrics.ece(held_out.label_E, raw["held_out"], held_out.weight_E)
     probability = {split: recalibration.probability(raw_E) for split, raw_E in raw.items()}
     return probability, {**asdict(recalibration), "ece_before": before}
 
@@ -365,7 +375,7 @@ def _scored(
     fitted = time.monotonic()
     probability, recalibration = _recalibrated(model, table)
     scores = {
-        split: metrics.scores(examples[split].label_E, p_E, examples[split].subject_id_E)
+        split: metrics.scores(examples[split].label_E, p_E, examples[split].subject_id_E, examples[split].weight_E)
         for split, p_E in probability.items()
     }
     write_parquet(prediction_table(examples["held_out"], probability["held_out"]), out / "predictions.parquet")

@@ -308,5 +308,5 @@ def draw(comparison: Comparison, found: Mapping[str, Any], path: Location) -> No
     for name in comparison.names:
         scored = comparison.read(name, comparison.budgets[0])
         if scored is not None:
-            curves[name] = (scored.label_N, np.nanmean(scored.probability_RN, axis=0))
+            curves[name] = (scored.label_N, np.nanmean(scored.probability_RN, axis=0), scored.weight_N)
     pictures.draw_benchmark(path, found["rows"], curves, REFERENCE)

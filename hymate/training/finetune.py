@@ -158,14 +158,16 @@ def tuning_scores(examples: Examples, outputs: predict.Outputs, tasks: Sequence[
 def _task_scores(examples: Examples, outputs: predict.Outputs, task: int) -> dict[str, float]:
     label_E, days_E = examples.label_ET[:, task], examples.days_ET[:, task]
     at, timed = ~np.isnan(label_E), ~np.isnan(days_E)
-    label_N, logit_N = label_E[at], outputs.logit_ET[at, task]
-    scores = {"auroc": metrics.auroc(label_N, logit_N), "auprc": metrics.auprc(label_N, logit_N)}
+    weight_E = examples.weight_ET[:, task]
+    label_N, logit_N, weight_N = label_E[at], outputs.logit_ET[at, task], weight_E[at]
+    scores = {"auroc": metrics.auroc(label_N, logit_N, weight_N), "auprc": metrics.auprc(label_N, logit_N, weight_N)}
     if timed.any():
-        scores["concordance"] = metrics.concordance(days_E[timed], outputs.log_days_ET[timed, task])
+        predicted_N = outputs.log_days_ET[timed, task]
+        scores["concordance"] = metrics.concordance(days_E[timed], predicted_N, weight_E[timed])
     known = {name: value for name, value in scores.items() if value is not None}
     assert known.keys() == scores.keys(), "the tuning split has both classes and several lengths"
     loss_N = np.logaddexp(0.0, np.where(label_N > 0.5, -logit_N, logit_N))
-    loss = float(np.average(loss_N, weights=examples.weight_ET[at, task]))
+    loss = float(np.average(loss_N, weights=weight_N))
     return {**known, "mean": sum(known.values()) / len(known), "loss": loss}
 
 

@@ -24,28 +24,34 @@ REACHED = 0.01  # share of the probabilities that must reach a threshold for it 
 Array = NDArray[Any]
 
 
-def draw(path: Location, label_N: Array, prob_N: Array, found: Mapping[str, Any], boosting_N: Array | None) -> None:
+def draw(
+    path: Location, label_N: Array, prob_N: Array, weight_N: Array, found: Mapping[str, Any], boosting_N: Array | None
+) -> None:
     """Write the PNG; found: `metrics.scores` and `trust.assess` of the same labels, which have both classes, and
     "boosting" if boosting_N has its probabilities.
     """
     figure = Figure(figsize=INCHES, layout="constrained")
     roc, precision_recall, calibration, decision = figure.subplots(2, 2).flat
-    _roc(roc, label_N, prob_N, found, boosting_N)
-    _precision_recall(precision_recall, label_N, prob_N, found, boosting_N)
+    _roc(roc, label_N, prob_N, weight_N, found, boosting_N)
+    _precision_recall(precision_recall, label_N, prob_N, weight_N, found, boosting_N)
     _calibration(calibration, prob_N, found)
-    _decision(decision, label_N, prob_N)
+    _decision(decision, label_N, prob_N, weight_N)
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=DPI, format="png")
 
 
-def _roc(axes: Axes, label_N: Array, prob_N: Array, found: Mapping[str, Any], boosting_N: Array | None) -> None:
-    false_positive, true_positive, _ = roc_curve(label_N, prob_N, drop_intermediate=False)
+def _roc(
+    axes: Axes, label_N: Array, prob_N: Array, weight_N: Array, found: Mapping[str, Any], boosting_N: Array | None
+) -> None:
+    false_positive, true_positive, _ = roc_curve(label_N, prob_N, sample_weight=weight_N, drop_intermediate=False)
     axes.plot([0, 1], [0, 1], color=GREY, linestyle=":", label="chance")
     axes.plot(false_positive, true_positive, color=BLUE, label=f"model, area {found['auroc']['value']:.3f}")
     if boosting_N is not None:
-        false_positive, true_positive, _ = roc_curve(label_N, boosting_N, drop_intermediate=False)
+        false_positive, true_positive, _ = roc_curve(
+            label_N, boosting_N, sample_weight=weight_N, drop_intermediate=False
+        )
         area = found["boosting"]["auroc"]["value"]
         axes.plot(
             false_positive, true_positive, color=GREEN, linestyle="--", label=f"gradient boosting, area {area:.3f}"
@@ -63,14 +69,14 @@ def _roc(axes: Axes, label_N: Array, prob_N: Array, found: Mapping[str, Any], bo
 
 
 def _precision_recall(
-    axes: Axes, label_N: Array, prob_N: Array, found: Mapping[str, Any], boosting_N: Array | None
+    axes: Axes, label_N: Array, prob_N: Array, weight_N: Array, found: Mapping[str, Any], boosting_N: Array | None
 ) -> None:
-    precision, recall, _ = precision_recall_curve(label_N, prob_N)
+    precision, recall, _ = precision_recall_curve(label_N, prob_N, sample_weight=weight_N)
     axes.axhline(found["prevalence"], color=GREY, linestyle=":", label=f"chance, {found['prevalence']:.3f}")
     # the last point is (0, 1) by convention, not a threshold
     axes.step(recall[:-1], precision[:-1], color=BLUE, label=f"model, area {found['auprc']['value']:.3f}")
     if boosting_N is not None:
-        precision, recall, _ = precision_recall_curve(label_N, boosting_N)
+        precision, recall, _ = precision_recall_curve(label_N, boosting_N, sample_weight=weight_N)
         area = found["boosting"]["auprc"]["value"]
         axes.step(recall[:-1], precision[:-1], color=GREEN, linestyle="--", label=f"gradient boosting, area {area:.3f}")
     points = [point for point in found["operating_points"] if point["ppv"]["value"] is not None]
@@ -102,10 +108,11 @@ def _calibration(axes: Axes, prob_N: Array, found: Mapping[str, Any]) -> None:
     axes.patch.set_visible(False)
 
 
-def _decision(axes: Axes, label_N: Array, prob_N: Array) -> None:
+def _decision(axes: Axes, label_N: Array, prob_N: Array, weight_N: Array) -> None:
     threshold_T = np.array([threshold for threshold in GRID if np.mean(prob_N >= threshold) >= REACHED] or GRID[:1])
-    model_T = 100 * net_benefit(label_N, prob_N, threshold_T)[:, 0]
-    all_T = 100 * net_benefit(label_N, np.ones_like(prob_N), threshold_T)[:, 0]
+    model_T, all_T = (
+        100 * net_benefit(label_N, p_N, threshold_T, weight_N[None])[:, 0] for p_N in (prob_N, np.ones_like(prob_N))
+    )
     axes.axhline(0, color=GREY, linestyle=":", label="act on no one")
     axes.plot(threshold_T, all_T, color=ORANGE, linestyle="--", label="act on everyone")
     axes.plot(threshold_T, model_T, color=BLUE, label="act on the model")
@@ -118,13 +125,13 @@ def _decision(axes: Axes, label_N: Array, prob_N: Array) -> None:
 def draw_benchmark(
     path: Location,
     rows: Sequence[Mapping[str, Any]],
-    curves: Mapping[str, tuple[Array, Array]],
+    curves: Mapping[str, tuple[Array, Array, Array]],
     reference: str,
 ) -> None:
     """Write the PNG of a benchmark: ROC, precision-recall, calibration, and AUPRC over the number of labels, or where
     there is one number the differences to the reference.
 
-    rows: of its JSON file; curves: labels and probabilities of each contender of the largest number, by name.
+    rows: of its JSON file; curves: labels, probabilities and weights of each contender of the largest number, by name.
     """
     colours = {name: f"C{number}" for number, name in enumerate(dict.fromkeys(row["name"] for row in rows))}
     figure = Figure(figsize=INCHES, layout="constrained")
@@ -134,15 +141,18 @@ def draw_benchmark(
     else:
         _draw_differences(compared, rows, reference)
     roc.plot([0, 1], [0, 1], color=GREY, linestyle=":")
-    for name, (label_N, prob_N) in curves.items():
-        precision_recall.axhline(label_N.mean(), color=GREY, linestyle=":")  # chance, the same for all
-        false_positive, true_positive, _ = roc_curve(label_N, prob_N)
+    for name, (label_N, prob_N, weight_N) in curves.items():
+        chance = np.average(label_N, weights=weight_N)  # the same for all
+        precision_recall.axhline(chance, color=GREY, linestyle=":")
+        false_positive, true_positive, _ = roc_curve(label_N, prob_N, sample_weight=weight_N)
         colour = colours[name]
         roc.plot(false_positive, true_positive, color=colour, label=name.replace("_", " "))
-        precision, recall, _ = precision_recall_curve(label_N, prob_N)
+        precision, recall, _ = precision_recall_curve(label_N, prob_N, sample_weight=weight_N)
         precision_recall.step(recall[:-1], precision[:-1], color=colour)
         groups = np.array_split(np.argsort(prob_N), 10)
-        predicted, observed = ([x_N[at].mean() for at in groups] for x_N in (prob_N, label_N))
+        predicted, observed = (
+            [np.average(x_N[at], weights=weight_N[at]) for at in groups] for x_N in (prob_N, label_N)
+        )
         calibration.plot(predicted, observed, "o-", color=colour)
     end = calibration.get_xlim()[1]
     calibration.plot([0, end], [0, end], color=GREY, linestyle=":")

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
@@ -25,6 +26,10 @@ SCORES = ("num_labels", "num_positives", "num_subjects", "prevalence", "auroc", 
 DAYS = """\
 How long it lasts, in days. "Of the median" is the error of the best constant, which a model must beat to be of use;
 concordance is the chance that of two different lengths the longer one is predicted to be longer."""
+WEIGHTED = (
+    "labels count by their weights, {lowest:.2f} to {highest:.2f}, in training and in every score here; a tool without "
+    "weights finds other numbers for the same predictions"
+)
 MEANING = {
     "triggers": "times at which the task's trigger occurs",
     "excluded": "its windows do not hold there",
@@ -82,6 +87,9 @@ def of_task(
         )
     if split != "held_out":
         found["note"] = NO_HELD_OUT
+    weight_E = np.concatenate([part.weight_E for part in examples.values()])
+    if (weight_E != 1).any():
+        found["weights"] = {"lowest": float(weight_E.min()), "highest": float(weight_E.max())}
     return found | {
         "labels": label_set.counts,
         "label_details": label_set.details,
@@ -310,7 +318,13 @@ def day_rows(found: Mapping[str, Any]) -> list[list[str]]:
 
 def notes(found: Mapping[str, Any]) -> list[str]:
     """What must be known of the scores, a sentence each."""
-    return [": ".join([*_task_column(found, part["task"]), part["note"]]) for part in parts_of(found) if "note" in part]
+    sentences = []
+    for part in parts_of(found):
+        told = [part["note"]] if "note" in part else []
+        if "weights" in part:
+            told.append(WEIGHTED.format(**part["weights"]))
+        sentences += [": ".join([*_task_column(found, part["task"]), sentence]) for sentence in told]
+    return sentences
 
 
 def split_rows(found: Mapping[str, Any]) -> list[list[str]]:

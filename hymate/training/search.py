@@ -264,7 +264,7 @@ def _calibrated(
 ) -> tuple[Bundle, trust.Recalibration, np.ndarray]:
     """The model whose probabilities fit the task's tuning split best, what was changed, and its probabilities there."""
     outputs, _ = predict(winner.for_task(task), histories, tuning)
-    recalibration = trust.recalibrate(tuning.label_E, outputs.logit_ET[:, 0])
+    recalibration = trust.recalibrate(tuning.label_E, outputs.logit_ET[:, 0], tuning.weight_E)
     outputs.logit_ET[:, 0] = recalibration(outputs.logit_ET[:, 0])
     model = build_model(winner)
     model.recalibrate(task, recalibration.temperature, recalibration.shift)
@@ -318,18 +318,26 @@ def _score_task(
     outputs, _ = predict(winner.for_task(name), histories, scored)
     write_predictions(scored, outputs, config.run.path / results.predictions_file(name, winner.tasks))
     label_E, probability_E, subject_id_E = scored.label_E, outputs.probability_ET[:, 0], scored.subject_id_E
-    scores = metrics.scores(label_E, probability_E, subject_id_E)
+    weight_E = scored.weight_E
+    scores = metrics.scores(label_E, probability_E, subject_id_E, weight_E)
     if name in winner.in_days:
         timed_E = ~np.isnan(scored.days_E)
         days_N, predicted_N = scored.days_E[timed_E], outputs.days_ET[timed_E, 0]
-        scores["days"] = metrics.day_scores(days_N, predicted_N, subject_id_E[timed_E])
+        scores["days"] = metrics.day_scores(days_N, predicted_N, subject_id_E[timed_E], weight_E[timed_E])
     part = results.of_task(task.config, scores, task.labels, task.examples, split)
-    before = metrics.ece(label_E, recalibration.undo(probability_E))
+    before = metrics.ece(label_E, recalibration.undo(probability_E), weight_E)
     part["recalibration"] = {**dataclasses.asdict(recalibration), "ece_before": before}
     part["boosting"], part["picture"] = None, None
     if split == "held_out":
         part |= trust.assess(
-            label_E, probability_E, subject_id_E, task.held_out_groups, tuning.label_E, tuning_probability_E
+            label_E,
+            probability_E,
+            subject_id_E,
+            task.held_out_groups,
+            tuning.label_E,
+            tuning_probability_E,
+            weight_E,
+            tuning.weight_E,
         )
         if scores["auroc"]["value"] is not None:
             part["boosting"], boosting_E = {"left_out": "report.boosting=false"}, None
@@ -340,7 +348,7 @@ def _score_task(
                 )
                 part["boosting"], boosting_E = compare(histories, task.examples, probability_E, config.train.seed)
             part["picture"] = f"{name}.png"
-            pictures.draw(config.run.path / part["picture"], label_E, probability_E, part, boosting_E)
+            pictures.draw(config.run.path / part["picture"], label_E, probability_E, weight_E, part, boosting_E)
     oracle = locate(config.data.path) / "oracle" / f"{name}.json"
     if oracle.is_file():  # a synthetic cohort, whose law says how well anything can predict
         part["ceiling"] = json.loads(oracle.read_text())["ceiling"][split]
