@@ -293,7 +293,9 @@ def compare(
     )
     scores = metrics.scores(label_E, boosting_E, subject_id_E, weight_E)
     found = {name: scores[name] for name in ("auroc", "auprc", "brier", "ece")} | {
-        "difference": metrics.paired_difference(label_E, probability_E, boosting_E, subject_id_E, weight_E),
+        "difference": metrics.paired_difference(
+            label_E, probability_E, boosting_E, subject_id_E, weight_E, metrics.LEVEL_OF_BOTH
+        ),
         "recalibration": recalibration,
         "chosen": model.chosen,
         "num_features": len(spec.columns),

@@ -22,6 +22,7 @@ from numpy.typing import ArrayLike, NDArray
 
 Array = NDArray[Any]
 AREAS = ("auroc", "auprc")
+LEVEL_OF_BOTH = 0.975  # of each area's interval, where a verdict asks whether either differs
 ELEMENTS_AT_ONCE = 2_000_000  # of the (B, N) weights: bounds the bootstrap's memory to some 100 MB
 
 
@@ -85,7 +86,12 @@ def areas(
 
 
 def paired_difference(
-    label_N: ArrayLike, a_N: ArrayLike, b_N: ArrayLike, subject_N: ArrayLike, weight_N: ArrayLike | None = None
+    label_N: ArrayLike,
+    a_N: ArrayLike,
+    b_N: ArrayLike,
+    subject_N: ArrayLike,
+    weight_N: ArrayLike | None = None,
+    level: float = 0.95,
 ) -> dict[str, dict[str, Any]]:
     """How much better scores `a_N` are than `b_N` on the same labels, in "auroc" and "auprc": a's minus b's.
 
@@ -98,7 +104,7 @@ def paired_difference(
     def differences(weight_BN: Array) -> Array:
         return _areas(label_N, a_N, weight_BN) - _areas(label_N, b_N, weight_BN)
 
-    return dict(zip(AREAS, estimates(differences, len(AREAS), subject_N, weight_N), strict=True))
+    return dict(zip(AREAS, estimates(differences, len(AREAS), subject_N, weight_N, level), strict=True))
 
 
 def mean_difference(
@@ -133,8 +139,9 @@ def estimates(
     num_statistics: int,
     subject_N: ArrayLike,
     weight_N: ArrayLike | None = None,
+    level: float = 0.95,
 ) -> list[dict[str, Any]]:
-    """Each statistic's `value`, None where it is undefined, and its 95 % interval `ci` [low, high] by `resampled`.
+    """Each statistic's `value`, None where it is undefined, and its interval `ci` [low, high] by `resampled`.
 
     The interval is a percentile one (Efron & Tibshirani 1993). Samples where a statistic is undefined are skipped; `ci`
     is None where none is left or there is one patient only.
@@ -144,7 +151,7 @@ def estimates(
     value_K1 = statistics(weights(weight_N, subject_N)[None])
     value_KB = resampled(statistics, num_statistics, subject_N, weight_N)
     return [
-        {"value": _defined(value_1), "ci": _percentiles(value_B)}
+        {"value": _defined(value_1), "ci": _percentiles(value_B, level)}
         for value_1, value_B in zip(value_K1, value_KB, strict=True)
     ]
 
@@ -180,10 +187,12 @@ def scores(
 ) -> dict[str, Any]:
     """Everything a results table needs, as plain JSON values; counts are without weights."""
     label_N, prob_N = _checked(label_N, prob_N)
+    subject_N = np.asarray(subject_N)
     return {
         "num_labels": len(label_N),
         "num_positives": int(label_N.sum()),
-        "num_subjects": len(np.unique(np.asarray(subject_N))),
+        "num_subjects": len(np.unique(subject_N)),
+        "num_positive_subjects": len(np.unique(subject_N[label_N > 0.5])),
         "prevalence": mean(label_N, weight_N),
         **areas(label_N, prob_N, subject_N, weight_N),
         "brier": brier(label_N, prob_N, weight_N),
@@ -296,10 +305,9 @@ def _checked_days(days_N: ArrayLike, predicted_N: ArrayLike) -> tuple[Array, Arr
     return days_N, predicted_N
 
 
-def _percentiles(value_B: Array) -> list[float] | None:
-    """The middle 95 %."""
+def _percentiles(value_B: Array, level: float) -> list[float] | None:
     value_B = value_B[~np.isnan(value_B)]
-    return np.percentile(value_B, [2.5, 97.5]).tolist() if len(value_B) else None
+    return np.percentile(value_B, [50 * (1 - level), 50 * (1 + level)]).tolist() if len(value_B) else None
 
 
 def _defined(value_1: Array) -> float | None:

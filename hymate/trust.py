@@ -30,7 +30,7 @@ from scipy.stats import norm
 from hymate import metrics
 
 Array = NDArray[Any]
-# Below these an AUROC's interval is so wide that the number says next to nothing.
+# Of patients with a positive label, and of all: below these an AUROC's interval is so wide that it says nothing.
 ENOUGH_POSITIVES, ENOUGH_SUBJECTS = 100, 200
 FEWEST_SUBJECTS = 10  # of a group of which anything is told: of fewer it would tell of single patients
 SPECIFICITIES = (0.8, 0.9, 0.95)
@@ -365,7 +365,7 @@ def group_scores(
         "ranked_worse": bool(known and auroc + z / Z * (ci[1] - auroc) < overall),
         "sensitivity": point["sensitivity"],
         "specificity": point["specificity"],
-        "enough": positives >= ENOUGH_POSITIVES and subjects >= ENOUGH_SUBJECTS,
+        "enough": len(np.unique(subject_N[label_N > 0.5])) >= ENOUGH_POSITIVES and subjects >= ENOUGH_SUBJECTS,
     }
 
 

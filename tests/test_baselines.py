@@ -30,6 +30,7 @@ from hymate.data.meds import SPLITS, read_labels, write_parquet
 from hymate.data.prepare import PrepareConfig, prepare
 from hymate.data.synthetic_codes import DISTRACTORS
 from hymate.data.synthetic_course import SyntheticConfig
+from hymate.data.tasks import labels
 
 KINDS = ["gradient_boosting", "logistic_regression", "lightgbm"]
 SETTINGS = ["features.max_features=400", "features.windows_hours=[48]"]
@@ -132,6 +133,29 @@ def test_a_model_is_compared_with_what_the_command_says(
     )
     expected = roc_auc_score(examples["held_out"].label_E, model) - scores["auroc"]["value"]
     assert found["difference"]["auroc"]["value"] == pytest.approx(expected)
+    held_out = examples["held_out"]
+    for name, pair in metrics.paired_difference(held_out.label_E, model, boosting, held_out.subject_id_E).items():
+        low, high = found["difference"][name]["ci"]  # 95 % for both areas together
+        assert low < pair["ci"][0] < pair["ci"][1] < high
+
+
+def test_a_comparison_counts_labels_by_their_weights(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = load("baselines", ["task=readmission", f"data.path={data}", "out=OUT"], BaselinesConfig).task
+    monkeypatch.setattr(baselines, "FeatureConfig", lambda: FeatureConfig((48.0,), max_features=100))
+    histories, made = Histories.open(data), labels(data, task).table
+    examples = {split: labelled_examples(histories, made, split) for split in SPLITS}
+    rng = np.random.default_rng(0)
+    examples = {
+        split: replace(part, weight_ET=rng.uniform(0.5, 3, (len(part), 1)).astype(np.float32))
+        for split, part in examples.items()
+    }
+    held_out = examples["held_out"]
+    model = rng.random(len(held_out))
+    found, boosting = compare(histories, examples, model, seed=0)
+    area, of_model = (roc_auc_score(held_out.label_E, p, sample_weight=held_out.weight_E) for p in (boosting, model))
+    assert found["auroc"]["value"] == pytest.approx(area)
+    assert found["difference"]["auroc"]["value"] == pytest.approx(of_model - area)
+    assert found["ece"] == metrics.ece(held_out.label_E, boosting, held_out.weight_E)
 
 
 def test_a_cross_fitted_probability_knows_nothing_of_the_subjects_own_labels(
@@ -187,6 +211,36 @@ def table(seed: int, num_examples: int = 400) -> FeatureTable:
         subject_id_E=np.arange(num_examples),
     )
     return FeatureTable(FeatureSpec((), columns), examples, value_EX)
+
+
+def weighed(part: FeatureTable, weight_E: np.ndarray) -> FeatureTable:
+    return replace(part, examples=replace(part.examples, weight_ET=weight_E.astype(np.float32)[:, None]))
+
+
+def test_labels_count_by_their_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    train, tuning, held_out = table(0), table(1), table(2)
+    times_E = np.random.default_rng(3).integers(1, 4, 400)
+    again_E = np.repeat(np.arange(400), times_E)
+    repeated = FeatureTable(train.spec, train.examples.only(again_E), train.value_EX[again_E])
+    # the scale of a linear model's features is that of the rows, which repeating changes a little
+    expected, plain = (
+        fit("logistic_regression", part, tuning, 0).probability(held_out.value_EX) for part in (repeated, train)
+    )
+    found = fit("logistic_regression", weighed(train, times_E), tuning, 0).probability(held_out.value_EX)
+    assert np.abs(found - expected).max() < 0.3 * np.abs(plain - expected).max()
+    # boosting is drawn towards what weighs more, and chosen on the tuning split by the weights there
+    heavy_E = np.where(train.examples.label_E > 0.5, 9.0, 1.0)
+    for kind in ("gradient_boosting", "logistic_regression"):
+        assert fit(kind, weighed(train, heavy_E), tuning, 0).probability(held_out.value_EX).mean() > 0.6
+        one, same = (fit(kind, part, tuning, 0) for part in (train, weighed(train, np.ones(400))))
+        np.testing.assert_array_equal(one.probability(held_out.value_EX), same.probability(held_out.value_EX))
+    monkeypatch.setattr(baselines, "NUM_TREES", (1, 30))
+    misleading = tuning.examples.label_E.copy()
+    misleading[::2] = 1 - misleading[::2]
+    mixed = replace(tuning, examples=replace(tuning.examples, label_ET=misleading[:, None]))
+    only = [np.where(np.arange(400) % 2 == odd, 1.0, 1e-3) for odd in (0, 1)]
+    chosen = [fit("gradient_boosting", train, weighed(mixed, weight_E), 0).chosen["trees"] for weight_E in only]
+    assert chosen[0] < chosen[1]  # where labels are turned round every tree makes it worse
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -23,6 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from scipy.special import expit
+from sklearn.metrics import roc_auc_score
 from small_cohort import SIZES, prepare_small
 from test_tasks import LAB, task, write
 
@@ -39,6 +40,7 @@ from hymate.model import PretrainModel
 from hymate.predict import predict, prediction_table
 from hymate.training import results, space
 from hymate.training.finetune import TrialConfig, parameter_groups, risk_model, starting_point
+from hymate.training.provenance import SENTENCES, provenance
 from hymate.training.search import TuneConfig, search, trial_config
 from hymate.training.verdict import verdict
 from hymate.trust import recalibrate
@@ -61,7 +63,8 @@ def pretrained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     state = PretrainModel(MODEL, ObjectiveConfig(), vocabulary.size).state_dict()
     folder = tmp_path_factory.mktemp("pretrained") / "bundle"
     settings = DataConfig(str(data), context=64, tokens_per_row=256, min_count=1)
-    write_bundle(folder, state, kind="pretrained", model=MODEL, data=settings, vocabulary=vocabulary)
+    extra = {"provenance": provenance(Histories.open(data))}
+    write_bundle(folder, state, kind="pretrained", model=MODEL, data=settings, vocabulary=vocabulary, extra=extra)
     return folder
 
 
@@ -346,7 +349,7 @@ def test_a_finished_search_leaves_everything_it_promises(run: Path, data: Path) 
         low, high = found[name]["ci"]
         assert 0 <= low <= found[name]["value"] <= high <= 1
     assert 0 <= found["brier"] <= 1 and 0 <= found["ece"] <= 1
-    assert "too few" in found["note"]
+    assert "only 12 patients with a positive label (at least 100) and only 24 patients (" in found["note"]
     assert found["labels"]["labels"] == 2 * sum(SIZES.values())
     assert found["splits"]["tuning"]["positives"] == SIZES["tuning"]
     assert found["splits"]["train"]["subjects"] == SIZES["train"]
@@ -361,6 +364,8 @@ def test_a_finished_search_leaves_everything_it_promises(run: Path, data: Path) 
     assert f"{found['auroc']['value']:.3f}" in report and "too few" in report
     assert found["picture"] == "readmission.png" and "(readmission.png)" in report
     assert (run / "readmission.png").read_bytes().startswith(b"\x89PNG")
+    assert found["initial_weights"] == "same split" and SENTENCES["same split"] in report
+    assert "| model | " in report and "| gradient boosting | " in report.split("## Scores")[1]  # both recalibrated
     assert "chance alone gives a perfect model" in report.split("## Scores")[0]  # the verdict comes first
     boosting = found["boosting"]
     for name in ("auroc", "auprc"):
@@ -377,7 +382,15 @@ def test_a_search_without_held_out_labels_makes_all_but_their_scores(
 ) -> None:
     for split in ("train", "tuning"):
         (tmp_path / "mine" / split).mkdir(parents=True)
-        shutil.copy(data / "labels/readmission" / split / "0.parquet", tmp_path / "mine" / split)
+        labels = pq.read_table(data / "labels/readmission" / split / "0.parquet")
+        pq.write_table(labels, tmp_path / "mine" / split / "0.parquet")
+        weight = pa.array(np.linspace(0.5, 3, len(labels)), pa.float32())
+        weights = labels.select(["subject_id", "prediction_time"]).append_column("weight", weight)
+        pq.write_table(weights, tmp_path / "mine" / split / "0.extra.pq")
+    unknown = read_bundle(pretrained)  # of before there was a record of its data
+    pretrained = tmp_path / "unknown"
+    settings = {"model": unknown.model, "data": unknown.data, "vocabulary": unknown.vocabulary}
+    write_bundle(pretrained, unknown.state, kind="pretrained", **settings)
     one = ["search.num_trials=1", "search.space.teacher_share=0", f"task.labels={tmp_path / 'mine'}"]
     line = command(data, pretrained, tmp_path / "runs", "[0.001]", *one)
     done = subprocess.run(line, env=ray_env, capture_output=True, text=True, timeout=300)
@@ -392,6 +405,17 @@ def test_a_search_without_held_out_labels_makes_all_but_their_scores(
         assert "held-out scores are missing" in " ".join(text.split())
         assert "held-out predictions for" not in text
     assert "no held-out labels" in done.stdout
+    # labels count by their weights, and it is not known what the first weights have seen
+    assert found["weights"] == {"lowest": 0.5, "highest": 3.0} and found["initial_weights"] == "not known"
+    written = pq.read_table(run / "predictions.parquet")
+    label, prob = (written[name].to_numpy() for name in ("boolean_value", "predicted_boolean_probability"))
+    assert found["auroc"]["value"] == pytest.approx(roc_auc_score(label, prob, sample_weight=weight.to_numpy()))
+    assert found["brier"] == pytest.approx(np.average((prob - label) ** 2, weights=weight.to_numpy()), abs=1e-6)
+    best = found["trials"][0]["best"]
+    assert best["auroc"] == pytest.approx(found["auroc"]["value"])
+    for text in ((run / "report.md").read_text(), done.stdout):
+        assert "0.50 to 3.00, in training and in every score" in " ".join(text.split())
+        assert SENTENCES["not known"] in " ".join(text.split())
 
 
 @pytest.mark.slow

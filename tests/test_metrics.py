@@ -304,4 +304,5 @@ def test_scores_are_plain_json() -> None:
     result = metrics.scores(label, prob.astype(np.float32), subject)
     assert json.loads(json.dumps(result)) == result
     assert (result["num_labels"], result["num_subjects"]) == (60, 20)
+    assert result["num_positives"] == 3 * result["num_positive_subjects"] == label.sum()
     assert result["auroc"]["ci"][0] <= result["auroc"]["value"] <= result["auroc"]["ci"][1]

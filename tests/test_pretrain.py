@@ -119,7 +119,7 @@ def test_a_run_ends_in_a_bundle_and_says_where(
     bundle = read_bundle(folder, kind="pretrained")
     assert bundle.model.d_model == 32 and bundle.data.context == 512
     assert bundle.extra["metrics"]["val_loss"] == recorded(folder)["outcome"]["val_loss"]
-    assert bundle.extra["data_fingerprint"] in (folder / "bundle" / "README.md").read_text()
+    assert bundle.extra["provenance"]["fingerprint"] in (folder / "bundle" / "README.md").read_text()
 
 
 def test_a_run_learns_and_shows_it_on_tensorboard(undisturbed: tuple[Path, subprocess.CompletedProcess[str]]) -> None:

@@ -210,6 +210,13 @@ def test_a_group_whose_risks_are_wrong_is_told_and_a_tiny_one_is_not_shown() -> 
         assert point["specificity"]["value"] == pytest.approx(point["aim"], abs=1e-3)
 
 
+def test_many_labels_of_few_patients_are_not_enough() -> None:
+    label, subject = np.repeat([1.0, 0.0], [5 * 40, 260]), np.r_[np.repeat(np.arange(40), 5), np.arange(40, 300)]
+    few = trust.group_scores(0.5, trust.Z, 0.5, label, np.full(460, 0.4), subject)
+    assert few["positives"] == 200 and few["subjects"] == 300 and not few["enough"]
+    assert trust.group_scores(0.5, trust.Z, 0.5, label, np.full(460, 0.4), np.arange(460))["enough"]
+
+
 def test_groups_are_rarely_accused_by_chance() -> None:
     (_, _), (wrong, ranked_worse) = verdicts.group_accusations(800, many=False, groups=20, cohorts=20)
     assert wrong <= 0.1 and ranked_worse <= 0.1

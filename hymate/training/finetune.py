@@ -32,13 +32,16 @@ OPEN_SETTINGS = ("dropout", "pooling", "num_queries", "members", "chunk_size")
 
 @dataclass(frozen=True)
 class Start:
-    """What every trial starts from; state is None when training from scratch, else fingerprint is the bundle's."""
+    """What every trial starts from; state is None when training from scratch, else fingerprint and extra are the
+    bundle's.
+    """
 
     model: ModelConfig
     data: DataConfig
     vocabulary: Vocabulary
     state: Mapping[str, Tensor] | None
     fingerprint: str = ""
+    extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ def starting_point(data: DataConfig, model: ModelConfig | None, init: str | None
                 f"model.{field.name}={given} does not fit the bundle, which has {own}: leave model out, or init=null"
             )
     data = dataclasses.replace(data, min_count=bundle.data.min_count)
-    return Start(model or bundle.model, data, bundle.vocabulary, bundle.state, bundle.fingerprint)
+    return Start(model or bundle.model, data, bundle.vocabulary, bundle.state, bundle.fingerprint, bundle.extra)
 
 
 def risk_model(start: Start, trial: TrialConfig) -> RiskModel:

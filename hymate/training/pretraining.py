@@ -21,6 +21,7 @@ from hymate.model import PretrainModel, decay_groups
 from hymate.storage import Location, locate
 from hymate.training import checkpoint
 from hymate.training.engine import Job, Worker, mean_outputs
+from hymate.training.provenance import provenance
 
 SCORE = "val_loss"
 MODE: Literal["min"] = "min"
@@ -184,7 +185,7 @@ def export_bundle(
         data=config.data,
         vocabulary=read_vocabulary(config.data),
         card=_card(config, numbers, histories),
-        extra={"metrics": numbers, "data_fingerprint": histories.fingerprint},
+        extra={"metrics": numbers, "provenance": provenance(histories)},
     )
     return folder, numbers
 

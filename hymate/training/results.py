@@ -16,13 +16,25 @@ from hymate.data.examples import Examples
 from hymate.data.tasks import LabelSet, unmatched
 from hymate.metrics import AREAS
 from hymate.storage import Location, write_text
+from hymate.training.provenance import SENTENCES
 from hymate.training.tables import markdown, new_console, number, with_interval
 from hymate.training.verdict import sections, verdict
 from hymate.trust import ENOUGH_POSITIVES, ENOUGH_SUBJECTS
 
 RESULTS, REPORT = "results.json", "report.md"
 
-SCORES = ("num_labels", "num_positives", "num_subjects", "prevalence", "auroc", "auprc", "brier", "ece", "days")
+SCORES = (
+    "num_labels",
+    "num_positives",
+    "num_subjects",
+    "num_positive_subjects",
+    "prevalence",
+    "auroc",
+    "auprc",
+    "brier",
+    "ece",
+    "days",
+)
 DAYS = """\
 How long it lasts, in days. "Of the median" is the error of the best constant, which a model must beat to be of use;
 concordance is the chance that of two different lengths the longer one is predicted to be longer."""
@@ -79,12 +91,11 @@ def of_task(
 ) -> dict[str, Any]:
     """What results.json says of a task. scores: `metrics.scores` on `split`, held_out unless that has no labels."""
     found = {"task": task.name, "split": split, **scores}
-    positives = scores["num_positives"]
-    if positives < ENOUGH_POSITIVES or scores["num_subjects"] < ENOUGH_SUBJECTS:
-        found["note"] = (
-            f"{positives} positive labels and {scores['num_subjects']} subjects are too few for the AUROC to mean "
-            f"anything: at least {ENOUGH_POSITIVES} and {ENOUGH_SUBJECTS} are needed"
-        )
+    positive, everyone = scores["num_positive_subjects"], scores["num_subjects"]
+    counts = (positive, ENOUGH_POSITIVES, " with a positive label"), (everyone, ENOUGH_SUBJECTS, "")
+    few = [f"only {count} patients{which} (at least {enough})" for count, enough, which in counts if count < enough]
+    if few:
+        found["note"] = f"too few for the AUROC to mean anything: {' and '.join(few)}"
     if split != "held_out":
         found["note"] = NO_HELD_OUT
     weight_E = np.concatenate([part.weight_E for part in examples.values()])
@@ -215,6 +226,8 @@ def _details(found: Mapping[str, Any]) -> list[str]:
         markdown(recalibration_rows(found)),
         markdown(score_rows(found)),
     ]
+    if found["initial_weights"] == "same split":
+        parts.append(f"Here {SENTENCES['same split']}.")
     if len(days) > 1:
         parts += [DAYS, markdown(days)]
     for part in parts_of(found):
@@ -298,7 +311,7 @@ def score_rows(found: Mapping[str, Any]) -> list[list[str]]:
             others = [number(boosting[name]) for name in ("brier", "ece")]
             rows.append([*_task_column(found, ""), "gradient boosting", "", "", "", *areas, *others])
             differences = [with_interval(boosting["difference"][name]) for name in AREAS]
-            rows.append([*_task_column(found, ""), "model less boosting", "", "", "", *differences, "", ""])
+            rows.append([*_task_column(found, ""), "difference [97.5 % CI]", "", "", "", *differences, "", ""])
         if "ceiling" in part:
             best = [number(part["ceiling"][name]) for name in ("auroc", "auprc", "brier")]
             rows.append([*_task_column(found, ""), "best possible", "", "", "", *best, ""])
@@ -318,7 +331,8 @@ def day_rows(found: Mapping[str, Any]) -> list[list[str]]:
 
 def notes(found: Mapping[str, Any]) -> list[str]:
     """What must be known of the scores, a sentence each."""
-    sentences = []
+    initial = found.get("initial_weights", "new")  # results of before do not say
+    sentences = [] if initial in ("new", "same split") else [SENTENCES[initial]]
     for part in parts_of(found):
         told = [part["note"]] if "note" in part else []
         if "weights" in part:

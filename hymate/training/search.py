@@ -38,6 +38,7 @@ from hymate.training import checkpoint, cluster, pictures, results, space
 from hymate.training.attempt import Attempt
 from hymate.training.finetune import Start, Study, TrialConfig, starting_point
 from hymate.training.launch import absolute
+from hymate.training.provenance import SENTENCES, Seen, provenance, seen
 from hymate.training.results import Outcome
 
 # keys that a search may change when it is continued: they move it to other machines or spare these what is too large
@@ -132,6 +133,9 @@ def search(config: TuneConfig) -> Location:
     if finished is not None:
         results.show(finished, run_path)
         return run_path
+    seen_before = None if start.state is None else seen(start.extra, histories)
+    if seen_before not in (None, "same split"):
+        print(f"Note: {SENTENCES[seen_before]}", flush=True)
     tables = [task.labels.table for task in labelled]
     attempt = Attempt.begin(run_path)
     with recorded(run_path, "tune", config, inputs) as outcome:
@@ -144,7 +148,7 @@ def search(config: TuneConfig) -> Location:
             outcomes = run_trials(study, config.search, config.train, attempt)
         best = _best(outcomes, config.search.metric, run_path)
         winner = _winner(start, trials[best.index], best)
-        found = _score_winner(config, winner, histories, labelled, outcomes, best)
+        found = _score_winner(config, winner, seen_before, histories, labelled, outcomes, best)
         _write_hyperparameters(run_path, trials, outcomes)
         results.write(found, run_path)
         outcome |= {f"best_{config.search.metric}": best.best[config.search.metric], "step": best.best["step"]}
@@ -274,6 +278,7 @@ def _calibrated(
 def _score_winner(
     config: TuneConfig,
     winner: Bundle,
+    seen_before: Seen | None,
     histories: Histories,
     labelled: list[LabelledTask],
     outcomes: list[Outcome],
@@ -285,7 +290,7 @@ def _score_winner(
         winner, part = _score_task(config, winner, histories, task)
         parts.append(part)
     found = results.collect(parts, config.search.metric, outcomes, best)
-    found |= {"bundle": str(run_path / "bundle"), "init": config.init}
+    found |= {"bundle": str(run_path / "bundle"), "init": config.init, "initial_weights": seen_before or "new"}
     write_bundle(
         run_path / "bundle",
         winner.state,
@@ -299,7 +304,7 @@ def _score_winner(
         extra={
             **{split: scores for split in ("held_out", "tuning") if (scores := results.scores_of(found, split))},
             "recalibration": {part["task"]: part["recalibration"] for part in parts},
-            "fingerprint": histories.fingerprint,
+            "provenance": provenance(histories, seen_before),
         },
     )
     return found

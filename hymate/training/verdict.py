@@ -48,9 +48,9 @@ def sections(found: Mapping[str, Any]) -> list[str]:
         markdown(_benefit_rows(found)),
         "## Groups",
         f"Sensitivity is that at the threshold for {percent(VERDICT_AIM)} specificity. (few): below {ENOUGH_POSITIVES} "
-        f"positives or {ENOUGH_SUBJECTS} patients, too few to judge the group alone; of groups below "
-        f"{FEWEST_SUBJECTS} patients nothing is shown. Each interval is of one group alone; whether risks are too high "
-        "or too low, or patients ranked worse, allows for the number of groups.",
+        f"patients with a positive label or {ENOUGH_SUBJECTS} in all, too few to judge the group alone; of groups "
+        f"below {FEWEST_SUBJECTS} patients nothing is shown. Each interval is of one group alone; whether "
+        "risks are too high or too low, or patients ranked worse, allows for the number of groups.",
         markdown(_group_rows(found)),
     ]
 
@@ -93,8 +93,8 @@ def _boosting(found: Mapping[str, Any]) -> str:
         f"{answer} On {boosting['num_features']:,} aggregate features of the same histories and labels, in "
         f"{boosting['seconds']:.1f} s, boosting reaches AUROC {with_interval(boosting['auroc'])} and AUPRC "
         f"{with_interval(boosting['auprc'])} on the same held-out predictions. This model less boosting: AUROC "
-        f"{with_interval(difference['auroc'])}, AUPRC {with_interval(difference['auprc'])}."
-        + (" Predicted days were not compared." if "days" in found else "")
+        f"{with_interval(difference['auroc'])}, AUPRC {with_interval(difference['auprc'])} (95 % for "
+        "both intervals together)." + (" Predicted days were not compared." if "days" in found else "")
     )
 
 

@@ -149,17 +149,20 @@ def group_accusations(num_labels: int, many: bool, groups: int, cohorts: int) ->
 
 
 def boosting_differences(num_labels: int, many: bool, cohorts: int) -> Array:
-    """How often two models that are equally good are called ahead or behind: in AUROC, AUPRC, either."""
+    """How often two models that are equally good are called apart: in AUROC, AUPRC, either by 95 % intervals as before,
+    either by those that reports have now.
+    """
     told = []
     for number in range(cohorts):
         (label_N, prob_N, subject_N), _ = informed(number, num_labels, many, "calibrated")
         rng = np.random.default_rng(number)
         a_N, b_N = (logit(prob_N) + 0.7 * rng.normal(size=len(prob_N)) for _ in range(2))
-        found = metrics.paired_difference(label_N, a_N, b_N, subject_N)
-        apart = [
-            bool(found[name]["ci"]) and not found[name]["ci"][0] <= 0 <= found[name]["ci"][1] for name in metrics.AREAS
-        ]
-        told.append([*apart, any(apart)])
+        apart = []
+        for level in (0.95, metrics.LEVEL_OF_BOTH):
+            found = metrics.paired_difference(label_N, a_N, b_N, subject_N, level=level)
+            ends = [found[name]["ci"] or [0.0, 0.0] for name in metrics.AREAS]
+            apart.append([not low <= 0 <= high for low, high in ends])
+        told.append([*apart[0], any(apart[0]), any(apart[1])])
     return np.mean(told, axis=0)
 
 
@@ -189,14 +192,18 @@ def percent(*rates: float) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cohorts", type=int, default=500)
+    parser.add_argument(
+        "--cohorts", type=int, default=500, help="of useless and calibrated models; at most 200 of others"
+    )
     parser.add_argument("--sizes", type=int, nargs="+", default=[300, 800, 3000])
     options = parser.parse_args()
+    few = min(options.cohorts, 200)
     kinds = {False: "one", True: "several"}
     cells = [(size, many) for size in options.sizes for many in kinds]
     for kind in ("useless", *DISTORTED):
         head = ["labels", "a patient", "called useful before", "after", "wrongly in part before", "after"]
-        rates = [(cell, useful_rates(*cell, kind, options.cohorts).T.ravel()) for cell in cells]
+        cohorts = options.cohorts if kind in ("useless", "calibrated") else few
+        rates = [(cell, useful_rates(*cell, kind, cohorts).T.ravel()) for cell in cells]
         print(f"Model: {kind}\n")
         table(head, *([f"{size:,}", kinds[many], *percent(*rate)] for (size, many), rate in rates))
     print("Wilson's intervals: how many hold the truth\n")
@@ -205,11 +212,10 @@ def main() -> None:
     table(["labels", "a patient", "before", "after"], *([f"{s:,}", name, *percent(*c)] for s, name, c in covered))
     print("A calibrated model: reports that accuse one of 20 groups\n")
     head = ["labels", "a patient", "risks wrong before", "after", "ranked worse before", "after"]
-    few = min(options.cohorts, 200)
     table(head, *([f"{s:,}", kinds[m], *percent(*group_accusations(s, m, 20, few).T.ravel())] for s, m in cells))
     print("Two models that are equally good: called apart\n")
     rows = [[f"{s:,}", kinds[m], *percent(*boosting_differences(s, m, few))] for s, m in cells]
-    table(["labels", "a patient", "in AUROC", "in AUPRC", "in either"], *rows)
+    table(["labels", "a patient", "in AUROC before", "in AUPRC before", "in either before", "after"], *rows)
     print("A calibrated model's expected calibration error\n")
     errors = [(cell, chance_errors(*cell, few)) for cell in cells]
     rows = [[f"{size:,}", kinds[many], *(f"{e:.4f}" for e in found)] for (size, many), found in errors]

@@ -1,0 +1,65 @@
+"""What a bundle's training has seen of a dataset's patients: recorded in the bundle, compared when it is used again."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import numpy as np
+
+from hymate.data.histories import Histories
+
+Seen = Literal["same split", "another split", "other data", "not known"]
+LEARNED_FROM = ("train", "tuning")  # checkpoints are chosen on the tuning split
+SENTENCES: dict[Seen, str] = {
+    "same split": "the initial weights come from training on this dataset and split, without the held-out patients",
+    "another split": (
+        "the initial weights come from training on another split of this dataset, so held-out patients may have been "
+        "seen in it and the scores may be too good: pretrain on this split, or use that one"
+    ),
+    "other data": (
+        "the initial weights come from training on other data; held-out patients who are in both may have been seen"
+    ),
+    "not known": (
+        "the initial weights come from training on other data or on another split of the same (their bundle does not "
+        "say which), so held-out patients may have been seen"
+    ),
+}
+
+
+def provenance(histories: Histories, seen_before: Seen | None = None) -> dict[str, str]:
+    """What a bundle records of the dataset that it was trained on, as plain values.
+
+    seen_before: what `seen` said of the weights that its training began with, None where they were new.
+    """
+    learned_P = np.isin(histories.index["split"].astype(str), LEARNED_FROM)
+    return {
+        "fingerprint": histories.fingerprint,
+        "patients": _digest(histories, np.ones_like(learned_P)),
+        "learned_from": _digest(histories, learned_P),
+        "initial_weights": seen_before or "new",
+    }
+
+
+def seen(extra: Mapping[str, Any], histories: Histories) -> Seen:
+    """Whether training that a bundle records in its `extra` may have seen held-out patients of a dataset.
+
+    "same split" where it has not; bundles of before record a fingerprint of dataset and split only, and may be of
+    "another split" or "other data".
+    """
+    recorded = extra.get("provenance")
+    if not isinstance(recorded, Mapping):
+        known = histories.fingerprint in (extra.get("data_fingerprint"), extra.get("fingerprint"))
+        return "same split" if known else "not known"
+    own = provenance(histories)
+    if own["learned_from"] == recorded.get("learned_from"):
+        return next((known for known in SENTENCES if known == recorded.get("initial_weights")), "same split")
+    return "another split" if own["patients"] == recorded.get("patients") else "other data"
+
+
+def _digest(histories: Histories, chosen_P: np.ndarray) -> str:
+    """Of the chosen patients' ids and numbers of events, by which equal ids of two datasets are told apart."""
+    columns = [histories.index[name][chosen_P].astype(np.int64) for name in ("subject_id", "num_events")]
+    rows_P2 = np.stack(columns, axis=1)
+    return hashlib.sha256(rows_P2[np.argsort(rows_P2[:, 0])].tobytes()).hexdigest()
