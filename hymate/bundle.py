@@ -2,7 +2,7 @@
 
 A bundle is a folder:
     model.safetensors   the weights in float32
-    config.yaml         format version, kind, model and data settings, tasks, checksums of the other files
+    config.yaml         format version, kind, model and data settings, when events become known, tasks, checksums
     vocabulary.parquet  codes and their value statistics
     README.md           the model card (free to edit: it has no checksum)
 
@@ -26,13 +26,14 @@ from torch import Tensor
 
 from hymate.command import build, dump_yaml, parse_yaml
 from hymate.config import DataConfig, ModelConfig, UserError
+from hymate.data.known import KnownConfig
 from hymate.data.vocabulary import Vocabulary
 from hymate.storage import Location, UrlPath, local_copy, new_folder
 
 if TYPE_CHECKING:
     from hymate.model import RiskModel
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had no rules of when events become known
 Kind = Literal["pretrained", "risk"]
 WEIGHTS, CONFIG, VOCABULARY, CARD = "model.safetensors", "config.yaml", "vocabulary.parquet", "README.md"
 CHECKED = (WEIGHTS, VOCABULARY)
@@ -46,6 +47,7 @@ class Bundle:
     kind: "pretrained" (state of PretrainModel) or "risk" (state of RiskModel, one head for each of `tasks`).
     in_days: those of the tasks that also predict how long something lasts.
     data: how histories were cut and packed; its path is empty, for a bundle belongs to no dataset.
+    known: when events become known, in the histories that it was trained on.
     fingerprint: a digest of all that its predictions depend on; empty where it was not read from a folder.
     """
 
@@ -58,6 +60,7 @@ class Bundle:
     extra: dict[str, Any] = field(default_factory=dict)
     fingerprint: str = ""
     in_days: list[str] = field(default_factory=list)
+    known: KnownConfig = field(default_factory=KnownConfig)
 
     def for_task(self, task: str) -> Bundle:
         """The same model with the head of one task alone. Raises UserError where it has none for it."""
@@ -77,6 +80,7 @@ def write_bundle(
     model: ModelConfig,
     data: DataConfig,
     vocabulary: Vocabulary,
+    known: KnownConfig | None = None,
     tasks: Sequence[str] = (),
     in_days: Sequence[str] = (),
     card: str = "",
@@ -84,7 +88,8 @@ def write_bundle(
 ) -> None:
     """Write a bundle whole: a temporary folder takes the place of `folder` when it is complete.
 
-    card: text of the model card below its title. extra: plain values kept in config.yaml (metrics, fingerprint).
+    known: when events become known in its histories (None: at their stamps). card: text of the model card below its
+    title. extra: plain values kept in config.yaml (metrics, fingerprint).
     """
     with new_folder(folder, marker=CONFIG) as new:
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in model_state.items()}
@@ -95,6 +100,7 @@ def write_bundle(
             "kind": kind,
             "model": dataclasses.asdict(model),
             "data": {key: value for key, value in dataclasses.asdict(data).items() if key != "path"},
+            "known": dataclasses.asdict(known or KnownConfig()),
             "tasks": list(tasks),
             "in_days": list(in_days),
             "extra": extra or {},
@@ -124,6 +130,7 @@ def read_bundle(path: Location, kind: Kind | None = None) -> Bundle:
     try:
         model = build(ModelConfig, tree["model"], "model.")
         data = build(DataConfig, {**tree["data"], "path": "."}, "data.")  # no bundle says where
+        known = build(KnownConfig, tree["known"], "known.")
         tasks, in_days = ([str.__str__(task) for task in tree[key]] for key in ("tasks", "in_days"))
         if len(set(tasks)) < len(tasks) or not set(in_days) <= set(tasks):
             raise ValueError("tasks are named twice, or in_days names others")
@@ -133,9 +140,10 @@ def read_bundle(path: Location, kind: Kind | None = None) -> Bundle:
     vocabulary = Vocabulary.read(folder / VOCABULARY)
     extra = tree["extra"]
     sha256 = {name: tree["sha256"][name] for name in CHECKED}
-    identity = json.dumps([dataclasses.asdict(model), tasks, sha256], sort_keys=True)
+    rules = [dataclasses.asdict(known)] if known.rules else []
+    identity = json.dumps([dataclasses.asdict(model), tasks, sha256, *rules], sort_keys=True)
     fingerprint = hashlib.sha256(identity.encode()).hexdigest()
-    return Bundle(tree["kind"], model, data, tasks, vocabulary, state, extra, fingerprint, in_days)
+    return Bundle(tree["kind"], model, data, tasks, vocabulary, state, extra, fingerprint, in_days, known)
 
 
 def write_weights(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
@@ -207,8 +215,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise UserError(
             f"{folder} has a newer bundle format than {FORMAT_VERSION}, up to which this version reads: update hymate"
         )
-    tree = {"in_days": [], "extra": {}, **tree}  # bundles of before there were any
-    kinds = {"kind": str, "model": dict, "data": dict, "tasks": list, "in_days": list, "extra": dict, "sha256": dict}
+    tree = {"in_days": [], "extra": {}, "known": {}, **tree}  # bundles of before there were any
+    sections = dict.fromkeys(("model", "data", "known", "extra", "sha256"), dict)
+    kinds = {"kind": str, "tasks": list, "in_days": list, **sections}
     for key, of in kinds.items():
         if not isinstance(tree.get(key), of):
             raise UserError(f"{path} is damaged: {key} is missing or malformed")

@@ -39,6 +39,7 @@ from hymate.command import main
 from hymate.config import ConfigError, Place, TaskConfig, UserError
 from hymate.data.examples import Examples, labelled_examples
 from hymate.data.histories import Histories, read_metadata
+from hymate.data.known import KnownConfig, differing
 from hymate.data.loader import Rows
 from hymate.data.meds import read_labels, write_parquet
 from hymate.data.prepare import PrepareConfig, prepare
@@ -248,10 +249,16 @@ def _run(config: PredictConfig) -> None:
 def asked_of(bundle: Bundle, path: Location, task: TaskConfig, split: str) -> Iterator[tuple[Histories, Examples]]:
     """The dataset at `path`, prepared or not, and what of it the bundle is to predict: the task's times in `split`.
 
-    Raises UserError where the bundle knows none of the dataset's codes.
+    Raises UserError where the bundle knows none of the dataset's codes, and where the dataset was prepared under rules
+    of when events become known that treat it in another way than the bundle's.
     """
-    with prepared(path) as root:
+    with prepared(path, bundle.known) as root:
         histories = Histories.open(root)
+        if codes := differing(bundle.known, histories.known, histories.codes):
+            raise UserError(
+                f"{path}: prepared under other rules of when events become known than the bundle's ({len(codes)} codes "
+                f"differ, {codes[0]!r} for one): give data.path the MEDS folder that it was prepared from"
+            )
         examples = _examples(histories, _prediction_times(root, task), split)
         if not bundle.vocabulary.ids_of(histories.codes).any():
             raise UserError(f"{path} has none of the codes that the bundle knows: it is coded differently")
@@ -259,13 +266,14 @@ def asked_of(bundle: Bundle, path: Location, task: TaskConfig, split: str) -> It
 
 
 @contextlib.contextmanager
-def prepared(path: Location) -> Iterator[Location]:
-    """`path` if it is a prepared dataset, else a temporary one prepared from the MEDS folder at `path`."""
+def prepared(path: Location, known: KnownConfig) -> Iterator[Location]:
+    """`path` if it is a prepared dataset, else a temporary one prepared from the MEDS folder at `path`, whose events
+    become known by the rules of `known`."""
     if read_metadata(path) is not None or not (path / "data").is_dir():
         yield path
         return
     with tempfile.TemporaryDirectory(prefix="hymate-") as folder:
-        prepare(PrepareConfig(source="meds", raw=str(path), out=folder))
+        prepare(PrepareConfig(source="meds", raw=str(path), out=folder, known=known))
         yield Path(folder)
 
 
@@ -277,7 +285,8 @@ def _prediction_times(root: Location, task: TaskConfig) -> pa.Table:
 def _examples(histories: Histories, table: pa.Table, split: str) -> Examples:
     if split == "all":
         everyone = {**histories.index, "split": np.full(len(histories), split, dtype=object)}
-        histories = Histories(histories.path, histories.codes, everyone, histories.fingerprint)
+        known = histories.known, histories.known_events
+        histories = Histories(histories.path, histories.codes, everyone, histories.fingerprint, *known)
     return labelled_examples(histories, table, split)
 
 

@@ -18,7 +18,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from hymate.config import UserError
+from hymate.command import build
+from hymate.config import ConfigError, UserError
+from hymate.data.known import NEVER, KnownConfig, KnownTimes
 from hymate.data.meds import (
     RENAME_SPLITS,
     SPLITS,
@@ -97,17 +99,17 @@ class History:
 
 
 def write_histories(
-    data: Location, histories: Location, shard: str, code_ids: dict[str, int], splits: Splits
+    data: Location, histories: Location, shard: str, code_ids: dict[str, int], splits: Splits, known: KnownTimes
 ) -> pa.Table:
     """Write one MEDS shard (`data`) as histories, atomically, and return its part of the index.
 
-    code_ids: every code of the shard -> its row in the vocabulary.
+    code_ids: every code of the shard -> its row in the vocabulary. known: when its events become known.
     """
     parts = []
     with atomic_path(histories) as temporary, pq.ParquetWriter(temporary, HISTORY_SCHEMA, **_ENCODING) as writer:
         births = np.array([id for code, id in code_ids.items() if is_code(code, meds.birth_code)], np.int32)
         for row_group, events in enumerate(iter_events(data, code_ids)):
-            rows = _rows(events, births)
+            rows = _rows(known.apply(events, code_ids), births)
             writer.write_table(rows, row_group_size=rows.num_rows)
             subject_id_N = rows["subject_id"].to_numpy()
             parts.append(
@@ -156,7 +158,7 @@ def _rows(events: Events, birth_codes: np.ndarray) -> pa.Table:
 
     birth_R = np.isin(events.code_R, birth_codes) & ~static_R
     # the birth has a column of its own: as an event it would start the history decades before all others
-    event_R = ~static_R & ~birth_R
+    event_R = ~static_R & ~birth_R & (events.time_R != NEVER)
     births = np.flatnonzero(birth_R)
     born, first = np.unique(subject_R[births], return_index=True)
     birth_N = np.zeros(len(starts), np.int64)
@@ -183,13 +185,25 @@ class Histories:
     index: arrays of one entry a subject: subject_id, split, shard, row_group, row, num_events (without the
         static ones). A subject's place in these arrays is its position.
     fingerprint: a digest of what the dataset was prepared from.
+    known: when events become known, as far as the histories go by that; known_events: by rule, how many events were
+        "moved" and "left_out".
     """
 
-    def __init__(self, path: Location, codes: list[str], index: dict[str, np.ndarray], fingerprint: str) -> None:
+    def __init__(
+        self,
+        path: Location,
+        codes: list[str],
+        index: dict[str, np.ndarray],
+        fingerprint: str,
+        known: KnownConfig | None = None,
+        known_events: dict[str, dict[str, int]] | None = None,
+    ) -> None:
         self.path = path
         self.codes = codes
         self.index = index
         self.fingerprint = fingerprint
+        self.known = known or KnownConfig()
+        self.known_events = known_events or {}
         self._cache = _RowGroups(path / FOLDER, len(codes))
 
     @classmethod
@@ -207,7 +221,7 @@ class Histories:
             index = {name: _array(table[name]) for name in INDEX_SCHEMA.names}
         except (*UNREADABLE, KeyError) as error:
             raise UserError(f"{path / FOLDER}: damaged: delete {path} and prepare the dataset again") from error
-        return cls(path, codes, index, metadata["fingerprint"])
+        return cls(path, codes, index, metadata["fingerprint"], metadata["known"], metadata["known_events"])
 
     def __len__(self) -> int:
         return len(self.index["subject_id"])
@@ -246,7 +260,7 @@ class Histories:
 
 
 def read_metadata(path: Location) -> dict | None:
-    """histories/metadata.json of a prepared dataset, None where it is not there.
+    """histories/metadata.json of a prepared dataset, None where it is not there; `known` is a KnownConfig.
 
     Raises UserError where another version of the format wrote it.
     """
@@ -254,12 +268,16 @@ def read_metadata(path: Location) -> dict | None:
     if not file.is_file():
         return None
     try:
-        metadata = json.loads(file.read_text())
+        # datasets of before there were rules have none
+        metadata = {"known": {}, "known_events": {}, **json.loads(file.read_text())}
         version = metadata["format_version"]
         numbers = [version, *(size["subjects"] for size in metadata["splits"].values())]
-        if type(metadata["fingerprint"]) is not str or any(type(number) is not int for number in numbers):
+        metadata["known"] = build(KnownConfig, metadata["known"], "known.")
+        numbers += [of[count] for of in metadata["known_events"].values() for count in ("moved", "left_out")]
+        odd = set(metadata["known_events"]) - set(metadata["known"].rules)
+        if type(metadata["fingerprint"]) is not str or odd or any(type(number) is not int for number in numbers):
             raise ValueError("malformed")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ConfigError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{file}: damaged: delete {path} and prepare the dataset again") from error
     if version != FORMAT_VERSION:
         raise UserError(

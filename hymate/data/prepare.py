@@ -39,9 +39,10 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from hymate.command import main
+from hymate.command import main, to_tree
 from hymate.config import ConfigError, Place, UserError
 from hymate.data.histories import FOLDER, FORMAT_VERSION, Splits, read_metadata, write_histories
+from hymate.data.known import MIMIC, NEVER, KnownConfig, KnownTimes, sentences
 from hymate.data.meds import (
     RENAME_SPLITS,
     SPLITS,
@@ -71,6 +72,7 @@ class PrepareConfig:
     """source: what `raw` holds ("synthetic" makes its own data and needs none).
 
     splits: shares of the subjects, where the source does not bring its own splits; seed: of everything random.
+    known: when events become known, of source=meds; the events of the other sources are known at their stamps.
     workers: processes; each holds some 0.3 GB, and 68 bytes a patient.
     """
 
@@ -78,6 +80,7 @@ class PrepareConfig:
     out: Place
     raw: Place | None = None
     splits: SplitsConfig = field(default_factory=SplitsConfig)
+    known: KnownConfig = MIMIC
     seed: int = 0
     workers: int = 2
     synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
@@ -87,6 +90,13 @@ class PrepareConfig:
             raise ConfigError(f"workers must be at least 1, got {self.workers}")
         if self.source != "synthetic" and self.raw is None:
             raise ConfigError(f"raw is required with source={self.source}: add raw=DIR to the command")
+        if self.source != "meds" and self.known.rules and self.known != MIMIC:
+            raise ConfigError(f"known is for source=meds, not for source={self.source}: leave it out")
+
+    @property
+    def rules(self) -> KnownConfig:
+        """When the source's events become known."""
+        return self.known if self.source == "meds" else KnownConfig()
 
     def open_source(self) -> Source:
         """The configured source."""
@@ -103,11 +113,12 @@ def prepare(config: PrepareConfig) -> None:
     to something else or the disk is full.
     """
     console = Console(stderr=True)
-    source, out = config.open_source(), locate(config.out).absolute()
+    source, rules, out = config.open_source(), config.rules, locate(config.out).absolute()
     if read_metadata(out) is None:
         require_folder(out, "out")
     shards = source.shards()
-    fingerprint = hashlib.sha256(f"{FORMAT_VERSION} {source.name} {source.fingerprint()}".encode()).hexdigest()
+    made_of = f"{FORMAT_VERSION} {source.name} {source.fingerprint()}" + (f" {rules}" if rules.rules else "")
+    fingerprint = hashlib.sha256(made_of.encode()).hexdigest()
     if _is_complete(out, fingerprint):
         console.print(f"{out} is already prepared from this source: nothing to do")
         return
@@ -116,12 +127,13 @@ def prepare(config: PrepareConfig) -> None:
         journal = Journal(out / FOLDER / WORK / "journal.jsonl", fingerprint)
         try:
             with journal, _Stages(journal, bar, shards, config.workers) as stages:
-                _run(source, out, fingerprint, stages)
+                _run(source, out, rules, fingerprint, stages)
         except DataError:
             _remove(out)
             raise
     remove_tree(out / FOLDER / WORK)
-    metadata = read_metadata(out) or {}
+    metadata = read_metadata(out)
+    assert metadata is not None
     if others := [split for split in metadata["splits"] if split not in SPLITS]:
         names = ", ".join(map(repr, others))[:200]
         console.print(
@@ -129,40 +141,45 @@ def prepare(config: PrepareConfig) -> None:
         )
     for split, size in metadata["splits"].items():
         console.print(f"{split}: {size['subjects']:,} subjects, {size['events']:,} events")
+    for sentence in sentences(metadata["known"], metadata["known_events"]):
+        console.print(sentence, markup=False, soft_wrap=True)
     console.print(f"prepared {out} in {time.monotonic() - started:.0f} s")
 
 
-def _run(source: Source, out: Location, fingerprint: str, stages: _Stages) -> None:
+def _run(source: Source, out: Location, known: KnownConfig, fingerprint: str, stages: _Stages) -> None:
     stages.each("write MEDS", functools.partial(source.write_shard, out=out))
     stages.once("metadata", functools.partial(source.finish, out))
-    stages.each("count codes", functools.partial(count_shard, out=out))
+    stages.each("count codes", functools.partial(count_shard, out=out, known=known))
     stages.once("vocabulary", functools.partial(_write_vocabulary, out, stages.shards))
-    stages.each("write histories", functools.partial(encode_shard, out=out))
-    _write_index(out, stages.shards, source.name, fingerprint)
+    stages.each("write histories", functools.partial(encode_shard, out=out, known=known))
+    _write_index(out, stages.shards, source.name, known, fingerprint)
 
 
 # ------------------------------------------------------------------------------------------------------- stages
 
 
-def count_shard(shard: str, out: Location) -> None:
+def count_shard(shard: str, out: Location, known: KnownConfig) -> None:
     """Gather the code statistics of one written shard."""
     statistics = CodeStatistics()
-    splits = _splits(out)
-    for events in iter_events(out / meds.data_subdirectory / f"{shard}.parquet", statistics.code_ids):
+    splits, times = _splits(out), KnownTimes(known)
+    for stamped in iter_events(out / meds.data_subdirectory / f"{shard}.parquet", statistics.code_ids):
+        events = times.apply(stamped, statistics.code_ids)
         starts = events.starts
         is_train_N = splits.of(events.subject_id_R[starts]) == meds.train_split
         is_train_R = np.repeat(is_train_N, np.diff(starts, append=len(events)))
-        statistics.add(events, is_train_R, shard)
+        statistics.add(events, is_train_R & (events.time_R != NEVER), shard)
     write_parquet(statistics.table(), out / FOLDER / WORK / "statistics" / f"{shard}.parquet")
 
 
-def encode_shard(shard: str, out: Location) -> None:
-    """Write the histories of one shard and its part of the index."""
+def encode_shard(shard: str, out: Location, known: KnownConfig) -> None:
+    """Write the histories of one shard, its part of the index and what the rules did to its events."""
     codes = pq.read_table(readable(out / FOLDER / "vocabulary.parquet"), columns=["code"])["code"].to_pylist()
     data = out / meds.data_subdirectory / f"{shard}.parquet"
     code_ids = {code: id for id, code in enumerate(codes)}
-    index = write_histories(data, out / FOLDER / f"{shard}.parquet", shard, code_ids, _splits(out))
+    times = KnownTimes(known)
+    index = write_histories(data, out / FOLDER / f"{shard}.parquet", shard, code_ids, _splits(out), times)
     write_parquet(index, out / FOLDER / WORK / "index" / f"{shard}.parquet")
+    write_text(json.dumps(times.counts), out / FOLDER / WORK / "known" / f"{shard}.json")
 
 
 def _splits(out: Location) -> Splits:
@@ -190,7 +207,7 @@ def _write_vocabulary(out: Location, shards: Sequence[str]) -> None:
     )
 
 
-def _write_index(out: Location, shards: Sequence[str], source: str, fingerprint: str) -> None:
+def _write_index(out: Location, shards: Sequence[str], source: str, known: KnownConfig, fingerprint: str) -> None:
     parts = (readable(out / FOLDER / WORK / "index" / f"{shard}.parquet") for shard in shards)
     index = pa.concat_tables([pq.read_table(part) for part in parts])
     write_parquet(index, out / FOLDER / "index.parquet")
@@ -204,6 +221,13 @@ def _write_index(out: Location, shards: Sequence[str], source: str, fingerprint:
             for size in sorted(sizes, key=lambda size: size["split"])
         },
     }
+    if known.rules:
+        of_shards = [json.loads((out / FOLDER / WORK / "known" / f"{shard}.json").read_text()) for shard in shards]
+        counts = {
+            name: {count: sum(of_shard[name][count] for of_shard in of_shards) for count in ("moved", "left_out")}
+            for name in known.rules
+        }
+        metadata |= {"known": to_tree(known), "known_events": counts}
     write_text(json.dumps(metadata, indent=1) + "\n", out / FOLDER / "metadata.json")
 
 

@@ -19,6 +19,7 @@ from hymate.bundle import read_bundle
 from hymate.config import ConfigError, DataConfig, ModelConfig, TrainConfig
 from hymate.data.examples import Examples, labelled_examples, united
 from hymate.data.histories import Histories
+from hymate.data.known import KnownConfig
 from hymate.data.loader import Rows
 from hymate.data.vocabulary import Vocabulary
 from hymate.model import RiskModel, decay_groups, load_pretrained
@@ -32,8 +33,8 @@ OPEN_SETTINGS = ("dropout", "pooling", "num_queries", "members", "chunk_size")
 
 @dataclass(frozen=True)
 class Start:
-    """What every trial starts from; state is None when training from scratch, else fingerprint and extra are the
-    bundle's.
+    """What every trial starts from; state is None when training from scratch, else fingerprint, extra and known (when
+    events become known) are the bundle's.
     """
 
     model: ModelConfig
@@ -42,6 +43,7 @@ class Start:
     state: Mapping[str, Tensor] | None
     fingerprint: str = ""
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    known: KnownConfig | None = None
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,8 @@ def starting_point(data: DataConfig, model: ModelConfig | None, init: str | None
                 f"model.{field.name}={given} does not fit the bundle, which has {own}: leave model out, or init=null"
             )
     data = dataclasses.replace(data, min_count=bundle.data.min_count)
-    return Start(model or bundle.model, data, bundle.vocabulary, bundle.state, bundle.fingerprint, bundle.extra)
+    own = bundle.vocabulary, bundle.state, bundle.fingerprint, bundle.extra, bundle.known
+    return Start(model or bundle.model, data, *own)
 
 
 def risk_model(start: Start, trial: TrialConfig) -> RiskModel:

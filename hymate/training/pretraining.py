@@ -184,6 +184,7 @@ def export_bundle(
         model=config.model,
         data=config.data,
         vocabulary=read_vocabulary(config.data),
+        known=histories.known,
         card=_card(config, numbers, histories),
         extra={"metrics": numbers, "provenance": provenance(histories)},
     )

@@ -246,6 +246,9 @@ def _details(found: Mapping[str, Any]) -> list[str]:
             ]
             parts += [f"All splits, how the labels{of_task} came about:", markdown(rows)]
             parts += _label_details(part.get("label_details", {}))
+    if found.get("known"):
+        moved = "\n".join(f"- {sentence}" for sentence in found["known"])
+        parts += [f"Histories hold events when they become known, which is later than their stamp for some:\n\n{moved}"]
     parts += ["## Trials", markdown(trial_rows(found))]
     failed = [t for t in found["trials"] if t["error"]]
     parts += [f"- trial {t['index']} failed: {t['error']}" for t in failed]

@@ -28,6 +28,7 @@ from hymate.config import (
 )
 from hymate.data.examples import Examples, labelled_examples, require_both_classes
 from hymate.data.histories import Histories
+from hymate.data.known import differing, sentences
 from hymate.data.meds import SPLITS
 from hymate.data.subgroups import subgroups
 from hymate.data.tasks import LabelSet, labels
@@ -130,6 +131,8 @@ def search(config: TuneConfig) -> Location:
         key = f"task.{task.config.name}" if isinstance(config.task, dict) else "task"
         inputs[f"{key}.labels"] = task.labels.digest()
     check_same_run(run_path, config, inputs, CHANGEABLE)
+    for sentence in _other_rules(start, histories):
+        print(f"warning: {sentence}", flush=True)
     if finished is not None:
         results.show(finished, run_path)
         return run_path
@@ -148,7 +151,8 @@ def search(config: TuneConfig) -> Location:
             outcomes = run_trials(study, config.search, config.train, attempt)
         best = _best(outcomes, config.search.metric, run_path)
         winner = _winner(start, trials[best.index], best)
-        found = _score_winner(config, winner, seen_before, histories, labelled, outcomes, best)
+        known = sentences(histories.known, histories.known_events) + _other_rules(start, histories)
+        found = _score_winner(config, winner, seen_before, histories, labelled, outcomes, best, known)
         _write_hyperparameters(run_path, trials, outcomes)
         results.write(found, run_path)
         outcome |= {f"best_{config.search.metric}": best.best[config.search.metric], "step": best.best["step"]}
@@ -197,6 +201,17 @@ def require_starts(task: TaskConfig, label_set: LabelSet) -> None:
             "earlier view may have another label: set it to 0, or task.start to the trigger or a predicate of "
             "task.definition, or give each label a start (<stem>.extra.pq beside <stem>.parquet)"
         )
+
+
+def _other_rules(start: Start, histories: Histories) -> list[str]:
+    """What to say where the pretrained model's histories held events at other times than the dataset's."""
+    codes = differing(start.known or histories.known, histories.known, histories.codes)
+    if not codes:
+        return []
+    return [
+        f"in pretraining the events of {len(codes)} codes became known at other times ({codes[0]!r} for one): "
+        "fine-tuning and the new bundle go by this dataset's rules"
+    ]
 
 
 def _teacher(task: LabelledTask, config: TuneConfig, histories: Histories) -> np.ndarray:
@@ -283,14 +298,19 @@ def _score_winner(
     labelled: list[LabelledTask],
     outcomes: list[Outcome],
     best: Outcome,
+    known: list[str],
 ) -> dict[str, Any]:
-    """Predictions, pictures and bundle into the run's folder, and the content of results.json."""
+    """Predictions, pictures and bundle into the run's folder, and the content of results.json.
+
+    known: sentences on when events become known.
+    """
     run_path, parts = config.run.path, []
     for task in labelled:
         winner, part = _score_task(config, winner, histories, task)
         parts.append(part)
     found = results.collect(parts, config.search.metric, outcomes, best)
     found |= {"bundle": str(run_path / "bundle"), "init": config.init, "initial_weights": seen_before or "new"}
+    found["known"] = known
     write_bundle(
         run_path / "bundle",
         winner.state,
@@ -298,6 +318,7 @@ def _score_winner(
         model=winner.model,
         data=winner.data,
         vocabulary=winner.vocabulary,
+        known=histories.known,
         tasks=winner.tasks,
         in_days=winner.in_days,
         card=results.card(found),
