@@ -284,9 +284,7 @@ def _prediction_times(root: Location, task: TaskConfig) -> pa.Table:
 
 def _examples(histories: Histories, table: pa.Table, split: str) -> Examples:
     if split == "all":
-        everyone = {**histories.index, "split": np.full(len(histories), split, dtype=object)}
-        known = histories.known, histories.known_events
-        histories = Histories(histories.path, histories.codes, everyone, histories.fingerprint, *known)
+        histories = histories.with_splits(np.full(len(histories), split, dtype=object))
     return labelled_examples(histories, table, split)
 
 

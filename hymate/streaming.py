@@ -137,6 +137,7 @@ class StreamingModel:
     def append(self, state: PatientState | None, events_L: np.ndarray) -> PatientState:
         """The state after more events; `state` is None at a patient's first, of which there must be one.
 
+        Their times are those at which they became known, by the rules of the model's bundle (`hymate.data.known`).
         Raises UserError where they are not in the order of their times.
         """
         time_L = events_L["time_us"]

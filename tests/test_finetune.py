@@ -241,8 +241,10 @@ def test_the_report_says_how_labels_came_about(tmp_path: Path) -> None:
     part = results.of_task(config, scores, found, dict.fromkeys(SIZES, nobody), "tuning")
     part |= {"recalibration": {"temperature": 1.0, "shift": 0.0, "ece_before": 0.0}, "boosting": None, "picture": None}
     outcome = results.Outcome(0, {}, "finished", 2, {"mean": 1.0, "step": 2}, None, None)
-    report = results.report(results.collect([part], "mean", [outcome], outcome))
+    more = {"known": ["billing: 3 events moved to the end of their stay"], "initial_weights": "new"}
+    report = results.report(results.collect([part], "mean", [outcome], outcome) | more)
     for text in (
+        "- billing: 3 events moved to the end of their stay",
         "| 3 | times at which the task's trigger occurs |",
         "| 1 | the record ends inside the label window, without a death there: no label, with the event or without |",
         "Excluded by window: input 0, transfer 1, target 0.",

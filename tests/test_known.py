@@ -32,6 +32,8 @@ from hymate.data.tasks import labels
 from hymate.data.vocabulary import Vocabulary
 from hymate.model import RiskModel
 from hymate.predict import PredictConfig, run
+from hymate.training.finetune import starting_point
+from hymate.training.search import _other_rules
 
 HOUR, DAY = module.US_PER_HOUR, module.US_PER_DAY
 IN, OUT = "HOSPITAL_ADMISSION//X", "HOSPITAL_DISCHARGE//HOME"
@@ -301,6 +303,19 @@ def test_configurations_differ_where_they_do_another_thing() -> None:
     assert differing(stay, replace(stay, discharge=f"^{OUT}"), codes) == []
     assert differing(stay, replace(stay, discharge="^LEFT"), codes) == ["B"]
     assert differing(stay, KnownConfig({"m": KnownRule("B", "never", at_midnight=True), **stay.rules}), codes) == ["B"]
+
+
+def test_fine_tuning_says_where_pretraining_went_by_other_rules(tmp_path: Path) -> None:
+    raw = write_raw(tmp_path / "raw", ROWS)
+    for name in ("mimic", "none"):
+        prepare(config(raw, tmp_path / name, known=MIMIC if name == "mimic" else KnownConfig()))
+    bundle = risk_bundle(tmp_path / "bundle", tmp_path / "mimic", KnownConfig())
+    start = starting_point(DataConfig(str(tmp_path / "mimic")), None, str(bundle))
+    assert _other_rules(start, Histories.open(tmp_path / "none")) == []
+    (sentence,) = _other_rules(start, Histories.open(tmp_path / "mimic"))
+    assert "the events of 5 codes became known at other times" in sentence
+    new = starting_point(DataConfig(str(tmp_path / "mimic")), MODEL, None)
+    assert _other_rules(new, Histories.open(tmp_path / "mimic")) == []
 
 
 MODEL = ModelConfig(d_model=8, layers="M", d_state=4, headdim=4, num_heads=1, num_queries=1)

@@ -212,7 +212,7 @@ def test_a_pickle_in_raw_data_is_not_unpickled(data: Path, tmp_path: Path, trace
 def test_hostile_yaml_is_refused(bundle: Path, tmp_path: Path, trace: Path, name: str) -> None:
     text = HOSTILE_YAML[name].replace("HERE", str(trace))
     own = (bundle / "config.yaml").read_text()
-    for place in ("extra:", "format_version: 1\n"):
+    for place in ("extra:", "format_version: 2\n"):
         assert own.count(place) == 1
         (bundle / "config.yaml").write_text(own.replace(place, f"{place.split(':')[0]}: {text}\n"))
         with refused("not a readable bundle configuration"):

@@ -5,6 +5,7 @@ Shape legend: R events of a shard's chunk, N subjects, L events of one subject, 
 
 from __future__ import annotations
 
+import copy
 import json
 import threading
 from collections import OrderedDict
@@ -229,6 +230,12 @@ class Histories:
     def rows_of(self, split: str) -> np.ndarray:
         """Positions (int64) of the subjects of a split."""
         return np.flatnonzero(self.index["split"] == split)
+
+    def with_splits(self, split_P: np.ndarray) -> Histories:
+        """The same histories with other splits: a name for each position."""
+        other = copy.copy(self)
+        other.index = {**self.index, "split": split_P}
+        return other
 
     @property
     def odd_splits(self) -> list[str]:

@@ -258,9 +258,7 @@ class Labelled:
     def of(cls, histories: Histories, table: pa.Table, split: Split) -> Labelled:
         """table: the task's labels."""
         parts = np.where(histories.index["split"] == HELD_OUT, HELD_OUT, DEVELOPMENT)
-        histories = Histories(
-            histories.path, histories.codes, {**histories.index, "split": parts}, histories.fingerprint
-        )
+        histories = histories.with_splits(parts)
         wanted = [DEVELOPMENT, HELD_OUT] if split == HELD_OUT else [DEVELOPMENT]
         found = [labelled_examples(histories, table, part) for part in wanted]
         development, *held_out = [examples.only(~np.isnan(examples.label_E)) for examples in found]
