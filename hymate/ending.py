@@ -53,6 +53,11 @@ class _Watch:
 
 def watch() -> None:
     """Handle signals from here on. Commands call it before their imports, which take seconds."""
+    for descriptor in range(3):  # one that is closed would be the next file's, which then gets what libraries print
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
     receiver, _Watch.sender = socket.socketpair()
     _Watch.sender.setblocking(False)
     signal.set_wakeup_fd(_Watch.sender.fileno(), warn_on_full_buffer=False)
@@ -238,6 +243,8 @@ def _status(error: BaseException) -> int:
     """The exit status, after saying why."""
     if asked() or isinstance(error, KeyboardInterrupt):
         own = str(error) if isinstance(error, Stopped) else ""
+        if _Watch.saving and isinstance(error, UserError):
+            own = f"error: {error}"  # it could not be saved
         print(own or f"stopped by {_name()}: the same command takes it up again", file=sys.stderr)
         return 128 + (_Watch.asked or signal.SIGINT)
     if isinstance(error, UserError):
@@ -321,6 +328,8 @@ def _consoles() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for name, redirected in (("stdout", contextlib.redirect_stdout), ("stderr", contextlib.redirect_stderr)):
             stream = getattr(sys, name) or stack.enter_context(open(os.devnull, "w"))
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="backslashreplace")  # names that its encoding does not have
             stack.enter_context(redirected(Unread(stream)))
         try:
             yield

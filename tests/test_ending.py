@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -105,6 +106,19 @@ def test_a_command_that_saves_first_ends_by_itself_and_a_second_signal_ends_it_a
     assert stopped(body.format(slow), signal.SIGINT, signal.SIGINT) == (130, "stopped by Ctrl-C\n")
 
 
+def test_what_keeps_a_command_from_saving_is_what_its_user_sees() -> None:
+    body = """
+    import threading
+    from hymate.errors import UserError
+    asked = threading.Event()
+    with ending.instead(lambda: asked.set() or True):
+        print("here", flush=True)
+        asked.wait()
+        raise UserError("no space left")
+    """
+    assert stopped(body, signal.SIGTERM) == (143, "error: no space left\n")
+
+
 @pytest.mark.parametrize("save", ["lambda: False", "lambda: open('/nowhere/at/all')"])
 def test_a_command_that_has_nothing_to_save_ends_by_the_signal(save: str) -> None:
     status, said = stopped(f"with ending.instead({save}):\n    {SAYS}", signal.SIGTERM)
@@ -159,6 +173,19 @@ def test_the_error_of_a_remote_task_is_what_happened_there() -> None:
 
 
 # ------------------------------------------------------------------------------------------------------ console
+
+
+def test_names_that_the_console_cannot_show_do_no_harm() -> None:
+    with command("print('na\\u00efve \\udcff')", setup="sys.stdout.reconfigure(encoding='ascii')") as process:
+        assert process.communicate(timeout=PATIENCE_S) == ("na\\xefve \\udcff\n", "")
+    assert process.returncode == 0
+
+
+def test_no_file_takes_the_place_of_a_closed_console(tmp_path: Path) -> None:
+    script = "from hymate import ending; ending.watch(); import os\nfile = open('data', 'w')\nos.write(2, b'a warning')"
+    line = f"{sys.executable} -c {shlex.quote(script)} <&- >&- 2>&-"
+    subprocess.run(line, shell=True, env=ENVIRONMENT, cwd=tmp_path, check=True)
+    assert (tmp_path / "data").read_text() == ""
 
 
 @pytest.mark.parametrize("reader", ["gone", "full", "closed"])

@@ -11,6 +11,7 @@ from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 
+from hymate import ending
 from hymate.ops import dropout, launch, rowwise, selective, ssd
 
 KERNELS = (
@@ -33,5 +34,7 @@ def _compile(k: int) -> None:
 
 if __name__ == "__main__":
     processes = min(os.cpu_count() or 1, len(KERNELS))
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-        list(pool.map(_compile, range(len(KERNELS))))
+    with ending.command(), ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        with ending.without_ctrl_c():
+            compiled = pool.map(_compile, range(len(KERNELS)))
+        list(compiled)

@@ -105,6 +105,15 @@ def ray_session(train: TrainConfig) -> Iterator[None]:
             ending.take_back()
 
 
+def has_workers() -> bool:
+    """Whether any worker of this command's Ray Train runs."""
+    import ray
+
+    alive = ray._private.state.actors(actor_state_name="ALIVE").values()
+    job = ray.get_runtime_context().get_job_id()
+    return any("TrainWorker" in actor["ActorClassName"] and actor["JobID"] == job for actor in alive)
+
+
 def _ask(address: str) -> None:
     """Raises UserError where no cluster answers at RAY_ADDRESS."""
     if "://" in address or address == "local":

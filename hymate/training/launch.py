@@ -68,8 +68,6 @@ def _fit(config: PretrainConfig, attempt: Attempt) -> tuple[dict[str, Any], list
         with ending.instead(lambda: _workers_save(attempt)):
             result = _trainer(config, attempt).fit()
     except TrainingFailedError as error:
-        if ending.asked():  # whoever ends a command may end its workers, too
-            raise ending.Stopped from error
         _explain(error)
     ended = result.return_value
     if "unrecoverable" in ended:
@@ -82,9 +80,10 @@ def _fit(config: PretrainConfig, attempt: Attempt) -> tuple[dict[str, Any], list
 
 
 def _workers_save(attempt: Attempt) -> bool:
-    """Have the workers save where they stand; false where none has begun, as when the run waits for machines."""
+    """Have the workers save where they stand; false where none trains, as when the run waits for machines."""
     record = read_record(attempt.run_path)
-    return record is not None and bool(record["attempts"][-1]["starts"]) and attempt.ask_to_stop()
+    begun = record is not None and record["attempts"][-1]["starts"]
+    return bool(begun) and cluster.has_workers() and attempt.ask_to_stop()
 
 
 def _trainer(config: PretrainConfig, attempt: Attempt) -> Any:
@@ -227,6 +226,8 @@ def _explain(error: Any) -> NoReturn:
     rank, cause = next(iter((causes or failures).items()), (None, other))
     if isinstance(cause, UserError):
         raise cause
+    if ending.asked():  # whoever ends a command may end its workers, too
+        raise ending.Stopped from error
     ending.tell(cause, "training failed: " if rank is None else f"training failed on worker {rank}: ")
     raise SystemExit(1) from cause
 
