@@ -20,6 +20,7 @@ import fnmatch
 import os
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -314,6 +315,10 @@ def _require_writable(place: Location, probe: Location, key: str) -> None:
                 made.append(folder)
         if isinstance(place, Path) and place.is_dir() and probe.parent != place:
             raise IsADirectoryError(errno.EISDIR, "is a folder", str(place))
+        if isinstance(place, Path) and place.is_file():
+            around, user = probe.parent.stat(), os.geteuid()
+            if around.st_mode & stat.S_ISVTX and user not in (0, around.st_uid, place.stat().st_uid):  # as /tmp is
+                raise PermissionError(errno.EPERM, "belongs to another user", str(place))
         with probe.open("a"):
             probe.unlink(missing_ok=True)
     except (OSError, UserError) as error:

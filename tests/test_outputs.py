@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -52,6 +53,18 @@ def below_a_dangling_link(place: Path) -> Path:
 
 def with_a_long_name(place: Path) -> Path:
     return place / ("x" * 300)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to be two users")
+def test_another_users_file_in_a_shared_folder_is_refused(nobody: int) -> None:
+    with tempfile.NamedTemporaryFile(dir="/tmp") as own:
+        require_file(Path(own.name), "out")
+        os.seteuid(0)
+        os.chown(own.name, 0, 0)
+        os.seteuid(nobody)
+        with pytest.raises(UserError, match=r"^out=/tmp/.* cannot be written to \(.* belongs to another user\)"):
+            require_file(Path(own.name), "out")
+        os.seteuid(0)
 
 
 @pytest.fixture(scope="module")
