@@ -1,6 +1,6 @@
 """Command: every contender, trained and scored with several seeds on one task (see configs/benchmark.yaml).
 
-python finetune/benchmark.py task=mortality data.path=DATA_DIR split=held_out
+python finetune/benchmark.py task=mortality data.path=DATA_DIR
 """
 
 from __future__ import annotations
