@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,7 +83,7 @@ def segment_of(batch: Batch, s: int) -> Batch:
 
 def joined(rows: Sequence[Batch]) -> Batch:
     """One row of the patients of several."""
-    tensors = {
+    tensors: dict[str, Any] = {
         name: torch.cat([getattr(row, name) for row in rows])
         for name, value in vars(rows[0]).items()
         if isinstance(value, Tensor)
@@ -106,5 +107,7 @@ def repacked(row: Batch, num_rows: int, seed: int) -> list[Batch]:
 
 def in_double(row: Batch) -> Batch:
     """The same in float64."""
-    floats = {k: v.double() for k, v in vars(row).items() if isinstance(v, Tensor) and v.is_floating_point()}
+    floats: dict[str, Any] = {
+        k: v.double() for k, v in vars(row).items() if isinstance(v, Tensor) and v.is_floating_point()
+    }
     return replace(row, **floats)
