@@ -157,7 +157,7 @@ class Pretraining:
 
 def benchmark(config: BenchmarkConfig) -> Location:
     """Run what is not there yet, then compare all; returns the run's folder."""
-    config = _absolute(config)
+    config = absolute(config)
     path, runs = config.run.path, _runs(config)
     if not runs:
         raise ConfigError(
@@ -194,15 +194,6 @@ def benchmark(config: BenchmarkConfig) -> Location:
     comparison.show(found)
     print(f"report: {path / config.split}.md, picture: {path / config.split}.png")
     return path
-
-
-def _absolute(config: BenchmarkConfig) -> BenchmarkConfig:
-    data = dataclasses.replace(config.data, path=absolute("data.path", config.data.path))
-    run = dataclasses.replace(config.run, dir=absolute("run.dir", config.run.dir))
-    task = config.task
-    if task.labels is not None:
-        task = dataclasses.replace(task, labels=absolute("task.labels", task.labels))
-    return dataclasses.replace(config, data=data, run=run, task=task)
 
 
 def _runs(config: BenchmarkConfig) -> list[Run]:

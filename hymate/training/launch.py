@@ -7,17 +7,18 @@ import os
 import sys
 import threading
 import traceback
+import typing
 import warnings
 from contextlib import nullcontext, suppress
-from dataclasses import replace
+from dataclasses import is_dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import yaml
 
 from hymate import ending
 from hymate.command import build, check_same_run, read_record, to_tree
-from hymate.config import UserError
+from hymate.config import Place, UserError
 from hymate.record import recorded, workers_started
 from hymate.storage import Location, UrlPath, full_disk_told, locate, remove_tree, require_folder
 from hymate.telemetry import Telemetry, progress_line
@@ -28,6 +29,7 @@ from hymate.training.pretraining import MODE, SCORE, PretrainConfig
 from hymate.training.resume import mend_list, newest_first, newest_whole
 
 CHECKPOINTS = "checkpoints"
+T = TypeVar("T")
 
 
 def pretrain(config: PretrainConfig) -> Location:
@@ -37,7 +39,7 @@ def pretrain(config: PretrainConfig) -> Location:
     disk or the storage fails; exits with status 1 and the failing worker's own error where training does. Raises
     Stopped when a signal has asked the command to end and the run is saved where it stands.
     """
-    config = _absolute(config)
+    config = absolute(config)
     histories = pretraining.check(config)
     cluster.check(config.train)
     run = config.run.path
@@ -240,13 +242,26 @@ def _finished(config: PretrainConfig) -> dict[str, Any] | None:
     return record["outcome"] if (config.run.path / "bundle").is_dir() else None
 
 
-def _absolute(config: PretrainConfig) -> PretrainConfig:
-    data = replace(config.data, path=absolute("data.path", config.data.path))
-    return replace(config, data=data, run=replace(config.run, dir=absolute("run.dir", config.run.dir)))
+def absolute(config: T, where: str = "") -> T:
+    """The configuration with its paths made absolute, because workers run in other folders.
+
+    Raises UserError for a relative path in a Ray job, which runs in a temporary folder.
+    """
+    hints = typing.get_type_hints(type(config), include_extras=True)
+    changed = {name: _absolute(hint, getattr(config, name), f"{where}{name}") for name, hint in hints.items()}
+    return replace(config, **changed)  # type: ignore[type-var]
 
 
-def absolute(key: str, path: str) -> str:
-    """The path as workers, which run in other folders, can use it. Raises UserError where that is no use either."""
+def _absolute(hint: Any, value: Any, key: str) -> Any:
+    if is_dataclass(value):
+        return absolute(value, f"{key}.")
+    if isinstance(value, dict):
+        return {name: _absolute(None, item, f"{key}.{name}") for name, item in value.items()}
+    is_path = isinstance(value, str) and Place in (hint, *typing.get_args(hint))
+    return _absolute_path(key, value) if is_path else value
+
+
+def _absolute_path(key: str, path: str) -> str:
     found = locate(path)
     in_a_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ  # Ray sets it for a job's driver
     if in_a_job and isinstance(found, Path) and not found.is_absolute():

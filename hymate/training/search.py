@@ -112,7 +112,7 @@ def search(config: TuneConfig) -> Location:
 
     The same command continues a search that was killed, and shows the results of one that is finished.
     """
-    config = _absolute(config)
+    config = absolute(config)
     run_path = config.run.path
     finished = results.read(run_path)
     if finished is None:
@@ -159,23 +159,6 @@ def search(config: TuneConfig) -> Location:
         outcome |= {"trial": best.index, "bundle": found["bundle"]}
     results.show(found, run_path)
     return run_path
-
-
-def _absolute(config: TuneConfig) -> TuneConfig:
-    data = dataclasses.replace(config.data, path=absolute("data.path", config.data.path))
-    run = dataclasses.replace(config.run, dir=absolute("run.dir", config.run.dir))
-    init = None if config.init is None else absolute("init", config.init)
-
-    def task_absolute(key: str, task: TaskConfig) -> TaskConfig:
-        labels = None if task.labels is None else absolute(f"{key}.labels", task.labels)
-        return dataclasses.replace(task, labels=labels)
-
-    task = (
-        {name: task_absolute(f"task.{name}", task) for name, task in config.task.items()}
-        if isinstance(config.task, dict)
-        else task_absolute("task", config.task)
-    )
-    return dataclasses.replace(config, data=data, run=run, task=task, init=init)
 
 
 def _labelled(task: TaskConfig, config: TuneConfig, histories: Histories) -> LabelledTask:
