@@ -287,10 +287,8 @@ def compare(
     except (UserError, MemoryError) as error:
         return {"left_out": str(error)}, None
     seconds = time.monotonic() - started
-    held_out_examples, boosting_E = examples["held_out"], boosting["held_out"]
-    label_E, subject_id_E, weight_E = (
-        getattr(held_out_examples, name) for name in ("label_E", "subject_id_E", "weight_E")
-    )
+    asked, boosting_E = examples["held_out"], boosting["held_out"]
+    label_E, subject_id_E, weight_E = asked.label_E, asked.subject_id_E, asked.weight_E
     scores = metrics.scores(label_E, boosting_E, subject_id_E, weight_E)
     found = {name: scores[name] for name in ("auroc", "auprc", "brier", "ece")} | {
         "difference": metrics.paired_difference(

@@ -34,7 +34,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from hymate import ending, machine
 from hymate.config import QUOTE_IT, ConfigError, TaskConfig
-from hymate.errors import UserError
+from hymate.errors import UserError, first_line
 from hymate.storage import CREDENTIAL, CREDENTIAL_REFUSED, UNPRINTABLE, Location, locate
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -377,8 +377,7 @@ def parse_yaml(text: str) -> Any:
     try:
         return yaml.load(text, _PlainLoader)
     except (yaml.YAMLError, ValueError, ArithmeticError, TypeError, RecursionError) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise ValueError(lines[0][:200] if lines else type(error).__name__) from error
+        raise ValueError(first_line(error)) from error
 
 
 def read_record(run: Location) -> dict[str, Any] | None:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, TextIO
 
-from hymate.errors import UserError
+from hymate.errors import UserError, first_line
 
 TRACEBACK = "HYMATE_TRACEBACK"  # an environment variable: set, it shows tracebacks on the console
 NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM", signal.SIGHUP: "the end of the terminal"}
@@ -279,8 +279,8 @@ def describe(error: BaseException) -> str:
         return f"{' -> '.join(names)}: {error.strerror}" if names else error.strerror
     if isinstance(error, MemoryError):
         return "not enough memory"
-    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return f"{type(error).__name__}: {first[:300]}" if first else type(error).__name__
+    kind, text = type(error).__name__, first_line(error)
+    return kind if text == kind else f"{kind}: {text}"
 
 
 def _kept(text: str) -> str:

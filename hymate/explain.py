@@ -39,8 +39,7 @@ from hymate.bundle import read_bundle
 from hymate.command import main
 from hymate.config import ConfigError, Place, TaskConfig, UserError
 from hymate.data.examples import Examples
-from hymate.data.loader import US_PER_HOUR
-from hymate.data.meds import write_parquet
+from hymate.data.meds import US_PER_HOUR, write_parquet
 from hymate.predict import DataPath, asked_of, best_device, predict
 from hymate.storage import Location, locate, require_folder, write_text
 from hymate.training.tables import markdown

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, TypeVar
 import pyarrow as pa
 from pyarrow import fs
 
-from hymate.errors import UserError
+from hymate.errors import UserError, first_line
 
 PATIENCE = "HYMATE_STORAGE_PATIENCE_S"
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 15.0
@@ -44,7 +44,7 @@ def connect(root: str, options: str) -> tuple[fs.FileSystem, str]:
     try:
         found, key = _patiently(root, lambda: fs.FileSystem.from_uri(url))
     except pa.ArrowException as error:
-        raise UserError(f"{root}: not a storage that can be used: {_first_line(error)}") from error
+        raise UserError(f"{root}: not a storage that can be used: {first_line(error)}") from error
     if isinstance(found, fs.S3FileSystem):  # what a URL cannot say; by default it waits for an answer for ever
         silence_s = min(LONGEST_SILENCE_S, _patience_s() / 4)
         settings = found.__reduce__()[1][0] | {
@@ -75,7 +75,7 @@ def _patiently(name: str, operation: Callable[[], T]) -> T:
             raise
         except OSError as error:
             # shortened by what only the library's makers need, and by words at which Ray would try again
-            reason = _first_line(error).partition("; Details")[0].replace("AWS Error ", "")
+            reason = first_line(error).partition("; Details")[0].replace("AWS Error ", "")
             if not TRANSIENT.search(reason):
                 raise StorageError(f"{name}: {reason}: check the address and your rights there") from error
             waited_s = time.monotonic() - started
@@ -88,11 +88,6 @@ def _patiently(name: str, operation: Callable[[], T]) -> T:
                 logging.getLogger(__name__).warning("%s: not to be reached, trying for %g s", name, _patience_s())
         time.sleep(wait_s)
         wait_s = min(2 * wait_s, LONGEST_WAIT_S)
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:300] if lines else type(error).__name__
 
 
 class PatientFileSystem(fs.FileSystemHandler):

@@ -17,7 +17,8 @@ from torch import Tensor
 from hymate.batch import Batch
 from hymate.config import ModelConfig, UserError
 from hymate.data.histories import History
-from hymate.data.loader import US_PER_HOUR, ages, ratio
+from hymate.data.loader import ages, ratio
+from hymate.data.meds import US_PER_HOUR
 from hymate.data.vocabulary import Vocabulary
 from hymate.model import BlockState, RiskModel
 from hymate.pooling import VariableSums

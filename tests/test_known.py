@@ -26,6 +26,7 @@ from hymate.data import meds as meds_module
 from hymate.data.examples import labelled_examples
 from hymate.data.histories import Histories
 from hymate.data.known import MIMIC, KnownConfig, KnownRule, differing, ends_of_stays, sentences
+from hymate.data.meds import US_PER_DAY, US_PER_HOUR
 from hymate.data.prepare import PrepareConfig, prepare
 from hymate.data.synthetic_course import SyntheticConfig
 from hymate.data.tasks import labels
@@ -35,7 +36,7 @@ from hymate.predict import PredictConfig, run
 from hymate.training.finetune import starting_point
 from hymate.training.search import _other_rules
 
-HOUR, DAY = module.US_PER_HOUR, module.US_PER_DAY
+HOUR, DAY = US_PER_HOUR, US_PER_DAY
 IN, OUT = "HOSPITAL_ADMISSION//X", "HOSPITAL_DISCHARGE//HOME"
 NEVER = module.NEVER
 

@@ -17,7 +17,8 @@ from hymate import ops
 from hymate.batch import Batch
 from hymate.config import ModelConfig, UserError
 from hymate.data.histories import History
-from hymate.data.loader import US_PER_HOUR, US_PER_YEAR
+from hymate.data.loader import US_PER_YEAR
+from hymate.data.meds import US_PER_HOUR
 from hymate.data.vocabulary import Vocabulary
 from hymate.model import RiskModel
 from hymate.streaming import PatientState, StreamingModel

@@ -26,7 +26,8 @@ import numpy as np
 from hymate.config import ConfigError, UserError
 from hymate.data.examples import NO_TIME, Examples
 from hymate.data.histories import Histories
-from hymate.data.loader import US_PER_HOUR, ages
+from hymate.data.loader import ages
+from hymate.data.meds import US_PER_HOUR
 
 BLOCK_EVENTS = 500_000
 WHOLE = 0  # the window that is the whole history

@@ -23,11 +23,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from hymate.config import ConfigError
-from hymate.data.meds import LAST_TIME, STATIC_TIME, Events, is_code
+from hymate.data.meds import LAST_TIME, STATIC_TIME, US_PER_DAY, US_PER_HOUR, Events, is_code
 
 NEVER = np.iinfo(np.int64).max  # the time of an event that does not become known
-US_PER_HOUR = 3_600_000_000
-US_PER_DAY = 24 * US_PER_HOUR
 MAX_DELAY_HOURS = 100 * 8766.0  # a century
 
 

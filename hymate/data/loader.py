@@ -29,12 +29,12 @@ import torch
 from hymate.batch import HOURS_PER_YEAR, UNKNOWN_ID, Batch
 from hymate.data.examples import NO_TIME, Examples
 from hymate.data.histories import Histories, History
+from hymate.data.meds import US_PER_HOUR
 from hymate.data.packing import pack
 from hymate.data.vocabulary import Vocabulary
 
 BLOCK_EVENTS = 4_000_000  # 64 MB of times, codes and values
 ROWS_AHEAD = 8  # rows that the background thread keeps ready
-US_PER_HOUR = 3_600_000_000
 US_PER_YEAR = int(HOURS_PER_YEAR) * US_PER_HOUR
 EVALUATION = -1  # the "epoch" of an unshuffled pass
 

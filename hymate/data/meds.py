@@ -34,6 +34,8 @@ RENAME_SPLITS = (
 STATIC_TIME = np.iinfo(np.int64).min  # stands for a null time in integer arrays
 ROWS = 1 << 18  # rows decoded at once, and rows of a written row group (about 4 MB)
 MAX_ROWS_PER_BYTE = 64  # of a file; real data are far below, and a footer of a few bytes can declare any number of rows
+US_PER_HOUR = 3_600_000_000
+US_PER_DAY = 24 * US_PER_HOUR
 UNREADABLE = (pa.ArrowException, OSError, UnicodeDecodeError)  # what pyarrow raises at a damaged file
 # Times that Python and ACES can hold, in microseconds since 1970; their differences fit an integer.
 FIRST_TIME, LAST_TIME = (int(np.datetime64(f"{year:04d}-01-01", "us").astype(np.int64)) for year in (1, 10_000))

@@ -38,13 +38,12 @@ from rich.progress import track
 from hymate.config import ConfigError, TaskConfig, UserError
 from hymate.data.definition import CODE_ALONE, find, parse, read_predicates
 from hymate.data.extras import read_labels_and_extras, write_labels
-from hymate.data.meds import FIRST_TIME
+from hymate.data.meds import FIRST_TIME, US_PER_DAY
 from hymate.storage import Location, files_below, locate, new_folder, write_text
 
 RULES_VERSION = 3  # of the rules above and of definition.py; a new one makes old extractions be redone
 SUMMARY = "counts.json"
-DETAILS = {"excluded", "kinds", "predicates"}
-MICROSECONDS_PER_DAY = 86_400_000_000
+DETAILS = ("excluded", "kinds", "predicates")
 
 
 @dataclass(frozen=True)
@@ -80,8 +79,7 @@ def labels(root: Location, task: TaskConfig, times_only: bool = False) -> LabelS
     if task.labels is not None:
         return _given(locate(task.labels), "task.labels", task)
     folder = root / "labels" / task.name
-    came_with_data = folder.is_dir() and not (folder / SUMMARY).exists()
-    if came_with_data:
+    if folder.is_dir() and not (folder / SUMMARY).exists():  # it came with the dataset
         return _given(folder, f"task.name={task.name}", task)
     if task.definition is None:
         raise UserError(f"task {task.name} has no labels in {folder}: give task.labels=FOLDER or a task.definition")
@@ -92,7 +90,7 @@ def labels(root: Location, task: TaskConfig, times_only: bool = False) -> LabelS
         summary = _extract(task, shards, folder, fingerprint)
     if summary["never_positive"] and not times_only:
         raise _no_event(task, "label's predicate", summary["never_positive"], unmatched(summary["predicates"]))
-    details = {name: summary[name] for name in sorted(DETAILS)}
+    details = {name: summary[name] for name in DETAILS}
     return LabelSet(read_labels_and_extras(folder), summary["counts"], details)
 
 
@@ -179,22 +177,22 @@ def _extract(task: TaskConfig, shards: dict[str, Location], folder: Location, fi
                 _weigh(triggers)
             for shard, rows in triggers.items():
                 write_labels(_labels_of(rows, task), new / f"{shard}.parquet")
-            total = {name: Counter[str]() for name in (*sorted(DETAILS), "counts")}
+            total = {name: Counter[str]() for name in (*DETAILS, "counts")}
             for name, counter in total.items():
                 for found in of_shards.values():
                     counter.update(found[name])
-            _require_labels(task, config, total)
-            without = [name for name in unmatched(total["predicates"]) if name not in task.kinds]
-            if without:
+            without = unmatched(total["predicates"])
+            _require_labels(task, config, total["counts"], without)
+            if unexpected := [name for name in without if name not in task.kinds]:
+                names = ", ".join(unexpected)
                 print(
-                    f"task {task.name}: no event matches {', '.join(without)}: check the codes in task.definition",
-                    file=sys.stderr,
+                    f"task {task.name}: no event matches {names}: check the codes in task.definition", file=sys.stderr
                 )
             label = config.windows[config.label_window].label
             summary = {
                 "fingerprint": fingerprint,
                 **{name: dict(counter) for name, counter in total.items()},
-                "never_positive": _never(config, label, unmatched(total["predicates"])),
+                "never_positive": _never(config, label, without),
                 "shards": {shard: found["counts"] for shard, found in of_shards.items()},
             }
             write_text(json.dumps(summary, indent=2) + "\n", new / SUMMARY)
@@ -210,24 +208,20 @@ def _extract(task: TaskConfig, shards: dict[str, Location], folder: Location, fi
 
 def _definition(task: TaskConfig) -> Any:
     config = parse(task)
-    if task.competing is not None and task.competing not in config.predicates:
-        raise ConfigError(
-            f"task.competing={task.competing} is no predicate of task.definition: it has {', '.join(config.predicates)}"
-        )
-    if unknown := sorted(set(task.kinds) - set(config.predicates)):
-        raise ConfigError(
-            f"task.kinds.{unknown[0]} is no predicate of task.definition: it has {', '.join(config.predicates)}"
-        )
-    if task.start not in (None, "trigger", *config.predicates):
-        raise ConfigError(
-            f"task.start={task.start} is neither null nor trigger nor a predicate of task.definition: it has "
-            f"{', '.join(config.predicates)}"
-        )
+    predicates = list(config.predicates)
+    for setting, name, others in (
+        (f"task.competing={task.competing}", task.competing, ["null"]),
+        *((f"task.kinds.{kind}", kind, []) for kind in sorted(task.kinds)),
+        (f"task.start={task.start}", task.start, ["null", "trigger"]),
+    ):
+        if name not in (None, *others, *predicates):
+            choices = ", ".join([*others, *predicates])
+            raise ConfigError(f"{setting} is no predicate of task.definition: choose one of {choices}")
     return config
 
 
 def unmatched(matches: Mapping[str, int]) -> dict[str, str]:
-    """The predicates that match no event, each with how that is; see `Predicates.matches`."""
+    """The predicates that match no event, and why where it is known; see `Predicates.matches`."""
     found = {}
     for name, count in matches.items():
         if not count and not name.startswith(CODE_ALONE.format("")):
@@ -237,7 +231,7 @@ def unmatched(matches: Mapping[str, int]) -> dict[str, str]:
 
 
 def _never(config: Any, name: str, without: Mapping[str, str]) -> list[str]:
-    """The plain predicates for want of which a predicate never holds; none where it may hold."""
+    """The plain predicates without an event that keep a predicate from ever holding; none where it may hold."""
     predicate = config.predicates.get(name)
     if predicate is None or predicate.is_plain:  # ACES's own predicates always hold somewhere
         return [name] if name in without else []
@@ -260,17 +254,16 @@ def _no_event(task: TaskConfig, role: str, names: list[str], without: Mapping[st
     )
 
 
-def _require_labels(task: TaskConfig, config: Any, total: Mapping[str, Mapping[str, int]]) -> None:
-    counts, without = total["counts"], unmatched(total["predicates"])
+def _require_labels(task: TaskConfig, config: Any, counts: Mapping[str, int], without: Mapping[str, str]) -> None:
     static = [name for name, predicate in config.plain_predicates.items() if predicate.static and name in without]
     if not counts["triggers"]:
         never = _never(config, config.trigger.predicate, without)
         if never or static:
             raise _no_event(task, "trigger" if never else "static predicate", never or static, without)
     if not counts["labels"]:
-        told = ", ".join(f"{value} {name}" for name, value in counts.items())
-        told += f"; predicates that match no event: {', '.join(without)}" if without else ""
-        raise UserError(f"task {task.name}: no trigger gets a label ({told}): mend task.definition")
+        why = ", ".join(f"{value} {name}" for name, value in counts.items())
+        why += f"; predicates that match no event: {', '.join(without)}" if without else ""
+        raise UserError(f"task {task.name}: no trigger gets a label ({why}): correct task.definition")
 
 
 def _extract_shard(path: Location, task: TaskConfig, config: Any) -> tuple[pl.DataFrame, dict[str, dict[str, int]]]:
@@ -320,7 +313,7 @@ def _labels_of(rows: pl.DataFrame, task: TaskConfig) -> pa.Table:
     """Labels, and `start` and `weight` where the task has them."""
     values = {"boolean_value": pl.col("event")}
     if task.longer_than_days is not None:
-        days = (pl.col("end") - pl.col("trigger")).dt.total_microseconds() / MICROSECONDS_PER_DAY
+        days = (pl.col("end") - pl.col("trigger")).dt.total_microseconds() / US_PER_DAY
         values = {"boolean_value": days > task.longer_than_days, "float_value": days.cast(pl.Float32)}
     extra = ["start"] if task.start is not None else []
     extra += ["weight"] if "weight" in rows.columns else []

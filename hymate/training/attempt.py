@@ -78,10 +78,10 @@ class Attempt:
 
     def ask_to_stop(self) -> bool:
         """Have the workers save and stop; false where the run belongs to another command by now."""
-        superseded = self.superseded()
-        if not superseded:
-            self._write(stop=True)
-        return not superseded
+        if self.superseded():
+            return False
+        self._write(stop=True)
+        return True
 
     def _read(self) -> dict[str, Any]:
         return json.loads((self.run_path / FILE).read_text())

@@ -1,4 +1,4 @@
-"""What a search ends in: results.json, report.md and the tables on the console."""
+"""The results of a search: results.json, report.md and the tables on the console."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class Outcome:
 def of_task(
     task: TaskConfig, scores: Mapping[str, Any], label_set: LabelSet, examples: Mapping[str, Examples], split: str
 ) -> dict[str, Any]:
-    """What results.json says of a task. scores: `metrics.scores` on `split`, held_out unless that has no labels."""
+    """A task's part of results.json. scores: `metrics.scores` on `split`, held_out unless that has no labels."""
     found = {"task": task.name, "split": split, **scores}
     positive, everyone = scores["num_positive_subjects"], scores["num_subjects"]
     counts = (positive, ENOUGH_POSITIVES, " with a positive label"), (everyone, ENOUGH_SUBJECTS, "")
@@ -111,7 +111,7 @@ def of_task(
 
 
 def collect(parts: Sequence[dict[str, Any]], metric: str, outcomes: Sequence[Outcome], best: Outcome) -> dict[str, Any]:
-    """The content of results.json: what `of_task` says, of several tasks as a list under "tasks", and the trials."""
+    """The content of results.json: each task's part, several as a list under "tasks", and the trials."""
     return (parts[0] if len(parts) == 1 else {"tasks": list(parts)}) | {
         "metric": metric,
         "best_trial": best.index,
@@ -123,7 +123,7 @@ def collect(parts: Sequence[dict[str, Any]], metric: str, outcomes: Sequence[Out
 
 
 def parts_of(found: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """What `of_task` said of each task."""
+    """Each task's part, from `of_task`."""
     return list(found.get("tasks", [found]))
 
 
@@ -333,14 +333,14 @@ def day_rows(found: Mapping[str, Any]) -> list[list[str]]:
 
 
 def notes(found: Mapping[str, Any]) -> list[str]:
-    """What must be known of the scores, a sentence each."""
+    """Sentences that a reader of the scores must know."""
     initial = found.get("initial_weights", "new")  # results of before do not say
     sentences = [] if initial in ("new", "same split") else [SENTENCES[initial]]
     for part in parts_of(found):
-        told = [part["note"]] if "note" in part else []
+        of_part = [part["note"]] if "note" in part else []
         if "weights" in part:
-            told.append(WEIGHTED.format(**part["weights"]))
-        sentences += [": ".join([*_task_column(found, part["task"]), sentence]) for sentence in told]
+            of_part.append(WEIGHTED.format(**part["weights"]))
+        sentences += [": ".join([*_task_column(found, part["task"]), sentence]) for sentence in of_part]
     return sentences
 
 
