@@ -1,4 +1,4 @@
-"""Events -> vectors: code + value + time, the paper's triplet, plain or with what ours adds.
+"""Events -> vectors: code + value + time, the paper's triplet, plain or with our additions.
 
 Shape legend: L events, or static events; D d_model; K time periods.
 """

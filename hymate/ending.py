@@ -36,7 +36,7 @@ class Stopped(KeyboardInterrupt):
 
 
 class _Watch:
-    """What this process knows of signals."""
+    """The state of this process's signal handling."""
 
     sender: socket.socket | None = None  # while signals are watched
     asked: int | None = None  # the first signal
@@ -84,7 +84,7 @@ def asked() -> bool:
 def instead(save: Callable[[], bool]) -> Iterator[None]:
     """While the block runs, a signal calls `save` in a thread: whether the block will now end by itself.
 
-    Where it will not, `Stopped` is raised after all.
+    Where it will not, `Stopped` is raised.
     """
     _Watch.instead = save
     try:
@@ -95,7 +95,7 @@ def instead(save: Callable[[], bool]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def at_the_latest(act: Callable[[], None]) -> Iterator[None]:
-    """While the block runs, `act` is what is still done when the command is ended at once."""
+    """While the block runs, `act` is called if the command has to end at once."""
     _Watch.at_the_latest = act
     try:
         yield
@@ -255,7 +255,7 @@ def _status(error: BaseException) -> int:
 
 
 def tell(error: BaseException, where: str = "") -> None:
-    """One line on stderr for an error that is no UserError; its traceback is kept in a file for whoever mends it."""
+    """Print one line for an error that is not a UserError, and keep its traceback in a file."""
     text = "".join(traceback.format_exception(error))
     if os.environ.get(TRACEBACK):
         print(text, file=sys.stderr)

@@ -1,7 +1,7 @@
 """The HyMaTE encoder (arXiv 2509.24118), top-down readable: mixers, attention, block, encoder, patient, heads.
 
 The events' embedding is in `hymate.embedding`, the Mamba mixers in `hymate.mixers`, attention pooling in
-`hymate.pooling`. configs/model/paper.yaml is the published model; what differs in ours is an option each.
+`hymate.pooling`. configs/model/paper.yaml is the published model; each of our changes is an option.
 
 Shape legend (with `hymate.batch`):
     L  events in the packed row     S  segments (patients' windows)     F  static events

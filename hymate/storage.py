@@ -289,12 +289,12 @@ def require_room(folder: Location) -> None:
 
 
 def require_folder(folder: Location, key: str) -> None:
-    """Raises UserError, in the name of the setting `key`, where no file can be written into a folder, there or not."""
+    """Raises UserError that names the setting `key` where no file can be written into a folder, there or not."""
     _require_writable(folder, folder / ".try", key)
 
 
 def require_file(file: Location, key: str) -> None:
-    """Raises UserError, in the name of the setting `key`, where no file can be written to `file`."""
+    """Raises UserError that names the setting `key` where no file can be written to `file`."""
     _require_writable(
         file, file.with_name(f".{file.name}.try") if isinstance(file, Path) else file.parent / ".try", key
     )

@@ -32,7 +32,7 @@ from hymate import metrics
 Array = NDArray[Any]
 # Of patients with a positive label, and of all: below these an AUROC's interval is so wide that it says nothing.
 ENOUGH_POSITIVES, ENOUGH_SUBJECTS = 100, 200
-FEWEST_SUBJECTS = 10  # of a group of which anything is told: of fewer it would tell of single patients
+FEWEST_SUBJECTS = 10  # of a group whose scores are shown: those of fewer would reveal single patients
 SPECIFICITIES = (0.8, 0.9, 0.95)
 THRESHOLDS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
 GRID = tuple(percent / 100 for percent in range(1, 100))

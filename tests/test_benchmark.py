@@ -137,7 +137,7 @@ def check_cross_validation(folder: Path) -> list[dict]:
         (["folds=60"], "of all labels, seed 0, fold 0 . positive and . negative ones are there to be scored on"),
         (["budgets=[100]"], "of 100 labels, seed 0, fold 0 there are only 84"),
         (["budgets=[2]", "split=held_out"], "of 2 labels, seed 0 . positive and . negative ones are there to"),
-        (["point.early_share=0.5"], "the labels of readmission don't say when what they are about began"),
+        (["point.early_share=0.5"], "point.early_share: the labels of readmission have no start"),
         (["train.cpus_per_worker=1000"], "needs 1000 CPUs"),
     ],
 )

@@ -165,7 +165,7 @@ def test_a_tuning_split_of_one_class_is_refused_with_its_counts(data: Path, tmp_
 
 def test_earlier_views_are_refused_for_labels_without_a_start(data: Path, tmp_path: Path) -> None:
     config = configured(data, None, "model=debug", "search.space.early_share=0.5", f"run.dir={tmp_path}/runs")
-    with pytest.raises(UserError, match=r"^search\.space\.early_share: the labels of readmission don't say[^\n]*$"):
+    with pytest.raises(UserError, match=r"^search\.space\.early_share: the labels of readmission have no start[^\n]*$"):
         search(config)
     assert not (tmp_path / "runs").exists()
 

@@ -447,7 +447,7 @@ def test_label_folders_may_bring_start_and_weight(tmp_path: Path) -> None:
     wrong = {
         "a start lies after its prediction_time": {"start": pa.array([START, START + timedelta(days=1)])},
         "a weight is null, infinite or not positive": {"weight": pa.array([1.0, 0.0])},
-        "column start is int64, what lies beside labels has timestamp": {"start": pa.array([1, 2])},
+        "column start is int64, .extra.pq files have timestamp": {"start": pa.array([1, 2])},
         "subject_id is not that of the labels, line by line": {"subject_id": pa.array([2, 1])},
     }
     for message, columns in wrong.items():

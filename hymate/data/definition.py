@@ -1,7 +1,7 @@
 """ACES task definitions: reading one, and finding its triggers and windows in a shard's events.
 
 ACES (Xu et al. 2024) parses the definition and its predicates. The windows are evaluated here, by ACES's documented
-meaning, because its own `query` departs from it without a word (es-aces 0.7.3):
+meaning, because its own `query` silently departs from it (es-aces 0.7.3):
 
     `start: end - 24h`            the window's two edges are exchanged, and with them `index_timestamp`
     `end: start -> P`             with the start excluded, a P at the start still ends the window there
@@ -86,7 +86,7 @@ def parse(task: TaskConfig) -> Any:
 
 
 def _require_possible(config: Any) -> None:
-    """Raises ValueError for what ACES takes and no one can mean."""
+    """Raises ValueError for a definition that ACES accepts although it cannot be meant."""
     static = {name for name, plain in config.plain_predicates.items() if plain.static}
     for name, window in config.windows.items():
         for expr in (window.start_endpoint_expr, window.end_endpoint_expr):
@@ -220,7 +220,7 @@ def find(config: Any, events: pl.DataFrame, start: str | None = None, kinds: Map
     """Triggers, windows and labels in `Predicates.events`.
 
     start: what a label is about begins at the "trigger", or at the last event of a predicate up to the prediction
-        time (null where there is none), or nothing is known of it (None).
+        time (null where there is none), or is unknown (None).
     kinds: predicates that tell kinds of the label's event apart; where false, events at times of this kind make no
         label.
     """

@@ -26,10 +26,10 @@ class Examples:
 
     position_E: int64, position of the history in the dataset's index.
     stop_E: int64, how many of its events may be used: those at or before the prediction time.
-    earliest_E: int64, how many of them the earliest view has that the label belongs to, too (`Rows.early_share`): those
-        up to the start of what the label is about; stop_E where there is no earlier view.
+    earliest_E: int64, the fewest of them that an earlier view with the same label may show (`Rows.early_share`): those
+        up to the label's start; stop_E where there is no earlier view.
     prediction_time_E: int64, microseconds since 1970; NO_TIME in pretraining.
-    label_ET: float32, 1 or 0, or between them what a teacher says; NaN where a task has no label at this time, and
+    label_ET: float32, 1 or 0, or with a teacher between them; NaN where a task has no label at this time, and
         where its label is null.
     days_ET: float32; NaN likewise, and for tasks without days.
     weight_ET: float32, positive: how much each label counts (inverse probability of censoring); 1 where none is known.
@@ -141,7 +141,7 @@ def labelled_examples(histories: Histories, labels: pa.Table, split: str, requir
 
 
 def _no_example(histories: Histories, subject_id_N: np.ndarray, split: str, dropped: Mapping[str, int]) -> UserError:
-    """What to say where no label of a split can be used: why, and what would help."""
+    """The error where no label of a split can be used: its cause and the remedy."""
     total = len(subject_id_N)
     if histories.odd_splits and not len(histories.rows_of(split)):
         return histories.without_subjects(split)
@@ -190,8 +190,8 @@ def united(parts: Sequence[Examples]) -> Examples:
     """The examples of several tasks, one a part: each history and time of any of them is an example, with the labels of
     all of them.
 
-    Where a task has several labels at one time, each is an example. Sorted as `labelled_examples` sorts; what the parts
-    have dropped is theirs to tell.
+    Where a task has several labels at one time, each is an example. Sorted as `labelled_examples` sorts; `dropped`
+    stays with the parts.
     """
     key_N3 = np.concatenate([_keys(part) for part in parts])
     key_E3, first_E, example_N = np.unique(key_N3, axis=0, return_index=True, return_inverse=True)
@@ -221,7 +221,7 @@ def _only_task(examples: Examples) -> int:
 
 
 def _starts(labels: pa.Table) -> np.ndarray:
-    """When what each label is about began, int64 microseconds; after every event where it isn't known."""
+    """Each label's start, int64 microseconds; after every event where it is unknown."""
     if "start" not in labels.column_names:
         return np.full(len(labels), LAST_TIME)
     return labels["start"].cast(pa.int64()).fill_null(LAST_TIME).to_numpy()

@@ -1,9 +1,9 @@
-"""What a label needs besides MEDS's columns, in a Parquet file beside it: `<stem>.extra.pq` beside `<stem>.parquet`.
+"""Columns of labels that MEDS does not have, in a Parquet file beside them: `<stem>.extra.pq` beside `<stem>.parquet`.
 
 MEDS labels allow no further columns. Line n of the file belongs to line n of the labels and repeats its keys:
 
     subject_id, prediction_time     those of the label
-    start                           when what the label is about began (an admission, say), at or before the prediction
+    start                           when the stay or course that the label is about began, at or before the prediction
                                     time; null where it isn't known. The patient may be shown as it was at any time
                                     between, with the same label
     weight                          how much the label counts, positive: its inverse probability of being observed
@@ -80,7 +80,7 @@ def read_file(path: Location) -> pa.Table:
         extra = read_parquet(path)
     except UNREADABLE as error:
         raise unreadable(path) from error
-    check_columns(path, extra.schema, KINDS, SCHEMA, "what lies beside labels has")
+    check_columns(path, extra.schema, KINDS, SCHEMA, f"{SUFFIX} files have")
     for key in KEYS:
         if key not in extra.column_names:
             raise DataError(f"{path}: column {key} is missing: repeat the labels' {' and '.join(KEYS)}")

@@ -243,7 +243,7 @@ class Histories:
         return sorted(set(self.index["split"].tolist()) - set(SPLITS))
 
     def without_subjects(self, split: str) -> UserError:
-        """What to raise where a split is needed and holds nobody."""
+        """The error where a split is needed and holds nobody."""
         remedy = "prepare the dataset with subjects in this split"
         if self.odd_splits:
             names = ", ".join(map(repr, self.odd_splits))[:200]

@@ -67,7 +67,7 @@ class KnownConfig:
             _matches(pattern, [""])
 
     def treatment(self, codes: Sequence[str]) -> list[Any]:
-        """What becomes of the events of each code: equal under two configurations where they do the same."""
+        """How the events of each code are treated: equal under two configurations that treat them alike."""
         stays = [_matches(pattern, codes) for pattern in (self.admission, self.discharge)]
         bounds = tuple(tuple(np.flatnonzero(matches_C).tolist()) for matches_C in stays)
         matches = {name: _matches(rule.codes, codes) for name, rule in self.rules.items()}
@@ -93,7 +93,7 @@ def differing(one: KnownConfig, other: KnownConfig, codes: Sequence[str]) -> lis
 
 
 def sentences(known: KnownConfig, counts: Mapping[str, Mapping[str, int]]) -> list[str]:
-    """What the rules did to a dataset, a line for each that did anything."""
+    """A sentence for each rule that moved events of a dataset or left some out."""
     return [
         f"{name}: {', '.join(done)}"
         for name, of in counts.items()

@@ -167,7 +167,7 @@ def benchmark(config: BenchmarkConfig) -> Location:
     cluster.check(config.train)
     histories, label_set = Histories.open(config.data.path), labels(locate(config.data.path), config.task)
     if any({**config.point, **contender.point}.get("early_share") for contender in config.contenders.values()):
-        require_starts(config.task, label_set)
+        require_starts(config.task, label_set, "point.early_share")
     there = Labelled.of(histories, label_set.table, config.split)
     for run in {(run.budget, run.seed, run.fold): run for run in runs}.values():
         there.allotted(config, run).check(config, run)
@@ -215,8 +215,8 @@ def _runs(config: BenchmarkConfig) -> list[Run]:
 
 @dataclass(frozen=True)
 class Allotment:
-    """A run's labels: what it is fitted to, what it chooses and recalibrates by, what it is scored on; a patient is in
-    one of them. fraction: of all labels that it might have had, those that its budget allows.
+    """A run's labels: those to fit to, those to choose and recalibrate by, those to be scored on; a patient is in one
+    of these parts. fraction: of all labels that it might have had, those that its budget allows.
     """
 
     fitting: Examples

@@ -1,4 +1,4 @@
-"""What a benchmark's runs are compared by: their predictions, kept in the run's folder; table, report and picture.
+"""Compares the runs of a benchmark by the predictions in its folder: table, report and picture.
 
 Shape legend: N labels that everyone is scored on, R models of a contender: one for each seed or, of cross-validation,
 for each seed and fold; K areas (AUROC, AUPRC).
@@ -60,7 +60,7 @@ class Run:
         return f"{self.name} on {self.labels}"
 
     def results(self, folder: Location) -> Location:
-        """What is known of the run; it is written last, so the run is there when this file is."""
+        """The run's results; this file is written last, so where it is the run is complete."""
         return folder / f"{self.stem}.json"
 
     def predictions(self, folder: Location) -> Location:
@@ -69,7 +69,7 @@ class Run:
 
 
 def write_run(run: Run, folder: Location, test: Examples, probability_E: Array, **known: Any) -> None:
-    """The run's predictions, and what else is known of it."""
+    """Write the run's predictions and its other results."""
     columns = {
         "subject_id": test.subject_id_E,
         "prediction_time": test.prediction_time_E,
@@ -85,7 +85,7 @@ def write_run(run: Run, folder: Location, test: Examples, probability_E: Array, 
 class Scored:
     """One contender's finished runs on one budget.
 
-    known: what each run's file holds. probability_RN: NaN where a model did not score a label because it lies in
+    known: each run's results. probability_RN: NaN where a model did not score a label because it lies in
     another fold.
     """
 
@@ -144,7 +144,7 @@ def _probabilities(folds: Sequence[pa.Table]) -> Array:
 
 
 def compare(comparison: Comparison) -> dict[str, Any]:
-    """What the split's JSON file says of all runs that are there."""
+    """The content of the split's JSON file, from all finished runs."""
     rows = []
     for budget in comparison.budgets:
         reference = comparison.read(REFERENCE, budget)
@@ -223,7 +223,7 @@ def note_look(folder: Location, found: Mapping[str, Any]) -> list[dict[str, Any]
 
 
 def _budgets(found: Mapping[str, Any]) -> list[tuple[int, str]]:
-    """Those with results, in their order, and what each is called."""
+    """The budgets with results, in order, each with its title."""
     rows = {row["budget"]: row for row in found["rows"]}
     return [
         (

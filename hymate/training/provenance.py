@@ -1,4 +1,4 @@
-"""What a bundle's training has seen of a dataset's patients: recorded in the bundle, compared when it is used again."""
+"""Which patients a bundle's training has seen: recorded in the bundle, and checked when it is used again."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ SENTENCES: dict[Seen, str] = {
 
 
 def provenance(histories: Histories, seen_before: Seen | None = None) -> dict[str, str]:
-    """What a bundle records of the dataset that it was trained on, as plain values.
+    """A bundle's record of the dataset that it was trained on, as plain values.
 
-    seen_before: what `seen` said of the weights that its training began with, None where they were new.
+    seen_before: `seen` of the weights that training started from; None where they were new.
     """
     learned_P = np.isin(histories.index["split"].astype(str), LEARNED_FROM)
     return {
@@ -59,7 +59,7 @@ def seen(extra: Mapping[str, Any], histories: Histories) -> Seen:
 
 
 def _digest(histories: Histories, chosen_P: np.ndarray) -> str:
-    """Of the chosen patients' ids and numbers of events, by which equal ids of two datasets are told apart."""
+    """Hash of the chosen patients' ids and numbers of events: two datasets may use the same ids."""
     columns = [histories.index[name][chosen_P].astype(np.int64) for name in ("subject_id", "num_events")]
     rows_P2 = np.stack(columns, axis=1)
     return hashlib.sha256(rows_P2[np.argsort(rows_P2[:, 0])].tobytes()).hexdigest()

@@ -275,7 +275,7 @@ def _counted(counts: Mapping[str, int]) -> str:
 
 
 def recalibration_rows(found: Mapping[str, Any]) -> list[list[str]]:
-    """Header and lines for each task: what each model's logits were divided by and raised by, and what that did."""
+    """Header and lines for each task: each model's temperature and shift, its calibration error before and after."""
     rows = [[*_task_column(found, "task"), "logits of", "temperature", "shift", "ECE before", "after"]]
     for part in parts_of(found):
         boosting = part["boosting"] or {}

@@ -125,7 +125,7 @@ def search(config: TuneConfig) -> Location:
     labelled = [_labelled(task, config, histories) for task in config.tasks]
     if any(trial.early_share for trial in trials):
         for task in labelled:
-            require_starts(task.config, task.labels)
+            require_starts(task.config, task.labels, "search.space.early_share")
     inputs = {"data.path": histories.fingerprint, "init": start.fingerprint}
     for task in labelled:
         key = f"task.{task.config.name}" if isinstance(config.task, dict) else "task"
@@ -176,18 +176,18 @@ def _labelled(task: TaskConfig, config: TuneConfig, histories: Histories) -> Lab
     return LabelledTask(task, label_set, examples, groups)
 
 
-def require_starts(task: TaskConfig, label_set: LabelSet) -> None:
-    """Raises UserError where there are no earlier views."""
+def require_starts(task: TaskConfig, label_set: LabelSet, key: str) -> None:
+    """Raises UserError that names the setting `key` where labels have no start, which earlier views need."""
     if "start" not in label_set.table.column_names:
         raise UserError(
-            f"search.space.early_share: the labels of {task.name} don't say when what they are about began, so an "
-            "earlier view may have another label: set it to 0, or task.start to the trigger or a predicate of "
-            "task.definition, or give each label a start (<stem>.extra.pq beside <stem>.parquet)"
+            f"{key}: the labels of {task.name} have no start, so an earlier view may have another label: set it "
+            "to 0, or task.start to the trigger or a predicate of task.definition, or give each label a "
+            "start (<stem>.extra.pq beside <stem>.parquet)"
         )
 
 
 def _other_rules(start: Start, histories: Histories) -> list[str]:
-    """What to say where the pretrained model's histories held events at other times than the dataset's."""
+    """A warning where the pretrained model's histories held events at other times than the dataset's."""
     codes = differing(start.known or histories.known, histories.known, histories.codes)
     if not codes:
         return []
