@@ -115,12 +115,16 @@ class BenchmarkConfig:
         if clash := set(BASELINES) & set(self.contenders):
             raise ConfigError(f"contenders.{sorted(clash)[0]} is a baseline's name: choose another")
         for contender in self.contenders.values():
-            point = {**self.point, **contender.point}
+            point = self.point_of(contender)
             space.check(point)
             if ranges := sorted(name for name, value in point.items() if isinstance(value, Mapping)):
                 raise ConfigError(f"point: {ranges[0]} must be one value here, not a distribution")
             space.check_point(point)
             self.model_of(contender)
+
+    def point_of(self, contender: Contender) -> dict[str, Any]:
+        """The contender's settings, and where it has none of its own those of all."""
+        return {**self.point, **contender.point}
 
     def model_of(self, contender: Contender) -> ModelConfig:
         """The contender's model. Raises ConfigError where a setting is impossible."""
@@ -166,7 +170,7 @@ def benchmark(config: BenchmarkConfig) -> Location:
     require_folder(path, "run.dir")
     cluster.check(config.train)
     histories, label_set = Histories.open(config.data.path), labels(locate(config.data.path), config.task)
-    if any({**config.point, **contender.point}.get("early_share") for contender in config.contenders.values()):
+    if any(config.point_of(contender).get("early_share") for contender in config.contenders.values()):
         require_starts(config.task, label_set, "point.early_share")
     there = Labelled.of(histories, label_set.table, config.split)
     for run in {(run.budget, run.seed, run.fold): run for run in runs}.values():
@@ -426,7 +430,7 @@ def trial_of(config: BenchmarkConfig, contender: Contender, start: Start, seed: 
         warmup_steps=min(round(fraction**0.5 * config.train.warmup_steps), steps - 1),
         eval_every=math.ceil(steps / candidates),
     )
-    return trial_config([config.task], train, start, {**config.point, **contender.point})
+    return trial_config([config.task], train, start, config.point_of(contender))
 
 
 def pretrain(config: BenchmarkConfig, pretraining: Pretraining) -> tuple[dict[str, Tensor], float]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from hymate.data.histories import Histories
 
-Seen = Literal["same split", "another split", "other data", "not known"]
+Seen = Literal["new", "same split", "another split", "other data", "not known"]
 LEARNED_FROM = ("train", "tuning")  # checkpoints are chosen on the tuning split
 SENTENCES: dict[Seen, str] = {
     "same split": "the initial weights come from training on this dataset and split, without the held-out patients",
@@ -28,17 +28,17 @@ SENTENCES: dict[Seen, str] = {
 }
 
 
-def provenance(histories: Histories, seen_before: Seen | None = None) -> dict[str, str]:
+def provenance(histories: Histories, initial_weights: Seen = "new") -> dict[str, str]:
     """A bundle's record of the dataset that it was trained on, as plain values.
 
-    seen_before: `seen` of the weights that training started from; None where they were new.
+    initial_weights: `seen` of the weights that training started from; "new" where they were drawn.
     """
     learned_P = np.isin(histories.index["split"].astype(str), LEARNED_FROM)
     return {
         "fingerprint": histories.fingerprint,
         "patients": _digest(histories, np.ones_like(learned_P)),
         "learned_from": _digest(histories, learned_P),
-        "initial_weights": seen_before or "new",
+        "initial_weights": initial_weights,
     }
 
 

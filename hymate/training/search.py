@@ -136,9 +136,9 @@ def search(config: TuneConfig) -> Location:
     if finished is not None:
         results.show(finished, run_path)
         return run_path
-    seen_before = None if start.state is None else seen(start.extra, histories)
-    if seen_before not in (None, "same split"):
-        print(f"Note: {SENTENCES[seen_before]}", flush=True)
+    initial_weights: Seen = "new" if start.state is None else seen(start.extra, histories)
+    if initial_weights not in ("new", "same split"):
+        print(f"Note: {SENTENCES[initial_weights]}", flush=True)
     tables = [task.labels.table for task in labelled]
     attempt = Attempt.begin(run_path)
     with recorded(run_path, "tune", config, inputs) as outcome:
@@ -152,7 +152,7 @@ def search(config: TuneConfig) -> Location:
         best = _best(outcomes, config.search.metric, run_path)
         winner = _winner(start, trials[best.index], best)
         known = sentences(histories.known, histories.known_events) + _other_rules(start, histories)
-        found = _score_winner(config, winner, seen_before, histories, labelled, outcomes, best, known)
+        found = _score_winner(config, winner, initial_weights, histories, labelled, outcomes, best, known)
         _write_hyperparameters(run_path, trials, outcomes)
         results.write(found, run_path)
         outcome |= {f"best_{config.search.metric}": best.best[config.search.metric], "step": best.best["step"]}
@@ -276,7 +276,7 @@ def _calibrated(
 def _score_winner(
     config: TuneConfig,
     winner: Bundle,
-    seen_before: Seen | None,
+    initial_weights: Seen,
     histories: Histories,
     labelled: list[LabelledTask],
     outcomes: list[Outcome],
@@ -292,7 +292,7 @@ def _score_winner(
         winner, part = _score_task(config, winner, histories, task)
         parts.append(part)
     found = results.collect(parts, config.search.metric, outcomes, best)
-    found |= {"bundle": str(run_path / "bundle"), "init": config.init, "initial_weights": seen_before or "new"}
+    found |= {"bundle": str(run_path / "bundle"), "init": config.init, "initial_weights": initial_weights}
     found["known"] = known
     write_bundle(
         run_path / "bundle",
@@ -308,7 +308,7 @@ def _score_winner(
         extra={
             **{split: scores for split in ("held_out", "tuning") if (scores := results.scores_of(found, split))},
             "recalibration": {part["task"]: part["recalibration"] for part in parts},
-            "provenance": provenance(histories, seen_before),
+            "provenance": provenance(histories, initial_weights),
         },
     )
     return found
