@@ -407,6 +407,7 @@ def test_a_search_without_held_out_labels_makes_all_but_their_scores(
         assert "held-out scores are missing" in " ".join(text.split())
         assert "held-out predictions for" not in text
     assert "no held-out labels" in done.stdout
+    assert "held-out scores are missing" in found["note"] and "(at least 200)" in found["note"]
     # labels count by their weights, and it is not known what the first weights have seen
     assert found["weights"] == {"lowest": 0.5, "highest": 3.0} and found["initial_weights"] == "not known"
     written = pq.read_table(run / "predictions.parquet")

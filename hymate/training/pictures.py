@@ -109,7 +109,8 @@ def _calibration(axes: Axes, prob_N: Array, found: Mapping[str, Any]) -> None:
 
 
 def _decision(axes: Axes, label_N: Array, prob_N: Array, weight_N: Array) -> None:
-    threshold_T = np.array([threshold for threshold in GRID if np.mean(prob_N >= threshold) >= REACHED] or GRID[:1])
+    reached = [threshold for threshold in GRID if np.average(prob_N >= threshold, weights=weight_N) >= REACHED]
+    threshold_T = np.array(reached or GRID[:1])
     model_T, all_T = (
         100 * net_benefit(label_N, p_N, threshold_T, weight_N[None])[:, 0] for p_N in (prob_N, np.ones_like(prob_N))
     )

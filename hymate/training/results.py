@@ -94,10 +94,10 @@ def of_task(
     positive, everyone = scores["num_positive_subjects"], scores["num_subjects"]
     counts = (positive, ENOUGH_POSITIVES, " with a positive label"), (everyone, ENOUGH_SUBJECTS, "")
     few = [f"only {count} patients{which} (at least {enough})" for count, enough, which in counts if count < enough]
-    if few:
-        found["note"] = f"too few for the AUROC to mean anything: {' and '.join(few)}"
-    if split != "held_out":
-        found["note"] = NO_HELD_OUT
+    notes = [NO_HELD_OUT] if split != "held_out" else []
+    notes += [f"too few for the AUROC to mean anything: {' and '.join(few)}"] if few else []
+    if notes:
+        found["note"] = "; ".join(notes)
     weight_E = np.concatenate([part.weight_E for part in examples.values()])
     if (weight_E != 1).any():
         found["weights"] = {"lowest": float(weight_E.min()), "highest": float(weight_E.max())}
