@@ -232,6 +232,7 @@ def test_a_run_learns_nothing_from_labels_beyond_its_budget(data: Path, tmp_path
     assert as_labelled["probability"].tolist() == as_flipped["probability"].tolist()
 
 
+@pytest.mark.usefixtures("one_thread")  # a run sets the number of threads
 def test_boosting_is_recalibrated_by_the_labels_that_it_chose_by(data: Path, tmp_path: Path) -> None:
     config, one = configured(data, tmp_path), Run("gradient_boosting", 0, 0, 1)
     train_and_score(config, one, None)
