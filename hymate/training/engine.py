@@ -209,9 +209,11 @@ def train_step(engine: Any, rows: list[Batch], device: torch.device) -> dict[str
 
     Where a loss or the gradient of any worker is not finite nothing changes, and the result is None on all of them.
     """
+    from deepspeed import comm
+
     terms = engine.module.terms
     count_K = count_targets(engine.module, rows).to(device)
-    dist.all_reduce(count_K)
+    comm.all_reduce(count_K)  # DeepSpeed's, whose collectives are timed: here the others wait for a slow worker
     num_rows = len(rows) * dist.get_world_size()
     sums: dict[str, Tensor] = {}
     for row in rows:
