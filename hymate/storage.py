@@ -426,8 +426,7 @@ def files_below(folder: Location, suffix: str) -> dict[str, Location]:
 
 def _files(folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:
     """The files below a local folder; a link back to one of the folders `above` it is left out."""
-    real = folder.resolve()
-    if not folder.is_dir() or real in above:
+    if not folder.is_dir() or (real := folder.resolve()) in above:  # resolve raises at a link to itself
         return
     try:
         entries = sorted(folder.iterdir())

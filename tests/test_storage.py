@@ -108,6 +108,8 @@ def test_links_are_followed_and_end(tmp_path: Path) -> None:
         "linked/deep/one.txt",
         "two.txt",
     ]
+    (tmp_path / "itself").symlink_to("itself")
+    assert not storage.files_below(tmp_path / "itself", ".txt")
     (tmp_path / "data" / "gone").symlink_to("nothing")
     with pytest.raises(UserError, match="gone: a symbolic link that leads nowhere: mend it or remove it"):
         storage.files_below(tmp_path / "data", ".txt")
