@@ -55,6 +55,12 @@ def write(root: Path, histories: list[History], shard: str = "train/0", first_su
     pq.write_table(pa.table(columns), path)
 
 
+def write_splits(root: Path, split_of: dict[int, str]) -> None:
+    (root / "metadata").mkdir(exist_ok=True)
+    columns = {"subject_id": pa.array(split_of, pa.int64()), "split": list(split_of.values())}
+    pq.write_table(pa.table(columns), root / "metadata" / "subject_splits.parquet")
+
+
 def stay(start: float, end: float, discharge: str = HOME) -> History:
     return [(start, ADMITTED), (end, discharge)]
 
@@ -151,6 +157,7 @@ def test_readmission_rules(case: str, tmp_path: Path) -> None:
 def test_the_censoring_rule_is_a_choice(tmp_path: Path) -> None:
     """Lost on day 21, after a readmission or without one."""
     history = [*stay(0, 3), (20, ADMITTED), (21, LAB)]
+    write_splits(tmp_path, dict.fromkeys([1, 2], "train"))
     for rule, expected, censored in (
         ("exclude", {}, 1),
         ("exclude_negatives", {3: True}, 0),
@@ -173,13 +180,23 @@ def test_weights_are_one_over_the_probability_of_being_followed(tmp_path: Path) 
         [*stay(0, 3), (28, ADMITTED), (29, LAB)],
         *[[*stay(0, 3), (80, LAB)]] * 3,
     ]
-    write(tmp_path, histories, "train/0")
-    write(tmp_path, [*histories[2:3], *histories[4:]], "held_out/0", first_subject=11)
-    table = tasks.labels(tmp_path, task("readmission", "task.censoring_rule=weights")).table
-    weight = dict(zip(table["subject_id"].to_pylist(), table["weight"].to_pylist(), strict=True))
+    def weights() -> dict[int, float]:
+        table = tasks.labels(tmp_path, task("readmission", "task.censoring_rule=weights")).table
+        return dict(zip(table["subject_id"].to_pylist(), table["weight"].to_pylist(), strict=True))
+
+    # MEDS names shards as it likes: a split is in several, and one shard holds several, or no label at all
+    write(tmp_path, histories[:4], "0")
+    write(tmp_path, histories[4:], "1", first_subject=5)
+    write(tmp_path, [*histories[2:3], *histories[4:]], "2", first_subject=11)
+    write(tmp_path, [[(0, LAB)]], "3", first_subject=21)
+    splits = {**dict.fromkeys(range(1, 9), "train"), **dict.fromkeys(range(11, 16), "held_out"), 21: "train"}
+    write_splits(tmp_path, splits)
+    weight = weights()
     first, later = 8 / 6, 8 / 6 * 5 / 4
     expected = {3: first, 5: later, 6: later, 7: later, 8: later}
     assert weight == pytest.approx({**expected, 11: 1, 12: 1, 13: 1, 14: 1, 15: 1})  # each split by itself
+    write_splits(tmp_path, {**splits, 2: "tuning"})
+    assert weights()[3] == pytest.approx(7 / 6)
     assert sum(w for subject, w in weight.items() if subject < 10) == pytest.approx(8)
     assert "weight" not in tasks.labels(tmp_path, task("readmission")).table.column_names
 
@@ -195,6 +212,7 @@ def test_of_a_risk_of_20_percent_two_rules_say_20_and_one_23(tmp_path: Path) -> 
         for i in range(size)
     ]
     write(tmp_path, histories)
+    write_splits(tmp_path, dict.fromkeys(range(1, size + 1), "train"))
     risk = {}
     for rule in ("exclude", "exclude_negatives", "weights"):
         table = tasks.labels(tmp_path, task("readmission", f"task.censoring_rule={rule}")).table
@@ -409,6 +427,10 @@ def test_labels_know_when_what_they_are_about_began(tmp_path: Path) -> None:
     assert starts(task("readmission")) is None
     lab = "+task.definition.predicates.lab={code: LAB//50912//mg/dL}"
     assert starts(task("mortality", lab, "task.start=lab")) == [None, 19.5, None]
+    # asked before it began, nothing of the stay can be shown
+    before = "task.definition.windows.input.end=trigger - 12h"
+    assert starts(task("mortality", before)) is None
+    assert starts(task("mortality", before, lab, "task.start=lab")) == [19.5]
     extra = pq.read_table(tmp_path / "labels/mortality/train/0.extra.pq")
     labels = pq.read_table(tmp_path / "labels/mortality/train/0.parquet")
     assert extra.select(["subject_id", "prediction_time"]).equals(labels.select(["subject_id", "prediction_time"]))
@@ -449,6 +471,10 @@ def test_label_folders_may_bring_start_and_weight(tmp_path: Path) -> None:
         "a weight is null, infinite or not positive": {"weight": pa.array([1.0, 0.0])},
         "column start is int64, .extra.pq files have timestamp": {"start": pa.array([1, 2])},
         "subject_id is not that of the labels, line by line": {"subject_id": pa.array([2, 1])},
+        "row 1: subject_id is too large": {"subject_id": pa.array([1, 2**63], pa.uint64())},
+        "row 1: start is too large for timestamp.us., MEDS's type, or would lose digits": {
+            "start": pa.array([0, 1], pa.timestamp("ns"))
+        },
     }
     for message, columns in wrong.items():
         with pytest.raises(UserError, match=rf"^[^\n]*0\.extra\.pq: {message}[^\n]*$"):

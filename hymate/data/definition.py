@@ -219,8 +219,8 @@ class Found:
 def find(config: Any, events: pl.DataFrame, start: str | None = None, kinds: Mapping[str, bool] | None = None) -> Found:
     """Triggers, windows and labels in `Predicates.events`.
 
-    start: what a label is about begins at the "trigger", or at the last event of a predicate up to the prediction
-        time (null where there is none), or is unknown (None).
+    start: what a label is about begins at the "trigger" (null where the prediction time is before it), or at the last
+        event of a predicate up to the prediction time (null where there is none), or is unknown (None).
     kinds: predicates that tell kinds of the label's event apart; where false, events at times of this kind make no
         label.
     """
@@ -240,7 +240,7 @@ def find(config: Any, events: pl.DataFrame, start: str | None = None, kinds: Map
     then = _Span(first_of_any_N, first_of_any_N, True, True)
 
     always_N = np.ones(len(subject_N), dtype=bool)
-    about_N, known_N = time_N["trigger"], always_N & (start is not None)
+    about_N, known_N = time_N["trigger"], (time_N["trigger"] <= prediction_N) & (start is not None)
     if start not in (None, "trigger"):
         about_N, known_N = record.nearest(record.count[start], subject_N, prediction_N, True, before=True)
     rows = pl.DataFrame(

@@ -21,6 +21,7 @@ from hymate.data.meds import (
     LABEL_SCHEMA,
     UNREADABLE,
     DataError,
+    cast_column,
     check_columns,
     read_label_file,
     read_parquet,
@@ -81,19 +82,24 @@ def read_file(path: Location) -> pa.Table:
     except UNREADABLE as error:
         raise unreadable(path) from error
     check_columns(path, extra.schema, KINDS, SCHEMA, f"{SUFFIX} files have")
+
+    def column(name: str) -> pa.Array:
+        return cast_column(extra[name].combine_chunks(), SCHEMA.field(name), path)
+
     for key in KEYS:
         if key not in extra.column_names:
             raise DataError(f"{path}: column {key} is missing: repeat the labels' {' and '.join(KEYS)}")
-        if not extra[key].cast(SCHEMA.field(key).type).equals(labels[key]):
+        if not column(key).equals(labels[key].combine_chunks()):
             raise DataError(f"{path}: {key} is not that of the labels, line by line: write it again")
     if "start" in extra.column_names:
-        start = extra["start"].cast(SCHEMA.field("start").type)
+        start = column("start")
         if pc.any(pc.greater(start, labels["prediction_time"])).as_py():
             raise DataError(f"{path}: a start lies after its prediction_time: mend it or make it null")
         labels = labels.append_column("start", start)
     if "weight" in extra.column_names:
-        weight = extra["weight"].cast(SCHEMA.field("weight").type)
-        if weight.null_count or not pc.all(pc.and_(pc.is_finite(weight), pc.greater(weight, 0))).as_py():
+        weight = column("weight")
+        counts = pc.and_(pc.is_finite(weight), pc.greater(weight, 0))  # null where the weight is
+        if counts.true_count < len(counts):
             raise DataError(f"{path}: a weight is null, infinite or not positive: mend it")
         labels = labels.append_column("weight", weight)
     return labels

@@ -38,7 +38,7 @@ from rich.progress import track
 from hymate.config import ConfigError, TaskConfig, UserError
 from hymate.data.definition import CODE_ALONE, find, parse, read_predicates
 from hymate.data.extras import read_labels_and_extras, write_labels
-from hymate.data.meds import FIRST_TIME, US_PER_DAY
+from hymate.data.meds import FIRST_TIME, US_PER_DAY, read_splits
 from hymate.storage import Location, files_below, locate, new_folder, write_text
 
 RULES_VERSION = 3  # of the rules above and of definition.py; a new one makes old extractions be redone
@@ -84,10 +84,11 @@ def labels(root: Location, task: TaskConfig, times_only: bool = False) -> LabelS
     if task.definition is None:
         raise UserError(f"task {task.name} has no labels in {folder}: give task.labels=FOLDER or a task.definition")
     shards = _shards(root)
-    fingerprint = _fingerprint(task, shards)
+    splits = read_splits(root) if task.censoring_rule == "weights" else None
+    fingerprint = _fingerprint(task, shards, splits)
     summary = _summary(folder)
     if summary.get("fingerprint") != fingerprint:
-        summary = _extract(task, shards, folder, fingerprint)
+        summary = _extract(task, shards, splits, folder, fingerprint)
     if summary["never_positive"] and not times_only:
         raise _no_event(task, "label's predicate", summary["never_positive"], unmatched(summary["predicates"]))
     details = {name: summary[name] for name in DETAILS}
@@ -140,8 +141,8 @@ def _shards(root: Location) -> dict[str, Location]:
     return files
 
 
-def _fingerprint(task: TaskConfig, shards: dict[str, Location]) -> str:
-    """Changes with the definition, the rules and the data files (names and sizes)."""
+def _fingerprint(task: TaskConfig, shards: dict[str, Location], splits: pa.Table | None) -> str:
+    """Changes with the definition, the rules, the data files (names and sizes) and, where weights need them, splits."""
     parts = [
         RULES_VERSION,
         task.definition,
@@ -152,6 +153,7 @@ def _fingerprint(task: TaskConfig, shards: dict[str, Location]) -> str:
         task.start,
         task.longer_than_days,
         [(shard, path.stat().st_size) for shard, path in shards.items()],
+        *([] if splits is None else [splits.to_pydict()]),
     ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -163,8 +165,10 @@ def _summary(folder: Location) -> dict[str, Any]:
         return {}
 
 
-def _extract(task: TaskConfig, shards: dict[str, Location], folder: Location, fingerprint: str) -> dict[str, Any]:
-    """Extract every shard's labels beside `folder` and put them there in one move."""
+def _extract(
+    task: TaskConfig, shards: dict[str, Location], splits: pa.Table | None, folder: Location, fingerprint: str
+) -> dict[str, Any]:
+    """Extract every shard's labels beside `folder` and put them there in one move; with splits they have weights."""
     config = _definition(task)
     triggers: dict[str, pl.DataFrame] = {}
     of_shards: dict[str, dict[str, dict[str, int]]] = {}
@@ -173,8 +177,8 @@ def _extract(task: TaskConfig, shards: dict[str, Location], folder: Location, fi
             progress = Console(stderr=True, quiet=not sys.stderr.isatty())
             for shard in track(shards, f"Labels of {task.name}", console=progress, transient=True):
                 triggers[shard], of_shards[shard] = _extract_shard(shards[shard], task, config)
-            if task.censoring_rule == "weights":
-                _weigh(triggers)
+            if splits is not None:
+                _weigh(triggers, splits)
             for shard, rows in triggers.items():
                 write_labels(_labels_of(rows, task), new / f"{shard}.parquet")
             total = {name: Counter[str]() for name in (*DETAILS, "counts")}
@@ -323,30 +327,30 @@ def _labels_of(rows: pl.DataFrame, task: TaskConfig) -> pa.Table:
 # ------------------------------------------------------------------------------------------------------- censoring
 
 
-def _weigh(triggers: dict[str, pl.DataFrame]) -> None:
-    """Give the triggers of each shard their `weight`, by the censoring in the shard's split.
+def _weigh(triggers: dict[str, pl.DataFrame], splits: pa.Table) -> None:
+    """Give the triggers of each shard their `weight`, by the censoring in the split of their subject.
 
     Each split by itself: its scores then are an estimate from its patients alone, nothing of the held-out ones reaches
     training, and where follow-up differs between splits (by calendar time, say) each has its own.
     """
-    of_split: dict[str, list[str]] = {}
-    for shard in triggers:
-        of_split.setdefault(shard.partition("/")[0], []).append(shard)
-    for shards in of_split.values():
-        rows = pl.concat([triggers[shard] for shard in shards])
-        until = pl.coalesce(
-            pl.when("event").then("event_time"), pl.when("dies").then("died"), pl.when("unseen").then("last"), "end"
-        )
-        followed = rows.select((until - pl.col("prediction_time")).dt.total_microseconds()).to_series().to_numpy()
-        censored = (rows["unseen"] & ~rows["event"]).to_numpy()
-        at_risk = ~rows["dead"].to_numpy()
-        weight = np.ones(rows.height)
-        weight[at_risk] = censoring_weights(followed[at_risk], censored[at_risk])
-        first = 0
-        for shard in shards:
-            stop = first + triggers[shard].height
-            triggers[shard] = triggers[shard].with_columns(weight=pl.Series(weight[first:stop], dtype=pl.Float32))
-            first = stop
+    rows = pl.concat(list(triggers.values()))
+    split_of = dict(zip(splits["subject_id"].to_pylist(), splits["split"].to_pylist(), strict=True))
+    split = np.array([split_of.get(subject) for subject in rows["subject_id"].to_list()], dtype=object)
+    until = pl.coalesce(
+        pl.when("event").then("event_time"), pl.when("dies").then("died"), pl.when("unseen").then("last"), "end"
+    )
+    followed = rows.select((until - pl.col("prediction_time")).dt.total_microseconds()).to_series().to_numpy()
+    censored = (rows["unseen"] & ~rows["event"]).to_numpy()
+    at_risk = ~rows["dead"].to_numpy()
+    weight = np.ones(rows.height)
+    for name in set(split.tolist()):
+        own = at_risk & (split == name)
+        weight[own] = censoring_weights(followed[own], censored[own])
+    first = 0
+    for shard, found in triggers.items():
+        stop = first + found.height
+        triggers[shard] = found.with_columns(weight=pl.Series(weight[first:stop], dtype=pl.Float32))
+        first = stop
 
 
 def censoring_weights(followed_N: np.ndarray, censored_N: np.ndarray) -> np.ndarray:
