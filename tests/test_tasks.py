@@ -180,6 +180,7 @@ def test_weights_are_one_over_the_probability_of_being_followed(tmp_path: Path) 
         [*stay(0, 3), (28, ADMITTED), (29, LAB)],
         *[[*stay(0, 3), (80, LAB)]] * 3,
     ]
+
     def weights() -> dict[int, float]:
         table = tasks.labels(tmp_path, task("readmission", "task.censoring_rule=weights")).table
         return dict(zip(table["subject_id"].to_pylist(), table["weight"].to_pylist(), strict=True))
