@@ -41,7 +41,6 @@ SIMULATIONS = 200
 FEWEST_EACH = 5  # patients with the outcome, and without it, on whom a verdict may rest
 PRIOR_LABELS = 10  # the precision of the prior of a log temperature and a shift
 Z = float(norm.ppf(0.975))
-USEFUL_Z = float(norm.ppf(0.95))  # of each of two tests: at 0.975 a fifth of the good models with 300 labels are missed
 NEWTON_STEPS, CONVERGED = 20, 1e-6
 STEEPEST = 50.0  # a slope that grows beyond this has no end: the classes are separated
 EPSILON = 1e-7
@@ -277,8 +276,9 @@ def useful_range(
     acting on no one and than acting on everyone; None where there is none.
 
     Better than on no one means that of those acted on more than the threshold are positive, better than on everyone
-    that of the others fewer are: two tests of a proportion against a known one, both of which must reject (at 5 %,
-    one-sided). A bootstrap of the gain fails where few are on one side: ten negatives below the threshold and no
+    that of the others fewer are: two tests of a proportion against a known one, both of which must reject (at 2.5 %,
+    one-sided; thresholds on both sides of the prevalence add up).
+    A bootstrap of the gain fails where few are on one side: ten negatives below the threshold and no
     positive are ten negatives in every sample, though at this risk they are no wonder. Here the error is never below
     that of the tested proportion, and FEWEST_EACH patients at least are rightly acted on, and rightly left alone.
     """
@@ -290,7 +290,7 @@ def useful_range(
         right_N = side_N & (positive_N == (sign > 0))
         if len(np.unique(patient_N[right_N])) < FEWEST_EACH:
             return False
-        return sign * _surplus(threshold, positive_N[side_N], patient_N[side_N], weight_N[side_N]) > USEFUL_Z
+        return sign * _surplus(threshold, positive_N[side_N], patient_N[side_N], weight_N[side_N]) > Z
 
     longest: list[float] = []
     run: list[float] = []
