@@ -1,4 +1,4 @@
-"""The results of a search: results.json, report.md and the tables on the console."""
+"""Search results: results.json, report.md and the tables on the console."""
 
 from __future__ import annotations
 
