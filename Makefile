@@ -9,7 +9,10 @@ QUICK ?=
 BIN = $(VENV)/bin
 PY = $(BIN)/python
 
-.PHONY: demo test test-faults bench clean
+# a virtual environment where there is one; a machine with a GPU may have its own Python with torch, and no internet
+ANY_PY = $(if $(wildcard $(PY)),$(PY),$(PYTHON))
+
+.PHONY: demo test test-gpu test-faults bench clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -35,6 +38,11 @@ test: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(PY) -m pytest -q
+
+# what needs a CUDA device; installs nothing and needs no Ray. Only the files that have such tests are imported
+test-gpu:
+	$(ANY_PY) -m pytest -q -m gpu -o addopts="-ra --strict-markers -p no:cacheprovider" -o filterwarnings=default \
+		--continue-on-collection-errors $$(grep -rl --include='test_*.py' 'mark\.gpu' tests)
 
 # processes killed, disks filled, servers stopped: some twenty minutes; ends in a table of what each fault costs
 test-faults: $(VENV)/.installed

@@ -11,9 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
-
 ROOT = Path(__file__).resolve().parent.parent
 PATIENCE_S = 180.0
 
@@ -63,6 +60,8 @@ def _output(pid: int) -> str:
 
 def points(run_folder: Path, name: str) -> list[Any]:
     """The curve `name` of a run: `wall_time`, `step` and `value` of each point."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     events = EventAccumulator(str(run_folder / "tb"), size_guidance={"scalars": 0})
     events.Reload()
     return events.Scalars(name)
@@ -70,6 +69,8 @@ def points(run_folder: Path, name: str) -> list[Any]:
 
 def starts(run_folder: Path) -> list[int]:
     """The steps at which workers began, from each event file's first records."""
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
     steps = []
     for file in sorted((run_folder / "tb").glob("events.*")):
         for event in EventFileLoader(str(file)).Load():

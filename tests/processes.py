@@ -82,10 +82,10 @@ class RandomRows:
         return random_row((5 + i % 7, 1, 9 + i % 5), vocab_size=VOCAB, seed=i)
 
 
-def pretraining_job(worker: Worker, config: TrainConfig) -> Job:
+def pretraining_job(worker: Worker, config: TrainConfig, model: ModelConfig = MODEL) -> Job:
     """A small pretraining job on random rows."""
     torch.manual_seed(0)
-    module = PretrainModel(MODEL, ObjectiveConfig(), VOCAB)
+    module = PretrainModel(model, ObjectiveConfig(), VOCAB)
     groups = [{**group, "lr": config.learning_rate} for group in decay_groups(module, config.weight_decay)]
     rows = RandomRows()
 
@@ -116,10 +116,11 @@ def run_training(
     module_hook: Any = None,
     rows: RandomRows | None = None,
     stop: Callable[[], bool] = lambda: False,
+    model: ModelConfig = MODEL,
 ) -> tuple[Recorder, Job]:
     """Train; checkpoints of all ranks meet in `folder/step-N`, as a launcher would merge them."""
     recorder = Recorder()
-    job = pretraining_job(worker, config)
+    job = pretraining_job(worker, config, model)
     if rows is not None:
         job.rows = rows
     if module_hook is not None:
