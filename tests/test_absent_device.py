@@ -1,0 +1,198 @@
+"""The whole step on a device that isn't there: nothing stays on the CPU, and the numbers are the CPU's.
+
+`absent_device` has the device and what counts as a wait. The fused operators run there, with stand-ins for the kernels;
+so does everything else but DeepSpeed, whose part a small engine plays.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from processes import MODEL, VOCAB
+from rows import random_row, repacked
+from test_engine import OBJECTIVES, TASKS
+from torch import Tensor, nn
+
+from hymate import ops
+from hymate.batch import Batch
+from hymate.config import ModelConfig
+from hymate.model import PretrainModel, RiskModel
+from hymate.objectives import LossModel
+from hymate.training import engine
+
+SMALL = replace(MODEL, dropout=0.0, num_queries=2)
+PAPER = ModelConfig(
+    d_model=24, embedding="plain", layers="MMA", mixer="mamba1", causal=False, d_state=4, num_heads=2, window=0,
+    mlp_ratio=0.0, dropout=0.0, pooling="attention", num_queries=1,
+)  # fmt: skip
+MODELS = {
+    "mamba2": SMALL,
+    "mamba1": replace(SMALL, mixer="mamba1"),
+    "both directions": replace(SMALL, bidirectional=True),
+    "recurrent": replace(SMALL, layers="G"),
+    "transformer": replace(SMALL, layers="AA", window=0),
+    "paper": PAPER,
+    **{f"pooling {kind}": replace(SMALL, pooling=kind) for kind in ("attention", "variables", "last", "mean")},
+    "members": replace(SMALL, pooling="variables", members=3),
+    "members of fusion": replace(SMALL, members=2),
+}
+SEES_AHEAD = ("paper", "both directions")
+
+
+@pytest.fixture(scope="module")
+def elsewhere() -> Iterator[Callable[..., Any]]:
+    """Calls a function of this module in a process that has the device."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_prepare) as process:
+        yield lambda function, *args: process.submit(function, *args).result()
+
+
+def _prepare() -> None:
+    torch.set_num_threads(1)
+    import absent_device  # noqa: F401
+    import test_fused
+
+    from hymate import pooling
+    from hymate.ops import fused
+
+    pooling.STATES_DROPPED = 0.0  # which patients go without states is drawn, and the generators differ
+
+    kernels = {
+        "mamba_ssm.ops.triton.ssd_combined": test_fused._mamba_chunk_scan_combined,
+        "mamba_ssm.ops.selective_scan_interface": test_fused._selective_scan_fn,
+        "causal_conv1d": test_fused._causal_conv1d_fn,
+    }
+    for name, function in kernels.items():
+        parts = name.split(".")
+        for k in range(1, len(parts)):
+            sys.modules[".".join(parts[:k])] = ModuleType(parts[k - 1])
+        sys.modules[name] = ModuleType(name)
+        setattr(sys.modules[name], function.__name__[1:], function)
+    fused.HAS_CAUSAL_CONV1D = True
+    alone = {"get_world_size": lambda: 1, "all_reduce": lambda values: None}
+    sys.modules["deepspeed"] = ModuleType("deepspeed")
+    sys.modules["deepspeed"].comm = SimpleNamespace(**alone)  # type: ignore[attr-defined]
+    engine.dist = SimpleNamespace(**alone)  # type: ignore[assignment]
+
+
+class Engine:
+    """DeepSpeed's part of a step without ZeRO, in one process."""
+
+    def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, rows_per_step: int, bf16: bool) -> None:
+        self.module, self.optimizer, self.rows_per_step, self.bf16 = module, optimizer, rows_per_step, bf16
+        self.rows = 0
+
+    def __call__(self, row: Batch) -> Any:
+        with torch.autocast(row.code_L.device.type, torch.bfloat16, enabled=self.bf16):
+            return self.module(row)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.module, name)
+
+    def zero_optimization(self) -> bool:
+        return False
+
+    def get_global_grad_norm(self) -> None:
+        return None
+
+    def is_gradient_accumulation_boundary(self) -> bool:
+        return self.rows % self.rows_per_step == self.rows_per_step - 1
+
+    def backward(self, loss: Tensor) -> None:
+        (loss / self.rows_per_step).backward()
+
+    def step(self) -> None:
+        if self.is_gradient_accumulation_boundary():
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        self.rows += 1
+
+
+@dataclass(frozen=True)
+class Case:
+    """What trains: of MODELS, one of OBJECTIVES or "fine-tuning"."""
+
+    model: str
+    objective: str
+    bf16: bool = False
+    checkpointing: bool = False
+
+
+CASES = [
+    *(Case(model, "both") for model in MODELS if model not in SEES_AHEAD),
+    *(Case(model, "fine-tuning") for model in MODELS),
+    *(Case(model, "masked_event") for model in SEES_AHEAD),
+    Case("mamba2", "forecast"),
+    Case("mamba2", "both", checkpointing=True),
+    Case("mamba2", "both", bf16=True),
+    Case("members", "fine-tuning", bf16=True),
+    Case("transformer", "fine-tuning", bf16=True),
+]
+
+
+def _model(case: Case) -> LossModel:
+    torch.manual_seed(0)
+    config = MODELS[case.model]
+    if case.objective == "fine-tuning":
+        model: Any = RiskModel(config, VOCAB, TASKS, in_days=["length_of_stay"])
+    else:
+        model = PretrainModel(config, OBJECTIVES[case.objective], VOCAB)
+    model.backbone.gradient_checkpointing = case.checkpointing
+    return model
+
+
+def _patients() -> Batch:
+    """Labels missing at random, with days."""
+    row = random_row((7, 1, 16, 2, 5, 9), vocab_size=VOCAB, seed=5)
+    g = torch.Generator().manual_seed(5)
+    label_ST = (torch.rand(6, 3, generator=g) < 0.5).float()
+    label_ST[torch.rand(6, 3, generator=g) < 0.4] = torch.nan
+    days_ST = torch.full((6, 3), torch.nan)
+    days_ST[:, 2] = torch.where(label_ST[:, 2].isnan(), torch.nan, 20 * torch.rand(6, generator=g))
+    return replace(row, label_ST=label_ST, days_ST=days_ST, label_weight_ST=0.2 + torch.rand(6, 3, generator=g))
+
+
+def _steps(built: Engine, device: str) -> list[Tensor]:
+    """What two steps of three rows tell."""
+    told = []
+    for number in range(2):
+        sums = engine.train_step(built, repacked(_patients(), 3, seed=number), torch.device(device))
+        assert sums is not None
+        told.append(torch.stack([sums[name] for name in sorted(sums)]))
+    return told
+
+
+def _engine(case: Case, device: str) -> Engine:
+    model = _model(case).to(device)
+    return Engine(model, torch.optim.AdamW(model.parameters(), lr=1e-2), 3, case.bf16)
+
+
+def steps_there(case: Case) -> dict[str, int]:
+    """The waits of two steps, whose results are those of a CPU's."""
+    from absent_device import NAME, watch
+
+    here = _engine(case, "cpu")
+    expected = _steps(here, "cpu")
+    with watch() as seen, ops.forced("fused"):
+        there = _engine(case, NAME)
+        seen.waits.clear()
+        told = _steps(there, NAME)
+        waits = dict(seen.waits)
+        tolerance = {"rtol": 0.1, "atol": 0.1} if case.bf16 else {"rtol": 2e-3, "atol": 1e-5}
+        torch.testing.assert_close([each.cpu() for each in told], expected, **tolerance)
+        if not case.bf16:
+            for own, other in zip(there.module.parameters(), here.module.parameters(), strict=True):
+                torch.testing.assert_close(own.detach().cpu(), other.detach(), rtol=1e-2, atol=2e-3)
+    return waits
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_step(elsewhere: Callable[..., Any], case: Case) -> None:
+    elsewhere(steps_there, case)
