@@ -21,7 +21,7 @@ set -euo pipefail
 workers=$((SLURM_JOB_NUM_NODES * SLURM_CPUS_PER_TASK))                            # CPU
 settings=("train.num_workers=$workers" "train.rows_per_step=$workers")            # CPU
 #GPU: workers=$((SLURM_JOB_NUM_NODES * SLURM_GPUS_ON_NODE))
-#GPU: settings=("train.num_workers=$workers" "train.rows_per_step=$workers" train.use_gpu=true train.precision=bf16)
+#GPU: settings=("train.num_workers=$workers" "train.rows_per_step=$workers" device=cuda train.precision=bf16)
 
 mapfile -t machines < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 head=$(getent ahostsv4 "${machines[0]}" | awk '{print $1; exit}')

@@ -57,6 +57,7 @@ _INSTEAD = {  # of Hydra's options, what does here what they do there
     **dict.fromkeys(("shell-completion", "sc"), _HELP),
     "repeat": "give it first and its folder after it: --repeat RUN_FOLDER",
 }
+_REPLACED = {"use_gpu": "device=cuda, cpu or auto (without train.) has taken its place"}
 # ${names:${task}}: the task's name, of several joined
 OmegaConf.register_new_resolver("names", lambda task: task.get("name") or "-".join(task), replace=True)
 
@@ -235,6 +236,7 @@ def _declared(hint: Any, keys: Sequence[str], where: str = "") -> set[Any]:
 def _unknown(key: str, known: Collection[str], where: str) -> ConfigError:
     close = difflib.get_close_matches(key, known, n=1)
     hint = f"did you mean {where}{close[0]}?" if close else f"known keys are {', '.join(known)}"
+    hint = _REPLACED.get(key, hint)
     return ConfigError(f"{where}{key} is not a known key: {hint}")
 
 
@@ -407,7 +409,7 @@ def check_same_run(run: Location, config: Any, inputs: Mapping[str, str], change
     remedy = f"choose another run.name, or delete {run}"
     old, new = _flat(record["config"]), _flat(to_tree(config))
     for key in sorted((old.keys() | new.keys()) - changeable):
-        if old.get(key) != new.get(key):
+        if old.get(key) != new.get(key) and key.rpartition(".")[2] not in _REPLACED:
             was = f"{key} was {old.get(key)}, now {new.get(key)}"
             raise ConfigError(f"{run} holds a run with another configuration: {was}; {remedy}")
     for key in sorted(record["inputs"].keys() | inputs.keys()):

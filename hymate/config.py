@@ -205,7 +205,6 @@ class TrainConfig:
     max_failures: int = 3
     max_skipped: int = 10
     cpus_per_worker: int = 1
-    use_gpu: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -40,7 +40,8 @@ from hymate.command import main
 from hymate.config import ConfigError, Place, TaskConfig, UserError
 from hymate.data.examples import Examples
 from hymate.data.meds import US_PER_HOUR, write_parquet
-from hymate.predict import DataPath, asked_of, best_device, predict
+from hymate.device import Wanted, choose
+from hymate.predict import DataPath, asked_of, predict
 from hymate.storage import Location, locate, require_folder, write_text
 from hymate.training.tables import markdown
 
@@ -73,6 +74,7 @@ class ExplainConfig:
     subjects: list[int] = field(default_factory=list)
     patients: int = 3
     cohort: int = 200
+    device: Wanted = "auto"
 
     def __post_init__(self) -> None:
         for name in ("patients", "cohort"):
@@ -85,11 +87,12 @@ def run(config: ExplainConfig) -> None:
     bundle = read_bundle(locate(config.bundle), kind="risk").for_task(config.task.name)
     out = locate(config.out)
     require_folder(out, "out")
+    device = choose(config.device, bundle.model)
     with asked_of(bundle, locate(config.data.path), config.task, config.split) as (histories, examples):
         _check_subjects(config.subjects, examples, config.split)
-        outputs, rows = predict(bundle, histories, examples)
+        outputs, rows = predict(bundle, histories, examples, device)
         prob_E = outputs.probability_ET[:, 0]
-        explainer = Explainer(bundle, histories, best_device())
+        explainer = Explainer(bundle, histories, device)
         patients = chosen_patients(examples, prob_E, config.subjects, config.patients)
         explain_patients(explainer, examples, prob_E, patients, out / "patients")
         drawn = np.random.default_rng(0).permutation(len(examples))[: config.cohort]

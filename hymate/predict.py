@@ -44,6 +44,7 @@ from hymate.data.loader import Rows
 from hymate.data.meds import read_labels, write_parquet
 from hymate.data.prepare import PrepareConfig, prepare
 from hymate.data.tasks import labels
+from hymate.device import Wanted, choose
 from hymate.states import StateFolder
 from hymate.storage import Location, locate, require_file, require_folder
 from hymate.streaming import StreamingModel, check_streamable
@@ -71,6 +72,7 @@ class PredictConfig:
     split: Literal["all", "train", "tuning", "held_out"] = "all"
     context: Literal["bundle", "all"] = "bundle"
     states: Place | None = None
+    device: Wanted = "auto"
 
     def __post_init__(self) -> None:
         if self.states is not None and self.context != "all":
@@ -122,11 +124,10 @@ def score(model: Callable[[Batch], dict[str, Tensor]], rows: Rows, device: torch
     return outputs
 
 
-def predict(bundle: Bundle, histories: Histories, examples: Examples) -> tuple[Outputs, Rows]:
+def predict(bundle: Bundle, histories: Histories, examples: Examples, device: torch.device) -> tuple[Outputs, Rows]:
     """What the bundle says of each example, which must have its tasks (see `Bundle.for_task`), and the rows that was
     read from (with their share of unknown codes).
     """
-    device = best_device()
     rows = Rows(
         histories,
         bundle.vocabulary,
@@ -140,14 +141,17 @@ def predict(bundle: Bundle, histories: Histories, examples: Examples) -> tuple[O
 
 
 def predict_whole(
-    bundle: Bundle, histories: Histories, examples: Examples, states: StateFolder | None = None
+    bundle: Bundle,
+    histories: Histories,
+    examples: Examples,
+    device: torch.device,
+    states: StateFolder | None = None,
 ) -> tuple[Outputs, int, float]:
     """As `predict`, from all events up to each example's time; also how many were read, and the share of unknown ones.
 
     Each history is read once, chunk by chunk, for all of its examples; it goes on from a state in `states` for
     the examples that lie after it, and leaves there its state after its last example. Raises as `score` does.
     """
-    device = best_device()
     model = StreamingModel(build_model(bundle).to(device), bundle.vocabulary, histories.codes)
     outputs = Outputs.empty(len(examples), len(bundle.tasks))
     read = unknown = 0
@@ -170,11 +174,6 @@ def predict_whole(
         if states and state and (kept is None or kept.num_events < state.num_events):
             states.save(history.subject_id, state, events_L)
     return outputs, read, unknown / max(read, 1)
-
-
-def best_device() -> torch.device:
-    """A GPU where there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def write_predictions(examples: Examples, outputs: Outputs, path: Location) -> list[Location]:
@@ -224,6 +223,7 @@ def _run(config: PredictConfig) -> None:
         require_folder(locate(config.states), "states")
     if config.context == "all":
         check_streamable(bundle.model)
+    device = choose(config.device, bundle.model)
     with contextlib.ExitStack() as stack:
         states = None
         if config.states is not None:
@@ -231,9 +231,9 @@ def _run(config: PredictConfig) -> None:
         opened = asked_of(bundle, locate(config.data.path), config.task, config.split)
         histories, examples = stack.enter_context(opened)
         if config.context == "all":
-            outputs, num_read, unknown_share = predict_whole(bundle, histories, examples, states)
+            outputs, num_read, unknown_share = predict_whole(bundle, histories, examples, device, states)
         else:
-            outputs, rows = predict(bundle, histories, examples)
+            outputs, rows = predict(bundle, histories, examples, device)
             unknown_share = rows.unknown_share
     written = write_predictions(examples, outputs, locate(config.out))
     dropped = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in examples.dropped.items() if count)

@@ -25,6 +25,33 @@ def run(arguments: list[str], environment: dict[str, str], cwd: Path) -> subproc
     return subprocess.run(arguments, env=environment, cwd=cwd, capture_output=True, text=True, timeout=PATIENCE_S)
 
 
+PRETENDED = """
+import sys
+from importlib.machinery import PathFinder
+
+class PretendedGPU:
+    @staticmethod
+    def find_spec(name, path, target=None):
+        spec = PathFinder.find_spec(name, path) if name == "torch.cuda" else None
+        if spec is not None:
+            load = spec.loader.exec_module
+            def pretend(module):
+                load(module)
+                module.is_available, module.device_count = lambda: True, lambda: 1
+            spec.loader.exec_module = pretend
+        return spec
+
+sys.meta_path.insert(0, PretendedGPU)
+"""
+
+
+def with_pretended_gpu(environment: dict[str, str], folder: Path) -> dict[str, str]:
+    """An environment in which PyTorch finds one GPU in every process; what computes on it fails."""
+    (folder / "sitecustomize.py").write_text(PRETENDED)  # Python imports it when it starts
+    path = os.pathsep.join(filter(None, [str(folder), environment.get("PYTHONPATH")]))
+    return {**environment, "PYTHONPATH": path}
+
+
 def wait_until(condition: Callable[[], object], what: str, look_every_s: float = 0.05) -> None:
     deadline = time.monotonic() + PATIENCE_S
     while not condition():

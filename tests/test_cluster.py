@@ -124,13 +124,14 @@ def test_the_job_brings_the_cluster_that_is_also_there_alone(kind: str) -> None:
 @pytest.mark.parametrize("kind", VARIANTS)
 def test_the_job_fits_its_cluster(kind: str) -> None:
     job = resources("rayjob.yaml", kind)["RayJob"]["spec"]
-    train = settings_of(job["entrypoint"]).train
+    config = settings_of(job["entrypoint"])
+    train = config.train
     (group,) = job["rayClusterSpec"]["workerGroupSpecs"]
     assert group["replicas"] == group["minReplicas"] == group["maxReplicas"]
     (container,) = group["template"]["spec"]["containers"]
     of_pod = container["resources"]
-    per_pod = int(of_pod["limits"]["nvidia.com/gpu"]) if train.use_gpu else int(of_pod["requests"]["cpu"])
-    assert train.use_gpu == (kind == "gpu")
+    per_pod = int(of_pod["limits"]["nvidia.com/gpu"]) if kind == "gpu" else int(of_pod["requests"]["cpu"])
+    assert (config.device == "cuda") == (kind == "gpu")
     assert train.num_workers == group["replicas"] * per_pod
     assert per_pod * train.cpus_per_worker <= int(of_pod["requests"]["cpu"])
 

@@ -150,7 +150,7 @@ def test_removal_is_scoring_a_record_in_which_it_never_was(data: Path, bundle: P
 
     def logits(folder: Path) -> dict[tuple[int, int], float]:
         histories, examples = held_out(folder)
-        outputs, _ = predict(loaded, histories, examples)
+        outputs, _ = predict(loaded, histories, examples, CPU)
         keys = zip(examples.subject_id_E.tolist(), examples.prediction_time_E.tolist(), strict=True)
         return dict(zip(keys, outputs.logit_ET[:, 0].tolist(), strict=True))
 
@@ -202,7 +202,7 @@ def test_the_command_leaves_tables_pictures_and_a_report(
     assert (tmp_path / "out" / "patients").stat().st_mode & 0o077 == 0
 
     histories, examples = held_out(data)
-    outputs, _ = predict(read_bundle(bundle), histories, examples)
+    outputs, _ = predict(read_bundle(bundle), histories, examples, CPU)
     highest = np.argsort(-outputs.logit_ET[:, 0])
     second = highest[examples.subject_id_E[highest] != examples.subject_id_E[highest[0]]][0]
     events = pq.read_table(tmp_path / "out" / "patients" / "events.parquet")

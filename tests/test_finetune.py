@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from commands import PATIENCE_S, starts, wait_until
+from commands import PATIENCE_S, starts, wait_until, with_pretended_gpu
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -36,6 +37,7 @@ from hymate.data.histories import Histories
 from hymate.data.meds import read_labels
 from hymate.data.tasks import labels
 from hymate.data.vocabulary import Vocabulary
+from hymate.device import CPU
 from hymate.model import PretrainModel
 from hymate.predict import predict, prediction_table
 from hymate.training import results, space
@@ -284,8 +286,11 @@ def command(data: Path, init: Path, runs: Path, head_lrs: str, *overrides: str) 
 
 @pytest.fixture(scope="module")
 def run(data: Path, pretrained: Path, ray_env: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A search in which one trial diverges, killed in the middle and continued by the same command."""
+    """A search in which one trial diverges, killed in the middle and continued by the same command, on a machine with a
+    GPU for which the kernels are missing.
+    """
     runs = tmp_path_factory.mktemp("tuned")
+    ray_env = with_pretended_gpu(ray_env, tmp_path_factory.mktemp("pretended"))
     line = command(data, pretrained, runs, f"[1e-3,{DIVERGING}]")
     with subprocess.Popen(line, env=ray_env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as killed:
         assert killed.stdout is not None
@@ -300,6 +305,7 @@ def run(data: Path, pretrained: Path, ray_env: dict[str, str], tmp_path_factory:
     done = subprocess.run(line, env=ray_env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     (runs / "said.txt").write_text(done.stdout)
+    (runs / "warned.txt").write_text(done.stderr)
     return runs / "r"
 
 
@@ -315,6 +321,14 @@ def test_a_killed_search_goes_on_where_it_was(run: Path) -> None:
     good = json.loads((run / "results.json").read_text())["best_trial"]
     first, second = starts(run / "tb" / f"trial-{good}")
     assert first == 0 and second >= 2, "the trial began again from scratch"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("mamba_ssm") is not None, reason="mamba-ssm is installed")
+def test_a_search_runs_on_the_cpu_where_a_gpu_lacks_its_kernels(run: Path) -> None:
+    (line,) = (run.parent / "warned.txt").read_text().splitlines()
+    assert line.startswith("computing on cpu: a GPU is there, but mamba-ssm is not installed"), line
+    assert json.loads((run / "run.json").read_text())["config"]["device"] == "cpu"
 
 
 @pytest.mark.slow
@@ -437,7 +451,7 @@ def test_the_bundle_gives_the_predictions_that_were_scored(run: Path, data: Path
     assert bundle.tasks == ["readmission"] and bundle.data.context == 32
     histories = Histories.open(data)
     examples = labelled_examples(histories, read_labels(data / "labels" / "readmission"), "held_out")
-    outputs, _ = predict(bundle, histories, examples)
+    outputs, _ = predict(bundle, histories, examples, CPU)
     written = pq.read_table(run / "predictions.parquet")
     assert prediction_table(examples, outputs.probability_ET[:, 0]).equals(written)
     found = json.loads((run / "results.json").read_text())
@@ -445,7 +459,7 @@ def test_the_bundle_gives_the_predictions_that_were_scored(run: Path, data: Path
     trained = load_file(Path(found["trials"][found["best_trial"]]["checkpoint"]) / "model.safetensors")
     tuning = labelled_examples(histories, read_labels(data / "labels" / "readmission"), "tuning")
     untouched = dataclasses.replace(bundle, state=trained)
-    before, after = (predict(b, histories, tuning)[0].logit_ET[:, 0] for b in (untouched, bundle))
+    before, after = (predict(b, histories, tuning, CPU)[0].logit_ET[:, 0] for b in (untouched, bundle))
     recalibration = recalibrate(tuning.label_E, before)
     assert recalibration.temperature == pytest.approx(found["recalibration"]["temperature"], rel=1e-4)
     assert after == pytest.approx(recalibration(before), abs=1e-5)

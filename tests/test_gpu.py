@@ -81,7 +81,7 @@ def run_alone(function: Callable[..., None], device: str, *args: Any) -> None:
 
 def _work(function: Callable[..., None], device: str, args: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
-    with single_process(use_gpu=device == "cuda") as worker:
+    with single_process(torch.device(device)) as worker:
         function(worker, *args)
 
 

@@ -23,7 +23,7 @@ SESSION = """
 import sys
 from hymate.config import TrainConfig
 from hymate.training.cluster import ray_session
-with ray_session(TrainConfig()):
+with ray_session(TrainConfig(), "cpu"):
     import ray
     print(ray.get_runtime_context().gcs_address, flush=True)
     sys.stdin.read()

@@ -332,7 +332,7 @@ def test_a_run_is_repeated_from_its_record_bit_for_bit(
     [
         (["data.path=nowhere"], "not a prepared dataset"),
         (["train.num_workers=1000", "train.rows_per_step=1000"], "CPUs, this machine has"),
-        (["train.use_gpu=true"], "CUDA devices"),
+        (["device=cuda"], "PyTorch"),
     ],
 )
 def test_what_cannot_run_is_refused_before_any_worker(

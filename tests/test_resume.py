@@ -44,7 +44,7 @@ def test_the_newest_whole_checkpoint_is_found_and_what_is_passed_over_is_told(tm
         whole(tmp_path / f"step-{step:09d}")
     for step in range(3, 3 - num_damaged, -1):
         (tmp_path / f"step-{step:09d}" / "model.safetensors").write_text("damaged")
-    with single_process(False) as worker, newest_whole(kept.newest_first(), worker, notes) as (found, damages):
+    with single_process() as worker, newest_whole(kept.newest_first(), worker, notes) as (found, damages):
         assert found == (tmp_path / f"step-{3 - num_damaged:09d}" if num_damaged < 3 else None)
     assert len(damages) == num_damaged and all("model.safetensors is not what was written" in each for each in damages)
     assert notes.told == ([f"{each}; the checkpoint before is used" for each in damages] if num_damaged < 3 else [])

@@ -77,7 +77,7 @@ def _choose(kind: str) -> tuple[str, str]:
         return "cpu", "compiled loops"
     if importlib.util.find_spec("mamba_ssm"):
         return "fused", f"mamba_ssm with{'' if importlib.util.find_spec('causal_conv1d') else 'out'} causal_conv1d"
-    raise UserError('training on a GPU needs the fused kernels: pip install -e ".[cuda]", or train.use_gpu=false')
+    raise UserError('a GPU needs mamba-ssm (README, section "GPUs"): install it, or set device=cpu')
 
 
 def mamba2(

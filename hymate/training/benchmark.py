@@ -30,7 +30,7 @@ import torch
 from scipy.special import expit
 from torch import Tensor
 
-from hymate import baselines, trust
+from hymate import baselines, device, trust
 from hymate.bundle import Bundle, read_weights, write_weights
 from hymate.command import build, check_same_run, to_tree
 from hymate.config import (
@@ -47,6 +47,7 @@ from hymate.data.examples import Examples, labelled_examples
 from hymate.data.features import FeatureConfig, choose, features
 from hymate.data.histories import Histories
 from hymate.data.tasks import labels
+from hymate.device import Wanted
 from hymate.predict import predict
 from hymate.record import recorded
 from hymate.storage import Location, atomic_path, local_copy, locate, require_folder, write_text
@@ -64,7 +65,17 @@ BASELINES: tuple[baselines.Kind, ...] = ("gradient_boosting", "logistic_regressi
 CHOSEN_BY = "loss"  # cross-entropy, as in hymate.baselines: AUROC and AUPRC of few positives jump
 RUNS, PRETRAINED = "runs", "pretrained"  # folders in the benchmark's
 DEVELOPMENT, HELD_OUT = "train and tuning", "held_out"
-CHANGEABLE = {"data.path", "run.dir", "split", "seeds", "budgets", "with_few_labels", "only", "max_concurrent"}
+CHANGEABLE = {
+    "data.path",
+    "device",
+    "run.dir",
+    "split",
+    "seeds",
+    "budgets",
+    "with_few_labels",
+    "only",
+    "max_concurrent",
+}
 
 
 @dataclass(frozen=True)
@@ -100,6 +111,7 @@ class BenchmarkConfig:
     contenders: dict[str, Contender]
     point: dict[str, Any]
     run: RunConfig
+    device: Wanted = "auto"
 
     def __post_init__(self) -> None:
         if not self.budgets or min(self.budgets) < 0 or len(set(self.budgets)) < len(self.budgets):
@@ -168,7 +180,8 @@ def benchmark(config: BenchmarkConfig) -> Location:
             "only leaves nothing to run: of several budgets all but the largest are with_few_labels' alone"
         )
     require_folder(path, "run.dir")
-    cluster.check(config.train)
+    models = [config.model_of(config.contenders[name]) for name in {run.name for run in runs} - {*BASELINES}]
+    config = device.decide(config, *models, cluster_gpus=cluster.check(config.train))
     histories, label_set = Histories.open(config.data.path), labels(locate(config.data.path), config.task)
     if any(config.point_of(contender).get("early_share") for contender in config.contenders.values()):
         require_starts(config.task, label_set, "point.early_share")
@@ -180,7 +193,7 @@ def benchmark(config: BenchmarkConfig) -> Location:
     with recorded(path, "benchmark", config, inputs) as outcome:
         waiting = [run for run in runs if not run.results(path / RUNS).is_file()]
         if waiting:
-            with cluster.ray_session(config.train):
+            with cluster.ray_session(config.train, config.device):
                 _run_all(config, waiting)
         names = [*BASELINES, *config.contenders]
         compared = Comparison(
@@ -297,7 +310,7 @@ def _run_all(config: BenchmarkConfig, waiting: Sequence[Run]) -> None:
     import ray
     from ray.exceptions import RayTaskError
 
-    resources = {"num_cpus": config.train.cpus_per_worker, "num_gpus": float(config.train.use_gpu)}
+    resources = {"num_cpus": config.train.cpus_per_worker, "num_gpus": float(config.device == "cuda")}
     remote, pretraining = (
         ray.remote(max_calls=1, max_retries=0, **resources)(task) for task in (train_and_score, pretrain)
     )
@@ -312,7 +325,8 @@ def _run_all(config: BenchmarkConfig, waiting: Sequence[Run]) -> None:
             needed = config.pretraining(run)
             if needed in weights:
                 queue.remove(run)
-                running[remote.remote(config, run, weights[needed])] = run
+                task = remote.options(num_gpus=0) if run.name in BASELINES else remote
+                running[task.remote(config, run, weights[needed])] = run
                 return True
             if needed not in running.values():
                 assert needed is not None
@@ -350,7 +364,7 @@ def _slots(config: BenchmarkConfig) -> int:
 
     there = ray.cluster_resources()
     slots = int(there.get("CPU", 0)) // config.train.cpus_per_worker
-    return max(1, min(slots, int(there.get("GPU", 0))) if config.train.use_gpu else slots)
+    return max(1, min(slots, int(there.get("GPU", 0))) if config.device == "cuda" else slots)
 
 
 def train_and_score(config: BenchmarkConfig, run: Run, pretrained: tuple[dict[str, Tensor], float] | None) -> None:
@@ -398,7 +412,8 @@ def _contender(
     if trial.teacher_share:
         teacher_E = baselines.cross_fitted(histories, fitting, own.choosing, run.seed)
         fitting = taught(fitting, teacher_E, trial.teacher_share)
-    with tempfile.TemporaryDirectory() as folder, engine.single_process(config.train.use_gpu) as worker:
+    chosen = device.choose(config.device, start.model)
+    with tempfile.TemporaryDirectory() as folder, engine.single_process(chosen) as worker:
         kept = Kept(Path(folder), 1, "min")
         train_on(
             start,
@@ -414,7 +429,7 @@ def _contender(
         )
         best = _best_weights(kept)
     bundle = Bundle("risk", trial.model, trial.data, trial.tasks, vocabulary, best, in_days=trial.in_days)
-    outputs = [predict(bundle, histories, examples)[0] for examples in (own.choosing, own.test)]
+    outputs = [predict(bundle, histories, examples, chosen)[0] for examples in (own.choosing, own.test)]
     choosing_logit_E, test_logit_E = (output.logit_ET[:, 0] for output in outputs)
     return choosing_logit_E, test_logit_E, sum(weight.numel() for weight in best.values())
 
@@ -440,9 +455,10 @@ def pretrain(config: BenchmarkConfig, pretraining: Pretraining) -> tuple[dict[st
     if not path.with_suffix(".json").is_file():  # it comes last
         model = config.model_of(config.contenders[pretraining.name])
         train = dataclasses.replace(config.pretrain, seed=pretraining.seed)
-        settings = PretrainConfig(config.data, model, config.objective, train, config.run)
+        settings = PretrainConfig(config.data, model, config.objective, train, config.run, config.device)
         started = time.monotonic()
-        with tempfile.TemporaryDirectory() as folder, engine.single_process(config.train.use_gpu) as worker:
+        chosen = device.choose(config.device, model)
+        with tempfile.TemporaryDirectory() as folder, engine.single_process(chosen) as worker:
             job = pretraining_job(settings, worker)
             kept = Kept(Path(folder), 1, job.mode)
             telemetry = Telemetry(config.run.path / "tb" / f"{PRETRAINED}-{path.stem}", enabled=True)

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 from hymate import ending
 from hymate.config import TrainConfig, UserError
+from hymate.device import Wanted, num_gpus
 from hymate.training.pretraining import available_cpus, check_machine
 
 SETTINGS = {
@@ -45,6 +46,8 @@ try:
         get_node_to_connect_for_driver(cluster, timeout_seconds=12)
     except RuntimeError:
         sys.exit("this machine is not part of it")
+    alive = [node for node in cluster.get_all_node_info().values() if node.state == node.ALIVE]
+    print(int(sum(node.resources_total.get("GPU", 0) for node in alive)))
 except Exception as error:
     sys.exit(f"{getattr(error, 'strerror', None) or error}")
 """
@@ -52,20 +55,25 @@ except Exception as error:
 SOCKET, LONGEST_SOCKET = "/session_2026-12-31_23-59-59_999999_4194304/sockets/plasma_store", 107
 
 
-def check(train: TrainConfig) -> None:
-    """Whether the run's workers find a place, before anything is computed. Raises UserError where they don't."""
+def check(train: TrainConfig) -> int | None:
+    """Whether the run's workers find a place, before anything is computed. Raises UserError where they don't.
+
+    Returns how many GPUs the cluster at RAY_ADDRESS has; None where the run has this machine alone.
+    """
     address = os.environ.get("RAY_ADDRESS")
-    if not address:
-        check_machine(train)
-        with ray_folder():
-            pass
-    elif "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:  # the cluster has just started a job's driver
-        _ask(address)
+    if address:
+        return _ask(address)
+    check_machine(train)
+    with ray_folder():
+        return None
 
 
 @contextmanager
-def ray_session(train: TrainConfig) -> Iterator[None]:
-    """The cluster at RAY_ADDRESS, or one of our own on this machine for the time of the run."""
+def ray_session(train: TrainConfig, device: Wanted) -> Iterator[None]:
+    """The cluster at RAY_ADDRESS, or one of our own on this machine for the time of the run.
+
+    device: where the workers compute; a Ray of our own has GPUs only where they are used.
+    """
     address = os.environ.get("RAY_ADDRESS")
     if not address:
         os.environ.setdefault("RAY_AUTH_MODE", "token")  # other users of this machine stay out
@@ -88,11 +96,12 @@ def ray_session(train: TrainConfig) -> Iterator[None]:
         try:
             if address:
                 _connect(address, quiet)
-                _note_missing_machines(train, ray.cluster_resources())
+                _note_missing_machines(train, device, ray.cluster_resources())
             else:
                 ray.init(
                     address="local",
                     num_cpus=available_cpus(),
+                    num_gpus=num_gpus() if device == "cuda" else 0,
                     include_dashboard=False,
                     object_store_memory=OBJECT_STORE_BYTES,
                     _temp_dir=folder,
@@ -114,8 +123,8 @@ def has_workers() -> bool:
     return any("TrainWorker" in actor["ActorClassName"] and actor["JobID"] == job for actor in alive)
 
 
-def _ask(address: str) -> None:
-    """Raises UserError where no cluster answers at RAY_ADDRESS."""
+def _ask(address: str) -> int:
+    """How many GPUs the cluster at RAY_ADDRESS has. Raises UserError where none answers there."""
     if "://" in address or address == "local":
         raise UserError(
             f"RAY_ADDRESS={address} is not the address of a cluster: give HOST:PORT of its head (ray start prints it), "
@@ -125,11 +134,12 @@ def _ask(address: str) -> None:
         asked = subprocess.run(
             [sys.executable, "-c", ASK, address], capture_output=True, text=True, timeout=ANSWER_S, errors="replace"
         )
-        lines = asked.stderr.strip().splitlines() if asked.returncode else None
     except subprocess.TimeoutExpired:
-        lines = [f"no answer for {ANSWER_S:.0f} s"]
-    if lines is not None:
+        _refuse(address, f"no answer for {ANSWER_S:.0f} s")
+    if asked.returncode:
+        lines = asked.stderr.strip().splitlines()
         _refuse(address, lines[-1] if lines else "no answer")
+    return int(asked.stdout.split()[-1])
 
 
 def _connect(address: str, settings: Mapping[str, Any]) -> None:
@@ -181,11 +191,11 @@ def _unfit(folder: Path) -> str | None:
         return error.strerror or type(error).__name__
 
 
-def _note_missing_machines(train: TrainConfig, resources: Mapping[str, float]) -> None:
+def _note_missing_machines(train: TrainConfig, device: Wanted, resources: Mapping[str, float]) -> None:
     """Ray waits for machines to join; the user should know what it waits for."""
     for kind, wanted in {
         "CPU": train.num_workers * train.cpus_per_worker,
-        "GPU": train.use_gpu * train.num_workers,
+        "GPU": train.num_workers if device == "cuda" else 0,
     }.items():
         if wanted > resources.get(kind, 0):
             print(

@@ -26,6 +26,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hymate.config import TrainConfig, UserError
+from hymate.device import CPU
 from hymate.objectives import LossModel, mean_loss
 from hymate.telemetry import Telemetry
 from hymate.training import checkpoint
@@ -353,13 +354,12 @@ def build_engine(module: nn.Module, optimizer: torch.optim.Optimizer, config: Tr
 
 
 @contextmanager
-def single_process(use_gpu: bool = False) -> Iterator[Worker]:
+def single_process(device: torch.device = CPU) -> Iterator[Worker]:
     """A process group of this process alone, for a run that needs no launcher."""
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
-    device = torch.device("cuda", 0) if use_gpu else torch.device("cpu")
     with tempfile.TemporaryDirectory() as folder:
         dist.init_process_group(
-            "nccl" if use_gpu else "gloo", init_method=f"file://{folder}/store", rank=0, world_size=1
+            "nccl" if device.type == "cuda" else "gloo", init_method=f"file://{folder}/store", rank=0, world_size=1
         )
         try:
             yield Worker(0, 1, 0, device)

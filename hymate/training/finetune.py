@@ -22,6 +22,7 @@ from hymate.data.histories import Histories
 from hymate.data.known import KnownConfig
 from hymate.data.loader import Rows
 from hymate.data.vocabulary import Vocabulary
+from hymate.device import Wanted
 from hymate.model import RiskModel, decay_groups, load_pretrained
 from hymate.storage import Location, locate
 from hymate.telemetry import Telemetry
@@ -70,7 +71,8 @@ class TrialConfig:
 
 @dataclass(frozen=True)
 class Study:
-    """What the trials of a search share; labels: a table for each task; metric: one of `tuning_scores`.
+    """What the trials of a search share; labels: a table for each task; metric: one of `tuning_scores`; device: where
+    each trial computes.
 
     teacher: for each task a probability of each of its training examples (`hymate.baselines.cross_fitted`), where a
     trial learns from it, too: knowledge distillation (Hinton et al. 2015).
@@ -82,6 +84,7 @@ class Study:
     trials: list[TrialConfig]
     run_path: Location
     teacher: list[np.ndarray] = dataclasses.field(default_factory=list)
+    device: Wanted = "cpu"
 
 
 def starting_point(data: DataConfig, model: ModelConfig | None, init: str | None) -> Start:

@@ -19,6 +19,7 @@ import yaml
 from hymate import ending
 from hymate.command import build, check_same_run, read_record, to_tree
 from hymate.config import Place, UserError
+from hymate.device import CPU, decide, obstacle
 from hymate.record import recorded, workers_started
 from hymate.storage import Location, UrlPath, full_disk_told, locate, remove_tree, require_folder
 from hymate.telemetry import Telemetry, progress_line
@@ -41,16 +42,17 @@ def pretrain(config: PretrainConfig) -> Location:
     """
     config = absolute(config)
     histories = pretraining.check(config)
-    cluster.check(config.train)
+    cluster_gpus = cluster.check(config.train)
     run = config.run.path
     inputs = {"data.path": histories.fingerprint}
     check_same_run(run, config, inputs, pretraining.CHANGEABLE)
     result = _finished(config)
     if result is None:
+        config = decide(config, config.model, workers=config.train.num_workers, cluster_gpus=cluster_gpus)
         require_folder(run, "run.dir")
         attempt = Attempt.begin(run)
         with recorded(run, "pretrain", config, inputs) as result:
-            with cluster.ray_session(config.train), progress_line(run):
+            with cluster.ray_session(config.train, config.device), progress_line(run):
                 mend_list(run / CHECKPOINTS, MODE)
                 ended, kept = _fit(config, attempt)
             bundle, metrics = pretraining.export_bundle(config, kept, histories)
@@ -101,8 +103,9 @@ def _trainer(config: PretrainConfig, attempt: Attempt) -> Any:
         train_loop_config={"config": to_tree(config), "attempt": attempt.id},
         scaling_config=train.ScalingConfig(
             num_workers=config.train.num_workers,
-            use_gpu=config.train.use_gpu,
-            resources_per_worker={"CPU": config.train.cpus_per_worker, **({"GPU": 1} if config.train.use_gpu else {})},
+            use_gpu=config.device == "cuda",
+            resources_per_worker={"CPU": config.train.cpus_per_worker}
+            | ({"GPU": 1} if config.device == "cuda" else {}),
         ),
         run_config=train.RunConfig(
             name=CHECKPOINTS,
@@ -147,9 +150,13 @@ def _train_worker(config: PretrainConfig, attempt: Attempt) -> dict[str, Any]:
 
     _quiet()
     context = train.get_context()
-    worker = Worker(context.get_world_rank(), context.get_world_size(), context.get_local_rank(), get_device())
+    device = get_device() if config.device == "cuda" else CPU
+    worker = Worker(context.get_world_rank(), context.get_world_size(), context.get_local_rank(), device)
     if anyone(attempt.superseded(), worker):
         raise Unrecoverable(f"{config.run.path}: {SUPERSEDED}")
+    reason = obstacle(config.model) if config.device == "cuda" else None
+    if anyone(reason is not None, worker):
+        raise Unrecoverable(f"device=cuda: {reason or 'another worker cannot use its GPU'}")
     telemetry = Telemetry(config.run.path, enabled=worker.rank == 0)
     job = pretraining.pretraining_job(config, worker)
 
@@ -237,7 +244,9 @@ def _explain(error: Any) -> NoReturn:
 def _finished(config: PretrainConfig) -> dict[str, Any] | None:
     """The outcome of this very run, if it has ended already and its bundle is there."""
     record = read_record(config.run.path)
-    if record is None or record["outcome"].get("state") != "finished" or record["config"] != to_tree(config):
+    if record is None or record["outcome"].get("state") != "finished":
+        return None
+    if {**record["config"], "device": config.device} != to_tree(config):
         return None
     return record["outcome"] if (config.run.path / "bundle").is_dir() else None
 

@@ -17,6 +17,7 @@ from hymate.data.examples import Examples, pretraining_examples
 from hymate.data.histories import FOLDER, Histories
 from hymate.data.loader import Rows
 from hymate.data.vocabulary import Vocabulary
+from hymate.device import Wanted
 from hymate.model import PretrainModel, decay_groups
 from hymate.storage import Location, locate
 from hymate.training import checkpoint
@@ -29,13 +30,13 @@ TRAIN_SPLIT, TUNING_SPLIT = "train", "tuning"
 # Keys that a run may change when it is continued: they move it to other machines or end it sooner or later.
 CHANGEABLE = {
     "data.path",
+    "device",
     "run.dir",
     *(
         f"train.{key}"
         for key in (
             "num_workers",
             "cpus_per_worker",
-            "use_gpu",
             "zero_stage",
             "activation_checkpointing",
             "max_steps",
@@ -59,6 +60,7 @@ class PretrainConfig:
     objective: ObjectiveConfig
     train: TrainConfig
     run: RunConfig
+    device: Wanted = "auto"
 
     def __post_init__(self) -> None:
         if self.objective.forecast_weight > 0 and self.model.sees_ahead:
@@ -87,11 +89,6 @@ def check_machine(train: TrainConfig) -> None:
         raise UserError(
             f"train.num_workers={train.num_workers} x train.cpus_per_worker={train.cpus_per_worker} needs {wanted} "
             f"CPUs, this machine has {cpus}: lower either, or set RAY_ADDRESS to a cluster"
-        )
-    if train.use_gpu and torch.cuda.device_count() < train.num_workers:
-        raise UserError(
-            f"train.use_gpu=true with train.num_workers={train.num_workers} needs as many CUDA devices, this machine "
-            f"has {torch.cuda.device_count()}: set train.use_gpu=false or fewer workers"
         )
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 
 from hymate import metrics, trust
 from hymate.baselines import compare, cross_fitted
@@ -32,6 +33,7 @@ from hymate.data.known import differing, sentences
 from hymate.data.meds import SPLITS
 from hymate.data.subgroups import subgroups
 from hymate.data.tasks import LabelSet, labels
+from hymate.device import CPU, Wanted, choose, decide
 from hymate.predict import predict, write_predictions
 from hymate.record import recorded
 from hymate.storage import Location, filling, locate, require_folder
@@ -45,10 +47,10 @@ from hymate.training.results import Outcome
 # keys that a search may change when it is continued: they move it to other machines or spare these what is too large
 CHANGEABLE = {
     "data.path",
+    "device",
     "run.dir",
     "search.max_concurrent",
     "train.cpus_per_worker",
-    "train.use_gpu",
     "report.boosting",
 }
 
@@ -70,6 +72,7 @@ class TuneConfig:
     init: Place | None
     model: ModelConfig | None = None
     report: ReportConfig = field(default_factory=ReportConfig)
+    device: Wanted = "auto"
 
     def __post_init__(self) -> None:
         if self.train.num_workers != 1:
@@ -114,12 +117,14 @@ def search(config: TuneConfig) -> Location:
     """
     config = absolute(config)
     run_path = config.run.path
-    finished = results.read(run_path)
+    finished, cluster_gpus = results.read(run_path), None
     if finished is None:
         require_folder(run_path, "run.dir")
-        cluster.check(config.train)
+        cluster_gpus = cluster.check(config.train)
     histories = Histories.open(config.data.path)
     start = starting_point(config.data, config.model, config.init)
+    if finished is None:
+        config = decide(config, start.model, cluster_gpus=cluster_gpus)
     points = space.draw(config.search.space, config.search.num_trials, config.train.seed)
     trials = [trial_config(config.tasks, config.train, start, point) for point in points]
     labelled = [_labelled(task, config, histories) for task in config.tasks]
@@ -144,8 +149,8 @@ def search(config: TuneConfig) -> Location:
     with recorded(run_path, "tune", config, inputs) as outcome:
         taught = any(trial.teacher_share for trial in trials)
         teacher = [_teacher(task, config, histories) for task in labelled] if taught else []
-        study = Study(start, tables, config.search.metric, trials, run_path, teacher)
-        with cluster.ray_session(config.train):
+        study = Study(start, tables, config.search.metric, trials, run_path, teacher, config.device)
+        with cluster.ray_session(config.train, config.device):
             from hymate.training.trials import run_trials  # late: Ray takes its settings when it is imported
 
             outcomes = run_trials(study, config.search, config.train, attempt)
@@ -262,10 +267,10 @@ def _winner(start: Start, trial: TrialConfig, best: Outcome) -> Bundle:
 
 
 def _calibrated(
-    winner: Bundle, histories: Histories, task: str, tuning: Examples
+    winner: Bundle, histories: Histories, task: str, tuning: Examples, device: torch.device
 ) -> tuple[Bundle, trust.Recalibration, np.ndarray]:
     """The model whose probabilities fit the task's tuning split best, what was changed, and its probabilities there."""
-    outputs, _ = predict(winner.for_task(task), histories, tuning)
+    outputs, _ = predict(winner.for_task(task), histories, tuning, device)
     recalibration = trust.recalibrate(tuning.label_E, outputs.logit_ET[:, 0], tuning.weight_E)
     outputs.logit_ET[:, 0] = recalibration(outputs.logit_ET[:, 0])
     model = build_model(winner)
@@ -288,8 +293,13 @@ def _score_winner(
     known: sentences on when events become known.
     """
     run_path, parts = config.run.path, []
+    device = CPU
+    if config.device == "cuda":  # the trials ran on a cluster's GPUs, say, and the driver's machine may have none
+        device = choose("auto", winner.model)
+        if device == CPU:
+            print("this machine cannot use a GPU: the best model is scored on its CPU", flush=True)
     for task in labelled:
-        winner, part = _score_task(config, winner, histories, task)
+        winner, part = _score_task(config, winner, histories, task, device)
         parts.append(part)
     found = results.collect(parts, config.search.metric, outcomes, best)
     found |= {"bundle": str(run_path / "bundle"), "init": config.init, "initial_weights": initial_weights}
@@ -315,16 +325,16 @@ def _score_winner(
 
 
 def _score_task(
-    config: TuneConfig, winner: Bundle, histories: Histories, task: LabelledTask
+    config: TuneConfig, winner: Bundle, histories: Histories, task: LabelledTask, device: torch.device
 ) -> tuple[Bundle, dict[str, Any]]:
     """The model with the task's head recalibrated, and what results.json says of the task.
 
     Its predictions and its picture are in the run's folder.
     """
     name, split, tuning = task.config.name, task.scored_split, task.examples["tuning"]
-    winner, recalibration, tuning_probability_E = _calibrated(winner, histories, name, tuning)
+    winner, recalibration, tuning_probability_E = _calibrated(winner, histories, name, tuning, device)
     scored = task.examples[split]
-    outputs, _ = predict(winner.for_task(name), histories, scored)
+    outputs, _ = predict(winner.for_task(name), histories, scored, device)
     write_predictions(scored, outputs, config.run.path / results.predictions_file(name, winner.tasks))
     label_E, probability_E, subject_id_E = scored.label_E, outputs.probability_ET[:, 0], scored.subject_id_E
     weight_E = scored.weight_E

@@ -17,6 +17,7 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler
 
 from hymate.config import SearchConfig, TrainConfig, UserError
+from hymate.device import choose
 from hymate.storage import Location, remove_tree, require_room, write_text
 from hymate.telemetry import PROGRESS, Telemetry, read_progress
 from hymate.training import checkpoint, engine
@@ -71,7 +72,7 @@ def _tuner(study: Study, search: SearchConfig, train: TrainConfig, attempt: Atte
         grace_period=min(search.grace_steps, train.max_steps),
         reduction_factor=search.reduction_factor,
     )
-    resources = {"cpu": train.cpus_per_worker, "gpu": int(train.use_gpu)}
+    resources = {"cpu": train.cpus_per_worker, "gpu": int(study.device == "cuda")}
     return tune.Tuner(
         tune.with_resources(tune.with_parameters(_trial, study=study, attempt=attempt), resources),
         param_space={"index": tune.grid_search(list(range(len(study.trials))))},
@@ -112,6 +113,10 @@ def _trial(parameters: dict[str, Any], study: Study, attempt: Attempt) -> None:
 def _run(index: int, study: Study, attempt: Attempt) -> None:
     trial = study.trials[index]
     name = f"trial-{index}"
+    try:
+        device = choose(study.device, trial.model)  # this may be another machine than the driver's
+    except UserError as error:
+        raise engine.Unrecoverable(str(error)) from error
     torch.set_num_threads(trial.train.cpus_per_worker)
     kept, ended = _kept(study, index), study.run_path / TRIALS / name / ENDED
 
@@ -125,7 +130,7 @@ def _run(index: int, study: Study, attempt: Attempt) -> None:
 
     telemetry = Telemetry(study.run_path / "tb" / name, enabled=True)
     with (
-        engine.single_process(trial.train.use_gpu) as worker,
+        engine.single_process(device) as worker,
         newest_whole(kept.newest_first(), worker, telemetry) as (resume, damages),
     ):
         if resume is None:

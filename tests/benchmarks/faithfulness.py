@@ -27,7 +27,7 @@ from hymate.data.histories import Histories
 from hymate.data.meds import read_labels
 from hymate.data.synthetic_codes import DISTRACTORS
 from hymate.data.synthetic_law import COPD, CREATININE, HAEMOGLOBIN, HEART_FAILURE
-from hymate.predict import best_device
+from hymate.device import choose
 
 DRIVERS = (CREATININE, HAEMOGLOBIN, HEART_FAILURE, COPD)
 STEPS = (8, 16, 32, 64, 128)
@@ -86,7 +86,8 @@ def main() -> None:
     options = parser.parse_args()
     histories = Histories.open(options.data)
     examples = labelled_examples(histories, read_labels(options.data / "labels" / "readmission"), "held_out")
-    explainer = Explainer(read_bundle(options.bundle, kind="risk"), histories, best_device())
+    bundle = read_bundle(options.bundle, kind="risk")
+    explainer = Explainer(bundle, histories, choose("auto", bundle.model))
     cases = explainer.cases(examples, np.random.default_rng(0).permutation(len(examples))[: options.cases])
     attributions = explainer.attributions(cases)
     ranking(explainer, cases, attributions)

@@ -31,7 +31,7 @@ import torch
 from matplotlib.figure import Figure
 from safetensors.torch import load_file, save_file
 
-from hymate import baselines, metrics
+from hymate import baselines, device, metrics
 from hymate.command import load
 from hymate.data.examples import Examples, labelled_examples
 from hymate.data.features import FeatureConfig, choose, features
@@ -247,7 +247,9 @@ def main() -> None:
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     print("| model | context | tuning AUROC | held-out AUROC [95 % CI] | ceiling | s, training + scoring |")
     print("|---|---|---|---|---|---|", flush=True)
-    with engine.single_process(torch.cuda.is_available()) as worker:
+    model = configured(options, min(map(int, ceiling))).model
+    assert model is not None, "SETTINGS has one"
+    with engine.single_process(device.choose("auto", model)) as worker:
         make = cut if options.cut else fine_tuned
         runs = [partial(make, Point.of(options, context), worker) for context in sorted(options.contexts)]
         runs += [partial(boosted, Point.of(options, min(map(int, ceiling))))] if options.boosting else []

@@ -34,6 +34,7 @@ from hymate.data.histories import Histories
 from hymate.data.meds import DATA_SCHEMA, LABEL_SCHEMA, write_metadata, write_parquet
 from hymate.data.prepare import PrepareConfig, prepare
 from hymate.data.vocabulary import Vocabulary
+from hymate.device import CPU
 from hymate.model import RiskModel
 from hymate.predict import predict, predict_whole
 from hymate.states import StateFolder
@@ -83,8 +84,8 @@ def compare(folder: Path) -> None:
     """One pass against chunks; stops the program where they differ."""
     bundle, histories = read_bundle(folder / "bundle"), Histories.open(folder / "data")
     examples = labelled_examples(histories, pq.read_table(folder / "labels.parquet"), "train")
-    one_pass, _ = predict(bundle, histories, examples)
-    whole, *_ = predict_whole(bundle, histories, examples)
+    one_pass, _ = predict(bundle, histories, examples, CPU)
+    whole, *_ = predict_whole(bundle, histories, examples, CPU)
     difference = float(np.abs(one_pass.probability_ET - whole.probability_ET).max())
     print(
         f"correctness: {COMPARED_EVENTS:,} events, 3 prediction times: probabilities differ by {difference:.1e} at most"
