@@ -2,7 +2,8 @@
 # A pretraining run on a Ray cluster inside one Slurm job. Submit it from the root of a checkout that all machines see,
 # with the environment in .venv; what follows is given to the command:
 #   sbatch cluster/slurm.sh data.path=/shared/data run.dir=/shared/runs model=small
-# with GPUs:  sed -e '/# CPU$/d' -e 's/#GPU: //' cluster/slurm.sh > slurm-gpu.sh  and submit that.
+# with GPUs, and the environment installed with cluster/cuda.txt:
+#   sed -e '/# CPU$/d' -e 's/#GPU: //' cluster/slurm.sh > slurm-gpu.sh  and submit that.
 # A job that is preempted or runs out of time continues from its last checkpoint when Slurm starts it again.
 #SBATCH --job-name=hymate
 #SBATCH --nodes=2

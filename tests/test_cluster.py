@@ -20,8 +20,10 @@ import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
-from commands import ROOT, points, ray_processes, run, step_of, wait_until
+from commands import ROOT, points, ray_processes, readme_commands, run, step_of, wait_until
 from kuberay import SCHEMAS
+from packaging.requirements import Requirement
+from packaging.version import Version
 from ray.autoscaler._private.util import prepare_config, validate_config
 from small_cohort import prepare_small
 
@@ -197,14 +199,30 @@ def test_the_container_file_builds_what_is_there() -> None:
         if name == "COPY":
             sources = [word for word in argument.split()[:-1] if not word.startswith("--")]
             assert sources and all((ROOT / source).exists() for source in sources), argument
-            assert {source.split("/")[0] for source in sources} <= admitted, argument
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert re.findall(r'EXTRAS="(.*?)"', text) == ["", "[cuda]"] and "cuda" in project["optional-dependencies"]
-    (torch,) = [each for each in project["dependencies"] if re.match(r"torch\b", each)]
-    assert f'"{torch}"' in text
+            assert all(source in admitted or source.split("/")[0] in admitted for source in sources), argument
+    (install,) = [argument for name, argument in instructions if name == "RUN" and "pip install" in argument]
+    for_cpus, for_gpus = (install.replace("--no-cache-dir $TORCH", each) for each in re.findall(r'TORCH="(.*?)"', text))
+    assert for_gpus in readme_commands(), "as the README has it"
+    assert for_cpus == "pip install --extra-index-url https://download.pytorch.org/whl/cpu -e ."
     users = [argument for name, argument in instructions if name == "USER"]
     assert users == ["1000:1000"], "as the pods' runAsUser"
     assert "RAY_AUTH_MODE=token" in text
+
+
+def test_the_kernels_are_those_of_the_pytorch_beside_them() -> None:
+    lines = [line for line in (CLUSTER / "cuda.txt").read_text().splitlines() if not line.startswith("#")]
+    channels = {line.rstrip("/").rpartition("/")[2] for line in lines if line.startswith("--")}
+    pinned = {each.name: each for line in lines if not line.startswith("--") for each in [Requirement(line)]}
+    version = {name: Version(str(each.specifier).removeprefix("==")) for name, each in pinned.items()}
+    torch = version.pop("torch")
+    assert channels == {torch.local}, "each index is for one CUDA"
+    cuda = f"{torch.local[2:-1]}.{torch.local[-1]}"
+    assert version.keys() == {"mamba-ssm", "causal-conv1d"}
+    assert {each.local for each in version.values()} == {f"cu.{cuda}.torch.{torch.major}.{torch.minor}"}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (ours,) = [each for each in map(Requirement, project["dependencies"]) if each.name == "torch"]
+    assert torch.public in ours.specifier
+    assert "cuda" not in project["optional-dependencies"], "they don't build in pip's isolated environments"
 
 
 # -------------------------------------------------------------------------------------------------------- Slurm

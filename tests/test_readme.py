@@ -23,8 +23,8 @@ from hymate.bundle import read_bundle
 from hymate.metrics import auroc
 
 # not run by test_readme_commands_run: make test is what runs this file, make demo is below, jobs are in test_jobs.py,
-# and the last needs a CUDA compiler; what has an s3:// in it is in test_storage.py
-ELSEWHERE = ("make test", "make demo", "ray job submit", "pip install")
+# and the last two are for machines with a GPU; what has an s3:// in it is in test_storage.py
+ELSEWHERE = ("make test", "make demo", "ray job submit", "pip install", "MAMBA_KEEP_CUDA_BUILD=")
 SMALL = {
     "pretrain/run.py": "data.context=64 data.tokens_per_row=256 data.min_count=1 train.max_steps=4 train.eval_every=2 "
     "train.warmup_steps=1 train.rows_per_step=2 train.eval_rows=2",
