@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.stats import norm, t
 
 Array = NDArray[Any]
 AREAS = ("auroc", "auprc")
@@ -76,13 +77,14 @@ def weights(weight_N: ArrayLike | None, label_N: ArrayLike) -> Array:
 def areas(
     label_N: ArrayLike, score_N: ArrayLike, subject_N: ArrayLike, weight_N: ArrayLike | None = None
 ) -> dict[str, dict[str, Any]]:
-    """ "auroc" and "auprc", each as `estimates` gives it."""
+    """ "auroc" and "auprc", each as `estimates` gives it, at `widened` level."""
     label_N, score_N = _checked(label_N, score_N, low=-np.inf, high=np.inf)
 
     def statistics(weight_BN: Array) -> Array:
         return _areas(label_N, score_N, weight_BN)
 
-    return dict(zip(AREAS, estimates(statistics, len(AREAS), subject_N, weight_N), strict=True))
+    level = widened(0.95, label_N, subject_N)
+    return dict(zip(AREAS, estimates(statistics, len(AREAS), subject_N, weight_N, level), strict=True))
 
 
 def paired_difference(
@@ -95,8 +97,8 @@ def paired_difference(
 ) -> dict[str, dict[str, Any]]:
     """How much better scores `a_N` are than `b_N` on the same labels, in "auroc" and "auprc": a's minus b's.
 
-    Each is as `estimates` gives it: both scores are computed on the same resampled patients, which cancels what the two
-    have in common. Scores are any finite numbers; each vector has its own scale.
+    Each is as `estimates` gives it, at `widened` level: both scores are computed on the same resampled patients, which
+    cancels what the two have in common. Scores are any finite numbers; each vector has its own scale.
     """
     label_N, a_N = _checked(label_N, a_N, low=-np.inf, high=np.inf)
     _, b_N = _checked(label_N, b_N, low=-np.inf, high=np.inf)
@@ -104,6 +106,7 @@ def paired_difference(
     def differences(weight_BN: Array) -> Array:
         return _areas(label_N, a_N, weight_BN) - _areas(label_N, b_N, weight_BN)
 
+    level = widened(level, label_N, subject_N)
     return dict(zip(AREAS, estimates(differences, len(AREAS), subject_N, weight_N, level), strict=True))
 
 
@@ -126,12 +129,26 @@ def mean_difference(
         a_KB, b_KB = mean_areas(a_RN, weight_BN), mean_areas(b_RN, weight_BN)
         return np.concatenate([a_KB, a_KB - b_KB])
 
-    found = estimates(means, 2 * len(AREAS), subject_N, weight_N)
+    found = estimates(means, 2 * len(AREAS), subject_N, weight_N, widened(0.95, label_N, subject_N))
     own, differences = found[: len(AREAS)], found[len(AREAS) :]
     return {
         name: {"ci": mine["ci"], "difference": difference}
         for name, mine, difference in zip(AREAS, own, differences, strict=True)
     }
+
+
+def widened(level: float, label_N: ArrayLike, subject_N: ArrayLike) -> float:
+    """The level at which a percentile interval of an area is about as wide as Student's t asks for `level`.
+
+    The bootstrap is too sure of few patients, as a normal interval with n in place of n - 1 is (Hesterberg 2015). The
+    degrees of freedom are those of the class with fewer patients, which an area depends on most.
+    """
+    label_N, subject_N = np.asarray(label_N), np.asarray(subject_N)
+    patients = min(len(np.unique(subject_N[of_class])) for of_class in (label_N > 0.5, label_N < 0.5))
+    if patients < 2:
+        return 1.0
+    quantile = t.ppf((1 + level) / 2, patients - 1) * np.sqrt(patients / (patients - 1))
+    return float(2 * norm.cdf(quantile) - 1)
 
 
 def estimates(
@@ -242,10 +259,11 @@ def _areas(label_N: ArrayLike, score_N: ArrayLike, weight_BN: Array) -> Array:
     order_N = np.argsort(-score_N, kind="stable")
     end_G = np.append(np.flatnonzero(np.diff(score_N[order_N])), len(score_N) - 1)
     weight_BN = weight_BN[:, order_N]
-    # weight of the positives, and of everyone, scored at least as high as each group
+    # weight of the positives, and of the negatives, scored at least as high as each group; not one from the other's
+    # difference to all, where a heavy label would swallow the light ones
     positive_BG = np.cumsum(weight_BN * label_N[order_N], axis=1)[:, end_G]
-    all_BG = np.cumsum(weight_BN, axis=1)[:, end_G]
-    negative_BG = all_BG - positive_BG
+    negative_BG = np.cumsum(weight_BN * (1 - label_N[order_N]), axis=1)[:, end_G]
+    all_BG = positive_BG + negative_BG
     gained_BG = np.diff(positive_BG, axis=1, prepend=0)
     positives_B, negatives_B = positive_BG[:, -1], negative_BG[:, -1]
     with np.errstate(divide="ignore", invalid="ignore"):

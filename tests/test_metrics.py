@@ -132,6 +132,15 @@ def test_a_difference_is_paired_clustered_and_antisymmetric() -> None:
     assert undefined["auroc"] == undefined["auprc"] == {"value": None, "ci": None}
 
 
+def test_intervals_of_areas_are_wider_where_patients_are_few() -> None:
+    few, many = (np.repeat([1, 0], [positives, 1000]) for positives in (9, 900))
+    # Student's t with 8 degrees of freedom, and 9 in place of 8: 2.31 * sqrt(9 / 8) = 2.45 errors; with 899: 1.96
+    assert metrics.widened(0.95, few, np.arange(1009)) == pytest.approx(0.9856, abs=1e-4)
+    assert metrics.widened(0.95, many, np.arange(1900)) == pytest.approx(0.95, abs=1e-3)
+    # five labels of a patient are one patient
+    assert metrics.widened(0.95, np.repeat(few, 5), np.repeat(np.arange(1009), 5)) == pytest.approx(0.9856, abs=1e-4)
+
+
 def test_the_difference_of_means_is_the_mean_of_differences() -> None:
     label, a, subject = cohort(80, 2)
     b = np.random.default_rng(1).random((3, len(label)))
@@ -219,6 +228,15 @@ def test_weighted_areas_are_scikit_learns() -> None:
         average_precision_score(label, prob, sample_weight=weight)
     )
     assert metrics.brier(label, prob, weight) == pytest.approx(brier_score_loss(label, prob, sample_weight=weight))
+
+
+@pytest.mark.parametrize("heavy", range(4))
+def test_one_label_of_enormous_weight_decides_the_areas_and_breaks_nothing(heavy: int) -> None:
+    label, prob, weight = np.array([1, 0, 1, 0]), np.array([0.9, 0.6, 0.4, 0.2]), np.ones(4)
+    weight[heavy] = 1e30
+    # in the end only the pairs that the heavy label belongs to count
+    assert metrics.auroc(label, prob, weight) == pytest.approx([1.0, 0.5, 0.5, 1.0][heavy])
+    assert metrics.auprc(label, prob, weight) == pytest.approx([1.0, 0.5, 1.0, 5 / 6][heavy])
 
 
 @pytest.mark.parametrize("weight", [[1.0, 0.0], [1.0, -1.0], [1.0, float("nan")], [1.0]])
