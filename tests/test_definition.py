@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from datetime import timedelta
 from pathlib import Path
@@ -43,7 +44,7 @@ def by_hand(windows: dict[str, dict[str, Any]], events: History) -> dict[float, 
     """Trigger -> prediction time and label, window by window and event by event."""
     found = {}
     for trigger in sorted({t for t, code in events if code == A}):
-        edges, holds, answer, label = {"trigger": trigger}, True, None, None
+        edges, holds, answer, label, until = {"trigger": trigger}, True, math.nan, None, math.nan
         for name, window in windows.items():
             by_end = window["start"] is None or window["start"].split()[0] == "end"
             root, other = ("end", "start") if by_end else ("start", "end")
@@ -67,9 +68,9 @@ def by_hand(windows: dict[str, dict[str, Any]], events: History) -> dict[float, 
             if "index_timestamp" in window:
                 answer = edges[f"{name}.{window['index_timestamp']}"]
             if "label" in window:
-                label = counts[window["label"]] > 0
-        if holds:
-            assert answer is not None and label is not None
+                label, until = counts[window["label"]] > 0, end
+        if holds and until >= answer:
+            assert label is not None
             found[trigger] = (answer, label)
     return found
 
@@ -150,6 +151,14 @@ def test_an_input_window_may_start_relative_to_its_end(edge: str, expected: floa
 def test_a_window_that_runs_to_the_next_discharge_does_not_end_at_the_one_that_it_starts_at(tmp_path: Path) -> None:
     config = task("readmission", "task.definition.windows.target.end='start -> hospital_discharge'")
     assert labelled(tmp_path, [*stay(0, 3), *stay(20, 25), (80, LAB)], config) == {3: True}
+
+
+def test_a_label_whose_window_is_over_at_the_prediction_is_none(tmp_path: Path) -> None:
+    late = "task.definition.windows.{}"
+    added = "{start: target.end, end: start + 7d, start_inclusive: true, end_inclusive: true, index_timestamp: end}"
+    config = task("readmission", f"+{late.format('later')}={added}", f"~{late.format('input.index_timestamp')}")
+    with pytest.raises(UserError, match=r"no trigger gets a label \(.*; excluded: 3 by target;"):
+        labelled(tmp_path, [*stay(0, 3), (20, ADMITTED), (80, LAB)], config)
 
 
 @pytest.mark.parametrize("name", ["readmission", "mortality", "length_of_stay"])

@@ -407,19 +407,19 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "times in nanoseconds that do not fit": (
         edit("data/train/1.parquet", retype("time", pa.array([None, 1], pa.timestamp("ns")))),
-        r"train/1\.parquet: row 1: time is too large for timestamp\[us\], MEDS's type, or would lose digits: mend",
+        r"train/1\.parquet: row 1: time does not fit timestamp\[us\] or would lose digits: mend",
     ),
     "a number beyond float32": (
         edit("data/train/1.parquet", retype("numeric_value", [1e38, -1e39])),
-        r"train/1\.parquet: row 1: numeric_value is too large for float, MEDS's type, .*: mend the value or drop",
+        r"train/1\.parquet: row 1: numeric_value does not fit float .*: mend the value or drop",
     ),
     "an integer that float32 cannot hold": (
         edit("data/train/1.parquet", retype("numeric_value", [1, 2**24 + 1])),
-        r"train/1\.parquet: row 1: numeric_value is too large for float, MEDS's type, or would lose digits",
+        r"train/1\.parquet: row 1: numeric_value does not fit float or would lose digits",
     ),
     "a subject beyond int64": (
         edit("data/train/1.parquet", retype("subject_id", pa.array([3, 2**64 - 1], pa.uint64()))),
-        r"train/1\.parquet: row 1: subject_id is too large for int64",
+        r"train/1\.parquet: row 1: subject_id does not fit int64",
     ),
     "a label beyond float32": (
         lambda raw: write(
@@ -428,7 +428,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
             ),
             raw / "labels/t/0.parquet",
         ),
-        r"labels/t/0\.parquet: row 2: float_value is too large for float",
+        r"labels/t/0\.parquet: row 2: float_value does not fit float",
     ),
     "a link to nothing": (
         lambda raw: (raw / "data/held_out/1.parquet").symlink_to(raw / "gone.parquet"),

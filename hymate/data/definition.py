@@ -10,7 +10,8 @@ meaning, because its own `query` silently departs from it (es-aces 0.7.3):
 
 The rules, where ACES's documentation leaves room: an edge `X -> P` (or `X <- P`) is the first P after X (the last one
 before it), or at X itself where the window includes that edge. `null` is the first or last event of the record.
-A trigger with an edge that isn't in the record is left out.
+A trigger with an edge that isn't in the record is left out, and so is one whose label window ends before its prediction
+time: nothing would be left to predict.
 
 Legend: R rows, the distant times of each subject in order; N triggers.
 """
@@ -208,7 +209,7 @@ class Found:
         (whether its label's predicate holds there), event_time (when first) and, for each kind, whether the first of
         all its events is of that kind; of triggers at which every window holds.
     num_triggers; excluded: for each window how many triggers it leaves out, of those that the ones before it, in the
-        order of their evaluation, have left.
+        order of their evaluation, have left; for the one with the label also those where it is over too early.
     """
 
     rows: pl.DataFrame
@@ -227,6 +228,13 @@ def find(config: Any, events: pl.DataFrame, start: str | None = None, kinds: Map
     record, kinds = _Record(events), kinds or {}
     trigger = np.flatnonzero(record.count[config.trigger.predicate])
     edges, holds_N, excluded = _evaluated(config, record, trigger)
+    prediction_N, end_N = (
+        edges[f"{config.index_timestamp_window}.{_index(config)}"][0],
+        edges[f"{config.label_window}.end"][0],
+    )
+    over_N = holds_N & (end_N < prediction_N)
+    excluded[config.label_window] += int(over_N.sum())
+    holds_N = holds_N & ~over_N
     subject_N = record.subject_R[trigger][holds_N]
     time_N = {name: edge_N[holds_N] for name, (edge_N, _) in edges.items()}
     prediction_N = time_N[f"{config.index_timestamp_window}.{_index(config)}"]

@@ -6,7 +6,7 @@ MEDS labels allow no further columns. Line n of the file belongs to line n of th
     start                           when the stay or course that the label is about began, at or before the prediction
                                     time; null where it isn't known. The patient may be shown as it was at any time
                                     between, with the same label
-    weight                          how much the label counts, positive: its inverse probability of being observed
+    weight                          how much the label counts, 1e-6 to 1e6: its inverse probability of being observed
 
 `start` and `weight` may each be missing.
 """
@@ -36,6 +36,7 @@ KEYS = tuple(LABEL_SCHEMA.names[:2])
 SCHEMA = pa.schema(
     [*(LABEL_SCHEMA.field(key) for key in KEYS), ("start", pa.timestamp("us")), ("weight", pa.float32())]
 )
+WEIGHTS = (1e-6, 1e6)  # beyond these one label would be all that counts, or nothing
 KINDS = {**LABEL_KINDS, "start": pa.types.is_timestamp, "weight": pa.types.is_floating}
 
 
@@ -98,8 +99,9 @@ def read_file(path: Location) -> pa.Table:
         labels = labels.append_column("start", start)
     if "weight" in extra.column_names:
         weight = column("weight")
-        counts = pc.and_(pc.is_finite(weight), pc.greater(weight, 0))  # null where the weight is
+        lowest, highest = (pa.scalar(bound, pa.float32()) for bound in WEIGHTS)
+        counts = pc.and_(pc.greater_equal(weight, lowest), pc.less_equal(weight, highest))  # null where the weight is
         if counts.true_count < len(counts):
-            raise DataError(f"{path}: a weight is null, infinite or not positive: mend it")
+            raise DataError(f"{path}: a weight is null or not between {WEIGHTS[0]:g} and {WEIGHTS[1]:g}: mend it")
         labels = labels.append_column("weight", weight)
     return labels

@@ -358,8 +358,8 @@ def cast_column(column: pa.Array, spec: pa.Field, path: Location, first_row: int
         fits = _cast(column[good:middle], spec.type) is not None
         good, bad = (middle, bad) if fits else (good, middle)
     raise DataError(
-        f"{path}: row {first_row + good}: {spec.name} is too large for {spec.type}, MEDS's type, or would lose digits: "
-        "mend the value or drop the row"
+        f"{path}: row {first_row + good}: {spec.name} does not fit {spec.type} or would lose digits: mend the value "
+        "or drop the row"
     )
 
 

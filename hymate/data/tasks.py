@@ -5,7 +5,8 @@ event was not observed because the patient died (a competing risk) or because th
 here, with every outcome counted:
 
     triggers            times at which the definition's trigger matches (several codes at one time are one trigger)
-    excluded            its windows do not hold there (e.g. discharged before the prediction time)
+    excluded            its windows do not hold there (e.g. discharged before the prediction time), or the label window
+                        ends before the prediction time
     died_in_hospital    the competing event, death, came at or before the prediction time: not at risk, no label
     competing_deaths    death after it, before the label window ends and without the label's event: no label under
                         `competing_rule: exclude`, a negative one under `negative`
@@ -41,7 +42,7 @@ from hymate.data.extras import read_labels_and_extras, write_labels
 from hymate.data.meds import FIRST_TIME, US_PER_DAY, read_splits
 from hymate.storage import Location, files_below, locate, new_folder, write_text
 
-RULES_VERSION = 3  # of the rules above and of definition.py; a new one makes old extractions be redone
+RULES_VERSION = 4  # of the rules above and of definition.py; a new one makes old extractions be redone
 SUMMARY = "counts.json"
 DETAILS = ("excluded", "kinds", "predicates")
 
@@ -186,7 +187,7 @@ def _extract(
                 for found in of_shards.values():
                     counter.update(found[name])
             without = unmatched(total["predicates"])
-            _require_labels(task, config, total["counts"], without)
+            _require_labels(task, config, total, without)
             if unexpected := [name for name in without if name not in task.kinds]:
                 names = ", ".join(unexpected)
                 print(
@@ -258,7 +259,10 @@ def _no_event(task: TaskConfig, role: str, names: list[str], without: Mapping[st
     )
 
 
-def _require_labels(task: TaskConfig, config: Any, counts: Mapping[str, int], without: Mapping[str, str]) -> None:
+def _require_labels(
+    task: TaskConfig, config: Any, total: Mapping[str, Mapping[str, int]], without: Mapping[str, str]
+) -> None:
+    counts = total["counts"]
     static = [name for name, predicate in config.plain_predicates.items() if predicate.static and name in without]
     if not counts["triggers"]:
         never = _never(config, config.trigger.predicate, without)
@@ -266,6 +270,8 @@ def _require_labels(task: TaskConfig, config: Any, counts: Mapping[str, int], wi
             raise _no_event(task, "trigger" if never else "static predicate", never or static, without)
     if not counts["labels"]:
         why = ", ".join(f"{value} {name}" for name, value in counts.items())
+        left_out = [f"{value} by {name}" for name, value in total["excluded"].items() if value]
+        why += f"; excluded: {', '.join(left_out)}" if left_out else ""
         why += f"; predicates that match no event: {', '.join(without)}" if without else ""
         raise UserError(f"task {task.name}: no trigger gets a label ({why}): correct task.definition")
 
