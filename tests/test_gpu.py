@@ -1,4 +1,4 @@
-"""A CPU and a GPU do the same: training at each ZeRO stage, a checkpoint that goes from one to the other.
+"""A CPU and a GPU do the same: training at each ZeRO stage, a checkpoint that goes from one to the other, predictions.
 
 `make test-gpu` runs the parts marked `gpu` (not yet run on one). Without a GPU the same code runs from CPU to CPU at
 one stage, so that it has run before its first time on one. A process for each device, because DeepSpeed keeps the one
@@ -18,11 +18,14 @@ from typing import Any
 import pytest
 import torch
 from processes import TRAIN, RandomRows, run_training
-from rows import random_row
+from random_histories import random_history, random_vocabulary
+from rows import in_double, random_row
 from safetensors.torch import load_file
 
 from hymate.batch import Batch
 from hymate.config import ModelConfig
+from hymate.model import RiskModel
+from hymate.streaming import StreamingModel
 from hymate.training.engine import Worker, single_process
 
 STAGES = (0, 1, 2, 3) if torch.cuda.is_available() else (3,)
@@ -157,3 +160,55 @@ def _final(folder: Path) -> dict[str, torch.Tensor]:
     """Weights and moments at the end."""
     files = sorted((folder / f"step-{STEPS}").glob("*.safetensors"))
     return {key: tensor for file in files for key, tensor in load_file(file).items()}
+
+
+# ------------------------------------------------------------------------------------------------------ prediction
+
+DEVICES = ["cpu", pytest.param("cuda", marks=GPU)]
+VOCAB = 31
+KINDS = {
+    **MODELS,
+    "recurrent": replace(MODEL, layers="GA"),
+    "variables": replace(MODEL, pooling="variables", num_queries=2, members=2),
+    "bidirectional": replace(MODEL, bidirectional=True, window=0, pooling="attention", num_queries=1),
+}
+
+
+def risk_model(config: ModelConfig) -> RiskModel:
+    torch.manual_seed(0)
+    return RiskModel(config, VOCAB, ["mortality", "length_of_stay"], ["length_of_stay"]).eval()
+
+
+def assert_same(actual: torch.Tensor, exact: torch.Tensor, device: str) -> None:
+    """float32 there beside float64 here."""
+    error = float((actual.double() - exact).norm() / exact.norm())
+    assert error < (1e-4 if device == "cpu" else TF32), f"relative error {error:.1e}"
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_predictions_do_not_depend_on_the_device(kind: str, device: str) -> None:
+    row = random_row((40, 1, 130, 17), vocab_size=VOCAB)
+
+    def outputs(model: RiskModel, row: Batch) -> torch.Tensor:
+        with torch.no_grad():
+            logit_ST, log_days_ST = model.outputs(model.patient(row)[0])
+        return torch.stack([*logit_ST.T, log_days_ST[:, 1]]).cpu()
+
+    exact = outputs(risk_model(KINDS[kind]).double(), in_double(row))
+    assert_same(outputs(risk_model(KINDS[kind]).to(device), row.to(torch.device(device))), exact, device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "bidirectional"])
+def test_a_history_that_grows_does_not_depend_on_the_device(kind: str, device: str) -> None:
+    """In pieces of 100 events, one event among them, beside one pass in float64."""
+    vocabulary = random_vocabulary(VOCAB)
+    history = random_history(301, vocabulary)
+    at = int(history.time[-1]) + 3_600_000_000
+    logits = []
+    for model, size in ((risk_model(KINDS[kind]).double(), 301), (risk_model(KINDS[kind]).to(device), 100)):
+        stream = StreamingModel(model, vocabulary, vocabulary.codes, chunk_events=size)
+        state = stream.append(None, stream.events(history))
+        logits.append(torch.from_numpy(stream.outputs(state, history, at)[0]))
+    assert_same(logits[1], logits[0], device)

@@ -1,0 +1,114 @@
+"""tests/benchmarks/gpu.py without a GPU: its rehearsal from end to end, and what parts that break leave behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import ROOT
+
+sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
+from gpu import PARTS, outcome, run_part
+
+SCRIPT = ROOT / "tests" / "benchmarks" / "gpu.py"
+
+
+def packages(folder: Path, **modules: str) -> dict[str, str]:
+    """The environment of a machine that has these modules, each with its source, before all others."""
+    folder.mkdir()
+    for name, source in modules.items():
+        (folder / f"{name}.py").write_text(source)
+    return {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"}
+
+
+@pytest.mark.slow
+def test_a_rehearsal_reports_every_part_and_outlives_one_that_fails(tmp_path: Path) -> None:
+    environment = packages(tmp_path / "site", transformers="raise RuntimeError('made to fail')")
+    out = tmp_path / "results"
+    command = [sys.executable, str(SCRIPT), "--rehearse", "--out", str(out)]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    results = json.loads((out / "gpu.json").read_text())
+    parts = results["parts"]
+    assert list(parts) == list(PARTS), done.stderr
+    failed = [name for name in PARTS if parts[name]["outcome"] != "done"]
+    assert failed == ["machine", "peers"] and done.returncode == 1, done.stdout
+    for name, part in parts.items():
+        assert part["rows"] and name in done.stdout
+        for row in part["rows"]:
+            assert f"    {row['what']}: " in done.stdout
+            if "error" in row:
+                assert row["what"].startswith("transformers") and "made to fail" in row["error"]
+                assert "Traceback" in row["traceback"] and "Traceback" not in done.stdout
+            else:
+                assert row.get("left_out") or any(
+                    isinstance(value, int | float | str) for value in list(row.values())[1:]
+                )
+    measured = {row["what"]: row for part in parts.values() for row in part["rows"]}
+    assert measured["bf16 matrix product, 64 square"]["tflops"] > 0
+    for what in ("base, mamba2, plain", "base, mamba1, DeepSpeed ZeRO 2", "base, 1,024 events, activations kept"):
+        row = measured[what]
+        assert row["events_per_second"] > 0 and row["peak_gib"] > 0 and row["fraction_of_matrix_rate"] > 0
+    assert measured["HyMaTE, packed, real lengths"]["filled"] > 0.8
+    assert measured["base, prediction here and on the CPU"]["largest_difference_of_logits"] == 0
+    assert measured["base, streaming 1,024 events"]["append_16_ms"] > 0
+    assert len(measured["base, one step"]["longest"]) == 10
+
+
+ROW = "import json, sys; open(sys.argv[1], 'w').write(json.dumps([{'what': 'first', 'ms': 1.0}]));"
+
+
+@pytest.mark.parametrize(
+    ("source", "ended"),
+    [
+        (f"{ROW} import os; os.kill(os.getpid(), 11)", "signal SIGSEGV"),
+        (f"{ROW} print('out of luck'); sys.exit(3)", "exit code 3"),
+        (f"{ROW} import time; print('out of luck', flush=True); time.sleep(60)", "stopped after 3 s"),
+    ],
+)
+def test_a_part_that_dies_or_hangs_keeps_what_it_measured(source: str, ended: str) -> None:
+    part = run_part([sys.executable, "-c", source], 3, dict(os.environ))
+    assert part["rows"] == [{"what": "first", "ms": 1.0}]
+    assert part["ended"] == ended and outcome(part) == "failed"
+    assert "SIGSEGV" in ended or part["printed"] == "out of luck\n"
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        ([{"what": "a", "ms": 1.0}, {"what": "b", "left_out": "no such package"}], "done"),
+        ([{"what": "a", "left_out": "no such package"}], "left out"),
+        ([{"what": "a", "ms": 1.0}, {"what": "b", "error": "ValueError", "traceback": ""}], "failed"),
+    ],
+)
+def test_a_part_is_done_where_anything_was_measured_and_nothing_failed(
+    rows: list[dict[str, Any]], expected: str
+) -> None:
+    assert outcome({"seconds": 1.0, "rows": rows}) == expected
+
+
+def test_a_bare_machine_is_described_before_anything_is_imported(tmp_path: Path) -> None:
+    """Without any package, as `-I -S` makes of this Python; a wheel that is none is named."""
+    (tmp_path / "broken-1.0-py3-none-any.whl").write_text("not a wheel")
+    command = [sys.executable, "-I", "-S", str(SCRIPT), "--minutes", "0", "--wheels", str(tmp_path)]
+    done = subprocess.run([*command, "--out", "results"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("Python 3") and lines[1] == "none of the packages"
+    assert lines[2].startswith("missing: torch, triton, mamba-ssm")
+    results = json.loads((tmp_path / "results" / "gpu.json").read_text())
+    assert "installed" not in results["wheels"]["broken-1.0-py3-none-any.whl"]
+    assert {row["left_out"] for part in results["parts"].values() for row in part["rows"]} == {"no time was left"}
+
+
+def test_gpu_tests_are_found_without_ray_and_what_other_tests_need(tmp_path: Path) -> None:
+    absent = dict.fromkeys(("ray", "moto", "boto3", "tensorboard", "aces"), "raise ModuleNotFoundError(__name__)")
+    environment = {**packages(tmp_path / "site", **absent), "PYTEST_ADDOPTS": "--collect-only"}
+    command = ["make", "test-gpu", f"PYTHON={sys.executable}", f"VENV={tmp_path}"]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "test_a_checkpoint_goes_on_on_the_other_device[cpu-cuda]" in done.stdout
+    assert "[cpu-cpu]" not in done.stdout and "test_fused.py" in done.stdout
