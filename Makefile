@@ -12,7 +12,9 @@ PY = $(BIN)/python
 # a virtual environment where there is one; a machine with a GPU may have its own Python with torch, and no internet
 ANY_PY = $(if $(wildcard $(PY)),$(PY),$(PYTHON))
 
-.PHONY: demo test test-gpu test-faults bench clean
+GPU_PYTHON ?= 3.12
+
+.PHONY: demo test test-gpu wheels test-faults bench clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -43,6 +45,13 @@ test: $(VENV)/.installed
 test-gpu:
 	$(ANY_PY) -m pytest -q -m gpu -o addopts="-ra --strict-markers -p no:cacheprovider" -o filterwarnings=default \
 		--continue-on-collection-errors $$(grep -rl --include='test_*.py' 'mark\.gpu' tests)
+
+# what a machine with a GPU and without internet may lack, for its Python; of mamba-ssm all but the compiled part
+wheels:
+	$(ANY_PY) -m pip download --quiet --no-deps --only-binary=:all: --python-version $(GPU_PYTHON) --dest wheels \
+		$(foreach version,2014 _2_17 _2_28,--platform manylinux$(version)_x86_64) -r tests/benchmarks/wheels.txt
+	DS_BUILD_OPS=0 MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE $(ANY_PY) -m pip wheel --quiet --no-deps \
+		--no-build-isolation --wheel-dir wheels "deepspeed>=0.19,<0.20" antlr4-python3-runtime==4.9.3 mamba-ssm==2.3.2.post1
 
 # processes killed, disks filled, servers stopped: some twenty minutes; ends in a table of what each fault costs
 test-faults: $(VENV)/.installed

@@ -30,7 +30,7 @@ from hymate.training.engine import Worker, single_process
 
 STAGES = (0, 1, 2, 3) if torch.cuda.is_available() else (3,)
 STEPS, SAVED = 8, 4
-# widths that the kernels take; no dropout, whose random numbers differ between devices
+# no dropout, whose random numbers differ between devices
 MODEL = ModelConfig(d_model=64, layers="MA", d_state=16, headdim=32, num_heads=4, window=16, dropout=0.0)
 MODELS = {"mamba2": MODEL, "mamba1": replace(MODEL, mixer="mamba1")}
 EXACT = replace(TRAIN, num_workers=1, max_steps=STEPS, eval_every=SAVED)

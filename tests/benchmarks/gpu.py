@@ -27,6 +27,7 @@ import sys
 import tempfile
 import time
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,14 @@ PACKAGES = (
     *("torch", "triton", "mamba-ssm", "causal-conv1d", "deepspeed", "transformers", "numpy", "pyarrow", "PyYAML"),
     *("hydra-core", "meds", "safetensors", "rich"),
 )
+
+# of mamba-ssm's compiled part; only Mamba-1 uses it
+STAND_IN = """
+def __getattr__(name):
+    if name.startswith("__"):
+        raise AttributeError(name)
+    raise ModuleNotFoundError("mamba-ssm's compiled part, which Mamba-1 needs, is not installed")
+"""
 
 
 def found() -> dict[str, str | None]:
@@ -82,6 +91,12 @@ def install(wheels: Path) -> dict[str, str]:
         done = subprocess.run(command, capture_output=True, text=True)
         outcome[wheel.name] = "installed" if done.returncode == 0 else _last_line(done.stderr) or "pip failed"
     return outcome
+
+
+def stand_in(site: Path) -> None:
+    """Let mamba-ssm be imported without the compiled part that it wants at once: its Triton kernels need none."""
+    if find_spec("mamba_ssm") and not find_spec("selective_scan_cuda"):
+        (site / "selective_scan_cuda.py").write_text(STAND_IN)
 
 
 def run_part(command: list[str], seconds: float, environment: dict[str, str]) -> dict[str, Any]:
@@ -181,6 +196,7 @@ def main() -> None:
     announce()
     if options.wheels:
         results["wheels"] = install(options.wheels)
+        stand_in(options.wheels / "site")
         results["packages"] = found()
         for name, what in results["wheels"].items():
             print(f"{name}: {what}")

@@ -59,9 +59,9 @@ def machine(rows: Rows, setting: Setting) -> None:
         return {"version": getattr(module, "__version__", "unknown")}
 
     rows.attempt("torch", torch_sees)
-    kernels = ("triton", "causal_conv1d", "mamba_ssm", "mamba_ssm.ops.triton.ssd_combined", "selective_scan_cuda")
-    for name in (*kernels, "deepspeed", "transformers"):
+    for name in ("triton", "causal_conv1d", "mamba_ssm.ops.triton.ssd_combined", "deepspeed", "transformers"):
         rows.attempt(name, functools.partial(imported, name))
+    rows.attempt("Mamba-1's kernel", lambda: {"is": str(importlib.import_module("selective_scan_cuda").fwd)})
 
 
 def ceilings(rows: Rows, setting: Setting) -> None:
@@ -137,7 +137,7 @@ def training(rows: Rows, setting: Setting, name: str, mixer: str) -> None:
 
         batches[:] = [batch.to("cpu") for batch in batches]
         train = TrainConfig(rows_per_step=1, zero_stage=2, precision="bf16")
-        with engine.single_process(setting.device.type == "cuda") as worker:
+        with engine.single_process(setting.device) as worker:
 
             def build() -> tuple[PretrainModel, Callable[[Batch], object]]:
                 module, optimizer = model_and_adamw(setting, config)
