@@ -41,9 +41,10 @@ test: $(VENV)/.installed
 	$(BIN)/mypy
 	$(PY) -m pytest -q
 
-# what needs a CUDA device; installs nothing and needs no Ray. Only the files that have such tests are imported
+# what needs a CUDA device; installs nothing and needs no Ray. Only the files that have such tests are imported.
+# MAMBA_DETERMINISTIC: one variant of each kernel, for trying all of them takes minutes for every new shape
 test-gpu:
-	$(ANY_PY) -m pytest -q -m gpu -o addopts="-ra --strict-markers -p no:cacheprovider" -o filterwarnings=default \
+	MAMBA_DETERMINISTIC=1 $(ANY_PY) -m pytest -q -m gpu -o addopts="-ra --strict-markers -p no:cacheprovider" -o filterwarnings=default \
 		--continue-on-collection-errors $$(grep -rl --include='test_*.py' 'mark\.gpu' tests)
 
 # what a machine with a GPU and without internet may lack, for its Python; of mamba-ssm all but the compiled part

@@ -13,7 +13,7 @@ import pytest
 from commands import ROOT
 
 sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
-from gpu import PARTS, outcome, run_part
+from gpu import PARTS, outcome, run_part, spare_compiled_part
 
 SCRIPT = ROOT / "tests" / "benchmarks" / "gpu.py"
 
@@ -102,6 +102,18 @@ def test_a_bare_machine_is_described_before_anything_is_imported(tmp_path: Path)
     results = json.loads((tmp_path / "results" / "gpu.json").read_text())
     assert "installed" not in results["wheels"]["broken-1.0-py3-none-any.whl"]
     assert {row["left_out"] for part in results["parts"].values() for row in part["rows"]} == {"no time was left"}
+
+
+def test_an_installed_mamba_ssm_does_without_its_compiled_part(tmp_path: Path) -> None:
+    file = tmp_path / "mamba_ssm" / "ops" / "selective_scan_interface.py"
+    file.parent.mkdir(parents=True)
+    file.write_text("import math\n\nimport selective_scan_cuda\n\nPI = math.pi\n")
+    spare_compiled_part(tmp_path)
+    spare_compiled_part(tmp_path)
+    there: dict[str, Any] = {}
+    exec(file.read_text(), there)
+    assert there["PI"] and there["selective_scan_cuda"] is None
+    spare_compiled_part(tmp_path / "nothing installed")
 
 
 def test_gpu_tests_are_found_without_ray_and_what_other_tests_need(tmp_path: Path) -> None:

@@ -59,9 +59,9 @@ def machine(rows: Rows, setting: Setting) -> None:
         return {"version": getattr(module, "__version__", "unknown")}
 
     rows.attempt("torch", torch_sees)
-    for name in ("triton", "causal_conv1d", "mamba_ssm.ops.triton.ssd_combined", "deepspeed", "transformers"):
+    kernels = ("triton", "causal_conv1d", "mamba_ssm", "selective_scan_cuda")  # the last is Mamba-1's
+    for name in (*kernels, "deepspeed", "transformers"):
         rows.attempt(name, functools.partial(imported, name))
-    rows.attempt("Mamba-1's kernel", lambda: {"is": str(importlib.import_module("selective_scan_cuda").fwd)})
 
 
 def ceilings(rows: Rows, setting: Setting) -> None:
@@ -386,12 +386,12 @@ PARTS: dict[str, Callable[[Rows, Setting], None]] = {
     "machine": machine,
     "ceilings": ceilings,
     "base": functools.partial(training, name="base", mixer="mamba2"),
-    "small": functools.partial(training, name="small", mixer="mamba2"),
-    "mamba1": functools.partial(training, name="base", mixer="mamba1"),
     "peers": peers,
     "long": long,
-    "inference": inference,
     "profile": profile,
+    "inference": inference,
+    "mamba1": functools.partial(training, name="base", mixer="mamba1"),
+    "small": functools.partial(training, name="small", mixer="mamba2"),
 }
 
 
