@@ -16,6 +16,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from processes import TRAIN, RandomRows, pretraining_job, run_training
@@ -24,7 +25,10 @@ from rows import in_double, random_row
 from safetensors.torch import load_file
 
 from hymate.batch import Batch
-from hymate.config import ModelConfig
+from hymate.bundle import write_bundle
+from hymate.command import load
+from hymate.config import DataConfig, ModelConfig
+from hymate.data.vocabulary import Vocabulary
 from hymate.device import obstacle
 from hymate.model import RiskModel
 from hymate.streaming import StreamingModel
@@ -222,4 +226,42 @@ def test_a_history_that_grows_does_not_depend_on_the_device(kind: str, device: s
         stream = StreamingModel(model, vocabulary, vocabulary.codes, chunk_events=size)
         state = stream.append(None, stream.events(history))
         logits.append(torch.from_numpy(stream.outputs(state, history, at)[0]))
+    assert_same(logits[1], logits[0], device)
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A prepared dataset and a bundle of its codes."""
+    pytest.importorskip("polars", reason="preparing data needs it")
+    from small_cohort import prepare_small
+
+    folder = tmp_path_factory.mktemp("cohort")
+    data = prepare_small(folder)
+    vocabulary = Vocabulary.read(data / "histories" / "vocabulary.parquet")
+    torch.manual_seed(0)
+    state = RiskModel(MODEL, vocabulary.size, ["readmission"]).state_dict()
+    settings = DataConfig(str(data), context=64, tokens_per_row=256, min_count=1)
+    what: dict[str, Any] = {"kind": "risk", "model": MODEL, "data": settings, "tasks": ["readmission"]}
+    write_bundle(folder / "bundle", state, vocabulary=vocabulary, **what)
+    return data, folder / "bundle"
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("context", ["bundle", "all"])
+def test_the_command_predicts_the_same_on_either_device(
+    cohort: tuple[Path, Path], tmp_path: Path, device: str, context: str
+) -> None:
+    """Packed rows on the device, and there also in pieces, beside packed rows on the CPU."""
+    from hymate.predict import PredictConfig, run
+
+    needs(device, MODEL)
+    data, bundle = cohort
+    logits = []
+    for where, how in (("cpu", "bundle"), (device, context)):
+        out = tmp_path / f"{where}-{how}.parquet"
+        given = ["task=readmission", f"bundle={bundle}", f"data.path={data}", f"out={out}", f"context={how}"]
+        run(load("predict", [*given, f"device={where}"], PredictConfig))
+        column = pq.read_table(out)["predicted_boolean_probability"]
+        logits.append(torch.logit(torch.from_numpy(column.to_numpy().astype("f8"))))
+    assert len(logits[0]) > 100
     assert_same(logits[1], logits[0], device)
