@@ -8,7 +8,9 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+from collections.abc import Iterable
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -19,6 +21,7 @@ from hymate.errors import first_line
 Wanted = Literal["auto", "cpu", "cuda"]
 Config = TypeVar("Config", bound=Any)
 CPU = torch.device("cpu")
+NO_CUDA = "this PyTorch was built without CUDA"
 INSTALL = 'README, section "GPUs", says how to install it'
 
 
@@ -28,8 +31,8 @@ def choose(wanted: Wanted, *models: ModelConfig, workers: int = 1, cluster_gpus:
     wanted: "auto" takes GPUs where all of that is there, else the CPU; a warning tells of GPUs that are not used.
     cluster_gpus: how many GPUs the Ray cluster has that computes; None: this machine computes.
 
-    Raises UserError where "cuda" can't be had. A cluster is not judged: machines may still join it, and its workers may
-    have packages that the driver lacks; they look again with `obstacle`.
+    Raises UserError where "cuda" can't be had. Of a cluster that is not known: machines may still join it, and have
+    other packages than the driver's. Its workers look for themselves, with `obstacle`.
     """
     reason = None
     if wanted == "auto" or (wanted == "cuda" and cluster_gpus is None):
@@ -52,29 +55,17 @@ def decide(config: Config, *models: ModelConfig, workers: int = 1, cluster_gpus:
 def obstacle(*models: ModelConfig, workers: int = 1, cluster_gpus: int | None = None) -> str | None:
     """Why the models can't run on GPUs, as `choose` counts them; None where they can."""
     there = num_gpus() if cluster_gpus is None else cluster_gpus
+    needed = "a GPU is needed" if workers == 1 else f"train.num_workers={workers} needs {workers} GPUs"
+    if cluster_gpus is None:
+        if there == 0:
+            return _why_none()
+        if there < workers:
+            return f"{needed}, and this machine has {there}"
+        return _lacks(models, elsewhere=False)
     if there < workers:
-        return _too_few(there, workers, in_cluster=cluster_gpus is not None)
-    operators = os.environ.get("HYMATE_OPS")
-    if operators == "cpu":
-        return "HYMATE_OPS=cpu asks for operators that run on the CPU alone"
-    if operators == "reference":  # it runs everywhere
-        return None
-    mixers = {model.mixer for model in models if "M" in model.layers}
-    if mixers and (problem := _problem("mamba_ssm")):
-        return f"a GPU is there, but mamba-ssm {problem}, and Mamba blocks need it there: {INSTALL}"
-    if "mamba1" in mixers and (problem := _problem("selective_scan_cuda")):
-        return f"a GPU is there, but mamba-ssm's kernel for mixer=mamba1 {problem}: {INSTALL}"
-    return None
-
-
-def _problem(module: str) -> str | None:
-    """What is wrong with a module; None where it can be used. Kernels built for another PyTorch do not import."""
-    try:
-        import_module(module)
-    except Exception as error:
-        missing = isinstance(error, ModuleNotFoundError) and error.name == module
-        return "is not installed" if missing else f"cannot be imported ({first_line(error)})"
-    return None
+        return f"{needed}, and the cluster has {there}; device=cuda waits until enough have joined"
+    reason = _lacks(models, elsewhere=True)
+    return reason and f"{reason}; device=cuda goes by what the workers have, not the driver"
 
 
 def num_gpus() -> int:
@@ -82,13 +73,43 @@ def num_gpus() -> int:
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
-def _too_few(there: int, workers: int, in_cluster: bool) -> str:
-    wanted = "a GPU is needed" if workers == 1 else f"train.num_workers={workers} needs {workers} GPUs"
-    if in_cluster:
-        return f"{wanted}, and the cluster has {there} (device=cuda waits until enough have joined)"
-    if there:
-        return f"{wanted}, and this machine has {there}"
-    if torch.version.cuda is None and torch.version.hip is None:
-        return "this PyTorch was built without CUDA"
+def _why_none() -> str:
+    if not _built_for_gpus():
+        return NO_CUDA
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     return "PyTorch finds no GPU" + ("" if visible is None else f" (CUDA_VISIBLE_DEVICES={visible!r})")
+
+
+def _built_for_gpus() -> bool:
+    return (torch.version.cuda or torch.version.hip) is not None
+
+
+def _lacks(models: Iterable[ModelConfig], elsewhere: bool) -> str | None:
+    """What the models need beside a GPU and don't have; elsewhere: the GPUs are other machines'."""
+    if elsewhere and not _built_for_gpus():
+        return NO_CUDA
+    operators = os.environ.get("HYMATE_OPS")
+    if operators == "cpu":
+        return "HYMATE_OPS=cpu asks for operators that run on the CPU alone"
+    if operators == "reference":  # it runs everywhere
+        return None
+    mixers = {model.mixer for model in models if "M" in model.layers}
+    if mixers and (problem := _problem("mamba_ssm", elsewhere)):
+        return f"a GPU is there, but mamba-ssm {problem}, and Mamba blocks need it there: {INSTALL}"
+    if "mamba1" in mixers and (problem := _problem("selective_scan_cuda", elsewhere)):
+        return f"a GPU is there, but mamba-ssm's kernel for mixer=mamba1 {problem}: {INSTALL}"
+    return None
+
+
+def _problem(module: str, elsewhere: bool) -> str | None:
+    """What is wrong with a module; None where it can be used. Kernels built for another PyTorch do not import, nor do
+    any where there is no GPU.
+    """
+    if find_spec(module) is None:
+        return "is not installed"
+    if not elsewhere:
+        try:
+            import_module(module)
+        except Exception as error:
+            return f"cannot be imported ({first_line(error)})"
+    return None

@@ -4,11 +4,13 @@ marked `gpu`."""
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Collection
 from pathlib import Path
 
 import pytest
 import torch
+from commands import ROOT
 from small_cohort import prepare_small
 
 from hymate import device, explain, predict
@@ -35,13 +37,13 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
     def pretend(gpus: int, *installed: str, broken: Collection[str] = ()) -> None:
-        def find(name: str) -> None:
-            if name not in installed:
-                raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        def load(name: str) -> None:
             if name in broken:
                 raise ImportError(f"{name}.so: undefined symbol: _ZN3c10\nmore")
 
-        monkeypatch.setattr(device, "import_module", find)
+        monkeypatch.setattr(device, "find_spec", lambda name: name if name in installed else None)
+        monkeypatch.setattr(device, "import_module", load)
+        monkeypatch.setattr(torch.version, "cuda", "12.8")
         monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
 
@@ -54,7 +56,7 @@ KERNELS = ("mamba_ssm", "selective_scan_cuda")
 @pytest.mark.parametrize(
     ("gpus", "installed", "models", "workers", "chosen", "reason"),
     [
-        (0, KERNELS, [MAMBA2], 1, "cpu", "PyTorch"),
+        (0, KERNELS, [MAMBA2], 1, "cpu", "PyTorch finds no GPU"),
         (1, (), [MAMBA2], 1, "cpu", "a GPU is there, but mamba-ssm is not installed"),
         (1, (), [NO_MAMBA], 1, "cuda", "device=auto"),
         (1, (), [NO_MAMBA, MAMBA2], 1, "cpu", "mamba-ssm is not installed"),
@@ -118,8 +120,22 @@ def test_a_cluster_counts_by_its_own_gpus(
     machine: Machine, wanted: Wanted, in_cluster: int, workers: int, chosen: str
 ) -> None:
     """The driver's machine often has none; with device=cuda a run waits for machines to join."""
-    machine(8 if chosen == "cpu" else 0, *KERNELS)
+    # kernels that are installed do not import on a head without a GPU
+    machine(8 if chosen == "cpu" else 0, *KERNELS, broken=KERNELS)
     assert choose(wanted, MAMBA2, workers=workers, cluster_gpus=in_cluster).type == chosen
+
+
+def test_a_driver_without_what_gpus_need_leaves_a_cluster_s_gpus_alone(
+    machine: Machine, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine(0)
+    assert choose("auto", MAMBA2, cluster_gpus=1).type == "cpu"
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert choose("auto", NO_MAMBA, cluster_gpus=1).type == "cpu"
+    assert choose("cuda", MAMBA2, cluster_gpus=1).type == "cuda", "the workers look again"
+    first, second = caplog.messages
+    assert "mamba-ssm is not installed" in first and "this PyTorch was built without CUDA" in second
+    assert first.endswith("; device=cuda goes by what the workers have, not the driver")
 
 
 def test_forced_operators_and_hidden_gpus_count(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,13 +146,18 @@ def test_forced_operators_and_hidden_gpus_count(machine: Machine, monkeypatch: p
     with pytest.raises(UserError, match="HYMATE_OPS=cpu"):
         choose("cuda", NO_MAMBA)
     machine(0)
-    monkeypatch.setattr(torch.version, "cuda", "12.8")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     with pytest.raises(UserError, match=r"PyTorch finds no GPU \(CUDA_VISIBLE_DEVICES=''\)"):
         choose("cuda", NO_MAMBA)
     monkeypatch.setattr(torch.version, "cuda", None)
     with pytest.raises(UserError, match="this PyTorch was built without CUDA"):
         choose("cuda", NO_MAMBA)
+
+
+def test_nothing_else_asks_pytorch_for_gpus() -> None:
+    asking = re.compile(r"(cuda|accelerator|mps)\.(is_available|device_count)")
+    files = [path for folder in ("hymate", "pretrain", "finetune") for path in (ROOT / folder).rglob("*.py")]
+    assert [path.name for path in files if asking.search(path.read_text())] == ["device.py"]
 
 
 # ----------------------------------------------------------------------------------------------------- commands

@@ -32,7 +32,7 @@ SHORT = ["data.context=64", "data.tokens_per_row=64", "data.min_count=1", "train
 PRETRAIN = [*SHORT, "model=debug", "train.num_workers=2", "train.rows_per_step=2", "train.eval_rows=2"]
 PRETRAIN += [f"train.eval_every={EVAL_EVERY}", "train.log_every=1"]
 TUNE = [*SHORT, "train.max_steps=4", "train.eval_every=2", "search.num_trials=2", "search.grace_steps=2"]
-TUNE += ["report.boosting=false"]
+TUNE += ["report.boosting=false", "device=cpu"]
 NEVER_ENDING = "train.max_steps=1000000"
 NOT_FOR_UPLOAD = (
     "runs/pretrain/weights.bin",
@@ -81,7 +81,11 @@ def cluster() -> Iterator[Cluster]:
     inherited = {key: value for key, value in os.environ.items() if key not in ("RAY_ADDRESS", "RAY_TMPDIR")}
     environment = inherited | settings
     with taken_port(52365):  # the job agent's default, which any other Ray of this machine holds
-        started = run([LOCAL, "start", "--num-cpus", "2", "--dashboard-port", str(free_port())], environment, ROOT)
+        started = run(
+            [LOCAL, "start", "--num-cpus", "2", "--num-gpus", "1", "--dashboard-port", str(free_port())],
+            environment,
+            ROOT,
+        )
     assert started.returncode == 0, started.stderr
     (address,) = re.findall(r"--address (\S+)", started.stdout)
     cluster = Cluster(folder, address, environment)
@@ -206,6 +210,8 @@ def pretrained(cluster: Cluster, checkout: Path, stopped: tuple[str, Path, list[
     again = submit(cluster, checkout, line, steps, submission_id="second")
     assert again.returncode == 0, again.stdout + again.stderr
     assert f"bundle: {folder}/bundle" in again.stdout
+    # the cluster says that it has one, which is not there
+    assert "computing on cpu: train.num_workers=2 needs 2 GPUs, and the cluster has 1; device=cuda wai" in again.stdout
     return folder
 
 
