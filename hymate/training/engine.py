@@ -343,11 +343,12 @@ def build_engine(module: nn.Module, optimizer: torch.optim.Optimizer, config: Tr
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     # a shared-memory kernel for inference only; DeepSpeed would compile it with the machine's C++ compiler
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    num_parameters = sum(parameter.numel() for parameter in module.parameters())
     with contextlib.redirect_stdout(io.StringIO()):
         engine, *_ = deepspeed.initialize(
             model=module.to(worker.device),
             optimizer=optimizer,
-            config=deepspeed_config(config, worker.world_size),
+            config=deepspeed_config(config, worker.world_size, num_parameters),
             dist_init_required=False,
         )
     return engine

@@ -7,16 +7,22 @@ from typing import Any
 from hymate.config import TrainConfig
 
 NEVER = 10**9
+LARGEST_BUCKET = 500_000_000  # DeepSpeed's own
 
 
-def deepspeed_config(train: TrainConfig, world_size: int) -> dict[str, Any]:
+def reduce_bucket_size(num_parameters: int) -> int:
+    """Gradients that ZeRO reduces at once. It holds a buffer of as many, also for a model of fewer parameters."""
+    return min(num_parameters, LARGEST_BUCKET)
+
+
+def deepspeed_config(train: TrainConfig, world_size: int, num_parameters: int) -> dict[str, Any]:
     """The DeepSpeed configuration of one run; the optimiser itself (torch AdamW) is passed to the engine.
 
     A worker computes one packed row at a time and accumulates the gradients of its share of `rows_per_step`.
     bf16 is autocast around float32 parameters: weights, A_log, dt_bias, gradients and what ZeRO moves between
     workers stay float32, and only the arithmetic inside a step is bf16.
 
-    >>> config = deepspeed_config(TrainConfig(rows_per_step=8, zero_stage=1), world_size=2)
+    >>> config = deepspeed_config(TrainConfig(rows_per_step=8, zero_stage=1), world_size=2, num_parameters=10)
     >>> config["gradient_accumulation_steps"], config["zero_optimization"]["stage"]
     (4, 1)
     """
@@ -26,7 +32,7 @@ def deepspeed_config(train: TrainConfig, world_size: int) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": train.rows_per_step // world_size,
         "gradient_clipping": train.clip_norm,
-        "zero_optimization": {"stage": train.zero_stage},
+        "zero_optimization": {"stage": train.zero_stage, "reduce_bucket_size": reduce_bucket_size(num_parameters)},
         "torch_autocast": {
             "enabled": train.precision == "bf16",
             "dtype": "bfloat16",

@@ -1,0 +1,209 @@
+"""Command: what a pretraining takes, before a GPU is there: parameters, operations, memory, steps and days.
+
+    python -m hymate.plan model=base gpus=8 [train=zero2] [data.path=DATA_DIR] [events=1e9] [key=value ...]
+
+Everything is counted from shapes (`hymate.training.footprint` says how) and nothing is measured: not yet run on a GPU.
+"""
+
+from __future__ import annotations
+
+if __name__ == "__main__":
+    from hymate import ending
+
+    ending.watch()  # the imports take seconds
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from hymate.command import main
+from hymate.config import ConfigError, DataConfig, ModelConfig, ObjectiveConfig, Place, TrainConfig
+from hymate.data.histories import Histories
+from hymate.training.footprint import Flops, Shapes, event_flops, num_parameters, row_bytes, worker_bytes
+from hymate.training.pretraining import TRAIN_SPLIT, read_vocabulary
+
+GIB = 2**30
+STAGES = (0, 1, 2, 3)
+GPUS = (1, 2, 4, 8, 16, 32, 64)
+STEP_EVENTS = 1024  # the largest row is a multiple of it
+RECOMPUTED = ("Mamba", "attention", "MLP")  # parts of the blocks
+
+
+@dataclass(frozen=True)
+class PlanData:
+    """path: a prepared dataset, or null; otherwise as `DataConfig`."""
+
+    path: Place | None = None
+    context: int = 8192
+    tokens_per_row: int = 16384
+    min_count: int = 10
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """A pretraining to be.
+
+    events, history_events, vocabulary: of the dataset, where data.path names none: events of an epoch, of a history on
+        average, and ids.
+    gpu_tflops, gpu_fraction: a GPU's rate in 10**12 operations a second, and how much of it is reached.
+    memory_gib: the memories of the GPUs to look at; reserved_gib: what is not for tensors on each.
+    """
+
+    data: PlanData
+    model: ModelConfig
+    objective: ObjectiveConfig
+    train: TrainConfig
+    gpus: int = 8
+    events: float = 1e9
+    history_events: int = 1000
+    vocabulary: int = 30000
+    epochs: float = 1.0
+    gpu_tflops: float = 989.0
+    gpu_fraction: float = 0.4
+    memory_gib: tuple[float, ...] = (24.0, 40.0, 80.0, 141.0)
+    reserved_gib: float = 2.0
+
+    def __post_init__(self) -> None:
+        for name in ("gpus", "events", "history_events", "vocabulary", "epochs", "gpu_tflops", "gpu_fraction"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
+        if "G" in self.model.layers:
+            raise ConfigError("model.layers: a plan counts M and A blocks; G is a baseline for comparisons on CPUs")
+        if self.objective.forecast_weight and self.model.pooling == "variables":
+            raise ConfigError(
+                "model.pooling=variables: what it holds depends on the data: plan with model.pooling=fusion"
+            )
+
+
+def plan(config: PlanConfig) -> None:
+    """Print what it takes."""
+    shapes, events = _shapes(config)
+    print("\n".join(_lines(config, shapes, events)), flush=True)
+
+
+def _shapes(config: PlanConfig) -> tuple[Shapes, float]:
+    """What a row is, and the events of an epoch."""
+    data, history_events, vocab_size, events = config.data, config.history_events, config.vocabulary, config.events
+    if data.path is not None:
+        of_data = DataConfig(data.path, data.context, data.tokens_per_row, data.min_count)
+        histories = Histories.open(data.path)
+        num_events_P = histories.index["num_events"][np.asarray(histories.rows_of(TRAIN_SPLIT), np.int64)]
+        seen_P = np.minimum(num_events_P[num_events_P > 0], data.context)
+        if not len(seen_P):
+            raise histories.without_subjects(TRAIN_SPLIT)
+        vocab_size, events = read_vocabulary(of_data).size, float(seen_P.sum())
+        history_events = max(1, round(float(seen_P.mean())))
+    length = min(history_events, data.context, data.tokens_per_row)
+    return Shapes(
+        config.model, config.objective, vocab_size, data.tokens_per_row, length, config.train.precision
+    ), events
+
+
+def _lines(config: PlanConfig, shapes: Shapes, events: float) -> Iterator[str]:
+    train, parameters, flops = config.train, num_parameters(shapes), event_flops(shapes)
+    memory = _Memory(config, shapes, parameters)
+    again = train.activation_checkpointing
+    yield "Counted from shapes, not measured: not yet run on a GPU."
+    yield ""
+    yield (
+        f"{parameters / 1e6:,.1f} M parameters with a vocabulary of {shapes.vocab_size:,}; {train.precision}, ZeRO "
+        f"{train.zero_stage}, {config.gpus} GPUs; rows of {shapes.num_events:,} events in histories of "
+        f"{shapes.history_events:,}, activations {'computed again' if again else 'kept'}"
+    )
+    yield ""
+    yield from _table(["MFLOP an event", "forward", "backward"], _flops_rows(flops, again))
+    yield ""
+    yield from _table(["memory of a GPU", "GiB"], memory.parts())
+    yield ""
+    yield from _table(["GPU", "fits", "largest row, events"], (memory.fit(gib) for gib in config.memory_gib))
+    yield ""
+    numbers = sorted({*GPUS, config.gpus})
+    header = ["GiB by ZeRO and number of GPUs", *map(str, numbers)]
+    by_stage = ([f"ZeRO {stage}", *(f"{memory.total(stage, n) / GIB:.1f}" for n in numbers)] for stage in STAGES)
+    yield from _table(header, by_stage)
+    yield ""
+    total = config.epochs * events
+    rate = config.gpu_fraction * config.gpu_tflops * 1e12 / _total(flops, again)
+    hours = total / rate / config.gpus / 3600
+    steps = math.ceil(total / (train.rows_per_step * shapes.num_events))
+    yield (
+        f"{total:,.0f} events are {steps:,} steps of {train.rows_per_step} rows: {hours:,.1f} hours ({hours / 24:,.2f} "
+        f"days) on {config.gpus} GPUs, if each reaches {config.gpu_fraction:.0%} of {config.gpu_tflops:,.0f} TFLOP/s, "
+        f"{rate:,.0f} events a second."
+    )
+
+
+def _flops_rows(flops: Mapping[str, Flops], again: bool) -> Iterator[list[str]]:
+    for part, of_part in flops.items():
+        yield [part, f"{of_part.forward / 1e6:,.1f}", f"{of_part.backward / 1e6:,.1f}"]
+    if again:
+        yield ["the blocks' forward, again", "", f"{_again(flops) / 1e6:,.1f}"]
+    forward = sum(of_part.forward for of_part in flops.values())
+    yield ["all", f"{forward / 1e6:,.1f}", f"{(_total(flops, again) - forward) / 1e6:,.1f}"]
+
+
+def _again(flops: Mapping[str, Flops]) -> float:
+    """Of an event, with activation checkpointing."""
+    return sum(of_part.forward for part, of_part in flops.items() if part.startswith(RECOMPUTED))
+
+
+def _total(flops: Mapping[str, Flops], again: bool) -> float:
+    return sum(each.forward + each.backward for each in flops.values()) + (_again(flops) if again else 0.0)
+
+
+class _Memory:
+    """Bytes of one GPU."""
+
+    def __init__(self, config: PlanConfig, shapes: Shapes, parameters: int) -> None:
+        self.config, self.shapes, self.parameters = config, shapes, parameters
+        self.reserved = GIB * config.reserved_gib
+        self._rows: dict[tuple[bool, int], float] = {}
+
+    def row(self, stage: int, num_events: int) -> float:
+        """A row of so many events."""
+        key = stage == 3, num_events  # the other stages compute alike
+        if key not in self._rows:
+            shapes = replace(self.shapes, num_events=num_events)
+            self._rows[key] = row_bytes(shapes, stage, self.config.train.activation_checkpointing).most
+        return self._rows[key]
+
+    def total(self, stage: int, gpus: int) -> float:
+        """At most."""
+        return worker_bytes(self.parameters, stage, gpus).most(self.row(stage, self.shapes.num_events)) + self.reserved
+
+    def parts(self) -> Iterator[list[str]]:
+        """For the table."""
+        stage, gpus = self.config.train.zero_stage, self.config.gpus
+        held, row = worker_bytes(self.parameters, stage, gpus), self.row(stage, self.shapes.num_events)
+        a_row = f"a row ({row / self.shapes.num_events / 1e3:,.0f} kB an event)"
+        parts = {**held.always, "DeepSpeed's buffers, beside a row": held.computing, a_row: row}
+        parts |= {"DeepSpeed's and AdamW's buffers, after the rows": held.stepping, "reserved": self.reserved}
+        for name, size in parts.items():
+            yield [name, f"{size / GIB:.2f}"]
+        yield ["at most at once", f"{self.total(stage, gpus) / GIB:.2f}"]
+
+    def fit(self, gib: float) -> list[str]:
+        """A GPU of so much memory: whether the row fits, and the largest that does, by two rows and less 2 %."""
+        stage, gpus, L = self.config.train.zero_stage, self.config.gpus, self.shapes.num_events
+        held, room = worker_bytes(self.parameters, stage, gpus), gib * GIB - self.reserved
+        half, whole = self.row(stage, L // 2), self.row(stage, L)
+        slope = (whole - half) / (L - L // 2)
+        largest = 0.98 * (room - held.most(whole - slope * L)) / slope // STEP_EVENTS * STEP_EVENTS
+        fits = self.total(stage, gpus) <= gib * GIB
+        return [f"{gib:g} GiB", "yes" if fits else "no", f"{largest:,.0f}" if largest > 0 else "none"]
+
+
+def _table(header: Sequence[str], rows: Iterator[list[str]]) -> Iterator[str]:
+    """Markdown that is also plain to read."""
+    cells = [list(header), *rows]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+    for number, row in enumerate(cells):
+        yield "| " + " | ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) + " |"
+        if number == 0:
+            yield "|" + "|".join(["-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:])]) + "|"
+
+
+if __name__ == "__main__":
+    main("plan", PlanConfig, plan)

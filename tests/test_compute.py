@@ -1,0 +1,80 @@
+"""How a step computes: blocks again in the backward, and in which precision what."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Literal
+from unittest import mock
+
+import pytest
+import torch
+from rows import random_row
+from test_model import CONFIGS, LENGTHS, VOCAB
+from torch import Tensor, nn
+
+from hymate import ops
+from hymate.model import ResidualDropout, RiskModel
+from hymate.pooling import MemberLinear
+from hymate.training.footprint import LiveBytes
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_activation_checkpointing_changes_no_bit_and_holds_less(name: str) -> None:
+    """With dropout, whose masks are drawn again."""
+    config = replace(CONFIGS[name], dropout=0.2, layers=4 * CONFIGS[name].layers)
+    row = random_row([20 * length for length in LENGTHS], vocab_size=VOCAB)
+    gradients, peaks = [], []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = RiskModel(config, VOCAB, ["mortality"])
+        model.backbone.gradient_checkpointing = checkpointing
+        torch.manual_seed(1)
+        with LiveBytes() as live:
+            model.loss(row).backward()
+        gradients.append([p.grad for p in model.parameters()])
+        peaks.append(live.peak)
+    assert all(torch.equal(kept, again) for kept, again in zip(*gradients, strict=True))
+    assert peaks[1] < 0.6 * peaks[0]
+
+
+@pytest.mark.parametrize("mixer", ["mamba1", "mamba2"])
+def test_bf16_is_for_the_products_alone(mixer: Literal["mamba1", "mamba2"]) -> None:
+    """Under autocast: projections and MLPs in bf16; the residual stream, norms, the scan's own weights, sums over
+    histories and losses in float32.
+    """
+    config = replace(CONFIGS[mixer], layers="MA", pooling="fusion")
+    model = RiskModel(config, VOCAB, ["mortality"])
+    dtypes: dict[str, set[torch.dtype]] = {}
+
+    def watch(name: str) -> Callable[..., None]:
+        def look(module: nn.Module, inputs: Any, output: Any) -> None:
+            outputs = output if isinstance(output, tuple) else (output,)
+            dtypes.setdefault(name, set()).update(o.dtype for o in outputs if isinstance(o, Tensor))
+
+        return look
+
+    kinds = {nn.RMSNorm: "norm", nn.Linear: "product", MemberLinear: "head", ResidualDropout: "residual"}
+    for module in model.modules():
+        if type(module) in kinds:
+            module.register_forward_hook(watch(kinds[type(module)]))
+    model.pooling.register_forward_hook(watch("patient"))
+    scans: list[torch.dtype] = []
+    real = getattr(ops, mixer)
+
+    def scan(*args: Any, **kwargs: Any) -> Any:
+        A = next(a for a in args if isinstance(a, Tensor) and a.numel() and bool((a < 0).all()))
+        scans.append(A.dtype)
+        y, state = real(*args, **kwargs)
+        scans.append(state[1].dtype)
+        return y, state
+
+    with mock.patch.object(ops, mixer, scan), torch.autocast("cpu", torch.bfloat16):
+        loss = model.loss(random_row(LENGTHS, vocab_size=VOCAB))
+    loss.backward()
+    assert dtypes["product"] == {torch.bfloat16}
+    assert dtypes["norm"] == dtypes["residual"] == dtypes["patient"] == {torch.float32}
+    assert set(scans) == {torch.float32} and loss.dtype == torch.float32
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == torch.float32, name
+        assert parameter.grad is None or parameter.grad.dtype == torch.float32, name

@@ -1,0 +1,202 @@
+"""What a pretraining takes, as `hymate.plan` counts it: against formulas, real tensors, DeepSpeed and this machine."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from processes import TRAIN, RandomRows, run_workers
+from rows import random_row
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from hymate.command import load
+from hymate.config import ConfigError, ModelConfig, ObjectiveConfig
+from hymate.data.loader import Cursor
+from hymate.model import PretrainModel, decay_groups
+from hymate.plan import GIB, PlanConfig, plan
+from hymate.training import engine
+from hymate.training.engine import Job, Worker, train_step
+from hymate.training.footprint import LiveBytes, Shapes, event_flops, num_parameters, row_bytes, worker_bytes
+
+MODEL = ModelConfig(d_model=64, layers="MA", d_state=16, headdim=16, num_heads=4, window=100, dropout=0.1)
+
+
+def shapes(model: ModelConfig = MODEL, num_events: int = 2048, **changes: int) -> Shapes:
+    given = {"vocab_size": 200, "num_events": num_events, "history_events": 500, **changes}
+    return Shapes(model, ObjectiveConfig(), precision="bf16", **given)
+
+
+def table(output: str, first: str) -> list[list[str]]:
+    """The rows of the printed table whose header begins so."""
+    lines = output.splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith(f"| {first}"))
+    rows = []
+    for line in lines[start + 2 :]:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip() for cell in line.strip("|").split("|")])
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------------ command
+
+
+def test_the_command_prints_what_fits_and_claims_no_measurement(capsys: pytest.CaptureFixture[str]) -> None:
+    overrides = [
+        "model=debug",
+        "gpus=4",
+        "events=1e6",
+        "data.context=512",
+        "data.tokens_per_row=2048",
+        "reserved_gib=1",
+    ]
+    plan(load("plan", [*overrides, "memory_gib=[0.5, 2]"], PlanConfig))
+    output = capsys.readouterr().out
+    assert output.startswith("Counted from shapes, not measured: not yet run on a GPU.")
+    assert "123 steps of 4 rows" in output
+    small, large = table(output, "GPU")
+    assert small[1:] == ["no", "none"] and large[1] == "yes"
+    parts = {name: float(size) for name, size in table(output, "memory of a GPU")}
+    assert parts["at most at once"] == pytest.approx(1.0, abs=0.2)
+    by_stage = table(output, "GiB by ZeRO")
+    assert [row[0] for row in by_stage] == ["ZeRO 0", "ZeRO 1", "ZeRO 2", "ZeRO 3"]
+
+
+def test_the_largest_row_fits_and_a_much_longer_one_does_not(capsys: pytest.CaptureFixture[str]) -> None:
+    config = load("plan", ["model=debug", "gpus=1", "data.tokens_per_row=8192", "memory_gib=[3]"], PlanConfig)
+    plan(config)
+    ((_, _, largest),) = table(capsys.readouterr().out, "GPU")
+    room = 3 * GIB - 2 * GIB
+
+    def needed(num_events: int) -> float:
+        row = replace(shapes(config.model, num_events, vocab_size=30000, history_events=1000))
+        return worker_bytes(num_parameters(row), 2, 1).most(row_bytes(row, 2, False).most)
+
+    count = int(largest.replace(",", ""))
+    assert needed(count) <= room < needed(round(1.1 * count))
+
+
+def test_what_cannot_be_counted_is_refused_in_one_line() -> None:
+    with pytest.raises(ConfigError, match="events must be positive"):
+        load("plan", ["events=0"], PlanConfig)
+    with pytest.raises(ConfigError, match="G is a baseline"):
+        load("plan", ["model=debug", "model.layers=MG"], PlanConfig)
+
+
+# ------------------------------------------------------------------------------------------------------- counts
+
+
+def test_operations_are_those_of_the_matrices() -> None:
+    flops = event_flops(shapes())
+    D, hidden, inner = 64, 128, 128
+    in_proj, out_proj = D * (2 * inner + 2 * 16 + 8), inner * D
+    assert flops["MLP"].forward == 2 * 2 * 3 * D * hidden  # two blocks
+    assert flops["Mamba, projections"].forward == 2 * (in_proj + out_proj)
+    assert flops["attention, projections"].forward == 2 * 4 * D * D
+    for part in ("MLP", "Mamba, projections", "attention, projections"):
+        assert flops[part].backward == 2 * flops[part].forward
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("window", [0, 30, 1000])
+def test_attention_counts_the_pairs_that_see_each_other(causal: bool, window: int) -> None:
+    model = replace(MODEL, layers="A", causal=causal, window=window)
+    L, history = 200, 90
+    place = torch.arange(L)
+    distance = place[:, None] - place
+    seen = (place[:, None] // history == place // history) & (distance.abs() < (window or L))
+    pairs = int((seen & (distance >= 0) if causal else seen).sum())
+    flops = event_flops(shapes(model, L, history_events=history))["attention, within histories"]
+    assert flops.forward == pytest.approx(2 * 2 * model.d_model * pairs / L)
+
+
+def test_tensors_without_numbers_hold_as_much_as_real_ones() -> None:
+    """The same operators, those of a CPU, on both."""
+    model = replace(MODEL, layers="A", dropout=0.0)
+    row = random_row([300, 400], vocab_size=200)
+    held = []
+    for fake in (False, True):
+        with FakeTensorMode(allow_non_fake_inputs=True) if fake else torch.device("cpu"), LiveBytes() as live:
+            module = PretrainModel(model, ObjectiveConfig(), 200)
+            loss = module.backbone(row).square().sum()
+            kept = live.now
+            loss.backward()
+            held.append((kept, live.peak))
+    assert held[0] == pytest.approx(held[1], rel=1e-3)
+
+
+def test_computing_blocks_again_holds_less() -> None:
+    model = replace(MODEL, layers="MMMMMM")
+    kept, again = (row_bytes(shapes(model), 2, checkpointing).most for checkpointing in (False, True))
+    assert again < 0.5 * kept
+
+
+PROGRAM = """
+import resource, sys
+import torch
+from rows import random_row
+from hymate.config import ModelConfig, ObjectiveConfig
+from hymate.model import PretrainModel
+from hymate.training.footprint import LiveBytes
+
+def step(events, live):
+    loss = module.loss(random_row([events // 4] * 4, vocab_size=200))
+    loss.backward()
+
+torch.set_num_threads(1)
+module = PretrainModel(ModelConfig(d_model=64, layers="MMAM", d_state=16, headdim=16), ObjectiveConfig(), 200)
+step(512, None)  # compiles the kernels
+peak = lambda: 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
+with LiveBytes() as live:
+    step(40_000, live)
+print(live.peak, peak() - before)
+"""
+
+
+def test_what_is_counted_is_what_this_machine_needs() -> None:
+    """With the CPU's own operators, against the memory of a process: within 15 %."""
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    output = subprocess.run(
+        [sys.executable, "-c", PROGRAM], env=environment, check=True, capture_output=True, text=True
+    )
+    counted, measured = map(int, output.stdout.split())
+    assert counted > 300e6
+    assert measured == pytest.approx(counted, rel=0.15)
+
+
+# ---------------------------------------------------------------------------------------------------- DeepSpeed
+
+
+def _held(worker: Worker, folder: Path, stages: tuple[int, ...]) -> None:
+    for stage in stages:
+        torch.manual_seed(0)
+        with LiveBytes() as live:
+            module = PretrainModel(replace(MODEL, d_model=256), ObjectiveConfig(), 3000)
+            groups = [{**group, "lr": 1e-3} for group in decay_groups(module, 0.05)]
+            job = Job(module, groups, RandomRows(), lambda _: {}, "", "min")
+            config = replace(TRAIN, zero_stage=stage, num_workers=worker.world_size)
+            wrapped, _ = engine.start(job, config, worker, None)
+            steps = job.rows.steps(Cursor(), config.rows_per_step, worker.rank, worker.world_size)
+            for _ in range(2):
+                live.peak = live.now
+                train_step(wrapped, next(steps)[0], worker.device)
+        if worker.rank == 0:
+            (folder / str(stage)).write_text(str(live.peak))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_deepspeed_holds_what_the_formula_says(num_workers: int, tmp_path: Path) -> None:
+    stages = (0, 1, 2, 3)
+    run_workers(_held, num_workers, tmp_path, stages)
+    P = num_parameters(shapes(replace(MODEL, d_model=256), vocab_size=3000))
+    for stage in stages:
+        measured, stated = int((tmp_path / str(stage)).read_text()), worker_bytes(P, stage, num_workers).most(0.0)
+        assert 0.8 * stated < measured < 1.2 * stated, (stage, measured / 4 / P, stated / 4 / P)
