@@ -5,19 +5,24 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from kernel_standins import standing_in
 from processes import TRAIN, RandomRows, run_workers
 from rows import random_row
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hymate.command import load
 from hymate.config import ConfigError, ModelConfig, ObjectiveConfig
 from hymate.data.loader import Cursor
 from hymate.model import PretrainModel, decay_groups
+from hymate.ops import fused
+from hymate.ops.shapes import as_on_gpu
 from hymate.plan import GIB, PlanConfig, plan
 from hymate.training import engine
 from hymate.training.engine import Job, Worker, train_step
@@ -128,6 +133,44 @@ def test_tensors_without_numbers_hold_as_much_as_real_ones() -> None:
             loss.backward()
             held.append((kept, live.peak))
     assert held[0] == pytest.approx(held[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("mixer", ["mamba2"])
+def test_kernels_in_shapes_keep_what_the_stand_ins_keep(mixer: str, reverse: bool, dtype: torch.dtype) -> None:
+    """With the copies that our own code makes around them."""
+
+    def kept(make: Callable[..., Tensor]) -> int:
+        held: dict[int, Tensor] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            held[tensor.untyped_storage()._cdata] = tensor
+            return tensor
+
+        L, D, N, H = 300, 32, 8, 4
+        leaf = [
+            make(1, L, 2 * D + 2 * N + H).to(dtype),
+            make(D + 2 * N, 4),
+            make(D + 2 * N),
+            make(H),
+            make(H),
+            make(H),
+            make(D),
+        ]
+        segment_BL = torch.zeros(1, L, dtype=torch.int32)
+        inputs = [tensor.requires_grad_() for tensor in leaf]
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            y, _ = fused.mamba2(
+                *inputs, groups=1, eps=1e-5, chunk_size=64, segment_BL=segment_BL, state=None, reverse=reverse
+            )
+        y.sum().backward()
+        return sum(tensor.untyped_storage().nbytes() for tensor in held.values())
+
+    with standing_in():
+        real = kept(lambda *shape: -torch.rand(shape))
+    with FakeTensorMode(), as_on_gpu():
+        assert kept(lambda *shape: torch.empty(shape)) == real
 
 
 def test_computing_blocks_again_holds_less() -> None:
