@@ -36,6 +36,7 @@ from hymate.data.loader import packed_row
 from hymate.data.meds import is_code
 from hymate.data.packing import pack
 from hymate.model import RiskModel
+from hymate.pooling import segment_count
 
 NUM_STEPS = 32  # points of the Gauss-Legendre rule; measured gaps are in tests/benchmarks/RESULTS.md
 SHARES = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64)  # of a history's events; at least one is deleted, one is left
@@ -143,7 +144,8 @@ class Explainer:
         for members in pack(lengths, self._bundle.data.tokens_per_row):
             end_S = np.array([cases[i].time_us for i in members])
             windows = [cases[i].history for i in members]
-            yield members, packed_row(windows, end_S, self._bundle.vocabulary, self._id_of_code).to(self.device)
+            row = packed_row(windows, end_S, self._bundle.vocabulary, self._id_of_code)
+            yield members, self.model.ask(row).to(self.device)
 
 
 # ---------------------------------------------------------------------------------------- integrated gradients
@@ -151,6 +153,7 @@ class Explainer:
 
 def integrated_gradients(model: RiskModel, row: Batch, num_steps: int = NUM_STEPS) -> list[Attribution]:
     """The attributions of each segment of a row, S of them; see the module's text."""
+    row = model.ask(row)
     node_G, weight_G = np.polynomial.legendre.leggauss(num_steps)
     parts: dict[str, Tensor] = {}
     for node, weight in zip(((node_G + 1) / 2).tolist(), (weight_G / 2).tolist(), strict=True):
@@ -165,24 +168,17 @@ def integrated_gradients(model: RiskModel, row: Batch, num_steps: int = NUM_STEP
         patient_SME, weight_LQ = model.patient(row)
         logit_S = _logit(model, patient_SME)
     if "variables" in parts:
-        variable_L, count_L = _variables(row, model.backbone.embedding.code.num_embeddings)
-        parts["events"] = parts["events"] + parts["variables"][variable_L] / count_L
-    lengths = np.diff(row.cu_seqlens).tolist()
-    static_lengths = torch.bincount(row.static_segment_F, minlength=row.num_segments).tolist()
+        assert row.variables is not None
+        variable_L = row.variables.variable_L
+        count_G = segment_count(variable_L, len(row.variables.key_G))
+        parts["events"] = parts["events"] + (parts["variables"] / count_G)[variable_L]
+    static_lengths = torch.bincount(row.static_segment_F.cpu(), minlength=row.num_segments).tolist()
     attention: list[np.ndarray | None] = [None] * row.num_segments
     if weight_LQ is not None:
-        attention = list(_split(weight_LQ.double().mean(dim=1), lengths))
-    of_events, of_static = _split(parts["events"], lengths), _split(parts["static"], static_lengths)
+        attention = list(_split(weight_LQ.double().mean(dim=1), row.lengths))
+    of_events, of_static = _split(parts["events"], row.lengths), _split(parts["static"], static_lengths)
     found = zip(logit_S.tolist(), baseline_S.tolist(), of_events, of_static, attention, strict=True)
     return [Attribution(*of_segment) for of_segment in found]
-
-
-def _variables(row: Batch, vocab_size: int) -> tuple[Tensor, Tensor]:
-    """Of each event: its variable, as `VariablePooling` numbers them, and how many events that has."""
-    _, variable_L, count_G = torch.unique(
-        row.segment_L.long() * vocab_size + row.code_L, return_inverse=True, return_counts=True
-    )
-    return variable_L, count_G[variable_L]
 
 
 def _split(x_N: Tensor, lengths: list[int]) -> list[np.ndarray]:

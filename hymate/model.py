@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,11 +23,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hymate import ops
-from hymate.batch import Batch
+from hymate.batch import Batch, Variables
 from hymate.config import ModelConfig, ObjectiveConfig, UserError
 from hymate.embedding import EMBEDDINGS, EventEmbedding
 from hymate.mixers import BlockState, Mamba1Mixer, Mamba2Mixer
-from hymate.objectives import Forecast, Hidden, LossModel, forecast_targets, hide_events, histories_until
+from hymate.objectives import Asked, LossModel, ask, huber
 from hymate.pooling import FusionPooling, MemberLinear, VariablePooling, segment_mean, wide
 
 TYPICAL_DAYS = 5.0  # what a new head predicts, so that it need not learn the scale first
@@ -102,11 +103,11 @@ class GRU(nn.Module):
 
     def forward(self, x_LD: Tensor, batch: Batch) -> Tensor:
         """(L, D) -> (L, D), each segment by itself."""
-        lengths = torch.tensor(batch.cu_seqlens).diff()
         # padding comes after the events and changes none of them; on a CPU torch's packed sequences take twice as long
-        padded_SLD = nn.utils.rnn.pad_sequence(x_LD.split(lengths.tolist()), batch_first=True)
-        there_SL = torch.arange(padded_SLD.shape[1]) < lengths[:, None]
-        return self.out(self.gru(padded_SLD)[0][there_SL.to(x_LD.device)])
+        padded_SLD = nn.utils.rnn.pad_sequence(x_LD.split(batch.lengths), batch_first=True)
+        segment_L = batch.segment_L.long()
+        place_L = torch.arange(len(x_LD), device=x_LD.device) - batch.bounds[segment_L]
+        return self.out(self.gru(padded_SLD)[0][segment_L, place_L])
 
     def carry(self, x_LD: Tensor, state: BlockState | None) -> tuple[Tensor, BlockState]:
         """One history's next events (L, D) -> (L, D), and what they leave to those after them."""
@@ -267,17 +268,22 @@ class PatientPooling(nn.Module):
         attention = self.fusion or self.variables
         self.width = (attention.width if attention else config.d_model) + config.d_model + scalars
 
+    def ask(self, batch: Batch, embedding: EventEmbedding) -> Batch:
+        """The row with its variables, where they are what is pooled."""
+        if self.variables is None or batch.variables is not None:
+            return batch
+        return replace(batch, variables=Variables.of(batch, embedding.code.num_embeddings))
+
     def forward(self, h_LD: Tensor, batch: Batch, embedding: EventEmbedding) -> tuple[Tensor, Tensor | None]:
         """(L, D) -> patient vectors (S, M, E) and the attention weights (L, M * Q), None for other poolings."""
         weight_LQ = None
-        last_S = torch.tensor(batch.cu_seqlens[1:], device=h_LD.device) - 1
-        count_S = torch.tensor(batch.cu_seqlens, device=h_LD.device, dtype=torch.float32).diff()
+        count_S = batch.bounds.diff().float()
         if self.variables is not None:
             pooled, weight_LQ = self.variables(h_LD, batch, embedding.code.weight)
         elif self.fusion is not None:
             pooled, weight_LQ = self.fusion(h_LD, batch)
         elif self.kind == "last":
-            pooled = wide(h_LD[last_S])[:, None]
+            pooled = wide(h_LD[batch.bounds[1:] - 1])[:, None]
         else:
             pooled = segment_mean(h_LD, batch.segment_L, batch.num_segments)[:, None]
         return self.join(pooled, count_S, batch, embedding), weight_LQ
@@ -363,42 +369,45 @@ class PretrainModel(LossModel):
 
     def count_targets(self, batch: Batch) -> Tensor:
         """How many targets each of `terms` has in a row: (K,), float64."""
-        hidden, ahead = self._drawn(batch)
-        counts = {"code": hidden.code_L.sum(), "value": hidden.value_L.sum()}
-        if ahead is not None:
-            counts["measured"] = ahead.whole_A.sum() * ahead.measured_AK.shape[1]
-            counts["forecast"] = (~ahead.value_AK.isnan()).sum()
-        return torch.stack([counts[name.split("_")[0]] for name in self.terms]).double()
+        return self._asked(batch).count_K
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """ "sum_K": see `LossModel`."""
-        hidden, ahead = self._drawn(batch)
-        h_LD = self.backbone(hidden.batch, hidden.value_L)
+        asked = self._asked(batch)
+        h_LD = self.backbone(replace(batch, code_L=asked.code_L), asked.hidden_L)
         sums: dict[str, Tensor] = {}
         if self.code_head is not None:
-            at = hidden.code_L
+            at = asked.code_N
             sums["code_loss"], sums["code_accuracy"] = self.code_head(h_LD[at], batch.code_L[at])
         if self.value_head is not None:
-            at = hidden.value_L
+            at = asked.value_N
             error = self.value_head(h_LD[at])[:, 0].float() - batch.value_L[at].clamp(-5, 5)
-            sums["value_loss"], sums["value_mae"] = _huber(error), error.abs().sum()
+            sums["value_loss"], sums["value_mae"] = huber(error), error.abs().sum()
+        ahead = asked.ahead
         if self.pooling is not None and self.forecast_head is not None and ahead is not None:
-            past, at_L = histories_until(batch, ahead.anchor_A, ~(hidden.code_L | hidden.value_L))
-            patient_AME, _ = self.pooling(h_LD[at_L], past, self.backbone.embedding)
+            patient_AME, _ = self.pooling(h_LD[ahead.at_L], ahead.past, self.backbone.embedding)
             measured_AMK, value_AMK = self.forecast_head(patient_AME).float().chunk(2, dim=2)
             members = measured_AMK.shape[1]
             target_AMK = ahead.measured_AK.float()[:, None].expand_as(measured_AMK)
             found = F.binary_cross_entropy_with_logits(measured_AMK, target_AMK, reduction="none")
             error_AMK = value_AMK - ahead.value_AK[:, None].clamp(-5, 5)
-            error = error_AMK[~torch.isnan(error_AMK)]
-            sums["measured_loss"] = found[ahead.whole_A].sum() / members
-            sums["forecast_loss"], sums["forecast_mae"] = _huber(error) / members, error.abs().sum() / members
+            error = error_AMK.flatten()[ahead.value_N]
+            sums["measured_loss"] = found[ahead.whole_N].sum() / members
+            sums["forecast_loss"], sums["forecast_mae"] = huber(error) / members, error.abs().sum() / members
         return {"sum_K": torch.stack([sums[name] for name in self.terms])}
 
-    def _drawn(self, batch: Batch) -> tuple[Hidden, Forecast | None]:
-        """What the row is asked: a function of its seeds, not of the weights."""
-        ahead = forecast_targets(batch, self.objective) if self.forecast_head is not None else None
-        return hide_events(batch, self.objective), ahead
+    def ask(self, batch: Batch) -> Batch:
+        """The row with its `asked`."""
+        return replace(batch, asked=self._asked(batch))
+
+    def _asked(self, batch: Batch) -> Asked:
+        if batch.asked is not None:
+            return batch.asked
+        asked = ask(batch, self.objective, self.terms, self.backbone.config.members)
+        if self.pooling is None or asked.ahead is None:
+            return asked
+        past = self.pooling.ask(asked.ahead.past, self.backbone.embedding)
+        return replace(asked, ahead=replace(asked.ahead, past=past))
 
 
 class RiskModel(LossModel):
@@ -420,6 +429,10 @@ class RiskModel(LossModel):
         self._in_days = [number for number, task in enumerate(tasks) if task in in_days]
         names = [f"{task}/loss" for task in tasks] + [f"{tasks[number]}/days_loss" for number in self._in_days]
         self.terms = dict.fromkeys(names, 1 / len(tasks))
+
+    def ask(self, batch: Batch) -> Batch:
+        """The row with what the pooling needs."""
+        return self.pooling.ask(batch, self.backbone.embedding)
 
     def patient(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """Patient vectors (S, M, E) and attention weights (L, M * Q) or None."""
@@ -452,7 +465,7 @@ class RiskModel(LossModel):
 
         labels, days = self._targets(batch)
         risks = summed(F.binary_cross_entropy_with_logits, logit_STM, *labels)
-        sum_K = torch.cat([risks, summed(F.huber_loss, log_days_STM[:, self._in_days], *days)])
+        sum_K = torch.cat([risks, summed(F.huber_loss, self._of_days(log_days_STM), *days)])
         logit_ST, log_days_ST = logit_STM.mean(dim=2), log_days_STM.mean(dim=2)
         if not self.training:
             logit_ST, log_days_ST = logit_ST.detach(), log_days_ST.detach()
@@ -460,8 +473,12 @@ class RiskModel(LossModel):
 
     def _targets(self, batch: Batch) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """Labels and their weights; the logarithms of days and theirs, of the tasks that have them."""
-        log_days_SX = batch.days_ST[:, self._in_days].log1p()
-        return (batch.label_ST, batch.label_weight_ST), (log_days_SX, batch.label_weight_ST[:, self._in_days])
+        log_days_SX = self._of_days(batch.days_ST).log1p()
+        return (batch.label_ST, batch.label_weight_ST), (log_days_SX, self._of_days(batch.label_weight_ST))
+
+    def _of_days(self, x_ST: Tensor) -> Tensor:
+        """The columns of the tasks that have days; slices, for a list of indices would be sent to the device."""
+        return torch.cat([x_ST[:, :0], *(x_ST[:, task : task + 1] for task in self._in_days)], dim=1)
 
     def recalibrate(self, task: str, temperature: float, shift: float) -> None:
         """Make the task's logits what they are now / temperature + shift, by its head's last weights."""
@@ -472,10 +489,6 @@ class RiskModel(LossModel):
         with torch.no_grad():
             last.weight[:, :, 0] /= temperature
             bias[:, 0] = bias[:, 0] / temperature + shift
-
-
-def _huber(error: Tensor) -> Tensor:
-    return F.huber_loss(error, torch.zeros_like(error), reduction="sum")
 
 
 def _weighed(target_SX: Tensor, weight_SX: Tensor) -> Tensor:

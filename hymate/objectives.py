@@ -12,7 +12,7 @@ Shape legend: see `hymate.batch`; A anchors, K forecast variables, or terms.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -45,7 +45,7 @@ def hide_events(batch: Batch, objective: ObjectiveConfig) -> Hidden:
         nothing = torch.zeros(L, dtype=torch.bool, device=device)
         return Hidden(batch, nothing, nothing)
     segment_L, place_L = batch.segment_L.long(), torch.arange(L, device=device)
-    bounds = torch.tensor(batch.cu_seqlens, device=device)
+    bounds = batch.bounds
     seed_L, of_segment_L = batch.seed_S[segment_L], place_L - bounds[segment_L]
     single_L, starting_L, length_L, part_L = (_uniform(seed_L, of_segment_L, use) for use in EVENT_USES)
     starts = starting_L < objective.mask_share * objective.span_share / objective.span_length
@@ -105,7 +105,7 @@ def forecast_targets(batch: Batch, objective: ObjectiveConfig) -> Forecast:
     """
     device, K, P = batch.code_L.device, objective.forecast_variables, objective.forecast_points
     horizon = objective.horizon_hours
-    start_S, stop_S = (torch.tensor(batch.cu_seqlens, device=device)[at] for at in (slice(-1), slice(1, None)))
+    start_S, stop_S = batch.bounds[:-1], batch.bounds[1:]
     draw_SP = _uniform(batch.seed_S[:, None], torch.arange(P, device=device), ANCHOR_USE)
     # one clock for all segments, each far enough from the next that no horizon reaches it; of whole hours, so that a
     # sum with a time is not rounded
@@ -139,13 +139,12 @@ def histories_until(batch: Batch, anchor_A: Tensor, seen_L: Tensor) -> tuple[Bat
 
     The anchors are in the order of the segments and as many in each, as `Forecast` has them.
     """
-    device = anchor_A.device
-    start_S = torch.tensor(batch.cu_seqlens[:-1], device=device)
-    of_A = torch.arange(len(start_S), device=device).repeat_interleave(len(anchor_A) // len(start_S))
+    start_S = batch.bounds[:-1]
+    of_A = torch.arange(len(start_S), device=anchor_A.device).repeat_interleave(len(anchor_A) // len(start_S))
     at_L, segment_L = _ranges(start_S[of_A], anchor_A + 1 - start_S[of_A])
     kept_L = seen_L[at_L] | (at_L == anchor_A[segment_L])
     at_L, segment_L = at_L[kept_L], segment_L[kept_L]
-    last_A = torch.tensor(batch.cu_seqlens[1:], device=device)[of_A] - 1
+    last_A = batch.bounds[1:][of_A] - 1
     ahead_hours_A = batch.lag_hours_S[of_A] + batch.time_hours_L[last_A].double() - batch.time_hours_L[anchor_A]
     count_S = torch.bincount(batch.static_segment_F.long(), minlength=len(start_S))
     static_at_F, static_segment_F = _ranges((count_S.cumsum(0) - count_S)[of_A], count_S[of_A])
@@ -156,12 +155,14 @@ def histories_until(batch: Batch, anchor_A: Tensor, seen_L: Tensor) -> tuple[Bat
             (static_at_F, ("static_code_F", "static_value_F", "static_quantile_F")),
         )
     )
+    bounds = F.pad(torch.bincount(segment_L, minlength=len(of_A)).cumsum(0), (1, 0))
     return replace(
         batch,
         **events,
         **statics,
         segment_L=segment_L.int(),
-        cu_seqlens=[0, *torch.bincount(segment_L, minlength=len(of_A)).cumsum(0).tolist()],
+        cu_seqlens=bounds.tolist(),
+        bounds=bounds,
         static_segment_F=static_segment_F.int(),
         age_years_S=(batch.age_years_S[of_A] - ahead_hours_A / HOURS_PER_YEAR).to(batch.age_years_S.dtype),
         lag_hours_S=torch.zeros_like(batch.lag_hours_S[of_A]),
@@ -170,6 +171,7 @@ def histories_until(batch: Batch, anchor_A: Tensor, seen_L: Tensor) -> tuple[Bat
         days_ST=batch.days_ST[of_A],
         label_weight_ST=batch.label_weight_ST[of_A],
         seed_S=batch.seed_S[of_A],
+        variables=None,
     ), at_L
 
 
@@ -178,6 +180,66 @@ def _ranges(start_A: Tensor, length_A: Tensor) -> tuple[Tensor, Tensor]:
     range_N = torch.arange(len(start_A), device=start_A.device).repeat_interleave(length_A)
     first_A = length_A.cumsum(0) - length_A
     return torch.arange(len(range_N), device=start_A.device) + (start_A - first_A)[range_N], range_N
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """What `Forecast` asks of each anchor's patient as of then.
+
+    past, at_L: the patients, and where in the row each of their events is (`histories_until`).
+    whole_N, value_N: int64, the anchors whose horizon is whole, and where in (A, members, K), flattened, a value is.
+    measured_AK, value_AK: as in `Forecast`.
+    """
+
+    past: Batch
+    at_L: Tensor
+    whole_N: Tensor
+    value_N: Tensor
+    measured_AK: Tensor
+    value_AK: Tensor
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a self-supervised loss asks of a row: a function of the row and its seeds, not of the weights.
+
+    code_L, hidden_L: the code ids that the model sees, and bool, whose value it does not see.
+    code_N, value_N: int64, the events whose code or value is hidden.
+    count_K: float64, how many targets each term has.
+    """
+
+    code_L: Tensor
+    hidden_L: Tensor
+    code_N: Tensor
+    value_N: Tensor
+    count_K: Tensor
+    ahead: Ahead | None
+
+
+def ask(batch: Batch, objective: ObjectiveConfig, terms: Collection[str], members: int) -> Asked:
+    """What a row is asked by `terms`, of a forecast's heads by each of `members`."""
+    hidden = hide_events(batch, objective)
+    counts, ahead = {"code": hidden.code_L.sum(), "value": hidden.value_L.sum()}, None
+    if objective.forecast_weight:
+        found = forecast_targets(batch, objective)
+        past, at_L = histories_until(batch, found.anchor_A, ~(hidden.code_L | hidden.value_L))
+        known_AK = ~found.value_AK.isnan()
+        value_N = _places(known_AK[:, None].expand(-1, members, -1).flatten())
+        ahead = Ahead(past, at_L, _places(found.whole_A), value_N, found.measured_AK, found.value_AK)
+        counts["measured"] = found.whole_A.sum() * found.measured_AK.shape[1]
+        counts["forecast"] = known_AK.sum()
+    return Asked(
+        code_L=hidden.batch.code_L,
+        hidden_L=hidden.value_L,
+        code_N=_places(hidden.code_L),
+        value_N=_places(hidden.value_L),
+        count_K=torch.stack([counts[name.split("_")[0]] for name in terms]).double(),
+        ahead=ahead,
+    )
+
+
+def _places(mask_N: Tensor) -> Tensor:
+    return torch.nonzero(mask_N)[:, 0]
 
 
 class LossModel(nn.Module, ABC):
@@ -189,12 +251,21 @@ class LossModel(nn.Module, ABC):
     terms: dict[str, float]
 
     @abstractmethod
+    def ask(self, batch: Batch) -> Batch:
+        """The same row with what the model would else find by itself; best done where the row is made, on the CPU."""
+
+    @abstractmethod
     def count_targets(self, batch: Batch) -> Tensor:
         """How many targets, or the sum of their weights, each of `terms` has in a row: (K,), float64."""
 
     def loss(self, batch: Batch) -> Tensor:
         """Of a step that is this row alone."""
         return mean_loss(self.terms, self(batch)["sum_K"], self.count_targets(batch))[0]
+
+
+def huber(error: Tensor) -> Tensor:
+    """The sum of the Huber losses."""
+    return F.huber_loss(error, torch.zeros_like(error), reduction="sum")
 
 
 def mean_loss(terms: Mapping[str, float], sum_K: Tensor, count_K: Tensor) -> tuple[Tensor, Tensor]:

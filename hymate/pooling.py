@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hymate.batch import Batch
+from hymate.batch import Batch, Variables
 
 HORIZONS_HOURS = (8766.0, 168.0, 24.0, 4.0)  # a year to the last few events: how far pooling looks back
 STATES_DROPPED = 0.5  # share of the patients that VariablePooling is trained on without contextual states
@@ -57,7 +57,7 @@ class FusionPooling(nn.Module):
     def forward(self, h_LD: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """(L, D) -> pooled (S, M, Q * D or, timed, twice that), weights (L, M * Q) that sum to 1 over each segment."""
         segment_L, S = batch.segment_L.long(), batch.num_segments
-        last_L = torch.tensor(batch.cu_seqlens[1:], device=h_LD.device)[segment_L] - 1
+        last_L = batch.bounds[1:][segment_L] - 1
         hours_L1 = (batch.time_hours_L - batch.time_hours_L[last_L])[:, None]  # 0 at the end, negative before
         score_LQ = self.score(h_LD, hours_L1)
         weight_LQ = segment_softmax(score_LQ, segment_L, S)
@@ -67,8 +67,7 @@ class FusionPooling(nn.Module):
             variance_SQ = segment_sum(weight_LQ * offset_LQ.square(), segment_L, S)
             # 1: an hour, where time stands still
             bases_LQ.append(weight_LQ * offset_LQ * (variance_SQ + 1.0).rsqrt()[segment_L])
-        lengths = torch.tensor(batch.cu_seqlens).diff().tolist()
-        parts = zip(torch.cat(bases_LQ, dim=1).split(lengths), wide(h_LD).split(lengths), strict=True)
+        parts = zip(torch.cat(bases_LQ, dim=1).split(batch.lengths), wide(h_LD).split(batch.lengths), strict=True)
         with torch.autocast(h_LD.device.type, enabled=False):
             sums_SQD = torch.stack([basis.T @ h for basis, h in parts]).chunk(len(bases_LQ), dim=1)
         return self.pooled(*sums_SQD), weight_LQ
@@ -116,14 +115,14 @@ class VariableSums:
     def of(cls, h_LD: Tensor, batch: Batch, vocab_size: int) -> VariableSums:
         """Of a row's events, in their order."""
         segment_L = batch.segment_L.long()
-        last_L = torch.tensor(batch.cu_seqlens[1:], device=h_LD.device)[segment_L] - 1
+        last_L = batch.bounds[1:][segment_L] - 1
         t_L = (batch.time_hours_L - batch.time_hours_L[last_L]).double()
         known_L = ~torch.isnan(batch.value_L)
         z_L, rank_L = (torch.nan_to_num(x_L).double() for x_L in (torch.asinh(batch.value_L), batch.quantile_L))
         known_t_L, one_L = t_L * known_L, torch.ones_like(t_L)
         sums = (one_L, known_L, z_L, z_L * z_L, known_t_L, known_t_L * t_L, t_L * z_L, rank_L)
         values_LX = torch.stack([t_L, z_L, rank_L], dim=1)
-        near_LH = (t_L[:, None] / t_L.new_tensor(HORIZONS_HOURS)).exp()
+        near_LH = _in_horizons(t_L).exp()
         share_LH = known_L[:, None].expand_as(near_LH).double()
         least_LX, greatest_LX = (torch.where(known_L[:, None], values_LX, bound) for bound in (torch.inf, -torch.inf))
         return cls(
@@ -140,45 +139,45 @@ class VariableSums:
             last_RD=wide(h_LD),
         )
 
-    def grouped(self) -> tuple[VariableSums, Tensor]:
-        """One row for each key, and where each of these rows went (R,); of equal keys, later rows are later events."""
-        key_G, group_R = torch.unique(self.key_R, return_inverse=True)
+    def grouped(self, key_G: Tensor, group_R: Tensor) -> VariableSums:
+        """One row for each key, where the rows go; of equal keys, later rows are later events."""
         G, at_R = len(key_G), torch.arange(len(group_R), device=group_R.device)
 
-        def extreme(x_RX: Tensor, group_R: Tensor, which: str) -> Tensor:
+        def extreme(x_RX: Tensor, which: str) -> Tensor:
             index = group_R.view(-1, *[1] * (x_RX.ndim - 1)).expand_as(x_RX)
             start = x_RX.new_zeros(G, *x_RX.shape[1:])
             return start.scatter_reduce(0, index, x_RX, which, include_self=False)
 
-        valued_R = at_R[self.sum_RX[:, 1] > 0]
-        first_G, last_G = (extreme(valued_R, group_R[valued_R], which) for which in ("amin", "amax"))
-        valued_G = extreme((self.sum_RX[:, 1] > 0).double(), group_R, "amax")  # of others the rows are any
-        greatest_GX = extreme(self.greatest_RX, group_R, "amax")
+        valued_R = self.sum_RX[:, 1] > 0
+        valued_G = extreme(valued_R.double(), "amax")
+        last_G = extreme(torch.where(valued_R, at_R, 0), "amax")
+        first_G = extreme(torch.where(valued_R, at_R, len(at_R) - 1), "amin")
+        greatest_GX = extreme(self.greatest_RX, "amax")
         since_R = self.greatest_RX[:, 1] - greatest_GX[group_R, 1]  # NaN where there is no value at all
-        fading_RH = torch.nan_to_num(since_R[:, None] / since_R.new_tensor(HORIZONS_HOURS), nan=0.0).exp()
+        fading_RH = torch.nan_to_num(_in_horizons(since_R), nan=0.0).exp()
         return VariableSums(
             key_R=key_G,
             sum_RX=segment_sum(self.sum_RX, group_R, G),
             near_RH=segment_sum(self.near_RH, group_R, G),
             share_RH=segment_sum(self.share_RH * fading_RH, group_R, G),
             shared_RH=segment_sum(self.shared_RH * fading_RH, group_R, G),
-            least_RX=extreme(self.least_RX, group_R, "amin"),
+            least_RX=extreme(self.least_RX, "amin"),
             greatest_RX=greatest_GX,
             first_R=self.first_R[first_G] * valued_G,
             last_RX=self.last_RX[last_G] * valued_G[:, None],
             state_RD=segment_sum(self.state_RD, group_R, G),
-            last_RD=self.last_RD[extreme(at_R, group_R, "amax")],
-        ), group_R
+            last_RD=self.last_RD[extreme(at_R, "amax")],
+        )
 
     def later(self, hours: float) -> VariableSums:
         """The same events seen from `hours` later."""
         events, values, z, z2, t, t2, tz, rank = self.sum_RX.unbind(dim=1)
         sums = (events, values, z, z2, t - hours * values, t2 - 2 * hours * t + hours**2 * values, tz - hours * z, rank)
-        ago_X = self.least_RX.new_tensor([hours, hours, 0.0, 0.0])
+        ago_X = F.pad(self.least_RX.new_full((2,), hours), (0, 2))  # of times only
         return replace(
             self,
             sum_RX=torch.stack(sums, dim=1),
-            near_RH=self.near_RH * (-hours / self.near_RH.new_tensor(HORIZONS_HOURS)).exp(),
+            near_RH=self.near_RH * _in_horizons(self.near_RH.new_full((), -hours)).exp(),
             least_RX=self.least_RX - ago_X,
             greatest_RX=self.greatest_RX - ago_X,
         )
@@ -186,7 +185,8 @@ class VariableSums:
     def __add__(self, other: VariableSums) -> VariableSums:
         """Of both's events, the other's being later; both are seen from the same time."""
         pairs = ((getattr(self, field.name), getattr(other, field.name)) for field in fields(self))
-        return VariableSums(*(torch.cat(pair) for pair in pairs)).grouped()[0]
+        both = VariableSums(*(torch.cat(pair) for pair in pairs))
+        return both.grouped(*torch.unique(both.key_R, return_inverse=True))
 
     def features(self, lag_hours_R: Tensor) -> Tensor:
         """VariablePooling.FEATURES (R, X) at prediction times that lie lag_hours_R after the last event."""
@@ -194,12 +194,12 @@ class VariableSums:
         known_R = values_R > 0
         z_R, z2_R, t_R, t2_R, tz_R, rank_R = (x_R / values_R.clamp(min=1) for x_R in rest)
         spread_R, spread_t_R = ((x2_R - x_R * x_R).clamp(min=0) for x_R, x2_R in ((z_R, z2_R), (t_R, t2_R)))
-        lag_R1 = lag_hours_R.double()[:, None]
+        lag_R = lag_hours_R.double()
         columns = [
             known_R[:, None],
-            (self.near_RH * (-lag_R1 / lag_R1.new_tensor(HORIZONS_HOURS)).exp()).log1p(),
+            (self.near_RH * _in_horizons(-lag_R).exp()).log1p(),
             self.shared_RH / self.share_RH.clamp(min=1),
-            (lag_R1 - torch.stack([self.least_RX[:, 0], self.greatest_RX[:, 0]], dim=1)).log1p(),
+            (lag_R[:, None] - torch.stack([self.least_RX[:, 0], self.greatest_RX[:, 0]], dim=1)).log1p(),
             torch.stack([spread_R.sqrt(), (tz_R - t_R * z_R) * (spread_t_R + 1.0).rsqrt(), rank_R], dim=1),
             torch.where(known_R[:, None], self.least_RX[:, 2:], 0.0),
             torch.where(known_R[:, None], self.greatest_RX[:, 2:], 0.0),
@@ -260,12 +260,17 @@ class VariablePooling(nn.Module):
         """(L, D), the embedding of codes -> pooled (S, M, (Q + 1) * D) and weights (L, M * Q) that sum to 1 over each
         segment.
         """
-        sums, group_L = VariableSums.of(h_LD, batch, len(code_VD)).grouped()
-        pooled, weight_GQ = self.pool(sums, batch.lag_hours_S, code_VD)
-        return pooled, (weight_GQ / wide(sums.sum_RX[:, :1].to(weight_GQ.dtype)))[group_L]
+        own = batch.variables or Variables.of(batch, len(code_VD))
+        sums = VariableSums.of(h_LD, batch, len(code_VD)).grouped(own.key_G, own.variable_L)
+        pooled, weight_GQ = self.pool(sums, own.lengths, batch.lag_hours_S, code_VD)
+        return pooled, (weight_GQ / wide(sums.sum_RX[:, :1].to(weight_GQ.dtype)))[own.variable_L]
 
-    def pool(self, sums: VariableSums, lag_hours_S: Tensor, code_VD: Tensor) -> tuple[Tensor, Tensor]:
-        """Pooled (S, M, (Q + 1) * D) and the variables' weights (G, M * Q), which sum to 1 over each segment."""
+    def pool(
+        self, sums: VariableSums, lengths: list[int], lag_hours_S: Tensor, code_VD: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Pooled (S, M, (Q + 1) * D) and the variables' weights (G, M * Q), which sum to 1 over each segment; lengths:
+        of how many variables each has.
+        """
         S, segment_G = len(lag_hours_S), sums.key_R // len(code_VD)
         events_G1 = sums.sum_RX[:, :1].to(sums.state_RD.dtype)
         states_GMD = self.states(torch.cat([sums.state_RD / events_G1, sums.last_RD], dim=1))
@@ -277,13 +282,18 @@ class VariablePooling(nn.Module):
         score_GMQ = wide(self.query(torch.tanh(self.key(x_GMD))))
         weight_GMQ = segment_softmax(score_GMQ.flatten(1), segment_G, S).view_as(score_GMQ)
         # the sum adds up evidence, which a mean cannot; over the root of their number, to keep its size
-        number_S = torch.bincount(segment_G, minlength=S)
+        number_S = segment_count(segment_G, S)
         share_G11 = number_S.to(weight_GMQ.dtype).rsqrt()[segment_G, None, None]
         part_GMQ = torch.cat([weight_GMQ, share_G11.expand(-1, weight_GMQ.shape[1], 1)], dim=2)
-        parts = zip(part_GMQ.split(number_S.tolist()), wide(x_GMD).split(number_S.tolist()), strict=True)
+        parts = zip(part_GMQ.split(lengths), wide(x_GMD).split(lengths), strict=True)
         with torch.autocast(x_GMD.device.type, enabled=False):
             pooled_SMQD = torch.stack([torch.einsum("gmq,gmd->mqd", part, x) for part, x in parts])
         return pooled_SMQD.flatten(2), weight_GMQ.flatten(1)
+
+
+def _in_horizons(hours: Tensor) -> Tensor:
+    """(...) -> (..., H); by Python's numbers, for a tensor of them would be sent to the device."""
+    return torch.stack([hours / horizon for horizon in HORIZONS_HOURS], dim=-1)
 
 
 # ---------------------------------------------------------------------------------------------------- segments
@@ -292,8 +302,13 @@ class VariablePooling(nn.Module):
 def segment_mean(x_LD: Tensor, segment_L: Tensor, num_segments: int) -> Tensor:
     """Mean over each segment (S, D); zero where a segment has nothing."""
     index = segment_L.long()
-    count_S = torch.bincount(index, minlength=num_segments).clamp(min=1)
+    count_S = segment_count(index, num_segments).clamp(min=1)
     return segment_sum(wide(x_LD), index, num_segments) / count_S[:, None]
+
+
+def segment_count(segment_L: Tensor, num_segments: int) -> Tensor:
+    """How many events each segment has (S,); a GPU's bincount would be waited for."""
+    return segment_L.new_zeros(num_segments).index_add(0, segment_L, torch.ones_like(segment_L))
 
 
 def segment_sum(x_LD: Tensor, segment_L: Tensor, num_segments: int) -> Tensor:

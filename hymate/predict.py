@@ -23,7 +23,7 @@ if __name__ == "__main__":
 
 import contextlib
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -31,9 +31,8 @@ from typing import Literal
 import numpy as np
 import pyarrow as pa
 import torch
-from torch import Tensor
 
-from hymate.batch import UNKNOWN_ID, Batch
+from hymate.batch import UNKNOWN_ID
 from hymate.bundle import Bundle, build_model, read_bundle
 from hymate.command import main
 from hymate.config import ConfigError, Place, TaskConfig, UserError
@@ -45,6 +44,8 @@ from hymate.data.meds import read_labels, write_parquet
 from hymate.data.prepare import PrepareConfig, prepare
 from hymate.data.tasks import labels
 from hymate.device import Wanted, choose
+from hymate.feeding import fed
+from hymate.model import RiskModel
 from hymate.states import StateFolder
 from hymate.storage import Location, locate, require_file, require_folder
 from hymate.streaming import StreamingModel, check_streamable
@@ -108,18 +109,20 @@ class Outputs:
             raise FloatingPointError("the model's predictions are not finite numbers: its training has diverged")
 
 
-def score(model: Callable[[Batch], dict[str, Tensor]], rows: Rows, device: torch.device) -> Outputs:
+def score(model: RiskModel, rows: Rows, device: torch.device) -> Outputs:
     """One pass over `rows`: what the model says of each of its examples, which must have the model's tasks.
 
     Raises FloatingPointError when the model gives anything but finite numbers.
     """
     outputs = Outputs.empty(*rows.examples.label_ET.shape)
-    with torch.no_grad():
-        for batch, counts in rows.once(rank=0, world_size=1):
+    parts = []
+    with torch.no_grad(), contextlib.closing(fed(rows.once(rank=0, world_size=1), device, model.ask)) as ready:
+        for batch, counts in ready:
             assert counts, "one rank repeats no row"
-            said, at = model(batch.to(device)), batch.example_S.numpy()
-            outputs.logit_ET[at] = said["logit_ST"].float().cpu().numpy()
-            outputs.log_days_ET[at] = said["log_days_ST"].float().cpu().numpy()
+            said = model(batch)
+            parts.append((batch.example_S, said["logit_ST"].float(), said["log_days_ST"].float()))
+    at, logit, log_days = (torch.cat(part).cpu().numpy() for part in zip(*parts, strict=True))  # the only wait
+    outputs.logit_ET[at], outputs.log_days_ET[at] = logit, log_days
     outputs.check()
     return outputs
 

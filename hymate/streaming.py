@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hymate.batch import Batch
+from hymate.batch import Batch, Variables
 from hymate.config import ModelConfig, UserError
 from hymate.data.histories import History
 from hymate.data.loader import ages, ratio
@@ -166,7 +166,7 @@ class StreamingModel:
             age_years_S=ages([history.birth_time], end_S),
             lag_hours_S=ratio(end_S - state.last_time_us, US_PER_HOUR),
         )
-        count_S = torch.tensor([float(state.num_events)], device=self._like.device)
+        count_S = torch.full((1,), float(state.num_events), device=self._like.device)
         embedding = self._model.backbone.embedding
         with torch.no_grad():
             pooled = self._pooled(state.pooled, batch.lag_hours_S).to(self._like.dtype)
@@ -199,7 +199,8 @@ class StreamingModel:
         elapsed = (int(time_us_L[-1]) - before.last_time_us) / US_PER_HOUR if before else 0.0
         kept = before.pooled if before else None
         if pooling.variables is not None:
-            sums, _ = VariableSums.of(h_LD, batch, self._vocabulary.size).grouped()
+            own = Variables.of(batch, self._vocabulary.size)
+            sums = VariableSums.of(h_LD, batch, self._vocabulary.size).grouped(own.key_G, own.variable_L)
             return kept.later(elapsed) + sums if isinstance(kept, VariableSums) else sums
         hours_L = torch.from_numpy((time_us_L - time_us_L[-1]) / US_PER_HOUR).to(h_LD.device)
         if pooling.kind == "last":
@@ -219,7 +220,8 @@ class StreamingModel:
         pooling = self._model.pooling
         if isinstance(kept, VariableSums):
             assert pooling.variables is not None
-            return pooling.variables.pool(kept, lag_hours_S, self._model.backbone.embedding.code.weight)[0]
+            code_VD = self._model.backbone.embedding.code.weight
+            return pooling.variables.pool(kept, [len(kept.key_R)], lag_hours_S, code_VD)[0]
         level_QD, trend_QD = kept.levels_and_trends()
         return level_QD[None] if pooling.fusion is None else pooling.fusion.pooled(level_QD[None], trend_QD[None])
 
@@ -243,6 +245,7 @@ class StreamingModel:
             gap_hours_L=gap_hours_L.to(self._like.dtype),
             segment_L=torch.zeros(len(events_L), dtype=torch.int32),
             cu_seqlens=[0, len(events_L)],
+            bounds=torch.tensor([0, len(events_L)]),
             static_code_F=static_code_F,
             static_value_F=static_value_F,
             static_quantile_F=static_quantile_F,

@@ -32,7 +32,6 @@ import hymate
 
 NAME = "absent"
 PACKAGE = Path(hymate.__file__).parent
-KERNELS = ("test_fused.py",)  # the stand-ins for kernels look at numbers, which the kernels do not
 aten = torch.ops.aten
 SIZED_BY_NUMBERS = {
     "nonzero",
@@ -73,6 +72,9 @@ class AbsentTensor(Tensor):
         _watches[-1].wait("tolist")
         return self.held.tolist()
 
+    def record_stream(self, stream: Any) -> None:
+        assert isinstance(stream, Stream)
+
     def numpy(self, **_: Any) -> Any:  # type: ignore[override]
         raise TypeError("numpy cannot read a tensor on the absent device: copy it to the CPU first")
 
@@ -93,8 +95,6 @@ class Watch(TorchDispatchMode):
     def wait(self, reason: str) -> None:
         """Count one."""
         frames = [(Path(frame.f_code.co_filename), line) for frame, line in traceback.walk_stack(None)]
-        if any(path.name in KERNELS for path, _ in frames):
-            return
         file, line = next(((path, line) for path, line in frames if path.is_relative_to(PACKAGE)), (Path("none"), 0))
         self.waits[f"{file.name}:{line} {reason}"] += 1
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from hymate.batch import FIRST_CODE_ID, Batch
 
@@ -39,6 +40,7 @@ def random_row(lengths: Sequence[int], *, vocab_size: int = 30, seed: int = 0, s
         gap_hours_L=gaps,
         segment_L=segment,
         cu_seqlens=[0, *counts.cumsum(0).tolist()],
+        bounds=F.pad(counts.cumsum(0), (1, 0)),
         static_code_F=torch.randint(FIRST_CODE_ID, vocab_size, (S * statics,), generator=g),
         static_value_F=static_value,
         static_quantile_F=static_quantile,
@@ -66,6 +68,7 @@ def segment_of(batch: Batch, s: int) -> Batch:
         gap_hours_L=batch.gap_hours_L[a:b],
         segment_L=torch.zeros(b - a, dtype=torch.int32),
         cu_seqlens=[0, b - a],
+        bounds=torch.tensor([0, b - a]),
         static_code_F=batch.static_code_F[own],
         static_value_F=batch.static_value_F[own],
         static_quantile_F=batch.static_quantile_F[own],
@@ -93,7 +96,8 @@ def joined(rows: Sequence[Batch]) -> Batch:
     for name in ("segment_L", "static_segment_F"):
         shifted = [getattr(row, name) + start for row, start in zip(rows, first.tolist(), strict=False)]
         tensors[name] = torch.cat(shifted).int()
-    return replace(rows[0], **tensors, cu_seqlens=[0, *counts.cumsum(0).tolist()])
+    tensors["bounds"] = F.pad(counts.cumsum(0), (1, 0))
+    return replace(rows[0], **tensors, cu_seqlens=tensors["bounds"].tolist())
 
 
 def repacked(row: Batch, num_rows: int, seed: int) -> list[Batch]:

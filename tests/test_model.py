@@ -10,7 +10,7 @@ from rows import in_double, random_row, segment_of
 from torch import Tensor
 from torch.nn import functional as F
 
-from hymate.batch import Batch
+from hymate.batch import Batch, Variables
 from hymate.command import load
 from hymate.config import ModelConfig, ObjectiveConfig, UserError
 from hymate.model import (
@@ -148,12 +148,13 @@ def test_fusion_pooling_returns_levels_and_least_squares_slopes() -> None:
 
 def test_variables_know_what_aggregate_features_would_say() -> None:
     row = in_double(random_row(LENGTHS, vocab_size=8))
-    sums, group_L = VariableSums.of(torch.zeros(row.num_events, 2).double(), row, 8).grouped()
+    own = Variables.of(row, 8)
+    sums = VariableSums.of(torch.zeros(row.num_events, 2).double(), row, 8).grouped(own.key_G, own.variable_L)
     features_GX = sums.features(row.lag_hours_S[sums.key_R // 8])
     assert len(features_GX) == len(set(zip(row.segment_L.tolist(), row.code_L.tolist(), strict=True)))
     for key, found in zip(sums.key_R.tolist(), features_GX, strict=True):
         own_L = (row.segment_L * 8 + row.code_L) == key
-        assert group_L[own_L].unique().numel() == 1
+        assert own.variable_L[own_L].unique().numel() == 1
         end = row.time_hours_L[row.cu_seqlens[key // 8 + 1] - 1] + row.lag_hours_S[key // 8]
         t, z, rank = (x_L[own_L] for x_L in (row.time_hours_L, torch.asinh(row.value_L), row.quantile_L))
         expected = dict.fromkeys(VariablePooling.FEATURES, torch.zeros((), dtype=torch.float64))

@@ -139,6 +139,8 @@ def test_a_forecast_does_not_depend_on_what_comes_later() -> None:
     torch.testing.assert_close(patient(much_later), patient(row))
     events = {name: value[:21] for name, value in vars(row).items() if name.endswith("_L")}
     passed = (row.time_hours_L[39] - row.time_hours_L[20]) / 8766
-    ended = replace(row, **events, cu_seqlens=[0, 21], age_years_S=row.age_years_S - passed)
+    ended = replace(
+        row, **events, cu_seqlens=[0, 21], bounds=torch.tensor([0, 21]), age_years_S=row.age_years_S - passed
+    )
     torch.testing.assert_close(patient(ended), patient(row))
     assert not torch.allclose(patient(replace(row, code_L=torch.where(later, row.code_L, 3))), patient(row))

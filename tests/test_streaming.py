@@ -108,6 +108,7 @@ def one_pass(model: RiskModel, vocabulary: Vocabulary, history: History, predict
         gap_hours_L=hours(np.diff(time, prepend=time[:1])),
         segment_L=torch.zeros(n, dtype=torch.int32),
         cu_seqlens=[0, n],
+        bounds=torch.tensor([0, n]),
         static_code_F=torch.from_numpy(static_id_F),
         static_value_F=static_z,
         static_quantile_F=static_quantile,

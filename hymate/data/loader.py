@@ -257,6 +257,7 @@ def packed_row(windows: Sequence[History], end_S: np.ndarray, vocabulary: Vocabu
         gap_hours_L=ratio(gap_L, US_PER_HOUR),
         segment_L=torch.from_numpy(np.repeat(segment_S, length_S)),
         cu_seqlens=cu_seqlens.tolist(),
+        bounds=torch.from_numpy(cu_seqlens),
         static_code_F=torch.from_numpy(static_id_F),
         static_value_F=torch.from_numpy(static_z_F),
         static_quantile_F=torch.from_numpy(static_quantile_F),

@@ -241,7 +241,7 @@ def create_adam_state(engine: Any, steps: int) -> None:
         flat = [parameter for group in adam.param_groups for parameter in group["params"]]
     for parameter in flat:
         adam.state[parameter] = {
-            "step": torch.tensor(float(steps)),
+            "step": torch.full((), float(steps), device=parameter.device),
             **{key: torch.zeros_like(parameter) for key in MOMENTS},
         }
 

@@ -15,7 +15,7 @@ import shutil
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from hymate.config import TrainConfig, UserError
 from hymate.device import CPU
+from hymate.feeding import Delayed, fed
 from hymate.objectives import LossModel, mean_loss
 from hymate.telemetry import Telemetry
 from hymate.training import checkpoint
@@ -153,6 +154,16 @@ def train(
     telemetry.text("config", description)
     meter = Meter(worker, job.rows.tokens_per_row)
     saved_step, saved_at = standing.step, time.monotonic()
+    flags: Delayed[None] = Delayed(worker.device)
+    outcomes: Delayed[tuple[int, list[Batch]]] = Delayed(worker.device)
+
+    def take_in(every: bool) -> None:
+        for (finite, loss), (step, rows) in outcomes.ready(every):
+            if finite:
+                meter.count(rows, loss)
+                standing.skipped_in_a_row = 0
+            else:
+                _count_skipped(standing, step, rows, job.rows, config)
 
     def evaluate_and_save() -> None:
         nonlocal saved_step, saved_at
@@ -162,77 +173,73 @@ def train(
         telemetry.scalars("checkpoint", stalls, standing.step)
         saved_step, saved_at = standing.step, time.monotonic()
 
-    steps = job.rows.steps(_cursor(standing), config.rows_per_step, worker.rank, worker.world_size)
+    steps = fed(
+        job.rows.steps(_cursor(standing), config.rows_per_step, worker.rank, worker.world_size),
+        worker.device,
+        engine.module.ask,
+    )
     timed_steps = meter.clock.rows(steps)
     meter.clock.start()
     try:
-        while not (stopping := anyone(stop(), worker)) and not standing.finished(config):
+        while not (stopping := anyone_by_now(stop(), worker, flags)) and not standing.finished(config):
             rows, cursor = next(timed_steps)
             share = schedule(standing.step, config)
             set_learning_rates(engine, [lr * share for lr in base_lrs])
             sums = train_step(engine, rows, worker.device)
             standing.step, standing.cursor = standing.step + 1, asdict(cursor)
-            if sums is not None:
-                meter.add(sums)
-                standing.skipped_in_a_row = 0
-            else:
-                _count_skipped(standing, rows, job.rows, config)
-            if standing.step % config.log_every == 0:
+            outcomes.put(meter.add(sums), (standing.step, rows))
+            logged = standing.step % config.log_every == 0
+            due = standing.step % config.eval_every == 0 or standing.step == config.max_steps
+            take_in(every=logged or due)
+            if logged:
                 values = {"learning_rate": base_lrs[0] * share, "skipped_steps": standing.skipped}
                 telemetry.scalars("train", {**meter.mean(), **values}, standing.step)
                 for name, by_rank in curves(meter.shares).items():
                     telemetry.scalars(name, by_rank, standing.step)
-            due = standing.step % config.eval_every == 0 or standing.step == config.max_steps
             telemetry.progress(force=due, **_progress(meter, standing, job, config))
             if due:
                 evaluate_and_save()
+        take_in(every=True)
         if standing.finished(config) and not standing.evaluated():
             evaluate_and_save()  # it was stopped between two evaluations, and max_steps then lowered to where it stood
         elif stopping and standing.step > saved_step:
             save(engine, standing, config, standing.place(), job.score, report=report, telemetry=telemetry)
         telemetry.progress(force=True, **_progress(meter, standing, job, config))
     finally:
-        close = getattr(steps, "close", None)
-        if close is not None:
-            close()  # stops the loader's thread
+        steps.close()  # stops the loader's threads
         telemetry.close()
         meter.clock.stop()
         engine.destroy()
     return standing
 
 
-def train_step(engine: Any, rows: list[Batch], device: torch.device) -> dict[str, Tensor] | None:
-    """One optimiser step over this worker's rows; their parts of the step's loss and of each term's mean, summed.
+def train_step(engine: Any, rows: list[Batch], device: torch.device) -> dict[str, Tensor]:
+    """One optimiser step over this worker's rows; their parts of the step's loss and of each term's mean, summed, and
+    the norm of the gradient: on the device, which is not waited for.
 
     The gradient is that of the loss over all targets of the step, on all workers; their number is known before the
     model runs. DeepSpeed divides each row's part by the number of accumulated rows and averages over workers, which a
     factor undoes; it clips and updates at the last row.
 
-    Where a loss or the gradient of any worker is not finite nothing changes, and the result is None on all of them.
+    Where a loss or the gradient of any worker is not finite nothing changes, and the norm is not finite on all of them.
     """
     from deepspeed import comm
 
-    terms = engine.module.terms
-    count_K = count_targets(engine.module, rows).to(device)
+    terms, rows = engine.module.terms, [row.to(device) for row in rows]
+    count_K = count_targets(engine.module, rows)
     comm.all_reduce(count_K)  # DeepSpeed's, whose collectives are timed: here the others wait for a slow worker
     num_rows = len(rows) * dist.get_world_size()
-    sums: dict[str, Tensor] = {}
+    sum_X = torch.zeros(len(terms) + 1, device=device)
     for row in rows:
         torch.manual_seed(row.seed)
-        loss, mean_K = mean_loss(terms, engine(row.to(device))["sum_K"], count_K)
+        loss, mean_K = mean_loss(terms, engine(row)["sum_K"], count_K)
         # the gradient of a loss that is not finite could be finite; made NaN, all workers see it in the norm
         engine.backward(loss * torch.where(torch.isfinite(loss.detach()), num_rows, math.nan))
         norm = _unclipped_norm(engine)
-        if norm is None or torch.isfinite(norm):
-            engine.step()  # under ZeRO, DeepSpeed itself skips a step whose norm is not finite
-        else:
-            _step_without_update(engine)
-        parts = dict(zip(terms, mean_K.detach(), strict=True)) | {"loss": loss.detach()}
-        for name, value in {**parts, "num_events": torch.tensor(float(row.num_events))}.items():
-            sums[name] = sums.get(name, torch.zeros(())) + value.float().cpu()
-    sums["num_rows"] = torch.tensor(float(len(rows)))
-    sums["gradient_norm"] = torch.as_tensor(engine.get_global_grad_norm() if norm is None else norm).float().cpu()
-    return sums if torch.isfinite(sums["gradient_norm"]) else None
+        _step_where_finite(engine, norm)
+        sum_X = sum_X + torch.cat([mean_K, loss[None]]).detach().float()
+    norm = torch.as_tensor(engine.get_global_grad_norm() if norm is None else norm, device=device)
+    return dict(zip([*terms, "loss"], sum_X, strict=True)) | {"gradient_norm": norm.float()}
 
 
 def count_targets(module: LossModel, rows: Iterable[Batch]) -> Tensor:
@@ -240,20 +247,26 @@ def count_targets(module: LossModel, rows: Iterable[Batch]) -> Tensor:
     return torch.stack([module.count_targets(row) for row in rows]).sum(dim=0)
 
 
-def _step_without_update(engine: Any) -> None:
-    """DeepSpeed's step without ZeRO, but for the update: AdamW passes over parameters that have no gradient."""
-    hook = engine.optimizer.register_step_pre_hook(lambda optimizer, *_: optimizer.zero_grad())
-    engine.step()
-    hook.remove()
+def _step_where_finite(engine: Any, norm: Tensor | None) -> None:
+    """DeepSpeed's step, which updates nothing where the norm is not finite; under ZeRO (None) it looks for itself."""
+    if norm is not None and engine.optimizer.defaults["fused"]:
+        engine.optimizer.found_inf = (~torch.isfinite(norm)).float()  # its kernel looks at it, on the device
+        engine.step()
+    elif norm is None or torch.isfinite(norm):
+        engine.step()
+    else:  # AdamW passes over parameters that have no gradient
+        hook = engine.optimizer.register_step_pre_hook(lambda optimizer, *_: optimizer.zero_grad())
+        engine.step()
+        hook.remove()
 
 
-def _count_skipped(standing: Standing, rows: list[Batch], source: TrainingRows, config: TrainConfig) -> None:
+def _count_skipped(standing: Standing, step: int, rows: list[Batch], source: TrainingRows, config: TrainConfig) -> None:
     standing.skipped, standing.skipped_in_a_row = standing.skipped + 1, standing.skipped_in_a_row + 1
     if standing.skipped_in_a_row > config.max_skipped:
         places: list[str] = [""] * dist.get_world_size()
         dist.all_gather_object(places, "; ".join(source.place_of(row) for row in rows))
         raise Unrecoverable(
-            f"{standing.skipped_in_a_row} steps in a row, up to step {standing.step}, had a loss or gradient that is "
+            f"{standing.skipped_in_a_row} steps in a row, up to step {step}, had a loss or gradient that is "
             f"not finite (train.max_skipped={config.max_skipped}). The last one's rows: {'; '.join(places)}. Lower "
             "train.learning_rate or look at these rows, and start again under another run.name"
         )
@@ -306,12 +319,13 @@ def mean_outputs(engine: Any, rows: Iterable[tuple[Batch, bool]], worker: Worker
     rows: `Rows.once` of this rank; a row with False only keeps the ranks in step and is not counted.
     """
     terms = engine.module.terms
-    total_2K = torch.zeros(2, len(terms), dtype=torch.float64)
-    for row, counted in rows:
-        torch.manual_seed(row.seed)
-        sum_K = engine(row.to(worker.device))["sum_K"].double().cpu()
-        if counted:
-            total_2K += torch.stack([sum_K, engine.module.count_targets(row)])
+    total_2K = torch.zeros(2, len(terms), dtype=torch.float64, device=worker.device)
+    with contextlib.closing(fed(rows, worker.device, engine.module.ask)) as ready:
+        for row, counted in ready:
+            torch.manual_seed(row.seed)
+            sum_K = engine(row)["sum_K"].double()
+            if counted:
+                total_2K += torch.stack([sum_K, engine.module.count_targets(row)])
     loss, mean_K = mean_loss(terms, *_all_reduced(total_2K, worker.device))
     return {"loss": float(loss), **dict(zip(terms, mean_K.tolist(), strict=True))}
 
@@ -323,7 +337,8 @@ def start(job: Job, config: TrainConfig, worker: Worker, resume: Path | None) ->
     """A DeepSpeed engine around the job's module, fresh or as it was in a checkpoint."""
     if resume is not None:
         checkpoint.load_weights(job.module, resume)
-    optimizer = torch.optim.AdamW(job.groups, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay)
+    betas, on_gpu = (config.beta1, config.beta2), worker.device.type != "cpu"
+    optimizer = torch.optim.AdamW(job.groups, betas=betas, weight_decay=config.weight_decay, fused=on_gpu)
     engine = build_engine(job.module, optimizer, config, worker)
     if resume is None:
         checkpoint.create_adam_state(engine, steps=0)  # the first step may be skipped, and then saved
@@ -419,32 +434,40 @@ class Meter:
 
     def _reset(self) -> None:
         self._sums: dict[str, Tensor] = {}
-        self._steps, self._started = 0, time.monotonic()
+        self._steps = self._rows = self._events = 0
+        self._started = time.monotonic()
 
-    def add(self, sums: dict[str, Tensor]) -> None:
-        """Take in a step of this worker."""
+    def add(self, sums: dict[str, Tensor]) -> Tensor:
+        """Take in a step of this worker where it was finite; whether it was, and the sum of the losses (2,)."""
         self.clock.step_done()
-        self._steps += 1
-        for name, value in sums.items():
-            self._sums[name] = self._sums.get(name, torch.zeros(())) + value
+        finite = torch.isfinite(sums["gradient_norm"])
+        sum_X = torch.where(finite, torch.stack(list(sums.values())), 0.0)
+        if self._sums:
+            sum_X = sum_X + torch.stack(list(self._sums.values()))
+        self._sums = dict(zip(sums, sum_X, strict=True))
+        return torch.stack([finite.float(), self._sums["loss"]])
+
+    def count(self, rows: Sequence[Batch], loss: float) -> None:
+        """Take in what `add` told of a step over `rows` that was finite."""
+        self._steps, self._rows = self._steps + 1, self._rows + len(rows)
+        self._events += sum(row.num_events for row in rows)
         elapsed = time.monotonic() - self._started
-        self.loss = float(self._sums["loss"]) * self.worker.world_size / self._steps  # of all ranks, about
+        self.loss = loss * self.worker.world_size / self._steps  # of all ranks, about
         self.steps_per_second = self._steps / elapsed
-        self.events_per_second = float(self._sums["num_events"]) * self.worker.world_size / elapsed
+        self.events_per_second = self._events * self.worker.world_size / elapsed
 
     def mean(self) -> dict[str, float]:
         """Means over the steps since the last call, of all ranks' rows; none if all were skipped; collective."""
-        if not self._sums:
+        if not self._steps:
             return {}
-        names = sorted(self._sums)
         shares = torch.zeros(self.worker.world_size, len(Share._fields))  # one row a rank: their sum has them all
-        shares[self.worker.rank] = torch.tensor(self.clock.read(float(self._sums["num_events"])))
-        own = torch.cat([torch.stack([self._sums[name] for name in names]), shares.flatten()])
-        total = _all_reduced(own, self.worker.device)
-        values = dict(zip(names, total.tolist(), strict=False))
-        self.shares = [Share(*row) for row in total[len(names) :].view_as(shares).tolist()]
+        shares[self.worker.rank] = torch.tensor(self.clock.read(self._events))
+        own = torch.cat([torch.stack(list(self._sums.values())).cpu(), shares.flatten()])
+        total = _all_reduced(torch.cat([torch.tensor([self._rows, self._events]), own.double()]), self.worker.device)
+        (num_rows, num_events), numbers = total[:2].tolist(), total[2:].tolist()
+        values = dict(zip(self._sums, numbers, strict=False))
+        self.shares = [Share(*row) for row in total[2 + len(values) :].view_as(shares).tolist()]
         elapsed = time.monotonic() - self._started
-        num_rows, num_events = values.pop("num_rows"), values.pop("num_events")
         norm = values.pop("gradient_norm") / (self._steps * self.worker.world_size)
         means = {name: value / self._steps for name, value in values.items()}
         self._reset()
@@ -464,6 +487,14 @@ def _unclipped_norm(engine: Any) -> Tensor | None:
 def anyone(flag: bool, worker: Worker) -> bool:
     """Whether the flag is true on any rank; collective."""
     return bool(_all_reduced(torch.tensor([float(flag)]), worker.device))
+
+
+def anyone_by_now(flag: bool, worker: Worker, flags: Delayed[None]) -> bool:
+    """`anyone`, as far as `flags` have come: without a wait, on a GPU it is known a call later; collective."""
+    raised = torch.full((1,), float(flag), device=worker.device)
+    dist.all_reduce(raised)
+    flags.put(raised, None)
+    return any(number for (number,), _ in flags.ready())
 
 
 def agreed(value: Any, worker: Worker) -> Any:

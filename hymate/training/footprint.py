@@ -254,6 +254,7 @@ def _row(num_events: int, history_events: int) -> Batch:
         gap_hours_L=floats(num_events),
         segment_L=ids(num_events, dtype=torch.int32),
         cu_seqlens=bounds,
+        bounds=torch.tensor(bounds),
         static_code_F=ids(F),
         static_value_F=floats(F),
         static_quantile_F=floats(F),

@@ -31,6 +31,7 @@ from prepare_memory import descendants, peak_mib
 
 from hymate.command import load
 from hymate.data.loader import Cursor
+from hymate.feeding import fed
 from hymate.objectives import mean_loss
 from hymate.training import engine
 from hymate.training.memory import keep_freed_memory
@@ -69,7 +70,7 @@ def serve(orders: Connection, settings: list[str], stage: int | None, rank: int,
 def bare_step(config: PretrainConfig, worker: engine.Worker) -> Callable[[], None]:
     job = pretraining_job(config, worker)
     optimizer = torch.optim.AdamW(job.groups, betas=(config.train.beta1, config.train.beta2))
-    steps = job.rows.steps(Cursor(), config.train.rows_per_step, 0, 1)
+    steps = fed(job.rows.steps(Cursor(), config.train.rows_per_step, 0, 1), worker.device, job.module.ask)
 
     def step() -> None:
         rows, _ = next(steps)
@@ -88,9 +89,10 @@ def engine_step(config: PretrainConfig, worker: engine.Worker) -> Callable[[], N
     job = pretraining_job(config, worker)
     wrapped, _ = engine.start(job, config.train, worker, resume=None)
     steps = job.rows.steps(Cursor(), config.train.rows_per_step, worker.rank, worker.world_size)
+    ready = fed(steps, worker.device, job.module.ask)
 
     def step() -> None:
-        engine.train_step(wrapped, next(steps)[0], worker.device)
+        engine.train_step(wrapped, next(ready)[0], worker.device)
 
     return step
 
