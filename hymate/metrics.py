@@ -74,6 +74,14 @@ def weights(weight_N: ArrayLike | None, label_N: ArrayLike) -> Array:
     return weight_N
 
 
+def midranks(score_N: ArrayLike, weight_N: ArrayLike | None = None) -> Array:
+    """(N,): which fraction of all labels has a lower score, of equal scores half; their mean is 1/2."""
+    _, group_N = np.unique(np.asarray(score_N), return_inverse=True)
+    weight_G = np.bincount(group_N, weights(weight_N, group_N))
+    below_G = np.cumsum(weight_G) - weight_G / 2
+    return np.asarray((below_G / weight_G.sum())[group_N])
+
+
 def areas(
     label_N: ArrayLike, score_N: ArrayLike, subject_N: ArrayLike, weight_N: ArrayLike | None = None
 ) -> dict[str, dict[str, Any]]:

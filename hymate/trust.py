@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,7 @@ SIMULATIONS = 200
 FEWEST_EACH = 5  # patients with the outcome, and without it, on whom a verdict may rest
 PRIOR_LABELS = 10  # the precision of the prior of a log temperature and a shift
 Z = float(norm.ppf(0.975))
+HELPS = float(norm.ppf(0.7))  # by how many errors a useful model must help at the prevalence
 NEWTON_STEPS, CONVERGED = 20, 1e-6
 STEEPEST = 50.0  # a slope that grows beyond this has no end: the classes are separated
 EPSILON = 1e-7
@@ -272,46 +274,67 @@ def decision_curve(
 def useful_range(
     label_N: ArrayLike, prob_N: ArrayLike, subject_N: ArrayLike, weight_N: ArrayLike | None = None
 ) -> list[float] | None:
-    """The longest run of GRID's thresholds, [low, high], at each of which acting on the model is detectably better than
-    acting on no one and than acting on everyone; None where there is none.
+    """The thresholds [low, high] between which acting on the model is better than acting on no one and than acting on
+    everyone, as far as one-sided tests tell; None where there are none.
 
-    Better than on no one means that of those acted on more than the threshold are positive, better than on everyone
-    that of the others fewer are: two tests of a proportion against a known one, both of which must reject (at 2.5 %,
-    one-sided; thresholds on both sides of the prevalence add up).
-    A bootstrap of the gain fails where few are on one side: ten negatives below the threshold and no
-    positive are ten negatives in every sample, though at this risk they are no wonder. Here the error is never below
-    that of the tested proportion, and FEWEST_EACH patients at least are rightly acted on, and rightly left alone.
+    - First the AUROC must be above 1/2 (Mann & Whitney's test of ranks, at 2.5 %). So a model whose scores are
+      independent of the labels is called useful in at most 2.5 % of cohorts, whatever follows.
+    - Then the model must help at the prevalence, where acting on everyone is no better than acting on no one, so that a
+      model has most to add: of those whose probability reaches it more are positive, of the others fewer (two tests at
+      30 %, which cost a calibrated model no power, as chance is ruled out already). This turns down models that rank
+      well and whose probabilities are of no use, such as those which are all above the prevalence. Only the least
+      favourable model, which breaks even at every threshold, is called useful in up to a third of cohorts.
+    - From there the range grows over GRID, upwards and downwards, as long as of those acted on more than the threshold
+      are positive (better than acting on no one) and of the others fewer (better than acting on everyone), each at
+      2.5 %. Both must hold (an intersection-union test, Berger 1982); the order is fixed, so the number of thresholds
+      does not matter (Maurer, Hothorn & Lehmacher 1995), and each end is too far out in at most 2.5 % of cohorts.
+
+    FEWEST_EACH patients at least are rightly acted on, and rightly left alone. No error is estimated from one side of a
+    threshold, where ten negatives and no positive would look certain: it is that of labels of the tested risk, a
+    patient's labels being as much alike as in the whole cohort (the design effect of Rao & Scott 1992; Rosner, Glynn &
+    Lee 2003 of ranks).
     """
-    positive_N, prob_N = np.asarray(label_N) > 0.5, np.asarray(prob_N, dtype=np.float64)
+    label_N, prob_N = np.asarray(label_N, dtype=np.float64), np.asarray(prob_N, dtype=np.float64)
     _, patient_N = np.unique(np.asarray(subject_N), return_inverse=True)
-    weight_N = metrics.weights(weight_N, positive_N)
+    weight_N = metrics.weights(weight_N, label_N)
+    prevalence = metrics.mean(label_N, weight_N)
+    if prevalence is None or prevalence in (0, 1):
+        return None
+    likeness = _likeness(label_N, patient_N, weight_N)
 
-    def better(threshold: float, side_N: Array, sign: int) -> bool:
-        right_N = side_N & (positive_N == (sign > 0))
-        if len(np.unique(patient_N[right_N])) < FEWEST_EACH:
-            return False
-        return sign * _surplus(threshold, positive_N[side_N], patient_N[side_N], weight_N[side_N]) > Z
+    def surplus(part_N: Array, risk: float) -> float:
+        """How many standard errors the sum of part_N * label is above its mean if all labels have this risk."""
+        sum_P = np.bincount(patient_N, part_N)
+        variance = risk * (1 - risk) * ((1 - likeness) * (part_N @ part_N) + likeness * (sum_P @ sum_P))
+        return float(part_N @ (label_N - risk) / np.sqrt(variance)) if variance > 0 else 0.0
 
-    longest: list[float] = []
-    run: list[float] = []
-    for threshold in GRID:
+    def helps(threshold: float, errors: float = Z) -> bool:
         act_N = prob_N >= threshold
-        useful = better(threshold, act_N, 1) and better(threshold, ~act_N, -1)
-        run = [*run, threshold] if useful else []
-        longest = max(longest, run, key=len)
-    return [longest[0], longest[-1]] if longest else None
+        right = (patient_N[act_N & (label_N > 0.5)], patient_N[~act_N & (label_N < 0.5)])
+        if any(np.count_nonzero(np.bincount(patients)) < FEWEST_EACH for patients in right):
+            return False
+        return all(surplus(part_N * weight_N, threshold) > errors for part_N in (act_N, act_N - 1.0))
+
+    # the sum of the positives' ranks, less 1/2 each, is but for a factor the AUROC less 1/2
+    if surplus((metrics.midranks(prob_N, weight_N) - 0.5) * weight_N, prevalence) <= Z or not helps(prevalence, HELPS):
+        return None
+    below = takewhile(helps, (threshold for threshold in reversed(GRID) if threshold < prevalence))
+    above = takewhile(helps, (threshold for threshold in GRID if threshold > prevalence))
+    return [min([prevalence, *below]), max([prevalence, *above])]
 
 
-def _surplus(expected: float, label_N: Array, patient_N: Array, weight_N: Array) -> float:
-    """How many standard errors more than `expected` the proportion of positives is.
-
-    The error is the larger one of what the differences between patients say (a sandwich over clusters, Liang & Zeger
-    1986) and what independent labels of the expected proportion would have.
+def _likeness(label_N: Array, patient_N: Array, weight_N: Array) -> float:
+    """How much alike a patient's labels are, 0 to 1: the correlation of two labels of one patient (the pairwise
+    estimator of Ridout, Demetrio & Firth 1999).
     """
-    excess_N = weight_N * (label_N - expected)
-    centred_P = np.bincount(patient_N, excess_N - weight_N * (excess_N.sum() / weight_N.sum()))
-    binomial = expected * (1 - expected) * (weight_N**2).sum()
-    return float(excess_N.sum() / np.sqrt(max((centred_P**2).sum(), binomial)))
+    risk = np.average(label_N, weights=weight_N)
+
+    def pairs(value_N: Array) -> float:
+        sum_P = np.bincount(patient_N, value_N)
+        return float(sum_P @ sum_P - value_N @ value_N)
+
+    expected = risk * (1 - risk) * pairs(weight_N)
+    return float(np.clip(pairs(weight_N * (label_N - risk)) / expected, 0, 1)) if expected > 0 else 0.0
 
 
 # ---------------------------------------------------------------------------------------------------- subgroups

@@ -43,8 +43,8 @@ def sections(found: Mapping[str, Any]) -> list[str]:
         markdown(_operating_rows(found)),
         "## Net benefit",
         "True positives per 100 predictions, less false ones at the threshold's odds; acting on no one is 0. Each "
-        "interval is of one threshold alone; the verdict asks that the risk of those acted on is above the threshold "
-        "and that of the others below it, with enough patients on both sides.",
+        "interval is of one threshold alone. The verdict asks whether the model knows anything, then whether it "
+        "helps at the prevalence, where acting on everyone equals acting on no one, and at the thresholds around it.",
         markdown(_benefit_rows(found)),
         "## Groups",
         f"Sensitivity is that at the threshold for {percent(VERDICT_AIM)} specificity. (few): below {ENOUGH_POSITIVES} "
@@ -122,11 +122,13 @@ def _alerts(found: Mapping[str, Any]) -> str:
 
 def _worth(found: Mapping[str, Any]) -> str:
     if found["useful"] is None:
-        return "At no threshold is acting on the model detectably better than acting on everyone or on no one."
+        return (
+            "Around the prevalence acting on the model is not detectably better than acting on everyone or on no one."
+        )
     low, high = found["useful"]
+    risks = f"of {percent(low)}" if low == high else f"between {percent(low)} and {percent(high)}"
     return (
-        "Acting on the model is better than acting on everyone or on no one for who would act from a risk between "
-        f"{percent(low)} and {percent(high)} on."
+        f"Acting on the model is better than acting on everyone or on no one for who would act from a risk {risks} on."
     )
 
 

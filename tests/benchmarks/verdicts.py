@@ -1,10 +1,10 @@
-"""How often a report's verdicts and intervals are wrong, on made-up cohorts whose truth is known; before and after.
+"""How often a report's verdicts and intervals are wrong, on made-up cohorts whose truth is known.
 
     python tests/benchmarks/verdicts.py [--cohorts 500] [--sizes 300 800 3000]
 
-Prints Markdown tables. "Before" is what reports did until 2026-11-26: a bootstrap interval of each threshold's gain,
-Wilson's intervals with as many trials as patients, groups each judged at 95 %. Cohorts have one label a patient, or a
-geometric number of them (mean 4, correlated); their prevalences are 3, 10 and 40 %.
+Prints Markdown tables. Rates of "useful" are those of the worst kind of cohort beside the mean over all kinds: a mean
+hides the kind that a rule fails on. A patient has one label, or a geometric number of correlated ones (mean 4), or five
+that are all alike.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import itertools
 from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 from scipy.special import expit, logit
@@ -21,96 +22,114 @@ from hymate import metrics, trust
 
 Array = np.ndarray
 Cohort = tuple[Array, Array, Array]  # labels, probabilities, subjects
+Kind = tuple[float, float]  # prevalence of the middle patient, spread of the logits
+PATIENTS = ("one", "several", "alike")  # labels a patient
 PREVALENCES = (0.03, 0.1, 0.4)
-CORRELATED = 0.7  # share of a risk's variance that a patient's labels have in common
-# probabilities that know nothing of the labels: as a recalibrated model has them, a confident one, any
-USELESS: dict[str, Callable[[float, Array], Array]] = {
-    "narrow": lambda middle, noise_N: expit(middle + 0.25 * noise_N),
-    "wide": lambda middle, noise_N: expit(middle + 1.5 * noise_N),
-    "uniform": lambda middle, noise_N: norm.cdf(noise_N),
-}
+CORRELATED = 0.7  # fraction of a risk's variance that a patient's labels have in common, where it has several
+# Probabilities that know nothing of the labels. Those of a recalibrated model are close around the prevalence.
+UNIFORM = np.inf
+USELESS: list[Kind] = list(itertools.product((0.03, 0.1, 0.2, 0.4, 0.5), (0.05, 0.1, 0.25, 1.5, UNIFORM)))
 # what is wrong with the logits of a model that ranks well; the first is calibrated
 DISTORTED: dict[str, Callable[[float, Array], Array]] = {
     "calibrated": lambda middle, logit_N: logit_N,
     "too extreme": lambda middle, logit_N: middle + 2 * (logit_N - middle),
+    "too timid": lambda middle, logit_N: middle + 0.4 * (logit_N - middle),
     "too high": lambda middle, logit_N: logit_N + 1,
     "too low": lambda middle, logit_N: logit_N - 1,
+    # these two help at no threshold: all are acted on at the prevalence, or no one is
+    "far too high": lambda middle, logit_N: middle + 3 + 0.2 * (logit_N - middle),
+    "far too low": lambda middle, logit_N: middle - 3 + 0.2 * (logit_N - middle),
 }
 SPREADS = (1.5, 0.8)  # of the risks' logits: a good model (AUROC 0.8 to 0.9) and a fair one (0.7)
+INFORMED: list[Kind] = list(itertools.product(PREVALENCES, SPREADS))
+# The least favourable model that ranks well and helps nowhere: at each threshold the mean risk of those acted on is
+# just the threshold, and below the prevalence all are acted on.
+BREAK_EVEN = "breaks even"
 
 
-def subjects(num_labels: int, many: bool, rng: np.random.Generator) -> Array:
+def subjects(num_labels: int, patients: str, rng: np.random.Generator) -> Array:
     """Of each label."""
-    count_P = rng.geometric(0.25, num_labels) if many else np.ones(num_labels, int)
+    if patients == "alike":
+        return np.arange(num_labels) // 5
+    count_P = rng.geometric(0.25, num_labels) if patients == "several" else np.ones(num_labels, int)
     return np.repeat(np.arange(num_labels), count_P)[:num_labels]
 
 
-def noise(subject_N: Array, rng: np.random.Generator) -> Array:
-    """Standard normal, CORRELATED within a subject."""
+def noise(subject_N: Array, patients: str, rng: np.random.Generator) -> Array:
+    """Standard normal, CORRELATED within a subject, or the same for all of a subject's labels."""
     shared_N = rng.normal(size=subject_N.max() + 1)[subject_N]
+    if patients == "alike":
+        return shared_N
     return np.sqrt(CORRELATED) * shared_N + np.sqrt(1 - CORRELATED) * rng.normal(size=len(subject_N))
 
 
-def useless(number: int, num_labels: int, many: bool) -> Cohort:
-    """Labels, and probabilities that are independent of them; `number` chooses the kind and seeds."""
-    rng = np.random.default_rng([number, num_labels, many])
-    prevalence, family = list(itertools.product(PREVALENCES, USELESS.values()))[number % 9]
-    subject_N = subjects(num_labels, many, rng)
-    label_N = rng.random(num_labels) < expit(logit(prevalence) + 1.5 * noise(subject_N, rng))
-    return label_N, family(logit(prevalence), noise(subject_N, rng)), subject_N
+def labels(risk_N: Array, subject_N: Array, patients: str, rng: np.random.Generator) -> Array:
+    """Drawn from the risks, once for a label, or once for a subject whose labels are alike."""
+    drawn_N = rng.random(subject_N.max() + 1)[subject_N] if patients == "alike" else rng.random(len(risk_N))
+    return drawn_N < risk_N
 
 
-def informed(number: int, num_labels: int, many: bool, kind: str) -> tuple[Cohort, Array]:
-    """Labels drawn from known risks, and these risks distorted; and at which of the thresholds they truly help."""
-    prevalence, spread = list(itertools.product(PREVALENCES, SPREADS))[number % 6]
-    middle = logit(prevalence)
-    rng = np.random.default_rng([number, num_labels, many])
-    subject_N = subjects(num_labels, many, rng)
-    true_N = middle + spread * noise(subject_N, rng)
-    label_N = rng.random(num_labels) < expit(true_N)
-    everyone_M = middle + spread * norm.ppf((np.arange(20_000) + 0.5) / 20_000)
-    risk_M, told_M = expit(everyone_M), expit(DISTORTED[kind](middle, everyone_M))
+def useless(seed: int, num_labels: int, patients: str, kind: Kind) -> Cohort:
+    """Labels, and probabilities that are independent of them."""
+    rng = np.random.default_rng([seed, num_labels, PATIENTS.index(patients), USELESS.index(kind)])
+    (prevalence, spread), subject_N = kind, subjects(num_labels, patients, rng)
+    risk_N = expit(logit(prevalence) + 1.5 * noise(subject_N, patients, rng))
+    label_N, noise_N = labels(risk_N, subject_N, patients, rng), noise(subject_N, patients, rng)
+    prob_N = norm.cdf(noise_N) if spread == UNIFORM else expit(logit(prevalence) + spread * noise_N)
+    return label_N, prob_N, subject_N
+
+
+def informed(seed: int, num_labels: int, patients: str, kind: Kind, distortion: str) -> Cohort:
+    """Labels drawn from known risks, and these risks distorted."""
+    rng = np.random.default_rng([seed, num_labels, PATIENTS.index(patients), INFORMED.index(kind)])
+    (prevalence, spread), subject_N = kind, subjects(num_labels, patients, rng)
+    noise_N = noise(subject_N, patients, rng)
+    if distortion == BREAK_EVEN:
+        scale = prevalence * spread / 2
+        prob_N = np.minimum(prevalence - scale * np.log(norm.sf(noise_N)), 1.0)
+        risk_N = prob_N - scale
+    else:
+        true_N = logit(prevalence) + spread * noise_N
+        prob_N, risk_N = expit(DISTORTED[distortion](logit(prevalence), true_N)), expit(true_N)
+    return labels(risk_N, subject_N, patients, rng), prob_N, subject_N
+
+
+@cache
+def helps(kind: Kind, distortion: str) -> Array:
+    """(T,): at which of GRID's thresholds such a model truly helps."""
+    if distortion == BREAK_EVEN:
+        return np.zeros(len(trust.GRID), bool)
+    middle, spread = logit(kind[0]), kind[1]
+    true_M = middle + spread * norm.ppf((np.arange(20_000) + 0.5) / 20_000)
+    risk_M, told_M = expit(true_M), expit(DISTORTED[distortion](middle, true_M))
     gain_T = [np.mean((told_M >= t) * (risk_M - t)) - max(0, np.mean(risk_M - t)) for t in trust.GRID]
-    return (label_N, expit(DISTORTED[kind](middle, true_N)), subject_N), np.array(gain_T) > 0
+    return np.array(gain_T) > 1e-9
 
 
-def useful_before(cohort: Cohort) -> list[float] | None:
-    """The longest run of thresholds at which the gain's percentile interval lies above 0."""
-    label_N, prob_N, subject_N = cohort
-    patient_N = np.unique(subject_N, return_inverse=True)[1]
-    excess_NT = (label_N[:, None] - np.array(trust.GRID)) / (1 - np.array(trust.GRID))
-    act_NT = prob_N[:, None] >= trust.GRID
-    sums = []
-    for part_NT in (act_NT * excess_NT, (act_NT - 1.0) * excess_NT):
-        sum_PT = np.zeros((patient_N.max() + 1, len(trust.GRID)))
-        np.add.at(sum_PT, patient_N, part_NT)
-        sums.append(sum_PT)
-    num_patients = len(sums[0])
-    times_BP = np.random.default_rng(0).multinomial(num_patients, np.full(num_patients, 1 / num_patients), 300)
-    low_T = np.percentile(np.minimum(*(times_BP.astype(float) @ sum_PT for sum_PT in sums)), 2.5, axis=0)
-    runs = (list(run) for better, run in itertools.groupby(range(len(low_T)), lambda t: low_T[t] > 0) if better)
-    longest = max(runs, key=len, default=None)
-    return None if longest is None else [trust.GRID[longest[0]], trust.GRID[longest[-1]]]
+def useless_rates(num_labels: int, patients: str, cohorts: int, kinds: list[Kind] = USELESS) -> Array:
+    """Of each kind: how many of the models that know nothing are called useful."""
+    every = range(cohorts)
+    return np.array(
+        [
+            np.mean([trust.useful_range(*useless(n, num_labels, patients, kind)) is not None for n in every])
+            for kind in kinds
+        ]
+    )
 
 
-def claims(found: list[float] | None, helps_T: Array) -> tuple[bool, bool]:
-    """Whether the model is called useful, and whether that includes a threshold at which it is not."""
-    if found is None:
-        return False, False
-    low, high = (trust.GRID.index(end) for end in found)
-    return True, not helps_T[low : high + 1].all()
-
-
-def useful_rates(num_labels: int, many: bool, kind: str, cohorts: int) -> Array:
-    """(before and after, called useful and wrongly so): rates over cohorts; kind: "useless" or one of DISTORTED."""
-    told = []
-    for number in range(cohorts):
-        if kind == "useless":
-            cohort, helps_T = useless(number, num_labels, many), np.zeros(len(trust.GRID), bool)
-        else:
-            cohort, helps_T = informed(number, num_labels, many, kind)
-        told.append([claims(found, helps_T) for found in (useful_before(cohort), trust.useful_range(*cohort))])
-    return np.mean(np.array(told), axis=0)
+def informed_rates(num_labels: int, patients: str, distortion: str, cohorts: int) -> Array:
+    """(kinds, 2): how many models are called useful, and how many of all at thresholds where they are not."""
+    rates = []
+    for kind in INFORMED:
+        helps_T, called, wrongly = helps(kind, distortion), 0, 0
+        for number in range(cohorts):
+            found = trust.useful_range(*informed(number, num_labels, patients, kind, distortion))
+            if found is not None:
+                called += 1
+                inside_T = (np.array(trust.GRID) >= found[0]) & (np.array(trust.GRID) <= found[1])
+                wrongly += not helps_T[inside_T].all() or not helps_T.any()
+        rates.append((called / cohorts, wrongly / cohorts))
+    return np.array(rates)
 
 
 def share_coverage(num_labels: int, spread: float, cohorts: int) -> tuple[float, float]:
@@ -130,13 +149,18 @@ def share_coverage(num_labels: int, spread: float, cohorts: int) -> tuple[float,
     return float(before), float(after)
 
 
-def group_accusations(num_labels: int, many: bool, groups: int, cohorts: int) -> Array:
+def calibrated(number: int, num_labels: int, patients: str) -> Cohort:
+    """The kinds of INFORMED in turn."""
+    return informed(number, num_labels, patients, INFORMED[number % len(INFORMED)], "calibrated")
+
+
+def group_accusations(num_labels: int, patients: str, groups: int, cohorts: int) -> Array:
     """(before and after, "too high" or "too low" and "ranked worse"): how often at least one of a calibrated model's
     random groups is accused.
     """
     accused = []
     for number in range(cohorts):
-        (label_N, prob_N, subject_N), _ = informed(number, num_labels, many, "calibrated")
+        label_N, prob_N, subject_N = calibrated(number, num_labels, patients)
         of_P = np.random.default_rng(number).geometric(0.2, subject_N.max() + 1) % groups
         own = [of_P[subject_N] == group for group in range(groups)]
         overall = metrics.auroc(label_N, prob_N)
@@ -148,29 +172,25 @@ def group_accusations(num_labels: int, many: bool, groups: int, cohorts: int) ->
     return np.mean(np.array(accused), axis=0)
 
 
-def boosting_differences(num_labels: int, many: bool, cohorts: int) -> Array:
-    """How often two models that are equally good are called apart: in AUROC, AUPRC, either by 95 % intervals as before,
-    either by those that reports have now.
-    """
+def boosting_differences(num_labels: int, patients: str, cohorts: int) -> Array:
+    """How often two models that are equally good are called apart: in AUROC, in AUPRC, in either."""
     told = []
     for number in range(cohorts):
-        (label_N, prob_N, subject_N), _ = informed(number, num_labels, many, "calibrated")
+        label_N, prob_N, subject_N = calibrated(number, num_labels, patients)
         rng = np.random.default_rng(number)
         a_N, b_N = (logit(prob_N) + 0.7 * rng.normal(size=len(prob_N)) for _ in range(2))
-        apart = []
-        for level in (0.95, metrics.LEVEL_OF_BOTH):
-            found = metrics.paired_difference(label_N, a_N, b_N, subject_N, level=level)
-            ends = [found[name]["ci"] or [0.0, 0.0] for name in metrics.AREAS]
-            apart.append([not low <= 0 <= high for low, high in ends])
-        told.append([*apart[0], any(apart[0]), any(apart[1])])
+        found = metrics.paired_difference(label_N, a_N, b_N, subject_N, level=metrics.LEVEL_OF_BOTH)
+        ends = [found[name]["ci"] or [0.0, 0.0] for name in metrics.AREAS]
+        apart = [not low <= 0 <= high for low, high in ends]
+        told.append([*apart, any(apart)])
     return np.mean(told, axis=0)
 
 
-def chance_errors(num_labels: int, many: bool, cohorts: int) -> tuple[float, float, float]:
+def chance_errors(num_labels: int, patients: str, cohorts: int) -> tuple[float, float, float]:
     """A calibrated model's calibration error, how much of it was called chance before, and how much is now: means."""
     told = []
     for number in range(cohorts):
-        (label_N, prob_N, subject_N), _ = informed(number, num_labels, many, "calibrated")
+        label_N, prob_N, subject_N = calibrated(number, num_labels, patients)
         rng = np.random.default_rng(number)
         drawn = [metrics.ece(rng.binomial(1, prob_N), prob_N) for _ in range(50)]
         found = trust.calibration_error(label_N, prob_N, subject_N)
@@ -193,32 +213,45 @@ def percent(*rates: float) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--cohorts", type=int, default=500, help="of useless and calibrated models; at most 200 of others"
+        "--cohorts", type=int, default=500, help="of each kind of useless and calibrated models; at most 200 of others"
     )
     parser.add_argument("--sizes", type=int, nargs="+", default=[300, 800, 3000])
     options = parser.parse_args()
     few = min(options.cohorts, 200)
-    kinds = {False: "one", True: "several"}
-    cells = [(size, many) for size in options.sizes for many in kinds]
-    for kind in ("useless", *DISTORTED):
-        head = ["labels", "a patient", "called useful before", "after", "wrongly in part before", "after"]
-        cohorts = options.cohorts if kind in ("useless", "calibrated") else few
-        rates = [(cell, useful_rates(*cell, kind, cohorts).T.ravel()) for cell in cells]
-        print(f"Model: {kind}\n")
-        table(head, *([f"{size:,}", kinds[many], *percent(*rate)] for (size, many), rate in rates))
+    cells = list(itertools.product(options.sizes, PATIENTS))
+    print(f"Models that know nothing, {len(USELESS)} kinds: called useful\n")
+    rows = []
+    for size, patients in cells:
+        rate_K = useless_rates(size, patients, options.cohorts)
+        prevalence, spread = USELESS[rate_K.argmax()]
+        rows.append([f"{size:,}", patients, *percent(rate_K.mean(), rate_K.max()), f"{prevalence:g}, {spread:g}"])
+    table(["labels", "a patient", "mean", "worst kind", "its prevalence, spread"], *rows)
+    for distortion in (*DISTORTED, BREAK_EVEN):
+        cohorts = options.cohorts if distortion == "calibrated" else few
+        print(f"Models that rank well, {distortion}, {len(INFORMED)} kinds\n")
+        rows = []
+        for size, patients in cells:
+            called_K, wrongly_K = informed_rates(size, patients, distortion, cohorts).T
+            ends = percent(called_K.mean(), called_K.min(), called_K.max(), wrongly_K.mean(), wrongly_K.max())
+            rows.append([f"{size:,}", patients, *ends])
+        head = ["called useful", "least", "most", "wrongly, at least in part", "most"]
+        table(["labels", "a patient", *head], *rows)
     print("Wilson's intervals: how many hold the truth\n")
     spreads = {0.0: "one", 0.7: "1 to 10", 1.2: "1 to 40"}
     covered = [(s, name, share_coverage(s, x, options.cohorts)) for s in options.sizes for x, name in spreads.items()]
-    table(["labels", "a patient", "before", "after"], *([f"{s:,}", name, *percent(*c)] for s, name, c in covered))
+    table(
+        ["labels", "a patient", "n = patients", "Kish's n"], *([f"{s:,}", name, *percent(*c)] for s, name, c in covered)
+    )
+    cells = list(itertools.product(options.sizes, PATIENTS[:2]))
+    print("Two models that are equally good: called apart\n")
+    rows = [[f"{s:,}", p, *percent(*boosting_differences(s, p, few))] for s, p in cells]
+    table(["labels", "a patient", "in AUROC", "in AUPRC", "in either"], *rows)
     print("A calibrated model: reports that accuse one of 20 groups\n")
     head = ["labels", "a patient", "risks wrong before", "after", "ranked worse before", "after"]
-    table(head, *([f"{s:,}", kinds[m], *percent(*group_accusations(s, m, 20, few).T.ravel())] for s, m in cells))
-    print("Two models that are equally good: called apart\n")
-    rows = [[f"{s:,}", kinds[m], *percent(*boosting_differences(s, m, few))] for s, m in cells]
-    table(["labels", "a patient", "in AUROC before", "in AUPRC before", "in either before", "after"], *rows)
+    table(head, *([f"{s:,}", p, *percent(*group_accusations(s, p, 20, few).T.ravel())] for s, p in cells))
     print("A calibrated model's expected calibration error\n")
     errors = [(cell, chance_errors(*cell, few)) for cell in cells]
-    rows = [[f"{size:,}", kinds[many], *(f"{e:.4f}" for e in found)] for (size, many), found in errors]
+    rows = [[f"{size:,}", patients, *(f"{e:.4f}" for e in found)] for (size, patients), found in errors]
     table(["labels", "a patient", "error", "by chance before", "after"], *rows)
 
 
