@@ -38,47 +38,47 @@ def test_a_rehearsal_reports_every_part_and_outlives_one_that_fails(tmp_path: Pa
     failed = [name for name in PARTS if parts[name]["outcome"] != "done"]
     assert failed == ["machine", "peers"] and done.returncode == 1, done.stdout
     for name, part in parts.items():
-        assert part["rows"] and name in done.stdout
-        for row in part["rows"]:
-            assert f"    {row['what']}: " in done.stdout
-            if "error" in row:
-                assert row["what"].startswith("transformers") and "made to fail" in row["error"]
-                assert "Traceback" in row["traceback"] and "Traceback" not in done.stdout
+        assert part["measured"] and name in done.stdout
+        for each in part["measured"]:
+            assert f"    {each['what']}: " in done.stdout
+            if "error" in each:
+                assert each["what"].startswith("transformers") and "made to fail" in each["error"]
+                assert "Traceback" in each["traceback"] and "Traceback" not in done.stdout
             else:
-                assert row.get("left_out") or any(
-                    isinstance(value, int | float | str) for value in list(row.values())[1:]
+                assert each.get("left_out") or any(
+                    isinstance(value, int | float | str) for value in list(each.values())[1:]
                 )
-    measured = {row["what"]: row for part in parts.values() for row in part["rows"]}
+    measured = {each["what"]: each for part in parts.values() for each in part["measured"]}
     assert measured["bf16 matrix product, 64 square"]["tflops"] > 0
     for what in ("base, mamba2, plain", "base, mamba1, DeepSpeed ZeRO 2", "base, 1,024 events, activations kept"):
-        row = measured[what]
-        assert row["events_per_second"] > 0 and row["peak_gib"] > 0 and row["fraction_of_matrix_rate"] > 0
+        told = measured[what]
+        assert told["events_per_second"] > 0 and told["peak_gib"] > 0 and told["fraction_of_matrix_rate"] > 0
     assert measured["HyMaTE, packed, real lengths"]["filled"] > 0.8
     assert measured["base, prediction here and on the CPU"]["largest_difference_of_logits"] == 0
     assert measured["base, streaming 1,024 events"]["append_16_ms"] > 0
     assert len(measured["base, one step"]["longest"]) == 10
 
 
-ROW = "import json, sys; open(sys.argv[1], 'w').write(json.dumps([{'what': 'first', 'ms': 1.0}]));"
+FIRST = "import json, sys; open(sys.argv[1], 'w').write(json.dumps([{'what': 'first', 'ms': 1.0}]));"
 
 
 @pytest.mark.parametrize(
     ("source", "ended"),
     [
-        (f"{ROW} import os; os.kill(os.getpid(), 11)", "signal SIGSEGV"),
-        (f"{ROW} print('out of luck'); sys.exit(3)", "exit code 3"),
-        (f"{ROW} import time; print('out of luck', flush=True); time.sleep(60)", "stopped after 3 s"),
+        (f"{FIRST} import os; os.kill(os.getpid(), 11)", "signal SIGSEGV"),
+        (f"{FIRST} print('out of luck'); sys.exit(3)", "exit code 3"),
+        (f"{FIRST} import time; print('out of luck', flush=True); time.sleep(60)", "stopped after 3 s"),
     ],
 )
 def test_a_part_that_dies_or_hangs_keeps_what_it_measured(source: str, ended: str) -> None:
     part = run_part([sys.executable, "-c", source], 3, dict(os.environ))
-    assert part["rows"] == [{"what": "first", "ms": 1.0}]
+    assert part["measured"] == [{"what": "first", "ms": 1.0}]
     assert part["ended"] == ended and outcome(part) == "failed"
     assert "SIGSEGV" in ended or part["printed"] == "out of luck\n"
 
 
 @pytest.mark.parametrize(
-    ("rows", "expected"),
+    ("measured", "expected"),
     [
         ([{"what": "a", "ms": 1.0}, {"what": "b", "left_out": "no such package"}], "done"),
         ([{"what": "a", "left_out": "no such package"}], "left out"),
@@ -86,9 +86,9 @@ def test_a_part_that_dies_or_hangs_keeps_what_it_measured(source: str, ended: st
     ],
 )
 def test_a_part_is_done_where_anything_was_measured_and_nothing_failed(
-    rows: list[dict[str, Any]], expected: str
+    measured: list[dict[str, Any]], expected: str
 ) -> None:
-    assert outcome({"seconds": 1.0, "rows": rows}) == expected
+    assert outcome({"seconds": 1.0, "measured": measured}) == expected
 
 
 def test_a_bare_machine_is_described_before_anything_is_imported(tmp_path: Path) -> None:
@@ -101,7 +101,7 @@ def test_a_bare_machine_is_described_before_anything_is_imported(tmp_path: Path)
     assert lines[2].startswith("missing: torch, triton, mamba-ssm")
     results = json.loads((tmp_path / "results" / "gpu.json").read_text())
     assert "installed" not in results["wheels"]["broken-1.0-py3-none-any.whl"]
-    assert {row["left_out"] for part in results["parts"].values() for row in part["rows"]} == {"no time was left"}
+    assert {each["left_out"] for part in results["parts"].values() for each in part["measured"]} == {"no time was left"}
 
 
 def test_an_installed_mamba_ssm_does_without_its_compiled_part(tmp_path: Path) -> None:

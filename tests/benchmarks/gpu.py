@@ -93,16 +93,20 @@ def spare_compiled_part(site: Path) -> None:
 
 
 def run_part(command: list[str], seconds: float, environment: dict[str, str]) -> dict[str, Any]:
-    """Run a part for so many seconds at most: its rows, how long it took, and what it printed if it did not end well.
+    """Run a part for so many seconds at most: what it measured, how long it took, and what it printed if it broke.
 
-    The command gets the path of a file after its arguments, in which it keeps its rows as JSON.
+    The command gets the path of a file after its arguments, in which it keeps what it measured as JSON.
     """
     began, ended = time.monotonic(), None
     with tempfile.TemporaryDirectory() as folder:
-        rows, log = Path(folder) / "rows.json", Path(folder) / "log"
+        report, log = Path(folder) / "report.json", Path(folder) / "log"
         with log.open("wb") as output:
             process = subprocess.Popen(
-                [*command, str(rows)], stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+                [*command, str(report)],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,
             )
             try:
                 code = process.wait(seconds)
@@ -115,7 +119,7 @@ def run_part(command: list[str], seconds: float, environment: dict[str, str]) ->
                     os.killpg(process.pid, signal.SIGKILL)  # and what it may have left
                 process.wait()
         part: dict[str, Any] = {"seconds": round(time.monotonic() - began, 1)}
-        part["rows"] = json.loads(rows.read_text()) if rows.exists() else []
+        part["measured"] = json.loads(report.read_text()) if report.exists() else []
         if ended:
             part |= {"ended": ended, "printed": log.read_text(errors="replace")[-4000:]}
     return part
@@ -123,18 +127,18 @@ def run_part(command: list[str], seconds: float, environment: dict[str, str]) ->
 
 def outcome(part: dict[str, Any]) -> str:
     """ "failed", "left out" where nothing was measured for want of something, or "done"."""
-    if "ended" in part or any("error" in row for row in part["rows"]):
+    if "ended" in part or any("error" in each for each in part["measured"]):
         return "failed"
-    return "left out" if all("left_out" in row for row in part["rows"]) else "done"
+    return "left out" if all("left_out" in each for each in part["measured"]) else "done"
 
 
 def show(name: str, part: dict[str, Any]) -> None:
-    """A line for the part and one for each of its rows."""
+    """A line for the part and one for each measurement."""
     ended = f": {part['ended']}; {_last_line(part['printed'])}" if "ended" in part else ""
     print(f"{name:10} {part['seconds']:5.0f} s  {part['outcome']}{ended}")
-    for row in part["rows"]:
-        told = "; ".join(f"{key} {_number(value)}" for key, value in row.items() if key not in ("what", "traceback"))
-        print(f"    {row['what']}: {told.replace('left_out', 'left out:')}")
+    for each in part["measured"]:
+        told = "; ".join(f"{key} {_number(value)}" for key, value in each.items() if key not in ("what", "traceback"))
+        print(f"    {each['what']}: {told.replace('left_out', 'left out:')}")
     sys.stdout.flush()
 
 
@@ -155,6 +159,7 @@ def write(results: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     began = time.monotonic()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the part that runs ends, too
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("results"))
     parser.add_argument("--wheels", type=Path)
@@ -194,16 +199,11 @@ def main() -> None:
         for name, what in results["wheels"].items():
             print(f"{name}: {what}")
         announce()
+    first = [str(options.wheels.absolute() / "site")] if options.wheels else []
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join(
-            str(path)
-            for path in (
-                options.wheels and options.wheels.resolve() / "site",
-                HERE.parents[1],
-                os.environ.get("PYTHONPATH"),
-            )
-            if path
+        "PYTHONPATH": os.pathsep.join([*first, str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]).rstrip(
+            os.pathsep
         ),
         "PYTHONUNBUFFERED": "1",
         "TRITON_CACHE_AUTOTUNING": "1",  # what one part has tuned, the next need not
@@ -213,7 +213,7 @@ def main() -> None:
     for name in names:
         left = patience * 60 * options.minutes - (time.monotonic() - began)
         if left < 10:
-            part: dict[str, Any] = {"seconds": 0.0, "rows": [{"what": name, "left_out": "no time was left"}]}
+            part: dict[str, Any] = {"seconds": 0.0, "measured": [{"what": name, "left_out": "no time was left"}]}
         else:
             command = [sys.executable, str(HERE / "gpu_parts.py"), name]
             command += ["--rehearse"] if options.rehearse else []
@@ -229,7 +229,8 @@ def main() -> None:
 
 def _rate(parts: dict[str, Any]) -> float:
     """The fastest matrix product that was measured, TFLOP/s; 0 where none was."""
-    return max((row.get("tflops", 0.0) for row in parts.get("ceilings", {"rows": []})["rows"]), default=0.0)
+    ceilings = parts["ceilings"]["measured"] if "ceilings" in parts else []
+    return max((each.get("tflops", 0.0) for each in ceilings), default=0.0)
 
 
 if __name__ == "__main__":

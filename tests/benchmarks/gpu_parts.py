@@ -1,7 +1,7 @@
-"""The parts of gpu.py, each run by it in a process of its own: python gpu_parts.py PART [options] ROWS_FILE.
+"""The parts of gpu.py, each run by it in a process of its own: python gpu_parts.py PART [options] REPORT.
 
-A part makes rows: what was measured and its numbers, or why it was left out, or its error with the traceback. Each row
-is in the file before the next begins. Times are wall-clock times of many steps between two synchronisations, after
+A part reports of each measurement its numbers, or why it was left out, or its error with the traceback. Each is in the
+file before the next one begins. Times are wall-clock times of many steps between two synchronisations, after
 warm-up; the first step's, with the compilation of kernels, stands apart.
 
 Shape legend: L events, D d_model, B histories of a padded batch.
@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from gpu_setting import VOCABULARY, LeftOut, Measures, Rows, Setting, rate, timed
+from gpu_setting import VOCABULARY, LeftOut, Measures, Report, Setting, rate, timed
 from rows import random_row
 from torch import Tensor, nn
 
@@ -35,7 +35,7 @@ TASK = "readmission"
 # -------------------------------------------------------------------------------------------------- the machine
 
 
-def machine(rows: Rows, setting: Setting) -> None:
+def machine(report: Report, setting: Setting) -> None:
     """What torch sees, and which versions of the kernels can be imported."""
 
     def torch_sees() -> Measures:
@@ -58,13 +58,13 @@ def machine(rows: Rows, setting: Setting) -> None:
         module = importlib.import_module(name)
         return {"version": getattr(module, "__version__", "unknown")}
 
-    rows.attempt("torch", torch_sees)
+    report.attempt("torch", torch_sees)
     kernels = ("triton", "causal_conv1d", "mamba_ssm", "selective_scan_cuda")  # the last is Mamba-1's
     for name in (*kernels, "deepspeed", "transformers"):
-        rows.attempt(name, functools.partial(imported, name))
+        report.attempt(name, functools.partial(imported, name))
 
 
-def ceilings(rows: Rows, setting: Setting) -> None:
+def ceilings(report: Report, setting: Setting) -> None:
     """The rate of bf16 matrix products of random numbers, and the bandwidth of copies (bytes read and written)."""
 
     def product(n: int) -> Measures:
@@ -88,10 +88,10 @@ def ceilings(rows: Rows, setting: Setting) -> None:
         return copy(source, torch.empty_like(source, device=setting.device), 1)
 
     for n in setting.matrices:
-        rows.attempt(f"bf16 matrix product, {n:,} square", functools.partial(product, n))
-    rows.attempt("copy on the device", on_device)
-    rows.attempt("copy to the device, pinned", lambda: from_host(True))
-    rows.attempt("copy to the device, not pinned", lambda: from_host(False))
+        report.attempt(f"bf16 matrix product, {n:,} square", functools.partial(product, n))
+    report.attempt("copy on the device", on_device)
+    report.attempt("copy to the device, pinned", lambda: from_host(True))
+    report.attempt("copy to the device, not pinned", lambda: from_host(False))
 
 
 # --------------------------------------------------------------------------------------------------- training
@@ -112,7 +112,7 @@ def flops_per_event(model: ModelConfig, module: nn.Module) -> float:
     return 3.0 * (linear + c.layers.count("M") * scan + c.layers.count("A") * attention)
 
 
-def training(rows: Rows, setting: Setting, name: str, mixer: str) -> None:
+def training(report: Report, setting: Setting, name: str, mixer: str) -> None:
     """Full rows of one model: plain PyTorch on rows that lie on the device, and DeepSpeed on rows that come from the
     CPU."""
     config = setting.model(name, mixer=mixer)
@@ -146,8 +146,8 @@ def training(rows: Rows, setting: Setting, name: str, mixer: str) -> None:
 
             return measured(build)
 
-    rows.attempt(f"{name}, {mixer}, plain", lambda: measured(plain))
-    rows.attempt(f"{name}, {mixer}, DeepSpeed ZeRO 2", with_deepspeed)
+    report.attempt(f"{name}, {mixer}, plain", lambda: measured(plain))
+    report.attempt(f"{name}, {mixer}, DeepSpeed ZeRO 2", with_deepspeed)
 
 
 def model_and_adamw(setting: Setting, config: ModelConfig) -> tuple[PretrainModel, torch.optim.AdamW]:
@@ -165,7 +165,7 @@ def plain_step(setting: Setting, module: PretrainModel, optimizer: torch.optim.O
     optimizer.zero_grad()
 
 
-def long(rows: Rows, setting: Setting) -> None:
+def long(report: Report, setting: Setting) -> None:
     """One history in one step."""
 
     def step(recomputed: bool) -> Measures:
@@ -178,13 +178,13 @@ def long(rows: Rows, setting: Setting) -> None:
 
     for recomputed in (True, False):
         how = "activations computed again" if recomputed else "activations kept"
-        rows.attempt(f"base, {setting.long_events:,} events, {how}", functools.partial(step, recomputed))
+        report.attempt(f"base, {setting.long_events:,} events, {how}", functools.partial(step, recomputed))
 
 
 # ------------------------------------------------------------------------------------------------------- peers
 
 
-def peers(rows: Rows, setting: Setting) -> None:
+def peers(report: Report, setting: Setting) -> None:
     """Encoders of Mamba-2 blocks of `base`'s width, forward and backward in bf16: HyMaTE's, packed, with its embedding,
     and transformers' Mamba2Model on vectors. Padded batches hold as many slots as packed rows; events are real ones."""
     config = setting.model("base", layers="M" * setting.blocks, mixer="mamba2", mlp_ratio=0, dropout=0.0)
@@ -233,9 +233,9 @@ def peers(rows: Rows, setting: Setting) -> None:
         return {"events_per_second": 1000 * events / measured["ms"], "filled": events / slots, **measured}
 
     for what, lengths in (("real lengths", histories), ("equal lengths", equal)):
-        rows.attempt(f"HyMaTE, packed, {what}", functools.partial(ours, lengths))
+        report.attempt(f"HyMaTE, packed, {what}", functools.partial(ours, lengths))
         for how in ("padded", "padded, sorted by length", "packed") if lengths is histories else ("padded",):
-            rows.attempt(f"transformers Mamba2, {how}, {what}", functools.partial(theirs, lengths, how))
+            report.attempt(f"transformers Mamba2, {how}, {what}", functools.partial(theirs, lengths, how))
 
 
 def groups(lengths: Sequence[int], how: str, slots: int) -> list[list[int]]:
@@ -284,7 +284,7 @@ def peer_kernels() -> str:
 # --------------------------------------------------------------------------------------------------- inference
 
 
-def inference(rows: Rows, setting: Setting) -> None:
+def inference(report: Report, setting: Setting) -> None:
     """Prediction over full rows, and a long history as it grows; beside the CPU's logits."""
     config = setting.model("base", mixer="mamba2")
 
@@ -332,16 +332,16 @@ def inference(rows: Rows, setting: Setting) -> None:
         told["outputs_ms"] = timed(setting, lambda: stream.outputs(state, history, at))["ms"]
         return {**told, "peak_gib": setting.peak_gib()}
 
-    rows.attempt("base, prediction, float32", lambda: prediction(False))
-    rows.attempt("base, prediction, bf16", lambda: prediction(True))
-    rows.attempt("base, prediction here and on the CPU", same_as_cpu)
-    rows.attempt(f"base, streaming {setting.long_events:,} events", streaming)
+    report.attempt("base, prediction, float32", lambda: prediction(False))
+    report.attempt("base, prediction, bf16", lambda: prediction(True))
+    report.attempt("base, prediction here and on the CPU", same_as_cpu)
+    report.attempt(f"base, streaming {setting.long_events:,} events", streaming)
 
 
 # ----------------------------------------------------------------------------------------------------- profile
 
 
-def profile(rows: Rows, setting: Setting) -> None:
+def profile(report: Report, setting: Setting) -> None:
     """One training step of `base`: where its time goes, and how often the CPU waits for the device."""
 
     def step() -> Measures:
@@ -377,12 +377,12 @@ def profile(rows: Rows, setting: Setting) -> None:
             "longest": [f"{key[:90]}: {us / 1000:.2f} ms in {count}" for key, (us, count) in longest],
         }
 
-    rows.attempt("base, one step", step)
+    report.attempt("base, one step", step)
 
 
 # -------------------------------------------------------------------------------------------------------- main
 
-PARTS: dict[str, Callable[[Rows, Setting], None]] = {
+PARTS: dict[str, Callable[[Report, Setting], None]] = {
     "machine": machine,
     "ceilings": ceilings,
     "base": functools.partial(training, name="base", mixer="mamba2"),
@@ -398,21 +398,21 @@ PARTS: dict[str, Callable[[Rows, Setting], None]] = {
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("part", choices=PARTS)
-    parser.add_argument("rows", type=Path)
+    parser.add_argument("report", type=Path)
     parser.add_argument("--rehearse", action="store_true")
     parser.add_argument("--tflops", type=float, default=0.0)
     parser.add_argument("--data", type=Path)
     options = parser.parse_args()
-    rows = Rows(options.rows)
+    report = Report(options.report)
     if options.rehearse:
         torch.set_num_threads(1)
         setting = Setting(torch.device("cpu"), options.tflops, options.data, 256, 1024, 1, (64,), 4)
     elif torch.cuda.is_available():
         setting = Setting(torch.device("cuda", 0), options.tflops, options.data)
     else:
-        rows.attempt(options.part, no_gpu)
+        report.attempt(options.part, no_gpu)
         return
-    PARTS[options.part](rows, setting)
+    PARTS[options.part](report, setting)
 
 
 def no_gpu() -> Measures:

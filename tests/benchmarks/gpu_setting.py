@@ -1,4 +1,4 @@
-"""What the parts of gpu.py share: sizes and device, rows that survive an error, and how a step is timed."""
+"""What the parts of gpu.py share: sizes and device, a report that survives errors, and how a step is timed."""
 
 from __future__ import annotations
 
@@ -39,24 +39,24 @@ class LeftOut(Exception):
     """Something that a measurement needs is not there."""
 
 
-class Rows:
+class Report:
     """What a part has measured so far, kept in a file."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._rows: list[Measures] = []
+        self._measured: list[Measures] = []
 
     def attempt(self, what: str, measure: Callable[[], Measures]) -> None:
         """Add what `measure()` returns, or why it returned nothing."""
         try:
-            row = measure()
+            told = measure()
         except (LeftOut, UserError, ModuleNotFoundError) as error:
-            row = {"left_out": _line(error)}
+            told = {"left_out": _line(error)}
         except Exception as error:
-            row = {"error": f"{type(error).__name__}: {_line(error)}", "traceback": traceback.format_exc()}
-        self._rows.append({"what": what, **row})
+            told = {"error": f"{type(error).__name__}: {_line(error)}", "traceback": traceback.format_exc()}
+        self._measured.append({"what": what, **told})
         temporary = self._path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self._rows))
+        temporary.write_text(json.dumps(self._measured))
         os.replace(temporary, self._path)
         gc.collect()  # a failed step's tensors hang on its traceback
         if torch.cuda.is_available():
