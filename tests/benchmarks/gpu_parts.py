@@ -97,19 +97,17 @@ def ceilings(report: Report, setting: Setting) -> None:
 # --------------------------------------------------------------------------------------------------- training
 
 
-def flops_per_event(model: ModelConfig, module: nn.Module) -> float:
-    """Operations of forward and backward: matrix products, the scan's and attention's; a multiplication and an addition
-    are two. Recomputation, and the heads on the hidden events, do not count."""
-    c = model
-    inner = c.expand * c.d_model
-    layers = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
-    linear = sum(2 * layer.weight.numel() for layer in layers)
-    if c.mixer == "mamba2":  # in chunks: C B', its product with x on average half a chunk back, states in and out
-        scan = c.chunk_size * (c.d_state + inner) + 4 * inner * c.d_state
-    else:
-        scan = 6 * inner * c.d_state
-    attention = 4 * c.d_model * c.window
-    return 3.0 * (linear + c.layers.count("M") * scan + c.layers.count("A") * attention)
+def planned(config: ModelConfig, events: int, history_events: int, recomputed: bool = False) -> Measures:
+    """What `hymate.plan` says of a row under plain AdamW: operations an event, and memory."""
+    from hymate.training.footprint import Shapes, event_flops, num_parameters, row_bytes, worker_bytes
+
+    if config.mixer == "mamba1":
+        raise LeftOut("hymate.plan cannot yet count Mamba-1 in packed rows")
+    shapes = Shapes(config, ObjectiveConfig(), VOCABULARY, events, history_events, "bf16")
+    parameters = num_parameters(shapes)
+    held = worker_bytes(parameters, 0, 1).most(row_bytes(shapes, 0, recomputed).most)
+    flops = sum(part.forward + part.backward for part in event_flops(shapes).values())
+    return {"events": events, "flops_per_event": flops, "parameters": parameters, "planned_gib": held / 2**30}
 
 
 def training(report: Report, setting: Setting, name: str, mixer: str) -> None:
@@ -117,36 +115,30 @@ def training(report: Report, setting: Setting, name: str, mixer: str) -> None:
     CPU."""
     config = setting.model(name, mixer=mixer)
     batches = setting.rows(4)
-    events = statistics.mean(batch.num_events for batch in batches)
+    events = round(statistics.mean(batch.num_events for batch in batches))
+    history_events = round(statistics.mean(batch.num_events / batch.num_segments for batch in batches))
+    planning = functools.partial(planned, config, events, history_events)
+    plan = report.attempt(f"{name}, {mixer}, by hymate.plan", planning)
 
-    def measured(build: Callable[[], tuple[PretrainModel, Callable[[Batch], object]]]) -> Measures:
-        module, step = build()
+    def measured(step: Callable[[Batch], object], batches: Sequence[Batch]) -> Measures:
         turn = iter(range(10**9))
-        flops = flops_per_event(config, module.backbone.blocks)
-        made = rate(setting, lambda: step(batches[next(turn) % len(batches)]), events, flops)
-        parameters = sum(parameter.numel() for parameter in module.parameters())
-        return {**made, "events": events, "flops_per_event": flops, "parameters": parameters}
+        return rate(setting, lambda: step(batches[next(turn) % len(batches)]), events, plan)
 
-    def plain() -> tuple[PretrainModel, Callable[[Batch], object]]:
-        batches[:] = [batch.to(setting.device) for batch in batches]
+    def plain() -> Measures:
         module, optimizer = model_and_adamw(setting, config)
-        return module, functools.partial(plain_step, setting, module, optimizer)
+        step = functools.partial(plain_step, setting, module, optimizer)
+        return measured(step, [batch.to(setting.device) for batch in batches])
 
     def with_deepspeed() -> Measures:
         from hymate.training import engine
 
-        batches[:] = [batch.to("cpu") for batch in batches]
         train = TrainConfig(rows_per_step=1, zero_stage=2, precision="bf16")
         with engine.single_process(setting.device) as worker:
+            module, optimizer = model_and_adamw(setting, config)
+            wrapped = engine.build_engine(module, optimizer, train, worker)
+            return measured(lambda batch: engine.train_step(wrapped, [batch], worker.device), batches)
 
-            def build() -> tuple[PretrainModel, Callable[[Batch], object]]:
-                module, optimizer = model_and_adamw(setting, config)
-                wrapped = engine.build_engine(module, optimizer, train, worker)
-                return module, lambda batch: engine.train_step(wrapped, [batch], worker.device)
-
-            return measured(build)
-
-    report.attempt(f"{name}, {mixer}, plain", lambda: measured(plain))
+    report.attempt(f"{name}, {mixer}, plain", plain)
     report.attempt(f"{name}, {mixer}, DeepSpeed ZeRO 2", with_deepspeed)
 
 
@@ -167,18 +159,19 @@ def plain_step(setting: Setting, module: PretrainModel, optimizer: torch.optim.O
 
 def long(report: Report, setting: Setting) -> None:
     """One history in one step."""
+    config, events = setting.model("base"), setting.long_events
 
-    def step(recomputed: bool) -> Measures:
-        config = setting.model("base")
+    def measured(recomputed: bool, plan: Measures) -> Measures:
         module, optimizer = model_and_adamw(setting, config)
         module.backbone.gradient_checkpointing = recomputed
-        batch = random_row([setting.long_events], vocab_size=VOCABULARY).to(setting.device)
-        flops = flops_per_event(config, module.backbone.blocks)
-        return rate(setting, lambda: plain_step(setting, module, optimizer, batch), setting.long_events, flops)
+        batch = random_row([events], vocab_size=VOCABULARY).to(setting.device)
+        return rate(setting, functools.partial(plain_step, setting, module, optimizer, batch), events, plan)
 
     for recomputed in (True, False):
-        how = "activations computed again" if recomputed else "activations kept"
-        report.attempt(f"base, {setting.long_events:,} events, {how}", functools.partial(step, recomputed))
+        what = f"base, {events:,} events, activations {'computed again' if recomputed else 'kept'}"
+        planning = functools.partial(planned, config, events, events, recomputed)
+        plan = report.attempt(f"{what}, by hymate.plan", planning)
+        report.attempt(what, functools.partial(measured, recomputed, plan))
 
 
 # ------------------------------------------------------------------------------------------------------- peers

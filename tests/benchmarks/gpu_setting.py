@@ -46,8 +46,8 @@ class Report:
         self._path = path
         self._measured: list[Measures] = []
 
-    def attempt(self, what: str, measure: Callable[[], Measures]) -> None:
-        """Add what `measure()` returns, or why it returned nothing."""
+    def attempt(self, what: str, measure: Callable[[], Measures]) -> Measures:
+        """Add what `measure()` returns, or why it returned nothing, and return that."""
         try:
             told = measure()
         except (LeftOut, UserError, ModuleNotFoundError) as error:
@@ -61,6 +61,7 @@ class Report:
         gc.collect()  # a failed step's tensors hang on its traceback
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+        return told
 
 
 def _line(error: BaseException) -> str:
@@ -160,10 +161,13 @@ def timed(setting: Setting, step: Callable[[], object]) -> Measures:
     }
 
 
-def rate(setting: Setting, step: Callable[[], object], events: float, flops: float) -> Measures:
-    """As `timed`, with events a second, and the rate of `flops` operations an event beside that of matrix products."""
+def rate(setting: Setting, step: Callable[[], object], events: float, plan: Measures) -> Measures:
+    """As `timed`, with events a second and, where `plan` has the operations an event takes, their rate beside that of
+    matrix products."""
     measured = timed(setting, step)
     per_second = 1000 * events / measured["ms"]
-    tflops = per_second * flops / 1e12
-    fraction = {"fraction_of_matrix_rate": tflops / setting.tflops} if setting.tflops else {}
-    return {"events_per_second": per_second, **fraction, "tflops": tflops, **measured}
+    tflops = per_second * plan.get("flops_per_event", 0.0) / 1e12
+    rates = {"tflops": tflops} if tflops else {}
+    if tflops and setting.tflops:
+        rates["fraction_of_matrix_rate"] = tflops / setting.tflops
+    return {"events_per_second": per_second, **rates, **measured}
