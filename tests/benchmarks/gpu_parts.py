@@ -10,11 +10,13 @@ Shape legend: L events, D d_model, B histories of a padded batch.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import importlib.util
+import itertools
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from torch import Tensor, nn
 from hymate.batch import Batch
 from hymate.config import ModelConfig, ObjectiveConfig, TrainConfig
 from hymate.data.packing import pack
+from hymate.feeding import fed
 from hymate.model import HyMaTE, PretrainModel, RiskModel, decay_groups
 
 TASK = "readmission"
@@ -111,8 +114,7 @@ def planned(config: ModelConfig, events: int, history_events: int, recomputed: b
 
 
 def training(report: Report, setting: Setting, name: str, mixer: str) -> None:
-    """Full rows of one model: plain PyTorch on rows that lie on the device, and DeepSpeed on rows that come from the
-    CPU."""
+    """Full rows of one model: plain PyTorch on rows that lie on the device, DeepSpeed on rows that are fed to it."""
     config = setting.model(name, mixer=mixer)
     batches = setting.rows(4)
     events = round(statistics.mean(batch.num_events for batch in batches))
@@ -120,14 +122,13 @@ def training(report: Report, setting: Setting, name: str, mixer: str) -> None:
     planning = functools.partial(planned, config, events, history_events)
     plan = report.attempt(f"{name}, {mixer}, by hymate.plan", planning)
 
-    def measured(step: Callable[[Batch], object], batches: Sequence[Batch]) -> Measures:
-        turn = iter(range(10**9))
-        return rate(setting, lambda: step(batches[next(turn) % len(batches)]), events, plan)
+    def measured(step: Callable[[Any], object], rows: Iterator[Any]) -> Measures:
+        return rate(setting, lambda: step(next(rows)), events, plan)
 
     def plain() -> Measures:
         module, optimizer = model_and_adamw(setting, config)
-        step = functools.partial(plain_step, setting, module, optimizer)
-        return measured(step, [batch.to(setting.device) for batch in batches])
+        there = [module.ask(batch).to(setting.device) for batch in batches]
+        return measured(functools.partial(plain_step, setting, module, optimizer), itertools.cycle(there))
 
     def with_deepspeed() -> Measures:
         from hymate.training import engine
@@ -136,7 +137,9 @@ def training(report: Report, setting: Setting, name: str, mixer: str) -> None:
         with engine.single_process(setting.device) as worker:
             module, optimizer = model_and_adamw(setting, config)
             wrapped = engine.build_engine(module, optimizer, train, worker)
-            return measured(lambda batch: engine.train_step(wrapped, [batch], worker.device), batches)
+            endless = itertools.cycle([[batch] for batch in batches])
+            with contextlib.closing(fed(endless, worker.device, module.ask)) as ready:
+                return measured(lambda rows: engine.train_step(wrapped, rows, worker.device), ready)
 
     report.attempt(f"{name}, {mixer}, plain", plain)
     report.attempt(f"{name}, {mixer}, DeepSpeed ZeRO 2", with_deepspeed)
@@ -145,7 +148,8 @@ def training(report: Report, setting: Setting, name: str, mixer: str) -> None:
 def model_and_adamw(setting: Setting, config: ModelConfig) -> tuple[PretrainModel, torch.optim.AdamW]:
     torch.manual_seed(0)
     module = PretrainModel(config, ObjectiveConfig(), VOCABULARY).to(setting.device)
-    return module, torch.optim.AdamW(decay_groups(module, 0.05), lr=1e-4, betas=(0.9, 0.98))
+    fused = setting.device.type == "cuda"
+    return module, torch.optim.AdamW(decay_groups(module, 0.05), lr=1e-4, betas=(0.9, 0.98), fused=fused)
 
 
 def plain_step(setting: Setting, module: PretrainModel, optimizer: torch.optim.Optimizer, batch: Batch) -> None:
@@ -164,7 +168,7 @@ def long(report: Report, setting: Setting) -> None:
     def measured(recomputed: bool, plan: Measures) -> Measures:
         module, optimizer = model_and_adamw(setting, config)
         module.backbone.gradient_checkpointing = recomputed
-        batch = random_row([events], vocab_size=VOCABULARY).to(setting.device)
+        batch = module.ask(random_row([events], vocab_size=VOCABULARY)).to(setting.device)
         return rate(setting, functools.partial(plain_step, setting, module, optimizer, batch), events, plan)
 
     for recomputed in (True, False):
@@ -287,14 +291,14 @@ def inference(report: Report, setting: Setting) -> None:
 
     def prediction(rounded: bool) -> Measures:
         there, batches = model(setting.device), setting.rows(4)
-        turn = iter(range(10**9))
-
-        def step() -> None:
-            with torch.no_grad(), torch.autocast(setting.device.type, torch.bfloat16, enabled=rounded):
-                there(batches[next(turn) % 4].to(setting.device))["logit_ST"].cpu()
-
         events = statistics.mean(batch.num_events for batch in batches)
-        measured = timed(setting, step)
+        with contextlib.closing(fed(itertools.cycle(batches), setting.device, there.ask)) as ready:
+
+            def step() -> None:
+                with torch.no_grad(), torch.autocast(setting.device.type, torch.bfloat16, enabled=rounded):
+                    there(next(ready))["logit_ST"].cpu()
+
+            measured = timed(setting, step)
         return {"events_per_second": 1000 * events / measured["ms"], **measured}
 
     def same_as_cpu() -> Measures:
@@ -339,7 +343,7 @@ def profile(report: Report, setting: Setting) -> None:
 
     def step() -> Measures:
         module, optimizer = model_and_adamw(setting, setting.model("base"))
-        batch = setting.rows(1)[0].to(setting.device)
+        batch = module.ask(setting.rows(1)[0]).to(setting.device)
         once = functools.partial(plain_step, setting, module, optimizer, batch)
         for _ in range(3):
             once()
