@@ -18,6 +18,7 @@ from test_tasks import ADMITTED, DEATH, HOME, LAB, START, History, Labels, days,
 
 from hymate.config import ConfigError, TaskConfig, UserError
 from hymate.data import definition, tasks
+from hymate.data.known import KnownConfig, KnownRule
 
 A, B, X = "A", "B", "X"
 PREDICATES: dict[str, Any] = {name: {"code": name} for name in (A, B, X)}
@@ -45,6 +46,7 @@ def by_hand(windows: dict[str, dict[str, Any]], events: History) -> dict[float, 
     found = {}
     for trigger in sorted({t for t, code in events if code == A}):
         edges, holds, answer, label, until = {"trigger": trigger}, True, math.nan, None, math.nan
+        inside_label: list[float] = []
         for name, window in windows.items():
             by_end = window["start"] is None or window["start"].split()[0] == "end"
             root, other = ("end", "start") if by_end else ("start", "end")
@@ -69,7 +71,8 @@ def by_hand(windows: dict[str, dict[str, Any]], events: History) -> dict[float, 
                 answer = edges[f"{name}.{window['index_timestamp']}"]
             if "label" in window:
                 label, until = counts[window["label"]] > 0, end
-        if holds and until >= answer:
+                inside_label = [t for t, c in events if c == window["label"] and inside(t)]
+        if holds and until >= answer and all(t > answer for t in inside_label):
             assert label is not None
             found[trigger] = (answer, label)
     return found
@@ -122,7 +125,8 @@ def test_windows_are_what_the_definition_says(windows: dict[str, dict[str, Any]]
         for s, record in enumerate(records)
         for t in sorted({t for t, _ in record})
     ]
-    found = definition.find(config, pl.DataFrame(rows, schema_overrides={"time": pl.Datetime("us")}))
+    events = pl.DataFrame(rows, schema_overrides={"time": pl.Datetime("us")})
+    found = definition.find(config, events.with_columns(pl.col(windows["two"]["label"]).alias(definition.SEEN)))
     got = {
         (row["subject_id"], days(row["trigger"])): (days(row["prediction_time"]), row["event"])
         for row in found.rows.to_dicts()
@@ -157,8 +161,29 @@ def test_a_label_whose_window_is_over_at_the_prediction_is_none(tmp_path: Path) 
     late = "task.definition.windows.{}"
     added = "{start: target.end, end: start + 7d, start_inclusive: true, end_inclusive: true, index_timestamp: end}"
     config = task("readmission", f"+{late.format('later')}={added}", f"~{late.format('input.index_timestamp')}")
-    with pytest.raises(UserError, match=r"no trigger gets a label \(.*; excluded: 3 by target;"):
+    excluded = r"excluded: 3 by target \(over before the prediction time\)"
+    with pytest.raises(UserError, match=rf"no trigger gets a label \(.*; {excluded};"):
         labelled(tmp_path, [*stay(0, 3), (20, ADMITTED), (80, LAB)], config)
+
+
+def test_a_label_whose_event_has_been_seen_at_the_prediction_is_none(tmp_path: Path) -> None:
+    """Each discharge's own admission lies in the label window. Coded later than stamped, it could not be seen."""
+    target = "task.definition.windows.target"
+    config = task("readmission", f"{target}.start='trigger - 30d'", f"{target}.end='start + 60d'")
+    history: History = [*stay(0, 3), *stay(80, 83), (120, LAB)]
+    with pytest.raises(UserError, match=r"excluded: 4 by target \(its event is at or before the prediction time\)"):
+        labelled(tmp_path, history, config)
+    late = KnownConfig({"coded": KnownRule("^HOSPITAL_ADMISSION", delay_hours=24.0 * 60)})
+    parsed = definition.parse(config)
+    events = definition.read_predicates(tmp_path / "data" / "train" / "0.parquet", parsed, late).events
+    assert definition.find(parsed, events).rows["event"].to_list() == [True] * 4
+
+
+@pytest.mark.parametrize("name", ["mortality", "length_of_stay"])
+def test_a_stay_that_begins_and_ends_at_one_time_is_over(name: str, tmp_path: Path) -> None:
+    """Where times are dates, a stay of a day does not run to the discharge of the next stay."""
+    history: History = [(5, ADMITTED), (5, HOME), *stay(20, 30, "HOSPITAL_DISCHARGE//DIED")]
+    assert labelled(tmp_path, history, task(name)) == {21: True}
 
 
 @pytest.mark.parametrize("name", ["readmission", "mortality", "length_of_stay"])
@@ -166,7 +191,7 @@ def test_the_tasks_that_come_along_mean_the_same_to_aces(name: str, shared_data:
     query = pytest.importorskip("aces.query").query
     for path in sorted((shared_data / "mimic_iv_demo_meds" / "data").rglob("*.parquet")):
         config = definition.parse(task(name))
-        events = definition.read_predicates(path, config).events
+        events = definition.read_predicates(path, config, KnownConfig()).events
         ours = definition.find(config, events).rows.select("subject_id", "trigger", "prediction_time", "event")
         theirs = query(config, events.rename({"time": "timestamp"})).select(
             "subject_id", "trigger", prediction_time="index_timestamp", event=pl.col("label") > 0

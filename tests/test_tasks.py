@@ -137,6 +137,23 @@ READMISSION: dict[str, tuple[History, Labels, dict[str, int]]] = {
         {2.625: False},
         {"competing_deaths": 1},
     ),
+    # times may be dates: an admission and a discharge at one time are one stay, unless the patient stays on
+    "a stay of one day": ([(2.625, ADMITTED), (2.625, HOME), (80, LAB)], {2.625: False}, {}),
+    "readmitted for one day": (
+        [*stay(0, 3), (20.625, HOME), (20.625, ADMITTED), (80, LAB)],
+        {3: True, 20.625: False},
+        {"triggers": 1},
+    ),
+    "transferred for one day": (
+        [*stay(0.625, 3.625), (3.625, ADMITTED), (3.625, HOME), (20.625, ADMITTED), (80, LAB)],
+        {3.625: True},
+        {},
+    ),
+    "a stay of one day, then a transfer": (
+        [(3.625, ADMITTED), (3.625, HOME), *stay(3.625, 9.625), (80, LAB)],
+        {9.625: False},
+        {"triggers": 1, "excluded": 1},
+    ),
     "no admission seen": ([(3, HOME), (80, LAB)], {3: False}, {}),
 }
 

@@ -10,8 +10,8 @@ meaning, because its own `query` silently departs from it (es-aces 0.7.3):
 
 The rules, where ACES's documentation leaves room: an edge `X -> P` (or `X <- P`) is the first P after X (the last one
 before it), or at X itself where the window includes that edge. `null` is the first or last event of the record.
-A trigger with an edge that isn't in the record is left out, and so is one whose label window ends before its prediction
-time: nothing would be left to predict.
+A trigger with an edge that isn't in the record is left out, and so is one with nothing left to predict: the label
+window is over before the prediction time, or its event has been seen by then.
 
 Legend: R rows, the distant times of each subject in order; N triggers.
 """
@@ -30,6 +30,7 @@ import polars as pl
 import pyarrow as pa
 
 from hymate.config import ConfigError, TaskConfig, UserError
+from hymate.data.known import KnownConfig, end_of_day
 from hymate.data.meds import UNREADABLE, DataError, open_parquet, unreadable
 from hymate.storage import Location
 
@@ -38,8 +39,10 @@ KEYS = {"predicates", "patient_demographics", "trigger", "windows", "description
 LONGEST = timedelta(days=3_652_059)  # years 1 to 9999
 MICROSECOND = timedelta(microseconds=1)
 ANY_EVENT, RECORD_START, RECORD_END = "_ANY_EVENT", "_RECORD_START", "_RECORD_END"
-LAST_OF_DAY = timedelta(days=1) - MICROSECOND
 CODE_ALONE = "_code_of_{}"  # a predicate with bounds on its value, without them
+OVER, KNOWN = "over before the prediction time", "its event is at or before the prediction time"
+LATE, WHOLE = "_late", "_whole"
+SEEN = "_seen"  # the label's predicate, without events that become known later than their stamps
 
 
 # ----------------------------------------------------------------------------------------------------- the definition
@@ -100,7 +103,7 @@ def _require_possible(config: Any) -> None:
                 raise ValueError(f"window {name}: has {counted}: ({least}, {most}) is no range")
     if config.trigger.predicate in static:
         raise ValueError(f"trigger {config.trigger.predicate} is static: static events have no time")
-    if taken := {"subject_id", "time"} & set(config.predicates):
+    if taken := {"subject_id", "time", SEEN, LATE, WHOLE} & set(config.predicates):
         raise ValueError(f"a predicate cannot be named {min(taken)}")
 
 
@@ -127,8 +130,8 @@ def _one_line(error: Exception) -> str:
 class Predicates:
     """A shard seen through a definition's predicates.
 
-    events: a row a subject and time, sorted: subject_id, time and, for each predicate, how many events match; only of
-        subjects with the definition's static predicates.
+    events: a row a subject and time, sorted: subject_id, time and, for each predicate and SEEN, how many events
+        match; only of subjects with the definition's static predicates.
     matches: for each plain predicate how many of the shard's events match: of those with a time, or for a static one
         of those without. A predicate with bounds on its value is there a second time, without them (CODE_ALONE).
     """
@@ -137,28 +140,72 @@ class Predicates:
     matches: dict[str, int]
 
 
-def read_predicates(path: Location, config: Any) -> Predicates:
+def read_predicates(path: Location, config: Any, known: KnownConfig) -> Predicates:
     """Evaluate the predicates on one MEDS data file; DataError where it cannot be read, UserError without a column.
 
     A MEDS_DEATH at 00:00 is a date without a time of day (registries give no more). The patient was alive when
     discharged alive on that day, so such a death is taken to come at the end of its day.
+
+    An admission and a discharge at one time are a transfer, or the ends of one stay: stamps may have days alone. They
+    are one stay where the patient is out of hospital afterwards: the admission is then taken to come before. known
+    says which codes begin and end a stay.
     """
     plain = dict(config.plain_predicates)
     for name, found in config.plain_predicates.items():
         if found.value_min is not None or found.value_max is not None:
             plain[CODE_ALONE.format(name)] = type(found)(found.code, static=found.static)
     data = _read(path, _columns(plain))
+    codes = data["code"].drop_nulls().unique().to_list()
     death = pl.col("code").str.contains(f"^{meds.death_code}(//.*)?$")
     date_only = pl.col("time") == pl.col("time").dt.truncate("1d")
-    data = data.with_columns(time=pl.when(death & date_only).then(pl.col("time") + LAST_OF_DAY).otherwise("time"))
-    data = data.select("subject_id", "time", **{name: p.MEDS_eval_expr().cast(pl.Int64) for name, p in plain.items()})
+    day_end = end_of_day(pl.col("time").to_physical()).cast(pl.Datetime("us"))
+    data = data.with_columns(time=pl.when(death & date_only).then(day_end).otherwise("time"))
+    data = _one_after_the_other(data, *known.stays(codes))
+    counts = {name: p.MEDS_eval_expr().cast(pl.Int64) for name, p in plain.items()}
+    late = known.late(codes)
+    data = data.select("subject_id", "time", pl.col("code").is_in(late).alias(LATE), **counts)
     has_time = pl.col("time").is_not_null()
     matches = data.select(
         **{name: pl.col(name).filter(~has_time if p.static else has_time).sum() for name, p in plain.items()}
     ).row(0, named=True)
+    events = of_stamps = _by_time(data, config)
+    if late:
+        plain_counts = pl.col(*config.plain_predicates)
+        of_stamps = _by_time(
+            data.with_columns(pl.when(~has_time | ~pl.col(LATE)).then(plain_counts).otherwise(0)), config
+        )
+    label = config.windows[config.label_window].label
+    return Predicates(events.with_columns(of_stamps[label].alias(SEEN)), matches)
 
+
+def _one_after_the_other(data: pl.DataFrame, begin: list[str], end: list[str]) -> pl.DataFrame:
+    """Events whose admissions come a microsecond before the discharge at their time that ends their own stay.
+
+    begin, end: the codes that begin and end a stay. A patient is in hospital after a time with both where there are
+    more admissions than discharges, or as many, and it was in hospital before.
+    """
+    at = ["subject_id", "time"]
+    admitted, change = pl.col("code").is_in(begin), pl.col("change")
+    discharged = pl.col("code").is_in(end)
+    counts = {
+        "both": admitted.any() & discharged.any(),
+        "change": admitted.sum().cast(pl.Int64) - discharged.sum().cast(pl.Int64),
+    }
+    stays = data.filter(pl.col("time").is_not_null(), admitted | discharged).group_by(at).agg(**counts)
+    inside = pl.when(change != 0).then(change > 0).forward_fill().over("subject_id").fill_null(False)
+    whole = stays.sort(at).filter(pl.col("both") & ~inside).select(*at, pl.lit(True).alias(WHOLE))
+    if whole.is_empty():
+        return data
+    data = data.join(whole, on=at, how="left", maintain_order="left")
+    earlier = pl.col(WHOLE).fill_null(False) & admitted
+    return data.with_columns(time=pl.when(earlier).then(pl.col("time") - MICROSECOND).otherwise("time"))
+
+
+def _by_time(data: pl.DataFrame, config: Any) -> pl.DataFrame:
+    """`Predicates.events`, from how often each event matches each plain predicate."""
     data = data.select("subject_id", "time", *config.plain_predicates)
     data = data.group_by("subject_id", "time").agg(pl.all().sum()).sort("subject_id", "time", nulls_last=False)
+    has_time = pl.col("time").is_not_null()
     static = [name for name, p in config.plain_predicates.items() if p.static]
     data = data.with_columns(pl.col(static).filter(~has_time).sum().over("subject_id"))
     derived = config.derived_predicates
@@ -166,12 +213,11 @@ def read_predicates(path: Location, config: Any) -> Predicates:
     for name, p in derived.items():
         data = data.with_columns(p.eval_expr().cast(pl.Int64).alias(name))
     data = data.filter(has_time, *[pl.col(name) > 0 for name in static if name not in read_by_derived])
-    events = data.with_columns(
+    return data.with_columns(
         pl.lit(1).alias(ANY_EVENT),
         (pl.col("time") == pl.col("time").min().over("subject_id")).cast(pl.Int64).alias(RECORD_START),
         (pl.col("time") == pl.col("time").max().over("subject_id")).cast(pl.Int64).alias(RECORD_END),
     )
-    return Predicates(events, matches)
 
 
 def _columns(plain: Mapping[str, Any]) -> list[str]:
@@ -209,7 +255,7 @@ class Found:
         (whether its label's predicate holds there), event_time (when first) and, for each kind, whether the first of
         all its events is of that kind; of triggers at which every window holds.
     num_triggers; excluded: for each window how many triggers it leaves out, of those that the ones before it, in the
-        order of their evaluation, have left; for the one with the label also those where it is over too early.
+        order of their evaluation, have left; then, by other names, those with nothing left to predict.
     """
 
     rows: pl.DataFrame
@@ -228,19 +274,23 @@ def find(config: Any, events: pl.DataFrame, start: str | None = None, kinds: Map
     record, kinds = _Record(events), kinds or {}
     trigger = np.flatnonzero(record.count[config.trigger.predicate])
     edges, holds_N, excluded = _evaluated(config, record, trigger)
-    prediction_N, end_N = (
-        edges[f"{config.index_timestamp_window}.{_index(config)}"][0],
-        edges[f"{config.label_window}.end"][0],
-    )
-    over_N = holds_N & (end_N < prediction_N)
-    excluded[config.label_window] += int(over_N.sum())
-    holds_N = holds_N & ~over_N
+    target = config.label_window
+    window, prediction_N = config.windows[target], edges[f"{config.index_timestamp_window}.{_index(config)}"][0]
+    (start_N, _), (end_N, _) = edges[f"{target}.start"], edges[f"{target}.end"]
+    last_N = np.minimum(end_N - (not window.end_inclusive), prediction_N)
+    until = _Span(start_N, last_N, window.start_inclusive, at_end=True)
+    for what, lost_N in (
+        (OVER, end_N < prediction_N),
+        (KNOWN, record.counted(record.count[SEEN], record.subject_R[trigger], until) > 0),
+    ):
+        if num_lost := int((holds_N & lost_N).sum()):
+            excluded[f"{target} ({what})"] = num_lost
+        holds_N = holds_N & ~lost_N
     subject_N = record.subject_R[trigger][holds_N]
     time_N = {name: edge_N[holds_N] for name, (edge_N, _) in edges.items()}
     prediction_N = time_N[f"{config.index_timestamp_window}.{_index(config)}"]
 
-    window = config.windows[config.label_window]
-    span = _Span(time_N[f"{config.label_window}.start"], time_N[f"{config.label_window}.end"], *_includes(window))
+    span = _Span(time_N[f"{target}.start"], time_N[f"{target}.end"], *_includes(window))
     every_R = record.count[window.label]
     left_out_R = np.any([record.count[kind] > 0 for kind, counts in kinds.items() if not counts], axis=0)
     event_N, first_N = record.first(np.where(left_out_R, 0, every_R), subject_N, span)

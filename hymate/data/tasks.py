@@ -5,8 +5,8 @@ event was not observed because the patient died (a competing risk) or because th
 here, with every outcome counted:
 
     triggers            times at which the definition's trigger matches (several codes at one time are one trigger)
-    excluded            its windows do not hold there (e.g. discharged before the prediction time), or the label window
-                        ends before the prediction time
+    excluded            its windows do not hold there (e.g. discharged before the prediction time), or nothing is left
+                        to predict: the label window is over before the prediction time, or its event has been seen
     died_in_hospital    the competing event, death, came at or before the prediction time: not at risk, no label
     competing_deaths    death after it, before the label window ends and without the label's event: no label under
                         `competing_rule: exclude`, a negative one under `negative`
@@ -26,7 +26,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -39,10 +39,12 @@ from rich.progress import track
 from hymate.config import ConfigError, TaskConfig, UserError
 from hymate.data.definition import CODE_ALONE, find, parse, read_predicates
 from hymate.data.extras import read_labels_and_extras, write_labels
+from hymate.data.histories import read_metadata
+from hymate.data.known import KnownConfig
 from hymate.data.meds import FIRST_TIME, US_PER_DAY, read_splits
 from hymate.storage import Location, files_below, locate, new_folder, write_text
 
-RULES_VERSION = 4  # of the rules above and of definition.py; a new one makes old extractions be redone
+RULES_VERSION = 5  # of the rules above and of definition.py; a new one makes old extractions be redone
 SUMMARY = "counts.json"
 DETAILS = ("excluded", "kinds", "predicates")
 
@@ -86,10 +88,12 @@ def labels(root: Location, task: TaskConfig, times_only: bool = False) -> LabelS
         raise UserError(f"task {task.name} has no labels in {folder}: give task.labels=FOLDER or a task.definition")
     shards = _shards(root)
     splits = read_splits(root) if task.censoring_rule == "weights" else None
-    fingerprint = _fingerprint(task, shards, splits)
+    metadata = read_metadata(root)
+    known = metadata["known"] if metadata else KnownConfig()
+    fingerprint = _fingerprint(task, shards, splits, known)
     summary = _summary(folder)
     if summary.get("fingerprint") != fingerprint:
-        summary = _extract(task, shards, splits, folder, fingerprint)
+        summary = _extract(task, shards, splits, known, folder, fingerprint)
     if summary["never_positive"] and not times_only:
         raise _no_event(task, "label's predicate", summary["never_positive"], unmatched(summary["predicates"]))
     details = {name: summary[name] for name in DETAILS}
@@ -142,7 +146,7 @@ def _shards(root: Location) -> dict[str, Location]:
     return files
 
 
-def _fingerprint(task: TaskConfig, shards: dict[str, Location], splits: pa.Table | None) -> str:
+def _fingerprint(task: TaskConfig, shards: dict[str, Location], splits: pa.Table | None, known: KnownConfig) -> str:
     """Changes with the definition, the rules, the data files (names and sizes) and, where weights need them, splits."""
     parts = [
         RULES_VERSION,
@@ -153,6 +157,7 @@ def _fingerprint(task: TaskConfig, shards: dict[str, Location], splits: pa.Table
         task.kinds,
         task.start,
         task.longer_than_days,
+        asdict(known),
         [(shard, path.stat().st_size) for shard, path in shards.items()],
         *([] if splits is None else [splits.to_pydict()]),
     ]
@@ -167,7 +172,12 @@ def _summary(folder: Location) -> dict[str, Any]:
 
 
 def _extract(
-    task: TaskConfig, shards: dict[str, Location], splits: pa.Table | None, folder: Location, fingerprint: str
+    task: TaskConfig,
+    shards: dict[str, Location],
+    splits: pa.Table | None,
+    known: KnownConfig,
+    folder: Location,
+    fingerprint: str,
 ) -> dict[str, Any]:
     """Extract every shard's labels beside `folder` and put them there in one move; with splits they have weights."""
     config = _definition(task)
@@ -177,7 +187,7 @@ def _extract(
         with new_folder(folder, SUMMARY) as new:
             progress = Console(stderr=True, quiet=not sys.stderr.isatty())
             for shard in track(shards, f"Labels of {task.name}", console=progress, transient=True):
-                triggers[shard], of_shards[shard] = _extract_shard(shards[shard], task, config)
+                triggers[shard], of_shards[shard] = _extract_shard(shards[shard], task, config, known)
             if splits is not None:
                 _weigh(triggers, splits)
             for shard, rows in triggers.items():
@@ -193,6 +203,9 @@ def _extract(
                 print(
                     f"task {task.name}: no event matches {names}: check the codes in task.definition", file=sys.stderr
                 )
+            for what, number in total["excluded"].items():
+                if what not in config.windows:
+                    print(f"task {task.name}: {number} triggers get no label by {what}", file=sys.stderr)
             label = config.windows[config.label_window].label
             summary = {
                 "fingerprint": fingerprint,
@@ -276,9 +289,11 @@ def _require_labels(
         raise UserError(f"task {task.name}: no trigger gets a label ({why}): correct task.definition")
 
 
-def _extract_shard(path: Location, task: TaskConfig, config: Any) -> tuple[pl.DataFrame, dict[str, dict[str, int]]]:
+def _extract_shard(
+    path: Location, task: TaskConfig, config: Any, known: KnownConfig
+) -> tuple[pl.DataFrame, dict[str, dict[str, int]]]:
     """One MEDS data file's triggers at which every window holds, with what becomes of them, and the counts."""
-    predicates = read_predicates(path, config)
+    predicates = read_predicates(path, config, known)
     found = find(config, predicates.events, task.start, task.kinds)
     died = pl.col(task.competing) > 0 if task.competing else pl.lit(False)
     subjects = predicates.events.group_by("subject_id").agg(
