@@ -3,9 +3,10 @@
     python -m hymate.baselines data.path=DATA_DIR task=mortality out=DIR
 
 Trains on the train split, chooses on the tuning split (the number of trees, or the strength of logistic regression's
-penalty), recalibrates the probabilities there as a search does, and scores the held-out split once. `out` then holds
-results.json (the scores of `hymate.metrics`, what was chosen, the importance of variables and features),
-predictions.parquet (the MEDS prediction schema) and run.json (the settings).
+penalty), recalibrates the probabilities there as a search does, and scores the held-out split once (a dataset without
+held-out subjects is scored on the tuning split, with a note). `out` then holds results.json (the scores of
+`hymate.metrics`, what was chosen, the importance of variables and features), predictions.parquet (the MEDS prediction
+schema) and run.json (the settings).
 
 Shape legend: E examples, X features (see `hymate.data.features`), M marks of what is missing.
 """
@@ -46,7 +47,7 @@ from hymate.predict import prediction_table
 from hymate.record import recorded
 from hymate.storage import Location, locate, require_folder, write_text
 from hymate.training.pretraining import available_cpus
-from hymate.training.results import RESULTS, score_rows
+from hymate.training.results import NO_HELD_OUT, RESULTS, score_rows
 from hymate.training.tables import new_console
 
 Kind = Literal["gradient_boosting", "logistic_regression", "lightgbm"]
@@ -303,13 +304,13 @@ def compare(
 
 
 def _recalibrated(
-    model: Baseline, tables: Mapping[str, FeatureTable]
+    model: Baseline, tables: Mapping[str, FeatureTable], scored: str = "held_out"
 ) -> tuple[dict[str, np.ndarray], dict[str, float | None]]:
-    """Probabilities of the tuning and held-out examples, recalibrated on the tuning split, and what that changed."""
-    raw = {split: model.probability(tables[split].value_EX) for split in ("tuning", "held_out")}
-    tuning, held_out = (tables[split].examples for split in ("tuning", "held_out"))
+    """Probabilities of the tuning and `scored` examples, recalibrated on the tuning split, and what that changed."""
+    raw = {split: model.probability(tables[split].value_EX) for split in {"tuning", scored}}
+    tuning, asked = (tables[split].examples for split in ("tuning", scored))
     recalibration = trust.recalibrate(tuning.label_E, trust.logit(raw["tuning"]), tuning.weight_E)
-    before = metrics.ece(held_out.label_E, raw["held_out"], held_out.weight_E)
+    before = metrics.ece(asked.label_E, raw[scored], asked.weight_E)
     probability = {split: recalibration.probability(raw_E) for split, raw_E in raw.items()}
     return probability, {**asdict(recalibration), "ece_before": before}
 
@@ -351,7 +352,8 @@ def run(config: BaselinesConfig) -> None:
     require_folder(out, "out")
     histories = Histories.open(root)
     label_set = labels(root, config.task)
-    examples = {split: labelled_examples(histories, label_set.table, split) for split in SPLITS}
+    asked = [split for split in SPLITS if split != "held_out" or len(histories.rows_of(split))]
+    examples = {split: labelled_examples(histories, label_set.table, split) for split in asked}
     require_both_classes(config.task, {split: examples[split] for split in ("train", "tuning")})
     (out / RECORD).unlink(missing_ok=True)  # each run is a new one
     inputs = {"data.path": histories.fingerprint, "task.labels": label_set.digest()}
@@ -369,21 +371,23 @@ def _scored(
     root, out = locate(config.data.path), locate(config.out)
     started = time.monotonic()
     spec = choose(histories, examples["train"], config.features)
-    table = {split: features(histories, examples[split], spec) for split in SPLITS}
+    scored = "held_out" if "held_out" in examples else "tuning"
+    table = {split: features(histories, part, spec) for split, part in examples.items()}
     computed = time.monotonic()
     model = fit(config.baseline, table["train"], table["tuning"], config.seed)
     fitted = time.monotonic()
-    probability, recalibration = _recalibrated(model, table)
+    probability, recalibration = _recalibrated(model, table, scored)
     scores = {
         split: metrics.scores(examples[split].label_E, p_E, examples[split].subject_id_E, examples[split].weight_E)
         for split, p_E in probability.items()
     }
-    write_parquet(prediction_table(examples["held_out"], probability["held_out"]), out / "predictions.parquet")
+    write_parquet(prediction_table(examples[scored], probability[scored]), out / "predictions.parquet")
     found = {
         "task": config.task.name,
         "baseline": config.baseline,
-        "split": "held_out",
-        **scores["held_out"],
+        "split": scored,
+        "note": NO_HELD_OUT if scored == "tuning" else None,
+        **scores[scored],
         # of the labels that it was recalibrated on a calibration error would say nothing
         "tuning": {"task": config.task.name, "split": "tuning", **scores["tuning"], "ece": None},
         "recalibration": recalibration,
@@ -396,7 +400,7 @@ def _scored(
     }
     oracle = root / "oracle" / f"{config.task.name}.json"
     if oracle.is_file():  # a synthetic cohort, whose law says how well anything can predict
-        found["ceiling"] = json.loads(oracle.read_text())["ceiling"]["held_out"]
+        found["ceiling"] = json.loads(oracle.read_text())["ceiling"][scored]
     return found
 
 
@@ -419,9 +423,11 @@ def _show(found: dict[str, Any], out: Location) -> None:
     (header, tuning), (_, *rows) = score_rows(found["tuning"]), score_rows(found)
     for name in header:
         table.add_column(name, overflow="fold")
-    for row in (tuning, *rows):
+    for row in ([] if found["split"] == "tuning" else [tuning]) + rows:
         table.add_row(*row)
     console.print(table)
+    if found["note"]:
+        console.print(f"Note: {found['note']}", highlight=False)
     for name, value in found["chosen"].items():
         console.print(f"chosen on the tuning split: {name} {value:g}", highlight=False)
     top = ", ".join(f"{name} {fall:.3f}" for name, fall in list(found["importance"]["variables"].items())[:5])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -80,6 +81,21 @@ def test_a_known_law_is_learned_and_not_beaten(
     shown = capsys.readouterr().out
     for expected in ("tuning", "held_out", "best possible", str(tmp_path / "new" / "results.json")):
         assert expected in shown
+
+
+def test_without_a_held_out_split_the_tuning_split_is_scored(data: Path, tmp_path: Path, capsys: Any) -> None:
+    path = tmp_path / "data"
+    shutil.copytree(data, path)
+    index = pq.read_table(path / "histories" / "index.parquet")
+    split = pc.if_else(pc.equal(index["split"], "held_out"), "tuning", index["split"])
+    index = index.set_column(index.column_names.index("split"), "split", split)
+    pq.write_table(index, path / "histories" / "index.parquet")
+    found, predictions = scored(path, tmp_path / "out", "baseline=logistic_regression")
+    assert (found["split"], found["num_labels"]) == ("tuning", predictions.num_rows)
+    assert found["auroc"] == found["tuning"]["auroc"]
+    shown = capsys.readouterr().out
+    assert "Note: there are no held-out labels" in shown
+    assert "held_out" not in shown.replace(str(tmp_path), "")
 
 
 def test_a_seed_gives_the_same_predictions(data: Path, tmp_path: Path) -> None:

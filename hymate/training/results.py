@@ -57,8 +57,8 @@ LIMITS = """\
 Not a medical device. The model knows the codes, units and practices of the dataset it was trained on: on another
 site's data look at the share of unknown codes that prediction prints, and validate locally before any use."""
 NO_HELD_OUT = (
-    "there are no held-out labels, so held-out scores are missing: these are of the tuning split, which chose the "
-    "checkpoint and recalibrated it, and flatter the model"
+    "there are no held-out labels, so held-out scores are missing: these are of the tuning split, by which the model "
+    "was chosen and recalibrated, and flatter it"
 )
 Status = Literal["finished", "stopped early", "failed"]
 CENSORING = {
