@@ -6,18 +6,20 @@ so does everything else but DeepSpeed, whose part a small engine plays.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import count
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from kernel_standins import standing_in
-from processes import MODEL, VOCAB
+from processes import MODEL, TRAIN, VOCAB, RandomRows, Recorder
 from rows import random_row, repacked
 from test_engine import OBJECTIVES, TASKS
 from torch import Tensor, nn
@@ -28,7 +30,7 @@ from hymate.config import ModelConfig
 from hymate.feeding import fed
 from hymate.model import PretrainModel, RiskModel
 from hymate.objectives import LossModel
-from hymate.training import engine
+from hymate.training import engine, workers
 
 SMALL = replace(MODEL, dropout=0.0, num_queries=2, num_heads=3)
 PAPER = ModelConfig(
@@ -67,7 +69,9 @@ def _prepare() -> None:
     alone = {"get_world_size": lambda: 1, "all_reduce": lambda values: None}
     sys.modules["deepspeed"] = ModuleType("deepspeed")
     sys.modules["deepspeed"].comm = SimpleNamespace(**alone)  # type: ignore[attr-defined]
+    backend = type("Backend", (), dict.fromkeys(workers.COLLECTIVES))()
     engine.dist = SimpleNamespace(**alone)  # type: ignore[assignment]
+    workers._backend = lambda: backend  # type: ignore[assignment]
     feeding.ThreadPoolExecutor = AtOnce  # type: ignore[misc,assignment]
 
 
@@ -106,6 +110,8 @@ class Engine:
 
     def get_global_grad_norm(self) -> None:
         return None
+
+    def destroy(self) -> None: ...
 
     def is_gradient_accumulation_boundary(self) -> bool:
         return self.rows % self.rows_per_step == self.rows_per_step - 1
@@ -204,3 +210,67 @@ def test_a_step(elsewhere: Callable[..., Any], case: Case) -> None:
     if MODELS[case.model].mixer == "mamba1":  # its kernel is called for each segment
         waits = {place: count for place, count in waits.items() if not place.startswith("fused.py")}
     assert waits == {}
+
+
+# ------------------------------------------------------------------------------------------------------- the loop
+
+LOG_EVERY, MAX_STEPS = 3, 8
+UNHEALTHY = (2, 5)  # counted from 0: steps whose loss is not finite
+
+
+class Rows(RandomRows):
+    """Two rows a step; some steps have an infinite gap."""
+
+    def _row(self, i: int) -> Batch:
+        row = super()._row(i)
+        if i // 2 in UNHEALTHY:
+            row.gap_hours_L[0] = torch.inf
+        return row
+
+
+def _train(device: str, told: Recorder, stop: Callable[[], bool] = lambda: False) -> engine.Standing:
+    """The loop around the engine here, which neither evaluates nor saves."""
+    config = replace(
+        TRAIN, num_workers=1, rows_per_step=2, max_steps=MAX_STEPS, warmup_steps=1, eval_every=100, log_every=LOG_EVERY
+    )
+    built = _engine(Case("mamba2", "masked_event"), device)
+    built.rows_per_step = 2
+    job = engine.Job(built.module, built.optimizer.param_groups, Rows(), lambda _: {}, "val_loss", "min")
+    worker = engine.Worker(0, 1, 0, torch.device(device))
+    engine.start = lambda *_: (built, engine.Standing())  # type: ignore[assignment]
+    engine.evaluate = lambda *_: {}  # type: ignore[assignment,return-value]
+    engine.save = lambda *_, **__: 0.0  # type: ignore[assignment]
+    return engine.train(job, config, worker, report=lambda *_: None, telemetry=told, resume=None, stop=stop)
+
+
+def loop_there() -> tuple[dict[str, int], dict[str, Any], dict[str, Any]]:
+    """The waits, and what was told there and on a CPU."""
+    from absent_device import NAME, watch
+
+    results: list[dict[str, Any]] = []
+    waits: dict[str, int] = {}
+    for device in ("cpu", NAME):
+        told, asked = Recorder(), count()
+        with contextlib.ExitStack() as stack:
+            if device == NAME:
+                seen = stack.enter_context(watch())
+                stack.enter_context(ops.forced("fused"))
+                stack.enter_context(standing_in())
+            standing = _train(device, told)
+            stopped = _train(device, Recorder(), stop=lambda a=asked: next(a) >= 3)  # type: ignore[misc]
+            if device == NAME:
+                waits = {place: number for place, number in seen.waits.items() if "engine.py" in place}
+        points = {name: curve for name, curve in told.points.items() if name.startswith("train/")}
+        results.append({"points": points, "skipped": standing.skipped, "stopped": stopped.step})
+    return waits, results[0], results[1]
+
+
+def test_a_run_waits_where_it_logs_and_skips_what_a_cpu_skips(elsewhere: Callable[..., Any]) -> None:
+    waits, here, there = elsewhere(loop_there)
+    assert here["skipped"] == there["skipped"] == len(UNHEALTHY)
+    assert (here["stopped"], there["stopped"]) == (3, 4)  # there the flag is known a step later
+    for name, curve in here["points"].items():
+        if name.split("/")[1] not in ("events_per_second",):
+            assert there["points"][name] == pytest.approx(curve, rel=1e-3), name
+    logs = MAX_STEPS // LOG_EVERY + 4 // LOG_EVERY
+    assert sum(waits.values()) == 3 * logs, waits  # the sums come, and the workers' shares go and come

@@ -14,6 +14,10 @@ neighbours in the order come from one row group, beside chance; and, per token b
     padded    the same share for batches of as many histories as a packed row holds on average, in random order,
               padded to their longest
 
+--feed instead asks how many cores feed one H100: CPU seconds an event from Parquet through the row, what the loss asks
+of it and a copy of all its tensors (as into pinned memory, which only a machine with a GPU has), against the events a
+second that `base` takes at 40 % of the bf16 rate of the card.
+
 --many first makes a synthetic dataset of 1,000 shards and one of 21 million events, and measures these too.
 """
 
@@ -25,7 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +38,7 @@ import torch
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from hymate.batch import changed
 from hymate.command import load
 from hymate.data.examples import pretraining_examples
 from hymate.data.histories import Histories
@@ -41,10 +46,12 @@ from hymate.data.loader import Cursor, Rows
 from hymate.data.vocabulary import Vocabulary
 from hymate.model import PretrainModel
 from hymate.ops import packed_attention
+from hymate.training.footprint import Shapes, event_flops
 from hymate.training.pretraining import PretrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 WINDOW = 512
+H100_FLOPS, FRACTION = 989e12, 0.4  # dense bf16, operations a second; how much of it is to be reached
 BUDGETS = (4096, 8192, 16384, 32768, 65536)
 
 
@@ -74,6 +81,34 @@ def epoch_speed(rows: Rows, epoch: int) -> tuple[float, float, list[float]]:
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     steps.close()
     return events / wall, events / cpu, memory
+
+
+def cores_for_a_card(path: Path, split: str, context: int, objective: str) -> None:
+    """One line of a table, over an epoch in memory's cache or 200 rows of it."""
+    rows = open_rows(path, split, context, 16384)
+    settings = [f"data.path={path}", "model=base", f"objective={objective}"]
+    config = load("pretrain", settings, PretrainConfig)
+    history_events = round(rows.num_events / len(rows.examples))
+    shapes = Shapes(config.model, config.objective, rows.vocabulary.size, 16384, min(history_events, 16384), "bf16")
+    flops = sum(part.forward + part.backward for part in event_flops(shapes).values())
+    wanted = FRACTION * H100_FLOPS / flops
+    with torch.device("meta"):
+        model = PretrainModel(config.model, config.objective, rows.vocabulary.size)
+    parts = {"row": 0.0, "asked": 0.0, "copied": 0.0}
+    events = 0
+    for place in islice(rows._order(0), 200):
+        started = time.process_time()
+        row = rows._batch(place)
+        read = time.process_time()
+        asked = model.ask(row)
+        drawn = time.process_time()
+        changed(asked, torch.clone)
+        for name, seconds in zip(parts, (read - started, drawn - read, time.process_time() - drawn), strict=True):
+            parts[name] += seconds
+        events += row.num_events
+    rates = [f"{events / seconds / 1e6:.2f}" for seconds in (*parts.values(), sum(parts.values()))]
+    cores = wanted / (events / sum(parts.values()))
+    print(f"| {path.name} | {objective} | {flops / 1e9:.2f} | {wanted / 1e6:.2f} | {' | '.join(rates)} | {cores:.2f} |")
 
 
 def resident_mib() -> float:
@@ -189,8 +224,15 @@ def main() -> None:
     parser.add_argument("--split", default="train")
     parser.add_argument("--context", type=int, default=8192)
     parser.add_argument("--many", action="store_true")
+    parser.add_argument("--feed", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    if arguments.feed:
+        heads = "dataset | objective | GFLOP an event | card, M events/s | row | asked | copied | together | cores"
+        print(f"M events per CPU second\n\n| {heads} |\n|{'---|' * 9}")
+        for folder, objective in product(arguments.data, ("masked_event", "both")):
+            cores_for_a_card(folder, arguments.split, arguments.context, objective)
+        return
     for folder in arguments.data:
         measure(folder, arguments.split, arguments.context)
     if arguments.many:
