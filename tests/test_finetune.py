@@ -212,6 +212,24 @@ def test_the_verdict_says_whether_boosting_would_do(model_noise: float, boosting
     assert f"AUROC {found['boosting']['auroc']['value']:.3f} [" in line and f"[{low:.3f}, {high:.3f}]" in line
 
 
+@pytest.mark.parametrize(
+    ("useful", "said"),
+    [
+        (
+            None,
+            "Around the prevalence acting on the model is not detectably better than acting on everyone or on no one.",
+        ),
+        ([0.08, 0.32], "for who would act from a risk between 8.0 % and 32 % on."),
+        ([0.25, 0.254], "for who would act from a risk of 25 % on."),
+    ],
+)
+def test_the_verdict_says_from_which_risks_acting_on_the_model_is_worth_it(
+    useful: list[float] | None, said: str
+) -> None:
+    line = next(line for line in verdict(judged(1.0, 1.0) | {"useful": useful}).splitlines() if "Worth" in line)
+    assert line.endswith(said)
+
+
 def test_the_verdict_on_boosting_where_measures_disagree_or_are_missing() -> None:
     found = judged(1.0, 1.0, num_labels=30)
     assert "It cannot be said" in of_boosting(found | {"note": "too few"})

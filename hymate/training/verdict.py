@@ -125,8 +125,8 @@ def _worth(found: Mapping[str, Any]) -> str:
         return (
             "Around the prevalence acting on the model is not detectably better than acting on everyone or on no one."
         )
-    low, high = found["useful"]
-    risks = f"of {percent(low)}" if low == high else f"between {percent(low)} and {percent(high)}"
+    low, high = map(percent, found["useful"])
+    risks = f"of {low}" if low == high else f"between {low} and {high}"
     return (
         f"Acting on the model is better than acting on everyone or on no one for who would act from a risk {risks} on."
     )
