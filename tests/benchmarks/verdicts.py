@@ -4,7 +4,8 @@
 
 Prints Markdown tables. Rates of "useful" are those of the worst kind of cohort beside the mean over all kinds: a mean
 hides the kind that a rule fails on. A patient has one label, or a geometric number of correlated ones (mean 4), or five
-that are all alike.
+that are all alike. "Before" is what reports did until 2026-11-26: Wilson's intervals with as many trials as patients,
+groups each judged at 95 %, chance of labels rather than of patients.
 """
 
 from __future__ import annotations
