@@ -203,15 +203,15 @@ print(live.peak, peak() - before)
 
 
 def test_what_is_counted_is_what_this_machine_needs() -> None:
-    """With the CPU's own operators, against the memory of a process: within 15 %."""
+    """With the CPU's own operators, against the memory of a process whose allocator leaves no holes: within 10 %."""
     path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
     output = subprocess.run(
         [sys.executable, "-c", PROGRAM], env=environment, check=True, capture_output=True, text=True
     )
     counted, measured = map(int, output.stdout.split())
     assert counted > 300e6
-    assert measured == pytest.approx(counted, rel=0.15)
+    assert measured == pytest.approx(counted, rel=0.1)
 
 
 # ---------------------------------------------------------------------------------------------------- DeepSpeed
