@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -14,12 +15,15 @@ import torch
 from kernel_standins import standing_in
 from processes import TRAIN, RandomRows, run_workers
 from rows import random_row
+from small_cohort import prepare_small
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hymate.command import load
 from hymate.config import ConfigError, ModelConfig, ObjectiveConfig
+from hymate.data.histories import Histories
 from hymate.data.loader import Cursor
+from hymate.data.vocabulary import Vocabulary
 from hymate.model import PretrainModel, decay_groups
 from hymate.ops import fused
 from hymate.ops.shapes import as_on_gpu
@@ -84,6 +88,20 @@ def test_the_largest_row_fits_and_a_much_longer_one_does_not(capsys: pytest.Capt
 
     count = int(largest.replace(",", ""))
     assert needed(count) <= room < needed(round(1.1 * count))
+
+
+def test_a_dataset_brings_its_events_histories_and_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = prepare_small(tmp_path)
+    histories = Histories.open(str(data))
+    seen = [min(int(histories.index["num_events"][place]), 64) for place in histories.rows_of("train")]
+    overrides = [f"data.path={data}", "data.context=64", "data.tokens_per_row=512", "data.min_count=1"]
+    config = load("plan", ["model=debug", "gpus=1", "train.rows_per_step=2", *overrides], PlanConfig)
+    plan(config)
+    output = capsys.readouterr().out
+    assert f"{sum(seen):,} events are {math.ceil(sum(seen) / 1024)} steps of 2 rows" in output
+    size = Vocabulary.read(data / "histories" / "vocabulary.parquet").size
+    assert f"vocabulary of {size:,}" in output
+    assert f"histories of {round(sum(seen) / len(seen))}," in output
 
 
 def test_what_cannot_be_counted_is_refused_in_one_line() -> None:
@@ -183,6 +201,7 @@ PROGRAM = """
 import resource, sys
 import torch
 from rows import random_row
+from small_cohort import prepare_small
 from hymate.config import ModelConfig, ObjectiveConfig
 from hymate.model import PretrainModel
 from hymate.training.footprint import LiveBytes
