@@ -71,10 +71,6 @@ class PlanConfig:
                 raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
         if "G" in self.model.layers:
             raise ConfigError("model.layers: a plan counts M and A blocks; G is a baseline for comparisons on CPUs")
-        if self.objective.forecast_weight and self.model.pooling == "variables":
-            raise ConfigError(
-                "model.pooling=variables: what it holds depends on the data: plan with model.pooling=fusion"
-            )
 
 
 def plan(config: PlanConfig) -> None:
@@ -137,11 +133,11 @@ def _lines(config: PlanConfig, shapes: Shapes, events: float) -> Iterator[str]:
 
 def _flops_rows(flops: Mapping[str, Flops], again: bool) -> Iterator[list[str]]:
     for part, of_part in flops.items():
-        yield [part, f"{of_part.forward / 1e6:,.1f}", f"{of_part.backward / 1e6:,.1f}"]
+        yield [part, f"{of_part.forward / 1e6:,.2f}", f"{of_part.backward / 1e6:,.2f}"]
     if again:
-        yield ["the blocks' forward, again", "", f"{_again(flops) / 1e6:,.1f}"]
+        yield ["the blocks' forward, again", "", f"{_again(flops) / 1e6:,.2f}"]
     forward = sum(of_part.forward for of_part in flops.values())
-    yield ["all", f"{forward / 1e6:,.1f}", f"{(_total(flops, again) - forward) / 1e6:,.1f}"]
+    yield ["all", f"{forward / 1e6:,.2f}", f"{(_total(flops, again) - forward) / 1e6:,.2f}"]
 
 
 def _again(flops: Mapping[str, Flops]) -> float:

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from hymate.batch import Batch
+from hymate.batch import Batch, changed
 from hymate.config import ModelConfig, ObjectiveConfig
 from hymate.model import PretrainModel
 from hymate.ops.shapes import as_on_gpu
@@ -96,10 +96,10 @@ class Shapes:
         """The model."""
         return PretrainModel(self.model, self.objective, self.vocab_size)
 
-    def loss(self, module: PretrainModel) -> Tensor:
+    def loss(self, module: PretrainModel, row: Batch) -> Tensor:
         """The model's, of a row."""
         with torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "bf16"):
-            return _loss(module, _row(self.num_events, self.history_events))
+            return module.loss(row)
 
 
 @dataclass(frozen=True)
@@ -150,13 +150,15 @@ def worker_bytes(num_parameters: int, zero_stage: int, num_workers: int) -> Work
 
 def row_bytes(shapes: Shapes, zero_stage: int, activation_checkpointing: bool) -> RowBytes:
     """Of one row, forward and backward."""
-    with FakeTensorMode(), LiveBytes() as live, as_on_gpu(_linear(zero_stage)):
+    mode = FakeTensorMode()
+    row = changed(_row(shapes), mode.from_tensor)
+    with mode, LiveBytes() as live, as_on_gpu(_linear(zero_stage)):
         module = shapes.module()
         module.backbone.gradient_checkpointing = activation_checkpointing
         for parameter in module.parameters():
             parameter.grad = torch.empty_like(parameter)  # of the rows before it in the step
         before = live.now
-        loss = shapes.loss(module)
+        loss = shapes.loss(module, row)
         kept = live.now - before
         loss.backward()
         return RowBytes(kept, live.peak - before)
@@ -164,12 +166,14 @@ def row_bytes(shapes: Shapes, zero_stage: int, activation_checkpointing: bool) -
 
 def event_flops(shapes: Shapes) -> dict[str, Flops]:
     """Of each part of the model."""
-    with FakeTensorMode(), as_on_gpu():
+    mode = FakeTensorMode()
+    row = changed(_row(shapes), mode.from_tensor)
+    with mode, as_on_gpu():
         module = shapes.module()
         with torch.no_grad(), FlopCounterMode(display=False) as forward:
-            shapes.loss(module)
+            shapes.loss(module, row)
         with FlopCounterMode(display=False) as both:
-            shapes.loss(module).backward()
+            shapes.loss(module, row).backward()
     return _flops(shapes, forward.get_flop_counts(), both.get_flop_counts())
 
 
@@ -193,13 +197,16 @@ def _flops(shapes: Shapes, *counted: Mapping[str, Mapping[Any, int]]) -> dict[st
     """counted: of the forward, and of forward and backward, by module and operator."""
     model = shapes.model
     kinds = {"M": "Mamba, projections", "A": "attention, projections"}
-    modules = {"HyMaTE.embedding": "embedding"}
+    modules = {"PretrainModel.backbone.embedding": "embedding"}
     for number, kind in enumerate(model.layers):
-        modules |= {f"HyMaTE.blocks.{number}.mixer": kinds[kind], f"HyMaTE.blocks.{number}.mlp": "MLP"}
+        modules |= {
+            f"PretrainModel.backbone.blocks.{number}.{name}": part
+            for name, part in (("mixer", kinds[kind]), ("mlp", "MLP"))
+        }
     sums: dict[str, list[float]] = {}
     for index, by_module in enumerate(counted):
         products = {name: sum(n for op, n in ops.items() if op in PRODUCTS) for name, ops in by_module.items()}
-        heads = products.get("Global", 0) - products.get("HyMaTE", 0)
+        heads = products.get("Global", 0) - products.get("PretrainModel.backbone", 0)
         for part, number in [*((part, products.get(name, 0)) for name, part in modules.items()), ("heads", heads)]:
             sums.setdefault(part, [0.0, 0.0])[index] += number / shapes.num_events
     flops = {part: Flops(forward, both - forward) for part, (forward, both) in sums.items()}
@@ -235,58 +242,40 @@ def _scan_flops(model: ModelConfig) -> Flops:
     return Flops(2 * chunk * N + inner * chunk + 2 * state, 6 * chunk * N + 2 * inner * chunk + 5 * state)
 
 
-def _row(num_events: int, history_events: int) -> Batch:
-    """A row of fake tensors."""
-    bounds = _bounds(num_events, history_events)
-    S, F = len(bounds) - 1, STATICS * (len(bounds) - 1)
-
-    def floats(*shape: int) -> Tensor:
-        return torch.empty(shape)
-
-    def ids(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
-        return torch.empty(shape, dtype=dtype)
-
-    return Batch(
-        code_L=ids(num_events),
-        value_L=floats(num_events),
-        quantile_L=floats(num_events),
-        time_hours_L=floats(num_events),
-        gap_hours_L=floats(num_events),
-        segment_L=ids(num_events, dtype=torch.int32),
-        cu_seqlens=bounds,
-        bounds=torch.tensor(bounds),
-        static_code_F=ids(F),
-        static_value_F=floats(F),
-        static_quantile_F=floats(F),
-        static_segment_F=ids(F, dtype=torch.int32),
-        age_years_S=floats(S),
-        lag_hours_S=floats(S),
-        example_S=ids(S),
-        label_ST=floats(S, 0),
-        days_ST=floats(S, 0),
-        label_weight_ST=floats(S, 0),
-        seed_S=ids(S),
+def _row(shapes: Shapes) -> Batch:
+    """A row with numbers, and what the model asks of it: how many events are hidden depends on them."""
+    generator = torch.Generator().manual_seed(0)
+    bounds = torch.tensor(_bounds(shapes.num_events, shapes.history_events))
+    L, S = shapes.num_events, len(bounds) - 1
+    segment_L = torch.arange(S, dtype=torch.int32).repeat_interleave(bounds.diff())
+    static_segment_F = torch.arange(S, dtype=torch.int32).repeat_interleave(STATICS)
+    value_L = torch.randn(L, generator=generator)
+    value_L[::2] = torch.nan
+    row = Batch(
+        code_L=torch.randint(shapes.vocab_size, (L,), generator=generator),
+        value_L=value_L,
+        quantile_L=value_L,
+        time_hours_L=torch.arange(L).float() - bounds[segment_L.long()],
+        gap_hours_L=torch.ones(L),
+        segment_L=segment_L,
+        cu_seqlens=bounds.tolist(),
+        bounds=bounds,
+        static_code_F=torch.zeros(S * STATICS, dtype=torch.int64),
+        static_value_F=torch.zeros(S * STATICS),
+        static_quantile_F=torch.zeros(S * STATICS),
+        static_segment_F=static_segment_F,
+        age_years_S=torch.ones(S),
+        lag_hours_S=torch.zeros(S),
+        example_S=torch.arange(S),
+        label_ST=torch.zeros(S, 0),
+        days_ST=torch.zeros(S, 0),
+        label_weight_ST=torch.zeros(S, 0),
+        seed_S=torch.arange(S),
     )
+    with torch.device("meta"):
+        module = shapes.module()
+    return module.ask(row)
 
 
 def _bounds(num_events: int, history_events: int) -> list[int]:
     return [*range(0, num_events, history_events), num_events]
-
-
-def _loss(module: PretrainModel, row: Batch) -> Tensor:
-    """`PretrainModel.forward` with as many targets as there are on average: which events they are is no shape."""
-    objective, L, S = module.objective, row.num_events, row.num_segments
-    h_LD = module.backbone(row, torch.empty(L, dtype=torch.bool))
-    losses = []
-    if module.code_head is not None:
-        at = torch.empty(round(L * objective.mask_share), dtype=torch.int64)
-        losses.append(module.code_head(h_LD[at], row.code_L[at])[0])
-    if module.value_head is not None:
-        at = torch.empty(round(L * objective.mask_share * 2 / 3), dtype=torch.int64)
-        losses.append((module.value_head(h_LD[at])[:, 0].float() - row.value_L[at]).square().sum())
-    if module.pooling is not None and module.forecast_head is not None:
-        past = _row(L * objective.forecast_points // 2, max(1, L // S // 2))  # of an anchor half of its history
-        seen_LD = h_LD[torch.empty(past.num_events, dtype=torch.int64)]
-        patient_AME, _ = module.pooling(seen_LD, past, module.backbone.embedding)
-        losses.append(module.forecast_head(patient_AME).float().sum())
-    return torch.stack(losses).sum()
