@@ -13,23 +13,31 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import count
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from kernel_standins import standing_in
 from processes import MODEL, TRAIN, VOCAB, RandomRows, Recorder
 from rows import random_row, repacked
+from small_cohort import prepare_small
 from test_engine import OBJECTIVES, TASKS
+from test_streaming import CODES, a_history
 from torch import Tensor, nn
 
 from hymate import ops
+from hymate.attribution import integrated_gradients
 from hymate.batch import Batch
 from hymate.config import ModelConfig
+from hymate.data.vocabulary import Vocabulary
 from hymate.feeding import fed
 from hymate.model import PretrainModel, RiskModel
 from hymate.objectives import LossModel
+from hymate.predict import score
+from hymate.streaming import StreamingModel
 from hymate.training import engine, workers
 
 SMALL = replace(MODEL, dropout=0.0, num_queries=2, num_heads=3)
@@ -148,11 +156,12 @@ CASES = [
 ]
 
 
-def _model(case: Case) -> LossModel:
+def _model(case: Case, vocabulary: Vocabulary | None = None) -> LossModel:
     torch.manual_seed(0)
     config = MODELS[case.model]
     if case.objective == "fine-tuning":
-        model: Any = RiskModel(config, VOCAB, TASKS, in_days=["length_of_stay"])
+        vocab_size = vocabulary.size if vocabulary else VOCAB
+        model: Any = RiskModel(config, vocab_size, TASKS, in_days=["length_of_stay"])
     else:
         model = PretrainModel(config, OBJECTIVES[case.objective], VOCAB)
     model.backbone.gradient_checkpointing = case.checkpointing
@@ -274,3 +283,84 @@ def test_a_run_waits_where_it_logs_and_skips_what_a_cpu_skips(elsewhere: Callabl
             assert there["points"][name] == pytest.approx(curve, rel=1e-3), name
     logs = MAX_STEPS // LOG_EVERY + 4 // LOG_EVERY
     assert sum(waits.values()) == 3 * logs, waits  # the sums come, and the workers' shares go and come
+
+
+# ------------------------------------------------------------------------------ evaluation, prediction, explanation
+
+
+def inference_there(case: Case) -> dict[str, dict[str, int]]:
+    """What an evaluation, a prediction and an explanation wait for; each gives what a CPU gives."""
+    from absent_device import NAME, watch
+
+    rows = repacked(_patients(), 3, seed=1)
+    source = SimpleNamespace(
+        examples=SimpleNamespace(label_ET=np.empty((6, len(TASKS)))), once=lambda **_: ((row, True) for row in rows)
+    )
+
+    def evaluated(built: Engine, device: torch.device) -> list[float]:
+        with torch.no_grad():
+            means = engine.mean_outputs(built, ((row, True) for row in rows), engine.Worker(0, 1, 0, device))
+        return list(means.values())
+
+    def scored(built: Engine, device: torch.device) -> list[float]:
+        return score(built, source, device).logit_ET.flatten().tolist()  # type: ignore[arg-type]
+
+    def explained(built: Engine, device: torch.device) -> list[float]:
+        row = built.ask(_patients())
+        return [x for part in integrated_gradients(built.module, row.to(device), 2) for x in part.event_L.tolist()]
+
+    waits: dict[str, dict[str, int]] = {}
+    here = _engine(case, "cpu")
+    here.module.eval()
+    parts = (evaluated, scored, explained)
+    expected = [what(here, torch.device("cpu")) for what in parts]
+    with watch() as seen, ops.forced("fused"), standing_in():
+        there = _engine(case, NAME)
+        there.module.eval()
+        for what, values in zip(parts, expected, strict=True):
+            seen.waits.clear()
+            found = what(there, torch.device(NAME))
+            waits[what.__name__] = dict(seen.waits)
+            assert found == pytest.approx(values, rel=1e-2, abs=1e-4)
+    return waits
+
+
+@pytest.mark.parametrize("model", ["mamba2", "pooling variables"])
+def test_inference_waits_for_its_results(elsewhere: Callable[..., Any], model: str) -> None:
+    waits = elsewhere(inference_there, Case(model, "fine-tuning"))
+    assert sum(waits["evaluated"].values()) == 1, waits
+    assert sum(waits["scored"].values()) == 3, waits  # of all rows: the examples, their logits and days
+    inputs = {place: number for place, number in waits["explained"].items() if place.startswith("batch.py")}
+    assert sum(waits["explained"].values()) - sum(inputs.values()) <= 7, waits  # the parts of each row
+
+
+def streamed(case: Case, vocabulary: Path, device: str) -> list[float]:
+    """A history in pieces, with a prediction after each."""
+    model = _model(case, Vocabulary.read(vocabulary)).to(device).eval()
+    assert isinstance(model, RiskModel)
+    streaming = StreamingModel(model, Vocabulary.read(vocabulary), CODES, chunk_events=4)
+    history, state, found = a_history(11), None, []
+    for start, stop in ((0, 3), (3, 9), (9, 11)):
+        state = streaming.append(state, streaming.events(history)[start:stop])
+        logit_T, log_days_T = streaming.outputs(state, history, int(history.time[stop - 1]))
+        found += [*logit_T.tolist(), log_days_T[2].item()]
+    return found
+
+
+def streamed_there(case: Case, vocabulary: Path) -> dict[str, int]:
+    """The waits; the outputs are a CPU's."""
+    from absent_device import NAME, watch
+
+    expected = streamed(case, vocabulary, "cpu")
+    with watch() as seen, ops.forced("fused"), standing_in():
+        assert streamed(case, vocabulary, NAME) == pytest.approx(expected, rel=1e-2, abs=1e-4)
+        return {place: number for place, number in seen.waits.items() if not place.startswith("none")}
+
+
+@pytest.mark.parametrize("model", ["mamba2", "recurrent", "pooling variables", "pooling attention", "pooling last"])
+def test_streaming_waits_for_its_inputs_and_results(elsewhere: Callable[..., Any], tmp_path: Path, model: str) -> None:
+    vocabulary = prepare_small(tmp_path) / "histories" / "vocabulary.parquet"
+    waits = elsewhere(streamed_there, Case(model, "fine-tuning"), vocabulary)
+    copied = {place: number for place, number in waits.items() if "copy" in place}
+    grouped = {place: number for place, number in waits.items() if place not in copied}
+    assert not grouped or model == "pooling variables", waits  # which finds the variables of each piece

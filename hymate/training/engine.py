@@ -238,8 +238,9 @@ def train_step(engine: Any, rows: list[Batch], device: torch.device) -> dict[str
         norm = _unclipped_norm(engine)
         _step_where_finite(engine, norm)
         sum_X = sum_X + torch.cat([mean_K, loss[None]]).detach().float()
-    norm = torch.as_tensor(engine.get_global_grad_norm() if norm is None else norm, device=device)
-    return dict(zip([*terms, "loss"], sum_X, strict=True)) | {"gradient_norm": norm.float()}
+    norm = engine.get_global_grad_norm() if norm is None else norm
+    norm = norm.float() if isinstance(norm, Tensor) else torch.full((), norm, device=device)
+    return dict(zip([*terms, "loss"], sum_X, strict=True)) | {"gradient_norm": norm}
 
 
 def count_targets(module: LossModel, rows: Iterable[Batch]) -> Tensor:
