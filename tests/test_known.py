@@ -360,3 +360,35 @@ def test_a_bundle_brings_its_rules_along(tmp_path: Path) -> None:
     for name, data in (("mimic", "none"), ("none", "mimic")):
         with pytest.raises(UserError, match=r"^[^\n]*prepared under other rules .*give data\.path the MEDS folder"):
             predicted(name, tmp_path / data)
+
+
+def test_kept_states_go_on_where_events_of_before_become_known(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each day's MEDS folder holds what the hospital knew by then: coders stamp a stay's codes when it is long over."""
+    rows = [*ROWS["train/0"][:-1], (1, 20 * DAY, "LAB//1", 7.0), (1, 50 * DAY, "LAB//1", 6.0)]
+    coded = int(2.5 * DAY) + 30 * DAY
+    extracts = {}
+    for day in (2, 21, 51):
+        own = [row for row in rows if row[1] is None or row[1] <= day * DAY]
+        own = [row for row in own if coded <= day * DAY or ("ICD" not in row[2] and "DRG" not in row[2])]
+        raw = extracts[day] = write_raw(tmp_path / f"raw-{day}", {"train/0": own, "tuning/0": ROWS["tuning/0"]})
+        (raw / "labels/t").mkdir(parents=True)
+        when = pa.array([day * DAY], pa.timestamp("us"))
+        pq.write_table(pa.table({"subject_id": [1], "prediction_time": when}), raw / "labels/t/0.parquet")
+    prepare(config(extracts[51], tmp_path / "data"))
+    bundle = risk_bundle(tmp_path / "bundle", tmp_path / "data", MIMIC)
+
+    def predicted(day: int, *more: str) -> list[float]:
+        raw = extracts[day]
+        given = ["task=mortality", "task.name=t", f"task.labels={raw / 'labels/t'}", f"bundle={bundle}", *more]
+        given += [f"data.path={raw}", f"out={tmp_path / 'p.parquet'}", "context=all"]
+        run(load("predict", given, PredictConfig))
+        return pq.read_table(tmp_path / "p.parquet")["predicted_boolean_probability"].to_pylist()
+
+    for day, read, state in ((2, 2, "new"), (21, 2, "known"), (51, 4, "known")):
+        one_pass = predicted(day)
+        capsys.readouterr()
+        assert predicted(day, f"states={tmp_path / 'states'}") == pytest.approx(one_pass, abs=1e-6)
+        said = capsys.readouterr().out
+        assert f"{read} events read" in said and f"1 {state}" in said

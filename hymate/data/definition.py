@@ -30,7 +30,7 @@ import polars as pl
 import pyarrow as pa
 
 from hymate.config import ConfigError, TaskConfig, UserError
-from hymate.data.known import KnownConfig, end_of_day
+from hymate.data.known import KnownConfig
 from hymate.data.meds import UNREADABLE, DataError, open_parquet, unreadable
 from hymate.storage import Location
 
@@ -39,6 +39,7 @@ KEYS = {"predicates", "patient_demographics", "trigger", "windows", "description
 LONGEST = timedelta(days=3_652_059)  # years 1 to 9999
 MICROSECOND = timedelta(microseconds=1)
 ANY_EVENT, RECORD_START, RECORD_END = "_ANY_EVENT", "_RECORD_START", "_RECORD_END"
+LAST_OF_DAY = timedelta(days=1) - MICROSECOND  # when a death of a date happened; it is known at the midnight after
 CODE_ALONE = "_code_of_{}"  # a predicate with bounds on its value, without them
 OVER, KNOWN = "over before the prediction time", "its event is at or before the prediction time"
 LATE, WHOLE = "_late", "_whole"
@@ -158,8 +159,7 @@ def read_predicates(path: Location, config: Any, known: KnownConfig) -> Predicat
     codes = data["code"].drop_nulls().unique().to_list()
     death = pl.col("code").str.contains(f"^{meds.death_code}(//.*)?$")
     date_only = pl.col("time") == pl.col("time").dt.truncate("1d")
-    day_end = end_of_day(pl.col("time").to_physical()).cast(pl.Datetime("us"))
-    data = data.with_columns(time=pl.when(death & date_only).then(day_end).otherwise("time"))
+    data = data.with_columns(time=pl.when(death & date_only).then(pl.col("time") + LAST_OF_DAY).otherwise("time"))
     data = _one_after_the_other(data, *known.stays(codes))
     counts = {name: p.MEDS_eval_expr().cast(pl.Int64) for name, p in plain.items()}
     late = known.late(codes)

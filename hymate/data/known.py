@@ -184,7 +184,7 @@ class KnownTimes:
         if rule.when == "stamp":
             return stamp_R
         if rule.when == "end_of_day":
-            return end_of_day(stamp_R)
+            return _end_of_day(stamp_R)
         base_R = np.full(len(rows), NEVER)
         if rule.when == "never" or not len(rows):
             return base_R
@@ -217,14 +217,13 @@ def ends_of_stays(stamp_K: np.ndarray, admission_A: np.ndarray, discharge_D: np.
     discharged = np.concatenate([[none_before + 1], discharge_D, [NEVER]])
     at_A = np.searchsorted(admission_A, stamp_K, side="right")
     at_D = np.searchsorted(discharge_D, stamp_K, side="left")
-    next_discharge_K, day_K = discharged[at_D + 1], end_of_day(stamp_K)
+    next_discharge_K, day_K = discharged[at_D + 1], _end_of_day(stamp_K)
     in_stay_K = (next_discharge_K == stamp_K) | (admitted[at_A] >= discharged[at_D])
     in_stay_K |= np.minimum(admitted[at_A + 1], next_discharge_K) <= day_K
     return np.where(in_stay_K, next_discharge_K, day_K)
 
 
-def end_of_day(stamp_R: Any) -> Any:
-    """The midnight that ends each stamp's day, in microseconds; of an array or a Polars expression."""
+def _end_of_day(stamp_R: np.ndarray) -> np.ndarray:
     return (stamp_R // US_PER_DAY + 1) * US_PER_DAY
 
 
