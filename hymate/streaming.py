@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hymate.batch import Batch, Variables
+from hymate.batch import Batch
 from hymate.config import ModelConfig, UserError
 from hymate.data.histories import History
 from hymate.data.loader import ages, ratio
@@ -199,8 +199,9 @@ class StreamingModel:
         elapsed = (int(time_us_L[-1]) - before.last_time_us) / US_PER_HOUR if before else 0.0
         kept = before.pooled if before else None
         if pooling.variables is not None:
-            own = Variables.of(batch, self._vocabulary.size)
-            sums = VariableSums.of(h_LD, batch, self._vocabulary.size).grouped(own.key_G, own.variable_L)
+            assert batch.variables is not None
+            sums = VariableSums.of(h_LD, batch, self._vocabulary.size)
+            sums = sums.grouped(batch.variables.key_G, batch.variables.variable_L)
             return kept.later(elapsed) + sums if isinstance(kept, VariableSums) else sums
         hours_L = torch.from_numpy((time_us_L - time_us_L[-1]) / US_PER_HOUR).to(h_LD.device)
         if pooling.kind == "last":
@@ -258,7 +259,7 @@ class StreamingModel:
             label_weight_ST=torch.empty(1, 0),
             seed_S=torch.zeros(1, dtype=torch.int64),
         )
-        return batch.to(self._like.device)
+        return self._model.ask(batch).to(self._like.device)
 
     def _triplet(self, events_L: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
         """Ids, normalised values and ranks."""
