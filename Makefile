@@ -14,7 +14,7 @@ ANY_PY = $(if $(wildcard $(PY)),$(PY),$(PYTHON))
 
 GPU_PYTHON ?= 3.12
 
-.PHONY: demo test test-gpu wheels test-faults bench clean
+.PHONY: demo test test-gpu kernels wheels test-faults bench clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -46,6 +46,12 @@ test: $(VENV)/.installed
 test-gpu:
 	MAMBA_DETERMINISTIC=1 $(ANY_PY) -m pytest -q -m gpu -o addopts="-ra --strict-markers -p no:cacheprovider" -o filterwarnings=default \
 		--continue-on-collection-errors $$(grep -rl --include='test_*.py' 'mark\.gpu' tests)
+
+# mamba-ssm's Triton kernels (1 GB), which the tests then run on the CPU, in Triton's interpreter
+kernels: $(VENV)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_ARGS) triton einops packaging setuptools wheel ninja
+	MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE $(BIN)/pip install --quiet --disable-pip-version-check $(PIP_ARGS) \
+		--no-deps --no-build-isolation mamba-ssm==2.3.2.post1
 
 # what a machine with a GPU and without internet may lack, for its Python; of mamba-ssm all but the compiled part
 wheels:

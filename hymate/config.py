@@ -117,6 +117,11 @@ class ModelConfig:
             f"must divide expand * d_model = {self.expand * self.d_model}, got {self.headdim}",
         )
         _require(
+            self.mixer == "mamba2" or self.d_state <= 256,
+            "model.d_state",
+            f"must be at most 256 with mixer=mamba1, whose kernel takes no more; got {self.d_state}",
+        )
+        _require(
             self.d_model % self.num_heads == 0,
             "model.num_heads",
             f"must divide d_model={self.d_model}, got {self.num_heads}",

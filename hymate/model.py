@@ -79,7 +79,9 @@ class SelfAttention(nn.Module):
     def forward(self, x_LD: Tensor, batch: Batch) -> Tensor:
         """(L, D) -> (L, D), each segment by itself."""
         q, k, v = self.qkv(x_LD).unflatten(-1, (3, self.num_heads, -1)).unbind(dim=1)
-        y_LHE = ops.packed_attention(q, k, v, batch.cu_seqlens, window=self.window, causal=self.causal)
+        y_LHE = ops.packed_attention(
+            q, k, v, batch.cu_seqlens, bounds=batch.bounds, window=self.window, causal=self.causal
+        )
         return self.out(y_LHE.flatten(1))
 
     def carry(self, x_LD: Tensor, state: BlockState | None) -> tuple[Tensor, BlockState]:

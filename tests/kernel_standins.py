@@ -16,11 +16,10 @@ from contextlib import contextmanager
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
-from unittest import mock
 
+import pytest
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from hymate.ops import attention, fused, reference
 
@@ -46,11 +45,11 @@ def standing_in() -> Iterator[None]:
             if end == len(parts) or parts[0] != "torch":
                 modules.setdefault(name, ModuleType(name)).__spec__ = ModuleSpec(name, None)
         setattr(modules[path], function.__name__, function)
-    with (
-        mock.patch.dict(sys.modules, modules),
-        mock.patch.object(fused, "HAS_CAUSAL_CONV1D", True),
-        mock.patch.object(attention, "HAS_KERNEL", True, create=True),
-    ):
+    with pytest.MonkeyPatch.context() as patch:
+        for name, module in modules.items():
+            patch.setitem(sys.modules, name, module)  # no others: what is imported meanwhile stays
+        patch.setattr(fused, "HAS_CAUSAL_CONV1D", True)
+        patch.setattr(attention, "HAS_KERNEL", True)
         yield
 
 
@@ -69,7 +68,7 @@ class _Kernel(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, compute: Callable[..., Any], check_gradients: Checks, *tensors: Tensor | None) -> Any:
         for tensor in tensors:
-            assert tensor is None or not tensor.is_cuda, "a stand-in in the place of a real kernel"
+            assert tensor is None or tensor.device.type != "cuda", "a stand-in in the place of a real kernel"
         outputs, kept = compute(*tensors)
         ctx.save_for_backward(*tensors, *kept)
         ctx.compute, ctx.check_gradients, ctx.count = compute, check_gradients, len(tensors)
@@ -163,16 +162,14 @@ def selective_scan_fn(
     require(u.dtype in (wide, *NARROW), "u: no such kernel")
     require(delta.dtype == B.dtype == C.dtype == u.dtype, "delta, B and C have u's type")
     require(all(each is None or each.dtype == wide for each in (A, D, delta_bias)), "A, D and delta_bias: float32")
-    require(z is None, "the tests gate outside")
+    require(z is None and delta_softplus and delta_bias is not None, "not in the tests")
     require(d_state <= 256, "selective_scan only supports state dimension <= 256")
     require(delta.shape == u.shape and A.shape == (channels, d_state), "shapes")
     require(B.shape == C.shape == (batch, d_state, length), "shapes")
 
     def compute(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Any, delta_bias: Any) -> Any:
-        step = delta.to(wide) if delta_bias is None else delta.to(wide) + delta_bias[:, None]
-        step = F.softplus(step) if delta_softplus else step
         skip = A.new_zeros(channels) if D is None else D
-        y, state = reference.selective_scan(u.mT, step.mT, A, B.mT, C.mT, skip)
+        y, state = reference.selective_scan(u.mT, delta.mT, delta_bias, A, B.mT, C.mT, skip)
         chunks = math.ceil(length / SELECTIVE_SCAN_CHUNK)
         return (y.mT.contiguous(), state), (A.new_empty(batch, channels, chunks, 2 * d_state),)
 
@@ -203,9 +200,9 @@ def mamba_chunk_scan_combined(
     """x (B, L, H, P), dt (B, L, H), B and C (B, L, G, N) -> (B, L, H, P) and, where asked for, states (B, H, P, N)."""
     batch, length, heads, headdim = x.shape
     groups, d_state = B.shape[2:]
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     require(x.dtype == B.dtype == C.dtype, "x, B and C are multiplied with each other")
-    require(D is not None and z is None and cu_seqlens is None and dt_limit == (0.0, float("inf")), "not in the tests")
+    require(z is None and cu_seqlens is None and dt_limit == (0.0, float("inf")), "not in the tests")
+    require(D is not None and dt_softplus and dt_bias is not None, "not in the tests")
     require(heads % groups == 0 and dt.shape == (batch, length, heads) and A.shape == (heads,), "shapes")
     require(B.shape == C.shape == (batch, length, groups, d_state), "shapes")
     require(seq_idx is None or (seq_idx.dtype == torch.int32 and seq_idx.shape == (batch, length)), "seq_idx: int32")
@@ -214,11 +211,9 @@ def mamba_chunk_scan_combined(
     def compute(
         x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Any, initial: Any, seq_idx: Any
     ) -> Any:
-        step = dt.to(wide) if dt_bias is None else dt.to(wide) + dt_bias
-        step = F.softplus(step) if dt_softplus else step
         if initial is not None and seq_idx is not None:  # it enters segment 0, wherever that is
             initial = initial * (seq_idx[:, 0] == 0)[:, None, None, None]
-        y, state = reference.ssd_scan(x, step, A, B, C, D, segment_BL=seq_idx, initial_state_BHPN=initial)
+        y, state = reference.ssd_scan(x, dt, dt_bias, A, B, C, D, segment_BL=seq_idx, initial_state_BHPN=initial)
         dA = A.new_empty(batch, heads, math.ceil(length / chunk_size) * chunk_size)
         return (y, state), (y.detach(), dA)
 

@@ -2,7 +2,7 @@
 
     reference   plain loops, obviously right; what the others are tested against
     cpu         compiled loops with hand-written backwards
-    fused       mamba_ssm's CUDA kernels, and causal_conv1d's where it is installed
+    fused       mamba_ssm's kernels for GPUs, and causal_conv1d's where it is installed
 
 The choice is made once for each kind of device, logged with its reason on the logger "hymate", and can be forced with
 the environment variable HYMATE_OPS or, in tests, with `forced`.
@@ -165,6 +165,7 @@ def add_dropout(x: Tensor, branch: Tensor, p: float) -> Tensor:
     """
     if p == 0:
         return x + branch
-    if _implementation(x).__name__ == "hymate.ops.cpu":
+    # a model without Mamba blocks needs no kernels on a GPU, so they are not asked for
+    if x.device.type == "cpu" and _implementation(x).__name__ == "hymate.ops.cpu":
         return importlib.import_module("hymate.ops.dropout").add_dropout(x, branch, p)
     return x + F.dropout(branch, p)

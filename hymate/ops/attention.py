@@ -11,19 +11,31 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+HAS_KERNEL = torch.__version__ >= "2.11"  # compared as versions; older ones' variable-length attention has no window
+
 
 def packed_attention(
-    q_LHE: Tensor, k_LHE: Tensor, v_LHE: Tensor, cu_seqlens: list[int], *, window: int | None, causal: bool
+    q_LHE: Tensor,
+    k_LHE: Tensor,
+    v_LHE: Tensor,
+    cu_seqlens: list[int],
+    *,
+    window: int | None,
+    causal: bool,
+    bounds: Tensor | None = None,
 ) -> Tensor:
     """Scaled dot-product attention (L, H, E) within each segment cu_seqlens[s]:cu_seqlens[s + 1] of a row.
 
     window: events see those less than `window` events away, None sees the whole segment; causal: only those at or
-    before themselves. With a window, time and memory are linear in L. On CUDA in half precision one fused
-    variable-length kernel does the row (not yet run on a GPU).
+    before themselves. With a window, time and memory are linear in L. On a GPU one kernel does a row in half precision,
+    where the kernel can; otherwise each segment is attended to by itself. (Not yet run on a GPU.)
+
+    bounds: cu_seqlens on the device, where it is there already.
     """
     lengths = [stop - start for start, stop in itertools.pairwise(cu_seqlens)]
-    if q_LHE.is_cuda and q_LHE.dtype in (torch.float16, torch.bfloat16):
-        return _fused(q_LHE, k_LHE, v_LHE, cu_seqlens, max(lengths), window, causal)
+    if q_LHE.is_cuda and _kernel_takes(q_LHE):
+        bounds = torch.tensor(cu_seqlens, device=q_LHE.device) if bounds is None else bounds
+        return _fused(q_LHE, k_LHE, v_LHE, bounds.int(), max(lengths), window, causal)
     # split, not slices: the backward of each slice would fill a tensor as long as the row
     parts = zip(*(x.split(lengths) for x in (q_LHE, k_LHE, v_LHE)), strict=True)
     return torch.cat([_one_segment(q, k, v, window, causal) for q, k, v in parts])
@@ -86,12 +98,17 @@ def _windowed(q_nHE: Tensor, k_nHE: Tensor, v_nHE: Tensor, window: int, causal: 
     return torch.cat([part.transpose(1, 2).flatten(0, 1) for part in parts])
 
 
+def _kernel_takes(q_LHE: Tensor) -> bool:
+    """FlashAttention's rules."""
+    width, half = q_LHE.shape[2], q_LHE.dtype in (torch.float16, torch.bfloat16)
+    return HAS_KERNEL and half and width % 8 == 0 and width <= 256
+
+
 def _fused(
-    q_LHE: Tensor, k_LHE: Tensor, v_LHE: Tensor, cu_seqlens: list[int], longest: int, window: int | None, causal: bool
+    q_LHE: Tensor, k_LHE: Tensor, v_LHE: Tensor, bounds: Tensor, longest: int, window: int | None, causal: bool
 ) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    bounds = torch.tensor(cu_seqlens, dtype=torch.int32, device=q_LHE.device)
     reach = -1 if window is None else window - 1
     limits = (reach, 0 if causal else reach)
     y_LHE = varlen_attn(q_LHE, k_LHE, v_LHE, bounds, bounds, longest, longest, window_size=limits)

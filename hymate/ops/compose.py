@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from types import ModuleType
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -35,15 +34,17 @@ def mamba2(
     conv, scan = state or (None, None)
     heads, inner = len(A_H), len(norm_weight_D)
     width = (len(conv_bias_X) - inner) // 2
-    wide = torch.promote_types(zxbcdt_BLE.dtype, torch.float32)
+    if reverse:
+        zxbcdt_BLE, segment_BL = _turned_round(zxbcdt_BLE, segment_BL)
     z, xbc, dt = zxbcdt_BLE.split([inner, len(conv_bias_X), heads], dim=-1)
     xbc, conv = operators.causal_conv1d(
-        xbc, conv_weight_XK, conv_bias_X, segment_BL=segment_BL, initial_state_BDK1=conv, reverse=reverse
+        xbc, conv_weight_XK, conv_bias_X, segment_BL=segment_BL, initial_state_BDK1=conv
     )
     x, B, C = xbc.split([inner, width, width], dim=-1)
     y, scan = operators.ssd_scan(
         x.unflatten(-1, (heads, -1)),
-        F.softplus(dt.to(wide) + dt_bias_H),
+        dt,
+        dt_bias_H,
         A_H,
         B.unflatten(-1, (groups, -1)),
         C.unflatten(-1, (groups, -1)),
@@ -51,9 +52,9 @@ def mamba2(
         chunk_size=chunk_size,
         segment_BL=segment_BL,
         initial_state_BHPN=scan,
-        reverse=reverse,
     )
-    return operators.gated_rms_norm(y.flatten(-2), z, norm_weight_D, eps, inner // groups), (conv, scan)
+    y = operators.gated_rms_norm(y.flatten(-2), z, norm_weight_D, eps, inner // groups)
+    return y.flip(1) if reverse else y, (conv, scan)
 
 
 def mamba1(
@@ -73,14 +74,18 @@ def mamba1(
 ) -> tuple[Tensor, State]:
     """Convolution, the two small projections, scan and gate, one after the other."""
     conv, scan = state or (None, None)
-    d_state, wide = A_DN.shape[1], torch.promote_types(xz_BLE.dtype, torch.float32)
+    d_state = A_DN.shape[1]
+    if reverse:
+        xz_BLE, segment_BL = _turned_round(xz_BLE, segment_BL)
     x, z = xz_BLE.chunk(2, dim=-1)
-    x, conv = operators.causal_conv1d(
-        x, conv_weight_DK, conv_bias_D, segment_BL=segment_BL, initial_state_BDK1=conv, reverse=reverse
-    )
+    x, conv = operators.causal_conv1d(x, conv_weight_DK, conv_bias_D, segment_BL=segment_BL, initial_state_BDK1=conv)
     dt, B, C = F.linear(x, x_weight_SD.to(x.dtype)).split([dt_weight_DR.shape[1], d_state, d_state], dim=-1)
-    dt = F.softplus(F.linear(dt, dt_weight_DR.to(dt.dtype)).to(wide) + dt_bias_D)
-    y, scan = operators.selective_scan(
-        x, dt, A_DN, B, C, D_D, segment_BL=segment_BL, initial_state_BDN=scan, reverse=reverse
-    )
-    return y * F.silu(z), (conv, scan)
+    dt = F.linear(dt, dt_weight_DR.to(dt.dtype))
+    y, scan = operators.selective_scan(x, dt, dt_bias_D, A_DN, B, C, D_D, segment_BL=segment_BL, initial_state_BDN=scan)
+    y = y * F.silu(z)
+    return y.flip(1) if reverse else y, (conv, scan)
+
+
+def _turned_round(events_BLE: Tensor, segment_BL: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The row from its end to its start, once for all operators."""
+    return events_BLE.flip(1), None if segment_BL is None else (segment_BL[:, -1:] - segment_BL).flip(1)

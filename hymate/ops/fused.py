@@ -1,34 +1,37 @@
 """The operators on a GPU: mamba_ssm's kernels, and causal_conv1d's where it is installed, behind the signatures of
 reference.py.
 
-Not yet run on a GPU. What the kernels cannot do is done around them: Mamba-1's take neither a segment index nor an
-initial state nor a direction, so a packed row is cut at its segments and each one runs by itself; a scan in reverse
-runs forward over the flipped row.
+Not yet run on a GPU. Tests run all of this file on a CPU, against the reference, over stand-ins that refuse what the
+kernels refuse (tests/kernel_standins.py). mamba_ssm's own Triton kernels, Mamba-2's scan and the gated norm, also run
+there, in Triton's interpreter (`make kernels`); its Mamba-1 scan and causal_conv1d are CUDA and never ran.
+
+What a kernel can't do is done around it, with the reason beside it.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.util
-import itertools
 import sys
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
-from hymate.config import UserError
 from hymate.ops import compose
-from hymate.ops.reference import gated_rms_norm
 
 __all__ = ["causal_conv1d", "gated_rms_norm", "mamba1", "mamba2", "selective_scan", "ssd_scan"]
 
 HAS_CAUSAL_CONV1D = importlib.util.find_spec("causal_conv1d") is not None
+FORGETTING = 200.0  # exp(-200) is 0 in float32, and less than float64 can add to 1
 
 
 def ssd_scan(
     x_BLHP: Tensor,
     dt_BLH: Tensor,
+    dt_bias_H: Tensor,
     A_H: Tensor,
     B_BLGN: Tensor,
     C_BLGN: Tensor,
@@ -37,36 +40,31 @@ def ssd_scan(
     chunk_size: int = 64,
     segment_BL: Tensor | None = None,
     initial_state_BHPN: Tensor | None = None,
-    reverse: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Mamba-2's chunked scan, which takes a segment index."""
+    """Mamba-2's chunked scan, which takes a segment index and computes steps in float32."""
     from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 
-    events = [x_BLHP, dt_BLH, B_BLGN.to(x_BLHP.dtype), C_BLGN.to(x_BLHP.dtype)]
     segment = None if segment_BL is None else segment_BL - segment_BL[:, :1]  # a state only enters segment 0
-    if reverse:
-        events = [event.flip(1) for event in events]
-        segment = _flipped(segment)
-    x, dt, B, C = events
-    y, final = mamba_chunk_scan_combined(
-        x,
-        dt,
+    return mamba_chunk_scan_combined(
+        x_BLHP,
+        dt_BLH,
         A_H,
-        B,
-        C,
+        B_BLGN,
+        C_BLGN,
         chunk_size=chunk_size,
         D=D_H,
+        dt_bias=dt_bias_H,
+        dt_softplus=True,
         seq_idx=None if segment is None else segment.int().contiguous(),
         initial_states=initial_state_BHPN,
         return_final_states=True,
     )
-    y = y.flip(1) if reverse else y
-    return y, final
 
 
 def selective_scan(
     x_BLD: Tensor,
     dt_BLD: Tensor,
+    dt_bias_D: Tensor,
     A_DN: Tensor,
     B_BLN: Tensor,
     C_BLN: Tensor,
@@ -74,33 +72,71 @@ def selective_scan(
     *,
     segment_BL: Tensor | None = None,
     initial_state_BDN: Tensor | None = None,
-    reverse: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Mamba-1's scan, one kernel call a segment."""
+    """Mamba-1's scan, one kernel call for all rows. A gradient of the last state is refused: the kernel has none."""
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
-    if initial_state_BDN is not None:
-        raise UserError("mamba_ssm's Mamba-1 kernel takes no initial state: use HYMATE_OPS=reference")
-    events = [event.transpose(1, 2) for event in (x_BLD, dt_BLD, B_BLN, C_BLN)]
-    if reverse:
-        events = [event.flip(2) for event in events]
-    rows, states = [], []
-    for row in range(x_BLD.shape[0]):
-        lengths = _segment_lengths(segment_BL, row, x_BLD.shape[1])
-        pieces = zip(
-            *(event[row : row + 1].split(lengths[:: -1 if reverse else 1], 2) for event in events), strict=True
+    x, dt, B, C = (events.transpose(1, 2).contiguous() for events in (x_BLD, dt_BLD, B_BLN, C_BLN))
+    scanned = x, dt
+    if segment_BL is not None:  # the kernel takes none; recomputed in the backward, for its float32 tensors are large
+        first_BL = F.pad(segment_BL[:, 1:] != segment_BL[:, :-1], (1, 0))
+        scanned = checkpoint(
+            _forget_before, x, dt, dt_bias_D, A_DN, first_BL, use_reentrant=False, preserve_rng_state=False
         )
-        outputs = []
-        for x, dt, B, C in pieces:
-            y, state = selective_scan_fn(
-                x.contiguous(), dt.to(x.dtype), A_DN, B.contiguous(), C.contiguous(), D_D, return_last_state=True
-            )
-            outputs.append(y)
-        rows.append(torch.cat(outputs, dim=2))
-        states.append(state)
-    y = torch.cat(rows)
-    y = (y.flip(2) if reverse else y).transpose(1, 2)
-    return y, torch.cat(states)
+    y, last = selective_scan_fn(*scanned, A_DN, B, C, delta_bias=dt_bias_D, delta_softplus=True, return_last_state=True)
+    y = torch.addcmul(y, x, D_D.to(x.dtype)[:, None])  # not in the kernel, which has another x where segments start
+    if initial_state_BDN is not None:  # the kernel takes none
+        added, left = _from_state(initial_state_BDN, dt, dt_bias_D, A_DN, C, segment_BL)
+        y, last = y + added.to(y.dtype), last + left
+    return y.transpose(1, 2), _WithoutGradient.apply(last)
+
+
+def _forget_before(x_BDL: Tensor, dt_BDL: Tensor, dt_bias_D: Tensor, A_DN: Tensor, first_BL: Tensor) -> Any:
+    """x and dt with which the scan forgets what was before each `first` event.
+
+    There dt is so large that all decays are 0, and x is smaller by as much, so that dt x B stays. What the kernel then
+    finds for the gradient of dt's bias there is taken back through x.
+    """
+    bias_D1, first_B1L = dt_bias_D[:, None], first_BL[:, None]
+    with torch.no_grad():
+        large_D1 = (FORGETTING / A_DN.abs().amin(1, keepdim=True).clamp(max=1) - bias_D1).to(dt_BDL.dtype)
+    factor_BDL = F.softplus(dt_BDL + bias_D1) / F.softplus(large_D1 + bias_D1)  # of dt as rounded: float32 + bfloat16
+    x = torch.where(first_B1L, (x_BDL * factor_BDL).to(x_BDL.dtype), x_BDL)
+    return x, torch.where(first_B1L, large_D1, dt_BDL)
+
+
+def _from_state(
+    state_BDN: Tensor, dt_BDL: Tensor, dt_bias_D: Tensor, A_DN: Tensor, C_BNL: Tensor, segment_BL: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """What a state adds to the outputs (B, D, L) of the first segment, and what is left of it (B, D, N) at the end."""
+    elapsed_BDL = F.softplus(dt_BDL + dt_bias_D[:, None]).cumsum(-1)
+    added_BDL = torch.zeros_like(elapsed_BDL)
+    for n, A_D in enumerate(A_DN.unbind(1)):  # one by one: (B, D, L, N) would be N times a row's events
+        added_BDL = added_BDL + C_BNL[:, n, None] * state_BDN[:, :, n, None] * torch.exp(A_D[:, None] * elapsed_BDL)
+    left_BDN = state_BDN * torch.exp(A_DN * elapsed_BDL[:, :, -1:])
+    if segment_BL is not None:
+        first_B1L = (segment_BL == segment_BL[:, :1])[:, None]
+        added_BDL, left_BDN = added_BDL * first_B1L, left_BDN * first_B1L[:, :, -1:]
+    return added_BDL, left_BDN
+
+
+class _WithoutGradient(torch.autograd.Function):
+    """The kernel would leave this gradient out without a word."""
+
+    @staticmethod
+    def forward(ctx: Any, state: Tensor) -> Tensor:
+        return state.view_as(state)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        raise AssertionError("Mamba-1's kernel has no gradient of its last state")
+
+
+def gated_rms_norm(x: Tensor, z: Tensor, weight: Tensor, eps: float, group_size: int) -> Tensor:
+    """mamba_ssm's kernel, which keeps no float32 copies."""
+    from mamba_ssm.ops.triton.layernorm_gated import rmsnorm_fn
+
+    return rmsnorm_fn(x, weight, None, z=z, eps=eps, group_size=group_size, norm_before_gate=False)
 
 
 def causal_conv1d(
@@ -110,59 +146,44 @@ def causal_conv1d(
     *,
     segment_BL: Tensor | None = None,
     initial_state_BDK1: Tensor | None = None,
-    reverse: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """causal_conv1d with its segment index, or plain PyTorch without it; a carried state is put in front of the row."""
-    past = weight_DK.shape[1] - 1
-    x, segment = x_BLD, segment_BL
-    if reverse:
-        x, segment = x.flip(1), _flipped(segment)
-    if initial_state_BDK1 is not None:
+    """causal_conv1d with its segment index; plain PyTorch without it, and for what it refuses."""
+    past, x, segment = weight_DK.shape[1] - 1, x_BLD, segment_BL
+    if initial_state_BDK1 is not None:  # put in front of the row: with a segment index the kernel takes no state
         x = torch.cat([initial_state_BDK1.transpose(1, 2).to(x), x], dim=1)
-        segment = None if segment is None else F.pad(segment[:, None].float(), (past, 0), "replicate")[:, 0].int()
-    convolve = _kernel_conv1d if HAS_CAUSAL_CONV1D else _plain_conv1d
-    bias = None if bias_D is None else bias_D.to(x.dtype)
-    y = convolve(x, weight_DK.to(x.dtype), bias, segment)[:, -x_BLD.shape[1] :]
-    last = F.pad(x, (0, 0, past, 0))[:, -past:]
+        segment = None if segment is None else torch.cat([segment[:, :1].expand(-1, past), segment], dim=1)
+    channels, length = x.shape[2], x.shape[1]
+    # of one event, strides say nothing, and the kernel judges by those of the gradient, too
+    taken = HAS_CAUSAL_CONV1D and 2 <= weight_DK.shape[1] <= 4 and channels % 8 == 0 and length > 1
+    y = (_kernel_conv1d if taken else _plain_conv1d)(x, weight_DK, bias_D, segment)
+    last = x[:, max(0, length - past) :]
+    last = F.pad(last, (0, 0, past - last.shape[1], 0))  # a copy: a view would keep the row
     if segment is not None:
-        same = F.pad(segment, (past, 0), value=-1)[:, -past:] == segment[:, -1:]
-        last = last * same[..., None]
-    return y.flip(1) if reverse else y, last.transpose(1, 2)
+        end = segment[:, max(0, length - past) :]
+        last = last * (F.pad(end, (past - end.shape[1], 0), value=-1) == segment[:, -1:])[..., None]
+    return y[:, length - x_BLD.shape[1] :], last.transpose(1, 2)
 
 
 def _kernel_conv1d(x_BLD: Tensor, weight_DK: Tensor, bias_D: Tensor | None, segment_BL: Tensor | None) -> Tensor:
     from causal_conv1d import causal_conv1d_fn
 
-    return causal_conv1d_fn(
-        x_BLD.contiguous().transpose(1, 2),  # the rows of a wider matrix are seldom aligned as it wants
-        weight_DK,
-        bias_D,
-        seq_idx=None if segment_BL is None else segment_BL.int().contiguous(),
-        activation="silu",
-    ).transpose(1, 2)
+    # columns of a wider matrix are read in place where its rows are a multiple of 8 wide, as the kernel wants them
+    aligned = all(number % 8 == 0 for number in (*x_BLD.stride()[:2], x_BLD.storage_offset())) and x_BLD.stride(2) == 1
+    x_BLD = x_BLD if aligned else x_BLD.clone(memory_format=torch.contiguous_format)
+    segment = None if segment_BL is None else segment_BL.int().contiguous()
+    return causal_conv1d_fn(x_BLD.transpose(1, 2), weight_DK, bias_D, seq_idx=segment, activation="silu").transpose(
+        1, 2
+    )
 
 
 def _plain_conv1d(x_BLD: Tensor, weight_DK: Tensor, bias_D: Tensor | None, segment_BL: Tensor | None) -> Tensor:
-    length = x_BLD.shape[1]
     y = x_BLD * weight_DK[:, -1]
-    for back in range(1, min(weight_DK.shape[1], length)):
+    for back in range(1, min(weight_DK.shape[1], x_BLD.shape[1])):
         before = x_BLD[:, :-back]
         if segment_BL is not None:
             before = before * (segment_BL[:, back:] == segment_BL[:, :-back])[..., None]
         y = y + F.pad(before, (0, 0, back, 0)) * weight_DK[:, -1 - back]
-    return F.silu(y if bias_D is None else y + bias_D)
-
-
-def _flipped(segment_BL: Tensor | None) -> Tensor | None:
-    return None if segment_BL is None else (segment_BL[:, -1:] - segment_BL).flip(1)
-
-
-def _segment_lengths(segment_BL: Tensor | None, row: int, length: int) -> list[int]:
-    if segment_BL is None:
-        return [length]
-    segment = segment_BL[row]
-    cuts = [0, *(torch.nonzero(segment[1:] != segment[:-1])[:, 0] + 1).tolist(), length]
-    return [stop - start for start, stop in itertools.pairwise(cuts)]
+    return F.silu(y if bias_D is None else y + bias_D).to(x_BLD.dtype)
 
 
 mamba1 = functools.partial(compose.mamba1, sys.modules[__name__])
