@@ -164,7 +164,7 @@ def test_tensors_without_numbers_hold_as_much_as_real_ones() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("mixer", ["mamba2"])
+@pytest.mark.parametrize("mixer", ["mamba1", "mamba2"])
 def test_kernels_in_shapes_keep_what_the_stand_ins_keep(mixer: str, reverse: bool, dtype: torch.dtype) -> None:
     """With the copies that our own code makes around them."""
 
@@ -175,29 +175,35 @@ def test_kernels_in_shapes_keep_what_the_stand_ins_keep(mixer: str, reverse: boo
             held[tensor.untyped_storage()._cdata] = tensor
             return tensor
 
-        L, D, N, H = 300, 32, 8, 4
-        leaf = [
-            make(1, L, 2 * D + 2 * N + H).to(dtype),
-            make(D + 2 * N, 4),
-            make(D + 2 * N),
-            make(H),
-            make(H),
-            make(H),
-            make(D),
-        ]
-        segment_BL = torch.zeros(1, L, dtype=torch.int32)
-        inputs = [tensor.requires_grad_() for tensor in leaf]
+        L, D, N, H, R = 300, 32, 8, 4, 8
+        inner: list[tuple[int, ...]] = [(D, 4), (D,), (R + 2 * N, D), (D, R), (D,), (D, N), (D,)]
+        if mixer == "mamba2":
+            inner = [(D + 2 * N, 4), (D + 2 * N,), (H,), (H,), (H,), (D,)]
+        row = make((1, L, 2 * D if mixer == "mamba1" else 2 * D + 2 * N + H)).to(dtype)
+        inputs = [tensor.requires_grad_() for tensor in (row, *map(make, inner))]
+        settings = {"segment_BL": torch.zeros(1, L, dtype=torch.int32), "state": None, "reverse": reverse}
+        if mixer == "mamba2":
+            settings |= {"groups": 1, "eps": 1e-5, "chunk_size": 64}
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            y, _ = fused.mamba2(
-                *inputs, groups=1, eps=1e-5, chunk_size=64, segment_BL=segment_BL, state=None, reverse=reverse
-            )
+            y, _ = getattr(fused, mixer)(*inputs, **settings)
         y.sum().backward()
         return sum(tensor.untyped_storage().nbytes() for tensor in held.values())
 
     with standing_in():
-        real = kept(lambda *shape: -torch.rand(shape))
+        real = kept(lambda shape: -torch.rand(shape))
     with FakeTensorMode(), as_on_gpu():
-        assert kept(lambda *shape: torch.empty(shape)) == real
+        assert kept(torch.empty) == real
+
+
+@pytest.mark.parametrize("name", ["paper", "physionet", "small"])
+def test_the_other_models_can_be_counted(name: str) -> None:
+    """With forecasts, whose pooling they have in several kinds; of the paper's, which sees ahead, without."""
+    objective = "masked_event" if name == "paper" else "both"
+    config = load("plan", [f"model={name}", f"objective={objective}", "gpus=1"], PlanConfig)
+    row = replace(shapes(config.model, 600), objective=config.objective)
+    counted, flops = row_bytes(row, 2, False), event_flops(row)
+    assert counted.most > counted.kept > 600 * config.model.d_model
+    assert all(part.backward > part.forward > 0 for name, part in flops.items() if name != "MLP")
 
 
 def test_computing_blocks_again_holds_less() -> None:
