@@ -52,7 +52,7 @@ def as_on_gpu(linear: Callable[..., Tensor] | None = None) -> Iterator[None]:
             (fused, "HAS_CAUSAL_CONV1D", True),
             (FakeTensor, "is_cuda", True),
             (F, "linear", linear or F.linear),
-            (F, "rms_norm", _rms_norm),
+            (F, "rms_norm", _rms_norm if hasattr(torch.ops.aten, "_fused_rms_norm") else F.rms_norm),
             (F, "dropout", _dropout),
         ):
             stack.enter_context(mock.patch.object(owner, name, value))
