@@ -54,6 +54,7 @@ class AbsentTensor(Tensor):
     """Says that it is on the absent device; `held` has the numbers."""
 
     held: Tensor
+    is_cuda = True  # it stands for one
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
