@@ -608,3 +608,13 @@ def test_a_newer_format_is_refused(tmp_path: Path) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), "format_version": 2}))
     with pytest.raises(UserError, match="format version 2, this program reads 1"):
         Histories.open(out)
+
+
+def test_subjects_without_a_shard_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    raw = write_raw(tmp_path / "raw")
+    prepare(config(raw, tmp_path / "whole"))
+    assert "have no events" not in capsys.readouterr().err
+    (raw / "data/train/0.parquet").rename(raw / "data/train/0.pq")
+    prepare(config(raw, tmp_path / "part"))
+    missing = len({row[0] for row in ROWS["train/0"]})
+    assert f"warning: {missing} subjects of metadata/subject_splits.parquet have no events" in capsys.readouterr().err

@@ -488,6 +488,7 @@ def test_label_folders_may_bring_start_and_weight(tmp_path: Path) -> None:
         "a start lies after its prediction_time": {"start": pa.array([START, START + timedelta(days=1)])},
         "a weight is null or not between 1e-06 and 1e\\+06": {"weight": pa.array([1.0, 0.0])},
         "column start is int64, .extra.pq files have timestamp": {"start": pa.array([1, 2])},
+        "column 'wieght' is none of subject_id, prediction_time, start, weight": {"wieght": pa.array([1.0, 2.0])},
         "subject_id is not that of the labels, line by line": {"subject_id": pa.array([2, 1])},
         "row 1: subject_id does not fit": {"subject_id": pa.array([1, 2**63], pa.uint64())},
         "row 1: start does not fit timestamp.us. or would lose digits": {"start": pa.array([0, 1], pa.timestamp("ns"))},

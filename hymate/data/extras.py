@@ -83,6 +83,8 @@ def read_file(path: Location) -> pa.Table:
     except UNREADABLE as error:
         raise unreadable(path) from error
     check_columns(path, extra.schema, KINDS, SCHEMA, f"{SUFFIX} files have")
+    if unknown := sorted(set(extra.column_names) - set(SCHEMA.names)):
+        raise DataError(f"{path}: column {unknown[0]!r:.80} is none of {', '.join(SCHEMA.names)}: rename it or drop it")
 
     def column(name: str) -> pa.Array:
         return cast_column(extra[name].combine_chunks(), SCHEMA.field(name), path)

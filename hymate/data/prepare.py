@@ -139,6 +139,13 @@ def prepare(config: PrepareConfig) -> None:
         console.print(
             f"warning: no training or scoring uses the splits {names}: {RENAME_SPLITS}", markup=False, soft_wrap=True
         )
+    if missing := read_splits(out).num_rows - sum(size["subjects"] for size in metadata["splits"].values()):
+        console.print(
+            f"warning: {missing:,} subjects of {meds.subject_splits_filepath} have no events: is a shard missing, or "
+            "is its name without .parquet?",
+            markup=False,
+            soft_wrap=True,
+        )
     for split, size in metadata["splits"].items():
         console.print(f"{split}: {size['subjects']:,} subjects, {size['events']:,} events")
     for sentence in sentences(metadata["known"], metadata["known_events"]):
