@@ -104,8 +104,6 @@ def planned(config: ModelConfig, events: int, history_events: int, recomputed: b
     """What `hymate.plan` says of a row under plain AdamW: operations an event, and memory."""
     from hymate.training.footprint import Shapes, event_flops, num_parameters, row_bytes, worker_bytes
 
-    if config.mixer == "mamba1":
-        raise LeftOut("hymate.plan cannot yet count Mamba-1 in packed rows")
     shapes = Shapes(config, ObjectiveConfig(), VOCABULARY, events, history_events, "bf16")
     parameters = num_parameters(shapes)
     held = worker_bytes(parameters, 0, 1).most(row_bytes(shapes, 0, recomputed).most)
