@@ -171,7 +171,9 @@ def selective_scan_fn(
         skip = A.new_zeros(channels) if D is None else D
         y, state = reference.selective_scan(u.mT, delta.mT, delta_bias, A, B.mT, C.mT, skip)
         chunks = math.ceil(length / SELECTIVE_SCAN_CHUNK)
-        return (y.mT.contiguous(), state), (A.new_empty(batch, channels, chunks, 2 * d_state),)
+        states = A.new_zeros(batch, channels, chunks, 2 * d_state)
+        states[:, :, -1, 1::2] = state
+        return (y.mT.contiguous(), states[:, :, -1, 1::2]), (states,)
 
     def check(gradients: Sequence[Tensor | None]) -> None:
         assert gradients[1] is None, "the kernel leaves out the gradient of its last state"
@@ -202,22 +204,20 @@ def mamba_chunk_scan_combined(
     groups, d_state = B.shape[2:]
     require(x.dtype == B.dtype == C.dtype, "x, B and C are multiplied with each other")
     require(z is None and cu_seqlens is None and dt_limit == (0.0, float("inf")), "not in the tests")
-    require(D is not None and dt_softplus and dt_bias is not None, "not in the tests")
+    require(D is not None and not dt_softplus and dt_bias is None, "not in the tests")
     require(heads % groups == 0 and dt.shape == (batch, length, heads) and A.shape == (heads,), "shapes")
     require(B.shape == C.shape == (batch, length, groups, d_state), "shapes")
     require(seq_idx is None or (seq_idx.dtype == torch.int32 and seq_idx.shape == (batch, length)), "seq_idx: int32")
     require(initial_states is None or initial_states.shape == (batch, heads, headdim, d_state), "shapes")
 
-    def compute(
-        x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Any, initial: Any, seq_idx: Any
-    ) -> Any:
+    def compute(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, initial: Any, seq_idx: Any) -> Any:
         if initial is not None and seq_idx is not None:  # it enters segment 0, wherever that is
             initial = initial * (seq_idx[:, 0] == 0)[:, None, None, None]
-        y, state = reference.ssd_scan(x, dt, dt_bias, A, B, C, D, segment_BL=seq_idx, initial_state_BHPN=initial)
+        y, state = reference.ssd_scan(x, dt, A, B, C, D, segment_BL=seq_idx, initial_state_BHPN=initial)
         dA = A.new_empty(batch, heads, math.ceil(length / chunk_size) * chunk_size)
         return (y, state), (y.detach(), dA)
 
-    y, state = _Kernel.apply(compute, lambda _: None, x, dt, A, B, C, D, dt_bias, initial_states, seq_idx)
+    y, state = _Kernel.apply(compute, lambda _: None, x, dt, A, B, C, D, initial_states, seq_idx)
     return (y, state) if return_final_states else y
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from types import ModuleType
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -43,8 +44,8 @@ def mamba2(
     x, B, C = xbc.split([inner, width, width], dim=-1)
     y, scan = operators.ssd_scan(
         x.unflatten(-1, (heads, -1)),
-        dt,
-        dt_bias_H,
+        # mamba_ssm's own softplus is log(exp(dt) + 1), which loses digits of small steps
+        F.softplus(dt.to(torch.promote_types(dt.dtype, torch.float32)) + dt_bias_H),
         A_H,
         B.unflatten(-1, (groups, -1)),
         C.unflatten(-1, (groups, -1)),

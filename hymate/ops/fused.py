@@ -31,7 +31,6 @@ FORGETTING = 200.0  # exp(-200) is 0 in float32, and less than float64 can add t
 def ssd_scan(
     x_BLHP: Tensor,
     dt_BLH: Tensor,
-    dt_bias_H: Tensor,
     A_H: Tensor,
     B_BLGN: Tensor,
     C_BLGN: Tensor,
@@ -41,7 +40,7 @@ def ssd_scan(
     segment_BL: Tensor | None = None,
     initial_state_BHPN: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Mamba-2's chunked scan, which takes a segment index and computes steps in float32."""
+    """Mamba-2's chunked scan, which takes a segment index."""
     from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 
     segment = None if segment_BL is None else segment_BL - segment_BL[:, :1]  # a state only enters segment 0
@@ -53,8 +52,6 @@ def ssd_scan(
         C_BLGN,
         chunk_size=chunk_size,
         D=D_H,
-        dt_bias=dt_bias_H,
-        dt_softplus=True,
         seq_idx=None if segment is None else segment.int().contiguous(),
         initial_states=initial_state_BHPN,
         return_final_states=True,
@@ -77,14 +74,17 @@ def selective_scan(
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
     x, dt, B, C = (events.transpose(1, 2).contiguous() for events in (x_BLD, dt_BLD, B_BLN, C_BLN))
-    scanned = x, dt
+    scanned_x, scanned_dt = x, dt
     if segment_BL is not None:  # the kernel takes none; recomputed in the backward, for its float32 tensors are large
         first_BL = F.pad(segment_BL[:, 1:] != segment_BL[:, :-1], (1, 0))
-        scanned = checkpoint(
+        scanned_x, scanned_dt = checkpoint(
             _forget_before, x, dt, dt_bias_D, A_DN, first_BL, use_reentrant=False, preserve_rng_state=False
         )
-    y, last = selective_scan_fn(*scanned, A_DN, B, C, delta_bias=dt_bias_D, delta_softplus=True, return_last_state=True)
-    y = torch.addcmul(y, x, D_D.to(x.dtype)[:, None])  # not in the kernel, which has another x where segments start
+    y, last = selective_scan_fn(
+        scanned_x, scanned_dt, A_DN, B, C, D_D, delta_bias=dt_bias_D, delta_softplus=True, return_last_state=True
+    )
+    if segment_BL is not None:  # what the kernel's D x lacks, 0 but at first events
+        y = (y + D_D[:, None] * (x - scanned_x)).to(y.dtype)
     if initial_state_BDN is not None:  # the kernel takes none
         added, left = _from_state(initial_state_BDN, dt, dt_bias_D, A_DN, C, segment_BL)
         y, last = y + added.to(y.dtype), last + left
@@ -121,11 +121,11 @@ def _from_state(
 
 
 class _WithoutGradient(torch.autograd.Function):
-    """The kernel would leave this gradient out without a word."""
+    """A state whose gradient the kernel would leave out without a word; a copy, for the kernel's keeps all chunks'."""
 
     @staticmethod
     def forward(ctx: Any, state: Tensor) -> Tensor:
-        return state.view_as(state)
+        return state.clone()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:

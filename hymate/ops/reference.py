@@ -35,7 +35,6 @@ def _starts(segment_BL: Tensor | None, length: int) -> list[Tensor | None]:
 def ssd_scan(
     x_BLHP: Tensor,
     dt_BLH: Tensor,
-    dt_bias_H: Tensor,
     A_H: Tensor,
     B_BLGN: Tensor,
     C_BLGN: Tensor,
@@ -45,16 +44,12 @@ def ssd_scan(
     segment_BL: Tensor | None = None,
     initial_state_BHPN: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Mamba-2 recurrence (Dao & Gu 2024, arXiv 2405.21060): h = exp(dt A) h + dt x B, y = h C + D x.
-
-    dt is softplus of what is given, plus its bias.
-    """
+    """Mamba-2 recurrence (Dao & Gu 2024, arXiv 2405.21060): h = exp(dt A) h + dt x B, y = h C + D x."""
     acc = _accumulation_dtype(x_BLHP.dtype)
     _, length, heads, headdim = x_BLHP.shape
     groups, d_state = B_BLGN.shape[2:]
     A, D = A_H.to(acc), D_H.to(acc)
     B_BLHN, C_BLHN = (v.repeat_interleave(heads // groups, dim=2) for v in (B_BLGN, C_BLGN))
-    dt_BLH = F.softplus(dt_BLH.to(acc) + dt_bias_H)
     x, dt, B, C = (v.to(acc).unbind(1) for v in (x_BLHP, dt_BLH, B_BLHN, C_BLHN))  # one tensor an event
     state = A.new_zeros(x_BLHP.shape[0], heads, headdim, d_state)
     if initial_state_BHPN is not None:
@@ -86,7 +81,7 @@ def selective_scan(
 ) -> tuple[Tensor, Tensor]:
     """Mamba-1 recurrence (Gu & Dao 2023, arXiv 2312.00752): h = exp(dt A) h + dt x B, y = h C + D x.
 
-    dt is softplus of what is given, plus its bias.
+    dt is softplus of dt_BLD + dt_bias_D.
     """
     acc = _accumulation_dtype(x_BLD.dtype)
     A, D = A_DN.to(acc), D_D.to(acc)
