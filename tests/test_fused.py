@@ -128,6 +128,14 @@ def test_nothing_looks_at_numbers(name: str) -> None:
     assert all(leaf.grad is not None and leaf.grad.shape == leaf.shape for leaf in leaves)
 
 
+def test_a_causal_conv1d_that_does_not_import_is_not_used(tmp_path: Path) -> None:
+    """As one that was built for another PyTorch."""
+    (tmp_path / "causal_conv1d.py").write_text('raise ImportError("undefined symbol")')
+    asked = "import sys; sys.path.insert(0, sys.argv[1]); from hymate.ops import fused; print(fused.HAS_CAUSAL_CONV1D)"
+    done = subprocess.run([sys.executable, "-c", asked, tmp_path], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
 # ---------------------------------------------------------------------------------------------- the stand-ins
 
 

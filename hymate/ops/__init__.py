@@ -76,7 +76,8 @@ def _choose(kind: str) -> tuple[str, str]:
     if kind == "cpu":
         return "cpu", "compiled loops"
     if importlib.util.find_spec("mamba_ssm"):
-        return "fused", f"mamba_ssm with{'' if importlib.util.find_spec('causal_conv1d') else 'out'} causal_conv1d"
+        has_conv = importlib.import_module("hymate.ops.fused").HAS_CAUSAL_CONV1D
+        return "fused", f"mamba_ssm with{'' if has_conv else 'out'} causal_conv1d"
     raise UserError('a GPU needs mamba-ssm (README, section "GPUs"): install it, or set device=cpu')
 
 

@@ -11,7 +11,7 @@ What a kernel can't do is done around it, with the reason beside it.
 from __future__ import annotations
 
 import functools
-import importlib.util
+import importlib
 import sys
 from typing import Any
 
@@ -24,8 +24,18 @@ from hymate.ops import compose
 
 __all__ = ["causal_conv1d", "gated_rms_norm", "mamba1", "mamba2", "selective_scan", "ssd_scan"]
 
-HAS_CAUSAL_CONV1D = importlib.util.find_spec("causal_conv1d") is not None
-FORGETTING = 200.0  # exp(-200) is 0 in float32, and less than float64 can add to 1
+
+def _imports(module: str) -> bool:
+    """Whether it can be used: what was built for another PyTorch is found, but does not import."""
+    try:
+        importlib.import_module(module)
+    except Exception:
+        return False
+    return True
+
+
+HAS_CAUSAL_CONV1D = _imports("causal_conv1d")
+FORGETTING = 110.0  # exp(-110) is 0 in float32, and less than float64 can add to 1
 
 
 def ssd_scan(
@@ -96,6 +106,9 @@ def _forget_before(x_BDL: Tensor, dt_BDL: Tensor, dt_bias_D: Tensor, A_DN: Tenso
 
     There dt is so large that all decays are 0, and x is smaller by as much, so that dt x B stays. What the kernel then
     finds for the gradient of dt's bias there is taken back through x.
+
+    Two limits. A state that is not finite goes on into the next segments (0 times infinity). And where |A| is far below
+    1, A's gradient loses digits: at such an event the kernel finds not quite 0, and multiplies it by dt.
     """
     bias_D1, first_B1L = dt_bias_D[:, None], first_BL[:, None]
     with torch.no_grad():
