@@ -190,7 +190,7 @@ class HyMaTE(nn.Module):
     def __init__(self, config: ModelConfig, vocab_size: int) -> None:
         super().__init__()
         self.config = config
-        self.gradient_checkpointing = False
+        self.activation_checkpointing = False
         self.embedding = EMBEDDINGS[config.embedding](vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config, kind) for kind in config.layers)
         self.norm = nn.RMSNorm(config.d_model)
@@ -201,7 +201,7 @@ class HyMaTE(nn.Module):
         """Contextual event states (L, D); hidden_L: bool, events whose value the model must not see."""
         h_LD = self._embed(batch, hidden_L)
         for block in self.blocks:
-            if self.gradient_checkpointing and self.training:
+            if self.activation_checkpointing and self.training:
                 h_LD = checkpoint(block, h_LD, batch, use_reentrant=False)
             else:
                 h_LD = block(h_LD, batch)

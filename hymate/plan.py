@@ -22,7 +22,7 @@ from hymate.command import main
 from hymate.config import ConfigError, DataConfig, ModelConfig, ObjectiveConfig, Place, TrainConfig
 from hymate.data.histories import Histories
 from hymate.training.footprint import Flops, Shapes, event_flops, num_parameters, row_bytes, worker_bytes
-from hymate.training.pretraining import TRAIN_SPLIT, read_vocabulary
+from hymate.training.pretraining import TRAIN_SPLIT, read_vocabulary, require_learnable
 
 GIB = 2**30
 STAGES = (0, 1, 2, 3)
@@ -69,8 +69,18 @@ class PlanConfig:
         for name in ("gpus", "events", "history_events", "vocabulary", "epochs", "gpu_tflops", "gpu_fraction"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
+        if not all(gib > 0 for gib in self.memory_gib) or not 0 <= self.reserved_gib < math.inf:
+            raise ConfigError("memory_gib must be positive and reserved_gib not negative")
+        if self.train.num_workers != self.gpus:
+            raise ConfigError(f"train.num_workers={self.train.num_workers}, but gpus={self.gpus}: give gpus alone")
+        self.prepared("-")  # checks the rest of data, which has a path at times
+        require_learnable(self.model, self.objective)
         if "G" in self.model.layers:
             raise ConfigError("model.layers: a plan counts M and A blocks; G is a baseline for comparisons on CPUs")
+
+    def prepared(self, path: str) -> DataConfig:
+        """The dataset at `path`, as `data` would have it read."""
+        return DataConfig(path, self.data.context, self.data.tokens_per_row, self.data.min_count)
 
 
 def plan(config: PlanConfig) -> None:
@@ -83,13 +93,12 @@ def _shapes(config: PlanConfig) -> tuple[Shapes, float]:
     """What a row is, and the events of an epoch."""
     data, history_events, vocab_size, events = config.data, config.history_events, config.vocabulary, config.events
     if data.path is not None:
-        of_data = DataConfig(data.path, data.context, data.tokens_per_row, data.min_count)
         histories = Histories.open(data.path)
         num_events_P = histories.index["num_events"][np.asarray(histories.rows_of(TRAIN_SPLIT), np.int64)]
         seen_P = np.minimum(num_events_P[num_events_P > 0], data.context)
         if not len(seen_P):
             raise histories.without_subjects(TRAIN_SPLIT)
-        vocab_size, events = read_vocabulary(of_data).size, float(seen_P.sum())
+        vocab_size, events = read_vocabulary(config.prepared(data.path)).size, float(seen_P.sum())
         history_events = max(1, round(float(seen_P.mean())))
     length = min(history_events, data.context, data.tokens_per_row)
     return Shapes(
@@ -184,8 +193,9 @@ class _Memory:
         """A GPU of so much memory: whether the row fits, and the largest that does, by two rows and less 2 %."""
         stage, gpus, L = self.config.train.zero_stage, self.config.gpus, self.shapes.num_events
         held, room = worker_bytes(self.parameters, stage, gpus), gib * GIB - self.reserved
-        half, whole = self.row(stage, L // 2), self.row(stage, L)
-        slope = (whole - half) / (L - L // 2)
+        half = max(1, L // 2)
+        less, whole = self.row(stage, half), self.row(stage, L)
+        slope = (whole - less) / max(1, L - half)
         largest = 0.98 * (room - held.most(whole - slope * L)) / slope // STEP_EVENTS * STEP_EVENTS
         fits = self.total(stage, gpus) <= gib * GIB
         return [f"{gib:g} GiB", "yes" if fits else "no", f"{largest:,.0f}" if largest > 0 else "none"]

@@ -242,12 +242,21 @@ def _parse_url(scheme: str, slashes: str, authority: str, path: str, options: st
 # ------------------------------------------------------------------------------------------------------ writing
 
 
+def present(path: Location) -> bool:
+    """Whether there is anything. Raises UserError for a symbolic link that leads nowhere: something was meant to be."""
+    if isinstance(path, Path) and path.is_symlink() and not path.exists():
+        raise UserError(f"{path}: a symbolic link that leads nowhere: mend it or remove it")
+    return path.exists()
+
+
 @contextlib.contextmanager
 def atomic_path(path: Location) -> Iterator[Path]:
     """A local path to write to: it takes the place of `path` when the block ends well, else it vanishes.
 
-    Raises UserError where the disk is full.
+    A symbolic link stays, and what it leads to is replaced. Raises UserError where the disk is full.
     """
+    if isinstance(path, Path) and path.is_symlink():
+        path = path.resolve()
     with contextlib.ExitStack() as stack:
         if isinstance(path, UrlPath):
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="hymate-"))
@@ -295,6 +304,9 @@ def require_folder(folder: Location, key: str) -> None:
 
 def require_file(file: Location, key: str) -> None:
     """Raises UserError that names the setting `key` where no file can be written to `file`."""
+    if isinstance(file, Path) and os.path.exists(file) and not os.path.isfile(file):  # unlike Path's, these never raise
+        kind = "a folder" if os.path.isdir(file) else "a device or a pipe"
+        raise UserError(f"{key}={file} cannot be written to ({file}: is {kind}): give {key}= another place")
     _require_writable(
         file, file.with_name(f".{file.name}.try") if isinstance(file, Path) else file.parent / ".try", key
     )
@@ -313,8 +325,6 @@ def _require_writable(place: Location, probe: Location, key: str) -> None:
             if not folder.is_dir():
                 folder.mkdir(exist_ok=True)
                 made.append(folder)
-        if isinstance(place, Path) and place.is_dir() and probe.parent != place:
-            raise IsADirectoryError(errno.EISDIR, "is a folder", str(place))
         if isinstance(place, Path) and place.is_file():
             around, user = probe.parent.stat(), os.geteuid()
             if around.st_mode & stat.S_ISVTX and user not in (0, around.st_uid, place.stat().st_uid):  # as /tmp is
@@ -437,8 +447,8 @@ def _files(folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:
             yield from _files(path, (*above, real))
         elif path.is_file():
             yield path
-        elif path.is_symlink() and not path.name.startswith("."):
-            raise UserError(f"{path}: a symbolic link that leads nowhere: mend it or remove it")
+        elif not path.name.startswith("."):
+            present(path)
 
 
 @contextlib.contextmanager

@@ -164,7 +164,7 @@ def _model(case: Case, vocabulary: Vocabulary | None = None) -> LossModel:
         model: Any = RiskModel(config, vocab_size, TASKS, in_days=["length_of_stay"])
     else:
         model = PretrainModel(config, OBJECTIVES[case.objective], VOCAB)
-    model.backbone.gradient_checkpointing = case.checkpointing
+    model.backbone.activation_checkpointing = case.checkpointing
     return model
 
 

@@ -28,7 +28,7 @@ def test_activation_checkpointing_changes_no_bit_and_holds_less(name: str) -> No
     for checkpointing in (False, True):
         torch.manual_seed(0)
         model = RiskModel(config, VOCAB, ["mortality"])
-        model.backbone.gradient_checkpointing = checkpointing
+        model.backbone.activation_checkpointing = checkpointing
         torch.manual_seed(1)
         with LiveBytes() as live:
             model.loss(row).backward()

@@ -269,6 +269,17 @@ def test_a_predicate_that_never_holds_is_named(override: str, message: str, tmp_
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("override", "role"),
+    [("task.definition.trigger=never", "trigger"), ("task.definition.windows.target.label=never", "label's predicate")],
+)
+def test_a_derived_predicate_that_never_holds_is_named(override: str, role: str, tmp_path: Path) -> None:
+    derived = '{expr: "and(hospital_admission, hospital_discharge)"}'
+    config = task("readmission", f"+task.definition.predicates.never={derived}", override)
+    with pytest.raises(UserError, match=rf"no event matches its {role} never: set task.definition.predicates.never"):
+        labelled(tmp_path, [*stay(0, 3), (20, ADMITTED), (80, LAB)], config)
+
+
 def test_prediction_needs_no_event_that_a_label_could_come_of(tmp_path: Path) -> None:
     with_values(tmp_path, STAY)
     mortality = task("mortality")

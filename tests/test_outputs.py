@@ -51,6 +51,15 @@ def below_a_dangling_link(place: Path) -> Path:
     return place / "link" / "out"
 
 
+def a_pipe(place: Path) -> Path:
+    os.mkfifo(place / "pipe")
+    return place / "pipe"
+
+
+def nameless(place: Path) -> Path:
+    return Path(".")
+
+
 def with_a_long_name(place: Path) -> Path:
     return place / ("x" * 300)
 
@@ -89,7 +98,10 @@ def test_a_folder_that_cannot_be_written_to_is_refused(bad: Callable[[Path], Pat
     assert "\n" not in str(caught.value) and sorted(place.iterdir()) == before
 
 
-@pytest.mark.parametrize(("bad", "reason"), [*BAD, (closed_itself, "is a folder")])
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [*BAD, (closed_itself, "is a folder"), (nameless, "is a folder"), (a_pipe, "is a device or a pipe")],
+)
 def test_a_file_that_cannot_be_written_is_refused(bad: Callable[[Path], Path], reason: str, place: Path) -> None:
     out = bad(place)
     before = sorted(place.iterdir())

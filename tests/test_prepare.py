@@ -8,6 +8,7 @@ import fcntl
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -388,6 +389,19 @@ def damage(raw: Path) -> None:
 
 VALUES = [1.0, np.inf, 3.5e38]  # infinity is a float32, too
 
+
+def relink(name: str) -> Callable[[Path], None]:
+    """Put a link that leads nowhere in the place of a file or folder."""
+
+    def spoil(raw: Path) -> None:
+        if (raw / name).is_dir():
+            shutil.rmtree(raw / name)
+        (raw / name).unlink(missing_ok=True)
+        (raw / name).symlink_to(raw / "gone")
+
+    return spoil
+
+
 BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "no folder": (lambda raw: raw.rename(raw.with_name("gone")), r"raw: no such folder: raw=DIR must be"),
     "empty folder": (without_shards, r"raw/data: no \*.parquet shards"),
@@ -434,6 +448,11 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda raw: (raw / "data/held_out/1.parquet").symlink_to(raw / "gone.parquet"),
         r"held_out/1\.parquet: a symbolic link that leads nowhere: mend it or remove it",
     ),
+    "splits that are a link to nothing": (
+        relink("metadata/subject_splits.parquet"),
+        r"subject_splits\.parquet: a symbolic link that leads nowhere",
+    ),
+    "labels that are a link to nothing": (relink("labels"), r"labels: a symbolic link that leads nowhere"),
     "unsorted": (
         rows((3, 7, "K", 1.0), (3, 6, "K", 1.0)),
         r"train/1\.parquet: row 1: earlier than the row before: sort the shard",

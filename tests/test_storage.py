@@ -94,6 +94,13 @@ def test_files_and_folders_are_alike_everywhere(place: Location) -> None:
     assert not (place / "a").exists()
 
 
+def test_what_a_link_leads_to_is_written(tmp_path: Path) -> None:
+    (tmp_path / "old").write_text("old")
+    (tmp_path / "link").symlink_to("old")
+    write_text("new", tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "old").read_text() == "new"
+
+
 def test_links_are_followed_and_end(tmp_path: Path) -> None:
     write_text("one", tmp_path / "disk" / "deep" / "one.txt")
     write_text("two", tmp_path / "data" / "two.txt")

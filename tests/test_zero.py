@@ -37,7 +37,7 @@ def _train_cases(worker: Worker, folder: Path, cases: dict[str, dict[str, Any]])
         def watch(
             module: nn.Module, config: TrainConfig = config, dtypes: set = dtypes, rounded: list = scan_was_rounded
         ) -> None:
-            module.backbone.gradient_checkpointing = config.activation_checkpointing
+            module.backbone.activation_checkpointing = config.activation_checkpointing
 
             def look(mixer: nn.Module, inputs: Any) -> None:
                 for parameter in (mixer.A_log, mixer.dt_bias):

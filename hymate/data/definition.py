@@ -134,7 +134,8 @@ class Predicates:
     events: a row a subject and time, sorted: subject_id, time and, for each predicate and SEEN, how many events
         match; only of subjects with the definition's static predicates.
     matches: for each plain predicate how many of the shard's events match: of those with a time, or for a static one
-        of those without. A predicate with bounds on its value is there a second time, without them (CODE_ALONE).
+        of those without. A predicate with bounds on its value is there a second time, without them (CODE_ALONE). For
+        each derived predicate at how many times it holds.
     """
 
     events: pl.DataFrame
@@ -174,6 +175,7 @@ def read_predicates(path: Location, config: Any, known: KnownConfig) -> Predicat
         of_stamps = _by_time(
             data.with_columns(pl.when(~has_time | ~pl.col(LATE)).then(plain_counts).otherwise(0)), config
         )
+    matches |= {name: int((events[name] > 0).sum()) for name in config.derived_predicates}
     label = config.windows[config.label_window].label
     return Predicates(events.with_columns(of_stamps[label].alias(SEEN)), matches)
 

@@ -37,7 +37,7 @@ from hymate.data.meds import (
     unreadable,
     write_metadata,
 )
-from hymate.storage import Location, atomic_path, files_below, local_copy
+from hymate.storage import Location, atomic_path, files_below, local_copy, present
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class MedsSource:
         digest = hashlib.sha256(b"2")  # of what is made of the files; another number has them prepared again
         files = [f"{meds.data_subdirectory}/{shard}.parquet" for shard in self.shards()]
         files += [meds.dataset_metadata_filepath, *self._label_files(), *self._label_files(SUFFIX)]
-        if (self.raw / meds.subject_splits_filepath).is_file():
+        if present(self.raw / meds.subject_splits_filepath):
             files.append(meds.subject_splits_filepath)
         else:
             digest.update(repr((self.splits, self.seed)).encode())
@@ -107,14 +107,15 @@ class MedsSource:
 
     def finish(self, out: Location) -> None:
         subject_id_N = self._subjects()
-        if (self.raw / meds.subject_splits_filepath).is_file():
+        if present(self.raw / meds.subject_splits_filepath):
             splits = read_splits(self.raw)
             self._check_all_split(subject_id_N, splits["subject_id"].to_numpy())
         else:
+            print(f"{self.raw} has no {meds.subject_splits_filepath}: its subjects are split at random", flush=True)
             split_N = self.splits.assign(hash64(subject_id_N.view(np.uint64), self.seed) / 2.0**64)
             splits = pa.table({"subject_id": subject_id_N, "split": split_N})
         codes_path = self.raw / meds.code_metadata_filepath
-        codes = read_small(codes_path, meds.CodeMetadataSchema) if codes_path.is_file() else codes_table({})
+        codes = read_small(codes_path, meds.CodeMetadataSchema) if present(codes_path) else codes_table({})
         dataset = json.loads((self.raw / meds.dataset_metadata_filepath).read_text())
         write_metadata(out, dataset, splits, codes)
         for name, path in self._label_files().items():
@@ -126,7 +127,7 @@ class MedsSource:
     def _label_files(self, suffix: str = ".parquet") -> dict[str, Location]:
         """The files of all label folders, by their path in the dataset."""
         folder = self.raw / "labels"
-        tasks = [task for task in folder.iterdir() if task.is_dir()] if folder.is_dir() else []
+        tasks = [task for task in folder.iterdir() if task.is_dir()] if present(folder) else []
         return {
             f"labels/{task.name}/{name}": path
             for task in sorted(tasks, key=str)

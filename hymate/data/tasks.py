@@ -42,7 +42,7 @@ from hymate.data.extras import read_labels_and_extras, write_labels
 from hymate.data.histories import read_metadata
 from hymate.data.known import KnownConfig
 from hymate.data.meds import FIRST_TIME, US_PER_DAY, read_splits
-from hymate.storage import Location, files_below, locate, new_folder, write_text
+from hymate.storage import Location, files_below, locate, new_folder, present, write_text
 
 RULES_VERSION = 5  # of the rules above and of definition.py; a new one makes old extractions be redone
 SUMMARY = "counts.json"
@@ -82,7 +82,7 @@ def labels(root: Location, task: TaskConfig, times_only: bool = False) -> LabelS
     if task.labels is not None:
         return _given(locate(task.labels), "task.labels", task)
     folder = root / "labels" / task.name
-    if folder.is_dir() and not (folder / SUMMARY).exists():  # it came with the dataset
+    if present(folder) and not (folder / SUMMARY).exists():  # it came with the dataset
         return _given(folder, f"task.name={task.name}", task)
     if task.definition is None:
         raise UserError(f"task {task.name} has no labels in {folder}: give task.labels=FOLDER or a task.definition")
@@ -249,14 +249,13 @@ def unmatched(matches: Mapping[str, int]) -> dict[str, str]:
 
 
 def _never(config: Any, name: str, without: Mapping[str, str]) -> list[str]:
-    """The plain predicates without an event that keep a predicate from ever holding; none where it may hold."""
-    predicate = config.predicates.get(name)
-    if predicate is None or predicate.is_plain:  # ACES's own predicates always hold somewhere
-        return [name] if name in without else []
-    of_input = [_never(config, other, without) for other in predicate.input_predicates]
-    if predicate.is_or and not all(of_input):
+    """Why a predicate holds nowhere: its plain predicates without an event, or itself where each of them has one; none
+    where it holds somewhere, as ACES's own do.
+    """
+    if name not in without:
         return []
-    return sorted({other for inputs in of_input for other in inputs})
+    inputs = config.predicates[name].input_predicates if name in config.derived_predicates else []
+    return sorted({other for each in inputs for other in _never(config, each, without)}) or [name]
 
 
 def _no_event(task: TaskConfig, role: str, names: list[str], without: Mapping[str, str]) -> UserError:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from hymate.ops import compose
+from hymate.ops import compose, reference
 
 __all__ = ["causal_conv1d", "gated_rms_norm", "mamba1", "mamba2", "selective_scan", "ssd_scan"]
 
@@ -35,6 +35,7 @@ def _imports(module: str) -> bool:
 
 
 HAS_CAUSAL_CONV1D = _imports("causal_conv1d")
+WIDEST_NORM_BYTES = 1 << 16  # of a group: more does not fit the norm's kernel
 FORGETTING = 110.0  # exp(-110) is 0 in float32, and less than float64 can add to 1
 
 
@@ -146,7 +147,9 @@ class _WithoutGradient(torch.autograd.Function):
 
 
 def gated_rms_norm(x: Tensor, z: Tensor, weight: Tensor, eps: float, group_size: int) -> Tensor:
-    """mamba_ssm's kernel, which keeps no float32 copies."""
+    """mamba_ssm's kernel, which keeps no float32 copies; the plain norm for groups that are too wide for it."""
+    if group_size * x.element_size() > WIDEST_NORM_BYTES:
+        return reference.gated_rms_norm(x, z, weight, eps, group_size)
     from mamba_ssm.ops.triton.layernorm_gated import rmsnorm_fn
 
     return rmsnorm_fn(x, weight, None, z=z, eps=eps, group_size=group_size, norm_before_gate=False)

@@ -46,7 +46,9 @@ def as_on_gpu(linear: Callable[..., Tensor] | None = None) -> Iterator[None]:
             module.__spec__ = ModuleSpec(module.__name__, None)
         vars(put[name]).update(functions)
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.dict(sys.modules, put))
+        for name, module in put.items():  # these alone: what is imported meanwhile stays
+            stack.callback(_put, name, sys.modules.get(name))
+            _put(name, module)
         stack.enter_context(ops.forced("fused"))
         for owner, name, value in (
             (fused, "HAS_CAUSAL_CONV1D", True),
@@ -57,6 +59,13 @@ def as_on_gpu(linear: Callable[..., Tensor] | None = None) -> Iterator[None]:
         ):
             stack.enter_context(mock.patch.object(owner, name, value))
         yield
+
+
+def _put(name: str, module: ModuleType | None) -> None:
+    if module is None:
+        del sys.modules[name]
+    else:
+        sys.modules[name] = module
 
 
 # Where torch itself does one thing on a CPU and another on a GPU: the latter.

@@ -15,6 +15,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -150,11 +151,11 @@ def worker_bytes(num_parameters: int, zero_stage: int, num_workers: int) -> Work
 
 def row_bytes(shapes: Shapes, zero_stage: int, activation_checkpointing: bool) -> RowBytes:
     """Of one row, forward and backward."""
-    mode = FakeTensorMode()
+    mode, linear = FakeTensorMode(), _linear(zero_stage)
     row = changed(_row(shapes), mode.from_tensor)
-    with mode, LiveBytes() as live, as_on_gpu(_linear(zero_stage)):
+    with mode, LiveBytes() as live, as_on_gpu(linear):
         module = shapes.module()
-        module.backbone.gradient_checkpointing = activation_checkpointing
+        module.backbone.activation_checkpointing = activation_checkpointing
         for parameter in module.parameters():
             parameter.grad = torch.empty_like(parameter)  # of the rows before it in the step
         before = live.now
@@ -187,9 +188,8 @@ def _linear(zero_stage: int) -> Callable[..., Tensor] | None:
     """ZeRO 3 puts its own linear layer in the place of torch's; it keeps its inputs as they are."""
     if zero_stage < 3:
         return None
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    from deepspeed.runtime.zero.linear import zero3_linear_wrap
-
+    with mock.patch.dict(os.environ, {"DS_ACCELERATOR": os.environ.get("DS_ACCELERATOR", "cpu")}):
+        from deepspeed.runtime.zero.linear import zero3_linear_wrap
     return zero3_linear_wrap
 
 

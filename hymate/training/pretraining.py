@@ -63,11 +63,16 @@ class PretrainConfig:
     device: Wanted = "auto"
 
     def __post_init__(self) -> None:
-        if self.objective.forecast_weight > 0 and self.model.sees_ahead:
-            raise ConfigError(
-                "objective.forecast_weight needs model.bidirectional=false and model.causal=true: this model has "
-                "already seen the future that it would forecast; set them, or objective=masked_event"
-            )
+        require_learnable(self.model, self.objective)
+
+
+def require_learnable(model: ModelConfig, objective: ObjectiveConfig) -> None:
+    """Raises ConfigError where the model can't learn the objective."""
+    if objective.forecast_weight > 0 and model.sees_ahead:
+        raise ConfigError(
+            "objective.forecast_weight needs model.bidirectional=false and model.causal=true: this model has "
+            "already seen the future that it would forecast; set them, or objective=masked_event"
+        )
 
 
 # ------------------------------------------------------------------------------------------------------- checks
@@ -106,7 +111,7 @@ def pretraining_job(config: PretrainConfig, worker: Worker) -> Job:
     vocabulary = read_vocabulary(config.data)
     torch.manual_seed(config.train.seed)
     module = PretrainModel(config.model, config.objective, vocabulary.size)
-    module.backbone.gradient_checkpointing = config.train.activation_checkpointing
+    module.backbone.activation_checkpointing = config.train.activation_checkpointing
     groups = decay_groups(module, config.train.weight_decay)
     training = _rows(config, histories, vocabulary, pretraining_examples(histories, TRAIN_SPLIT))
     tuning_examples = pretraining_examples(histories, TUNING_SPLIT)

@@ -165,7 +165,7 @@ def long(report: Report, setting: Setting) -> None:
 
     def measured(recomputed: bool, plan: Measures) -> Measures:
         module, optimizer = model_and_adamw(setting, config)
-        module.backbone.gradient_checkpointing = recomputed
+        module.backbone.activation_checkpointing = recomputed
         batch = module.ask(random_row([events], vocab_size=VOCABULARY)).to(setting.device)
         return rate(setting, functools.partial(plain_step, setting, module, optimizer, batch), events, plan)
 

@@ -51,7 +51,7 @@ class Trainer:
         keep_freed_memory()
         torch.manual_seed(0)
         self.model = PretrainModel(model, objective, options.vocabulary)
-        self.model.backbone.gradient_checkpointing = options.checkpointing
+        self.model.backbone.activation_checkpointing = options.checkpointing
         self.optimizer = torch.optim.AdamW(decay_groups(self.model, 0.05), lr=1e-4)
 
     def step(self, rows: list[Batch]) -> float:
