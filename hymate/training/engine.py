@@ -449,7 +449,7 @@ class Meter:
         return torch.stack([finite.float(), self._sums["loss"]])
 
     def count(self, rows: Sequence[Batch], loss: float) -> None:
-        """Take in what `add` told of a step over `rows` that was finite."""
+        """Count a finite step over `rows`; loss: the sum of all steps' so far, as `add` returned it."""
         self._steps, self._rows = self._steps + 1, self._rows + len(rows)
         self._events += sum(row.num_events for row in rows)
         elapsed = time.monotonic() - self._started

@@ -71,7 +71,7 @@ class TrialConfig:
 
 @dataclass(frozen=True)
 class Study:
-    """What the trials of a search share; labels: a table for each task; metric: one of `tuning_scores`; device: where
+    """Shared by all trials; labels: a table for each task; metric: one of `tuning_scores`; device: where
     each trial computes.
 
     teacher: for each task a probability of each of its training examples (`hymate.baselines.cross_fitted`), where a

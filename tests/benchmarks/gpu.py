@@ -62,7 +62,7 @@ def found() -> dict[str, str | None]:
 
 
 def card() -> str:
-    """What the driver says of the GPUs, or why it says nothing."""
+    """The NVIDIA driver's list of GPUs, or why there is none."""
     query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total,power.limit", "--format=csv,noheader"]
     try:
         answer = subprocess.run(query, capture_output=True, text=True, timeout=20)
@@ -137,8 +137,10 @@ def show(name: str, part: dict[str, Any]) -> None:
     ended = f": {part['ended']}; {_last_line(part['printed'])}" if "ended" in part else ""
     print(f"{name:10} {part['seconds']:5.0f} s  {part['outcome']}{ended}")
     for each in part["measured"]:
-        told = "; ".join(f"{key} {_number(value)}" for key, value in each.items() if key not in ("what", "traceback"))
-        print(f"    {each['what']}: {told.replace('left_out', 'left out:')}")
+        measures = "; ".join(
+            f"{key} {_number(value)}" for key, value in each.items() if key not in ("what", "traceback")
+        )
+        print(f"    {each['what']}: {measures.replace('left_out', 'left out:')}")
     sys.stdout.flush()
 
 

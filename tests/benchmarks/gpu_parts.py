@@ -42,20 +42,20 @@ def machine(report: Report, setting: Setting) -> None:
     """What torch sees, and which versions of the kernels can be imported."""
 
     def torch_sees() -> Measures:
-        told: Measures = {
+        measures: Measures = {
             "torch": torch.__version__,
             "cuda": torch.version.cuda,
             "varlen": importlib.util.find_spec("torch.nn.attention.varlen") is not None,
         }
         if setting.device.type == "cuda":
             properties = torch.cuda.get_device_properties(0)
-            told |= {
+            measures |= {
                 "card": properties.name,
                 "memory_gib": properties.total_memory / 2**30,
                 "multiprocessors": properties.multi_processor_count,
                 "capability": f"{properties.major}.{properties.minor}",
             }
-        return told
+        return measures
 
     def imported(name: str) -> Measures:
         module = importlib.import_module(name)
@@ -319,13 +319,13 @@ def inference(report: Report, setting: Setting) -> None:
         began = time.perf_counter()
         state = stream.append(None, events_L[:-256])
         setting.wait()
-        told: Measures = {"events_per_second": setting.long_events / (time.perf_counter() - began)}
+        measures: Measures = {"events_per_second": setting.long_events / (time.perf_counter() - began)}
         for k in (1, 16, 256):
             more_L = events_L[-256:][:k]
-            told[f"append_{k}_ms"] = timed(setting, functools.partial(stream.append, state, more_L))["ms"]
+            measures[f"append_{k}_ms"] = timed(setting, functools.partial(stream.append, state, more_L))["ms"]
         at = int(history.time[-1])
-        told["outputs_ms"] = timed(setting, lambda: stream.outputs(state, history, at))["ms"]
-        return {**told, "peak_gib": setting.peak_gib()}
+        measures["outputs_ms"] = timed(setting, lambda: stream.outputs(state, history, at))["ms"]
+        return {**measures, "peak_gib": setting.peak_gib()}
 
     report.attempt("base, prediction, float32", lambda: prediction(False))
     report.attempt("base, prediction, bf16", lambda: prediction(True))

@@ -49,19 +49,19 @@ class Report:
     def attempt(self, what: str, measure: Callable[[], Measures]) -> Measures:
         """Add what `measure()` returns, or why it returned nothing, and return that."""
         try:
-            told = measure()
+            measures = measure()
         except (LeftOut, UserError, ModuleNotFoundError) as error:
-            told = {"left_out": _line(error)}
+            measures = {"left_out": _line(error)}
         except Exception as error:
-            told = {"error": f"{type(error).__name__}: {_line(error)}", "traceback": traceback.format_exc()}
-        self._measured.append({"what": what, **told})
+            measures = {"error": f"{type(error).__name__}: {_line(error)}", "traceback": traceback.format_exc()}
+        self._measured.append({"what": what, **measures})
         temporary = self._path.with_suffix(".tmp")
         temporary.write_text(json.dumps(self._measured))
         os.replace(temporary, self._path)
         gc.collect()  # a failed step's tensors hang on its traceback
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        return told
+        return measures
 
 
 def _line(error: BaseException) -> str:
