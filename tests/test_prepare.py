@@ -145,6 +145,24 @@ def test_the_meds_part_is_valid_meds(tmp_path: Path) -> None:
     assert dataset == {"meds_version": "0.4.1", "license": "CC0"}
 
 
+def test_meds_0_3_3_is_read_and_written_as_0_4(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """What meds_etl writes: the version before, and units in a column of their own."""
+    old, new = write_raw(tmp_path / "old"), write_raw(tmp_path / "new")
+    (old / "metadata" / "dataset.json").write_text(json.dumps({"etl_name": "meds_etl.omop", "meds_version": "0.3.3"}))
+    for shard in (old / "data").rglob("*.parquet"):
+        table = pq.read_table(shard)
+        write(table.append_column("unit", pa.nulls(table.num_rows, pa.string())), shard)
+    prepare(config(old, tmp_path / "from_old"))
+    assert "column `unit`" in capfd.readouterr().out
+    prepare(config(new, tmp_path / "from_new"))
+    assert "column `unit`" not in capfd.readouterr().out
+    dataset = json.loads((tmp_path / "from_old" / "metadata" / "dataset.json").read_text())
+    assert dataset == {"etl_name": "meds_etl.omop", "meds_version": meds.__version__}
+    for shard in ROWS:
+        of_old, of_new = (tmp_path / name / "histories" / f"{shard}.parquet" for name in ("from_old", "from_new"))
+        assert repr(pq.read_table(of_old).to_pylist()) == repr(pq.read_table(of_new).to_pylist())
+
+
 rows_of_subject = st.lists(
     st.tuples(
         st.one_of(st.none(), st.integers(-(10**15), 10**15)),
@@ -489,8 +507,8 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "null subject": (rows((None, 7, "K", 1.0)), r"train/1\.parquet: row 0: subject_id is null"),  # type: ignore[arg-type]
     "null code": (rows((3, 7, "K", 1.0), (3, 8, None, 1.0)), r"train/1\.parquet: row 1: code is null"),  # type: ignore[arg-type]
     "other version": (
-        lambda raw: (raw / "metadata/dataset.json").write_text('{"meds_version": "0.3.3"}'),
-        r"dataset\.json: MEDS version 0\.3\.3 is not supported: convert",
+        lambda raw: (raw / "metadata/dataset.json").write_text('{"meds_version": "0.2.1"}'),
+        r"dataset\.json: MEDS version 0\.2\.1 is not supported: convert",
     ),
     "no version": (
         lambda raw: (raw / "metadata/dataset.json").unlink(),

@@ -39,10 +39,12 @@ from hymate.data.meds import (
 )
 from hymate.storage import Location, atomic_path, files_below, local_copy, present
 
+READABLE_VERSIONS = ("0.3", "0.4")  # 0.3.3, which meds_etl writes, has the same files and columns as 0.4
+
 
 @dataclass(frozen=True)
 class MedsSource:
-    """A MEDS 0.4 dataset: checked, then linked (copied where linking is impossible).
+    """A MEDS 0.4 or 0.3.3 dataset: checked, then linked (copied where linking is impossible).
 
     Subjects keep the splits of metadata/subject_splits.parquet; without that file they are split by a seeded hash
     of their ids into the shares of `splits`. Label folders (labels/<task>/) come along.
@@ -72,7 +74,7 @@ class MedsSource:
                 f'{path}: missing or without "meds_version": write {{"meds_version": "{meds.__version__}"}} there '
                 f"if this is a MEDS {MEDS_VERSION} dataset"
             ) from error
-        if str(version).split(".")[:2] != MEDS_VERSION.split("."):
+        if ".".join(str(version).split(".")[:2]) not in READABLE_VERSIONS:
             raise DataError(
                 f"{path}: MEDS version {' '.join(str(version).split())[:20]} is not supported: convert the dataset to "
                 f"MEDS {MEDS_VERSION}"
@@ -107,6 +109,13 @@ class MedsSource:
 
     def finish(self, out: Location) -> None:
         subject_id_N = self._subjects()
+        with open_parquet(self._raw_shard(self.shards()[0])) as file:
+            if "unit" in file.schema_arrow.names:
+                print(
+                    f"warning: the column `unit` of {self.raw} is not read: where a code has several units, make each "
+                    "pair a code of its own (CODE//UNIT)",
+                    flush=True,
+                )
         if present(self.raw / meds.subject_splits_filepath):
             splits = read_splits(self.raw)
             self._check_all_split(subject_id_N, splits["subject_id"].to_numpy())
@@ -117,6 +126,7 @@ class MedsSource:
         codes_path = self.raw / meds.code_metadata_filepath
         codes = read_small(codes_path, meds.CodeMetadataSchema) if present(codes_path) else codes_table({})
         dataset = json.loads((self.raw / meds.dataset_metadata_filepath).read_text())
+        del dataset["meds_version"]  # what is written here is of ours
         write_metadata(out, dataset, splits, codes)
         for name, path in self._label_files().items():
             write_labels(read_file(path), out / name)
