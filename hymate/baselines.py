@@ -72,7 +72,13 @@ class DataPath:
 
 @dataclass(frozen=True)
 class BaselinesConfig:
-    """out: folder of the results; seed: of the trees' column and row samples and of the importance."""
+    """`python -m hymate.baselines`'s configuration.
+
+    out: folder of the results.
+    baseline: the classifier of the features.
+    seed: of the trees' column and row samples and of the importance.
+    features: aggregates of each variable before the prediction time.
+    """
 
     data: DataPath
     task: TaskConfig

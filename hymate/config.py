@@ -27,10 +27,10 @@ Place = Annotated[str, parse_location]  # a local path or a URL
 class DataConfig:
     """A prepared dataset and how its histories are cut and packed.
 
-    path: folder or URL written by `python -m hymate.data.prepare`.
-    context: most events of one history that the model sees (a random window of it in pretraining, the last
-        events up to the prediction time in fine-tuning).
-    tokens_per_row: most events packed into one row, which is what one worker computes at a time.
+    path: folder or URL of a prepared dataset, written by `python -m hymate.data.prepare`.
+    context: most events of one history that the model sees: a random window of it in pretraining, the last events up
+        to the prediction time in fine-tuning.
+    tokens_per_row: most events in one packed row, which is what one worker computes at a time.
     min_count: codes with fewer training events share the unknown id.
     """
 
@@ -52,18 +52,27 @@ class DataConfig:
 class ModelConfig:
     """Widths and the layer pattern of a HyMaTE encoder. configs/model/paper.yaml is the published one.
 
+    d_model: width of an event's vector.
     embedding: of the events: "modulated" (the code shifts and scales what its value becomes; time as cycles) or "plain"
         (a network of the value and one of the time, the paper's).
-    layers: one letter a block, M a Mamba mixer, A self-attention, G a gated recurrent unit (e.g. "MMMA").
+    layers: one letter a block: M a Mamba mixer, A self-attention, G a gated recurrent unit (e.g. "MMMA").
     mixer: "mamba2" (Dao & Gu 2024) or "mamba1" (Gu & Dao 2023, the paper's).
-    window: sliding attention window in events on each side; 0 is full attention.
-    causal: attention sees only an event's past. bidirectional: each M block reads its history in both directions, and
-        attention, too, sees what comes later.
+    causal: attention sees only an event's past.
+    bidirectional: each M block reads its history in both directions, and attention, too, sees what comes later.
+    d_state: numbers of a Mamba state for each channel.
+    d_conv: events that a Mamba mixer's short convolution sees.
+    expand: inner width of a Mamba mixer over d_model.
+    headdim: channels of a head of mamba2; it divides expand * d_model.
+    chunk_size: events that mamba2's scan computes at once; it changes speed and memory, not the result.
+    num_heads: heads of attention; they divide d_model.
+    window: events on each side that attention sees; 0 is the whole history.
     mlp_ratio: width of each block's gated MLP over d_model; 0 is none (the paper's).
-    pooling: "attention" (the paper's: additive attention over the events, and a dense network of the static features),
-        "fusion" (attention that forgets at learned rates and knows trends), "variables" (over the variables, which also
-        know what aggregate features would say of them), "last" (last event's state) or "mean".
-    num_queries: attention queries of the first three; their results are concatenated.
+    dropout: fraction of a block's output that is dropped in training.
+    pooling: how events become a patient: "attention" (the paper's: additive attention over the events, and a dense
+        network of the static features), "fusion" (attention that forgets at learned rates and knows trends),
+        "variables" (over variables, which also know their counts, extremes and trends), "last" (the last event's state)
+        or "mean".
+    num_queries: attention queries of the first three poolings; their results are concatenated.
     members: poolings and heads over the one encoder; each learns as if it were alone, and their logits are averaged.
     """
 
@@ -137,12 +146,17 @@ class ModelConfig:
 class ObjectiveConfig:
     """Weights and settings of the self-supervised objectives; a weight of 0 leaves a term out.
 
-    code_weight, value_weight: `masked_event`, the hidden code (cross-entropy) and value (Huber).
-    forecast_weight: `forecast`, from the pooled patient vector at `forecast_points` random times of each history:
-        whether each of the `forecast_variables` most frequent variables is measured in the `horizon_hours` that follow
-        (cross-entropy), and its mean normalised value there (Huber). The patient vector must see only the past, so this
-        needs a model that does not see ahead (`ModelConfig.sees_ahead`).
-    mask_share: share of events hidden; span_share: part of it that falls in whole spans of mean span_length.
+    code_weight: `masked_event`: of the hidden events' codes (cross-entropy).
+    value_weight: `masked_event`: of the hidden events' values (Huber).
+    forecast_weight: `forecast`: from the pooled patient vector at random times of each history, whether each variable
+        is measured within the horizon (cross-entropy), and its mean normalised value there (Huber). The patient vector
+        must see only the past, so this needs a model that does not see ahead (`ModelConfig.sees_ahead`).
+    mask_share: fraction of the events that are hidden.
+    span_share: fraction of the hidden events that lie in whole spans.
+    span_length: mean number of events in a span.
+    horizon_hours: how far a forecast looks, in hours.
+    forecast_points: times of each history that are forecast from.
+    forecast_variables: how many of the most frequent codes are forecast.
     """
 
     code_weight: float = 1.0
@@ -177,16 +191,31 @@ class ObjectiveConfig:
 class TrainConfig:
     """One training run.
 
-    rows_per_step: packed rows of one optimiser step over all workers; it stays the same when the number of
-        workers changes (each worker accumulates rows_per_step / num_workers rows).
-    max_steps: optimiser steps; warmup_steps: linear warm-up, then cosine decay to min_lr_share * learning_rate
-        at max_steps, also where a run goes on with another max_steps.
-    eval_every: steps between evaluations on the tuning split, each followed by a checkpoint; in pretraining an
-        evaluation reads about eval_rows packed rows.
-    keep: best checkpoints kept, besides the last. patience: evaluations without improvement before the run
-        stops early (0: never).
+    num_workers: Ray workers, each on its own CPUs or GPU.
+    zero_stage: DeepSpeed ZeRO stage: 0 shares nothing between workers, 1 the optimiser's state, 2 gradients too, 3
+        weights too.
+    precision: "fp32", or "bf16" for bf16 arithmetic with float32 parameters.
+    rows_per_step: packed rows of one optimiser step over all workers; it stays the same when the number of workers
+        changes (each worker accumulates rows_per_step / num_workers rows).
+    max_steps: optimiser steps.
+    warmup_steps: steps of linear warm-up; a cosine decay to the last step follows.
+    learning_rate: the highest, after the warm-up.
+    min_lr_share: learning rate at max_steps as a fraction of the highest, also where a run goes on with another
+        max_steps.
+    weight_decay: AdamW's; norms, embeddings, `A_log`, `D` and `dt_bias` are never decayed.
+    beta1: AdamW's.
+    beta2: AdamW's.
+    clip_norm: largest norm of the gradient; a larger one is scaled down to it.
+    activation_checkpointing: blocks are computed again in the backward pass: less memory, more time.
+    eval_every: steps between evaluations on the tuning split, each followed by a checkpoint.
+    eval_rows: packed rows that an evaluation of pretraining reads, about.
+    log_every: steps between points on TensorBoard.
+    keep: best checkpoints kept, besides the last.
+    patience: evaluations without improvement before the run stops early; 0 is never.
     max_failures: how often dead workers are replaced before the run gives up.
-    max_skipped: a step whose loss or gradient is not finite is skipped; more in a row end the run.
+    max_skipped: steps in a row that may be skipped because loss or gradient is not finite; one more ends the run.
+    cpus_per_worker: CPUs of a worker or trial.
+    seed: of weights, order of the data, masks and dropout.
     """
 
     num_workers: int = 1
@@ -247,7 +276,11 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Where a run lives: `<dir>/<name>`, `dir` a folder or a URL; the same name continues the run that is there."""
+    """Where a run lives: the folder `<dir>/<name>`. The same name continues the run that is there.
+
+    name: a plain folder name.
+    dir: a folder or a URL.
+    """
 
     name: str
     dir: Place = "runs"
@@ -273,18 +306,20 @@ class RunConfig:
 class TaskConfig:
     """A prediction task: a folder of MEDS labels, or an ACES definition that makes them.
 
+    name: names the head, its predictions and `labels/<name>` of a dataset.
     labels: folder of MEDS label Parquet files; null: `labels/<name>` of the dataset where it exists, else
         extracted with `definition`.
     definition: ACES task (predicates, trigger, windows; one window has a `label`, one an `index_timestamp`) or
         null.
-    competing: the predicate of `definition` that stands for death, where death is a competing risk: a patient
-        who died up to the prediction time gets no label, and for a death before the label window ends without
-        the label's event competing_rule says "negative" (it did not happen) or "exclude" (no label).
-    censoring_rule: what becomes of a label whose record ends inside its window, without a death there. "exclude": no
-        label, with the event or without (the whole window must be seen). "exclude_negatives": with the event it is
-        positive, without it no label, which raises the fraction of positives. "weights": the same, and the labels that
-        remain have inverse-probability-of-censoring weights, which make up for it.
-    kinds: predicates of `definition` that tell kinds of the label's event apart, to count them; where false, an event
+    competing: the predicate of `definition` that stands for death, where death is a competing risk: a patient who died
+        up to the prediction time gets no label.
+    competing_rule: for a death before the label window ends without the label's event: "negative" (the event did not
+        happen) or "exclude" (no label).
+    censoring_rule: for a label whose record ends inside its window, without a death there. "exclude": no label, with
+        the event or without (the whole window must be seen). "exclude_negatives": with the event it is positive, without
+        it there is no label, which raises the fraction of positives. "weights": the same, and the labels that remain
+        have inverse-probability-of-censoring weights, which make up for it.
+    kinds: predicates of `definition` that distinguish kinds of the label's event, to count them; where false, an event
         of this kind does not count as the label's.
     start: when what the label is about begins: the "trigger", or the last event of a predicate of `definition` up to
         the prediction time; null: the label belongs to its prediction time alone. A patient may be shown as at any
@@ -326,12 +361,16 @@ class TaskConfig:
 class SearchConfig:
     """The fine-tuning search.
 
-    space: parameter -> {choice: [...]} | {uniform: [low, high]} | {loguniform: [low, high]}; parameters are
-        `backbone_lr`, `head_lr`, `dropout`, `frozen`, `context`, `pooling`, `weight_decay`, `early_share`,
-        `teacher_share`.
+    num_trials: settings that are tried.
     metric: what picks the best checkpoint on the tuning split: "mean" of AUROC, AUPRC and, where a task has days,
         concordance; or one of the first two. Of several tasks the mean counts.
+    max_concurrent: trials at the same time; 0 is as many as the machine or cluster holds.
     grace_steps: steps before ASHA may stop a trial.
+    reduction_factor: ASHA lets one in so many trials go on to the next rung.
+    max_failures: how often a trial that died is tried again.
+    space: parameter -> a value, {choice: [...]}, {uniform: [low, high]} or {loguniform: [low, high]}; parameters are
+        `backbone_lr`, `head_lr`, `dropout`, `frozen`, `context`, `pooling`, `weight_decay`, `early_share`,
+        `teacher_share`.
     """
 
     num_trials: int = 8
@@ -354,7 +393,7 @@ class SearchConfig:
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """What report.md tells besides the model's scores.
+    """What report.md shows besides the model's scores.
 
     boosting: whether gradient boosting is fitted, too, to compare with.
     subgroups: regular expressions of static codes; each code that one matches is a group, besides the sexes.

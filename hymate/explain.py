@@ -60,10 +60,15 @@ VERDICT = {
 
 @dataclass(frozen=True)
 class ExplainConfig:
-    """bundle: a risk bundle or a tuning run's folder; split: "all" or one of the dataset's splits.
+    """`python -m hymate.explain`'s configuration.
 
-    subjects: ids of the patients to draw; without any, the `patients` at the highest risk.
+    bundle: a risk bundle, or the folder of a search.
+    out: folder of the explanation; its patients/ holds patient data.
+    split: "all" or one of the dataset's splits.
+    subjects: ids of the patients to draw; without any, those at the highest risk.
+    patients: how many of those at the highest risk are drawn.
     cohort: most predictions behind the tables of variables and of faithfulness.
+    device: "auto" takes a GPU where all is there that the model needs, else the CPU; or "cpu", "cuda".
     """
 
     bundle: Place

@@ -33,7 +33,13 @@ RECOMPUTED = ("Mamba", "attention", "MLP")  # parts of the blocks
 
 @dataclass(frozen=True)
 class PlanData:
-    """path: a prepared dataset, or null; otherwise as `DataConfig`."""
+    """As `DataConfig`, but that there need be no dataset.
+
+    path: a prepared dataset, or null.
+    context: most events of one history that the model sees.
+    tokens_per_row: most events in one packed row.
+    min_count: codes with fewer training events share the unknown id.
+    """
 
     path: Place | None = None
     context: int = 8192
@@ -43,12 +49,17 @@ class PlanData:
 
 @dataclass(frozen=True)
 class PlanConfig:
-    """A pretraining to be.
+    """`python -m hymate.plan`'s configuration: a pretraining to be.
 
-    events, history_events, vocabulary: of the dataset, where data.path names none: events of an epoch, of a history on
-        average, and ids.
-    gpu_tflops, gpu_fraction: a GPU's rate in 10**12 operations a second, and how much of it is reached.
-    memory_gib: the memories of the GPUs to look at; reserved_gib: what is not for tensors on each.
+    gpus: how many there are; one worker each.
+    events: of the dataset, where data.path names none.
+    history_events: events of a history on average, where data.path names none.
+    vocabulary: ids, where data.path names none.
+    epochs: passes over the dataset.
+    gpu_tflops: a GPU's rate in 10**12 operations a second.
+    gpu_fraction: fraction of that rate that is reached.
+    memory_gib: memories of the GPUs to look at.
+    reserved_gib: what is not for tensors on each.
     """
 
     data: PlanData

@@ -60,10 +60,15 @@ class DataPath:
 
 @dataclass(frozen=True)
 class PredictConfig:
-    """bundle: a risk bundle or a tuning run's folder; split: "all" or one of the dataset's splits.
+    """`python -m hymate.predict`'s configuration.
 
-    context: the events read before a prediction time, as many as the bundle's context or all; states: with all, the
-    folder that keeps the subjects' states.
+    bundle: a risk bundle, or the folder of a search.
+    out: Parquet file of the predictions.
+    split: "all" or one of the dataset's splits.
+    context: the events read before a prediction time: "bundle" (as many as in fine-tuning) or "all".
+    states: with context=all, the folder that keeps each subject's state (patient data), so that only new events are
+        read.
+    device: "auto" takes a GPU where all is there that the model needs, else the CPU; or "cpu", "cuda".
     """
 
     bundle: Place

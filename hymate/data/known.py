@@ -54,8 +54,12 @@ class KnownRule:
 
 @dataclass(frozen=True)
 class KnownConfig:
-    """rules: by name; of those that match an event the first one counts. Births are under no rule, and events without a
-    time under "never" alone. admission, discharge: regular expressions of the codes that begin and end a stay.
+    """When events become known, by rules.
+
+    rules: by name; of those that match an event the first one counts. Births are under no rule, and events without a
+        time under "never" alone. Each rule has `codes`, `when`, `delay_hours` and `at_midnight`.
+    admission: regular expression of the codes that begin a stay.
+    discharge: regular expression of the codes that end a stay.
     """
 
     rules: dict[str, KnownRule] = field(default_factory=dict)

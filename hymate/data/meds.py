@@ -72,7 +72,12 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class SplitsConfig:
-    """Shares of the subjects in each split; they add up to 1."""
+    """Fractions of the subjects in each split; they add up to 1.
+
+    train: what the model learns from.
+    tuning: what chooses checkpoints, recalibrates and sets thresholds.
+    held_out: what is scored once.
+    """
 
     train: float = 0.8
     tuning: float = 0.1

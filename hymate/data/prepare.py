@@ -69,11 +69,16 @@ JOURNAL_S = 10.0  # between two journals at a URL
 
 @dataclass(frozen=True)
 class PrepareConfig:
-    """source: what `raw` holds ("synthetic" makes its own data and needs none).
+    """`python -m hymate.data.prepare`'s configuration.
 
-    splits: shares of the subjects, where the source does not bring its own splits; seed: of everything random.
+    source: what `raw` holds; "synthetic" makes its own data.
+    out: new folder of the prepared dataset, or one that an interrupted command left.
+    raw: folder of the raw data; "synthetic" needs none.
+    splits: fractions of the subjects, where the source does not bring its own splits.
     known: when events become known, of source=meds; the events of the other sources are known at their stamps.
+    seed: of everything random.
     workers: processes; each holds some 0.3 GB, and 68 bytes a patient.
+    synthetic: the synthetic cohort, of source=synthetic.
     """
 
     source: Literal["physionet2012", "meds", "synthetic"]

@@ -45,9 +45,12 @@ MIN_MEAN_EVENTS = 150
 class SyntheticConfig:
     """A synthetic cohort.
 
-    subjects: number of subjects. mean_events: mean history length, about; lengths are log-normal (at the default,
-        the longest 1 % exceed 20,000 events). seed: the cohort is a function of this configuration alone.
-    shard_events: events of one shard, about. shuffled_labels: readmission depends on nothing (negative control).
+    subjects: number of subjects.
+    mean_events: mean length of a history, about; lengths are log-normal (at the default, the longest 1 % exceed 20,000
+        events).
+    seed: the cohort is a function of this configuration alone.
+    shard_events: events of one shard, about.
+    shuffled_labels: readmission depends on nothing: a negative control.
     driver_distance: 0, or the law's only driver lies up to so many events before the discharge (the distant law of
         synthetic_law.py); mean_events must be four times that, for a stay is about a quarter of a history.
     """

@@ -92,7 +92,23 @@ class Contender:
 
 @dataclass(frozen=True)
 class BenchmarkConfig:
-    """`finetune/benchmark.py`'s configuration; see configs/benchmark.yaml."""
+    """`finetune/benchmark.py`'s configuration.
+
+    split: "cross_validation" over the train and tuning patients, while choices are made; "held_out" once they are made.
+    folds: of cross-validation; each seed draws its own.
+    only: names of the contenders to run now; the others can follow. Empty: all of them.
+    seeds: how often everything is done, each time with other random numbers.
+    budgets: labels that a run sees in all, those that choose and recalibrate included; 0 is all there are.
+    with_few_labels: the contenders of all budgets but the largest.
+    choosing_fraction: fraction of the labels that choose the candidate and recalibrate it; the rest is fitted to.
+    max_concurrent: runs at the same time; 0 is as many as the machine or cluster holds.
+    pretrain: each seed's pretraining, without labels.
+    train: each contender's fine-tuning.
+    contenders: by name, what each changes in `model` (`model`) and in `point` (`point`), and whether it starts from
+        pretrained weights (`pretrained`).
+    point: settings of every contender, as of a search's space.
+    device: "auto" takes a GPU for each run where all is there that the model needs, else CPUs; or "cpu", "cuda".
+    """
 
     data: DataConfig
     model: ModelConfig

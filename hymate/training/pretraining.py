@@ -53,7 +53,10 @@ CHANGEABLE = {
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    """Everything of a pretraining run."""
+    """Everything of a pretraining run.
+
+    device: "auto" takes a GPU for each worker where all is there that the model needs, else CPUs; or "cpu", "cuda".
+    """
 
     data: DataConfig
     model: ModelConfig
