@@ -316,9 +316,9 @@ class TaskConfig:
     competing_rule: for a death before the label window ends without the label's event: "negative" (the event did not
         happen) or "exclude" (no label).
     censoring_rule: for a label whose record ends inside its window, without a death there. "exclude": no label, with
-        the event or without (the whole window must be seen). "exclude_negatives": with the event it is positive, without
-        it there is no label, which raises the fraction of positives. "weights": the same, and the labels that remain
-        have inverse-probability-of-censoring weights, which make up for it.
+        the event or without (the whole window must be seen). "exclude_negatives": with the event it is positive,
+        without it there is no label, which raises the fraction of positives. "weights": the same, and the labels that
+        remain have inverse-probability-of-censoring weights, which make up for it.
     kinds: predicates of `definition` that distinguish kinds of the label's event, to count them; where false, an event
         of this kind does not count as the label's.
     start: when what the label is about begins: the "trigger", or the last event of a predicate of `definition` up to
