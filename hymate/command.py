@@ -57,7 +57,6 @@ _INSTEAD = {  # of Hydra's options, what does here what they do there
     **dict.fromkeys(("shell-completion", "sc"), _HELP),
     "repeat": "give it first and its folder after it: --repeat RUN_FOLDER",
 }
-_REPLACED = {"use_gpu": "device=cuda, cpu or auto (without train.) has taken its place"}
 # ${names:${task}}: the task's name, of several joined
 OmegaConf.register_new_resolver("names", lambda task: task.get("name") or "-".join(task), replace=True)
 
@@ -133,7 +132,10 @@ def _changed(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
 def _refuse_options(override: str, schema: type) -> None:
     """Raises ConfigError where an argument is not key=value: one of Hydra's options or keys, say."""
     key, equals, _ = override.partition("=")
-    folder = "run.dir=DIR" if any(field.name == "run" for field in dataclasses.fields(schema)) else "out=PLACE"
+    names = {field.name for field in dataclasses.fields(schema)}
+    folder = "run.dir=DIR" if "run" in names else "out=PLACE"
+    if (old := key.lstrip("+~")) == "train.use_gpu" and "device" in names:
+        raise ConfigError(f"{old} is not a known key: device=cuda, cpu or auto (without train.) has taken its place")
     if UNPRINTABLE.search(override):
         raise ConfigError(f"{override!a} holds a control character, or is not UTF-8: rename what it names")
     if re.match(r"[+~]*hydra([./@]|$)", key):
@@ -236,7 +238,6 @@ def _declared(hint: Any, keys: Sequence[str], where: str = "") -> set[Any]:
 def _unknown(key: str, known: Collection[str], where: str) -> ConfigError:
     close = difflib.get_close_matches(key, known, n=1)
     hint = f"did you mean {where}{close[0]}?" if close else f"known keys are {', '.join(known)}"
-    hint = _REPLACED.get(key, hint)
     return ConfigError(f"{where}{key} is not a known key: {hint}")
 
 
@@ -409,7 +410,7 @@ def check_same_run(run: Location, config: Any, inputs: Mapping[str, str], change
     remedy = f"choose another run.name, or delete {run}"
     old, new = _flat(record["config"]), _flat(to_tree(config))
     for key in sorted((old.keys() | new.keys()) - changeable):
-        if old.get(key) != new.get(key) and key.rpartition(".")[2] not in _REPLACED:
+        if old.get(key) != new.get(key) and key != "train.use_gpu":
             was = f"{key} was {old.get(key)}, now {new.get(key)}"
             raise ConfigError(f"{run} holds a run with another configuration: {was}; {remedy}")
     for key in sorted(record["inputs"].keys() | inputs.keys()):

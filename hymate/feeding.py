@@ -14,6 +14,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from hymate.batch import Batch, changed
 
@@ -25,11 +26,12 @@ def fed(items: Iterable[T], device: torch.device, ask: Callable[[Batch], Batch])
     """`items`, tuples and lists that hold rows, with each row as `ask` gives it and on `device`.
 
     Off the CPU a thread makes one item ready ahead: it asks, pins and copies, in a stream of its own. Closing the
-    generator ends the thread and closes `items`.
+    generator, once it has begun, ends the thread and closes `items`.
     """
     own = iter(items)
     try:
-        yield from (_each(item, ask) for item in own) if device.type == "cpu" else _ahead(own, device, ask)
+        here = (tree_map_only(Batch, ask, item) for item in own)
+        yield from here if device.type == "cpu" else _ahead(own, device, ask)
     finally:
         if isinstance(own, Generator):
             own.close()
@@ -44,8 +46,8 @@ def _ahead(items: Iterator[T], device: torch.device, ask: Callable[[Batch], Batc
 
     def ready() -> tuple[T, Any]:
         item = next(items, END)
-        with backend.device(device), backend.stream(stream):
-            return _each(item, copied), stream.record_event()
+        with torch.no_grad(), backend.device(device), backend.stream(stream):
+            return tree_map_only(Batch, copied, item), stream.record_event()
 
     with ThreadPoolExecutor(1, thread_name_prefix="hymate-feed") as thread:
         coming = thread.submit(ready)
@@ -56,7 +58,7 @@ def _ahead(items: Iterator[T], device: torch.device, ask: Callable[[Batch], Batc
             coming = thread.submit(ready)
             current = backend.current_stream(device)
             current.wait_event(copied_at)
-            _each(item, lambda row: changed(row, lambda x: _used_in(current, x)))  # noqa: B023 (called at once)
+            tree_map_only(Batch, lambda row: changed(row, lambda x: _used_in(current, x)), item)  # noqa: B023 (called at once)
             yield item
 
 
@@ -64,12 +66,6 @@ def _used_in(stream: Any, x: Tensor) -> Tensor:
     """Its memory was taken in the copying stream, and is not free before this one is done with it."""
     x.record_stream(stream)
     return x
-
-
-def _each(item: Any, change: Callable[[Batch], Batch]) -> Any:
-    if isinstance(item, Batch):
-        return change(item)
-    return type(item)(_each(part, change) for part in item) if isinstance(item, (tuple, list)) else item
 
 
 class Delayed(Generic[T]):

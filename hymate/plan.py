@@ -78,10 +78,19 @@ class PlanConfig:
 
     def __post_init__(self) -> None:
         for name in ("gpus", "events", "history_events", "vocabulary", "epochs", "gpu_tflops", "gpu_fraction"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
-        if not all(gib > 0 for gib in self.memory_gib) or not 0 <= self.reserved_gib < math.inf:
-            raise ConfigError("memory_gib must be positive and reserved_gib not negative")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} must be positive and finite, got {getattr(self, name)}")
+        if self.events < 1:
+            raise ConfigError(f"events must be at least 1, got {self.events}")
+        if self.gpu_fraction > 1:
+            raise ConfigError(f"gpu_fraction must be at most 1, got {self.gpu_fraction}")
+        if not all(0 < gib < math.inf for gib in self.memory_gib):
+            raise ConfigError(f"memory_gib must be positive and finite, got {list(self.memory_gib)}")
+        if not 0 <= self.reserved_gib < math.inf:
+            raise ConfigError(f"reserved_gib must be finite and not negative, got {self.reserved_gib}")
+        for name in ("events", "history_events", "vocabulary"):
+            if self.data.path is not None and getattr(self, name) != getattr(PlanConfig, name):
+                raise ConfigError(f"{name} is the dataset's own where data.path names one: leave out either")
         if self.train.num_workers != self.gpus:
             raise ConfigError(f"train.num_workers={self.train.num_workers}, but gpus={self.gpus}: give gpus alone")
         self.prepared("-")  # checks the rest of data, which has a path at times
@@ -125,8 +134,8 @@ def _lines(config: PlanConfig, shapes: Shapes, events: float) -> Iterator[str]:
     yield ""
     yield (
         f"{parameters / 1e6:,.1f} M parameters with a vocabulary of {shapes.vocab_size:,}; {train.precision}, ZeRO "
-        f"{train.zero_stage}, {config.gpus} GPUs; rows of {shapes.num_events:,} events in histories of "
-        f"{shapes.history_events:,}, activations {'computed again' if again else 'kept'}"
+        f"{train.zero_stage}, {_count(config.gpus, 'GPU')}; rows of {_count(shapes.num_events, 'event')} in "
+        f"histories of {shapes.history_events:,}, activations {'computed again' if again else 'kept'}"
     )
     yield ""
     yield from _table(["MFLOP an event", "forward", "backward"], _flops_rows(flops, again))
@@ -145,10 +154,18 @@ def _lines(config: PlanConfig, shapes: Shapes, events: float) -> Iterator[str]:
     hours = total / rate / config.gpus / 3600
     steps = math.ceil(total / (train.rows_per_step * shapes.num_events))
     yield (
-        f"{total:,.0f} events are {steps:,} steps of {train.rows_per_step} rows: {hours:,.1f} hours ({hours / 24:,.2f} "
-        f"days) on {config.gpus} GPUs, if each reaches {config.gpu_fraction:.0%} of {config.gpu_tflops:,.0f} TFLOP/s, "
-        f"{rate:,.0f} events a second."
+        f"{_count(math.ceil(total), 'event')} in {_count(steps, 'step')} of {_count(train.rows_per_step, 'row')}: "
+        f"{_duration(hours)} on {_count(config.gpus, 'GPU')}, at {config.gpu_fraction:.0%} of {config.gpu_tflops:,.0f} "
+        f"TFLOP/s each, {rate:,.0f} events a second."
     )
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
+
+
+def _duration(hours: float) -> str:
+    return f"{60 * hours:.2g} minutes" if hours < 1 else f"{hours:,.1f} hours ({hours / 24:,.2f} days)"
 
 
 def _flops_rows(flops: Mapping[str, Flops], again: bool) -> Iterator[list[str]]:

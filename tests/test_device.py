@@ -21,6 +21,7 @@ from hymate.data.vocabulary import Vocabulary
 from hymate.device import Wanted, choose
 from hymate.explain import ExplainConfig
 from hymate.model import RiskModel
+from hymate.plan import PlanConfig
 from hymate.predict import PredictConfig
 from hymate.training.pretraining import PretrainConfig
 from hymate.training.search import TuneConfig
@@ -226,5 +227,7 @@ def test_the_old_key_is_refused_with_the_new_one(command: str, schema: type, mor
     for old in ("train.use_gpu=true", "+train.use_gpu=false"):
         with pytest.raises(ConfigError, match=r"^train\.use_gpu is not a known key: device=cuda, cpu or auto"):
             load(command, ["data.path=x", old, *more], schema)
+    with pytest.raises(ConfigError, match=r"^train\.use_gpu is not a known key: known keys are"):
+        load("plan", ["train.use_gpu=true"], PlanConfig)  # has no device
     with pytest.raises(ConfigError, match="device must be one of auto, cpu, cuda; got 'gpu'"):
         load("pretrain", ["data.path=x", "device=gpu"], PretrainConfig)

@@ -8,7 +8,9 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -67,6 +69,23 @@ def test_items_come_in_order_on_the_device_one_ahead(backend: None) -> None:
             assert ready.acquire(timeout=60)
         assert source.asked == min(number + 2, 5)
     assert source.closed.is_set() and not own_threads()
+
+
+class Named(NamedTuple):
+    row: Batch
+    counted: bool
+
+
+@pytest.mark.parametrize("device", [torch.device("cpu"), META], ids=str)
+def test_named_tuples_stay_what_they_are(backend: None, device: torch.device) -> None:
+    ((row, counted),) = items = list(fed([Named(random_row((3, 2)), True)], device, lambda row: row))
+    assert isinstance(items[0], Named) and counted and row.code_L.device == device
+
+
+def test_what_is_made_ahead_needs_no_gradient(backend: None) -> None:
+    weight = torch.ones((), requires_grad=True)
+    ((row,),) = fed([(random_row((3, 2)),)], META, lambda row: replace(row, value_L=weight * row.value_L))
+    assert not row.value_L.requires_grad
 
 
 def test_who_stops_early_ends_the_thread_and_the_source(backend: None) -> None:

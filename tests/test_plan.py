@@ -67,7 +67,7 @@ def test_the_command_prints_what_fits_and_claims_no_measurement(capsys: pytest.C
     plan(load("plan", [*overrides, "memory_gib=[0.5, 2]"], PlanConfig))
     output = capsys.readouterr().out
     assert output.startswith("Counted from shapes, not measured: not yet run on a GPU.")
-    assert "123 steps of 4 rows" in output
+    assert "1,000,000 events in 123 steps of 4 rows: " in output and " minutes on 4 GPUs" in output
     small, large = table(output, "GPU")
     assert small[1:] == ["no", "none"] and large[1] == "yes"
     parts = {name: float(size) for name, size in table(output, "memory of a GPU")}
@@ -107,17 +107,30 @@ def test_a_dataset_brings_its_events_histories_and_codes(tmp_path: Path, capsys:
     config = load("plan", ["model=debug", "gpus=1", "train.rows_per_step=2", *overrides], PlanConfig)
     plan(config)
     output = capsys.readouterr().out
-    assert f"{sum(seen):,} events are {math.ceil(sum(seen) / 1024)} steps of 2 rows" in output
+    assert f"{sum(seen):,} events in {math.ceil(sum(seen) / 1024)} steps of 2 rows: " in output
+    assert "on 1 GPU," in output
     size = Vocabulary.read(data / "histories" / "vocabulary.parquet").size
     assert f"vocabulary of {size:,}" in output
     assert f"histories of {round(sum(seen) / len(seen))}," in output
 
 
-def test_what_cannot_be_counted_is_refused_in_one_line() -> None:
-    with pytest.raises(ConfigError, match="events must be positive"):
-        load("plan", ["events=0"], PlanConfig)
-    with pytest.raises(ConfigError, match="G is a baseline"):
-        load("plan", ["model=debug", "model.layers=MG"], PlanConfig)
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (["events=0"], "events must be positive and finite, got 0.0"),
+        (["events=0.5"], "events must be at least 1, got 0.5"),
+        (["epochs=inf"], "epochs must be positive and finite, got inf"),
+        (["gpu_fraction=40"], "gpu_fraction must be at most 1, got 40.0"),
+        (["memory_gib=[80,0]"], r"memory_gib must be positive and finite, got \[80.0, 0.0\]"),
+        (["reserved_gib=-5"], "reserved_gib must be finite and not negative, got -5.0"),
+        (["reserved_gib=nan"], "reserved_gib must be finite and not negative, got nan"),
+        (["data.path=x", "vocabulary=5"], "vocabulary is the dataset's own where data.path names one"),
+        (["model.layers=MG"], "model.layers: .* G is a baseline"),
+    ],
+)
+def test_what_cannot_be_counted_is_refused_in_one_line(overrides: list[str], line: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{line}"):
+        load("plan", ["model=debug", *overrides], PlanConfig)
 
 
 # ------------------------------------------------------------------------------------------------------- counts
