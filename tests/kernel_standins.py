@@ -13,7 +13,6 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
@@ -21,7 +20,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hymate.ops import attention, fused, reference
+from hymate.ops import attention, reference
+from hymate.ops.shapes import in_place_of_kernels
 
 NARROW = (torch.float16, torch.bfloat16)
 SELECTIVE_SCAN_CHUNK = 2048  # events between two states that Mamba-1's kernel keeps
@@ -30,25 +30,11 @@ SELECTIVE_SCAN_CHUNK = 2048  # events between two states that Mamba-1's kernel k
 @contextmanager
 def standing_in() -> Iterator[None]:
     """The stand-ins under the names of the real functions, until the block ends: they never reach another test."""
-    functions = {
-        "mamba_ssm.ops.selective_scan_interface": selective_scan_fn,
-        "mamba_ssm.ops.triton.ssd_combined": mamba_chunk_scan_combined,
-        "mamba_ssm.ops.triton.layernorm_gated": rmsnorm_fn,
-        "causal_conv1d": causal_conv1d_fn,
-        "torch.nn.attention.varlen": varlen_attn,
-    }
-    modules: dict[str, ModuleType] = {}
-    for path, function in functions.items():
-        parts = path.split(".")
-        for end in range(1, len(parts) + 1):
-            name = ".".join(parts[:end])
-            if end == len(parts) or parts[0] != "torch":
-                modules.setdefault(name, ModuleType(name)).__spec__ = ModuleSpec(name, None)
-        setattr(modules[path], function.__name__, function)
-    with pytest.MonkeyPatch.context() as patch:
-        for name, module in modules.items():
-            patch.setitem(sys.modules, name, module)  # no others: what is imported meanwhile stays
-        patch.setattr(fused, "HAS_CAUSAL_CONV1D", True)
+    functions = (selective_scan_fn, mamba_chunk_scan_combined, rmsnorm_fn, causal_conv1d_fn)
+    attention_module = ModuleType("torch.nn.attention.varlen")
+    vars(attention_module)["varlen_attn"] = varlen_attn
+    with in_place_of_kernels(*functions), pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, attention_module.__name__, attention_module)
         patch.setattr(attention, "HAS_KERNEL", True)
         yield
 

@@ -25,6 +25,12 @@ from torch.nn import functional as F
 from hymate import ops
 from hymate.ops import fused
 
+MODULE_OF = {
+    "mamba_chunk_scan_combined": "mamba_ssm.ops.triton.ssd_combined",
+    "rmsnorm_fn": "mamba_ssm.ops.triton.layernorm_gated",
+    "selective_scan_fn": "mamba_ssm.ops.selective_scan_interface",
+    "causal_conv1d_fn": "causal_conv1d",
+}
 SELECTIVE_SCAN_CHUNK = 2048  # events between two states that Mamba-1's kernel keeps
 BACKWARD_SPLITS = 2  # partial sums of B's and C's gradients: so many for a device that has room for them
 
@@ -32,26 +38,11 @@ BACKWARD_SPLITS = 2  # partial sums of B's and C's gradients: so many for a devi
 @contextmanager
 def as_on_gpu(linear: Callable[..., Tensor] | None = None) -> Iterator[None]:
     """Run models of fake tensors as a GPU would, in shapes; `linear` in place of torch's linear layer."""
-    modules: dict[str, dict[str, Any]] = {
-        "mamba_ssm.ops.triton.ssd_combined": {"mamba_chunk_scan_combined": mamba_chunk_scan_combined},
-        "mamba_ssm.ops.triton.layernorm_gated": {"rmsnorm_fn": rmsnorm_fn},
-        "mamba_ssm.ops.selective_scan_interface": {"selective_scan_fn": selective_scan_fn},
-        "causal_conv1d": {"causal_conv1d_fn": causal_conv1d_fn},
-    }
-    put: dict[str, ModuleType] = {}
-    for name, functions in modules.items():
-        parts = name.split(".")
-        for end in range(1, len(parts) + 1):
-            module = put.setdefault(".".join(parts[:end]), ModuleType(".".join(parts[:end])))
-            module.__spec__ = ModuleSpec(module.__name__, None)
-        vars(put[name]).update(functions)
     with ExitStack() as stack:
-        for name, module in put.items():  # these alone: what is imported meanwhile stays
-            stack.callback(_put, name, sys.modules.get(name))
-            _put(name, module)
+        kernels = selective_scan_fn, mamba_chunk_scan_combined, rmsnorm_fn, causal_conv1d_fn
+        stack.enter_context(in_place_of_kernels(*kernels))
         stack.enter_context(ops.forced("fused"))
         for owner, name, value in (
-            (fused, "HAS_CAUSAL_CONV1D", True),
             (FakeTensor, "is_cuda", True),
             (F, "linear", linear or F.linear),
             (F, "rms_norm", _rms_norm if hasattr(torch.ops.aten, "_fused_rms_norm") else F.rms_norm),
@@ -61,11 +52,27 @@ def as_on_gpu(linear: Callable[..., Tensor] | None = None) -> Iterator[None]:
         yield
 
 
-def _put(name: str, module: ModuleType | None) -> None:
-    if module is None:
-        del sys.modules[name]
-    else:
-        sys.modules[name] = module
+@contextmanager
+def in_place_of_kernels(*functions: Callable[..., Any]) -> Iterator[None]:
+    """Functions in the place of those of their names in mamba_ssm and causal_conv1d, installed or not."""
+    put: dict[str, ModuleType] = {}
+    for function in functions:
+        parts = MODULE_OF[function.__name__].split(".")
+        for end in range(1, len(parts) + 1):
+            name = ".".join(parts[:end])
+            put.setdefault(name, ModuleType(name)).__spec__ = ModuleSpec(name, None)
+        vars(put[".".join(parts)])[function.__name__] = function
+    before = {name: sys.modules.get(name) for name in put}
+    sys.modules.update(put)
+    try:
+        with mock.patch.object(fused, "HAS_CAUSAL_CONV1D", True):
+            yield
+    finally:
+        for name, module in before.items():  # these alone: what is imported meanwhile stays
+            if module is None:
+                del sys.modules[name]
+            else:
+                sys.modules[name] = module
 
 
 # Where torch itself does one thing on a CPU and another on a GPU: the latter.
