@@ -48,6 +48,7 @@ FEW = {
     "carried": replace(_SMALL, carried=True, lengths=(40,)),
     "carried, packed": replace(_SMALL, carried=True),
     "one event": replace(_SMALL, lengths=(1,)),
+    "wide states": replace(_SMALL, carried=True, d_state=200),  # above 128 mamba_ssm's kernels take them in parts
     "groups, rows, odd widths": replace(_SMALL, rows=2, heads=4, groups=2, headdim=5, d_state=9, chunk_size=10),
 }
 
