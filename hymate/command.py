@@ -33,7 +33,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from hymate import ending, machine
-from hymate.config import QUOTE_IT, ConfigError, TaskConfig
+from hymate.config import QUOTE_IT, ConfigError, TaskConfig, is_number
 from hymate.errors import UserError, first_line
 from hymate.storage import CREDENTIAL, CREDENTIAL_REFUSED, UNPRINTABLE, Location, locate
 
@@ -156,15 +156,18 @@ def _chooses_file(override: str) -> bool:
     """Whether an override is about a group of `configs/`. Raises ConfigError where the group has no such file."""
     key, equals, value = override.partition("=")
     group = key.lstrip("+~").partition("@")[0]
-    if not group or not (CONFIGS / group).is_dir():
+    if group not in {folder.name for folder in CONFIGS.iterdir() if folder.is_dir()}:
         return False
     files = sorted(file.stem for file in (CONFIGS / group).glob("*.yaml"))
-    for name in re.split(r"\s*,\s*", value.removeprefix("[").removesuffix("]")):
+    names = re.split(r"\s*,\s*", value.removeprefix("[").removesuffix("]"))
+    for name in names:
         if equals and name.lower() != "null" and name not in files:
             choices = ", ".join(name for name in files if not name.startswith("_"))
             raise ConfigError(
                 f"{override}: there is no {group}/{name}: choose from {choices}; a key of it is {group}.KEY=VALUE"
             )
+    if len(names) > 1:
+        raise ConfigError(f"{override}: {group} takes one of them: give {group}={names[0]}")
     return True
 
 
@@ -238,7 +241,7 @@ def _declared(hint: Any, keys: Sequence[str], where: str = "") -> set[Any]:
 def _unknown(key: str, known: Collection[str], where: str) -> ConfigError:
     close = difflib.get_close_matches(key, known, n=1)
     hint = f"did you mean {where}{close[0]}?" if close else f"known keys are {', '.join(known)}"
-    return ConfigError(f"{where}{key} is not a known key: {hint}")
+    return ConfigError(f"{where + key or repr(key)} is not a known key: {hint}")
 
 
 def _refuse_credentials(key: str, value: str) -> None:
@@ -340,7 +343,9 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         if not isinstance(value, Mapping):
             raise ConfigError(f"{path} must be a section of keys, got {value!r}")
         return {key: _convert(args[1], item, f"{path}.{key}") for key, item in value.items()} if args else dict(value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    if hint is float:
+        if not is_number(value):
+            raise ConfigError(f"{path} must be a finite number, got {value!r:.80}")
         return float(value)
     if hint is str and not isinstance(value, str):
         raise ConfigError(f"{path} must be text, got {value!r}: {QUOTE_IT}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,12 @@ class ConfigError(UserError):
 
 QUOTE_IT = "put it in quotes, and in a shell those in others: 'KEY=\"TEXT\"'"
 Place = Annotated[str, parse_location]  # a local path or a URL
+
+
+def is_number(value: object) -> bool:
+    """Whether a value is a finite number (true and false are none)."""
+    # compared rather than converted: an int may be beyond every float
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 # --------------------------------------------------------------------------------------------------- sections

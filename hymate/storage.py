@@ -226,6 +226,8 @@ def _parse_url(scheme: str, slashes: str, authority: str, path: str, options: st
         raise UserError(f"{text}: write {kind}://{SCHEMES[kind]}/FOLDER, or ./{text} for a local path of that name")
     if ".." in path.split("/"):
         raise UserError(f"{text}: a URL leads down only: write it without ..")
+    if "#" in options:
+        raise UserError(f"{text}: the options after the ? cannot hold a #: leave it and what follows it out")
     if options and (kind == "file" or not _OPTIONS.fullmatch(options)):
         raise UserError(
             f"{text}: a ? in a URL begins the storage's options, NAME=VALUE, and file:// has none: rename what has a ? "

@@ -355,7 +355,7 @@ def test_runs_of_other_labels_are_not_compared(tmp_path: Path) -> None:
         ("+contenders.gru.point.depth=3", "search.space.depth is not a parameter"),
         ("+contenders.gru.model.heads=3", "contenders.model.heads is not a known key"),
         ("point.head_lr={choice: [1e-3]}", "point: head_lr must be one value here, not a distribution"),
-        ("point.head_lr=fast", "search.space.head_lr must be a positive number, got 'fast'"),
+        ("point.head_lr=fast", "search.space.head_lr must be a finite positive number, got 'fast'"),
     ],
 )
 def test_a_mistake_is_one_line(wrong: str, line: str) -> None:

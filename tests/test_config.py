@@ -22,6 +22,7 @@ from hymate.training.benchmark import BenchmarkConfig
 from hymate.training.launch import absolute
 from hymate.training.pretraining import PretrainConfig
 from hymate.training.search import TuneConfig
+from hymate.training.space import check_point
 
 PATH = "data.path=somewhere"
 GROUPS = {"model": ModelConfig, "objective": ObjectiveConfig, "train": TrainConfig}
@@ -74,12 +75,32 @@ def test_choices_do_what_their_names_say() -> None:
         ("model.layers=MXA", "model.layers takes the letters"),
         ("run.name=a/b", "run.name must be a plain folder name"),
         ("objective.mask_share=1.5", "objective.mask_share must be in"),
+        ("model=[debug,small]", "model takes one of them: give model=debug"),
+        (".=x", "'' is not a known key: known keys are data, model,"),
+        ("/etc=x", "/etc is not a known key: known keys are data, model,"),
     ],
 )
 def test_a_mistake_is_one_line_that_names_the_key(override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=r"^[^\n]*$") as caught:
         pretrain_config(override)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("number", ["inf", "-inf", "nan", "1" + "0" * 400])
+@pytest.mark.parametrize("key", ["train.learning_rate", "objective.code_weight", "model.mlp_ratio"])
+def test_a_number_that_is_not_finite_is_refused_by_its_key(key: str, number: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^{key} must be a finite number, got [^\n]*$"):
+        pretrain_config(f"{key}={number}")
+
+
+@pytest.mark.parametrize("number", ["inf", "nan", "1" + "0" * 400])
+def test_a_search_is_not_over_numbers_that_are_not_finite(number: str) -> None:
+    with pytest.raises(ConfigError, match=r"^search\.space\.dropout\.uniform must be two finite numbers[^\n]*$"):
+        tune_config("task=mortality", f"search.space.dropout.uniform=[0, {number}]")
+    with pytest.raises(ConfigError, match=r"^search\.space\.head_lr must be a finite positive number[^\n]*$"):
+        check_point(
+            {"head_lr": tune_config("task=mortality", f"search.space.head_lr={number}").search.space["head_lr"]}
+        )
 
 
 # Each command with what it requires, and its keys that hold text.

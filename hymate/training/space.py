@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from hymate.config import ConfigError
+from hymate.config import ConfigError, is_number
 
 PARAMETERS = (
     "backbone_lr",
@@ -41,8 +41,8 @@ def check(space: Mapping[str, Any]) -> None:
         if kind == "choice":
             if not values:
                 raise ConfigError(f"{key}.choice is empty: give at least one value")
-        elif len(values) != 2 or not all(isinstance(v, int | float) for v in values) or not values[0] < values[1]:
-            raise ConfigError(f"{key}.{kind} must be [low, high] with low < high, got {list(values)}")
+        elif len(values) != 2 or not all(map(is_number, values)) or not values[0] < values[1]:
+            raise ConfigError(f"{key}.{kind} must be two finite numbers [low, high], low < high, got {list(values)}")
         elif kind == "loguniform" and values[0] <= 0:
             raise ConfigError(f"{key}.loguniform needs positive bounds, got {list(values)}")
 
@@ -50,17 +50,13 @@ def check(space: Mapping[str, Any]) -> None:
 def check_point(point: Mapping[str, Any]) -> None:
     """Raises ConfigError for an impossible value, of those that the model's and the training's sections don't check."""
     for name in ("backbone_lr", "head_lr"):
-        if name in point and not (_is_number(point[name]) and point[name] > 0):
-            raise ConfigError(f"search.space.{name} must be a positive number, got {point[name]!r}")
+        if name in point and not (is_number(point[name]) and point[name] > 0):
+            raise ConfigError(f"search.space.{name} must be a finite positive number, got {point[name]!r}")
     for name in ("early_share", "teacher_share"):
-        if name in point and not (_is_number(point[name]) and 0 <= point[name] <= 1):
+        if name in point and not (is_number(point[name]) and 0 <= point[name] <= 1):
             raise ConfigError(f"search.space.{name} must be a number between 0 and 1, got {point[name]!r}")
     if not isinstance(point.get("frozen", False), bool):
         raise ConfigError(f"search.space.frozen must be true or false, got {point['frozen']!r}")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def draw(space: Mapping[str, Any], num_trials: int, seed: int) -> list[dict[str, Any]]:
