@@ -10,15 +10,15 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import sys
-import tempfile
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    import socket
 
 from hymate.errors import UserError, first_line
 
@@ -52,7 +52,15 @@ class _Watch:
 
 
 def watch() -> None:
-    """Handle signals from here on. Commands call it before their imports, which take seconds."""
+    """Handle signals from here on. Commands call it before their imports, which take seconds.
+
+    So this module imports little, and the rest of it late.
+    """
+    for number in NAMES:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it, and a script's background
+            signal.signal(number, _handle)
+    import socket
+
     for descriptor in range(3):  # one that is closed would be the next file's, which then gets what libraries print
         try:
             os.fstat(descriptor)
@@ -61,9 +69,6 @@ def watch() -> None:
     receiver, _Watch.sender = socket.socketpair()
     _Watch.sender.setblocking(False)
     signal.set_wakeup_fd(_Watch.sender.fileno(), warn_on_full_buffer=False)
-    for number in NAMES:
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it, and a script's background
-            signal.signal(number, _handle)
     sys.unraisablehook = _raise_again
     threading.Thread(target=_follow, args=(receiver,), daemon=True).start()
 
@@ -256,6 +261,8 @@ def _status(error: BaseException) -> int:
 
 def tell(error: BaseException, where: str = "") -> None:
     """Print one line for an error that is not a UserError, and keep its traceback in a file."""
+    import traceback
+
     text = "".join(traceback.format_exception(error))
     if os.environ.get(TRACEBACK):
         print(text, file=sys.stderr)
@@ -284,6 +291,8 @@ def describe(error: BaseException) -> str:
 
 
 def _kept(text: str) -> str:
+    import tempfile
+
     try:
         with tempfile.NamedTemporaryFile("w", prefix="hymate-error-", suffix=".txt", delete=False) as file:
             file.write(text)

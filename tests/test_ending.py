@@ -59,6 +59,27 @@ def test_a_signal_during_the_imports_is_no_traceback() -> None:
     assert (status, said) == (130, "stopped by Ctrl-C\n")
 
 
+@pytest.mark.parametrize("module", ["random", "socket", "traceback", "numpy"])
+def test_a_signal_in_the_first_tenth_of_a_second_is_no_traceback(module: str) -> None:
+    """It comes while a command's first lines import the module, which they do under the handlers or not at all."""
+    sends = "os.kill(os.getpid(), signal.SIGINT) if name == 'MODULE' else None"
+    script = f"""
+    import os, signal, sys
+    for name in [name for name in sys.modules if name.partition(".")[0] == {module!r}]:
+        del sys.modules[name]
+    class Sender:
+        def find_spec(name, *_):
+            {sends.replace("MODULE", module)}
+    sys.meta_path.insert(0, Sender)
+    from hymate import ending
+    ending.watch()
+    import tempfile, traceback, numpy
+    """
+    line = [sys.executable, "-c", textwrap.dedent(script)]
+    done = subprocess.run(line, env=ENVIRONMENT, capture_output=True, text=True, timeout=PATIENCE_S)
+    assert (done.returncode, done.stderr) == (130, "stopped by Ctrl-C\n")
+
+
 @pytest.mark.parametrize(
     "swallowed",
     [
