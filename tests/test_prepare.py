@@ -221,9 +221,10 @@ def test_reading_needs_few_decoded_row_groups(tmp_path: Path, monkeypatch: pytes
     assert [h.subject_id for h in histories.read(order)] == histories.index["subject_id"][order].tolist()
 
 
-def test_types_that_a_cast_mends_are_mended(tmp_path: Path) -> None:
+@pytest.mark.parametrize("zone", [None, "UTC"])
+def test_types_that_a_cast_mends_are_mended(zone: str | None, tmp_path: Path) -> None:
     raw = write_raw(tmp_path / "raw", {"train/0": ROWS["train/0"]})
-    loose = [("subject_id", pa.int32()), ("time", pa.timestamp("ns")), ("code", pa.large_string())]
+    loose = [("subject_id", pa.int32()), ("time", pa.timestamp("ns", zone)), ("code", pa.large_string())]
     table = data_table(ROWS["train/0"]).cast(pa.schema([*loose, ("numeric_value", pa.float64())]))
     write(
         table.append_column("text_value", pa.nulls(table.num_rows, pa.string())), raw / "data" / "train" / "0.parquet"
@@ -436,6 +437,10 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "text subject": (
         edit("data/train/1.parquet", retype("subject_id", ["3", "3"])),
         r"train/1\.parquet: column subject_id is string, MEDS 0\.4 has int64",
+    ),
+    "times of a zone": (
+        edit("data/train/1.parquet", retype("time", pa.array([None, 1], pa.timestamp("us", "Europe/Berlin")))),
+        r"column time is timestamp\[us, tz=Europe/Berlin\], .*: write the times of all files in one zone, without its",
     ),
     "times in nanoseconds that do not fit": (
         edit("data/train/1.parquet", retype("time", pa.array([None, 1], pa.timestamp("ns")))),

@@ -410,6 +410,32 @@ def test_label_folders_are_taken_as_they_are(tmp_path: Path) -> None:
     assert tasks.labels(tmp_path, task("readmission")) == given
 
 
+def test_times_of_labels_in_utc_stand_as_they_are_with_a_note_and_other_zones_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    def given(zone: str | None) -> pa.Table:
+        time = pa.array([START, START + timedelta(hours=1)], pa.timestamp("us", zone))
+        columns = {"subject_id": pa.array([1, 2], pa.int64()), "prediction_time": time, "boolean_value": [True, False]}
+        (tmp_path / "mine").mkdir(exist_ok=True)
+        pq.write_table(pa.table(columns), tmp_path / "mine" / "0.parquet")
+        return tasks.labels(tmp_path, task("readmission", f"task.labels={tmp_path / 'mine'}")).table
+
+    plain = given(None)
+    assert capsys.readouterr().out == ""
+    assert given("UTC").equals(plain) and given("+00:00").equals(plain)
+    assert capsys.readouterr().out.count("times are in UTC") == 1
+    with pytest.raises(
+        UserError, match=r"^[^\n]*0\.parquet: column prediction_time is timestamp\[us, tz=Europe/Berlin\]"
+    ):
+        given("Europe/Berlin")
+    given("UTC")
+    start = pa.array([START, START], pa.timestamp("us", "America/New_York"))
+    keys = pq.read_table(tmp_path / "mine" / "0.parquet").drop_columns("boolean_value")
+    pq.write_table(keys.append_column("start", start), tmp_path / "mine" / "0.extra.pq")
+    with pytest.raises(UserError, match=r"^[^\n]*0\.extra\.pq: column start is timestamp\[us, tz=America/New_York\]"):
+        given("UTC")
+
+
 def test_days_of_given_labels_are_kept_where_the_task_has_them(tmp_path: Path) -> None:
     def given(days: list[float | None] | None, *overrides: str) -> pa.Table:
         columns = {

@@ -23,6 +23,7 @@ from hymate.data.meds import (
     DataError,
     cast_column,
     check_columns,
+    is_time,
     read_label_file,
     read_parquet,
     unreadable,
@@ -37,7 +38,7 @@ SCHEMA = pa.schema(
     [*(LABEL_SCHEMA.field(key) for key in KEYS), ("start", pa.timestamp("us")), ("weight", pa.float32())]
 )
 WEIGHTS = (1e-6, 1e6)  # beyond these one label would be all that counts, or nothing
-KINDS = {**LABEL_KINDS, "start": pa.types.is_timestamp, "weight": pa.types.is_floating}
+KINDS = {**LABEL_KINDS, "start": is_time, "weight": pa.types.is_floating}
 
 
 def beside(labels: Location) -> Location:

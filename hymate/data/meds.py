@@ -6,6 +6,7 @@ stream: what they hold does not grow with a shard.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,6 +35,7 @@ RENAME_SPLITS = (
 STATIC_TIME = np.iinfo(np.int64).min  # stands for a null time in integer arrays
 ROWS = 1 << 18  # rows decoded at once, and rows of a written row group (about 4 MB)
 MAX_ROWS_PER_BYTE = 64  # of a file; real data are far below, and a footer of a few bytes can declare any number of rows
+UTC = ("UTC", "Etc/UTC", "+00:00", "Z")  # as Parquet files name it
 US_PER_HOUR = 3_600_000_000
 US_PER_DAY = 24 * US_PER_HOUR
 UNREADABLE = (pa.ArrowException, OSError, UnicodeDecodeError)  # what pyarrow raises at a damaged file
@@ -309,6 +311,8 @@ def read_label_file(path: Location) -> pa.Table:
                 raise DataError(f"{path}: column {spec.name} is missing: MEDS labels need it")
             columns.append(pa.nulls(table.num_rows, spec.type))
             continue
+        if pa.types.is_timestamp(table[spec.name].type) and table[spec.name].type.tz is not None:
+            _note_utc()
         columns.append(cast_column(table[spec.name].combine_chunks(), spec, path))
         nulls = table[spec.name].null_count
         if (required and nulls) or (spec.name == "boolean_value" and 0 < nulls < table.num_rows):
@@ -318,6 +322,11 @@ def read_label_file(path: Location) -> pa.Table:
     if labels.num_rows and not FIRST_TIME <= times["min"] <= times["max"] < LAST_TIME:
         raise DataError(f"{path}: a prediction_time is outside the years 1 to 9999: mend it or drop its row")
     return labels
+
+
+@functools.cache  # one line for all files
+def _note_utc() -> None:
+    print("Note: the labels' times are in UTC, and are taken as they stand: the data's must be in UTC, too", flush=True)
 
 
 def read_small(path: Location, schema: Any) -> pa.Table:
@@ -347,7 +356,9 @@ def check_columns(
             raise DataError(f"{path}: column {name!r} occurs {count} times: write it once")
         if name in kinds and name in wanted.names and not kinds[name](schema.field(name).type):
             kind, found = wanted.field(name).type, schema.field(name).type
-            raise DataError(f"{path}: column {name} is {found}, {says} {kind}: write it as that")
+            zoned = pa.types.is_timestamp(found) and found.tz is not None
+            remedy = "write the times of all files in one zone, without its name" if zoned else "write it as that"
+            raise DataError(f"{path}: column {name} is {found}, {says} {kind}: {remedy}")
 
 
 def cast_column(column: pa.Array, spec: pa.Field, path: Location, first_row: int = 0) -> pa.Array:
@@ -379,6 +390,14 @@ def _cast(column: pa.Array, kind: pa.DataType) -> pa.Array | None:
     return cast
 
 
+def is_time(kind: pa.DataType) -> bool:
+    """Whether a column holds times that can be taken as they stand: in UTC or without a zone.
+
+    A cast would make those of another zone UTC, hours beside the times of files without one.
+    """
+    return pa.types.is_timestamp(kind) and kind.tz in (None, *UTC)
+
+
 def _is_text(kind: pa.DataType) -> bool:
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
@@ -390,14 +409,14 @@ def _is_number(kind: pa.DataType) -> bool:
 
 DATA_KINDS = {
     "subject_id": pa.types.is_integer,
-    "time": pa.types.is_timestamp,
+    "time": is_time,
     "code": _is_text,
     "numeric_value": _is_number,
 }
 TABLE_KINDS = {"subject_id": pa.types.is_integer, "split": _is_text, "code": _is_text}  # of splits and code metadata
 LABEL_KINDS = {
     "subject_id": pa.types.is_integer,
-    "prediction_time": lambda kind: pa.types.is_timestamp(kind) or pa.types.is_date(kind),
+    "prediction_time": lambda kind: is_time(kind) or pa.types.is_date(kind),
     "boolean_value": lambda kind: pa.types.is_boolean(kind) or pa.types.is_null(kind),
     "integer_value": _is_number,
     "float_value": _is_number,
