@@ -377,7 +377,7 @@ class SearchConfig:
     max_failures: how often a trial that died is tried again.
     space: parameter -> a value, {choice: [...]}, {uniform: [low, high]} or {loguniform: [low, high]}; parameters are
         `backbone_lr`, `head_lr`, `dropout`, `frozen`, `context`, `pooling`, `weight_decay`, `early_share`,
-        `teacher_share`.
+        `teacher_share`. A choice of `pooling` named `ours` is not for a model with the paper's, which keeps it.
     """
 
     num_trials: int = 8

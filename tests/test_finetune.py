@@ -97,6 +97,23 @@ def test_points_spread_evenly_over_the_space(num_trials: int, seed: int) -> None
     assert all(1e-4 <= p["head_lr"] <= 1e-2 and 0.1 <= p["dropout"] <= 0.3 and p["frozen"] is True for p in drawn)
 
 
+@pytest.mark.parametrize("search", ["default", "quick", "physionet"])
+def test_a_search_keeps_the_papers_pooling_unless_it_is_set(data: Path, search: str) -> None:
+    def poolings(model: str, *settings: str) -> set[str]:
+        chosen = [f"data.path={data}", "init=null", "task=mortality", f"model={model}", f"search={search}"]
+        config = load("tune", [*chosen, *settings], TuneConfig)
+        start = starting_point(config.data, config.model, None)
+        points = space.draw(space.for_model(config.search.space, start.model.pooling), 8, seed=0)
+        return {trial_config(config.tasks, config.train, start, point).model.pooling for point in points}
+
+    ours = {"default": {"fusion", "variables", "last"}, "quick": {"fusion"}, "physionet": {"variables"}}[search]
+    assert poolings("paper") == {"attention"}
+    assert poolings("small") == ours
+    for model in ("paper", "small"):
+        assert poolings(model, "search.space.pooling=mean") == {"mean"}
+        assert poolings(model, "search.space.pooling.choice=[last, mean]") == {"last", "mean"}
+
+
 @pytest.mark.parametrize(
     ("override", "named"),
     [

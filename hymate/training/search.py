@@ -126,7 +126,13 @@ def search(config: TuneConfig) -> Location:
     start = starting_point(config.data, config.model, config.init)
     if finished is None:
         config = decide(config, start.model, cluster_gpus=cluster_gpus)
-    points = space.draw(config.search.space, config.search.num_trials, config.train.seed)
+    tried = space.for_model(config.search.space, start.model.pooling)
+    if "pooling" in config.search.space.keys() - tried.keys():
+        print(
+            f"The trials keep the paper's pooling, {start.model.pooling}; search.space.pooling=NAME changes it",
+            flush=True,
+        )
+    points = space.draw(tried, config.search.num_trials, config.train.seed)
     trials = [trial_config(config.tasks, config.train, start, point) for point in points]
     labelled = [_labelled(task, config, histories) for task in config.tasks]
     if any(trial.early_share for trial in trials):

@@ -21,11 +21,27 @@ PARAMETERS = (
     "early_share",
     "teacher_share",
 )
+PAPERS_POOLING = "attention"
+
+
+def for_model(space: Mapping[str, Any], pooling: str) -> dict[str, Any]:
+    """The space of a search over a model with this pooling.
+
+    {ours: [...]} of the pooling is a choice for all models but one with the paper's, which keeps it. What stands
+    beside it (a `choice` that isn't null) goes first, for every model.
+    """
+    spec = space.get("pooling")
+    if not isinstance(spec, Mapping) or "ours" not in spec:
+        return dict(space)
+    given = {kind: values for kind, values in spec.items() if kind != "ours" and values is not None}
+    if not given and pooling == PAPERS_POOLING:
+        return {name: spec for name, spec in space.items() if name != "pooling"}
+    return {**space, "pooling": given or {"choice": spec["ours"]}}
 
 
 def check(space: Mapping[str, Any]) -> None:
     """Raises ConfigError for an unknown parameter or a malformed distribution."""
-    for name, spec in space.items():
+    for name, spec in for_model(space, pooling="").items():
         key = f"search.space.{name}"
         if name not in PARAMETERS:
             raise ConfigError(f"{key} is not a parameter: it can be {', '.join(PARAMETERS)}")
