@@ -238,6 +238,7 @@ class TrainConfig:
     beta2: float = 0.98
     clip_norm: float = 1.0
     activation_checkpointing: bool = False
+    compile: bool = False
     eval_every: int = 100
     eval_rows: int = 64
     log_every: int = 10
@@ -265,6 +266,11 @@ class TrainConfig:
             self.zero_stage in (0, 1, 2, 3),
             "train.zero_stage",
             f"must be 0, 1, 2 or 3 (DeepSpeed ZeRO), got {self.zero_stage}",
+        )
+        _require(
+            not (self.compile and self.zero_stage == 3),
+            "train.compile",
+            "needs train.zero_stage=0, 1 or 2: stage 3 gathers weights between the operators that it would join",
         )
         _require(
             self.rows_per_step % self.num_workers == 0,

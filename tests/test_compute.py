@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
@@ -12,10 +13,13 @@ import torch
 from rows import random_row
 from test_model import CONFIGS, LENGTHS, VOCAB
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
 from hymate import ops
+from hymate.config import ConfigError, TrainConfig
 from hymate.model import ResidualDropout, RiskModel
 from hymate.pooling import MemberLinear
+from hymate.training.engine import compute_as
 from hymate.training.footprint import LiveBytes
 
 
@@ -37,6 +41,31 @@ def test_activation_checkpointing_changes_no_bit_and_holds_less(name: str) -> No
         peaks.append(live.peak)
     assert all(torch.equal(kept, again) for kept, again in zip(*gradients, strict=True))
     assert peaks[1] < 0.6 * peaks[0]
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_compiling_changes_no_result_and_the_first_graphs_serve_all_rows() -> None:
+    """Losses and gradients, also with checkpointing, by the backend that needs no compiler."""
+    rows = [random_row(lengths, vocab_size=VOCAB) for lengths in ([9, 30], [41, 3, 5], [7, 11, 60, 2])]
+    results, graphs = [], []
+    torch.compiler.reset()
+    counters.clear()
+    for compiled, checkpointing in ((False, False), (True, False), (True, True)):
+        torch.manual_seed(0)
+        model = RiskModel(replace(CONFIGS["mamba2"], dropout=0.0, layers="MA"), VOCAB, ["mortality"])
+        with mock.patch.object(nn.Module, "compile", functools.partialmethod(nn.Module.compile, backend="aot_eager")):
+            compute_as(model, TrainConfig(compile=compiled, activation_checkpointing=checkpointing))
+        losses = []
+        for row in rows:
+            losses.append(model.loss(row))
+            losses[-1].backward()
+            graphs.append(counters["stats"]["unique_graphs"])
+        results.append([*losses, *(p.grad for p in model.parameters())])
+    assert graphs[2] == 0 < graphs[3] == graphs[5]
+    for found in results[1:]:
+        torch.testing.assert_close(found, results[0], rtol=1e-5, atol=1e-7)
+    with pytest.raises(ConfigError, match=r"^train.compile needs train.zero_stage=0, 1 or 2"):
+        TrainConfig(compile=True, zero_stage=3)
 
 
 @pytest.mark.parametrize("mixer", ["mamba1", "mamba2"])

@@ -27,7 +27,9 @@ from torch import Tensor, nn
 
 from hymate.config import TrainConfig, UserError
 from hymate.device import CPU
+from hymate.embedding import EventEmbedding
 from hymate.feeding import Delayed, fed
+from hymate.model import GatedMLP, HyMaTE
 from hymate.objectives import LossModel, mean_loss
 from hymate.telemetry import Telemetry
 from hymate.training import checkpoint
@@ -336,6 +338,7 @@ def mean_outputs(engine: Any, rows: Iterable[tuple[Batch, bool]], worker: Worker
 
 def start(job: Job, config: TrainConfig, worker: Worker, resume: Path | None) -> tuple[Any, Standing]:
     """A DeepSpeed engine around the job's module, fresh or as it was in a checkpoint."""
+    compute_as(job.module, config)
     if resume is not None:
         checkpoint.load_weights(job.module, resume)
     betas, on_gpu = (config.beta1, config.beta2), worker.device.type != "cpu"
@@ -347,6 +350,15 @@ def start(job: Job, config: TrainConfig, worker: Worker, resume: Path | None) ->
     checkpoint.load_optimizer(engine, resume)
     state = checkpoint.read_state(resume)
     return engine, Standing(**{item.name: state[item.name] for item in fields(Standing)})
+
+
+def compute_as(module: nn.Module, config: TrainConfig) -> None:
+    """Activation checkpointing and compilation, as configured; graphs serve rows of any length and any histories."""
+    for part in module.modules():
+        if isinstance(part, HyMaTE):
+            part.activation_checkpointing = config.activation_checkpointing
+        elif config.compile and isinstance(part, (EventEmbedding, GatedMLP)):
+            part.compile(dynamic=True)
 
 
 def build_engine(module: nn.Module, optimizer: torch.optim.Optimizer, config: TrainConfig, worker: Worker) -> Any:

@@ -117,7 +117,6 @@ def risk_model(start: Start, trial: TrialConfig) -> RiskModel:
     if start.state is not None:
         load_pretrained(model, start.state)
     model.backbone.requires_grad_(not trial.frozen)
-    model.backbone.activation_checkpointing = trial.train.activation_checkpointing
     return model
 
 

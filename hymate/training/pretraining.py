@@ -39,6 +39,7 @@ CHANGEABLE = {
             "cpus_per_worker",
             "zero_stage",
             "activation_checkpointing",
+            "compile",
             "max_steps",
             "eval_every",
             "log_every",
@@ -114,7 +115,6 @@ def pretraining_job(config: PretrainConfig, worker: Worker) -> Job:
     vocabulary = read_vocabulary(config.data)
     torch.manual_seed(config.train.seed)
     module = PretrainModel(config.model, config.objective, vocabulary.size)
-    module.backbone.activation_checkpointing = config.train.activation_checkpointing
     groups = decay_groups(module, config.train.weight_decay)
     training = _rows(config, histories, vocabulary, pretraining_examples(histories, TRAIN_SPLIT))
     tuning_examples = pretraining_examples(histories, TUNING_SPLIT)

@@ -123,8 +123,13 @@ def training(report: Report, setting: Setting, name: str, mixer: str) -> None:
     def measured(step: Callable[[Any], object], rows: Iterator[Any]) -> Measures:
         return rate(setting, lambda: step(next(rows)), events, plan)
 
-    def plain() -> Measures:
+    def plain(compiled: bool) -> Measures:
+        from hymate.training.engine import compute_as
+
+        if compiled and setting.device.type == "cpu":
+            raise LeftOut("compiling for a CPU takes minutes, and brought nothing")
         module, optimizer = model_and_adamw(setting, config)
+        compute_as(module, TrainConfig(compile=compiled))
         there = [module.ask(batch).to(setting.device) for batch in batches]
         return measured(functools.partial(plain_step, setting, module, optimizer), itertools.cycle(there))
 
@@ -139,8 +144,9 @@ def training(report: Report, setting: Setting, name: str, mixer: str) -> None:
             with contextlib.closing(fed(endless, worker.device, module.ask)) as ready:
                 return measured(lambda rows: engine.train_step(wrapped, rows, worker.device), ready)
 
-    report.attempt(f"{name}, {mixer}, plain", plain)
+    report.attempt(f"{name}, {mixer}, plain", functools.partial(plain, compiled=False))
     report.attempt(f"{name}, {mixer}, DeepSpeed ZeRO 2", with_deepspeed)
+    report.attempt(f"{name}, {mixer}, plain, train.compile=true", functools.partial(plain, compiled=True))
 
 
 def model_and_adamw(setting: Setting, config: ModelConfig) -> tuple[PretrainModel, torch.optim.AdamW]:
