@@ -125,6 +125,12 @@ def curve(path: Path, name: str) -> dict[int, float]:
     return {int(step): value for step, value in json.loads(path.read_text())[name].items()}
 
 
+@GPU
+def test_mamba_ssm_is_there() -> None:
+    """Without it most of these tests are skipped, which is not to pass for success."""
+    assert obstacle(MODEL) is None
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mixer", MODELS)
 @pytest.mark.parametrize("device", DEVICES)
