@@ -78,16 +78,16 @@ class PlanConfig:
 
     def __post_init__(self) -> None:
         for name in ("gpus", "events", "history_events", "vocabulary", "epochs", "gpu_tflops", "gpu_fraction"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ConfigError(f"{name} must be positive and finite, got {getattr(self, name)}")
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
         if self.events < 1:
             raise ConfigError(f"events must be at least 1, got {self.events}")
         if self.gpu_fraction > 1:
             raise ConfigError(f"gpu_fraction must be at most 1, got {self.gpu_fraction}")
-        if not all(0 < gib < math.inf for gib in self.memory_gib):
-            raise ConfigError(f"memory_gib must be positive and finite, got {list(self.memory_gib)}")
-        if not 0 <= self.reserved_gib < math.inf:
-            raise ConfigError(f"reserved_gib must be finite and not negative, got {self.reserved_gib}")
+        if not all(gib > 0 for gib in self.memory_gib):
+            raise ConfigError(f"memory_gib must be positive, got {list(self.memory_gib)}")
+        if self.reserved_gib < 0:
+            raise ConfigError(f"reserved_gib must not be negative, got {self.reserved_gib}")
         for name in ("events", "history_events", "vocabulary"):
             if self.data.path is not None and getattr(self, name) != getattr(PlanConfig, name):
                 raise ConfigError(f"{name} is the dataset's own where data.path names one: leave out either")

@@ -127,13 +127,13 @@ def test_a_dataset_brings_its_events_histories_and_codes(tmp_path: Path, capsys:
 @pytest.mark.parametrize(
     ("overrides", "line"),
     [
-        (["events=0"], "events must be positive and finite, got 0.0"),
+        (["events=0"], "events must be positive, got 0.0"),
         (["events=0.5"], "events must be at least 1, got 0.5"),
-        (["epochs=inf"], "epochs must be positive and finite, got inf"),
+        (["epochs=inf"], "epochs must be a finite number, got inf"),
         (["gpu_fraction=40"], "gpu_fraction must be at most 1, got 40.0"),
-        (["memory_gib=[80,0]"], r"memory_gib must be positive and finite, got \[80.0, 0.0\]"),
-        (["reserved_gib=-5"], "reserved_gib must be finite and not negative, got -5.0"),
-        (["reserved_gib=nan"], "reserved_gib must be finite and not negative, got nan"),
+        (["memory_gib=[80,0]"], r"memory_gib must be positive, got \[80.0, 0.0\]"),
+        (["reserved_gib=-5"], "reserved_gib must not be negative, got -5.0"),
+        (["reserved_gib=nan"], "reserved_gib must be a finite number, got nan"),
         (["data.path=x", "vocabulary=5"], "vocabulary is the dataset's own where data.path names one"),
         (["model.layers=MG"], "model.layers: .* G is a baseline"),
     ],
