@@ -3,8 +3,8 @@
     python -m hymate.baselines data.path=DATA_DIR task=mortality out=DIR
 
 Trains on the train split, chooses on the tuning split (the number of trees, or the strength of logistic regression's
-penalty), recalibrates the probabilities there as a search does, and scores the held-out split once (a dataset without
-held-out subjects is scored on the tuning split, with a note). `out` then holds results.json (the scores of
+penalty), recalibrates the probabilities there as a search does, and scores the held-out split once (labels without
+held-out patients are scored on the tuning split, with a note). `out` then holds results.json (the scores of
 `hymate.metrics`, what was chosen, the importance of variables and features), predictions.parquet (the MEDS prediction
 schema) and run.json (the settings).
 
@@ -358,8 +358,11 @@ def run(config: BaselinesConfig) -> None:
     require_folder(out, "out")
     histories = Histories.open(root)
     label_set = labels(root, config.task)
-    asked = [split for split in SPLITS if split != "held_out" or len(histories.rows_of(split))]
-    examples = {split: labelled_examples(histories, label_set.table, split) for split in asked}
+    examples = {
+        split: labelled_examples(histories, label_set.table, split, required=split != "held_out") for split in SPLITS
+    }
+    if not len(examples["held_out"]):
+        del examples["held_out"]
     require_both_classes(config.task, {split: examples[split] for split in ("train", "tuning")})
     (out / RECORD).unlink(missing_ok=True)  # each run is a new one
     inputs = {"data.path": histories.fingerprint, "task.labels": label_set.digest()}

@@ -39,6 +39,7 @@ THRESHOLDS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
 GRID = tuple(percent / 100 for percent in range(1, 100))
 CURVE_GROUPS, LABELS_A_GROUP = 10, 20
 SIMULATIONS = 200
+FEWEST_EFFECTIVE = 20  # effective patients: of fewer the likeness of a patient's labels is not known well enough
 FEWEST_EACH = 5  # patients with the outcome, and without it, on whom a verdict may rest
 PRIOR_LABELS = 10  # the precision of the prior of a log temperature and a shift
 Z = float(norm.ppf(0.975))
@@ -289,16 +290,17 @@ def useful_range(
       2.5 %. Both must hold (an intersection-union test, Berger 1982); the order is fixed, so the number of thresholds
       does not matter (Maurer, Hothorn & Lehmacher 1995), and each end is too far out in at most 2.5 % of cohorts.
 
-    FEWEST_EACH patients at least are rightly acted on, and rightly left alone. No error is estimated from one side of a
-    threshold, where ten negatives and no positive would look certain: it is that of labels of the tested risk, a
-    patient's labels being as much alike as in the whole cohort (the design effect of Rao & Scott 1992; Rosner, Glynn &
-    Lee 2003 of ranks).
+    The labels stand for at least FEWEST_EFFECTIVE patients (`effective_patients`): where one patient has most of them,
+    nothing is called useful. FEWEST_EACH patients at least are rightly acted on, and rightly left alone. No error is
+    estimated from one side of a threshold, where ten negatives and no positive would look certain: it is that of labels
+    of the tested risk, a patient's labels being as much alike as in the whole cohort (the design effect of Rao & Scott
+    1992; Rosner, Glynn & Lee 2003 of ranks).
     """
     label_N, prob_N = np.asarray(label_N, dtype=np.float64), np.asarray(prob_N, dtype=np.float64)
     _, patient_N = np.unique(np.asarray(subject_N), return_inverse=True)
     weight_N = metrics.weights(weight_N, label_N)
     prevalence = metrics.mean(label_N, weight_N)
-    if prevalence is None or prevalence in (0, 1):
+    if prevalence is None or prevalence in (0, 1) or effective_patients(patient_N, weight_N) < FEWEST_EFFECTIVE:
         return None
     likeness = _likeness(label_N, patient_N, weight_N)
 

@@ -27,7 +27,7 @@ from hymate.data import synthetic_law as law
 from hymate.data.examples import Examples, labelled_examples
 from hymate.data.features import Column, FeatureConfig, FeatureSpec, FeatureTable, choose, features
 from hymate.data.histories import Histories
-from hymate.data.meds import SPLITS, read_labels, write_parquet
+from hymate.data.meds import LABEL_SCHEMA, SPLITS, read_labels, read_splits, write_parquet
 from hymate.data.prepare import PrepareConfig, prepare
 from hymate.data.synthetic_codes import DISTRACTORS
 from hymate.data.synthetic_course import SyntheticConfig
@@ -96,6 +96,16 @@ def test_without_a_held_out_split_the_tuning_split_is_scored(data: Path, tmp_pat
     shown = capsys.readouterr().out
     assert "Note: there are no held-out labels" in shown
     assert "held_out" not in shown.replace(str(tmp_path), "")
+
+
+def test_labels_without_held_out_patients_are_scored_on_the_tuning_split(data: Path, tmp_path: Path) -> None:
+    splits = read_splits(data)
+    held_out = splits.filter(pc.equal(splits["split"], "held_out"))["subject_id"]
+    table = labels(data, load("baselines", ["task=readmission", "data.path=D", "out=O"], BaselinesConfig).task).table
+    table = table.filter(pc.invert(pc.is_in(table["subject_id"], held_out))).select(LABEL_SCHEMA.names[:3])
+    write_parquet(table, tmp_path / "labels" / "0.parquet")
+    found, _ = scored(data, tmp_path / "out", "baseline=logistic_regression", f"task.labels={tmp_path / 'labels'}")
+    assert found["split"] == "tuning" and found["auroc"] == found["tuning"]["auroc"]
 
 
 def test_a_seed_gives_the_same_predictions(data: Path, tmp_path: Path) -> None:

@@ -220,6 +220,19 @@ def test_a_range_is_around_the_prevalence_and_may_be_one_threshold() -> None:
     assert trust.useful_range(label, prob + 0.3, alone) is None
 
 
+def test_nothing_is_called_useful_where_one_patient_has_most_labels() -> None:
+    """200 of 299 labels are one patient's, whose risk nobody can tell from its own labels."""
+    rng = np.random.default_rng(0)
+    subject = np.concatenate([np.zeros(200, int), np.arange(1, 100)])
+    for _ in range(50):
+        risk = rng.uniform(0.2, 0.8, 100)[subject]
+        label = (rng.random(299) < risk).astype(float)
+        prob = np.clip(rng.uniform(0.2, 0.8, 100)[subject] + rng.normal(0, 0.05, 299), 0.01, 0.99)
+        assert trust.useful_range(label, prob, subject) is None
+        assert trust.useful_range(label, risk, subject) is None
+    assert trust.useful_range(label, risk, np.arange(299)) is not None
+
+
 @pytest.mark.parametrize(("label", "prob"), [([], []), ([1] * 9, [0.5] * 9), ([0, 1] * 9, [0.5] * 18)])
 def test_nothing_is_useful_where_nothing_can_be_told_apart(label: list[int], prob: list[float]) -> None:
     assert trust.useful_range(label, prob, np.arange(len(label))) is None
