@@ -20,7 +20,7 @@ $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_ARGS) "torch>=2.6,<2.14"
 	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_ARGS) --editable ".[dev]"
-	$(PY) -m hymate.ops.precompile
+	$(PY) -m hymate.ops.cpu.precompile
 	@touch $@
 
 demo: $(VENV)/.installed

@@ -34,9 +34,9 @@ from hymate.data.prepare import PrepareConfig
 from hymate.explain import ExplainConfig
 from hymate.plan import PlanConfig
 from hymate.predict import PredictConfig
-from hymate.training.benchmark import BenchmarkConfig
 from hymate.training.pretraining import PretrainConfig
-from hymate.training.search import TuneConfig
+from hymate.tuning.benchmark import BenchmarkConfig
+from hymate.tuning.search import TuneConfig
 
 DOCS = Path(__file__).resolve().parent
 CONFIGS = DOCS.parent / "configs"

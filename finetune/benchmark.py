@@ -16,7 +16,7 @@ if __name__ == "__main__":
     ending.watch()  # the imports take seconds
 
 from hymate.command import main
-from hymate.training.benchmark import BenchmarkConfig, benchmark
+from hymate.tuning.benchmark import BenchmarkConfig, benchmark
 
 if __name__ == "__main__":
     main("benchmark", BenchmarkConfig, benchmark)

@@ -16,7 +16,7 @@ if __name__ == "__main__":
     ending.watch()  # the imports take seconds
 
 from hymate.command import main
-from hymate.training.search import TuneConfig, search
+from hymate.tuning.search import TuneConfig, search
 
 if __name__ == "__main__":
     main("tune", TuneConfig, search)

@@ -5,10 +5,10 @@
 Trains on the train split, chooses on the tuning split (the number of trees, or the strength of logistic regression's
 penalty), recalibrates the probabilities there as a search does, and scores the held-out split once (labels without
 held-out patients are scored on the tuning split, with a note). `out` then holds results.json (the scores of
-`hymate.metrics`, what was chosen, the importance of variables and features), predictions.parquet (the MEDS prediction
-schema) and run.json (the settings).
+`hymate.evaluation.metrics`, what was chosen, the importance of variables and features), predictions.parquet (the MEDS
+prediction schema) and run.json (the settings).
 
-Shape legend: E examples, X features (see `hymate.data.features`), M marks of what is missing.
+Shape legend: E examples, X features (see `hymate.evaluation.features`), M marks of what is missing.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from threadpoolctl import threadpool_limits
 
-from hymate import metrics, trust
 from hymate.command import RECORD, main
 from hymate.config import ConfigError, Place, TaskConfig, UserError
 from hymate.data.examples import Examples, labelled_examples, require_both_classes
-from hymate.data.features import FeatureConfig, FeatureTable, choose, features
 from hymate.data.histories import Histories
 from hymate.data.meds import SPLITS, write_parquet
 from hymate.data.tasks import LabelSet, labels
+from hymate.evaluation import decisions, metrics
+from hymate.evaluation.features import FeatureConfig, FeatureTable, choose, features
+from hymate.evaluation.report import NO_HELD_OUT, RESULTS, score_rows
+from hymate.evaluation.tables import new_console
 from hymate.predict import prediction_table
-from hymate.record import recorded
-from hymate.storage import Location, locate, require_folder, write_text
+from hymate.runs import recorded
+from hymate.storage.paths import Location, locate, require_folder, write_text
 from hymate.training.pretraining import available_cpus
-from hymate.training.results import NO_HELD_OUT, RESULTS, score_rows
-from hymate.training.tables import new_console
 
 Kind = Literal["gradient_boosting", "logistic_regression", "lightgbm"]
 
@@ -315,7 +315,7 @@ def _recalibrated(
     """Probabilities of the tuning and `scored` examples, recalibrated on the tuning split, and what that changed."""
     raw = {split: model.probability(tables[split].value_EX) for split in {"tuning", scored}}
     tuning, asked = (tables[split].examples for split in ("tuning", scored))
-    recalibration = trust.recalibrate(tuning.label_E, trust.logit(raw["tuning"]), tuning.weight_E)
+    recalibration = decisions.recalibrate(tuning.label_E, decisions.logit(raw["tuning"]), tuning.weight_E)
     before = metrics.ece(asked.label_E, raw[scored], asked.weight_E)
     probability = {split: recalibration.probability(raw_E) for split, raw_E in raw.items()}
     return probability, {**asdict(recalibration), "ece_before": before}

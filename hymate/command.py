@@ -35,10 +35,10 @@ from omegaconf.errors import OmegaConfBaseException
 from hymate import ending, machine
 from hymate.config import QUOTE_IT, ConfigError, TaskConfig, is_number
 from hymate.errors import UserError, first_line
-from hymate.storage import CREDENTIAL, CREDENTIAL_REFUSED, UNPRINTABLE, Location, locate
+from hymate.storage.paths import CREDENTIAL, CREDENTIAL_REFUSED, UNPRINTABLE, Location, locate
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-RECORD = "run.json"  # in every run folder, see hymate.record
+RECORD = "run.json"  # in every run folder, see hymate.runs
 COMMAND_LINE: ContextVar[tuple[str, ...]] = ContextVar("what the user gave the command", default=())
 T = TypeVar("T")
 _CREDENTIAL_NAME = re.compile(

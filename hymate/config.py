@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from hymate.errors import UserError
-from hymate.storage import UNPRINTABLE, Location, locate, parse_location
+from hymate.storage.paths import UNPRINTABLE, Location, locate, parse_location
 
 
 class ConfigError(UserError):

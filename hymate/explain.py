@@ -10,10 +10,10 @@ and for single patients (those asked for, or those at the highest risk), of each
     patients/patient-K.png     a timeline
     patients/events.parquet    their events: code, time, value, attention, attribution
 
-A variable is a code. `hymate.attribution` says what the numbers are. patients/ is patient data: protect and delete it
-like the records.
+A variable is a code. `hymate.evaluation.attribution` says what the numbers are. patients/ is patient data: protect and
+delete it like the records.
 
-Shape legend, besides that of `hymate.attribution`: C codes of the dataset.
+Shape legend, besides that of `hymate.evaluation.attribution`: C codes of the dataset.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ import pyarrow as pa
 from rich.console import Console
 from rich.progress import track
 
-from hymate import explain_pictures
-from hymate.attribution import SHARES, Attribution, Case, Explainer, deletion_and_insertion
-from hymate.bundle import read_bundle
 from hymate.command import main
 from hymate.config import ConfigError, Place, TaskConfig, UserError
 from hymate.data.examples import Examples
 from hymate.data.meds import US_PER_HOUR, write_parquet
 from hymate.device import Wanted, choose
+from hymate.evaluation import explanation_figures
+from hymate.evaluation.attribution import SHARES, Attribution, Case, Explainer, deletion_and_insertion
+from hymate.evaluation.tables import markdown
+from hymate.inference.bundle import read_bundle
 from hymate.predict import DataPath, asked_of, predict
-from hymate.storage import Location, locate, require_folder, write_text
-from hymate.training.tables import markdown
+from hymate.storage.paths import Location, locate, require_folder, write_text
 
 T = TypeVar("T")
 REMOVED = 40  # variables whose removal is scored, those with the largest attributions; each costs a pass
@@ -108,13 +108,13 @@ def run(config: ExplainConfig) -> None:
         curves = faithfulness(explainer, cohort, attributions)
     write_parquet(variables, out / "variables.parquet")
     shown = variables.slice(0, SHOWN).to_pydict()
-    explain_pictures.importance(
+    explanation_figures.importance(
         out / "importance.png",
         shown["code"],
         np.array(shown["mean_abs_attribution"], dtype=float),
         np.array(shown["mean_abs_change"], dtype=float),
     )
-    explain_pictures.faithfulness(out / "faithfulness.png", SHARES, curves)
+    explanation_figures.faithfulness(out / "faithfulness.png", SHARES, curves)
     write_text(explanation(config, variables, curves, attributions), out / "explanation.md")
     print(f"{rows.unknown_share:.1%} of the events read have codes that the bundle does not know")
     print(f"{len(cohort)} predictions explained in {out / 'explanation.md'}")
@@ -157,7 +157,7 @@ def explain_patients(
         row_L, labels = _timeline_rows(explainer.histories.codes, case, attribution)
         hours_L = (case.time_us - case.history.time) / US_PER_HOUR
         drawn = (hours_L, row_L, attribution.event_L, attribution.attention_L, labels)
-        explain_pictures.timeline(folder / f"patient-{number}.png", title, *drawn)
+        explanation_figures.timeline(folder / f"patient-{number}.png", title, *drawn)
     write_parquet(pa.concat_tables(tables), folder / "events.parquet")
 
 
@@ -194,7 +194,7 @@ def _timeline_rows(codes: Sequence[str], case: Case, attribution: Attribution) -
     labels = []
     for variable in first.tolist():
         last = case.history.value[variable_L == variable][-1]
-        labels.append(explain_pictures.short(codes[found[variable]]) + ("" if np.isnan(last) else f"  {last:.4g}"))
+        labels.append(explanation_figures.short(codes[found[variable]]) + ("" if np.isnan(last) else f"  {last:.4g}"))
     others = len(found) - len(first)
     return row_of[variable_L], [*labels, f"{others} other variables"] if others else labels
 

@@ -11,7 +11,8 @@ float_value where the labels have it, and predicted_float_value.
 context=bundle reads the last events before each prediction time, as many as in the model's fine-tuning. context=all
 reads the whole history before it, however long, in bounded memory and once for all of a subject's prediction times.
 states=DIR then keeps each subject's state after the last of its predictions: the next run reads only the events since,
-and starts at the beginning for prediction times before it (`hymate.states` has the rules). States are patient data.
+and starts at the beginning for prediction times before it (`hymate.inference.states` has the rules). States are patient
+data.
 """
 
 from __future__ import annotations
@@ -32,11 +33,10 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from hymate.batch import UNKNOWN_ID
-from hymate.bundle import Bundle, build_model, read_bundle
 from hymate.command import main
 from hymate.config import ConfigError, Place, TaskConfig, UserError
 from hymate.data.examples import Examples, labelled_examples
+from hymate.data.feeding import fed
 from hymate.data.histories import Histories, read_metadata
 from hymate.data.known import KnownConfig, differing
 from hymate.data.loader import Rows
@@ -44,11 +44,12 @@ from hymate.data.meds import read_labels, write_parquet
 from hymate.data.prepare import PrepareConfig, prepare
 from hymate.data.tasks import labels
 from hymate.device import Wanted, choose
-from hymate.feeding import fed
-from hymate.model import RiskModel
-from hymate.states import StateFolder
-from hymate.storage import Location, locate, require_file, require_folder
-from hymate.streaming import StreamingModel, check_streamable
+from hymate.inference.bundle import Bundle, build_model, read_bundle
+from hymate.inference.states import StateFolder
+from hymate.inference.streaming import StreamingModel, check_streamable
+from hymate.model.batch import UNKNOWN_ID
+from hymate.model.encoder import RiskModel
+from hymate.storage.paths import Location, locate, require_file, require_folder
 
 
 @dataclass(frozen=True)

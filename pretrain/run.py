@@ -16,8 +16,8 @@ if __name__ == "__main__":
     ending.watch()  # the imports take seconds
 
 from hymate.command import main
-from hymate.training.launch import pretrain
 from hymate.training.pretraining import PretrainConfig
+from hymate.training.ray_train import pretrain
 
 if __name__ == "__main__":
     main("pretrain", PretrainConfig, pretrain)

@@ -51,13 +51,13 @@ import yaml
 from challenge import STAY
 
 from hymate.config import DataConfig, ModelConfig, TaskConfig, UserError
-from hymate.data import physionet2012
 from hymate.data.extras import SCHEMA as EXTRA_SCHEMA
 from hymate.data.histories import Histories, History
 from hymate.data.meds import DATA_SCHEMA, LABEL_SCHEMA, SplitsConfig, is_code, iter_events, read_labels, read_splits
-from hymate.data.meds_source import MedsSource
-from hymate.data.physionet2012 import PhysioNet2012Source
 from hymate.data.prepare import PrepareConfig, prepare
+from hymate.data.sources import physionet2012
+from hymate.data.sources.meds import MedsSource
+from hymate.data.sources.physionet2012 import PhysioNet2012Source
 from hymate.data.statistics import NUM_KNOTS, VOCABULARY_SCHEMA
 from hymate.data.vocabulary import Vocabulary
 
@@ -684,8 +684,8 @@ class Bundles(Reader):
     def __init__(self, scratch: Path) -> None:
         import torch
 
-        from hymate.bundle import write_bundle
-        from hymate.model import RiskModel
+        from hymate.inference.bundle import write_bundle
+        from hymate.model.encoder import RiskModel
 
         torch.set_num_threads(1)
         torch.manual_seed(0)
@@ -738,7 +738,7 @@ class Bundles(Reader):
         from rows import random_row
 
         from hymate import ops
-        from hymate.bundle import build_model, read_bundle
+        from hymate.inference.bundle import build_model, read_bundle
 
         bundle = read_bundle(folder)
         tree = yaml.load((folder / "config.yaml").read_text(), yaml.CSafeLoader)

@@ -14,12 +14,12 @@ import torch
 import torch.distributed as dist
 from rows import random_row
 
-from hymate.batch import Batch
 from hymate.config import ModelConfig, ObjectiveConfig, TrainConfig
 from hymate.data.loader import Cursor
-from hymate.model import PretrainModel, decay_groups
-from hymate.telemetry import Telemetry
-from hymate.training.engine import Job, Worker, mean_outputs, train
+from hymate.model.batch import Batch
+from hymate.model.encoder import PretrainModel, decay_groups
+from hymate.training.loop import Job, Worker, mean_outputs, train
+from hymate.training.telemetry import Telemetry
 
 VOCAB = 31
 MODEL = ModelConfig(d_model=24, layers="MA", d_state=8, headdim=12, num_heads=2, window=6, dropout=0.1)

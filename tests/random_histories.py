@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 
-from hymate.batch import FIRST_CODE_ID
 from hymate.data.histories import History
 from hymate.data.statistics import NUM_KNOTS, VOCABULARY_SCHEMA
 from hymate.data.vocabulary import Vocabulary
+from hymate.model.batch import FIRST_CODE_ID
 
 
 def random_vocabulary(size: int) -> Vocabulary:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hymate.batch import FIRST_CODE_ID, Batch
+from hymate.model.batch import FIRST_CODE_ID, Batch
 
 
 def random_row(lengths: Sequence[int], *, vocab_size: int = 30, seed: int = 0, statics: int = 2) -> Batch:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from commands import wait_until
 
-from hymate import object_store
+from hymate.storage import remote
 
 BUCKET = "bucket"
 
@@ -50,7 +50,7 @@ def serving(folder: Path) -> Iterator[Server]:
             wait_until(lambda: process.poll() is not None or _answers(address), "the server answers")
             urllib.request.urlopen(urllib.request.Request(f"{address}/{BUCKET}", method="PUT")).close()
             keys = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_REGION": "us-east-1"}
-            yield Server(process, {"AWS_ENDPOINT_URL": address, **keys, object_store.PATIENCE: "12"})
+            yield Server(process, {"AWS_ENDPOINT_URL": address, **keys, remote.PATIENCE: "12"})
         finally:
             process.kill()
 

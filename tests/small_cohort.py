@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from hymate.data.meds import DATA_SCHEMA, LABEL_SCHEMA, write_parquet
 from hymate.data.prepare import PrepareConfig, prepare
-from hymate.storage import write_text
+from hymate.storage.paths import write_text
 
 SIZES = {"train": 60, "tuning": 24, "held_out": 24}
 START_US, HOUR_US = 1_500_000_000_000_000, 3_600_000_000

@@ -29,16 +29,16 @@ from test_streaming import CODES, a_history
 from torch import Tensor, nn
 
 from hymate import ops
-from hymate.attribution import integrated_gradients
-from hymate.batch import Batch
 from hymate.config import ModelConfig
+from hymate.data.feeding import fed
 from hymate.data.vocabulary import Vocabulary
-from hymate.feeding import fed
-from hymate.model import PretrainModel, RiskModel
-from hymate.objectives import LossModel
+from hymate.evaluation.attribution import integrated_gradients
+from hymate.inference.streaming import StreamingModel
+from hymate.model.batch import Batch
+from hymate.model.encoder import PretrainModel, RiskModel
+from hymate.model.objectives import LossModel
 from hymate.predict import score
-from hymate.streaming import StreamingModel
-from hymate.training import engine, workers
+from hymate.training import loop, stragglers
 
 SMALL = replace(MODEL, dropout=0.0, num_queries=2, num_heads=3)
 PAPER = ModelConfig(
@@ -70,16 +70,17 @@ def _prepare() -> None:
     torch.set_num_threads(1)
     import absent_device  # noqa: F401
 
-    from hymate import feeding, pooling
+    from hymate.data import feeding
+    from hymate.model import pooling
 
     pooling.STATES_DROPPED = 0.0  # which patients go without states is drawn, and the generators differ
 
     alone = {"get_world_size": lambda: 1, "all_reduce": lambda values: None}
     sys.modules["deepspeed"] = ModuleType("deepspeed")
     sys.modules["deepspeed"].comm = SimpleNamespace(**alone)  # type: ignore[attr-defined]
-    backend = type("Backend", (), dict.fromkeys(workers.COLLECTIVES))()
-    engine.dist = SimpleNamespace(**alone)  # type: ignore[assignment]
-    workers._backend = lambda: backend  # type: ignore[assignment]
+    backend = type("Backend", (), dict.fromkeys(stragglers.COLLECTIVES))()
+    loop.dist = SimpleNamespace(**alone)  # type: ignore[assignment]
+    stragglers._backend = lambda: backend  # type: ignore[assignment]
     feeding.ThreadPoolExecutor = AtOnce  # type: ignore[misc,assignment]
 
 
@@ -184,7 +185,7 @@ def _steps(built: Engine, device: str) -> list[Tensor]:
     told = []
     steps = (repacked(_patients(), 3, seed=number) for number in range(2))
     for rows in fed(steps, torch.device(device), built.ask):
-        sums = engine.train_step(built, rows, torch.device(device))
+        sums = loop.train_step(built, rows, torch.device(device))
         told.append(torch.stack([sums[name] for name in sorted(sums)]))
     return told
 
@@ -234,19 +235,19 @@ class Rows(RandomRows):
         return row
 
 
-def _train(device: str, told: Recorder, stop: Callable[[], bool] = lambda: False) -> engine.Standing:
+def _train(device: str, told: Recorder, stop: Callable[[], bool] = lambda: False) -> loop.Standing:
     """The loop around the engine here, which neither evaluates nor saves."""
     config = replace(
         TRAIN, num_workers=1, rows_per_step=2, max_steps=MAX_STEPS, warmup_steps=1, eval_every=100, log_every=LOG_EVERY
     )
     built = _engine(Case("mamba2", "masked_event"), device)
     built.rows_per_step = 2
-    job = engine.Job(built.module, built.optimizer.param_groups, Rows(), lambda _: {}, "val_loss", "min")
-    worker = engine.Worker(0, 1, 0, torch.device(device))
-    engine.start = lambda *_: (built, engine.Standing())  # type: ignore[assignment]
-    engine.evaluate = lambda *_: {}  # type: ignore[assignment,return-value]
-    engine.save = lambda *_, **__: 0.0  # type: ignore[assignment]
-    return engine.train(job, config, worker, report=lambda *_: None, telemetry=told, resume=None, stop=stop)
+    job = loop.Job(built.module, built.optimizer.param_groups, Rows(), lambda _: {}, "val_loss", "min")
+    worker = loop.Worker(0, 1, 0, torch.device(device))
+    loop.start = lambda *_: (built, loop.Standing())  # type: ignore[assignment]
+    loop.evaluate = lambda *_: {}  # type: ignore[assignment,return-value]
+    loop.save = lambda *_, **__: 0.0  # type: ignore[assignment]
+    return loop.train(job, config, worker, report=lambda *_: None, telemetry=told, resume=None, stop=stop)
 
 
 def loop_there() -> tuple[dict[str, int], dict[str, Any], dict[str, Any]]:
@@ -296,7 +297,7 @@ def inference_there(case: Case) -> dict[str, dict[str, int]]:
 
     def evaluated(built: Engine, device: torch.device) -> list[float]:
         with torch.no_grad():
-            means = engine.mean_outputs(built, ((row, True) for row in rows), engine.Worker(0, 1, 0, device))
+            means = loop.mean_outputs(built, ((row, True) for row in rows), loop.Worker(0, 1, 0, device))
         return list(means.values())
 
     def scored(built: Engine, device: torch.device) -> list[float]:

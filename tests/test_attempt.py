@@ -43,7 +43,7 @@ def test_a_command_does_not_stop_the_one_that_took_the_run_over(tmp_path: Path) 
 
 
 def test_a_search_that_is_taken_over_writes_nothing_into_the_other_ones_trials(tmp_path: Path) -> None:
-    from hymate.training.trials import Progress  # imports Ray
+    from hymate.tuning.ray_tune import Progress  # imports Ray
 
     (tmp_path / "traceback.txt").write_text("Traceback\nKeyError: 3")
     trial = SimpleNamespace(config={"index": 0}, error_file=str(tmp_path / "traceback.txt"))

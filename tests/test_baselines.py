@@ -19,19 +19,20 @@ from meds_evaluation.schema import PredictionSchema
 from scipy.special import expit, logit
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from hymate import baselines, metrics, trust
+from hymate import baselines
 from hymate.baselines import BaselinesConfig, compare, cross_fitted, fit, importance, run
 from hymate.command import CONFIGS, load, to_tree
 from hymate.config import UserError
-from hymate.data import synthetic_law as law
 from hymate.data.examples import Examples, labelled_examples
-from hymate.data.features import Column, FeatureConfig, FeatureSpec, FeatureTable, choose, features
 from hymate.data.histories import Histories
 from hymate.data.meds import LABEL_SCHEMA, SPLITS, read_labels, read_splits, write_parquet
 from hymate.data.prepare import PrepareConfig, prepare
-from hymate.data.synthetic_codes import DISTRACTORS
-from hymate.data.synthetic_course import SyntheticConfig
+from hymate.data.synthetic import law as law
+from hymate.data.synthetic.codes import DISTRACTORS
+from hymate.data.synthetic.course import SyntheticConfig
 from hymate.data.tasks import labels
+from hymate.evaluation import decisions, metrics
+from hymate.evaluation.features import Column, FeatureConfig, FeatureSpec, FeatureTable, choose, features
 
 KINDS = ["gradient_boosting", "logistic_regression", "lightgbm"]
 SETTINGS = ["features.max_features=400", "features.windows_hours=[48]"]
@@ -151,7 +152,7 @@ def test_a_model_is_compared_with_what_the_command_says(
     spec = choose(histories, examples["train"], baselines.FeatureConfig())
     table = {split: features(histories, examples[split], spec) for split in SPLITS}
     raw = fit("gradient_boosting", table["train"], table["tuning"], seed=0)
-    fitted = trust.recalibrate(examples["tuning"].label_E, logit(raw.probability(table["tuning"].value_EX)))
+    fitted = decisions.recalibrate(examples["tuning"].label_E, logit(raw.probability(table["tuning"].value_EX)))
     assert boosting == pytest.approx(expit(fitted(logit(raw.probability(table["held_out"].value_EX)))))
     before = metrics.ece(examples["held_out"].label_E, raw.probability(table["held_out"].value_EX))
     assert found["recalibration"] == pytest.approx(

@@ -15,11 +15,11 @@ import torch
 import yaml
 from rows import random_row
 
-from hymate.bundle import Bundle, build_model, read_bundle, write_bundle
 from hymate.config import DataConfig, ModelConfig, ObjectiveConfig, UserError
 from hymate.data.statistics import NUM_KNOTS, VOCABULARY_SCHEMA
 from hymate.data.vocabulary import Vocabulary
-from hymate.model import PretrainModel, RiskModel
+from hymate.inference.bundle import Bundle, build_model, read_bundle, write_bundle
+from hymate.model.encoder import PretrainModel, RiskModel
 
 MODEL = ModelConfig(d_model=16, layers="MA", d_state=8, headdim=8, num_heads=2, dropout=0.0)
 DATA = DataConfig(path="somewhere", context=64, tokens_per_row=128, min_count=2)

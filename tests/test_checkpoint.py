@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from processes import TRAIN, RandomRows, run_training, run_workers
 from safetensors.torch import load_file
 
-from hymate.batch import Batch
+from hymate.model.batch import Batch
 from hymate.training.checkpoint import Damaged, read_verified_weights, verify
-from hymate.training.engine import Unrecoverable, Worker
+from hymate.training.loop import Unrecoverable, Worker
 
 CONFIG = replace(TRAIN, max_steps=4, eval_every=2)
 STAGES = (0, 1, 2, 3)

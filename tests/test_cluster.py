@@ -27,8 +27,8 @@ from packaging.version import Version
 from ray.autoscaler._private.util import prepare_config, validate_config
 from small_cohort import prepare_small
 
-from hymate.bundle import read_bundle
 from hymate.command import load
+from hymate.inference.bundle import read_bundle
 from hymate.training.pretraining import PretrainConfig
 
 CLUSTER = ROOT / "cluster"

@@ -17,10 +17,10 @@ from torch._dynamo.utils import counters
 
 from hymate import ops
 from hymate.config import ConfigError, TrainConfig
-from hymate.model import ResidualDropout, RiskModel
-from hymate.pooling import MemberLinear
-from hymate.training.engine import compute_as
+from hymate.model.encoder import ResidualDropout, RiskModel
+from hymate.model.pooling import MemberLinear
 from hymate.training.footprint import LiveBytes
+from hymate.training.loop import compute_as
 
 
 @pytest.mark.usefixtures("one_thread")  # with several, torch adds some gradients up in any order

@@ -18,11 +18,11 @@ from hymate.config import ConfigError, ModelConfig, ObjectiveConfig, RunConfig, 
 from hymate.data.prepare import PrepareConfig
 from hymate.explain import ExplainConfig
 from hymate.predict import PredictConfig
-from hymate.training.benchmark import BenchmarkConfig
-from hymate.training.launch import absolute
 from hymate.training.pretraining import PretrainConfig
-from hymate.training.search import TuneConfig
-from hymate.training.space import check_point
+from hymate.training.ray_train import absolute
+from hymate.tuning.benchmark import BenchmarkConfig
+from hymate.tuning.search import TuneConfig
+from hymate.tuning.space import check_point
 
 PATH = "data.path=somewhere"
 GROUPS = {"model": ModelConfig, "objective": ObjectiveConfig, "train": TrainConfig}

@@ -14,17 +14,17 @@ from commands import ROOT
 from small_cohort import prepare_small
 
 from hymate import device, explain, predict
-from hymate.bundle import write_bundle
 from hymate.command import load
 from hymate.config import ConfigError, DataConfig, ModelConfig, UserError
 from hymate.data.vocabulary import Vocabulary
 from hymate.device import Wanted, choose
 from hymate.explain import ExplainConfig
-from hymate.model import RiskModel
+from hymate.inference.bundle import write_bundle
+from hymate.model.encoder import RiskModel
 from hymate.plan import PlanConfig
 from hymate.predict import PredictConfig
 from hymate.training.pretraining import PretrainConfig
-from hymate.training.search import TuneConfig
+from hymate.tuning.search import TuneConfig
 
 MAMBA2, MAMBA1 = ModelConfig(layers="MA"), ModelConfig(layers="MA", mixer="mamba1")
 NO_MAMBA = ModelConfig(layers="GA")

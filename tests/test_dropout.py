@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from hymate import ops
-from hymate.model import ResidualDropout
+from hymate.model.encoder import ResidualDropout
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 

@@ -14,12 +14,12 @@ from processes import MODEL, TRAIN, VOCAB, Recorder, pretraining_job, run_traini
 from rows import random_row, repacked
 from torch import Tensor, nn
 
-from hymate.batch import Batch
 from hymate.config import ObjectiveConfig
-from hymate.model import PretrainModel, RiskModel
-from hymate.objectives import LossModel, mean_loss
+from hymate.model.batch import Batch
+from hymate.model.encoder import PretrainModel, RiskModel
+from hymate.model.objectives import LossModel, mean_loss
 from hymate.training.checkpoint import read_state
-from hymate.training.engine import Worker, build_engine, changed_rate, mean_outputs, train, train_step
+from hymate.training.loop import Worker, build_engine, changed_rate, mean_outputs, train, train_step
 
 SHORT = replace(TRAIN, num_workers=1, warmup_steps=1)
 SOONER = replace(SHORT, max_steps=2)

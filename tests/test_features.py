@@ -15,10 +15,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hymate.config import ConfigError, UserError
-from hymate.data import features as module
 from hymate.data.examples import labelled_examples
-from hymate.data.features import AGE, EVENTS, VALUE_STATISTICS, Column, FeatureConfig, FeatureSpec, choose, features
 from hymate.data.histories import HISTORY_SCHEMA, Histories
+from hymate.evaluation import features as module
+from hymate.evaluation.features import (
+    AGE,
+    EVENTS,
+    VALUE_STATISTICS,
+    Column,
+    FeatureConfig,
+    FeatureSpec,
+    choose,
+    features,
+)
 
 CODES = ["LAB//a", "LAB//b", "VISIT", "GENDER//F"]
 EDGES = (24.0, 48.0, 96.5)

@@ -17,8 +17,8 @@ import torch
 from rows import random_row
 from torch import Tensor
 
-from hymate.batch import Batch
-from hymate.feeding import Delayed, fed
+from hymate.data.feeding import Delayed, fed
+from hymate.model.batch import Batch
 
 META = torch.device("meta")
 

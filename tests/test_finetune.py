@@ -28,8 +28,6 @@ from sklearn.metrics import roc_auc_score
 from small_cohort import SIZES, prepare_small
 from test_tasks import LAB, task, write
 
-from hymate import metrics, trust
-from hymate.bundle import read_bundle, write_bundle
 from hymate.command import load
 from hymate.config import ConfigError, DataConfig, ModelConfig, ObjectiveConfig, TrainConfig, UserError
 from hymate.data.examples import Examples, labelled_examples
@@ -38,14 +36,16 @@ from hymate.data.meds import read_labels
 from hymate.data.tasks import labels
 from hymate.data.vocabulary import Vocabulary
 from hymate.device import CPU
-from hymate.model import PretrainModel
+from hymate.evaluation import decisions, metrics, report
+from hymate.evaluation.decisions import recalibrate
+from hymate.evaluation.verdict import verdict
+from hymate.inference.bundle import read_bundle, write_bundle
+from hymate.inference.provenance import SENTENCES, provenance
+from hymate.model.encoder import PretrainModel
 from hymate.predict import predict, prediction_table
-from hymate.training import results, space
-from hymate.training.finetune import TrialConfig, parameter_groups, risk_model, starting_point
-from hymate.training.provenance import SENTENCES, provenance
-from hymate.training.search import TuneConfig, search, trial_config
-from hymate.training.verdict import verdict
-from hymate.trust import recalibrate
+from hymate.tuning import space
+from hymate.tuning.search import TuneConfig, search, trial_config
+from hymate.tuning.trial import TrialConfig, parameter_groups, risk_model, starting_point
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ModelConfig(d_model=16, layers="MA", d_state=8, headdim=8, num_heads=2, window=8, num_queries=2)
@@ -204,7 +204,7 @@ def judged(model_noise: float, boosting_noise: float, num_labels: int = 600) -> 
     logit = rng.normal(-0.5, 2, num_labels)
     label, subject = (rng.random(num_labels) < expit(logit)).astype(float), np.arange(num_labels)
     model, boosting = (expit(logit + rng.normal(0, noise, num_labels)) for noise in (model_noise, boosting_noise))
-    found = metrics.scores(label, model, subject) | trust.assess(label, model, subject, {}, label, model)
+    found = metrics.scores(label, model, subject) | decisions.assess(label, model, subject, {}, label, model)
     beside = {**metrics.scores(label, boosting, subject), "num_features": 1234, "seconds": 5.4}
     return found | {"boosting": beside | {"difference": metrics.paired_difference(label, model, boosting, subject)}}
 
@@ -275,11 +275,11 @@ def test_the_report_says_how_labels_came_about(tmp_path: Path) -> None:
         subject_id_E=subject,
     )
     scores = metrics.scores(label, label, subject)
-    part = results.of_task(config, scores, found, dict.fromkeys(SIZES, nobody), "tuning")
+    part = report.of_task(config, scores, found, dict.fromkeys(SIZES, nobody), "tuning")
     part |= {"recalibration": {"temperature": 1.0, "shift": 0.0, "ece_before": 0.0}, "boosting": None, "picture": None}
-    outcome = results.Outcome(0, {}, "finished", 2, {"mean": 1.0, "step": 2}, None, None)
+    outcome = report.Outcome(0, {}, "finished", 2, {"mean": 1.0, "step": 2}, None, None)
     more = {"known": ["billing: 3 events moved to the end of their stay"], "initial_weights": "new"}
-    report = results.report(results.collect([part], "mean", [outcome], outcome) | more)
+    written = report.report(report.collect([part], "mean", [outcome], outcome) | more)
     for text in (
         "- billing: 3 events moved to the end of their stay",
         "| 3 | times at which the task's trigger occurs |",
@@ -290,7 +290,7 @@ def test_the_report_says_how_labels_came_about(tmp_path: Path) -> None:
         "**No event matches died: check the codes.**",
         "held-out scores are missing",
     ):
-        assert text in report, text
+        assert text in written, text
 
 
 def of_boosting(found: dict[str, Any]) -> str:

@@ -32,8 +32,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from hymate import ops
 from hymate.config import ConfigError, ModelConfig, ObjectiveConfig
 from hymate.device import obstacle
-from hymate.mixers import Mamba1Mixer, Mamba2Mixer
-from hymate.model import PretrainModel
+from hymate.model.encoder import PretrainModel
+from hymate.model.mixers import Mamba1Mixer, Mamba2Mixer
 from hymate.ops import attention, fused
 
 TF32 = 2e-2  # a GPU's Triton reads 10 bits of what float32 dots multiply; see the interpreter's test

@@ -24,16 +24,16 @@ from random_histories import random_history, random_vocabulary
 from rows import in_double, random_row
 from safetensors.torch import load_file
 
-from hymate.batch import Batch
-from hymate.bundle import write_bundle
 from hymate.command import load
 from hymate.config import DataConfig, ModelConfig
 from hymate.data.vocabulary import Vocabulary
 from hymate.device import obstacle
-from hymate.model import RiskModel
-from hymate.streaming import StreamingModel
+from hymate.inference.bundle import write_bundle
+from hymate.inference.streaming import StreamingModel
+from hymate.model.batch import Batch
+from hymate.model.encoder import RiskModel
 from hymate.training import checkpoint
-from hymate.training.engine import Worker, single_process, start
+from hymate.training.loop import Worker, single_process, start
 
 STAGES = (0, 1, 2, 3) if torch.cuda.is_available() else (3,)
 STEPS, SAVED = 8, 4

@@ -25,7 +25,7 @@ import pytest
 from commands import ROOT, points, run, step_of, wait_until
 from small_cohort import prepare_small
 
-from hymate.bundle import read_bundle
+from hymate.inference.bundle import read_bundle
 
 EVAL_EVERY = 5
 SHORT = ["data.context=64", "data.tokens_per_row=64", "data.min_count=1", "train.warmup_steps=1"]

@@ -18,7 +18,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_prepare import Row, config, data_table, files, read_back, write_raw
 
-from hymate.bundle import read_bundle, write_bundle
 from hymate.command import CONFIGS, build, load, to_tree
 from hymate.config import ConfigError, DataConfig, ModelConfig, UserError
 from hymate.data import known as module
@@ -28,13 +27,14 @@ from hymate.data.histories import Histories
 from hymate.data.known import MIMIC, KnownConfig, KnownRule, differing, ends_of_stays, sentences
 from hymate.data.meds import US_PER_DAY, US_PER_HOUR
 from hymate.data.prepare import PrepareConfig, prepare
-from hymate.data.synthetic_course import SyntheticConfig
+from hymate.data.synthetic.course import SyntheticConfig
 from hymate.data.tasks import labels
 from hymate.data.vocabulary import Vocabulary
-from hymate.model import RiskModel
+from hymate.inference.bundle import read_bundle, write_bundle
+from hymate.model.encoder import RiskModel
 from hymate.predict import PredictConfig, run
-from hymate.training.finetune import starting_point
-from hymate.training.search import _other_rules
+from hymate.tuning.search import _other_rules
+from hymate.tuning.trial import starting_point
 
 HOUR, DAY = US_PER_HOUR, US_PER_DAY
 IN, OUT = "HOSPITAL_ADMISSION//X", "HOSPITAL_DISCHARGE//HOME"

@@ -16,13 +16,13 @@ import psutil
 import pytest
 from commands import PATIENCE_S, ROOT
 
+from hymate import cluster
 from hymate.config import TrainConfig, UserError
-from hymate.training import cluster
 
 SESSION = """
 import sys
 from hymate.config import TrainConfig
-from hymate.training.cluster import ray_session
+from hymate.cluster import ray_session
 with ray_session(TrainConfig(), "cpu"):
     import ray
     print(ray.get_runtime_context().gcs_address, flush=True)

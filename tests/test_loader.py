@@ -20,7 +20,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hymate.batch import UNKNOWN_ID, Batch
 from hymate.config import TaskConfig, UserError
 from hymate.data import loader
 from hymate.data.examples import Examples, labelled_examples, pretraining_examples, require_both_classes, united
@@ -29,6 +28,7 @@ from hymate.data.loader import Cursor, Rows
 from hymate.data.packing import pack
 from hymate.data.statistics import NUM_KNOTS, VOCABULARY_SCHEMA
 from hymate.data.vocabulary import Vocabulary
+from hymate.model.batch import UNKNOWN_ID, Batch
 
 CODES = [f"LAB//{i}" for i in range(12)] + ["SEX//F", "HEIGHT", "RARE"]
 COUNTS = [100 - i for i in range(12)] + [50, 40, 1]

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, brier_score_loss, roc_auc_score
 
-from hymate import metrics
+from hymate.evaluation import metrics
 
 # few distinct scores, so that ties within and across classes are common
 cases = st.lists(st.tuples(st.booleans(), st.integers(0, 6).map(lambda k: k / 6)), min_size=2, max_size=40)

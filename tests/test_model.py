@@ -10,10 +10,10 @@ from rows import in_double, random_row, segment_of
 from torch import Tensor
 from torch.nn import functional as F
 
-from hymate.batch import Batch, Variables
 from hymate.command import load
 from hymate.config import ModelConfig, ObjectiveConfig, UserError
-from hymate.model import (
+from hymate.model.batch import Batch, Variables
+from hymate.model.encoder import (
     HyMaTE,
     Mamba1Mixer,
     Mamba2Mixer,
@@ -22,8 +22,8 @@ from hymate.model import (
     decay_groups,
     load_pretrained,
 )
-from hymate.objectives import mean_loss
-from hymate.pooling import HORIZONS_HOURS, FusionPooling, VariablePooling, VariableSums
+from hymate.model.objectives import mean_loss
+from hymate.model.pooling import HORIZONS_HOURS, FusionPooling, VariablePooling, VariableSums
 from hymate.training.pretraining import PretrainConfig
 
 VOCAB = 30

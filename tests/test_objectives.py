@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rows import in_double, random_row, repacked
 
-from hymate.batch import FIRST_CODE_ID, MASK_ID, Batch
 from hymate.config import ModelConfig, ObjectiveConfig
-from hymate.model import PretrainModel
-from hymate.objectives import forecast_targets, hide_events, histories_until
+from hymate.model.batch import FIRST_CODE_ID, MASK_ID, Batch
+from hymate.model.encoder import PretrainModel
+from hymate.model.objectives import forecast_targets, hide_events, histories_until
 
 
 @given(

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hymate import ops
 from hymate.config import UserError
-from hymate.ops.precompile import KERNELS
+from hymate.ops.cpu.precompile import KERNELS
 
 
 @pytest.mark.parametrize("name", MIXERS)
@@ -179,14 +179,14 @@ def test_precompiling_leaves_nothing_to_compile(tmp_path: Path) -> None:
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
     step = """
 import torch
-from hymate.mixers import Mamba1Mixer, Mamba2Mixer
+from hymate.model.mixers import Mamba1Mixer, Mamba2Mixer
 from hymate.ops import add_dropout
 for mixer in (Mamba1Mixer(16, d_state=4), Mamba2Mixer(16, d_state=4, headdim=16)):
     x = torch.randn(1, 40, 16, requires_grad=True)
     add_dropout(x, mixer(x), 0.1).sum().backward()
 """
     compiled = []
-    for command in (["-m", "hymate.ops.precompile"], ["-c", step]):
+    for command in (["-m", "hymate.ops.cpu.precompile"], ["-c", step]):
         subprocess.run([sys.executable, *command], env=environment, check=True)
         compiled.append({path.name.split("-")[0] for path in tmp_path.rglob("*.nbc")})
     assert len(compiled[0]) == len(KERNELS)

@@ -17,9 +17,10 @@ from hymate import baselines, explain, predict
 from hymate.command import load
 from hymate.config import UserError
 from hymate.data import prepare
-from hymate.storage import require_file, require_folder
-from hymate.training import benchmark, launch, search
+from hymate.storage.paths import require_file, require_folder
+from hymate.training import ray_train
 from hymate.training.pretraining import PretrainConfig
+from hymate.tuning import benchmark, search
 
 
 @pytest.fixture
@@ -145,12 +146,12 @@ TASK = ["data.path={data}", "task=readmission"]
             "out",
             ["source=meds", "raw={data}"],
         ),
-        ("pretrain", PretrainConfig, launch.pretrain, "training.launch.Attempt.begin", "run.dir", SMALL),
+        ("pretrain", PretrainConfig, ray_train.pretrain, "training.ray_train.Attempt.begin", "run.dir", SMALL),
         (
             "tune",
             search.TuneConfig,
             search.search,
-            "training.search.labels",
+            "tuning.search.labels",
             "run.dir",
             [*SMALL, "task=readmission", "init=null"],
         ),
@@ -158,7 +159,7 @@ TASK = ["data.path={data}", "task=readmission"]
             "benchmark",
             benchmark.BenchmarkConfig,
             benchmark.benchmark,
-            "training.benchmark.labels",
+            "tuning.benchmark.labels",
             "run.dir",
             [*SMALL, "task=readmission"],
         ),

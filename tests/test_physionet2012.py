@@ -18,11 +18,11 @@ from challenge import STAY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hymate.data import physionet2012
 from hymate.data.histories import Histories
 from hymate.data.meds import DataError, SplitsConfig, read_labels, read_splits
-from hymate.data.physionet2012 import CODES, ORIGIN, PhysioNet2012Source
 from hymate.data.prepare import PrepareConfig, prepare
+from hymate.data.sources import physionet2012
+from hymate.data.sources.physionet2012 import CODES, ORIGIN, PhysioNet2012Source
 
 OUTCOMES = "RecordID,SAPS-I,SOFA,Length_of_stay,Survival,In-hospital_death\n"
 ALL_TRAIN = SplitsConfig(1, 0, 0)

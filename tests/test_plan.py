@@ -24,13 +24,13 @@ from hymate.config import ConfigError, ModelConfig, ObjectiveConfig
 from hymate.data.histories import Histories
 from hymate.data.loader import Cursor
 from hymate.data.vocabulary import Vocabulary
-from hymate.model import PretrainModel, decay_groups
+from hymate.model.encoder import PretrainModel, decay_groups
 from hymate.ops import fused
 from hymate.ops.shapes import as_on_gpu
 from hymate.plan import GIB, PlanConfig, plan
-from hymate.training import engine
-from hymate.training.engine import Job, Worker, train_step
+from hymate.training import loop
 from hymate.training.footprint import LiveBytes, Shapes, event_flops, num_parameters, row_bytes, worker_bytes
+from hymate.training.loop import Job, Worker, train_step
 
 MODEL = ModelConfig(d_model=64, layers="MA", d_state=16, headdim=16, num_heads=4, window=100, dropout=0.1)
 
@@ -241,7 +241,7 @@ import torch
 from rows import random_row
 from small_cohort import prepare_small
 from hymate.config import ModelConfig, ObjectiveConfig
-from hymate.model import PretrainModel
+from hymate.model.encoder import PretrainModel
 from hymate.training.footprint import LiveBytes
 
 def step(events, live):
@@ -282,7 +282,7 @@ def _held(worker: Worker, folder: Path, stages: tuple[int, ...]) -> None:
             groups = [{**group, "lr": 1e-3} for group in decay_groups(module, 0.05)]
             job = Job(module, groups, RandomRows(), lambda _: {}, "", "min")
             config = replace(TRAIN, zero_stage=stage, num_workers=worker.world_size)
-            wrapped, _ = engine.start(job, config, worker, None)
+            wrapped, _ = loop.start(job, config, worker, None)
             steps = job.rows.steps(Cursor(), config.rows_per_step, worker.rank, worker.world_size)
             for _ in range(2):
                 live.peak = live.now

@@ -12,12 +12,12 @@ import torch
 from meds_evaluation.schema import PredictionSchema
 from small_cohort import SIZES, prepare_small, write_meds
 
-from hymate.bundle import read_bundle, write_bundle
 from hymate.command import load
 from hymate.config import DataConfig, ModelConfig, UserError
 from hymate.data.meds import read_labels, write_parquet
 from hymate.data.vocabulary import Vocabulary
-from hymate.model import RiskModel
+from hymate.inference.bundle import read_bundle, write_bundle
+from hymate.model.encoder import RiskModel
 from hymate.predict import PredictConfig, run
 
 MODEL = ModelConfig(d_model=16, layers="MA", d_state=8, headdim=8, num_heads=2, window=8, num_queries=2)

@@ -24,14 +24,14 @@ import torch
 from commands import PATIENCE_S, ROOT, points, processes, ray_processes, run, step_of, wait_until
 from safetensors.torch import load_file
 
-from hymate.bundle import read_bundle
 from hymate.command import load
 from hymate.config import UserError
 from hymate.data.histories import Histories
-from hymate.record import code
-from hymate.training.launch import pretrain
+from hymate.inference.bundle import read_bundle
+from hymate.runs import code
+from hymate.training.keeper import LIST, mend_list
 from hymate.training.pretraining import PretrainConfig
-from hymate.training.resume import LIST, mend_list
+from hymate.training.ray_train import pretrain
 
 STEPS, EVAL_EVERY = 60, 10
 

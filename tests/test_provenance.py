@@ -13,7 +13,7 @@ from small_cohort import prepare_small, write_meds
 from hymate.data.histories import Histories
 from hymate.data.meds import write_parquet
 from hymate.data.prepare import PrepareConfig, prepare
-from hymate.training.provenance import SENTENCES, provenance, seen
+from hymate.inference.provenance import SENTENCES, provenance, seen
 
 
 @pytest.fixture(scope="module")

@@ -19,8 +19,8 @@ import pytest
 from commands import ROOT, readme_commands
 from small_cohort import write_meds
 
-from hymate.bundle import read_bundle
-from hymate.metrics import auroc
+from hymate.evaluation.metrics import auroc
+from hymate.inference.bundle import read_bundle
 
 # not run by test_readme_commands_run: make test is what runs this file, make demo is below, jobs are in test_jobs.py,
 # and the last two are for machines with a GPU; what has an s3:// in it is in test_storage.py

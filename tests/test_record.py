@@ -12,9 +12,9 @@ import pytest
 from hymate.command import check_same_run, load
 from hymate.config import ConfigError, RunConfig, TaskConfig, UserError
 from hymate.ending import Stopped
-from hymate.record import recorded, workers_started
+from hymate.runs import recorded, workers_started
 from hymate.training.pretraining import PretrainConfig
-from hymate.training.search import TuneConfig
+from hymate.tuning.search import TuneConfig
 
 CONFIG, INPUTS = RunConfig(name="one", dir="runs"), {"data.path": "f"}
 

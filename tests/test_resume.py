@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hymate.storage import Location
-from hymate.telemetry import Telemetry
-from hymate.training.engine import single_process
-from hymate.training.resume import Kept, newest_whole
+from hymate.storage.paths import Location
+from hymate.training.keeper import Kept, newest_whole
+from hymate.training.loop import single_process
+from hymate.training.telemetry import Telemetry
 
 
 class Notes(Telemetry):

@@ -14,15 +14,15 @@ import pytest
 import torch
 from small_cohort import SIZES, write_meds
 
-from hymate.bundle import read_bundle, write_bundle
 from hymate.command import load
 from hymate.config import ConfigError, DataConfig, ModelConfig, UserError
 from hymate.data.meds import write_parquet
 from hymate.data.prepare import PrepareConfig, prepare
 from hymate.data.vocabulary import Vocabulary
-from hymate.model import RiskModel
+from hymate.inference.bundle import read_bundle, write_bundle
+from hymate.inference.states import StateFolder
+from hymate.model.encoder import RiskModel
 from hymate.predict import PredictConfig, run
-from hymate.states import StateFolder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 MODEL = ModelConfig(d_model=16, layers="MA", d_state=8, headdim=8, num_heads=2, window=8, num_queries=2)

@@ -25,14 +25,13 @@ from commands import ROOT, points, ray_processes, readme_commands, run, wait_unt
 from s3 import BUCKET, Server, environment, serving
 from small_cohort import write_meds
 
-from hymate import object_store, storage
-from hymate.bundle import read_bundle
 from hymate.config import UserError
 from hymate.data.histories import Histories
 from hymate.data.meds import write_parquet
 from hymate.data.prepare import PrepareConfig, prepare
-from hymate.object_store import StorageError
-from hymate.storage import (
+from hymate.inference.bundle import read_bundle
+from hymate.storage import paths, remote
+from hymate.storage.paths import (
     Location,
     UrlPath,
     atomic_path,
@@ -42,7 +41,8 @@ from hymate.storage import (
     require_folder,
     write_text,
 )
-from hymate.training.resume import Kept
+from hymate.storage.remote import StorageError
+from hymate.training.keeper import Kept
 
 EVAL_EVERY = 5
 SHORT = ["data.context=64", "data.tokens_per_row=64", "data.min_count=1", "train.warmup_steps=1"]
@@ -72,16 +72,16 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Location:
 def test_files_and_folders_are_alike_everywhere(place: Location) -> None:
     odd = "#1 %20 (é)='[*]&;"
     write_text("odd", place / odd / odd)
-    assert (place / odd / odd).read_text() == "odd" and list(storage.files_below(place / odd, "")) == [odd]
+    assert (place / odd / odd).read_text() == "odd" and list(paths.files_below(place / odd, "")) == [odd]
     write_text("one ö", place / "a" / "one.txt")
     write_text("two", place / "a" / "b" / "two.txt")
     write_text("hidden", place / "a" / ".two.txt")
     assert (place / "a" / "one.txt").read_text() == "one ö" and (place / "a" / "one.txt").stat().st_size == 6
-    assert list(storage.files_below(place / "a", ".txt")) == ["b/two.txt", "one.txt"]
+    assert list(paths.files_below(place / "a", ".txt")) == ["b/two.txt", "one.txt"]
     assert sorted(path.name for path in (place / "a").iterdir()) == [".two.txt", "b", "one.txt"]
     assert [path.name for path in (place / "a").glob("o*")] == ["one.txt"]
     assert (place / "a").is_dir() and not (place / "a").is_file() and not (place / "c").exists()
-    with storage.local_copy(place / "a") as copy:
+    with paths.local_copy(place / "a") as copy:
         assert (copy / "b" / "two.txt").read_text() == "two"
     with (place / "a" / "one.txt").open("rb") as file:
         assert file.seek(-2, os.SEEK_END) == 4 and file.read() == "ö".encode()
@@ -89,8 +89,8 @@ def test_files_and_folders_are_alike_everywhere(place: Location) -> None:
     (place / "a" / "one.txt").unlink(missing_ok=True)
     with pytest.raises(FileNotFoundError):
         (place / "a" / "one.txt").read_text()
-    storage.remove_tree(place / "a")
-    storage.remove_tree(place / "a")
+    paths.remove_tree(place / "a")
+    paths.remove_tree(place / "a")
     assert not (place / "a").exists()
 
 
@@ -109,25 +109,25 @@ def test_links_are_followed_and_end(tmp_path: Path) -> None:
     (tmp_path / "disk" / "deep" / "back").symlink_to(tmp_path / "data")
     (tmp_path / "data" / "again").symlink_to("linked")
     (tmp_path / "data" / ".gone").symlink_to("nothing")
-    assert list(storage.files_below(tmp_path / "data", ".txt")) == [
+    assert list(paths.files_below(tmp_path / "data", ".txt")) == [
         "again/deep/one.txt",
         "file.txt",
         "linked/deep/one.txt",
         "two.txt",
     ]
     (tmp_path / "itself").symlink_to("itself")
-    assert not storage.files_below(tmp_path / "itself", ".txt")
+    assert not paths.files_below(tmp_path / "itself", ".txt")
     (tmp_path / "data" / "gone").symlink_to("nothing")
     with pytest.raises(UserError, match="gone: a symbolic link that leads nowhere: mend it or remove it"):
-        storage.files_below(tmp_path / "data", ".txt")
+        paths.files_below(tmp_path / "data", ".txt")
 
 
 def test_tables_are_read_as_they_were_written(place: Location) -> None:
     table = pa.table({"number": np.arange(100_000), "text": ["x", "y"] * 50_000})
     write_parquet(table, place / "table.parquet")
-    assert pq.read_table(storage.readable(place / "table.parquet")).equals(table)
+    assert pq.read_table(paths.readable(place / "table.parquet")).equals(table)
     with pytest.raises(FileNotFoundError):
-        pq.read_table(storage.readable(place / "other.parquet"))
+        pq.read_table(paths.readable(place / "other.parquet"))
 
 
 def test_what_fails_while_it_is_written_leaves_what_was_there(place: Location) -> None:
@@ -136,14 +136,14 @@ def test_what_fails_while_it_is_written_leaves_what_was_there(place: Location) -
         temporary.write_text("half")
         raise ValueError("no")
     for content in ("old", "new"):
-        with storage.new_folder(place / "folder", marker="marker") as new:
+        with paths.new_folder(place / "folder", marker="marker") as new:
             (new / content).write_text(content)
             (new / "marker").write_text(content)
-    with pytest.raises(ValueError, match="no"), storage.new_folder(place / "folder", marker="marker") as new:
+    with pytest.raises(ValueError, match="no"), paths.new_folder(place / "folder", marker="marker") as new:
         (new / "half").write_text("half")
         raise ValueError("no")
     assert (place / "file").read_text() == "old" and (place / "folder" / "marker").read_text() == "new"
-    assert list(storage.files_below(place, "")) == ["file", "folder/marker", "folder/new"]
+    assert list(paths.files_below(place, "")) == ["file", "folder/marker", "folder/new"]
 
 
 def test_names_that_lead_out_of_a_folder_are_refused(server: Server) -> None:
@@ -151,7 +151,7 @@ def test_names_that_lead_out_of_a_folder_are_refused(server: Server) -> None:
     client.put_object(Bucket=BUCKET, Key="hostile/../../escaped", Body=b"x")
     with (
         pytest.raises(StorageError, match="lead out of a folder"),
-        storage.local_copy(locate(f"s3://{BUCKET}/hostile")),
+        paths.local_copy(locate(f"s3://{BUCKET}/hostile")),
     ):
         pass
 
@@ -283,18 +283,18 @@ def test_writing_outlasts_an_outage(server: Server, caplog: pytest.LogCaptureFix
 
 
 def test_an_outage_that_does_not_end_is_told_and_harms_nothing(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(object_store.PATIENCE, "1")
+    monkeypatch.setenv(remote.PATIENCE, "1")
     path = locate(f"s3://{BUCKET}/long-outage/table.parquet")
     table = pa.table({"number": np.arange(10)})
     write_parquet(table, path)
-    file = storage.readable(path)
+    file = paths.readable(path)
     with server.silent():
         with pytest.raises(StorageError, match=r"s3://bucket: not to be reached for \d+ s .* run the same command"):
             write_parquet(table.slice(5), path)
         with pytest.raises(StorageError) as caught:  # through pyarrow's own reader
             pq.read_table(file)
     assert "\n" not in str(caught.value)
-    assert pq.read_table(storage.readable(path)).equals(table)
+    assert pq.read_table(paths.readable(path)).equals(table)
 
 
 # --------------------------------------------------------------------------------------------------------- data
@@ -306,7 +306,7 @@ def raw(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = write_meds(tmp_path_factory.mktemp("cohort") / "raw")
     there = locate(f"s3://{BUCKET}/meds")
     assert isinstance(there, UrlPath)
-    storage.upload_files(folder, there)
+    paths.upload_files(folder, there)
     return folder
 
 
@@ -330,11 +330,11 @@ def test_a_dataset_at_a_url_is_the_local_one(data: str, raw: Path, tmp_path: Pat
 
 
 def test_preparing_at_a_url_leaves_nothing_else_and_is_done_once(data: str, capsys: pytest.CaptureFixture) -> None:
-    written = {path: path.stat() for path in storage.files_below(locate(data), "").values()}
+    written = {path: path.stat() for path in paths.files_below(locate(data), "").values()}
     assert all(".work" not in str(path) for path in written)
     prepare(PrepareConfig(source="meds", raw=f"s3://{BUCKET}/meds", out=data, workers=1))
     assert "nothing to do" in capsys.readouterr().err
-    assert {path: path.stat() for path in storage.files_below(locate(data), "").values()} == written
+    assert {path: path.stat() for path in paths.files_below(locate(data), "").values()} == written
 
 
 def test_preparing_at_a_url_spares_what_is_there(data: str, raw: Path) -> None:
@@ -351,7 +351,7 @@ def test_preparing_at_a_url_spares_what_is_there(data: str, raw: Path) -> None:
 def settings(server: Server) -> Iterator[dict[str, str]]:
     """Settings of the commands here; Ray's files in a folder with a short name (its sockets' paths are limited)."""
     folder = tempfile.mkdtemp(prefix="hy", dir="/tmp")
-    quick = {"TORCHDYNAMO_DISABLE": "1", "HYMATE_OPS": "reference", object_store.PATIENCE: "120"}
+    quick = {"TORCHDYNAMO_DISABLE": "1", "HYMATE_OPS": "reference", remote.PATIENCE: "120"}
     yield {**os.environ, "RAY_TMPDIR": folder, "PYTHONPATH": str(ROOT), **quick}
     wait_until(lambda: not ray_processes(folder), "Ray's processes end")
     shutil.rmtree(folder, ignore_errors=True)
@@ -378,7 +378,7 @@ def test_the_readme_commands_keep_all_at_a_url(data: str, settings: dict[str, st
     endless = [sys.executable, str(ROOT / pretrain[1]), *pretrain[2:], *PRETRAIN, "train.max_steps=1000000"]
     with subprocess.Popen(endless, env=settings, cwd=tmp_path, stdout=subprocess.DEVNULL) as driver:
         wait_until(lambda: driver.poll() is not None or _checkpoints(folder), "there is a checkpoint")
-        with storage.local_copy(folder / "tb") as events:
+        with paths.local_copy(folder / "tb") as events:
             seen = [point.step for point in points(events.parent, "train/loss")]
         assert len(seen) >= EVAL_EVERY and seen == [*range(1, len(seen) + 1)], "the curves are there while it runs"
         driver.kill()
@@ -389,7 +389,7 @@ def test_the_readme_commands_keep_all_at_a_url(data: str, settings: dict[str, st
     assert f"bundle: {folder}/bundle" in done(pretrain, *PRETRAIN, f"train.max_steps={steps}")
     assert read_bundle(folder, kind="pretrained").model.d_model == 32
     assert max(_checkpoints(folder).values()) == steps
-    with storage.local_copy(folder) as copy:
+    with paths.local_copy(folder) as copy:
         losses, stalls = (points(copy, name) for name in ("train/loss", "checkpoint/stall_share"))
     assert [point.step for point in losses] == [*range(1, steps + 1)], "steps are missing or doubled"
     # how long the last checkpoint before the kill took was known, and to be stored, only after it
@@ -407,7 +407,7 @@ def test_the_readme_commands_keep_all_at_a_url(data: str, settings: dict[str, st
 
     done(predict, "split=held_out")
     written = (locate(f"s3://{BUCKET}/predictions.parquet"), tuned / "predictions.parquet")
-    one, other = (pq.read_table(storage.readable(path)) for path in written)
+    one, other = (pq.read_table(paths.readable(path)) for path in written)
     assert one.equals(other)
     assert "train/loss" in done(tensorboard, "--inspect")
     assert not list(tmp_path.iterdir()), "something was written on this machine"

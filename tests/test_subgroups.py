@@ -11,7 +11,7 @@ from hymate.data.examples import Examples, labelled_examples
 from hymate.data.histories import Histories
 from hymate.data.meds import DATA_SCHEMA, codes_table, write_metadata, write_parquet
 from hymate.data.prepare import PrepareConfig, prepare
-from hymate.data.subgroups import subgroups
+from hymate.evaluation.subgroups import subgroups
 
 YEAR_US = 31_557_600_000_000
 BIRTHS = {1: 1950, 2: 1980, 3: 2015}

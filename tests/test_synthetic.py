@@ -24,12 +24,12 @@ from sklearn.linear_model import LogisticRegression
 
 from hymate.command import build
 from hymate.config import ConfigError, TaskConfig
-from hymate.data import synthetic_law as law
 from hymate.data.meds import SplitsConfig
-from hymate.data.synthetic import SyntheticSource
-from hymate.data.synthetic_codes import DISTRACTORS, LACTATE
-from hymate.data.synthetic_course import SyntheticConfig
-from hymate.metrics import auprc, auroc
+from hymate.data.synthetic import law as law
+from hymate.data.synthetic.codes import DISTRACTORS, LACTATE
+from hymate.data.synthetic.course import SyntheticConfig
+from hymate.data.synthetic.source import SyntheticSource
+from hymate.evaluation.metrics import auprc, auroc
 
 DAY_US = 86_400_000_000
 ROOT = Path(__file__).resolve().parent.parent

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from hymate.telemetry import Telemetry
+from hymate.training.telemetry import Telemetry
 
 
 @pytest.mark.parametrize("stood_at", [0, 2])

@@ -11,8 +11,8 @@ import pytest
 import torch
 from processes import TRAIN, RandomRows, Recorder, pretraining_job, run_workers
 
-from hymate.batch import Batch
-from hymate.training.engine import Worker, train
+from hymate.model.batch import Batch
+from hymate.training.loop import Worker, train
 
 SLOW, STEPS = 1, 4
 CASES = [("data", 2), ("model", 0), ("model", 3)]  # what is slow, and the ZeRO stage

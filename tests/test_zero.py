@@ -16,10 +16,10 @@ from torch import nn
 
 from hymate.config import ObjectiveConfig, TrainConfig
 from hymate.data.loader import Cursor
-from hymate.model import PretrainModel, decay_groups
-from hymate.objectives import mean_loss
-from hymate.training.engine import Worker, count_targets, schedule
-from hymate.training.zero import deepspeed_config
+from hymate.model.encoder import PretrainModel, decay_groups
+from hymate.model.objectives import mean_loss
+from hymate.training.deepspeed import deepspeed_config
+from hymate.training.loop import Worker, count_targets, schedule
 
 CONFIG = replace(TRAIN, max_steps=4, eval_every=2)
 STAGES = (0, 1, 2, 3)

@@ -7,15 +7,15 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-from hymate.bundle import Bundle
 from hymate.command import load
 from hymate.config import DataConfig, ModelConfig, TrainConfig
 from hymate.data.prepare import PrepareConfig, prepare
 from hymate.data.tasks import labels
+from hymate.inference.bundle import Bundle
 from hymate.predict import PredictConfig
-from hymate.telemetry import Telemetry
-from hymate.training import engine
-from hymate.training.finetune import Study, TrialConfig, run_trial, starting_point
+from hymate.training import loop
+from hymate.training.telemetry import Telemetry
+from hymate.tuning.trial import Study, TrialConfig, run_trial, starting_point
 
 # configs/model/debug.yaml
 MODEL = ModelConfig(d_model=32, layers="MA", d_state=16, headdim=16, num_heads=2, window=256)
@@ -44,7 +44,7 @@ def trained_bundle(data: Path, steps: int) -> Bundle:
         state.update(load_file(checkpoint / "model.safetensors"))
         shutil.rmtree(checkpoint)
 
-    with engine.single_process() as worker:
+    with loop.single_process() as worker:
         run_trial(
             Study(start, [table], "mean", [trial], run_path),
             trial,

@@ -32,7 +32,7 @@ import pyarrow as pa
 from hymate.config import ConfigError, TaskConfig, UserError
 from hymate.data.known import KnownConfig
 from hymate.data.meds import UNREADABLE, DataError, open_parquet, unreadable
-from hymate.storage import Location
+from hymate.storage.paths import Location
 
 # aces is imported where it is needed: it takes seconds (matplotlib among others), and most runs find labels
 KEYS = {"predicates", "patient_demographics", "trigger", "windows", "description", "metadata"}

@@ -1,6 +1,6 @@
 """What training and prediction visit: histories up to a time, with their labels.
 
-Legend, besides that of `hymate.batch`: E examples, N labels, P subjects in the dataset's index.
+Legend, besides that of `hymate.model.batch`: E examples, N labels, P subjects in the dataset's index.
 """
 
 from __future__ import annotations

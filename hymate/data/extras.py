@@ -30,7 +30,7 @@ from hymate.data.meds import (
     without_null_columns,
     write_parquet,
 )
-from hymate.storage import Location, files_below
+from hymate.storage.paths import Location, files_below
 
 SUFFIX = ".extra.pq"
 KEYS = tuple(LABEL_SCHEMA.names[:2])

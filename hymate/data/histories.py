@@ -33,7 +33,7 @@ from hymate.data.meds import (
     open_parquet,
     read_parquet,
 )
-from hymate.storage import Location, atomic_path, locate
+from hymate.storage.paths import Location, atomic_path, locate
 
 FORMAT_VERSION = 1
 FOLDER = "histories"

@@ -8,7 +8,7 @@ Shuffling keeps reads local. An epoch shuffles the row groups of the files, take
 block of about BLOCK_EVENTS events, and shuffles, packs and again shuffles inside the block. Going on in the middle of
 an epoch packs one block, not those before it.
 
-Legend, besides that of `hymate.batch`: E examples, P subjects in the dataset's index, G row groups.
+Legend, besides that of `hymate.model.batch`: E examples, P subjects in the dataset's index, G row groups.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from typing import Literal, NamedTuple, TypeVar
 import numpy as np
 import torch
 
-from hymate.batch import HOURS_PER_YEAR, UNKNOWN_ID, Batch
 from hymate.data.examples import NO_TIME, Examples
 from hymate.data.histories import Histories, History
 from hymate.data.meds import US_PER_HOUR
 from hymate.data.packing import pack
 from hymate.data.vocabulary import Vocabulary
+from hymate.model.batch import HOURS_PER_YEAR, UNKNOWN_ID, Batch
 
 BLOCK_EVENTS = 4_000_000  # 64 MB of times, codes and values
 ROWS_AHEAD = 8  # rows that the background thread keeps ready

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from flexible_schema.exceptions import SchemaValidationError, TableValidationError  # type: ignore[import-untyped]
 
 from hymate.config import ConfigError, UserError
-from hymate.storage import Location, UrlPath, atomic_path, files_below, readable, write_text
+from hymate.storage.paths import Location, UrlPath, atomic_path, files_below, readable, write_text
 
 DATA_SCHEMA: pa.Schema = meds.DataSchema.schema().remove(4)  # text_value is never used
 LABEL_SCHEMA: pa.Schema = meds.LabelSchema.schema()

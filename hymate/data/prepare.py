@@ -54,14 +54,14 @@ from hymate.data.meds import (
     read_splits,
     write_parquet,
 )
-from hymate.data.meds_source import MedsSource
-from hymate.data.physionet2012 import PhysioNet2012Source
+from hymate.data.sources.meds import MedsSource
+from hymate.data.sources.physionet2012 import PhysioNet2012Source
 from hymate.data.statistics import CodeStatistics
-from hymate.data.synthetic import SyntheticSource
-from hymate.data.synthetic_course import SyntheticConfig
+from hymate.data.synthetic.course import SyntheticConfig
+from hymate.data.synthetic.source import SyntheticSource
 from hymate.ending import without_ctrl_c
-from hymate.object_store import StorageError
-from hymate.storage import Location, UrlPath, locate, readable, remove_tree, require_folder, write_text
+from hymate.storage.paths import Location, UrlPath, locate, readable, remove_tree, require_folder, write_text
+from hymate.storage.remote import StorageError
 
 WORK = ".work"  # inside histories/: the journal and what later stages need
 JOURNAL_S = 10.0  # between two journals at a URL

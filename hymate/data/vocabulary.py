@@ -11,11 +11,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from hymate.batch import FIRST_CODE_ID, UNKNOWN_ID
 from hymate.config import UserError
 from hymate.data.meds import UNREADABLE, read_parquet, write_parquet
 from hymate.data.statistics import NUM_KNOTS, VOCABULARY_SCHEMA
-from hymate.storage import Location
+from hymate.model.batch import FIRST_CODE_ID, UNKNOWN_ID
+from hymate.storage.paths import Location
 
 Z_LIMIT = 8.0  # recording errors (a pH of 735) would otherwise dominate
 

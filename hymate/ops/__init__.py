@@ -168,5 +168,5 @@ def add_dropout(x: Tensor, branch: Tensor, p: float) -> Tensor:
         return x + branch
     # a model without Mamba blocks needs no kernels on a GPU, so they are not asked for
     if x.device.type == "cpu" and _implementation(x).__name__ == "hymate.ops.cpu":
-        return importlib.import_module("hymate.ops.dropout").add_dropout(x, branch, p)
+        return importlib.import_module("hymate.ops.cpu.dropout").add_dropout(x, branch, p)
     return x + F.dropout(branch, p)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hymate.config import UserError
-from hymate.storage import Location, UrlPath, write_text
+from hymate.storage.paths import Location, UrlPath, write_text
 
 FILE = "attempt.json"
 SUPERSEDED = "another command has taken this run over"

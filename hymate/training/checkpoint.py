@@ -29,9 +29,9 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from hymate.bundle import read_weights, write_weights
 from hymate.config import UserError
-from hymate.storage import Location, local_copy
+from hymate.inference.bundle import read_weights, write_weights
+from hymate.storage.paths import Location, local_copy
 
 STATE, WEIGHTS = "state.json", "model.safetensors"
 MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -4,7 +4,7 @@ The model itself runs on tensors without numbers (torch's FakeTensorMode) over t
 (`hymate.ops.shapes`), forward and backward, while every storage that is alive is counted. What DeepSpeed holds beside
 it follows from its source (0.19) and the number of workers. Nothing here needs a GPU or was measured on one.
 
-Shape legend: as in `hymate.batch`; P parameters, N workers.
+Shape legend: as in `hymate.model.batch`; P parameters, N workers.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from hymate.batch import Batch, changed
 from hymate.config import ModelConfig, ObjectiveConfig
-from hymate.model import PretrainModel
+from hymate.model.batch import Batch, changed
+from hymate.model.encoder import PretrainModel
 from hymate.ops.shapes import as_on_gpu
-from hymate.training.zero import reduce_bucket_size
+from hymate.training.deepspeed import reduce_bucket_size
 
 # ZeRO 3, in parameters: what DeepSpeed leaves gathered from the forward to the backward (half of its
 # stage3_max_reuse_distance), and what it fetches ahead
@@ -132,7 +132,7 @@ class WorkerBytes:
 
 
 def worker_bytes(num_parameters: int, zero_stage: int, num_workers: int) -> WorkerBytes:
-    """Of float32 parameters under AdamW and DeepSpeed, as `hymate.training.zero` sets it up."""
+    """Of float32 parameters under AdamW and DeepSpeed, as `hymate.training.deepspeed` sets it up."""
     whole, bucket = 4.0 * num_parameters, 4.0 * reduce_bucket_size(num_parameters)
     part = whole / num_workers
     if zero_stage == 0:

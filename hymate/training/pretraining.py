@@ -11,18 +11,18 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from hymate.bundle import write_bundle
 from hymate.config import ConfigError, DataConfig, ModelConfig, ObjectiveConfig, RunConfig, TrainConfig, UserError
 from hymate.data.examples import Examples, pretraining_examples
 from hymate.data.histories import FOLDER, Histories
 from hymate.data.loader import Rows
 from hymate.data.vocabulary import Vocabulary
 from hymate.device import Wanted
-from hymate.model import PretrainModel, decay_groups
-from hymate.storage import Location, locate
+from hymate.inference.bundle import write_bundle
+from hymate.inference.provenance import provenance
+from hymate.model.encoder import PretrainModel, decay_groups
+from hymate.storage.paths import Location, locate
 from hymate.training import checkpoint
-from hymate.training.engine import Job, Worker, mean_outputs
-from hymate.training.provenance import provenance
+from hymate.training.loop import Job, Worker, mean_outputs
 
 SCORE = "val_loss"
 MODE: Literal["min"] = "min"

@@ -20,14 +20,14 @@ from pathlib import Path
 import numpy as np
 
 from hymate import explain
-from hymate.attribution import Attribution, Case, Explainer, integrated_gradients
-from hymate.bundle import read_bundle
 from hymate.data.examples import labelled_examples
 from hymate.data.histories import Histories
 from hymate.data.meds import read_labels
-from hymate.data.synthetic_codes import DISTRACTORS
-from hymate.data.synthetic_law import COPD, CREATININE, HAEMOGLOBIN, HEART_FAILURE
+from hymate.data.synthetic.codes import DISTRACTORS
+from hymate.data.synthetic.law import COPD, CREATININE, HAEMOGLOBIN, HEART_FAILURE
 from hymate.device import choose
+from hymate.evaluation.attribution import Attribution, Case, Explainer, integrated_gradients
+from hymate.inference.bundle import read_bundle
 
 DRIVERS = (CREATININE, HAEMOGLOBIN, HEART_FAILURE, COPD)
 STEPS = (8, 16, 32, 64, 128)

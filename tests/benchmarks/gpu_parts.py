@@ -26,11 +26,11 @@ from gpu_setting import VOCABULARY, LeftOut, Measures, Report, Setting, rate, ti
 from rows import random_row
 from torch import Tensor, nn
 
-from hymate.batch import Batch
 from hymate.config import ModelConfig, ObjectiveConfig, TrainConfig
+from hymate.data.feeding import fed
 from hymate.data.packing import pack
-from hymate.feeding import fed
-from hymate.model import HyMaTE, PretrainModel, RiskModel, decay_groups
+from hymate.model.batch import Batch
+from hymate.model.encoder import HyMaTE, PretrainModel, RiskModel, decay_groups
 
 TASK = "readmission"
 
@@ -124,7 +124,7 @@ def training(report: Report, setting: Setting, name: str, mixer: str) -> None:
         return rate(setting, lambda: step(next(rows)), events, plan)
 
     def plain(compiled: bool) -> Measures:
-        from hymate.training.engine import compute_as
+        from hymate.training.loop import compute_as
 
         if compiled and setting.device.type == "cpu":
             raise LeftOut("compiling for a CPU takes minutes, and brought nothing")
@@ -134,15 +134,15 @@ def training(report: Report, setting: Setting, name: str, mixer: str) -> None:
         return measured(functools.partial(plain_step, setting, module, optimizer), itertools.cycle(there))
 
     def with_deepspeed() -> Measures:
-        from hymate.training import engine
+        from hymate.training import loop
 
         train = TrainConfig(rows_per_step=1, zero_stage=2, precision="bf16")
-        with engine.single_process(setting.device) as worker:
+        with loop.single_process(setting.device) as worker:
             module, optimizer = model_and_adamw(setting, config)
-            wrapped = engine.build_engine(module, optimizer, train, worker)
+            wrapped = loop.build_engine(module, optimizer, train, worker)
             endless = itertools.cycle([[batch] for batch in batches])
             with contextlib.closing(fed(endless, worker.device, module.ask)) as ready:
-                return measured(lambda rows: engine.train_step(wrapped, rows, worker.device), ready)
+                return measured(lambda rows: loop.train_step(wrapped, rows, worker.device), ready)
 
     report.attempt(f"{name}, {mixer}, plain", functools.partial(plain, compiled=False))
     report.attempt(f"{name}, {mixer}, DeepSpeed ZeRO 2", with_deepspeed)
@@ -314,7 +314,7 @@ def inference(report: Report, setting: Setting) -> None:
     def streaming() -> Measures:
         from random_histories import random_history, random_vocabulary
 
-        from hymate.streaming import StreamingModel
+        from hymate.inference.streaming import StreamingModel
 
         vocabulary = random_vocabulary(VOCABULARY)
         stream = StreamingModel(model(setting.device), vocabulary, vocabulary.codes)

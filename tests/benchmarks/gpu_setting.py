@@ -22,14 +22,14 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from rows import random_row
 
-from hymate.batch import Batch
 from hymate.config import ModelConfig
 from hymate.data.packing import pack
 from hymate.errors import UserError
+from hymate.model.batch import Batch
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 VOCABULARY = 10_000
-# of the synthetic cohort's histories (hymate.data.synthetic_course): the mean here, and the spread of the logarithm
+# of the synthetic cohort's histories (hymate.data.synthetic.course): the mean here, and the spread of the logarithm
 MEAN_EVENTS, LENGTH_SPREAD = 1500, 1.15
 
 Measures = dict[str, Any]
@@ -110,7 +110,7 @@ class Setting:
 
     def peak_gib(self) -> float:
         """The most device memory since the last call of `forget_peak`; in a rehearsal the process's."""
-        from hymate.training.workers import peak_memory_gib
+        from hymate.training.stragglers import peak_memory_gib
 
         return peak_memory_gib(self.device)
 

@@ -27,10 +27,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from rows import random_row
 
-from hymate.batch import Batch
 from hymate.command import load
 from hymate.config import ModelConfig, ObjectiveConfig
-from hymate.model import PretrainModel, decay_groups
+from hymate.model.batch import Batch
+from hymate.model.encoder import PretrainModel, decay_groups
 from hymate.training.memory import keep_freed_memory
 from hymate.training.pretraining import PretrainConfig
 

@@ -38,13 +38,13 @@ import torch
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from hymate.batch import changed
 from hymate.command import load
 from hymate.data.examples import pretraining_examples
 from hymate.data.histories import Histories
 from hymate.data.loader import Cursor, Rows
 from hymate.data.vocabulary import Vocabulary
-from hymate.model import PretrainModel
+from hymate.model.batch import changed
+from hymate.model.encoder import PretrainModel
 from hymate.ops import packed_attention
 from hymate.training.footprint import Shapes, event_flops
 from hymate.training.pretraining import PretrainConfig

@@ -31,20 +31,23 @@ import torch
 from matplotlib.figure import Figure
 from safetensors.torch import load_file, save_file
 
-from hymate import baselines, device, metrics
+from hymate import baselines, device
 from hymate.command import load
 from hymate.data.examples import Examples, labelled_examples
-from hymate.data.features import FeatureConfig, choose, features
 from hymate.data.histories import Histories
 from hymate.data.loader import Rows
 from hymate.data.meds import SPLITS, write_text
-from hymate.data.synthetic import ORACLE
+from hymate.data.synthetic.source import ORACLE
 from hymate.data.tasks import labels
-from hymate.model import RiskModel
+from hymate.evaluation import metrics
+from hymate.evaluation.features import FeatureConfig, choose, features
+from hymate.evaluation.figures import BLUE, DPI, GREY, ORANGE
+from hymate.model.encoder import RiskModel
 from hymate.predict import score
-from hymate.telemetry import Telemetry
-from hymate.training import checkpoint, engine
-from hymate.training.finetune import (
+from hymate.training import checkpoint, loop
+from hymate.training.telemetry import Telemetry
+from hymate.tuning.search import TuneConfig, trial_config
+from hymate.tuning.trial import (
     Start,
     TrialConfig,
     labelled_rows,
@@ -53,8 +56,6 @@ from hymate.training.finetune import (
     starting_point,
     tuning_scores,
 )
-from hymate.training.pictures import BLUE, DPI, GREY, ORANGE
-from hymate.training.search import TuneConfig, trial_config
 
 EVENTS, STEPS, QUICK_STEPS, LABELS_PER_STEP = 1 << 21, 240, 8, 8
 LEAST_ROW = 8192  # events computed at once
@@ -128,7 +129,7 @@ class Point:
         return scored(self.examples["held_out"], outputs.probability_ET[:, 0])
 
 
-def fine_tuned(point: Point, worker: engine.Worker) -> dict[str, Any]:
+def fine_tuned(point: Point, worker: loop.Worker) -> dict[str, Any]:
     """Train, keep the best checkpoint on the tuning split, score it on the held-out split."""
     trial = point.trial
     shorter = max((context for context in point.contexts if context < trial.data.context), default=None)
@@ -147,9 +148,9 @@ def fine_tuned(point: Point, worker: engine.Worker) -> dict[str, Any]:
 
     point.weights.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
-    job = engine.Job(model, parameter_groups(model, trial), point.rows("train"), evaluate, score="auroc", mode="max")
+    job = loop.Job(model, parameter_groups(model, trial), point.rows("train"), evaluate, score="auroc", mode="max")
     silent = Telemetry(point.weights, enabled=False)
-    engine.train(job, trial.train, worker, report=report, telemetry=silent, resume=None)
+    loop.train(job, trial.train, worker, report=report, telemetry=silent, resume=None)
     trained = time.monotonic()
     save_file(best.state_dict(), point.weights / f"{trial.data.context}.safetensors")
     return {
@@ -163,7 +164,7 @@ def fine_tuned(point: Point, worker: engine.Worker) -> dict[str, Any]:
     }
 
 
-def cut(point: Point, worker: engine.Worker) -> dict[str, Any]:
+def cut(point: Point, worker: loop.Worker) -> dict[str, Any]:
     """The model of the longest context, reading no more than this one's events."""
     longest, started = max(point.contexts), time.monotonic()
     return {
@@ -249,7 +250,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|", flush=True)
     model = configured(options, min(map(int, ceiling))).model
     assert model is not None, "SETTINGS has one"
-    with engine.single_process(device.choose("auto", model)) as worker:
+    with loop.single_process(device.choose("auto", model)) as worker:
         make = cut if options.cut else fine_tuned
         runs = [partial(make, Point.of(options, context), worker) for context in sorted(options.contexts)]
         runs += [partial(boosted, Point.of(options, min(map(int, ceiling))))] if options.boosting else []

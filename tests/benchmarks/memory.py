@@ -32,7 +32,7 @@ from prepare_memory import descendants, peak_mib
 
 from hymate.command import load
 from hymate.data.loader import Cursor
-from hymate.training import checkpoint, engine
+from hymate.training import checkpoint, loop
 from hymate.training.memory import keep_freed_memory
 from hymate.training.pretraining import PretrainConfig, pretraining_job
 
@@ -59,17 +59,17 @@ def work(results: Connection, settings: Sequence[str], rank: int, num_workers: i
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(num_workers))
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=num_workers)
     config = load("pretrain", settings, PretrainConfig)
-    worker = engine.Worker(rank, num_workers, rank, torch.device("cpu"))
+    worker = loop.Worker(rank, num_workers, rank, torch.device("cpu"))
     job = pretraining_job(config, worker)
     num_parameters = sum(parameter.numel() for parameter in job.module.parameters())
-    wrapped, _ = engine.start(job, config.train, worker, resume=None)
+    wrapped, _ = loop.start(job, config.train, worker, resume=None)
     batches = job.rows.steps(Cursor(), config.train.rows_per_step, rank, num_workers)
     num_events = 0
     for step in range(steps + 1):
         if step == 1:
             start = time.process_time()
         rows, _ = next(batches)
-        engine.train_step(wrapped, rows, worker.device)
+        loop.train_step(wrapped, rows, worker.device)
         num_events += sum(row.num_events for row in rows) if step else 0
     training_cpu_s, training_mib = time.process_time() - start, peak_mib(os.getpid())
     dist.barrier()  # waiting for another worker's steps is no saving

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import Mamba2Config
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer as PeerMixer
 
-from hymate.mixers import Mamba1Mixer, Mamba2Mixer
+from hymate.model.mixers import Mamba1Mixer, Mamba2Mixer
 from hymate.training.memory import keep_freed_memory
 
 BATCH, EVENTS, D_MODEL, D_STATE, HEADDIM, D_STATE_1 = 4, 1024, 128, 64, 64, 16

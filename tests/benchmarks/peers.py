@@ -47,7 +47,7 @@ Step = Callable[[int], Tensor]  # a loss of a random history of so many events
 
 def hymate(layers: str = "") -> tuple[nn.Module, Step]:
     from hymate.command import load
-    from hymate.model import HyMaTE
+    from hymate.model.encoder import HyMaTE
     from hymate.training.memory import keep_freed_memory
     from hymate.training.pretraining import PretrainConfig
 

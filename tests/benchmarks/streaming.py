@@ -27,7 +27,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from hymate.bundle import build_model, read_bundle, write_bundle
 from hymate.config import DataConfig, ModelConfig
 from hymate.data.examples import labelled_examples
 from hymate.data.histories import Histories
@@ -35,10 +34,11 @@ from hymate.data.meds import DATA_SCHEMA, LABEL_SCHEMA, write_metadata, write_pa
 from hymate.data.prepare import PrepareConfig, prepare
 from hymate.data.vocabulary import Vocabulary
 from hymate.device import CPU
-from hymate.model import RiskModel
+from hymate.inference.bundle import build_model, read_bundle, write_bundle
+from hymate.inference.states import StateFolder
+from hymate.inference.streaming import PatientState, StreamingModel
+from hymate.model.encoder import RiskModel
 from hymate.predict import predict, predict_whole
-from hymate.states import StateFolder
-from hymate.streaming import PatientState, StreamingModel
 
 # configs/model/small.yaml
 MODEL = ModelConfig(d_model=128, layers="MMMAMMMA", d_state=64, headdim=32, num_heads=4, window=512)

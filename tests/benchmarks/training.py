@@ -30,10 +30,10 @@ import torch.distributed as dist
 from prepare_memory import descendants, peak_mib
 
 from hymate.command import load
+from hymate.data.feeding import fed
 from hymate.data.loader import Cursor
-from hymate.feeding import fed
-from hymate.objectives import mean_loss
-from hymate.training import engine
+from hymate.model.objectives import mean_loss
+from hymate.training import loop
 from hymate.training.memory import keep_freed_memory
 from hymate.training.pretraining import PretrainConfig, pretraining_job
 
@@ -53,7 +53,7 @@ def serve(orders: Connection, settings: list[str], stage: int | None, rank: int,
     """One worker process (stage None: the bare loop): a step for each order, answered by its peak memory."""
     torch.set_num_threads(1)
     keep_freed_memory()
-    worker = engine.Worker(rank, num_workers, rank, torch.device("cpu"))
+    worker = loop.Worker(rank, num_workers, rank, torch.device("cpu"))
     if stage is None:
         step = bare_step(load("pretrain", settings, PretrainConfig), worker)
     else:
@@ -67,14 +67,14 @@ def serve(orders: Connection, settings: list[str], stage: int | None, rank: int,
         orders.send(peak_mib(os.getpid()))
 
 
-def bare_step(config: PretrainConfig, worker: engine.Worker) -> Callable[[], None]:
+def bare_step(config: PretrainConfig, worker: loop.Worker) -> Callable[[], None]:
     job = pretraining_job(config, worker)
     optimizer = torch.optim.AdamW(job.groups, betas=(config.train.beta1, config.train.beta2))
     steps = fed(job.rows.steps(Cursor(), config.train.rows_per_step, 0, 1), worker.device, job.module.ask)
 
     def step() -> None:
         rows, _ = next(steps)
-        count_K = engine.count_targets(job.module, rows)
+        count_K = loop.count_targets(job.module, rows)
         for row in rows:
             torch.manual_seed(row.seed)
             mean_loss(job.module.terms, job.module(row)["sum_K"], count_K)[0].backward()
@@ -85,14 +85,14 @@ def bare_step(config: PretrainConfig, worker: engine.Worker) -> Callable[[], Non
     return step
 
 
-def engine_step(config: PretrainConfig, worker: engine.Worker) -> Callable[[], None]:
+def engine_step(config: PretrainConfig, worker: loop.Worker) -> Callable[[], None]:
     job = pretraining_job(config, worker)
-    wrapped, _ = engine.start(job, config.train, worker, resume=None)
+    wrapped, _ = loop.start(job, config.train, worker, resume=None)
     steps = job.rows.steps(Cursor(), config.train.rows_per_step, worker.rank, worker.world_size)
     ready = fed(steps, worker.device, job.module.ask)
 
     def step() -> None:
-        engine.train_step(wrapped, next(ready)[0], worker.device)
+        loop.train_step(wrapped, next(ready)[0], worker.device)
 
     return step
 

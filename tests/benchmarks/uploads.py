@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from commands import ROOT, points
 from s3 import BUCKET, environment, serving
 
-from hymate.storage import UrlPath, local_copy, locate, upload_files
+from hymate.storage.paths import UrlPath, local_copy, locate, upload_files
 from hymate.training import checkpoint
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from scipy.special import expit, logit
 from scipy.stats import norm
 
-from hymate import metrics, trust
+from hymate.evaluation import decisions, metrics
 
 Array = np.ndarray
 Cohort = tuple[Array, Array, Array]  # labels, probabilities, subjects
@@ -99,11 +99,11 @@ def informed(seed: int, num_labels: int, patients: str, kind: Kind, distortion: 
 def helps(kind: Kind, distortion: str) -> Array:
     """(T,): at which of GRID's thresholds such a model truly helps."""
     if distortion == BREAK_EVEN:
-        return np.zeros(len(trust.GRID), bool)
+        return np.zeros(len(decisions.GRID), bool)
     middle, spread = logit(kind[0]), kind[1]
     true_M = middle + spread * norm.ppf((np.arange(20_000) + 0.5) / 20_000)
     risk_M, told_M = expit(true_M), expit(DISTORTED[distortion](middle, true_M))
-    gain_T = [np.mean((told_M >= t) * (risk_M - t)) - max(0, np.mean(risk_M - t)) for t in trust.GRID]
+    gain_T = [np.mean((told_M >= t) * (risk_M - t)) - max(0, np.mean(risk_M - t)) for t in decisions.GRID]
     return np.array(gain_T) > 1e-9
 
 
@@ -112,7 +112,7 @@ def useless_rates(num_labels: int, patients: str, cohorts: int, kinds: list[Kind
     every = range(cohorts)
     return np.array(
         [
-            np.mean([trust.useful_range(*useless(n, num_labels, patients, kind)) is not None for n in every])
+            np.mean([decisions.useful_range(*useless(n, num_labels, patients, kind)) is not None for n in every])
             for kind in kinds
         ]
     )
@@ -124,10 +124,10 @@ def informed_rates(num_labels: int, patients: str, distortion: str, cohorts: int
     for kind in INFORMED:
         helps_T, called, wrongly = helps(kind, distortion), 0, 0
         for number in range(cohorts):
-            found = trust.useful_range(*informed(number, num_labels, patients, kind, distortion))
+            found = decisions.useful_range(*informed(number, num_labels, patients, kind, distortion))
             if found is not None:
                 called += 1
-                inside_T = (np.array(trust.GRID) >= found[0]) & (np.array(trust.GRID) <= found[1])
+                inside_T = (np.array(decisions.GRID) >= found[0]) & (np.array(decisions.GRID) <= found[1])
                 wrongly += not helps_T[inside_T].all() or not helps_T.any()
         rates.append((called / cohorts, wrongly / cohorts))
     return np.array(rates)
@@ -144,7 +144,7 @@ def share_coverage(num_labels: int, spread: float, cohorts: int) -> tuple[float,
         subject_N = np.repeat(np.arange(num_labels), count_P)[:num_labels]
         own_P = norm.cdf((norm.ppf(risk) + np.sqrt(0.9) * rng.normal(size=num_labels)) / np.sqrt(0.1))
         flag_N = rng.random(num_labels) < own_P[subject_N]
-        ends = trust.wilson(flag_N.mean(), len(np.unique(subject_N))), trust.share(flag_N, subject_N)["ci"]
+        ends = decisions.wilson(flag_N.mean(), len(np.unique(subject_N))), decisions.share(flag_N, subject_N)["ci"]
         within.append([low <= risk <= high for low, high in ends])
     before, after = np.mean(within, axis=0)
     return float(before), float(after)
@@ -166,8 +166,8 @@ def group_accusations(num_labels: int, patients: str, groups: int, cohorts: int)
         own = [of_P[subject_N] == group for group in range(groups)]
         overall = metrics.auroc(label_N, prob_N)
         pairs = []
-        for z in (trust.Z, trust.group_z(groups)):
-            told = [trust.group_scores(0.1, z, overall, label_N[at], prob_N[at], subject_N[at]) for at in own]
+        for z in (decisions.Z, decisions.group_z(groups)):
+            told = [decisions.group_scores(0.1, z, overall, label_N[at], prob_N[at], subject_N[at]) for at in own]
             pairs.append([any(not g["few"] and g[flag] for g in told) for flag in ("wrong", "ranked_worse")])
         accused.append(pairs)
     return np.mean(np.array(accused), axis=0)
@@ -194,7 +194,7 @@ def chance_errors(num_labels: int, patients: str, cohorts: int) -> tuple[float, 
         label_N, prob_N, subject_N = calibrated(number, num_labels, patients)
         rng = np.random.default_rng(number)
         drawn = [metrics.ece(rng.binomial(1, prob_N), prob_N) for _ in range(50)]
-        found = trust.calibration_error(label_N, prob_N, subject_N)
+        found = decisions.calibration_error(label_N, prob_N, subject_N)
         told.append([found["ece"], np.mean(np.array(drawn, float)), found["by_chance"]])
     error, before, after = np.mean(np.array(told, float), axis=0)
     return float(error), float(before), float(after)

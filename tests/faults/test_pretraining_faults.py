@@ -29,7 +29,7 @@ from small_disk import fill, small_disk
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from test_pretrain import command, flip_a_bit, saved_steps, scalars, started, train_workers
 
-from hymate import object_store, storage
+from hymate.storage import paths, remote
 from hymate.training.checkpoint import verify
 
 STEPS, EVAL_EVERY = 60, 10
@@ -278,7 +278,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 def test_the_storage_is_out_of_reach_for_a_while(
     server: Server, disturbed: Disturbed, undisturbed: Path, data: Path, tmp_path: Path, table: list
 ) -> None:
-    environment = {**disturbed.environment, **server.environment, object_store.PATIENCE: "120"}
+    environment = {**disturbed.environment, **server.environment, remote.PATIENCE: "120"}
     temporary, runs = Path(environment["TMPDIR"]), f"s3://{BUCKET}/a-while"
     with started(command(data, tmp_path, f"run.dir={runs}"), environment, tmp_path) as driver:
         disturbed.until(lambda: known_checkpoints(runs) >= 1, driver)
@@ -289,7 +289,7 @@ def test_the_storage_is_out_of_reach_for_a_while(
         disturbed.until(lambda: known_checkpoints(runs) >= 2, driver)
         seconds = time.monotonic() - began
         finish(driver)
-    with storage.local_copy(storage.locate(f"{runs}/pretrain")) as copy:
+    with paths.local_copy(paths.locate(f"{runs}/pretrain")) as copy:
         assert_same(copy, undisturbed)
     table.append(("the storage is out of reach for a while", "training waits and goes on", 0, seconds))
 
@@ -297,7 +297,7 @@ def test_the_storage_is_out_of_reach_for_a_while(
 def test_the_storage_is_out_of_reach_for_too_long(
     server: Server, disturbed: Disturbed, undisturbed: Path, data: Path, tmp_path: Path, table: list
 ) -> None:
-    environment = {**disturbed.environment, **server.environment, object_store.PATIENCE: "8"}
+    environment = {**disturbed.environment, **server.environment, remote.PATIENCE: "8"}
     runs = f"s3://{BUCKET}/for-long"
     arguments = command(data, tmp_path, f"run.dir={runs}", "train.max_failures=1")
     with started(arguments, environment, tmp_path, stderr=subprocess.PIPE) as driver:
@@ -307,11 +307,11 @@ def test_the_storage_is_out_of_reach_for_too_long(
             _, said = driver.communicate(timeout=PATIENCE_S)
             ended = time.monotonic()
     assert driver.returncode in (1, 2) and b"not to be reached" in said, said
-    with storage.local_copy(storage.locate(f"{runs}/pretrain")) as copy:
+    with paths.local_copy(paths.locate(f"{runs}/pretrain")) as copy:
         verify(last_checkpoint(copy))
     done = run(arguments, environment, tmp_path)
     assert done.returncode == 0, done.stderr
-    with storage.local_copy(storage.locate(f"{runs}/pretrain")) as copy:
+    with paths.local_copy(paths.locate(f"{runs}/pretrain")) as copy:
         assert_same(copy, undisturbed)
     happens = f"with a patience of 8 s the command ends in one line after {ended - began:.0f} s; later it continues"
     table.append(("the storage is out of reach for long", happens, 0, time.monotonic() - ended))
@@ -326,7 +326,7 @@ def last_point(temporary: Path) -> int:
 def known_checkpoints(runs: str) -> int:
     """How many checkpoints Ray knows of."""
     try:
-        file = storage.locate(f"{runs}/pretrain/checkpoints/checkpoint_manager_snapshot.json")
+        file = paths.locate(f"{runs}/pretrain/checkpoints/checkpoint_manager_snapshot.json")
         return len(json.loads(file.read_text())["checkpoint_results"])
     except FileNotFoundError:
         return 0

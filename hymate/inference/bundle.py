@@ -1,0 +1,245 @@
+"""The portable model: what people share and deploy.
+
+A bundle is a folder:
+    model.safetensors   the weights in float32
+    config.yaml         format version, kind, model and data settings, when events become known, tasks, checksums
+    vocabulary.parquet  codes and their value statistics
+    README.md           the model card (free to edit: it has no checksum)
+
+Nothing in a bundle is ever unpickled, and YAML is read with the safe loader only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from hymate.command import build, dump_yaml, parse_yaml
+from hymate.config import DataConfig, ModelConfig, UserError
+from hymate.data.known import KnownConfig
+from hymate.data.vocabulary import Vocabulary
+from hymate.storage.paths import Location, UrlPath, local_copy, new_folder
+
+if TYPE_CHECKING:
+    from hymate.model.encoder import RiskModel
+
+FORMAT_VERSION = 2  # 1 had no rules of when events become known
+Kind = Literal["pretrained", "risk"]
+WEIGHTS, CONFIG, VOCABULARY, CARD = "model.safetensors", "config.yaml", "vocabulary.parquet", "README.md"
+CHECKED = (WEIGHTS, VOCABULARY)
+MAX_CONFIG_BYTES = 1 << 18  # ours have a few thousand
+
+
+@dataclass
+class Bundle:
+    """A bundle read back.
+
+    kind: "pretrained" (state of PretrainModel) or "risk" (state of RiskModel, one head for each of `tasks`).
+    in_days: those of the tasks that also predict how long something lasts.
+    data: how histories were cut and packed; its path is empty, for a bundle belongs to no dataset.
+    known: when events become known, in the histories that it was trained on.
+    fingerprint: a digest of all that its predictions depend on; empty where it was not read from a folder.
+    """
+
+    kind: str
+    model: ModelConfig
+    data: DataConfig
+    tasks: list[str]
+    vocabulary: Vocabulary
+    state: dict[str, Tensor]
+    extra: dict[str, Any] = field(default_factory=dict)
+    fingerprint: str = ""
+    in_days: list[str] = field(default_factory=list)
+    known: KnownConfig = field(default_factory=KnownConfig)
+
+    def for_task(self, task: str) -> Bundle:
+        """The same model with the head of one task alone. Raises UserError where it has none for it."""
+        if task not in self.tasks:
+            raise UserError(f"the bundle predicts {', '.join(self.tasks)}, not task={task}")
+        own = f"heads.{task}."
+        state = {k: v for k, v in self.state.items() if k.startswith(own) or not k.startswith("heads.")}
+        in_days = [name for name in self.in_days if name == task]
+        return dataclasses.replace(self, tasks=[task], in_days=in_days, state=state)
+
+
+def write_bundle(
+    folder: Location,
+    model_state: dict[str, Tensor],
+    *,
+    kind: Kind,
+    model: ModelConfig,
+    data: DataConfig,
+    vocabulary: Vocabulary,
+    known: KnownConfig | None = None,
+    tasks: Sequence[str] = (),
+    in_days: Sequence[str] = (),
+    card: str = "",
+    extra: dict[str, Any] | None = None,
+) -> None:
+    """Write a bundle whole: a temporary folder takes the place of `folder` when it is complete.
+
+    known: when events become known in its histories (None: at their stamps). card: text of the model card below its
+    title. extra: plain values kept in config.yaml (metrics, fingerprint).
+    """
+    with new_folder(folder, marker=CONFIG) as new:
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in model_state.items()}
+        write_weights(state, new / WEIGHTS, {"format": "pt"})
+        vocabulary.write(new / VOCABULARY)
+        tree = {
+            "format_version": FORMAT_VERSION,
+            "kind": kind,
+            "model": dataclasses.asdict(model),
+            "data": {key: value for key, value in dataclasses.asdict(data).items() if key != "path"},
+            "known": dataclasses.asdict(known or KnownConfig()),
+            "tasks": list(tasks),
+            "in_days": list(in_days),
+            "extra": extra or {},
+            "sha256": {name: _sha256(new / name) for name in CHECKED},
+        }
+        (new / CONFIG).write_text(dump_yaml(tree))
+        (new / CARD).write_text(f"# HyMaTE {kind} model\n\n{card.strip()}\n")
+
+
+def read_bundle(path: Location, kind: Kind | None = None) -> Bundle:
+    """Read a bundle, or a run folder's `bundle`; `kind` is the one the caller needs.
+
+    Raises UserError (one line) where it is missing, damaged, of a newer format or of another kind.
+    """
+    folder = find_bundle(path)
+    if isinstance(folder, UrlPath):
+        try:
+            with local_copy(folder) as copy:
+                return read_bundle(copy, kind)
+        except UserError as error:
+            raise UserError(f"{folder}: {error}") from error
+    tree = _read_config(folder)
+    if kind is not None and tree["kind"] != kind:
+        raise UserError(f"{folder} holds a {tree['kind']} model, but a {kind} model is needed here")
+    for name in CHECKED:
+        _check_file(folder, name, tree["sha256"])
+    try:
+        model = build(ModelConfig, tree["model"], "model.")
+        data = build(DataConfig, {**tree["data"], "path": "."}, "data.")  # no bundle says where
+        known = build(KnownConfig, tree["known"], "known.")
+        tasks, in_days = ([str.__str__(task) for task in tree[key]] for key in ("tasks", "in_days"))
+        if len(set(tasks)) < len(tasks) or not set(in_days) <= set(tasks):
+            raise ValueError("tasks are named twice, or in_days names others")
+    except (UserError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
+        raise UserError(f"{folder / CONFIG} is not usable: {_first_line(error)}") from error
+    state = read_weights(folder / WEIGHTS)
+    vocabulary = Vocabulary.read(folder / VOCABULARY)
+    extra = tree["extra"]
+    sha256 = {name: tree["sha256"][name] for name in CHECKED}
+    rules = [dataclasses.asdict(known)] if known.rules else []
+    identity = json.dumps([dataclasses.asdict(model), tasks, sha256, *rules], sort_keys=True)
+    fingerprint = hashlib.sha256(identity.encode()).hexdigest()
+    return Bundle(tree["kind"], model, data, tasks, vocabulary, state, extra, fingerprint, in_days, known)
+
+
+def write_weights(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file with the mode that the umask allows; the library alone leaves it to its owner only."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata)
+    path.chmod(mode)
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file. Raises UserError where it is none, or holds anything but finite float32."""
+    try:
+        state = load_file(path)
+    except (SafetensorError, OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
+        raise UserError(f"{path} is damaged ({_first_line(error)}): copy it again") from error
+    for tensor in state.values():
+        if tensor.dtype != torch.float32 or not tensor.isfinite().all():
+            raise UserError(f"{path} is damaged (weights that are not finite float32 numbers): copy it again")
+    return state
+
+
+def build_model(bundle: Bundle) -> RiskModel:
+    """The risk model of a bundle, with its weights, in evaluation mode."""
+    from hymate.model.encoder import RiskModel  # late: reading a bundle's settings needs no model code
+
+    if bundle.kind != "risk":
+        raise UserError(f"a {bundle.kind} model has no risk heads: fine-tune it first (python finetune/tune.py)")
+    try:
+        num_weights = sum(tensor.numel() for tensor in bundle.state.values())
+        if len(bundle.model.layers) + len(bundle.tasks) > len(bundle.state) or bundle.model.num_queries > num_weights:
+            raise ValueError("it has more layers, tasks or queries than there are weights")
+        settings = bundle.model, bundle.vocabulary.size, bundle.tasks, bundle.in_days
+        with torch.device("meta"):  # without memory, of which a configuration could ask for any amount
+            wanted = {name: tensor.shape for name, tensor in RiskModel(*settings).state_dict().items()}
+        differing = sorted(wanted.items() ^ {name: tensor.shape for name, tensor in bundle.state.items()}.items())
+        if differing:
+            raise ValueError(f"{len(differing)} names or shapes differ, {differing[0][0]} for one")
+    except (RuntimeError, ValueError, ArithmeticError, KeyError, TypeError) as error:
+        detail = _first_line(error)
+        raise UserError(f"the bundle's weights do not fit its own config.yaml: {detail}") from error
+    model = RiskModel(*settings)
+    model.load_state_dict(bundle.state)
+    return model.eval()
+
+
+def find_bundle(path: Location) -> Location:
+    """The bundle's folder: `path` itself, or `path`/bundle of a run folder."""
+    folder = path / "bundle" if (path / "bundle").is_dir() else path
+    if not folder.is_dir():
+        raise UserError(f"{path} does not exist: give the folder of a bundle or of a finished run")
+    if not (folder / CONFIG).is_file():
+        raise UserError(f"{path} holds no bundle ({CONFIG} is missing): a run writes its bundle when it finishes")
+    return folder
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG
+    try:
+        if path.stat().st_size > MAX_CONFIG_BYTES:
+            raise ValueError(f"larger than {MAX_CONFIG_BYTES} bytes")
+        tree = parse_yaml(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not a readable bundle configuration ({_first_line(error)})") from error
+    version = tree.get("format_version") if isinstance(tree, dict) else None
+    if type(version) is not int or version < 1:
+        raise UserError(f"{folder} is not a bundle: {CONFIG} names no format_version (a run writes one at its end)")
+    if version > FORMAT_VERSION:
+        raise UserError(
+            f"{folder} has a newer bundle format than {FORMAT_VERSION}, up to which this version reads: update hymate"
+        )
+    tree = {"in_days": [], "extra": {}, "known": {}, **tree}  # bundles of before there were any
+    sections = dict.fromkeys(("model", "data", "known", "extra", "sha256"), dict)
+    kinds = {"kind": str, "tasks": list, "in_days": list, **sections}
+    for key, of in kinds.items():
+        if not isinstance(tree.get(key), of):
+            raise UserError(f"{path} is damaged: {key} is missing or malformed")
+    if tree["sha256"].keys() != set(CHECKED):
+        raise UserError(f"{path} is damaged: sha256 must name {' and '.join(CHECKED)} and nothing else")
+    if tree["kind"] not in ("pretrained", "risk"):
+        raise UserError(f"{path} is of an unknown kind {tree['kind'][:40]!r}: expected pretrained or risk")
+    return tree
+
+
+def _check_file(folder: Path, name: str, sha256: dict[str, Any]) -> None:
+    if not (folder / name).is_file():
+        raise UserError(f"{folder / name} is missing: copy the whole bundle again")
+    if _sha256(folder / name) != sha256.get(name):
+        raise UserError(f"{folder / name} is damaged (its checksum differs from {CONFIG}): copy the bundle again")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _first_line(error: Exception) -> str:
+    text = " ".join(str(error).split())[:300] or type(error).__name__
+    return "".join(character if character.isprintable() else "?" for character in text)

@@ -1,0 +1,124 @@
+"""A packed row of patient histories: what the loader makes and the model reads.
+
+Shape legend, used throughout the code base:
+    L  events in the row, all patients one after the other, no padding
+    S  segments: one patient's window of events each (a patient may fill several rows, one segment in each)
+    F  static events (sex, age at admission, ...) of all segments
+    T  tasks
+    G  variables: pairs of a segment and a code that it holds
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass, replace
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from hymate.model.objectives import Asked
+
+UNKNOWN_ID = 0
+MASK_ID = 1
+FIRST_CODE_ID = 2
+HOURS_PER_YEAR = 8766.0  # of 365.25 days
+
+
+def changed(item: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A dataclass with each of its tensors changed, and those of the dataclasses in it."""
+    found = {f.name: getattr(item, f.name) for f in fields(item)}
+    tensors = {name: change(value) for name, value in found.items() if isinstance(value, Tensor)}
+    inner = {name: changed(value, change) for name, value in found.items() if is_dataclass(value)}
+    return replace(item, **tensors, **inner)
+
+
+@dataclass(frozen=True)
+class Variables:
+    """Which variables a row holds, by segment and code.
+
+    key_G: int64, segment * vocabulary size + code id; ascending.
+    variable_L: int64, each event's.
+    lengths: S Python ints, how many variables each segment has.
+    """
+
+    key_G: Tensor
+    variable_L: Tensor
+    lengths: list[int]
+
+    @classmethod
+    def of(cls, row: Batch, vocab_size: int) -> Variables:
+        """A row's."""
+        key_G, variable_L = torch.unique(row.segment_L.long() * vocab_size + row.code_L, return_inverse=True)
+        return cls(key_G, variable_L, torch.bincount(key_G // vocab_size, minlength=row.num_segments).tolist())
+
+
+@dataclass
+class Batch:
+    """One packed row. All tensors are on one device; a patient's outputs never depend on the others'.
+
+    code_L: int64, model vocabulary ids (UNKNOWN_ID for rare codes).
+    value_L: float32, robustly normalised value; NaN where the event has none.
+    quantile_L: float32 in [-1, 1], the value's rank within its code's training distribution; NaN likewise.
+    time_hours_L: float32, hours since the window's first event.
+    gap_hours_L: float32, hours since the event before (0 for a window's first).
+    segment_L: int32, 0..S-1, non-decreasing.
+    cu_seqlens: S+1 Python ints; segment s is events cu_seqlens[s]:cu_seqlens[s+1]. Never empty segments.
+    bounds: int64 (S+1,), the same numbers where the tensors are.
+    static_code_F, static_value_F, static_quantile_F, static_segment_F: as above, for events without a time.
+    age_years_S: float32, age at the prediction time (in pretraining the window's end); NaN where the birth is unknown.
+    lag_hours_S: float32, hours from the window's last event to the prediction time (0 in pretraining).
+    example_S: int64, the position of each segment's example in the loader's list (its subject, its label).
+    label_ST: float32, each task's label, 1 or 0; NaN where the task has none at this example. Pretraining has no tasks.
+    days_ST: float32, how long what each task is about lasts; NaN where it has no label or the task no days.
+    label_weight_ST: float32, how much each label counts in a mean over labels; 1 where nothing else is known.
+    seed_S: int64, not negative; it depends only on the run's seed, the epoch and the example. What is drawn for a
+        segment (masks, anchors) starts from it, and so does not depend on the row that it stands in.
+    seed: a number that depends only on the run's seed and the row's place in the data order; dropout starts from it.
+    variables, asked: what a model needs besides, and what its loss asks; None where it finds that itself, for which a
+        GPU would have to be waited for. `LossModel.ask` finds it where the row is made.
+    """
+
+    code_L: Tensor
+    value_L: Tensor
+    quantile_L: Tensor
+    time_hours_L: Tensor
+    gap_hours_L: Tensor
+    segment_L: Tensor
+    cu_seqlens: list[int]
+    bounds: Tensor
+    static_code_F: Tensor
+    static_value_F: Tensor
+    static_quantile_F: Tensor
+    static_segment_F: Tensor
+    age_years_S: Tensor
+    lag_hours_S: Tensor
+    example_S: Tensor
+    label_ST: Tensor
+    days_ST: Tensor
+    label_weight_ST: Tensor
+    seed_S: Tensor
+    seed: int = 0
+    variables: Variables | None = None
+    asked: Asked | None = None
+
+    @property
+    def num_events(self) -> int:
+        """L."""
+        return int(self.code_L.shape[0])
+
+    @property
+    def num_segments(self) -> int:
+        """S."""
+        return len(self.cu_seqlens) - 1
+
+    @property
+    def lengths(self) -> list[int]:
+        """Of each segment."""
+        return [stop - start for start, stop in pairwise(self.cu_seqlens)]
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same row on `device`."""
+        return changed(self, lambda x: x.to(device, non_blocking=True))

@@ -1,0 +1,167 @@
+"""`run.json`: what a run was, enough to repeat it; no secret, no host or user name, nothing of a patient.
+
+{
+  "command": "pretrain", "config": {...},
+  "inputs": {"data.path": "..."},                                           digests of what these settings name
+  "outcome": {"state": "running" | "finished" | "failed" | "stopped", ...}, what finished found, or why it failed
+  "attempts": [                                                             one for each time the command was given
+    {
+      "id": "...",
+      "started": "2026-01-31T12:00:00+00:00", "ended": null,                null: it is running, or was killed
+      "overrides": [...], "code": {...}, "environment": {...},
+      "starts": [{"at": "...", "step": 0}]                                  of the workers: more than one if replaced
+    }
+  ]
+}
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import uuid
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import hymate
+from hymate import ending
+from hymate.command import COMMAND_LINE, RECORD, read_record, to_tree
+from hymate.errors import UserError
+from hymate.storage.paths import Location, write_text
+
+ROOT = Path(__file__).resolve().parent.parent
+# fmt: off
+PACKAGES = (
+    "torch", "deepspeed", "ray", "pyarrow", "numpy", "numba", "scipy", "polars", "scikit-learn", "safetensors",
+    "tensorboard", "hydra-core", "meds", "es-aces", "mamba-ssm", "causal-conv1d", "lightgbm",
+)
+# fmt: on
+
+
+@contextlib.contextmanager
+def recorded(run: Location, command: str, config: Any, inputs: Mapping[str, str]) -> Iterator[dict[str, Any]]:
+    """Keep run.json while the block runs; what the block puts into the dictionary is part of the outcome.
+
+    config, inputs: what `check_same_run` compares. Where another command has taken the run over in the meantime, the
+    outcome is that command's to write.
+    """
+    attempt: dict[str, Any] = {
+        "id": uuid.uuid4().hex,
+        "started": _now(),
+        "ended": None,
+        "overrides": list(COMMAND_LINE.get()),
+        "code": code(),
+        "environment": environment(),
+        "starts": [],
+    }
+    attempts = [*(read_record(run) or {"attempts": []})["attempts"], attempt]
+    _write(
+        run,
+        {
+            "command": command,
+            "config": to_tree(config),
+            "inputs": dict(inputs),
+            "outcome": {"state": "running"},
+            "attempts": attempts,
+        },
+    )
+    found: dict[str, Any] = {}
+    try:
+        with ending.at_the_latest(lambda: _end(run, attempt["id"], {"state": "stopped"})):
+            yield found
+    except BaseException as error:
+        with contextlib.suppress(OSError, UserError):  # what ended the run is what its user must see
+            _end(run, attempt["id"], _failure(error))
+        raise
+    _end(run, attempt["id"], {"state": "finished", **found})
+
+
+def workers_started(run: Location, step: int, num_workers: int, num_nodes: int) -> None:
+    """Note that the workers begin at `step`; called by the first of them, whose machine is the run's environment."""
+    record = read_record(run)
+    assert record is not None, "the driver has written it"
+    attempt = record["attempts"][-1]
+    attempt["environment"] = environment() | {"workers": num_workers, "nodes": num_nodes}
+    attempt["starts"].append({"at": _now(), "step": step})
+    _write(run, record)
+
+
+def code() -> dict[str, Any]:
+    """Which code this is: version, digest of the sources and, in a checkout, commit and whether it was changed."""
+    digest = hashlib.sha256()
+    for path in sorted([*ROOT.glob("hymate/**/*.py"), *ROOT.glob("configs/**/*.yaml")]):
+        digest.update(f"{path.relative_to(ROOT)} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    found: dict[str, Any] = {"version": hymate.__version__, "sources_sha256": digest.hexdigest()}
+    commit = _output("git", "-C", str(ROOT), "rev-parse", "HEAD") if (ROOT / ".git").exists() else None
+    if commit is not None:
+        changes = _output("git", "-C", str(ROOT), "status", "--porcelain", "--", "hymate", "configs")
+        found |= {"commit": commit, "changed": changes != ""}
+    return found
+
+
+def environment() -> dict[str, Any]:
+    """What this process computes with."""
+    versions = {}
+    for name in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    gpus = _output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader")  # asking CUDA would take GPU memory
+    return {
+        "python": platform.python_version(),
+        "packages": versions,
+        "os": platform.platform(),
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "gpus": gpus.splitlines() if gpus else [],
+    }
+
+
+def _cpu() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == "model name":
+                return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def _output(*command: str) -> str | None:
+    """What a command prints; None where it does not exist or fails."""
+    if shutil.which(command[0]) is None:
+        return None
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _failure(error: BaseException) -> dict[str, Any]:
+    if ending.asked() or isinstance(error, KeyboardInterrupt):
+        return {"state": "stopped"}
+    cause = error.__cause__ or error if isinstance(error, SystemExit) else error
+    # our own messages name no patient and no machine; of others only the kind is kept
+    ours = isinstance(cause, (UserError, FloatingPointError))
+    return {"state": "failed", "reason": str(cause).splitlines()[0] if ours else type(cause).__name__}
+
+
+def _end(run: Location, identity: str, outcome: Mapping[str, Any]) -> None:
+    """Of the attempt with that id, if it is still there: the run may have been deleted and begun anew."""
+    record = read_record(run) or {"attempts": []}
+    for attempt in record["attempts"]:
+        if attempt.get("id") == identity:
+            attempt["ended"] = _now()
+            _write(run, record | ({"outcome": outcome} if attempt is record["attempts"][-1] else {}))
+
+
+def _write(run: Location, record: Mapping[str, Any]) -> None:
+    write_text(json.dumps(record, indent=1) + "\n", run / RECORD)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

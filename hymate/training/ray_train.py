@@ -1,0 +1,281 @@
+"""Ray Train around the engine: workers, restarts, the best and the last checkpoint, one progress line."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+import traceback
+import typing
+import warnings
+from contextlib import nullcontext, suppress
+from dataclasses import is_dataclass, replace
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import yaml
+
+from hymate import cluster, ending
+from hymate.command import build, check_same_run, read_record, to_tree
+from hymate.config import Place, UserError
+from hymate.device import CPU, decide, obstacle
+from hymate.runs import recorded, workers_started
+from hymate.storage.paths import Location, UrlPath, full_disk_told, locate, remove_tree, require_folder
+from hymate.training import checkpoint, loop, pretraining
+from hymate.training.attempt import SUPERSEDED, Attempt
+from hymate.training.keeper import mend_list, newest_first, newest_whole
+from hymate.training.loop import Unrecoverable, Worker, anyone
+from hymate.training.pretraining import MODE, SCORE, PretrainConfig
+from hymate.training.telemetry import Telemetry, progress_line
+
+CHECKPOINTS = "checkpoints"
+T = TypeVar("T")
+
+
+def pretrain(config: PretrainConfig) -> Location:
+    """Run, continue or repeat a pretraining run; returns the path of its bundle.
+
+    Raises UserError before any worker starts where the configuration, data or machine cannot do it, and later where the
+    disk or the storage fails; exits with status 1 and the failing worker's own error where training does. Raises
+    Stopped when a signal has asked the command to end and the run is saved where it stands.
+    """
+    config = absolute(config)
+    histories = pretraining.check(config)
+    cluster_gpus = cluster.check(config.train)
+    run = config.run.path
+    inputs = {"data.path": histories.fingerprint}
+    check_same_run(run, config, inputs, pretraining.CHANGEABLE)
+    result = _finished(config)
+    if result is None:
+        config = decide(config, config.model, workers=config.train.num_workers, cluster_gpus=cluster_gpus)
+        require_folder(run, "run.dir")
+        attempt = Attempt.begin(run)
+        with recorded(run, "pretrain", config, inputs) as result:
+            with cluster.ray_session(config.train, config.device), progress_line(run):
+                mend_list(run / CHECKPOINTS, MODE)
+                ended, kept = _fit(config, attempt)
+            bundle, metrics = pretraining.export_bundle(config, kept, histories)
+            result |= {SCORE: metrics[SCORE], "step": metrics["step"], "bundle": str(bundle)}
+            result |= {"skipped_steps": ended["skipped"]}
+    print(f"best {SCORE} {result[SCORE]:.4f} at step {int(result['step'])}")
+    print(f"bundle: {run / 'bundle'}")
+    print(f"curves: tensorboard --logdir {run.parent}")
+    return run / "bundle"
+
+
+def _fit(config: PretrainConfig, attempt: Attempt) -> tuple[dict[str, Any], list[tuple[Location, dict[str, float]]]]:
+    """Train; where the run stands in the end, and its evaluated checkpoints, the best first, with their metrics."""
+    from ray.train.v2.api.exceptions import TrainingFailedError
+
+    try:
+        with ending.instead(lambda: _workers_save(attempt)):
+            result = _trainer(config, attempt).fit()
+    except TrainingFailedError as error:
+        _explain(error)
+    ended = result.return_value
+    if "unrecoverable" in ended:
+        print(f"error: {ended['unrecoverable']}", file=sys.stderr)
+        raise SystemExit(1) from Unrecoverable(ended["unrecoverable"])
+    if not ended["finished"]:
+        raise ending.Stopped(f"stopped and saved at step {ended['step']}: the same command continues")
+    scored = sorted((kept for kept in result.best_checkpoints if SCORE in kept[1]), key=lambda kept: kept[1][SCORE])
+    return ended, [(config.run.path / CHECKPOINTS / Path(kept.path).name, metrics) for kept, metrics in scored]
+
+
+def _workers_save(attempt: Attempt) -> bool:
+    """Have the workers save where they stand; false where none trains, as when the run waits for machines."""
+    record = read_record(attempt.run_path)
+    begun = record is not None and record["attempts"][-1]["starts"]
+    return bool(begun) and cluster.has_workers() and attempt.ask_to_stop()
+
+
+def _trainer(config: PretrainConfig, attempt: Attempt) -> Any:
+    from ray import train
+    from ray.train.torch import TorchTrainer
+
+    class Trainer(TorchTrainer):
+        def _register_sigint_handler(self, controller: Any) -> None:
+            """Ray's own would drop what has not been saved."""
+
+    return Trainer(
+        train_worker,
+        train_loop_config={"config": to_tree(config), "attempt": attempt.id},
+        scaling_config=train.ScalingConfig(
+            num_workers=config.train.num_workers,
+            use_gpu=config.device == "cuda",
+            resources_per_worker={"CPU": config.train.cpus_per_worker}
+            | ({"GPU": 1} if config.device == "cuda" else {}),
+        ),
+        run_config=train.RunConfig(
+            name=CHECKPOINTS,
+            **ray_storage(config.run.path),
+            failure_config=train.FailureConfig(max_failures=config.train.max_failures),
+            # Ray keeps the latest checkpoint besides the num_to_keep best
+            checkpoint_config=train.CheckpointConfig(
+                num_to_keep=config.train.keep, checkpoint_score_attribute=SCORE, checkpoint_score_order=MODE
+            ),
+            logging_config=train.LoggingConfig(log_level="ERROR"),
+        ),
+    )
+
+
+def ray_storage(path: Location) -> dict[str, Any]:
+    """A place as Ray's RunConfig takes it."""
+    if isinstance(path, UrlPath):
+        return {"storage_path": path.key, "storage_filesystem": path.filesystem}
+    return {"storage_path": str(path)}
+
+
+def train_worker(given: dict[str, Any]) -> dict[str, Any]:
+    """What each worker runs; says where the run stands in the end, or what new workers could not help.
+
+    An exception takes its traceback along, which Ray does not send to the driver.
+    """
+    config = build(PretrainConfig, given["config"])
+    try:
+        with full_disk_told(config.run.path):
+            return _train_worker(config, Attempt(config.run.path, given["attempt"]))
+    except Unrecoverable as error:
+        return {"unrecoverable": str(error)}
+    except Exception as error:
+        error.add_note(traceback.format_exc())
+        raise
+
+
+def _train_worker(config: PretrainConfig, attempt: Attempt) -> dict[str, Any]:
+    """The engine, with Ray as the place where checkpoints go and come from."""
+    from ray import train
+    from ray.train.torch import get_device
+
+    _quiet()
+    context = train.get_context()
+    device = get_device() if config.device == "cuda" else CPU
+    worker = Worker(context.get_world_rank(), context.get_world_size(), context.get_local_rank(), device)
+    if anyone(attempt.superseded(), worker):
+        raise Unrecoverable(f"{config.run.path}: {SUPERSEDED}")
+    reason = obstacle(config.model) if config.device == "cuda" else None
+    if anyone(reason is not None, worker):
+        raise Unrecoverable(f"device=cuda: {reason or 'another worker cannot use its GPU'}")
+    telemetry = Telemetry(config.run.path, enabled=worker.rank == 0)
+    job = pretraining.pretraining_job(config, worker)
+
+    on_the_way = threading.Semaphore()  # one checkpoint at a time: a slow storage must not fill the local disk
+
+    def send(checkpoint: train.Checkpoint, name: str) -> train.Checkpoint:
+        folder = config.run.path / CHECKPOINTS / name
+        try:
+            with full_disk_told(folder):
+                sent = context.get_storage().persist_current_checkpoint(checkpoint, name)
+            attempt.check()  # what is not reported does not count, and takes no other checkpoint's place
+            return sent
+        except BaseException:
+            remove_tree(Path(checkpoint.path))  # Ray leaves it where it was not sent
+            with suppress(OSError, UserError):
+                remove_tree(folder)
+            raise
+        finally:
+            on_the_way.release()
+
+    def report(metrics: dict[str, float], folder: Path) -> None:
+        on_the_way.acquire()
+        train.report(
+            metrics,
+            checkpoint=train.Checkpoint.from_directory(folder),
+            checkpoint_upload_mode=train.CheckpointUploadMode.ASYNC,
+            checkpoint_upload_fn=send,
+        )
+
+    watched = attempt.watched() if worker.rank == 0 else nullcontext(lambda: False)
+    latest = train.get_checkpoint()
+    stored = () if latest is None else newest_first(latest, worker)
+    with newest_whole(stored, worker, telemetry) as (resume, damages), watched as stop:
+        if resume is None and damages:
+            raise Unrecoverable(
+                f"no checkpoint in {config.run.path / CHECKPOINTS} is whole ({damages[0]}): put a copy back, or delete "
+                "the run to begin again"
+            )
+        if worker.rank == 0:
+            step = 0 if resume is None else checkpoint.read_state(resume)["step"]
+            workers_started(config.run.path, step, worker.world_size, _num_nodes())
+        standing = loop.train(
+            job,
+            config.train,
+            worker,
+            report=report,
+            telemetry=telemetry,
+            resume=resume,
+            description=yaml.safe_dump(to_tree(config), sort_keys=False),
+            stop=stop,
+        )
+    return {"step": standing.step, "skipped": standing.skipped, "finished": standing.finished(config.train)}
+
+
+def _num_nodes() -> int:
+    """Machines of the cluster."""
+    import ray
+
+    return sum(node["Alive"] for node in ray.nodes())
+
+
+def _quiet() -> None:
+    """Silence what Ray Train says at every report; errors reach the driver as exceptions."""
+    import ray.train.v2._internal.execution.context as context
+
+    context.logger.setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+
+
+def _explain(error: Any) -> NoReturn:
+    """Print the error that stopped training, not those it caused on other workers, and exit with status 1."""
+    failures = getattr(error, "worker_failures", {})
+    followed = ("Connection closed by peer", "Connection reset by peer", "DistBackendError", "Broken pipe")
+    causes = {rank: cause for rank, cause in failures.items() if not any(text in str(cause) for text in followed)}
+    other = getattr(error, "controller_failure", error)
+    rank, cause = next(iter((causes or failures).items()), (None, other))
+    if isinstance(cause, UserError):
+        raise cause
+    if ending.asked():  # whoever ends a command may end its workers, too
+        raise ending.Stopped from error
+    ending.tell(cause, "training failed: " if rank is None else f"training failed on worker {rank}: ")
+    raise SystemExit(1) from cause
+
+
+def _finished(config: PretrainConfig) -> dict[str, Any] | None:
+    """The outcome of this very run, if it has ended already and its bundle is there."""
+    record = read_record(config.run.path)
+    if record is None or record["outcome"].get("state") != "finished":
+        return None
+    if {**record["config"], "device": config.device} != to_tree(config):
+        return None
+    return record["outcome"] if (config.run.path / "bundle").is_dir() else None
+
+
+def absolute(config: T, where: str = "") -> T:
+    """The configuration with its paths made absolute, because workers run in other folders.
+
+    Raises UserError for a relative path in a Ray job, which runs in a temporary folder.
+    """
+    hints = typing.get_type_hints(type(config), include_extras=True)
+    changed = {name: _absolute(hint, getattr(config, name), f"{where}{name}") for name, hint in hints.items()}
+    return replace(config, **changed)  # type: ignore[type-var]
+
+
+def _absolute(hint: Any, value: Any, key: str) -> Any:
+    if is_dataclass(value):
+        return absolute(value, f"{key}.")
+    if isinstance(value, dict):
+        return {name: _absolute(None, item, f"{key}.{name}") for name, item in value.items()}
+    is_path = isinstance(value, str) and Place in (hint, *typing.get_args(hint))
+    return _absolute_path(key, value) if is_path else value
+
+
+def _absolute_path(key: str, path: str) -> str:
+    found = locate(path)
+    in_a_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ  # Ray sets it for a job's driver
+    if in_a_job and isinstance(found, Path) and not found.is_absolute():
+        raise UserError(
+            f"{key}={path}: a Ray job runs in a temporary folder of the cluster; give an absolute path that every "
+            "machine sees, or a URL"
+        )
+    return str(found) if isinstance(found, UrlPath) else os.path.abspath(found)

@@ -1,0 +1,270 @@
+"""The trials of a fine-tuning search under Ray Tune: ASHA, one process a trial, progress lines, restarts."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import time
+import traceback
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from ray import tune
+from ray.tune.experiment import Trial
+from ray.tune.schedulers import ASHAScheduler
+
+from hymate.config import SearchConfig, TrainConfig, UserError
+from hymate.device import choose
+from hymate.evaluation.report import Outcome, Status
+from hymate.storage.paths import Location, remove_tree, require_room, write_text
+from hymate.training import checkpoint, loop
+from hymate.training.attempt import Attempt
+from hymate.training.keeper import Kept, newest_whole
+from hymate.training.ray_train import ray_storage
+from hymate.training.telemetry import PROGRESS, Telemetry, read_progress
+from hymate.tuning.trial import Study, TrialConfig, run_trial
+
+TRIALS, TUNE, ENDED, TRACEBACK = "trials", "tune", "ended", "error.txt"
+SETTINGS = {
+    "TUNE_GLOBAL_CHECKPOINT_S": "1000000",  # Tune's own record of the search, pickles among it, is of no use to us
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # it would end the search early and go on to the held-out split
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # we do
+    "RAY_AIR_NEW_OUTPUT": "0",  # its reporter prints even when told to be silent
+}
+SILENCED = (
+    "ray.tune.tune",  # it repeats that a trial failed, not why
+    "ray.tune.execution.experiment_state",  # of Tune's own record it tells with a traceback that the disk is full
+)
+SCORES = ("step", "mean", "auroc", "auprc", "concordance", "loss")
+SECONDS_BETWEEN_LINES = 15.0
+
+
+def run_trials(study: Study, search: SearchConfig, train: TrainConfig, attempt: Attempt) -> list[Outcome]:
+    """All trials of the study, as many at once as the machine or cluster holds, or what a killed search left of them.
+
+    Tune starts trials and stops them, and knows nothing of a killed search: each trial continues from its own
+    checkpoints and reports again what it had reported, so that the scheduler sees what it had seen before.
+    Ray must be running.
+    """
+    os.environ.update(SETTINGS)
+    for name in SILENCED:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    remove_tree(study.run_path / TUNE)
+    try:
+        grid = _tuner(study, search, train, attempt).fit()
+    except Exception:
+        require_room(study.run_path)  # on a full disk Tune ends in one error or another
+        raise
+    finally:
+        if not attempt.superseded():
+            remove_tree(study.run_path / TUNE)
+    return sorted((_outcome(result, study) for result in grid), key=lambda outcome: outcome.index)
+
+
+def _tuner(study: Study, search: SearchConfig, train: TrainConfig, attempt: Attempt) -> tune.Tuner:
+    asha = ASHAScheduler(
+        time_attr="step",
+        max_t=train.max_steps,
+        grace_period=min(search.grace_steps, train.max_steps),
+        reduction_factor=search.reduction_factor,
+    )
+    resources = {"cpu": train.cpus_per_worker, "gpu": int(study.device == "cuda")}
+    return tune.Tuner(
+        tune.with_resources(tune.with_parameters(_trial, study=study, attempt=attempt), resources),
+        param_space={"index": tune.grid_search(list(range(len(study.trials))))},
+        tune_config=tune.TuneConfig(
+            metric=study.metric,
+            mode="max",
+            scheduler=asha,
+            max_concurrent_trials=search.max_concurrent or None,
+            trial_name_creator=_trial_name,
+            trial_dirname_creator=_trial_name,
+        ),
+        run_config=tune.RunConfig(
+            name=TUNE,
+            **ray_storage(study.run_path),
+            verbose=0,
+            callbacks=[Progress(study.metric, study.run_path, attempt)],
+            failure_config=tune.FailureConfig(max_failures=search.max_failures),
+        ),
+    )
+
+
+def _trial_name(trial: Trial) -> str:
+    return f"trial-{trial.config['index']}"
+
+
+def _trial(parameters: dict[str, Any], study: Study, attempt: Attempt) -> None:
+    """One trial, in a process of its own. One that diverges returns, as Tune would try again what ends the same way."""
+    failed = study.run_path / TRIALS / f"trial-{parameters['index']}" / TRACEBACK
+    attempt.check()
+    failed.unlink(missing_ok=True)
+    try:
+        _run(parameters["index"], study, attempt)
+    except (loop.Unrecoverable, FloatingPointError):
+        attempt.check()
+        write_text(traceback.format_exc(), failed)
+
+
+def _run(index: int, study: Study, attempt: Attempt) -> None:
+    trial = study.trials[index]
+    name = f"trial-{index}"
+    try:
+        device = choose(study.device, trial.model)  # this may be another machine than the driver's
+    except UserError as error:
+        raise loop.Unrecoverable(str(error)) from error
+    torch.set_num_threads(trial.train.cpus_per_worker)
+    kept, ended = _kept(study, index), study.run_path / TRIALS / name / ENDED
+
+    def report(scores: dict[str, float], folder: Path) -> None:
+        try:
+            attempt.check()  # what another command has taken over is not ours any more
+            kept.add(folder, int(scores["step"]))
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        tune.report(scores)
+
+    telemetry = Telemetry(study.run_path / "tb" / name, enabled=True)
+    with (
+        loop.single_process(device) as worker,
+        newest_whole(kept.newest_first(), worker, telemetry) as (resume, damages),
+    ):
+        if resume is None:
+            ended.unlink(missing_ok=True)
+            if damages:
+                telemetry.note(f"{damages[0]}; no checkpoint is whole, the trial begins again")
+        else:
+            for scores in checkpoint.read_state(resume)["evaluations"]:
+                tune.report(scores)
+            if ended.is_file():
+                return
+        run_trial(
+            study,
+            trial,
+            worker=worker,
+            report=report,
+            resume=resume,
+            telemetry=telemetry,
+        )
+    write_text("", ended)
+
+
+def _kept(study: Study, index: int) -> Kept:
+    return Kept(study.run_path / TRIALS / f"trial-{index}", study.trials[index].train.keep)
+
+
+def _outcome(result: tune.Result, study: Study) -> Outcome:
+    index = result.config["index"]
+    kept = _kept(study, index)
+    best, step = checkpoint.first_whole(kept.best_first()), kept.last_step()
+    ended: Status = "finished" if step == study.trials[index].train.max_steps else "stopped early"
+    failed = study.run_path / TRIALS / f"trial-{index}" / TRACEBACK
+    error = str(result.error or "") or (failed.read_text() if failed.is_file() else None)
+    return Outcome(
+        index=index,
+        parameters=_parameters(study.trials[index]),
+        status=ended if error is None else "failed",
+        step=step,
+        best={key: value for key, value in best.metrics.items() if key.rsplit("/")[-1] in SCORES} if best else {},
+        checkpoint=best.folder if best else None,
+        error=None if error is None else _cause(error),
+    )
+
+
+def _parameters(trial: TrialConfig) -> dict[str, Any]:
+    return {
+        "backbone_lr": trial.backbone_lr,
+        "head_lr": trial.head_lr,
+        "dropout": trial.model.dropout,
+        "frozen": trial.frozen,
+        "context": trial.data.context,
+        "pooling": trial.model.pooling,
+        "weight_decay": trial.train.weight_decay,
+        "early_share": trial.early_share,
+        "teacher_share": trial.teacher_share,
+    }
+
+
+def _cause(traceback: str) -> str:
+    """The last line of a remote traceback, which names the exception."""
+    return next((line.strip() for line in reversed(traceback.splitlines()) if line.strip()), "unknown cause")
+
+
+class Progress(tune.Callback):
+    """A line on the console at each evaluation, and every few seconds where something has changed."""
+
+    def __init__(self, metric: str, run_path: Location, attempt: Attempt) -> None:
+        self.metric, self.run_path, self.attempt = metric, run_path, attempt
+        self.started = self.printed = time.monotonic()
+        self.line = ""
+        self.told: set[str] = set()
+        self.failed: set[str] = set()
+
+    def on_trial_result(self, iteration: int, trials: list[Trial], trial: Trial, result: dict, **info: Any) -> None:
+        """A trial was evaluated; "done" says that the scheduler has stopped it."""
+        if result.get("done"):
+            self._note(trial, ENDED, "")
+        self._print(trials)
+
+    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        """A trial failed for good."""
+        text = Path(trial.error_file).read_text()
+        self._note(trial, TRACEBACK, text)
+        self._fail(trial, text)
+
+    def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        """A trial ended well, or has diverged."""
+        diverged = self.run_path / TRIALS / _trial_name(trial) / TRACEBACK
+        if diverged.is_file():
+            self._fail(trial, diverged.read_text())
+        self._print(trials)
+
+    def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
+        """Tune's own heartbeat."""
+        if time.monotonic() - self.printed > SECONDS_BETWEEN_LINES:
+            self._print(trials)
+
+    def _fail(self, trial: Trial, text: str) -> None:
+        self.failed.add(_trial_name(trial))
+        print(f"{_trial_name(trial)} failed: {_cause(text)}", flush=True)
+
+    def _note(self, trial: Trial, name: str, text: str) -> None:
+        """Where the disk is full the trials say so; without this file nothing is lost but some time."""
+        with suppress(OSError, UserError):
+            self.attempt.check()
+            write_text(text, self.run_path / TRIALS / _trial_name(trial) / name)
+
+    def _print(self, trials: list[Trial]) -> None:
+        line = self._describe(trials)
+        if line != self.line:
+            minutes, seconds = divmod(int(time.monotonic() - self.started), 60)
+            print(f"{minutes}:{seconds:02d}  {line}", flush=True)
+        self.line, self.printed = line, time.monotonic()
+
+    def _describe(self, trials: list[Trial]) -> str:
+        named = {Trial.TERMINATED: "done", Trial.RUNNING: "running", Trial.PENDING: "waiting"}
+        states = ["failed" if _trial_name(trial) in self.failed else named.get(trial.status) for trial in trials]
+        counts = (f"{states.count(state)} {state}" for state in ("done", "running", "failed", "waiting"))
+        parts = ["trials " + ", ".join(counts)]
+        scored = [(t.metric_analysis[self.metric]["max"], t) for t in trials if self.metric in t.metric_analysis]
+        if scored:
+            best, trial = max(scored, key=lambda pair: pair[0])
+            parts.append(f"best {self.metric} {best:.4f} ({_trial_name(trial)})")
+        running = [t for t in trials if t.status == Trial.RUNNING]
+        if running:
+            parts.append(", ".join(self._where(trial) for trial in running))
+        return "  |  ".join(parts)
+
+    def _where(self, trial: Trial) -> str:
+        state = read_progress(self.run_path / "tb" / _trial_name(trial) / PROGRESS)
+        if not state:
+            return f"{_trial_name(trial)} starting"
+        for note in state.get("notes", []):
+            if note not in self.told:
+                print(f"{_trial_name(trial)}: {note}", flush=True)
+                self.told.add(note)
+        return f"{_trial_name(trial)} step {state['step']}/{state['max_steps']}"
