@@ -228,6 +228,8 @@ def command() -> Iterator[None]:
             if before:
                 _unwatch(before)
     if status > 128:
+        if pools := sys.modules.get("multiprocessing.util"):
+            pools._run_finalizers(0)  # semaphores that are left to multiprocessing's tracker make it complain
         os._exit(status)  # at the interpreter's end libraries wait for threads and processes of theirs
     if status:
         sys.exit(status)

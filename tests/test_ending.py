@@ -146,6 +146,12 @@ def test_a_command_that_has_nothing_to_save_ends_by_the_signal(save: str) -> Non
     assert status == 143 and said.startswith("stopped by SIGTERM")
 
 
+def test_semaphores_of_a_pool_that_is_still_there_add_nothing_to_the_line() -> None:
+    pool = "import multiprocessing\nkept = multiprocessing.get_context('spawn').Lock()"
+    status, said = stopped(SAYS, signal.SIGINT, setup=pool)
+    assert (status, said) == (130, "stopped by Ctrl-C: the same command takes it up again\n")
+
+
 def test_signals_that_the_parent_ignores_stay_ignored() -> None:
     line = [sys.executable, "-c", "from hymate import ending; ending.watch(); import signal, os\n"]
     line[-1] += "os.kill(os.getpid(), signal.SIGHUP); print('lives')"
