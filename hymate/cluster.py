@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from hymate import ending
-from hymate.config import TrainConfig, UserError
+from hymate.config import TrainConfig
 from hymate.device import Wanted, num_gpus
-from hymate.training.pretraining import available_cpus, check_machine
+from hymate.errors import UserError
+from hymate.machine import available_cpus
 
 SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.3",  # how soon a written checkpoint counts
@@ -63,9 +64,19 @@ def check(train: TrainConfig) -> int | None:
     address = os.environ.get("RAY_ADDRESS")
     if address:
         return _ask(address)
-    check_machine(train)
+    _check_machine(train)
     with ray_folder():
         return None
+
+
+def _check_machine(train: TrainConfig) -> None:
+    """Whether this machine holds the workers."""
+    cpus, wanted = available_cpus(), train.num_workers * train.cpus_per_worker
+    if wanted > cpus:
+        raise UserError(
+            f"train.num_workers={train.num_workers} x train.cpus_per_worker={train.cpus_per_worker} needs {wanted} "
+            f"CPUs, this machine has {cpus}: lower either, or set RAY_ADDRESS to a cluster"
+        )
 
 
 @contextmanager

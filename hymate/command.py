@@ -11,19 +11,15 @@ numbers, lists and dictionaries are read by Hydra's grammar.
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import json
 import os
 import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Collection, Mapping, Sequence, Set
-from contextvars import ContextVar
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
-import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -33,13 +29,14 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from hymate import ending, machine
-from hymate.config import QUOTE_IT, ConfigError, TaskConfig, is_number
-from hymate.errors import UserError, first_line
-from hymate.storage.paths import CREDENTIAL, CREDENTIAL_REFUSED, UNPRINTABLE, Location, locate
+from hymate.config import TaskConfig
+from hymate.errors import ConfigError
+from hymate.places import CREDENTIAL, CREDENTIAL_REFUSED, UNPRINTABLE
+from hymate.runs import COMMAND_LINE, RECORD, read_record
+from hymate.storage.paths import locate
+from hymate.trees import build, flattened, unknown_key
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-RECORD = "run.json"  # in every run folder, see hymate.runs
-COMMAND_LINE: ContextVar[tuple[str, ...]] = ContextVar("what the user gave the command", default=())
 T = TypeVar("T")
 _CREDENTIAL_NAME = re.compile(
     r"(^|_)(password|passwd|secret|token|credentials?|access_key|api_key)($|_)", re.IGNORECASE
@@ -93,7 +90,7 @@ def load(config_name: str, overrides: Sequence[str], schema: type[T]) -> T:
         tree = OmegaConf.to_container(composed, resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_one_line(error)) from error
-    for key, value in _flat(typing.cast("dict[str, Any]", tree)).items():
+    for key, value in flattened(typing.cast("dict[str, Any]", tree)).items():
         _refuse_credentials(key, str(value))
     return build(schema, typing.cast("dict[str, Any]", tree))
 
@@ -105,7 +102,7 @@ def _recorded(config_name: str, run: str = "") -> dict[str, Any]:
         raise ConfigError(f"--repeat {run or 'RUN_FOLDER'}: not a run's folder, it has no {RECORD}")
     if record["command"] != config_name:
         raise ConfigError(f"--repeat {run}: a run of {record['command']}, not of {config_name}")
-    for key, value in _flat(record["config"]).items():
+    for key, value in flattened(record["config"]).items():
         _refuse_credentials(key, str(value))
     return record["config"]
 
@@ -231,17 +228,11 @@ def _declared(hint: Any, keys: Sequence[str], where: str = "") -> set[Any]:
     if dataclasses.is_dataclass(hint):
         hints = typing.get_type_hints(hint)
         if keys[0] not in hints:
-            raise _unknown(keys[0], hints, where)
+            raise unknown_key(keys[0], hints, where)
         return _declared(hints[keys[0]], keys[1:], f"{path}.")
     if origin in (dict, list, tuple):
         return _declared(args[-1] if origin is dict else args[0], keys[1:], f"{path}.")
     raise ConfigError(f"{path} is not a known key: {where.rstrip('.')} is one value")
-
-
-def _unknown(key: str, known: Collection[str], where: str) -> ConfigError:
-    close = difflib.get_close_matches(key, known, n=1)
-    hint = f"did you mean {where}{close[0]}?" if close else f"known keys are {', '.join(known)}"
-    return ConfigError(f"{where + key or repr(key)} is not a known key: {hint}")
 
 
 def _refuse_credentials(key: str, value: str) -> None:
@@ -287,147 +278,6 @@ def main(config_name: str, schema: type[T], run: Callable[[T], object], argv: Se
         COMMAND_LINE.set(tuple(argv))
         machine.settle()
         run(load(config_name, argv, schema))
-
-
-def build(schema: type[T], tree: Mapping[str, Any], where: str = "") -> T:
-    """Build a dataclass from a plain tree, checking names and types, and a type's annotation, a function, its values.
-
-    >>> from hymate.config import RunConfig
-    >>> build(RunConfig, {"name": "a", "dri": "b"})
-    Traceback (most recent call last):
-    ...
-    hymate.config.ConfigError: dri is not a known key: did you mean dir?
-    """
-    hints = typing.get_type_hints(schema, include_extras=True)
-    known = {f.name: f for f in dataclasses.fields(schema)}  # type: ignore[arg-type]
-    values: dict[str, Any] = {}
-    for key, value in tree.items():
-        path = f"{where}{key}"
-        if key not in known:
-            raise _unknown(str(key), known, where)
-        values[key] = _convert(hints[key], value, path)
-    for name, spec in known.items():
-        if name not in values and spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING:
-            raise ConfigError(f"{where}{name} is required: add {where}{name}=VALUE to the command")
-    return schema(**values)
-
-
-def _convert(hint: Any, value: Any, path: str) -> Any:
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (types.UnionType, typing.Union):
-        if value is None and type(None) in args:
-            return None
-        options = [a for a in args if a is not type(None)]
-        sections = isinstance(value, Mapping) and all(isinstance(item, Mapping) for item in value.values())
-        return _convert(options[-1] if sections else options[0], value, path)
-    if origin is Annotated:
-        value = _convert(args[0], value, path)
-        try:
-            args[1](value)
-        except UserError as error:
-            raise ConfigError(f"{path}: {error}") from error
-        return value
-    if origin is Literal:
-        if value not in args:
-            raise ConfigError(f"{path} must be one of {', '.join(map(str, args))}; got {value!r}")
-        return value
-    if dataclasses.is_dataclass(hint):
-        if not isinstance(value, Mapping):
-            raise ConfigError(f"{path} must be a section of keys, got {value!r}")
-        return build(typing.cast("type[Any]", hint), value, f"{path}.")
-    if origin in (list, tuple):
-        if not isinstance(value, (list, tuple)):
-            raise ConfigError(f"{path} must be a list, got {value!r}")
-        return origin(_convert(args[0], item, f"{path}[{i}]") for i, item in enumerate(value))
-    if origin is dict or hint is dict:
-        if not isinstance(value, Mapping):
-            raise ConfigError(f"{path} must be a section of keys, got {value!r}")
-        return {key: _convert(args[1], item, f"{path}.{key}") for key, item in value.items()} if args else dict(value)
-    if hint is float:
-        if not is_number(value):
-            raise ConfigError(f"{path} must be a finite number, got {value!r:.80}")
-        return float(value)
-    if hint is str and not isinstance(value, str):
-        raise ConfigError(f"{path} must be text, got {value!r}: {QUOTE_IT}")
-    if hint is Any or (isinstance(value, hint) and not (hint is int and isinstance(value, bool))):
-        return value
-    raise ConfigError(f"{path} must be {hint.__name__}, got {value!r}")
-
-
-def to_tree(config: Any) -> dict[str, Any]:
-    """The plain nested dictionary of a configuration, for YAML and JSON."""
-    return dataclasses.asdict(config)
-
-
-class _PlainLoader(yaml.SafeLoader):
-    """Plain values only. An alias is refused: with them a small file can stand for a tree that fills the memory."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("it has an alias, which no file of ours has")
-        return super().compose_node(parent, index)
-
-
-class _PlainDumper(yaml.SafeDumper):
-    """Writes what `_PlainLoader` reads: a value that stands in two places is written twice."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
-
-
-def dump_yaml(tree: Mapping[str, Any]) -> str:
-    """YAML text of plain values, for `parse_yaml`."""
-    return yaml.dump(dict(tree), Dumper=_PlainDumper, sort_keys=False)
-
-
-def parse_yaml(text: str) -> Any:
-    """Plain values from YAML text that may come from anybody. Raises ValueError (one line) where it is no such text."""
-    try:
-        return yaml.load(text, _PlainLoader)
-    except (yaml.YAMLError, ValueError, ArithmeticError, TypeError, RecursionError) as error:
-        raise ValueError(first_line(error)) from error
-
-
-def read_record(run: Location) -> dict[str, Any] | None:
-    """What run.json of a run folder holds, None where there is none. Raises ConfigError where it is something else."""
-    path = run / RECORD
-    if not path.is_file():
-        return None
-    try:
-        record = json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not readable: choose another run.name") from error
-    kinds = {"command": str, "config": dict, "inputs": dict, "outcome": dict, "attempts": list}
-    if not isinstance(record, dict) or any(not isinstance(record.get(key), kind) for key, kind in kinds.items()):
-        raise ConfigError(f"{path} is not the record of a run: choose another run.name")
-    return record
-
-
-def check_same_run(run: Location, config: Any, inputs: Mapping[str, str], changeable: Set[str]) -> None:
-    """Whether the run that a folder holds, if any, has this configuration, but for `changeable` keys, and these inputs.
-
-    inputs: digests of what settings of the configuration name, by the settings' names. Raises ConfigError naming the
-    first key that differs.
-    """
-    record = read_record(run)
-    if record is None:
-        return
-    remedy = f"choose another run.name, or delete {run}"
-    old, new = _flat(record["config"]), _flat(to_tree(config))
-    for key in sorted((old.keys() | new.keys()) - changeable):
-        if old.get(key) != new.get(key) and key != "train.use_gpu":
-            was = f"{key} was {old.get(key)}, now {new.get(key)}"
-            raise ConfigError(f"{run} holds a run with another configuration: {was}; {remedy}")
-    for key in sorted(record["inputs"].keys() | inputs.keys()):
-        if record["inputs"].get(key) != inputs.get(key):
-            raise ConfigError(f"{run} holds a run of another content of {key}; {remedy}")
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
 
 
 def _help(config_name: str) -> str:

@@ -9,16 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from hymate.errors import UserError
-from hymate.storage.paths import UNPRINTABLE, Location, locate, parse_location
-
-
-class ConfigError(UserError):
-    """A mistake in the configuration."""
-
+from hymate.errors import ConfigError
+from hymate.places import UNPRINTABLE, parse_place
 
 QUOTE_IT = "put it in quotes, and in a shell those in others: 'KEY=\"TEXT\"'"
-Place = Annotated[str, parse_location]  # a local path or a URL
+Place = Annotated[str, parse_place]  # a local path or a URL
 
 
 def is_number(value: object) -> bool:
@@ -304,15 +299,10 @@ class RunConfig:
             and "/" not in self.name
             and self.name[0] not in ".~"
             and not UNPRINTABLE.search(self.name)
-            and ("?" not in self.name or isinstance(parse_location(self.dir), Path)),
+            and ("?" not in self.name or isinstance(parse_place(self.dir), Path)),
             "run.name",
             f"must be a plain folder name (no /, no . or ~ at its beginning, at a URL no ?), got {self.name!a}",
         )
-
-    @property
-    def path(self) -> Location:
-        """Absolute folder of the run (workers run in other working directories)."""
-        return (locate(self.dir) / self.name).absolute()
 
 
 @dataclass(frozen=True)

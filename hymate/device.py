@@ -15,8 +15,8 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
-from hymate.config import ModelConfig, UserError
-from hymate.errors import first_line
+from hymate.config import ModelConfig
+from hymate.errors import UserError, first_line
 
 Wanted = Literal["auto", "cpu", "cuda"]
 Config = TypeVar("Config", bound=Any)

@@ -34,15 +34,17 @@ from rich.console import Console
 from rich.progress import track
 
 from hymate.command import main
-from hymate.config import ConfigError, Place, TaskConfig, UserError
+from hymate.config import Place, TaskConfig
 from hymate.data.examples import Examples
 from hymate.data.meds import US_PER_HOUR, write_parquet
 from hymate.device import Wanted, choose
+from hymate.errors import ConfigError, UserError
 from hymate.evaluation import explanation_figures
 from hymate.evaluation.attribution import SHARES, Attribution, Case, Explainer, deletion_and_insertion
 from hymate.evaluation.tables import markdown
 from hymate.inference.bundle import read_bundle
-from hymate.predict import DataPath, asked_of, predict
+from hymate.inference.scoring import predict
+from hymate.predict import DataPath, asked_of
 from hymate.storage.paths import Location, locate, require_folder, write_text
 
 T = TypeVar("T")

@@ -19,8 +19,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from hymate.command import main
-from hymate.config import ConfigError, DataConfig, ModelConfig, ObjectiveConfig, Place, TrainConfig
+from hymate.config import DataConfig, ModelConfig, ObjectiveConfig, Place, TrainConfig
 from hymate.data.histories import Histories
+from hymate.errors import ConfigError
 from hymate.training.footprint import Flops, Shapes, event_flops, num_parameters, row_bytes, worker_bytes
 from hymate.training.pretraining import TRAIN_SPLIT, read_vocabulary, require_learnable
 

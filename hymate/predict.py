@@ -31,24 +31,21 @@ from typing import Literal
 
 import numpy as np
 import pyarrow as pa
-import torch
 
 from hymate.command import main
-from hymate.config import ConfigError, Place, TaskConfig, UserError
+from hymate.config import Place, TaskConfig
 from hymate.data.examples import Examples, labelled_examples
-from hymate.data.feeding import fed
 from hymate.data.histories import Histories, read_metadata
 from hymate.data.known import KnownConfig, differing
-from hymate.data.loader import Rows
-from hymate.data.meds import read_labels, write_parquet
+from hymate.data.meds import read_labels
 from hymate.data.prepare import PrepareConfig, prepare
 from hymate.data.tasks import labels
 from hymate.device import Wanted, choose
-from hymate.inference.bundle import Bundle, build_model, read_bundle
+from hymate.errors import ConfigError, UserError
+from hymate.inference.bundle import Bundle, read_bundle
+from hymate.inference.scoring import predict, predict_whole, write_predictions
 from hymate.inference.states import StateFolder
-from hymate.inference.streaming import StreamingModel, check_streamable
-from hymate.model.batch import UNKNOWN_ID
-from hymate.model.encoder import RiskModel
+from hymate.inference.streaming import check_streamable
 from hymate.storage.paths import Location, locate, require_file, require_folder
 
 
@@ -84,137 +81,6 @@ class PredictConfig:
     def __post_init__(self) -> None:
         if self.states is not None and self.context != "all":
             raise ConfigError("states=DIR needs context=all: a state stands for the whole history before it")
-
-
-@dataclass(frozen=True)
-class Outputs:
-    """What a model says of E examples for its T tasks; float32. log_days_ET: log(1 + days), NaN for tasks without."""
-
-    logit_ET: np.ndarray
-    log_days_ET: np.ndarray
-
-    @classmethod
-    def empty(cls, num_examples: int, num_tasks: int) -> Outputs:
-        """To be filled."""
-        shape = (num_examples, num_tasks)
-        return cls(np.full(shape, np.nan, dtype=np.float32), np.full(shape, np.nan, dtype=np.float32))
-
-    @property
-    def probability_ET(self) -> np.ndarray:
-        return torch.sigmoid(torch.from_numpy(self.logit_ET)).numpy()
-
-    @property
-    def days_ET(self) -> np.ndarray:
-        with np.errstate(over="ignore"):  # `check` tells of it
-            return np.expm1(np.maximum(self.log_days_ET, 0))
-
-    def check(self) -> None:
-        """Raises FloatingPointError when anything but finite numbers was predicted."""
-        in_days_T = ~np.isnan(self.log_days_ET).all(axis=0)
-        if not (np.isfinite(self.logit_ET).all() and np.isfinite(self.days_ET[:, in_days_T]).all()):
-            raise FloatingPointError("the model's predictions are not finite numbers: its training has diverged")
-
-
-def score(model: RiskModel, rows: Rows, device: torch.device) -> Outputs:
-    """One pass over `rows`: what the model says of each of its examples, which must have the model's tasks.
-
-    Raises FloatingPointError when the model gives anything but finite numbers.
-    """
-    outputs = Outputs.empty(*rows.examples.label_ET.shape)
-    parts = []
-    with torch.no_grad(), contextlib.closing(fed(rows.once(rank=0, world_size=1), device, model.ask)) as ready:
-        for batch, counts in ready:
-            assert counts, "one rank repeats no row"
-            said = model(batch)
-            parts.append((batch.example_S, said["logit_ST"].float(), said["log_days_ST"].float()))
-    at, logit, log_days = (torch.cat(part).cpu().numpy() for part in zip(*parts, strict=True))  # the only wait
-    outputs.logit_ET[at], outputs.log_days_ET[at] = logit, log_days
-    outputs.check()
-    return outputs
-
-
-def predict(bundle: Bundle, histories: Histories, examples: Examples, device: torch.device) -> tuple[Outputs, Rows]:
-    """What the bundle says of each example, which must have its tasks (see `Bundle.for_task`), and the rows that was
-    read from (with their share of unknown codes).
-    """
-    rows = Rows(
-        histories,
-        bundle.vocabulary,
-        examples,
-        context=bundle.data.context,
-        tokens_per_row=bundle.data.tokens_per_row,
-        seed=0,
-        crop="last",
-    )
-    return score(build_model(bundle).to(device), rows, device), rows
-
-
-def predict_whole(
-    bundle: Bundle,
-    histories: Histories,
-    examples: Examples,
-    device: torch.device,
-    states: StateFolder | None = None,
-) -> tuple[Outputs, int, float]:
-    """As `predict`, from all events up to each example's time; also how many were read, and the share of unknown ones.
-
-    Each history is read once, chunk by chunk, for all of its examples; it goes on from a state in `states` for
-    the examples that lie after it, and leaves there its state after its last example. Raises as `score` does.
-    """
-    model = StreamingModel(build_model(bundle).to(device), bundle.vocabulary, histories.codes)
-    outputs = Outputs.empty(len(examples), len(bundle.tasks))
-    read = unknown = 0
-    order_E = np.lexsort((examples.stop_E, examples.position_E))
-    for own_E in np.split(order_E, np.flatnonzero(np.diff(examples.position_E[order_E])) + 1):
-        (history,) = histories.read(examples.position_E[own_E[:1]])
-        events_L = model.events(history)
-        kept = states.load(history.subject_id, events_L, device) if states else None
-        state, start = None, 0
-        for example in own_E.tolist():
-            stop = int(examples.stop_E[example])
-            if kept and start < kept.num_events <= stop:
-                state, start = kept, kept.num_events
-            state = model.append(state, events_L[start:stop])
-            read, unknown = read + stop - start, unknown + int((events_L["id"][start:stop] == UNKNOWN_ID).sum())
-            start = stop
-            said = model.outputs(state, history, int(examples.prediction_time_E[example]))
-            outputs.logit_ET[example], outputs.log_days_ET[example] = said
-        Outputs(outputs.logit_ET[own_E], outputs.log_days_ET[own_E]).check()
-        if states and state and (kept is None or kept.num_events < state.num_events):
-            states.save(history.subject_id, state, events_L)
-    return outputs, read, unknown / max(read, 1)
-
-
-def write_predictions(examples: Examples, outputs: Outputs, path: Location) -> list[Location]:
-    """One task's predictions into `path` and, where it predicts days, these into a file beside it; the paths."""
-    tables = {path: prediction_table(examples, outputs.probability_ET[:, 0])}
-    if not np.isnan(outputs.log_days_ET).any():
-        tables[path.with_stem(f"{path.stem}-days")] = day_table(examples, outputs.days_ET[:, 0])
-    for file, table in tables.items():
-        write_parquet(table, file)
-    return list(tables)
-
-
-def prediction_table(examples: Examples, probability_E: np.ndarray) -> pa.Table:
-    """The MEDS prediction table, by subject and time; boolean_value only where every example has a label."""
-    values = {} if np.isnan(examples.label_E).any() else {"boolean_value": pa.array(examples.label_E > 0.5, pa.bool_())}
-    values["predicted_boolean_value"] = pa.array(probability_E >= 0.5, pa.bool_())
-    values["predicted_boolean_probability"] = pa.array(probability_E, pa.float32())
-    return _by_subject_and_time(examples, values)
-
-
-def day_table(examples: Examples, days_E: np.ndarray) -> pa.Table:
-    """Predicted days, by subject and time, in the manner of the MEDS prediction schema, which has none for numbers."""
-    known = {} if np.isnan(examples.days_E).all() else {"float_value": pa.array(examples.days_E, from_pandas=True)}
-    return _by_subject_and_time(examples, {**known, "predicted_float_value": pa.array(days_E, pa.float32())})
-
-
-def _by_subject_and_time(examples: Examples, values: dict[str, pa.Array]) -> pa.Table:
-    columns = {
-        "subject_id": pa.array(examples.subject_id_E, pa.int64()),
-        "prediction_time": pa.array(examples.prediction_time_E, pa.timestamp("us")),
-    }
-    return pa.table(columns | values).sort_by([("subject_id", "ascending"), ("prediction_time", "ascending")])
 
 
 def run(config: PredictConfig) -> None:

@@ -24,19 +24,26 @@ import os
 import platform
 import shutil
 import subprocess
+import typing
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
+from contextvars import ContextVar
+from dataclasses import is_dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import hymate
 from hymate import ending
-from hymate.command import COMMAND_LINE, RECORD, read_record, to_tree
-from hymate.errors import UserError
-from hymate.storage.paths import Location, write_text
+from hymate.config import Place, RunConfig
+from hymate.errors import ConfigError, UserError
+from hymate.storage.paths import Location, UrlPath, locate, write_text
+from hymate.trees import flattened, to_tree
 
+RECORD = "run.json"
+COMMAND_LINE: ContextVar[tuple[str, ...]] = ContextVar("what the user gave the command", default=())
+T = TypeVar("T")
 ROOT = Path(__file__).resolve().parent.parent
 # fmt: off
 PACKAGES = (
@@ -44,6 +51,76 @@ PACKAGES = (
     "tensorboard", "hydra-core", "meds", "es-aces", "mamba-ssm", "causal-conv1d", "lightgbm",
 )
 # fmt: on
+
+
+def run_folder(run: RunConfig) -> Location:
+    """The absolute folder of a run: workers run in other working directories."""
+    return (locate(run.dir) / run.name).absolute()
+
+
+def absolute(config: T, where: str = "") -> T:
+    """The configuration with its paths made absolute, because workers run in other folders.
+
+    Raises UserError for a relative path in a Ray job, which runs in a temporary folder.
+    """
+    hints = typing.get_type_hints(type(config), include_extras=True)
+    changed = {name: _absolute(hint, getattr(config, name), f"{where}{name}") for name, hint in hints.items()}
+    return replace(config, **changed)  # type: ignore[type-var]
+
+
+def _absolute(hint: Any, value: Any, key: str) -> Any:
+    if is_dataclass(value):
+        return absolute(value, f"{key}.")
+    if isinstance(value, dict):
+        return {name: _absolute(None, item, f"{key}.{name}") for name, item in value.items()}
+    is_path = isinstance(value, str) and Place in (hint, *typing.get_args(hint))
+    return _absolute_path(key, value) if is_path else value
+
+
+def _absolute_path(key: str, path: str) -> str:
+    found = locate(path)
+    in_a_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ  # Ray sets it for a job's driver
+    if in_a_job and isinstance(found, Path) and not found.is_absolute():
+        raise UserError(
+            f"{key}={path}: a Ray job runs in a temporary folder of the cluster; give an absolute path that every "
+            "machine sees, or a URL"
+        )
+    return str(found) if isinstance(found, UrlPath) else os.path.abspath(found)
+
+
+def read_record(run: Location) -> dict[str, Any] | None:
+    """What run.json of a run folder holds, None where there is none. Raises ConfigError where it is something else."""
+    path = run / RECORD
+    if not path.is_file():
+        return None
+    try:
+        record = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is not readable: choose another run.name") from error
+    kinds = {"command": str, "config": dict, "inputs": dict, "outcome": dict, "attempts": list}
+    if not isinstance(record, dict) or any(not isinstance(record.get(key), kind) for key, kind in kinds.items()):
+        raise ConfigError(f"{path} is not the record of a run: choose another run.name")
+    return record
+
+
+def check_same_run(run: Location, config: Any, inputs: Mapping[str, str], changeable: Set[str]) -> None:
+    """Whether the run that a folder holds, if any, has this configuration, but for `changeable` keys, and these inputs.
+
+    inputs: digests of what settings of the configuration name, by the settings' names. Raises ConfigError naming the
+    first key that differs.
+    """
+    record = read_record(run)
+    if record is None:
+        return
+    remedy = f"choose another run.name, or delete {run}"
+    old, new = flattened(record["config"]), flattened(to_tree(config))
+    for key in sorted((old.keys() | new.keys()) - changeable):
+        if old.get(key) != new.get(key) and key != "train.use_gpu":
+            was = f"{key} was {old.get(key)}, now {new.get(key)}"
+            raise ConfigError(f"{run} holds a run with another configuration: {was}; {remedy}")
+    for key in sorted(record["inputs"].keys() | inputs.keys()):
+        if record["inputs"].get(key) != inputs.get(key):
+            raise ConfigError(f"{run} holds a run of another content of {key}; {remedy}")
 
 
 @contextlib.contextmanager

@@ -50,7 +50,7 @@ import pyarrow.parquet as pq
 import yaml
 from challenge import STAY
 
-from hymate.config import DataConfig, ModelConfig, TaskConfig, UserError
+from hymate.config import DataConfig, ModelConfig, TaskConfig
 from hymate.data.extras import SCHEMA as EXTRA_SCHEMA
 from hymate.data.histories import Histories, History
 from hymate.data.meds import DATA_SCHEMA, LABEL_SCHEMA, SplitsConfig, is_code, iter_events, read_labels, read_splits
@@ -60,6 +60,7 @@ from hymate.data.sources.meds import MedsSource
 from hymate.data.sources.physionet2012 import PhysioNet2012Source
 from hymate.data.statistics import NUM_KNOTS, VOCABULARY_SCHEMA
 from hymate.data.vocabulary import Vocabulary
+from hymate.errors import UserError
 
 MEMORY_BYTES = 1 << 30  # more than the process had after its first input
 PATIENCE_S, SLOW_S = 30.0, 5.0

@@ -33,11 +33,11 @@ from hymate.config import ModelConfig
 from hymate.data.feeding import fed
 from hymate.data.vocabulary import Vocabulary
 from hymate.evaluation.attribution import integrated_gradients
+from hymate.inference.scoring import score
 from hymate.inference.streaming import StreamingModel
 from hymate.model.batch import Batch
 from hymate.model.encoder import PretrainModel, RiskModel
 from hymate.model.objectives import LossModel
-from hymate.predict import score
 from hymate.training import loop, stragglers
 
 SMALL = replace(MODEL, dropout=0.0, num_queries=2, num_heads=3)

@@ -20,9 +20,8 @@ from scipy.special import expit, logit
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from hymate import baselines
-from hymate.baselines import BaselinesConfig, compare, cross_fitted, fit, importance, run
-from hymate.command import CONFIGS, load, to_tree
-from hymate.config import UserError
+from hymate.baselines import BaselinesConfig, run
+from hymate.command import CONFIGS, load
 from hymate.data.examples import Examples, labelled_examples
 from hymate.data.histories import Histories
 from hymate.data.meds import LABEL_SCHEMA, SPLITS, read_labels, read_splits, write_parquet
@@ -31,8 +30,11 @@ from hymate.data.synthetic import law as law
 from hymate.data.synthetic.codes import DISTRACTORS
 from hymate.data.synthetic.course import SyntheticConfig
 from hymate.data.tasks import labels
-from hymate.evaluation import decisions, metrics
+from hymate.errors import UserError
+from hymate.evaluation import boosting, calibration, metrics
+from hymate.evaluation.boosting import compare, cross_fitted, fit, importance
 from hymate.evaluation.features import Column, FeatureConfig, FeatureSpec, FeatureTable, choose, features
+from hymate.trees import to_tree
 
 KINDS = ["gradient_boosting", "logistic_regression", "lightgbm"]
 SETTINGS = ["features.max_features=400", "features.windows_hours=[48]"]
@@ -48,11 +50,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def few_trees(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(baselines, "NUM_TREES", (30, 120))
-    monkeypatch.setattr(baselines, "LEARNING_RATE", 0.1)
-    monkeypatch.setattr(baselines, "STRENGTHS", (1e-3, 1e-2))
+    monkeypatch.setattr(boosting, "NUM_TREES", (30, 120))
+    monkeypatch.setattr(boosting, "LEARNING_RATE", 0.1)
+    monkeypatch.setattr(boosting, "STRENGTHS", (1e-3, 1e-2))
     monkeypatch.setattr(baselines, "DETAILED_VARIABLES", 2)
-    monkeypatch.setattr(baselines, "REPEATS", 1)
+    monkeypatch.setattr(boosting, "REPEATS", 1)
 
 
 def scored(data: Path, out: Path, *overrides: str) -> tuple[dict[str, Any], pa.Table]:
@@ -139,21 +141,21 @@ def test_a_model_is_compared_with_what_the_command_says(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scores, predictions = scored(data, tmp_path)
-    monkeypatch.setattr(baselines, "FeatureConfig", lambda: FeatureConfig((48.0,), max_features=400))
+    monkeypatch.setattr(boosting, "FeatureConfig", lambda: FeatureConfig((48.0,), max_features=400))
     histories, labels = Histories.open(data), read_labels(data / "labels" / "readmission")
     examples = {split: labelled_examples(histories, labels, split) for split in SPLITS}
     model = np.random.default_rng(0).random(len(examples["held_out"]))
-    found, boosting = compare(histories, examples, model, seed=0)
+    found, boosting_E = compare(histories, examples, model, seed=0)
     assert json.loads(json.dumps(found)) == found
-    assert boosting == pytest.approx(predictions["predicted_boolean_probability"].to_numpy(), abs=1e-6)
+    assert boosting_E == pytest.approx(predictions["predicted_boolean_probability"].to_numpy(), abs=1e-6)
     for same in ("auroc", "auprc", "brier", "ece", "recalibration", "chosen", "num_features"):
         assert found[same] == scores[same]
     # its calibration is that of a model recalibrated on the tuning labels, as a search's is
-    spec = choose(histories, examples["train"], baselines.FeatureConfig())
+    spec = choose(histories, examples["train"], boosting.FeatureConfig())
     table = {split: features(histories, examples[split], spec) for split in SPLITS}
     raw = fit("gradient_boosting", table["train"], table["tuning"], seed=0)
-    fitted = decisions.recalibrate(examples["tuning"].label_E, logit(raw.probability(table["tuning"].value_EX)))
-    assert boosting == pytest.approx(expit(fitted(logit(raw.probability(table["held_out"].value_EX)))))
+    fitted = calibration.recalibrate(examples["tuning"].label_E, logit(raw.probability(table["tuning"].value_EX)))
+    assert boosting_E == pytest.approx(expit(fitted(logit(raw.probability(table["held_out"].value_EX)))))
     before = metrics.ece(examples["held_out"].label_E, raw.probability(table["held_out"].value_EX))
     assert found["recalibration"] == pytest.approx(
         {"temperature": fitted.temperature, "shift": fitted.shift, "ece_before": before}
@@ -161,14 +163,14 @@ def test_a_model_is_compared_with_what_the_command_says(
     expected = roc_auc_score(examples["held_out"].label_E, model) - scores["auroc"]["value"]
     assert found["difference"]["auroc"]["value"] == pytest.approx(expected)
     held_out = examples["held_out"]
-    for name, pair in metrics.paired_difference(held_out.label_E, model, boosting, held_out.subject_id_E).items():
+    for name, pair in metrics.paired_difference(held_out.label_E, model, boosting_E, held_out.subject_id_E).items():
         low, high = found["difference"][name]["ci"]  # 95 % for both areas together
         assert low < pair["ci"][0] < pair["ci"][1] < high
 
 
 def test_a_comparison_counts_labels_by_their_weights(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     task = load("baselines", ["task=readmission", f"data.path={data}", "out=OUT"], BaselinesConfig).task
-    monkeypatch.setattr(baselines, "FeatureConfig", lambda: FeatureConfig((48.0,), max_features=100))
+    monkeypatch.setattr(boosting, "FeatureConfig", lambda: FeatureConfig((48.0,), max_features=100))
     histories, made = Histories.open(data), labels(data, task).table
     examples = {split: labelled_examples(histories, made, split) for split in SPLITS}
     rng = np.random.default_rng(0)
@@ -178,17 +180,17 @@ def test_a_comparison_counts_labels_by_their_weights(data: Path, monkeypatch: py
     }
     held_out = examples["held_out"]
     model = rng.random(len(held_out))
-    found, boosting = compare(histories, examples, model, seed=0)
-    area, of_model = (roc_auc_score(held_out.label_E, p, sample_weight=held_out.weight_E) for p in (boosting, model))
+    found, boosting_E = compare(histories, examples, model, seed=0)
+    area, of_model = (roc_auc_score(held_out.label_E, p, sample_weight=held_out.weight_E) for p in (boosting_E, model))
     assert found["auroc"]["value"] == pytest.approx(area)
     assert found["difference"]["auroc"]["value"] == pytest.approx(of_model - area)
-    assert found["ece"] == metrics.ece(held_out.label_E, boosting, held_out.weight_E)
+    assert found["ece"] == metrics.ece(held_out.label_E, boosting_E, held_out.weight_E)
 
 
 def test_a_cross_fitted_probability_knows_nothing_of_the_subjects_own_labels(
     data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(baselines, "FeatureConfig", lambda: FeatureConfig((48.0,), max_features=100))
+    monkeypatch.setattr(boosting, "FeatureConfig", lambda: FeatureConfig((48.0,), max_features=100))
     histories, labels = Histories.open(data), read_labels(data / "labels" / "readmission")
     train, tuning = (labelled_examples(histories, labels, split) for split in ("train", "tuning"))
     subject_id, count = np.unique(train.subject_id_E, return_counts=True)
@@ -208,8 +210,8 @@ def test_what_cannot_be_compared_is_told_and_is_no_error(data: Path) -> None:
     histories, labels = Histories.open(data), read_labels(data / "labels" / "readmission")
     train = labelled_examples(histories, labels, "train")
     arrays = {name: value[:5] for name, value in vars(train).items() if name != "dropped"}
-    found, boosting = compare(histories, {"train": Examples(**arrays)}, np.zeros(0), seed=0)
-    assert found["left_out"].startswith("features.min_labels=10") and boosting is None
+    found, boosting_E = compare(histories, {"train": Examples(**arrays)}, np.zeros(0), seed=0)
+    assert found["left_out"].startswith("features.min_labels=10") and boosting_E is None
 
 
 # ------------------------------------------------------------------------------------------------------- models
@@ -261,7 +263,7 @@ def test_labels_count_by_their_weights(monkeypatch: pytest.MonkeyPatch) -> None:
         assert fit(kind, weighed(train, heavy_E), tuning, 0).probability(held_out.value_EX).mean() > 0.6
         one, same = (fit(kind, part, tuning, 0) for part in (train, weighed(train, np.ones(400))))
         np.testing.assert_array_equal(one.probability(held_out.value_EX), same.probability(held_out.value_EX))
-    monkeypatch.setattr(baselines, "NUM_TREES", (1, 30))
+    monkeypatch.setattr(boosting, "NUM_TREES", (1, 30))
     misleading = tuning.examples.label_E.copy()
     misleading[::2] = 1 - misleading[::2]
     mixed = replace(tuning, examples=replace(tuning.examples, label_ET=misleading[:, None]))
@@ -288,7 +290,7 @@ def test_few_trees_are_the_first_of_many(monkeypatch: pytest.MonkeyPatch) -> Non
     held_out, misleading = table(2), table(1)
     misleading.examples.label_ET[:] = 1 - misleading.examples.label_ET  # every tree makes it worse
     chosen = fit("gradient_boosting", table(0), misleading, seed=0)
-    monkeypatch.setattr(baselines, "NUM_TREES", (30,))
+    monkeypatch.setattr(boosting, "NUM_TREES", (30,))
     alone = fit("gradient_boosting", table(0), misleading, seed=0)
     assert chosen.chosen == alone.chosen == {"trees": 30}
     np.testing.assert_array_equal(chosen.probability(held_out.value_EX), alone.probability(held_out.value_EX))

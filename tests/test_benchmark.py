@@ -25,13 +25,13 @@ from scipy.special import expit
 from sklearn.metrics import average_precision_score, roc_auc_score
 from small_cohort import SIZES, prepare_small
 
-from hymate import baselines
 from hymate.command import load
-from hymate.config import ConfigError, UserError
 from hymate.data.histories import Histories
 from hymate.data.meds import read_labels, write_parquet
-from hymate.evaluation import decisions
+from hymate.errors import ConfigError, UserError
+from hymate.evaluation import boosting, calibration
 from hymate.evaluation.features import FeatureConfig, choose, features
+from hymate.runs import run_folder
 from hymate.training.pretraining import PretrainConfig, read_vocabulary
 from hymate.tuning.benchmark import BenchmarkConfig, Labelled, train_and_score, trial_of
 from hymate.tuning.benchmark import benchmark as protocol
@@ -241,10 +241,10 @@ def test_boosting_is_recalibrated_by_the_labels_that_it_chose_by(data: Path, tmp
     own = there.allotted(config, one)
     spec = choose(histories, own.fitting, FeatureConfig())
     fitting, choosing, test = (features(histories, part, spec) for part in (own.fitting, own.choosing, own.test))
-    model = baselines.fit("gradient_boosting", fitting, choosing, seed=0)
-    logit, test_logit = (decisions.logit(model.probability(part.value_EX)) for part in (choosing, test))
-    expected = expit(decisions.recalibrate(own.choosing.label_E, logit)(test_logit))
-    written = pq.read_table(one.predictions(config.run.path / "runs")).to_pandas()
+    model = boosting.fit("gradient_boosting", fitting, choosing, seed=0)
+    logit, test_logit = (calibration.logit(model.probability(part.value_EX)) for part in (choosing, test))
+    expected = expit(calibration.recalibrate(own.choosing.label_E, logit)(test_logit))
+    written = pq.read_table(one.predictions(run_folder(config.run) / "runs")).to_pandas()
     assert written["probability"].to_numpy() == pytest.approx(expected)
     assert np.abs(expected - expit(test_logit)).max() > 0.01
 

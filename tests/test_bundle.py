@@ -15,9 +15,10 @@ import torch
 import yaml
 from rows import random_row
 
-from hymate.config import DataConfig, ModelConfig, ObjectiveConfig, UserError
+from hymate.config import DataConfig, ModelConfig, ObjectiveConfig
 from hymate.data.statistics import NUM_KNOTS, VOCABULARY_SCHEMA
 from hymate.data.vocabulary import Vocabulary
+from hymate.errors import UserError
 from hymate.inference.bundle import Bundle, build_model, read_bundle, write_bundle
 from hymate.model.encoder import PretrainModel, RiskModel
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from hymate import ops
-from hymate.config import ConfigError, TrainConfig
+from hymate.config import TrainConfig
+from hymate.errors import ConfigError
 from hymate.model.encoder import ResidualDropout, RiskModel
 from hymate.model.pooling import MemberLinear
 from hymate.training.footprint import LiveBytes

@@ -13,13 +13,15 @@ import pytest
 import yaml
 
 from hymate.baselines import BaselinesConfig
-from hymate.command import CONFIGS, build, dump_yaml, load, main, parse_yaml, to_tree
-from hymate.config import ConfigError, ModelConfig, ObjectiveConfig, RunConfig, TaskConfig, TrainConfig, UserError
+from hymate.command import CONFIGS, load, main
+from hymate.config import ModelConfig, ObjectiveConfig, RunConfig, TaskConfig, TrainConfig
 from hymate.data.prepare import PrepareConfig
+from hymate.errors import ConfigError, UserError
 from hymate.explain import ExplainConfig
 from hymate.predict import PredictConfig
+from hymate.runs import absolute
 from hymate.training.pretraining import PretrainConfig
-from hymate.training.ray_train import absolute
+from hymate.trees import build, dump_yaml, parse_yaml, to_tree
 from hymate.tuning.benchmark import BenchmarkConfig
 from hymate.tuning.search import TuneConfig
 from hymate.tuning.space import check_point

@@ -16,9 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_tasks import ADMITTED, DEATH, HOME, LAB, START, History, Labels, days, stay, task, write
 
-from hymate.config import ConfigError, TaskConfig, UserError
+from hymate.config import TaskConfig
 from hymate.data import definition, tasks
 from hymate.data.known import KnownConfig, KnownRule
+from hymate.errors import ConfigError, UserError
 
 A, B, X = "A", "B", "X"
 PREDICATES: dict[str, Any] = {name: {"code": name} for name in (A, B, X)}

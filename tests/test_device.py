@@ -15,9 +15,10 @@ from small_cohort import prepare_small
 
 from hymate import device, explain, predict
 from hymate.command import load
-from hymate.config import ConfigError, DataConfig, ModelConfig, UserError
+from hymate.config import DataConfig, ModelConfig
 from hymate.data.vocabulary import Vocabulary
 from hymate.device import Wanted, choose
+from hymate.errors import ConfigError, UserError
 from hymate.explain import ExplainConfig
 from hymate.inference.bundle import write_bundle
 from hymate.model.encoder import RiskModel

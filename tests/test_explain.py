@@ -18,7 +18,7 @@ from trained import synthetic_cohort, trained_bundle
 
 from hymate import explain
 from hymate.command import load
-from hymate.config import ConfigError, DataConfig, ModelConfig, UserError
+from hymate.config import DataConfig, ModelConfig
 from hymate.data.examples import Examples, labelled_examples
 from hymate.data.histories import Histories
 from hymate.data.meds import read_labels
@@ -26,11 +26,12 @@ from hymate.data.prepare import PrepareConfig, prepare
 from hymate.data.synthetic.codes import DISTRACTORS
 from hymate.data.synthetic.law import CREATININE, HAEMOGLOBIN, HEART_FAILURE
 from hymate.data.vocabulary import Vocabulary
+from hymate.errors import ConfigError, UserError
 from hymate.evaluation.attribution import SHARES, Explainer, deletion_and_insertion, integrated_gradients
 from hymate.inference.bundle import read_bundle, write_bundle
+from hymate.inference.scoring import predict
 from hymate.model.batch import UNKNOWN_ID
 from hymate.model.encoder import RiskModel
-from hymate.predict import predict
 
 MODEL = ModelConfig(d_model=16, layers="MA", d_state=8, headdim=8, num_heads=2, window=8, num_queries=2)
 PAPER = replace(MODEL, embedding="plain", mixer="mamba1", causal=False, window=0, mlp_ratio=0.0, pooling="attention")

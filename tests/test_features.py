@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hymate.config import ConfigError, UserError
 from hymate.data.examples import labelled_examples
 from hymate.data.histories import HISTORY_SCHEMA, Histories
+from hymate.errors import ConfigError, UserError
 from hymate.evaluation import features as module
 from hymate.evaluation.features import (
     AGE,

@@ -29,20 +29,21 @@ from small_cohort import SIZES, prepare_small
 from test_tasks import LAB, task, write
 
 from hymate.command import load
-from hymate.config import ConfigError, DataConfig, ModelConfig, ObjectiveConfig, TrainConfig, UserError
+from hymate.config import DataConfig, ModelConfig, ObjectiveConfig, TrainConfig
 from hymate.data.examples import Examples, labelled_examples
 from hymate.data.histories import Histories
 from hymate.data.meds import read_labels
 from hymate.data.tasks import labels
 from hymate.data.vocabulary import Vocabulary
 from hymate.device import CPU
+from hymate.errors import ConfigError, UserError
 from hymate.evaluation import decisions, metrics, report
-from hymate.evaluation.decisions import recalibrate
+from hymate.evaluation.calibration import recalibrate
 from hymate.evaluation.verdict import verdict
 from hymate.inference.bundle import read_bundle, write_bundle
 from hymate.inference.provenance import SENTENCES, provenance
+from hymate.inference.scoring import predict, prediction_table
 from hymate.model.encoder import PretrainModel
-from hymate.predict import predict, prediction_table
 from hymate.tuning import space
 from hymate.tuning.search import TuneConfig, search, trial_config
 from hymate.tuning.trial import TrialConfig, parameter_groups, risk_model, starting_point

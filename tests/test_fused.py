@@ -30,8 +30,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hymate import ops
-from hymate.config import ConfigError, ModelConfig, ObjectiveConfig
+from hymate.config import ModelConfig, ObjectiveConfig
 from hymate.device import obstacle
+from hymate.errors import ConfigError
 from hymate.model.encoder import PretrainModel
 from hymate.model.mixers import Mamba1Mixer, Mamba2Mixer
 from hymate.ops import attention, fused

@@ -18,8 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_prepare import Row, config, data_table, files, read_back, write_raw
 
-from hymate.command import CONFIGS, build, load, to_tree
-from hymate.config import ConfigError, DataConfig, ModelConfig, UserError
+from hymate.command import CONFIGS, load
+from hymate.config import DataConfig, ModelConfig
 from hymate.data import known as module
 from hymate.data import meds as meds_module
 from hymate.data.examples import labelled_examples
@@ -30,9 +30,11 @@ from hymate.data.prepare import PrepareConfig, prepare
 from hymate.data.synthetic.course import SyntheticConfig
 from hymate.data.tasks import labels
 from hymate.data.vocabulary import Vocabulary
+from hymate.errors import ConfigError, UserError
 from hymate.inference.bundle import read_bundle, write_bundle
 from hymate.model.encoder import RiskModel
 from hymate.predict import PredictConfig, run
+from hymate.trees import build, to_tree
 from hymate.tuning.search import _other_rules
 from hymate.tuning.trial import starting_point
 

@@ -17,7 +17,8 @@ import pytest
 from commands import PATIENCE_S, ROOT
 
 from hymate import cluster
-from hymate.config import TrainConfig, UserError
+from hymate.config import TrainConfig
+from hymate.errors import UserError
 
 SESSION = """
 import sys

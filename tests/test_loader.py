@@ -20,7 +20,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hymate.config import TaskConfig, UserError
+from hymate.config import TaskConfig
 from hymate.data import loader
 from hymate.data.examples import Examples, labelled_examples, pretraining_examples, require_both_classes, united
 from hymate.data.histories import HISTORY_SCHEMA, INDEX_SCHEMA, Histories, History
@@ -28,6 +28,7 @@ from hymate.data.loader import Cursor, Rows
 from hymate.data.packing import pack
 from hymate.data.statistics import NUM_KNOTS, VOCABULARY_SCHEMA
 from hymate.data.vocabulary import Vocabulary
+from hymate.errors import UserError
 from hymate.model.batch import UNKNOWN_ID, Batch
 
 CODES = [f"LAB//{i}" for i in range(12)] + ["SEX//F", "HEIGHT", "RARE"]

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hymate.command import load
-from hymate.config import ModelConfig, ObjectiveConfig, UserError
+from hymate.config import ModelConfig, ObjectiveConfig
+from hymate.errors import UserError
 from hymate.model.batch import Batch, Variables
 from hymate.model.encoder import (
     HyMaTE,

@@ -17,7 +17,7 @@ from mixer_cases import MIXERS, TOLERANCE, Case, assert_all_close, cases, output
 from torch import Tensor
 
 from hymate import ops
-from hymate.config import UserError
+from hymate.errors import UserError
 from hymate.ops.cpu.precompile import KERNELS
 
 

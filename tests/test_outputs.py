@@ -15,8 +15,8 @@ from small_cohort import prepare_small
 
 from hymate import baselines, explain, predict
 from hymate.command import load
-from hymate.config import UserError
 from hymate.data import prepare
+from hymate.errors import UserError
 from hymate.storage.paths import require_file, require_folder
 from hymate.training import ray_train
 from hymate.training.pretraining import PretrainConfig

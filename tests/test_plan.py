@@ -20,10 +20,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hymate.command import load
-from hymate.config import ConfigError, ModelConfig, ObjectiveConfig
+from hymate.config import ModelConfig, ObjectiveConfig
 from hymate.data.histories import Histories
 from hymate.data.loader import Cursor
 from hymate.data.vocabulary import Vocabulary
+from hymate.errors import ConfigError
 from hymate.model.encoder import PretrainModel, decay_groups
 from hymate.ops import fused
 from hymate.ops.shapes import as_on_gpu

@@ -13,9 +13,10 @@ from meds_evaluation.schema import PredictionSchema
 from small_cohort import SIZES, prepare_small, write_meds
 
 from hymate.command import load
-from hymate.config import DataConfig, ModelConfig, UserError
+from hymate.config import DataConfig, ModelConfig
 from hymate.data.meds import read_labels, write_parquet
 from hymate.data.vocabulary import Vocabulary
+from hymate.errors import UserError
 from hymate.inference.bundle import read_bundle, write_bundle
 from hymate.model.encoder import RiskModel
 from hymate.predict import PredictConfig, run

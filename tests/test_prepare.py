@@ -24,12 +24,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hymate.config import ConfigError, UserError
 from hymate.data import prepare as module
 from hymate.data.examples import labelled_examples, pretraining_examples
 from hymate.data.histories import HISTORY_SCHEMA, Histories
 from hymate.data.meds import DATA_SCHEMA, DataError, SplitsConfig, read_labels, read_splits
 from hymate.data.prepare import PrepareConfig, prepare
+from hymate.errors import ConfigError, UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 Row = tuple[int, int | None, str, float | None]  # subject_id, time in microseconds, code, numeric_value

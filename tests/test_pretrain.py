@@ -25,8 +25,8 @@ from commands import PATIENCE_S, ROOT, points, processes, ray_processes, run, st
 from safetensors.torch import load_file
 
 from hymate.command import load
-from hymate.config import UserError
 from hymate.data.histories import Histories
+from hymate.errors import UserError
 from hymate.inference.bundle import read_bundle
 from hymate.runs import code
 from hymate.training.keeper import LIST, mend_list

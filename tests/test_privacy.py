@@ -27,8 +27,8 @@ import pytest
 from commands import PATIENCE_S, ROOT
 from small_cohort import write_meds
 
-from hymate.config import UserError
 from hymate.data.prepare import PrepareConfig, prepare
+from hymate.errors import UserError
 
 SUBJECT = 0x5A17C3E94B000000  # the ids begin here
 VALUE = 8317.0  # values of one lab lie above it, by less than 1

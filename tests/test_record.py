@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from hymate.command import check_same_run, load
-from hymate.config import ConfigError, RunConfig, TaskConfig, UserError
+from hymate.command import load
+from hymate.config import RunConfig, TaskConfig
 from hymate.ending import Stopped
-from hymate.runs import recorded, workers_started
+from hymate.errors import ConfigError, UserError
+from hymate.runs import check_same_run, recorded, workers_started
 from hymate.training.pretraining import PretrainConfig
 from hymate.tuning.search import TuneConfig
 

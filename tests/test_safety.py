@@ -22,8 +22,8 @@ import yaml
 from small_cohort import prepare_small
 from test_bundle import risk_model, write
 
-from hymate.command import check_same_run, load
-from hymate.config import ConfigError, RunConfig, TaskConfig, UserError
+from hymate.command import load
+from hymate.config import RunConfig, TaskConfig
 from hymate.data.histories import Histories
 from hymate.data.meds import SplitsConfig, read_labels
 from hymate.data.sources import physionet2012
@@ -31,8 +31,10 @@ from hymate.data.sources.meds import MedsSource
 from hymate.data.sources.physionet2012 import PhysioNet2012Source
 from hymate.data.tasks import labels
 from hymate.data.vocabulary import Vocabulary
+from hymate.errors import ConfigError, UserError
 from hymate.inference.bundle import build_model, read_bundle
 from hymate.inference.states import StateFolder
+from hymate.runs import check_same_run
 from hymate.training import checkpoint
 from hymate.training.pretraining import PretrainConfig
 

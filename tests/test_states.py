@@ -15,10 +15,11 @@ import torch
 from small_cohort import SIZES, write_meds
 
 from hymate.command import load
-from hymate.config import ConfigError, DataConfig, ModelConfig, UserError
+from hymate.config import DataConfig, ModelConfig
 from hymate.data.meds import write_parquet
 from hymate.data.prepare import PrepareConfig, prepare
 from hymate.data.vocabulary import Vocabulary
+from hymate.errors import ConfigError, UserError
 from hymate.inference.bundle import read_bundle, write_bundle
 from hymate.inference.states import StateFolder
 from hymate.model.encoder import RiskModel

@@ -25,22 +25,13 @@ from commands import ROOT, points, ray_processes, readme_commands, run, wait_unt
 from s3 import BUCKET, Server, environment, serving
 from small_cohort import write_meds
 
-from hymate.config import UserError
 from hymate.data.histories import Histories
 from hymate.data.meds import write_parquet
 from hymate.data.prepare import PrepareConfig, prepare
+from hymate.errors import UserError
 from hymate.inference.bundle import read_bundle
 from hymate.storage import paths, remote
-from hymate.storage.paths import (
-    Location,
-    UrlPath,
-    atomic_path,
-    locate,
-    parse_location,
-    require_file,
-    require_folder,
-    write_text,
-)
+from hymate.storage.paths import Location, UrlPath, atomic_path, locate, require_file, require_folder, write_text
 from hymate.storage.remote import StorageError
 from hymate.training.keeper import Kept
 
@@ -239,15 +230,15 @@ def test_what_names_no_place_is_refused_in_one_line(text: str, message: str) -> 
 def test_names_are_kept_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("exp#1", "a b", " a ", "100%", "%20", "é", "a;b&c=d", "[1]*", "a:b", "(x)", "'\"", "~", "\\", "{$x}"):
-        url = parse_location(f"s3://bucket/x/{name}/data")
+        url = locate(f"s3://bucket/x/{name}/data")
         assert isinstance(url, UrlPath) and url.relative == PurePosixPath("x", name, "data")
-        assert parse_location(str(url)) == url == parse_location(f"s3://bucket/x/{name}/data/")
-        assert parse_location(f"{tmp_path}/{name}") == tmp_path / name
+        assert locate(str(url)) == url == locate(f"s3://bucket/x/{name}/data/")
+        assert locate(f"{tmp_path}/{name}") == tmp_path / name
     for name in ("a?b", "C:\\data", "C:/data", "host:5000/data", "./s3:/x", "./~x", "12:30", "a~", "/a/s3://b"):
         assert locate(name) == Path(name)
     assert locate("~/data") == tmp_path / "data" and locate("~") == tmp_path
     assert locate("file:///a%23b#1%3F%20") == Path("/a#b#1? ") and locate("file://localhost/a") == Path("/a")
-    options = parse_location("s3://bucket/a#1?endpoint_override=http://127.0.0.1:1/x&scheme=http")
+    options = locate("s3://bucket/a#1?endpoint_override=http://127.0.0.1:1/x&scheme=http")
     assert isinstance(options, UrlPath) and options.options == "endpoint_override=http://127.0.0.1:1/x&scheme=http"
     assert str(options.parent / "b") == "s3://bucket/b?endpoint_override=http://127.0.0.1:1/x&scheme=http"
 

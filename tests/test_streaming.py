@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from small_cohort import LABS, prepare_small
 
 from hymate import ops
-from hymate.config import ModelConfig, UserError
+from hymate.config import ModelConfig
 from hymate.data.histories import History
 from hymate.data.loader import US_PER_YEAR
 from hymate.data.meds import US_PER_HOUR
 from hymate.data.vocabulary import Vocabulary
+from hymate.errors import UserError
 from hymate.inference.streaming import PatientState, StreamingModel
 from hymate.model.batch import Batch
 from hymate.model.encoder import RiskModel

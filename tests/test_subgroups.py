@@ -6,11 +6,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from hymate.config import ConfigError, ReportConfig
+from hymate.config import ReportConfig
 from hymate.data.examples import Examples, labelled_examples
 from hymate.data.histories import Histories
 from hymate.data.meds import DATA_SCHEMA, codes_table, write_metadata, write_parquet
 from hymate.data.prepare import PrepareConfig, prepare
+from hymate.errors import ConfigError
 from hymate.evaluation.subgroups import subgroups
 
 YEAR_US = 31_557_600_000_000

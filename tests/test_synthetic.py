@@ -22,14 +22,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
 
-from hymate.command import build
-from hymate.config import ConfigError, TaskConfig
+from hymate.config import TaskConfig
 from hymate.data.meds import SplitsConfig
 from hymate.data.synthetic import law as law
 from hymate.data.synthetic.codes import DISTRACTORS, LACTATE
 from hymate.data.synthetic.course import SyntheticConfig
 from hymate.data.synthetic.source import SyntheticSource
+from hymate.errors import ConfigError
 from hymate.evaluation.metrics import auprc, auroc
+from hymate.trees import build
 
 DAY_US = 86_400_000_000
 ROOT = Path(__file__).resolve().parent.parent

@@ -17,9 +17,10 @@ import pytest
 from meds import LabelSchema
 
 from hymate.command import load
-from hymate.config import TaskConfig, UserError
+from hymate.config import TaskConfig
 from hymate.data import tasks
 from hymate.data.meds import FIRST_TIME
+from hymate.errors import UserError
 
 START = datetime(2100, 1, 1, 9)
 ADMITTED, HOME, DIED = "HOSPITAL_ADMISSION//EW EMER.", "HOSPITAL_DISCHARGE//HOME", "HOSPITAL_DISCHARGE//DIED"

@@ -15,7 +15,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import confusion_matrix, roc_curve
 from test_metrics import alike
 
-from hymate.evaluation import decisions, metrics
+from hymate.evaluation import calibration, decisions, metrics
 
 Array = np.ndarray
 
@@ -33,7 +33,7 @@ def cohort(num_labels: int, seed: int = 0) -> tuple[Array, Array, Array]:
 @pytest.mark.parametrize(("temperature", "shift"), [(1.0, 0.0), (2.0, -0.7), (0.5, 0.4)])
 def test_recalibration_finds_what_distorted_the_logits(temperature: float, shift: float) -> None:
     label, true, _ = cohort(20_000)
-    found = decisions.recalibrate(label, (true - shift) * temperature)
+    found = calibration.recalibrate(label, (true - shift) * temperature)
     assert found.temperature == pytest.approx(temperature, rel=0.05)
     assert found.shift == pytest.approx(shift, abs=0.05)
     logits = np.array([-3.0, 0.1, 2.0])
@@ -46,13 +46,13 @@ def test_recalibration_finds_what_distorted_the_logits(temperature: float, shift
 @pytest.mark.parametrize("logits", [[-1.0, -2.0, 1.0, 2.0], [1.0, 2.0, -1.0, -2.0], [0.0, 0.0, 0.0, 0.0]])
 def test_a_few_labels_never_turn_the_order_round_or_make_risks_certain(logits: list[float]) -> None:
     """Separated classes, a ranking that is wrong throughout, and no ranking."""
-    found = decisions.recalibrate([0, 0, 1, 1], logits)
+    found = calibration.recalibrate([0, 0, 1, 1], logits)
     assert 0.1 < found.temperature < 10 and abs(found.shift) < 1
 
 
 def test_the_calibration_slope_is_that_of_a_logistic_regression() -> None:
     label, true, subject = cohort(1500)
-    found = decisions.calibration_slope(label, expit(1.7 * true + 0.3), subject)
+    found = calibration.calibration_slope(label, expit(1.7 * true + 0.3), subject)
     peer = LogisticRegression(C=np.inf, tol=1e-8).fit((1.7 * true + 0.3)[:, None], label)
     assert found["value"] == pytest.approx(peer.coef_[0, 0], rel=1e-3)
     # Fisher information of slope and intercept
@@ -66,29 +66,29 @@ def test_the_calibration_slope_is_that_of_a_logistic_regression() -> None:
 
 @pytest.mark.parametrize("label", [[0, 0, 1, 1], [0, 0, 0, 0]])
 def test_a_slope_without_a_finite_value_is_none(label: list[int]) -> None:
-    assert decisions.calibration_slope(label, [0.1, 0.2, 0.8, 0.9], [1, 2, 3, 4])["value"] is None
+    assert calibration.calibration_slope(label, [0.1, 0.2, 0.8, 0.9], [1, 2, 3, 4])["value"] is None
 
 
 def test_a_perfect_models_error_is_chance_and_a_wrong_models_is_not() -> None:
     beyond, usual = [], []
     for seed in range(10):
         label, true, subject = cohort(800, seed)
-        perfect = decisions.calibration_error(label, expit(true), subject)
+        perfect = calibration.calibration_error(label, expit(true), subject)
         assert perfect["ece"] == metrics.ece(label, expit(true))
         beyond.append(perfect["beyond_chance"])
         usual.append(perfect["by_chance"])
     assert 0.02 < np.mean(usual) < 0.04 and np.mean(beyond) < 0.5 * np.mean(usual)
     label, true, subject = cohort(50_000)
     for distorted in (1.5 * true, true + 0.5):
-        wrong = decisions.calibration_error(label, expit(distorted), subject)
+        wrong = calibration.calibration_error(label, expit(distorted), subject)
         assert wrong["beyond_chance"] == pytest.approx(np.mean(np.abs(expit(distorted) - expit(true))), rel=0.1)
-    assert decisions.calibration_error([], [], [])["ece"] is None
+    assert calibration.calibration_error([], [], [])["ece"] is None
 
 
 def test_chance_is_as_large_as_patients_are_few() -> None:
     label, true, subject = cohort(400)
     one, five = (
-        decisions.calibration_error(*(np.repeat(column, times) for column in (label, expit(true), subject)))
+        calibration.calibration_error(*(np.repeat(column, times) for column in (label, expit(true), subject)))
         for times in (1, 5)
     )
     assert five["ece"] == pytest.approx(one["ece"])
@@ -97,7 +97,7 @@ def test_chance_is_as_large_as_patients_are_few() -> None:
 
 def test_the_calibration_curve_holds_every_label_once_in_order() -> None:
     label, true, subject = cohort(205)
-    curve = decisions.calibration_curve(label, expit(true), subject)
+    curve = calibration.calibration_curve(label, expit(true), subject)
     assert len(curve) == 10 and sum(group["labels"] for group in curve) == 205
     predicted = [group["predicted"] for group in curve]
     assert predicted == sorted(predicted)
@@ -109,21 +109,21 @@ def test_the_calibration_curve_holds_every_label_once_in_order() -> None:
 @given(st.integers(1, 3000), st.data())
 def test_shares_have_wilsons_interval(num: int, data: st.DataObject) -> None:
     count = data.draw(st.sampled_from([0, num]) | st.integers(0, num))
-    found = decisions.share(np.arange(num) < count, np.arange(num))
+    found = metrics.share(np.arange(num) < count, np.arange(num))
     peer = binomtest(count, num).proportion_ci(method="wilson")
     assert found["value"] == count / num
     assert found["ci"] == pytest.approx([peer.low, peer.high], abs=1e-6)
     assert 0 <= found["ci"][0] <= found["value"] <= found["ci"][1] <= 1  # a picture's bars have no negative length
-    repeated = decisions.share(np.repeat(np.arange(num) < count, 3), np.repeat(np.arange(num), 3))
+    repeated = metrics.share(np.repeat(np.arange(num) < count, 3), np.repeat(np.arange(num), 3))
     assert repeated["ci"] == pytest.approx(found["ci"])  # three equal labels of a patient tell no more than one
-    tripled = decisions.share(np.arange(num) < count, np.arange(num), np.full(num, 3.0))
+    tripled = metrics.share(np.arange(num) < count, np.arange(num), np.full(num, 3.0))
     assert tripled["ci"] == pytest.approx(found["ci"])
 
 
 def test_patients_with_unequal_numbers_of_labels_tell_less() -> None:
     subject = np.repeat([1, 2, 3, 4], [1, 1, 1, 7])
-    assert decisions.effective_patients(subject) == pytest.approx(100 / 52)  # Kish 1965: (1 + 1 + 1 + 7)^2 / (3 + 49)
-    assert decisions.effective_patients([1, 2, 3, 4], [1, 1, 1, 7]) == pytest.approx(100 / 52)
+    assert metrics.effective_patients(subject) == pytest.approx(100 / 52)  # Kish 1965: (1 + 1 + 1 + 7)^2 / (3 + 49)
+    assert metrics.effective_patients([1, 2, 3, 4], [1, 1, 1, 7]) == pytest.approx(100 / 52)
     before, after = verdicts.share_coverage(800, spread=1.2, cohorts=400)
     assert before < 0.9 and 0.94 < after < 0.99
 
@@ -263,9 +263,9 @@ def test_a_group_whose_risks_are_wrong_is_told_and_a_tiny_one_is_not_shown() -> 
 
 def test_many_labels_of_few_patients_are_not_enough() -> None:
     label, subject = np.repeat([1.0, 0.0], [5 * 40, 260]), np.r_[np.repeat(np.arange(40), 5), np.arange(40, 300)]
-    few = decisions.group_scores(0.5, decisions.Z, 0.5, label, np.full(460, 0.4), subject)
+    few = decisions.group_scores(0.5, metrics.Z, 0.5, label, np.full(460, 0.4), subject)
     assert few["positives"] == 200 and few["subjects"] == 300 and not few["enough"]
-    assert decisions.group_scores(0.5, decisions.Z, 0.5, label, np.full(460, 0.4), np.arange(460))["enough"]
+    assert decisions.group_scores(0.5, metrics.Z, 0.5, label, np.full(460, 0.4), np.arange(460))["enough"]
 
 
 def test_groups_are_rarely_accused_by_chance() -> None:
@@ -289,14 +289,14 @@ def test_weights_count_as_repeated_labels() -> None:
     # repeated labels pass for independent ones in the binomial error, a weighted one does not
     assert found.pop("useful") == pytest.approx(expected.pop("useful"), abs=0.03)
     alike(found, expected)
-    curve = decisions.calibration_curve(label, prob, subject, weight)
+    curve = calibration.calibration_curve(label, prob, subject, weight)
     assert sum(group["labels"] for group in curve) == len(label)
     lowest = np.argsort(prob, kind="stable")[: curve[0]["labels"]]
     assert curve[0]["predicted"] == pytest.approx(np.average(prob[lowest], weights=weight[lowest]))
     logits = true * 1.5 - 0.2
     fitted, of_repeated = (
-        decisions.recalibrate(label, logits, weight),
-        decisions.recalibrate(label[again], logits[again]),
+        calibration.recalibrate(label, logits, weight),
+        calibration.recalibrate(label[again], logits[again]),
     )
     assert (fitted.temperature, fitted.shift) == pytest.approx((of_repeated.temperature, of_repeated.shift), rel=1e-4)
     assert decisions.assess(label, prob, subject, groups, label, prob, np.ones(400)) == decisions.assess(

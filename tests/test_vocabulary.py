@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from hymate.config import UserError
 from hymate.data.meds import Events
 from hymate.data.statistics import NUM_KNOTS, PROBABILITIES, SAMPLE_SIZE, CodeStatistics
 from hymate.data.vocabulary import Z_LIMIT, Vocabulary
+from hymate.errors import UserError
 from hymate.model.batch import FIRST_CODE_ID, UNKNOWN_ID
 
 CODES = {"HR": 0, "K": 1, "DIED": 2}

@@ -29,9 +29,10 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from hymate.config import ConfigError, TaskConfig, UserError
+from hymate.config import TaskConfig
 from hymate.data.known import KnownConfig
 from hymate.data.meds import UNREADABLE, DataError, open_parquet, unreadable
+from hymate.errors import ConfigError, UserError
 from hymate.storage.paths import Location
 
 # aces is imported where it is needed: it takes seconds (matplotlib among others), and most runs find labels

@@ -12,9 +12,10 @@ from typing import Literal
 import numpy as np
 import pyarrow as pa
 
-from hymate.config import TaskConfig, UserError
+from hymate.config import TaskConfig
 from hymate.data.histories import Histories
 from hymate.data.meds import LAST_TIME, SPLITS
+from hymate.errors import UserError
 
 NO_TIME = -1  # prediction_time_E of pretraining examples
 BLOCK_EVENTS = 4_000_000  # read at once to find the prediction times

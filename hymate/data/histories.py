@@ -19,8 +19,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from hymate.command import build
-from hymate.config import ConfigError, UserError
 from hymate.data.known import NEVER, KnownConfig, KnownTimes
 from hymate.data.meds import (
     RENAME_SPLITS,
@@ -33,7 +31,9 @@ from hymate.data.meds import (
     open_parquet,
     read_parquet,
 )
+from hymate.errors import ConfigError, UserError
 from hymate.storage.paths import Location, atomic_path, locate
+from hymate.trees import build
 
 FORMAT_VERSION = 1
 FOLDER = "histories"

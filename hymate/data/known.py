@@ -22,8 +22,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from hymate.config import ConfigError
 from hymate.data.meds import LAST_TIME, STATIC_TIME, US_PER_DAY, US_PER_HOUR, Events, is_code
+from hymate.errors import ConfigError
 
 NEVER = np.iinfo(np.int64).max  # the time of an event that does not become known
 MAX_DELAY_HOURS = 100 * 8766.0  # a century

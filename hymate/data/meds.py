@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from flexible_schema.exceptions import SchemaValidationError, TableValidationError  # type: ignore[import-untyped]
 
-from hymate.config import ConfigError, UserError
+from hymate.errors import ConfigError, UserError
 from hymate.storage.paths import Location, UrlPath, atomic_path, files_below, readable, write_text
 
 DATA_SCHEMA: pa.Schema = meds.DataSchema.schema().remove(4)  # text_value is never used

@@ -39,8 +39,8 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from hymate.command import main, to_tree
-from hymate.config import ConfigError, Place, UserError
+from hymate.command import main
+from hymate.config import Place
 from hymate.data.histories import FOLDER, FORMAT_VERSION, Splits, read_metadata, write_histories
 from hymate.data.known import MIMIC, NEVER, KnownConfig, KnownTimes, sentences
 from hymate.data.meds import (
@@ -60,8 +60,10 @@ from hymate.data.statistics import CodeStatistics
 from hymate.data.synthetic.course import SyntheticConfig
 from hymate.data.synthetic.source import SyntheticSource
 from hymate.ending import without_ctrl_c
+from hymate.errors import ConfigError, UserError
 from hymate.storage.paths import Location, UrlPath, locate, readable, remove_tree, require_folder, write_text
 from hymate.storage.remote import StorageError
+from hymate.trees import to_tree
 
 WORK = ".work"  # inside histories/: the journal and what later stages need
 JOURNAL_S = 10.0  # between two journals at a URL

@@ -36,12 +36,13 @@ import pyarrow.compute as pc
 from rich.console import Console
 from rich.progress import track
 
-from hymate.config import ConfigError, TaskConfig, UserError
+from hymate.config import TaskConfig
 from hymate.data.definition import CODE_ALONE, find, parse, read_predicates
 from hymate.data.extras import read_labels_and_extras, write_labels
 from hymate.data.histories import read_metadata
 from hymate.data.known import KnownConfig
 from hymate.data.meds import FIRST_TIME, US_PER_DAY, read_splits
+from hymate.errors import ConfigError, UserError
 from hymate.storage.paths import Location, files_below, locate, new_folder, present, write_text
 
 RULES_VERSION = 5  # of the rules above and of definition.py; a new one makes old extractions be redone

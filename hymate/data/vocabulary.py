@@ -11,9 +11,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from hymate.config import UserError
 from hymate.data.meds import UNREADABLE, read_parquet, write_parquet
 from hymate.data.statistics import NUM_KNOTS, VOCABULARY_SCHEMA
+from hymate.errors import UserError
 from hymate.model.batch import FIRST_CODE_ID, UNKNOWN_ID
 from hymate.storage.paths import Location
 

@@ -1,10 +1,6 @@
-"""What else than a ranking decides whether a risk model can be used: whether its probabilities mean what they say,
-what acting on them brings, and for whom they are wrong.
+"""What acting on a risk model's probabilities brings, and for whom they are wrong.
 
-Every function looks at one task. Proportions have Wilson intervals (1927) with an effective number of patients for the
-number of trials (Kish 1965), as if all of a patient's labels were one: too wide rather than too narrow, and not empty
-where nothing happened. Other intervals are `metrics.estimates`'. All are 95 %. Labels may have weights, as in
-`hymate.evaluation.metrics`.
+Every function looks at one task. Labels may have weights and intervals are 95 %, as in `hymate.evaluation.metrics`.
 
 Shape legend:
     N  labels
@@ -17,18 +13,14 @@ Shape legend:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import special
-from scipy.optimize import minimize
-from scipy.special import expit
 from scipy.stats import norm
 
-from hymate.evaluation import metrics
+from hymate.evaluation import calibration, metrics
 
 Array = NDArray[Any]
 # Of patients with a positive label, and of all: below these an AUROC's interval is so wide that it says nothing.
@@ -37,167 +29,9 @@ FEWEST_SUBJECTS = 10  # of a group whose scores are shown: those of fewer would 
 SPECIFICITIES = (0.8, 0.9, 0.95)
 THRESHOLDS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
 GRID = tuple(percent / 100 for percent in range(1, 100))
-CURVE_GROUPS, LABELS_A_GROUP = 10, 20
-SIMULATIONS = 200
 FEWEST_EFFECTIVE = 20  # effective patients: of fewer the likeness of a patient's labels is not known well enough
 FEWEST_EACH = 5  # patients with the outcome, and without it, on whom a verdict may rest
-PRIOR_LABELS = 10  # the precision of the prior of a log temperature and a shift
-Z = float(norm.ppf(0.975))
 HELPS = float(norm.ppf(0.7))  # by how many errors a useful model must help at the prevalence
-NEWTON_STEPS, CONVERGED = 20, 1e-6
-STEEPEST = 50.0  # a slope that grows beyond this has no end: the classes are separated
-EPSILON = 1e-7
-
-
-# ------------------------------------------------------------------------------------------------- calibration
-
-
-@dataclass(frozen=True)
-class Recalibration:
-    """Calibrated logit = logit / temperature + shift, which keeps the order of the predictions."""
-
-    temperature: float
-    shift: float
-
-    def __call__(self, logit_N: Array) -> Array:
-        """Calibrated logits (N,)."""
-        return logit_N / self.temperature + self.shift
-
-    def probability(self, prob_N: ArrayLike) -> Array:
-        """Calibrated probabilities (N,) of probabilities."""
-        return np.asarray(expit(self(logit(prob_N))))
-
-    def undo(self, prob_N: ArrayLike) -> Array:
-        """What calibrated probabilities were before."""
-        return np.asarray(expit((logit(prob_N) - self.shift) * self.temperature))
-
-
-def recalibrate(label_N: ArrayLike, logit_N: ArrayLike, weight_N: ArrayLike | None = None) -> Recalibration:
-    """The temperature (Guo et al. 2017) and shift (Platt 1999) of least negative log-likelihood on labels that the
-    model did not learn from.
-
-    A temperature alone leaves a wrong mean as it is, and the mean of a checkpoint chosen for its ranking often is
-    wrong: on 2,080 stays of PhysioNet 2012, after fitting on 800, the expected calibration error of one checkpoint was
-    0.050 as trained, 0.032 with a temperature, 0.018 with both. PRIOR_LABELS draw towards no change, which keeps both
-    finite and 50 labels from doing more harm than they must.
-    """
-    label_N, logit_N = np.asarray(label_N, dtype=np.float64), np.asarray(logit_N, dtype=np.float64)
-    weight_N = metrics.weights(weight_N, label_N)
-
-    def loss(parameters: Array) -> float:
-        log_temperature, shift = parameters
-        calibrated_N = logit_N * np.exp(-log_temperature) + shift
-        likelihood = (weight_N * np.logaddexp(0.0, np.where(label_N > 0.5, -calibrated_N, calibrated_N))).sum()
-        return float(likelihood + PRIOR_LABELS / 2 * (log_temperature**2 + shift**2))
-
-    log_temperature, shift = minimize(loss, np.zeros(2), method="L-BFGS-B").x
-    return Recalibration(float(np.exp(log_temperature)), float(shift))
-
-
-def calibration_slope(
-    label_N: ArrayLike, prob_N: ArrayLike, subject_N: ArrayLike, weight_N: ArrayLike | None = None
-) -> dict[str, Any]:
-    """Slope of the logistic regression of the label on the logit (Cox 1958), by maximum likelihood.
-
-    1 is ideal; below it the probabilities are too extreme, above it too timid. None where it has no finite value.
-    """
-    label_N, logit_N = np.asarray(label_N, dtype=np.float64), logit(prob_N)
-
-    def slopes(weight_BN: Array) -> Array:
-        return _slopes(label_N, logit_N, weight_BN)[None]
-
-    return metrics.estimates(slopes, 1, subject_N, weight_N)[0]
-
-
-def _slopes(label_N: Array, logit_N: Array, weight_BN: Array) -> Array:
-    """(B,): Newton's method for slope and intercept, from a flat line; NaN where it does not converge."""
-    share_B = weight_BN @ label_N / weight_BN.sum(axis=1)
-    slope_B, intercept_B = np.zeros(len(weight_BN)), np.zeros(len(weight_BN))
-    change_B = np.full(len(weight_BN), np.inf)
-    with np.errstate(all="ignore"):
-        for _ in range(NEWTON_STEPS):
-            prob_BN = expit(slope_B[:, None] * logit_N + intercept_B[:, None])
-            miss_BN, spread_BN = weight_BN * (label_N - prob_BN), weight_BN * prob_BN * (1 - prob_BN)
-            a_B, b_B, c_B = spread_BN.sum(axis=1), spread_BN @ logit_N, spread_BN @ logit_N**2
-            up_B, along_B = miss_BN.sum(axis=1), miss_BN @ logit_N
-            determinant_B = a_B * c_B - b_B**2
-            change_B = (a_B * along_B - b_B * up_B) / determinant_B
-            slope_B = slope_B + change_B
-            intercept_B = intercept_B + (c_B * up_B - b_B * along_B) / determinant_B
-            if (np.abs(change_B) < CONVERGED).all():
-                break
-        found_B = (np.abs(change_B) < CONVERGED) & (np.abs(slope_B) < STEEPEST) & (share_B > 0) & (share_B < 1)
-    return np.where(found_B, slope_B, np.nan)
-
-
-def calibration_error(
-    label_N: ArrayLike, prob_N: ArrayLike, subject_N: ArrayLike, weight_N: ArrayLike | None = None, seed: int = 0
-) -> dict[str, float | None]:
-    """`metrics.ece` and how much of it is chance.
-
-    With few labels the share of positives in a bin differs from the mean probability of even a perfect model: 0.024 is
-    usual with 800 labels. "by_chance" is the mean error where the residuals of each patient, all together, have a
-    random sign, as those of a perfect model might have (a wild bootstrap, Wu 1986, of clusters); "beyond_chance" is
-    what remains, errors of the two kinds adding in squares (Broecker & Smith 2007), 0 where nothing does.
-    """
-    label_N, prob_N = np.asarray(label_N, dtype=np.float64), np.asarray(prob_N, dtype=np.float64)
-    found = metrics.ece(label_N, prob_N, weight_N)
-    if found is None:
-        return {"ece": None, "by_chance": None, "beyond_chance": None}
-    weight_N = metrics.weights(weight_N, label_N)
-    subject_P, patient_N = np.unique(np.asarray(subject_N), return_inverse=True)
-    bin_N, rng = metrics.ece_bin(prob_N), np.random.default_rng(seed)
-    residual_N = weight_N * (prob_N - label_N)
-    flipped = (
-        np.bincount(bin_N, residual_N * rng.choice((-1.0, 1.0), len(subject_P))[patient_N]) for _ in range(SIMULATIONS)
-    )
-    chance = np.array([np.abs(sum_K).sum() for sum_K in flipped]) / weight_N.sum()
-    beyond = max(0.0, found**2 - float(np.mean(chance**2))) ** 0.5
-    return {"ece": found, "by_chance": float(chance.mean()), "beyond_chance": beyond}
-
-
-def calibration_curve(
-    label_N: ArrayLike, prob_N: ArrayLike, subject_N: ArrayLike, weight_N: ArrayLike | None = None
-) -> list[dict[str, Any]]:
-    """Mean probability and observed share in groups of as many labels each, from the lowest probabilities on."""
-    label_N, prob_N, subject_N = np.asarray(label_N), np.asarray(prob_N), np.asarray(subject_N)
-    weight_N = metrics.weights(weight_N, label_N)
-    groups = np.clip(len(label_N) // LABELS_A_GROUP, 1, CURVE_GROUPS)
-    return [
-        {
-            "predicted": metrics.mean(prob_N[own], weight_N[own]),
-            "observed": share(label_N[own], subject_N[own], weight_N[own]),
-            "labels": len(own),
-        }
-        for own in np.array_split(np.argsort(prob_N, kind="stable"), groups)
-        if len(own)
-    ]
-
-
-def share(flag_N: ArrayLike, subject_N: ArrayLike, weight_N: ArrayLike | None = None, z: float = Z) -> dict[str, Any]:
-    """`value`, the share of labels with the flag (None without labels), and its `ci`; z: its half width, in errors."""
-    value = metrics.mean(flag_N, weight_N)
-    if value is None:
-        return {"value": None, "ci": None}
-    return {"value": value, "ci": wilson(value, effective_patients(subject_N, weight_N), z)}
-
-
-def wilson(value: float, n: float, z: float = Z) -> list[float]:
-    """Interval [low, high] of a proportion `value` of `n` trials (Wilson 1927), 95 % unless z says otherwise."""
-    middle = (value + z**2 / (2 * n)) / (1 + z**2 / n)
-    half = z / (1 + z**2 / n) * np.sqrt(value * (1 - value) / n + z**2 / (4 * n**2))
-    low, high = max(0.0, middle - half), min(1.0, middle + half)
-    # of a share of 0 or 1 the bounds touch it but for rounding, which must not leave it outside
-    return [float(min(low, value)), float(max(high, value))]
-
-
-def effective_patients(subject_N: ArrayLike, weight_N: ArrayLike | None = None) -> float:
-    """How many patients with equally many labels tell as much as these (Kish 1965): (sum m)^2 / sum m^2, where m is
-    the weight of all labels of a patient.
-    """
-    _, patient_N = np.unique(np.asarray(subject_N), return_inverse=True)
-    weight_P = np.bincount(patient_N, metrics.weights(weight_N, patient_N))
-    return float(weight_P.sum() ** 2 / (weight_P**2).sum())
 
 
 # --------------------------------------------------------------------------------------------------- decisions
@@ -227,9 +61,9 @@ def operating_point(
     alerts = metrics.mean(alert_N, weight_N)
     return {
         "threshold": threshold,
-        "sensitivity": share(alert_N[positive_N], subject_N[positive_N], weight_N[positive_N]),
-        "specificity": share(~alert_N[~positive_N], subject_N[~positive_N], weight_N[~positive_N]),
-        "ppv": share(positive_N[alert_N], subject_N[alert_N], weight_N[alert_N]),
+        "sensitivity": metrics.share(alert_N[positive_N], subject_N[positive_N], weight_N[positive_N]),
+        "specificity": metrics.share(~alert_N[~positive_N], subject_N[~positive_N], weight_N[~positive_N]),
+        "ppv": metrics.share(positive_N[alert_N], subject_N[alert_N], weight_N[alert_N]),
         "alerts_per_100": None if alerts is None else 100 * alerts,
     }
 
@@ -300,7 +134,7 @@ def useful_range(
     _, patient_N = np.unique(np.asarray(subject_N), return_inverse=True)
     weight_N = metrics.weights(weight_N, label_N)
     prevalence = metrics.mean(label_N, weight_N)
-    if prevalence is None or prevalence in (0, 1) or effective_patients(patient_N, weight_N) < FEWEST_EFFECTIVE:
+    if prevalence is None or prevalence in (0, 1) or metrics.effective_patients(patient_N, weight_N) < FEWEST_EFFECTIVE:
         return None
     likeness = _likeness(label_N, patient_N, weight_N)
 
@@ -310,7 +144,7 @@ def useful_range(
         variance = risk * (1 - risk) * ((1 - likeness) * (part_N @ part_N) + likeness * (sum_P @ sum_P))
         return float(part_N @ (label_N - risk) / np.sqrt(variance)) if variance > 0 else 0.0
 
-    def helps(threshold: float, errors: float = Z) -> bool:
+    def helps(threshold: float, errors: float = metrics.Z) -> bool:
         act_N = prob_N >= threshold
         right = (patient_N[act_N & (label_N > 0.5)], patient_N[~act_N & (label_N < 0.5)])
         if any(np.count_nonzero(np.bincount(patients)) < FEWEST_EACH for patients in right):
@@ -318,7 +152,8 @@ def useful_range(
         return all(surplus(part_N * weight_N, threshold) > errors for part_N in (act_N, act_N - 1.0))
 
     # the sum of the positives' ranks, less 1/2 each, is but for a factor the AUROC less 1/2
-    if surplus((metrics.midranks(prob_N, weight_N) - 0.5) * weight_N, prevalence) <= Z or not helps(prevalence, HELPS):
+    ranking = surplus((metrics.midranks(prob_N, weight_N) - 0.5) * weight_N, prevalence)
+    if ranking <= metrics.Z or not helps(prevalence, HELPS):
         return None
     below = takewhile(helps, (threshold for threshold in reversed(GRID) if threshold < prevalence))
     above = takewhile(helps, (threshold for threshold in GRID if threshold > prevalence))
@@ -370,9 +205,9 @@ def group_scores(
     subjects = len(np.unique(subject_N))
     if subjects < FEWEST_SUBJECTS:
         return {"few": True}
-    observed, predicted = share(label_N, subject_N, weight_N), metrics.mean(prob_N, weight_N)
+    observed, predicted = metrics.share(label_N, subject_N, weight_N), metrics.mean(prob_N, weight_N)
     assert predicted is not None, "there are patients"
-    low, high = share(label_N, subject_N, weight_N, z)["ci"]
+    low, high = metrics.share(label_N, subject_N, weight_N, z)["ci"]
     areas = metrics.areas(label_N, prob_N, subject_N, weight_N)
     auroc, ci = areas["auroc"]["value"], areas["auroc"]["ci"]
     known = min(len(np.unique(subject_N[of_class])) for of_class in (label_N > 0.5, label_N < 0.5)) >= FEWEST_EACH
@@ -388,7 +223,7 @@ def group_scores(
         "wrong": "too high" if predicted > high else "too low" if predicted < low else None,
         "auroc": areas["auroc"],
         "auprc": areas["auprc"]["value"],
-        "ranked_worse": bool(known and auroc + z / Z * (ci[1] - auroc) < overall),
+        "ranked_worse": bool(known and auroc + z / metrics.Z * (ci[1] - auroc) < overall),
         "sensitivity": point["sensitivity"],
         "specificity": point["specificity"],
         "enough": len(np.unique(subject_N[label_N > 0.5])) >= ENOUGH_POSITIVES and subjects >= ENOUGH_SUBJECTS,
@@ -422,11 +257,11 @@ def assess(
     z, overall = group_z(max(1, judged)), metrics.auroc(label_N, prob_N, weight_N)
     return {
         "calibration": {
-            **calibration_error(*every),
+            **calibration.calibration_error(*every),
             "predicted": metrics.mean(prob_N, weight_N),
-            "observed": share(label_N, subject_N, weight_N),
-            "slope": calibration_slope(*every),
-            "curve": calibration_curve(*every),
+            "observed": metrics.share(label_N, subject_N, weight_N),
+            "slope": calibration.calibration_slope(*every),
+            "curve": calibration.calibration_curve(*every),
         },
         "operating_points": [
             {"aim": aim, **operating_point(threshold, *every)} for aim, threshold in threshold_of.items()
@@ -437,9 +272,3 @@ def assess(
             for kind, name, own in named
         ],
     }
-
-
-def logit(prob_N: ArrayLike) -> Array:
-    """Logits of probabilities, finite also for 0 and 1."""
-    clipped: Array = np.clip(np.asarray(prob_N, dtype=np.float64), EPSILON, 1 - EPSILON)
-    return np.asarray(special.logit(clipped))

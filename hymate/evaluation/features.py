@@ -23,11 +23,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hymate.config import ConfigError, UserError
 from hymate.data.examples import NO_TIME, Examples
 from hymate.data.histories import Histories
 from hymate.data.loader import ages
 from hymate.data.meds import US_PER_HOUR
+from hymate.errors import ConfigError, UserError
 
 BLOCK_EVENTS = 500_000
 WHOLE = 0  # the window that is the whole history

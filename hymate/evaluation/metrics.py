@@ -4,6 +4,10 @@ Every number is None, not a made-up value, where it is undefined: AUROC and AUPR
 different lengths. Labels may have weights (`weight_N`, above 0, 1 each where it is left out), such as the inverse
 probability of not being censored: a label of weight 2 counts as two equal labels of its patient do.
 
+Proportions have Wilson intervals (1927) with an effective number of patients for the number of trials (Kish 1965), as
+if all of a patient's labels were one: too wide rather than too narrow, and not empty where nothing happened. Other
+intervals are those of `estimates`. All are 95 %.
+
 Shape legend:
     N  labels
     G  groups of labels with equal scores (ties), best first
@@ -23,6 +27,7 @@ from scipy.stats import norm, t
 
 Array = NDArray[Any]
 AREAS = ("auroc", "auprc")
+Z = float(norm.ppf(0.975))
 LEVEL_OF_BOTH = 0.975  # of each area's interval, where a verdict asks whether either differs
 ELEMENTS_AT_ONCE = 2_000_000  # of the (B, N) weights: bounds the bootstrap's memory to some 100 MB
 
@@ -72,6 +77,32 @@ def weights(weight_N: ArrayLike | None, label_N: ArrayLike) -> Array:
     assert weight_N.shape == (size,), f"{size} labels, weights of shape {weight_N.shape}"
     assert (np.isfinite(weight_N) & (weight_N > 0)).all(), "weights must be finite and above 0"
     return weight_N
+
+
+def share(flag_N: ArrayLike, subject_N: ArrayLike, weight_N: ArrayLike | None = None, z: float = Z) -> dict[str, Any]:
+    """`value`, the share of labels with the flag (None without labels), and its `ci`; z: its half width, in errors."""
+    value = mean(flag_N, weight_N)
+    if value is None:
+        return {"value": None, "ci": None}
+    return {"value": value, "ci": wilson(value, effective_patients(subject_N, weight_N), z)}
+
+
+def wilson(value: float, n: float, z: float = Z) -> list[float]:
+    """Interval [low, high] of a proportion `value` of `n` trials (Wilson 1927), 95 % unless z says otherwise."""
+    middle = (value + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * np.sqrt(value * (1 - value) / n + z**2 / (4 * n**2))
+    low, high = max(0.0, middle - half), min(1.0, middle + half)
+    # of a share of 0 or 1 the bounds touch it but for rounding, which must not leave it outside
+    return [float(min(low, value)), float(max(high, value))]
+
+
+def effective_patients(subject_N: ArrayLike, weight_N: ArrayLike | None = None) -> float:
+    """How many patients with equally many labels tell as much as these (Kish 1965): (sum m)^2 / sum m^2, where m is
+    the weight of all labels of a patient.
+    """
+    _, patient_N = np.unique(np.asarray(subject_N), return_inverse=True)
+    weight_P = np.bincount(patient_N, weights(weight_N, patient_N))
+    return float(weight_P.sum() ** 2 / (weight_P**2).sum())
 
 
 def midranks(score_N: ArrayLike, weight_N: ArrayLike | None = None) -> Array:

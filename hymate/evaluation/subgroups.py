@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from hymate.config import ConfigError
 from hymate.data.examples import Examples
 from hymate.data.histories import Histories, History
 from hymate.data.loader import US_PER_YEAR
+from hymate.errors import ConfigError
 
 SEX = r"(?i)^(gender|sex)(?![a-z])"
 AGE = re.compile(r"(?i)^age(//|$)")  # a static event with the age in years, where a dataset has no births

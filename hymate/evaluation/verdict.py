@@ -1,7 +1,7 @@
 """What a report says of one task in sentences, and the tables behind them.
 
 `found` is what results.json holds of the task: `metrics.scores` and `trust.assess` of the held-out split, and as
-"boosting" what `baselines.compare` says, or why it was left out.
+"boosting" what `boosting.compare` says, or why it was left out.
 """
 
 from __future__ import annotations

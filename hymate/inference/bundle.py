@@ -24,11 +24,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hymate.command import build, dump_yaml, parse_yaml
-from hymate.config import DataConfig, ModelConfig, UserError
+from hymate.config import DataConfig, ModelConfig
 from hymate.data.known import KnownConfig
 from hymate.data.vocabulary import Vocabulary
+from hymate.errors import UserError
 from hymate.storage.paths import Location, UrlPath, local_copy, new_folder
+from hymate.trees import build, dump_yaml, parse_yaml
 
 if TYPE_CHECKING:
     from hymate.model.encoder import RiskModel

@@ -24,7 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from hymate.config import UserError
+from hymate.errors import UserError
 from hymate.inference.bundle import write_weights
 from hymate.inference.streaming import PatientState, PooledState
 from hymate.model.pooling import VariableSums

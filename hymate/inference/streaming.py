@@ -14,11 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hymate.config import ModelConfig, UserError
+from hymate.config import ModelConfig
 from hymate.data.histories import History
 from hymate.data.loader import ages, ratio
 from hymate.data.meds import US_PER_HOUR
 from hymate.data.vocabulary import Vocabulary
+from hymate.errors import UserError
 from hymate.model.batch import Batch
 from hymate.model.encoder import BlockState, RiskModel
 from hymate.model.pooling import VariableSums

@@ -13,13 +13,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from hymate.model.objectives import Asked
 
 UNKNOWN_ID = 0
 MASK_ID = 1
@@ -53,6 +50,40 @@ class Variables:
         """A row's."""
         key_G, variable_L = torch.unique(row.segment_L.long() * vocab_size + row.code_L, return_inverse=True)
         return cls(key_G, variable_L, torch.bincount(key_G // vocab_size, minlength=row.num_segments).tolist())
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """What `Forecast` asks of each anchor's patient as of then.
+
+    past, at_L: the patients, and where in the row each of their events is (`histories_until`).
+    whole_N, value_N: int64, the anchors whose horizon is whole, and where in (A, members, K), flattened, a value is.
+    measured_AK, value_AK: as in `Forecast`.
+    """
+
+    past: Batch
+    at_L: Tensor
+    whole_N: Tensor
+    value_N: Tensor
+    measured_AK: Tensor
+    value_AK: Tensor
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a self-supervised loss asks of a row: a function of the row and its seeds, not of the weights.
+
+    code_L, hidden_L: the code ids that the model sees, and bool, whose value it does not see.
+    code_N, value_N: int64, the events whose code or value is hidden.
+    count_K: float64, how many targets each term has.
+    """
+
+    code_L: Tensor
+    hidden_L: Tensor
+    code_N: Tensor
+    value_N: Tensor
+    count_K: Tensor
+    ahead: Ahead | None
 
 
 @dataclass

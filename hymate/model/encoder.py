@@ -23,11 +23,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hymate import ops
-from hymate.config import ModelConfig, ObjectiveConfig, UserError
-from hymate.model.batch import Batch, Variables
+from hymate.config import ModelConfig, ObjectiveConfig
+from hymate.errors import UserError
+from hymate.model.batch import Asked, Batch, Variables
 from hymate.model.embedding import EMBEDDINGS, EventEmbedding
 from hymate.model.mixers import BlockState, Mamba1Mixer, Mamba2Mixer
-from hymate.model.objectives import Asked, LossModel, ask, huber
+from hymate.model.objectives import LossModel, ask, huber
 from hymate.model.pooling import FusionPooling, MemberLinear, VariablePooling, segment_mean, wide
 
 TYPICAL_DAYS = 5.0  # what a new head predicts, so that it need not learn the scale first

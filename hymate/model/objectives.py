@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hymate.config import ObjectiveConfig
-from hymate.model.batch import FIRST_CODE_ID, HOURS_PER_YEAR, MASK_ID, Batch
+from hymate.model.batch import FIRST_CODE_ID, HOURS_PER_YEAR, MASK_ID, Ahead, Asked, Batch
 
 # What a random number is for: so that no two uses share numbers.
 EVENT_USES, ANCHOR_USE, NUM_USES = range(4), 4, 5
@@ -180,40 +180,6 @@ def _ranges(start_A: Tensor, length_A: Tensor) -> tuple[Tensor, Tensor]:
     range_N = torch.arange(len(start_A), device=start_A.device).repeat_interleave(length_A)
     first_A = length_A.cumsum(0) - length_A
     return torch.arange(len(range_N), device=start_A.device) + (start_A - first_A)[range_N], range_N
-
-
-@dataclass(frozen=True)
-class Ahead:
-    """What `Forecast` asks of each anchor's patient as of then.
-
-    past, at_L: the patients, and where in the row each of their events is (`histories_until`).
-    whole_N, value_N: int64, the anchors whose horizon is whole, and where in (A, members, K), flattened, a value is.
-    measured_AK, value_AK: as in `Forecast`.
-    """
-
-    past: Batch
-    at_L: Tensor
-    whole_N: Tensor
-    value_N: Tensor
-    measured_AK: Tensor
-    value_AK: Tensor
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What a self-supervised loss asks of a row: a function of the row and its seeds, not of the weights.
-
-    code_L, hidden_L: the code ids that the model sees, and bool, whose value it does not see.
-    code_N, value_N: int64, the events whose code or value is hidden.
-    count_K: float64, how many targets each term has.
-    """
-
-    code_L: Tensor
-    hidden_L: Tensor
-    code_N: Tensor
-    value_N: Tensor
-    count_K: Tensor
-    ahead: Ahead | None
 
 
 def ask(batch: Batch, objective: ObjectiveConfig, terms: Collection[str], members: int) -> Asked:

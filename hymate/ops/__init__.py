@@ -25,7 +25,7 @@ from types import ModuleType
 from torch import Tensor
 from torch.nn import functional as F
 
-from hymate.config import UserError
+from hymate.errors import UserError
 from hymate.ops.attention import continued_attention, packed_attention
 from hymate.ops.compose import State
 from hymate.ops.cross_entropy import linear_cross_entropy

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
-from hymate.config import UserError
+from hymate.errors import UserError
 from hymate.storage.paths import Location, UrlPath, write_text
 
 FILE = "attempt.json"

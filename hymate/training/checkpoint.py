@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from hymate.config import UserError
+from hymate.errors import UserError
 from hymate.inference.bundle import read_weights, write_weights
 from hymate.storage.paths import Location, local_copy
 

@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 
 from pyarrow.fs import FileSelector, FileType
 
-from hymate.config import UserError
+from hymate.errors import UserError
 from hymate.storage.paths import Location, full_disk_told, local_copy, new_folder, remove_tree, write_text
 from hymate.training import checkpoint
 from hymate.training.checkpoint import Damaged

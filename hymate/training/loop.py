@@ -25,9 +25,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from hymate.config import TrainConfig, UserError
+from hymate.config import TrainConfig
 from hymate.data.feeding import Delayed, fed
 from hymate.device import CPU
+from hymate.errors import UserError
 from hymate.model.embedding import EventEmbedding
 from hymate.model.encoder import GatedMLP, HyMaTE
 from hymate.model.objectives import LossModel, mean_loss

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,15 +10,17 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from hymate.config import ConfigError, DataConfig, ModelConfig, ObjectiveConfig, RunConfig, TrainConfig, UserError
+from hymate.config import DataConfig, ModelConfig, ObjectiveConfig, RunConfig, TrainConfig
 from hymate.data.examples import Examples, pretraining_examples
 from hymate.data.histories import FOLDER, Histories
 from hymate.data.loader import Rows
 from hymate.data.vocabulary import Vocabulary
 from hymate.device import Wanted
+from hymate.errors import ConfigError, UserError
 from hymate.inference.bundle import write_bundle
 from hymate.inference.provenance import provenance
 from hymate.model.encoder import PretrainModel, decay_groups
+from hymate.runs import run_folder
 from hymate.storage.paths import Location, locate
 from hymate.training import checkpoint
 from hymate.training.loop import Job, Worker, mean_outputs
@@ -91,21 +92,6 @@ def check(config: PretrainConfig) -> Histories:
     return histories
 
 
-def check_machine(train: TrainConfig) -> None:
-    """Whether this machine holds the workers."""
-    cpus, wanted = available_cpus(), train.num_workers * train.cpus_per_worker
-    if wanted > cpus:
-        raise UserError(
-            f"train.num_workers={train.num_workers} x train.cpus_per_worker={train.cpus_per_worker} needs {wanted} "
-            f"CPUs, this machine has {cpus}: lower either, or set RAY_ADDRESS to a cluster"
-        )
-
-
-def available_cpus() -> int:
-    """CPUs that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 # ---------------------------------------------------------------------------------------------------------- job
 
 
@@ -175,7 +161,7 @@ def export_bundle(
 
     Returns the bundle and the metrics.
     """
-    folder = config.run.path / "bundle"
+    folder = run_folder(config.run) / "bundle"
     best = checkpoint.first_whole(kept)
     if best is None:
         raise UserError(

@@ -3,31 +3,28 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import threading
 import traceback
-import typing
 import warnings
 from contextlib import nullcontext, suppress
-from dataclasses import is_dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import yaml
 
 from hymate import cluster, ending
-from hymate.command import build, check_same_run, read_record, to_tree
-from hymate.config import Place, UserError
 from hymate.device import CPU, decide, obstacle
-from hymate.runs import recorded, workers_started
-from hymate.storage.paths import Location, UrlPath, full_disk_told, locate, remove_tree, require_folder
+from hymate.errors import UserError
+from hymate.runs import absolute, check_same_run, read_record, recorded, run_folder, workers_started
+from hymate.storage.paths import Location, UrlPath, full_disk_told, remove_tree, require_folder
 from hymate.training import checkpoint, loop, pretraining
 from hymate.training.attempt import SUPERSEDED, Attempt
 from hymate.training.keeper import mend_list, newest_first, newest_whole
 from hymate.training.loop import Unrecoverable, Worker, anyone
 from hymate.training.pretraining import MODE, SCORE, PretrainConfig
 from hymate.training.telemetry import Telemetry, progress_line
+from hymate.trees import build, to_tree
 
 CHECKPOINTS = "checkpoints"
 T = TypeVar("T")
@@ -43,7 +40,7 @@ def pretrain(config: PretrainConfig) -> Location:
     config = absolute(config)
     histories = pretraining.check(config)
     cluster_gpus = cluster.check(config.train)
-    run = config.run.path
+    run = run_folder(config.run)
     inputs = {"data.path": histories.fingerprint}
     check_same_run(run, config, inputs, pretraining.CHANGEABLE)
     result = _finished(config)
@@ -80,7 +77,7 @@ def _fit(config: PretrainConfig, attempt: Attempt) -> tuple[dict[str, Any], list
     if not ended["finished"]:
         raise ending.Stopped(f"stopped and saved at step {ended['step']}: the same command continues")
     scored = sorted((kept for kept in result.best_checkpoints if SCORE in kept[1]), key=lambda kept: kept[1][SCORE])
-    return ended, [(config.run.path / CHECKPOINTS / Path(kept.path).name, metrics) for kept, metrics in scored]
+    return ended, [(run_folder(config.run) / CHECKPOINTS / Path(kept.path).name, metrics) for kept, metrics in scored]
 
 
 def _workers_save(attempt: Attempt) -> bool:
@@ -109,7 +106,7 @@ def _trainer(config: PretrainConfig, attempt: Attempt) -> Any:
         ),
         run_config=train.RunConfig(
             name=CHECKPOINTS,
-            **ray_storage(config.run.path),
+            **ray_storage(run_folder(config.run)),
             failure_config=train.FailureConfig(max_failures=config.train.max_failures),
             # Ray keeps the latest checkpoint besides the num_to_keep best
             checkpoint_config=train.CheckpointConfig(
@@ -134,8 +131,8 @@ def train_worker(given: dict[str, Any]) -> dict[str, Any]:
     """
     config = build(PretrainConfig, given["config"])
     try:
-        with full_disk_told(config.run.path):
-            return _train_worker(config, Attempt(config.run.path, given["attempt"]))
+        with full_disk_told(run_folder(config.run)):
+            return _train_worker(config, Attempt(run_folder(config.run), given["attempt"]))
     except Unrecoverable as error:
         return {"unrecoverable": str(error)}
     except Exception as error:
@@ -153,17 +150,17 @@ def _train_worker(config: PretrainConfig, attempt: Attempt) -> dict[str, Any]:
     device = get_device() if config.device == "cuda" else CPU
     worker = Worker(context.get_world_rank(), context.get_world_size(), context.get_local_rank(), device)
     if anyone(attempt.superseded(), worker):
-        raise Unrecoverable(f"{config.run.path}: {SUPERSEDED}")
+        raise Unrecoverable(f"{run_folder(config.run)}: {SUPERSEDED}")
     reason = obstacle(config.model) if config.device == "cuda" else None
     if anyone(reason is not None, worker):
         raise Unrecoverable(f"device=cuda: {reason or 'another worker cannot use its GPU'}")
-    telemetry = Telemetry(config.run.path, enabled=worker.rank == 0)
+    telemetry = Telemetry(run_folder(config.run), enabled=worker.rank == 0)
     job = pretraining.pretraining_job(config, worker)
 
     on_the_way = threading.Semaphore()  # one checkpoint at a time: a slow storage must not fill the local disk
 
     def send(checkpoint: train.Checkpoint, name: str) -> train.Checkpoint:
-        folder = config.run.path / CHECKPOINTS / name
+        folder = run_folder(config.run) / CHECKPOINTS / name
         try:
             with full_disk_told(folder):
                 sent = context.get_storage().persist_current_checkpoint(checkpoint, name)
@@ -192,12 +189,12 @@ def _train_worker(config: PretrainConfig, attempt: Attempt) -> dict[str, Any]:
     with newest_whole(stored, worker, telemetry) as (resume, damages), watched as stop:
         if resume is None and damages:
             raise Unrecoverable(
-                f"no checkpoint in {config.run.path / CHECKPOINTS} is whole ({damages[0]}): put a copy back, or delete "
-                "the run to begin again"
+                f"no checkpoint in {run_folder(config.run) / CHECKPOINTS} is whole ({damages[0]}): put a copy back, or "
+                "delete the run to begin again"
             )
         if worker.rank == 0:
             step = 0 if resume is None else checkpoint.read_state(resume)["step"]
-            workers_started(config.run.path, step, worker.world_size, _num_nodes())
+            workers_started(run_folder(config.run), step, worker.world_size, _num_nodes())
         standing = loop.train(
             job,
             config.train,
@@ -243,39 +240,9 @@ def _explain(error: Any) -> NoReturn:
 
 def _finished(config: PretrainConfig) -> dict[str, Any] | None:
     """The outcome of this very run, if it has ended already and its bundle is there."""
-    record = read_record(config.run.path)
+    record = read_record(run_folder(config.run))
     if record is None or record["outcome"].get("state") != "finished":
         return None
     if {**record["config"], "device": config.device} != to_tree(config):
         return None
-    return record["outcome"] if (config.run.path / "bundle").is_dir() else None
-
-
-def absolute(config: T, where: str = "") -> T:
-    """The configuration with its paths made absolute, because workers run in other folders.
-
-    Raises UserError for a relative path in a Ray job, which runs in a temporary folder.
-    """
-    hints = typing.get_type_hints(type(config), include_extras=True)
-    changed = {name: _absolute(hint, getattr(config, name), f"{where}{name}") for name, hint in hints.items()}
-    return replace(config, **changed)  # type: ignore[type-var]
-
-
-def _absolute(hint: Any, value: Any, key: str) -> Any:
-    if is_dataclass(value):
-        return absolute(value, f"{key}.")
-    if isinstance(value, dict):
-        return {name: _absolute(None, item, f"{key}.{name}") for name, item in value.items()}
-    is_path = isinstance(value, str) and Place in (hint, *typing.get_args(hint))
-    return _absolute_path(key, value) if is_path else value
-
-
-def _absolute_path(key: str, path: str) -> str:
-    found = locate(path)
-    in_a_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ  # Ray sets it for a job's driver
-    if in_a_job and isinstance(found, Path) and not found.is_absolute():
-        raise UserError(
-            f"{key}={path}: a Ray job runs in a temporary folder of the cluster; give an absolute path that every "
-            "machine sees, or a URL"
-        )
-    return str(found) if isinstance(found, UrlPath) else os.path.abspath(found)
+    return record["outcome"] if (run_folder(config.run) / "bundle").is_dir() else None

@@ -1,6 +1,6 @@
 """The benchmark: contenders trained on the same labels with several seeds, and scored on the same patients.
 
-Gradient boosting and logistic regression (`hymate.baselines`), encoders from scratch, HyMaTE from scratch and
+Gradient boosting and logistic regression (`hymate.evaluation.boosting`), encoders from scratch, HyMaTE from scratch and
 pretrained, and the paper's model. They are scored by cross-validation over the train and tuning patients, or on the
 held-out ones. A budget of labels counts every label that a run sees: most are fitted to, the others choose among the
 run's candidates and recalibrate it, by the same rule for everyone.
@@ -30,41 +30,32 @@ import torch
 from scipy.special import expit
 from torch import Tensor
 
-from hymate import baselines, cluster, device
-from hymate.command import build, check_same_run, to_tree
-from hymate.config import (
-    ConfigError,
-    DataConfig,
-    ModelConfig,
-    ObjectiveConfig,
-    RunConfig,
-    TaskConfig,
-    TrainConfig,
-    UserError,
-)
+from hymate import cluster, device
+from hymate.config import DataConfig, ModelConfig, ObjectiveConfig, RunConfig, TaskConfig, TrainConfig
 from hymate.data.examples import Examples, labelled_examples
 from hymate.data.histories import Histories
 from hymate.data.tasks import labels
 from hymate.device import Wanted
-from hymate.evaluation import decisions
+from hymate.errors import ConfigError, UserError
+from hymate.evaluation import boosting, calibration
 from hymate.evaluation.features import FeatureConfig, choose, features
 from hymate.inference.bundle import Bundle, read_weights, write_weights
-from hymate.predict import predict
-from hymate.runs import recorded
+from hymate.inference.scoring import predict
+from hymate.runs import absolute, check_same_run, recorded, run_folder
 from hymate.storage.paths import Location, atomic_path, local_copy, locate, require_folder, write_text
 from hymate.training import loop
 from hymate.training.checkpoint import read_verified_weights
 from hymate.training.keeper import Kept
 from hymate.training.pretraining import PretrainConfig, pretraining_job, read_vocabulary
-from hymate.training.ray_train import absolute
 from hymate.training.telemetry import Telemetry
+from hymate.trees import build, to_tree
 from hymate.tuning import comparison, space
 from hymate.tuning.comparison import Comparison, Run, Split, note_look, write_run
 from hymate.tuning.search import require_starts, trial_config
 from hymate.tuning.trial import Start, TrialConfig, taught, train_on
 
-BASELINES: tuple[baselines.Kind, ...] = ("gradient_boosting", "logistic_regression")
-CHOSEN_BY = "loss"  # cross-entropy, as in hymate.baselines: AUROC and AUPRC of few positives jump
+BASELINES: tuple[boosting.Kind, ...] = ("gradient_boosting", "logistic_regression")
+CHOSEN_BY = "loss"  # cross-entropy, as in hymate.evaluation.boosting: AUROC and AUPRC of few positives jump
 RUNS, PRETRAINED = "runs", "pretrained"  # folders in the benchmark's
 DEVELOPMENT, HELD_OUT = "train and tuning", "held_out"
 CHANGEABLE = {
@@ -192,7 +183,7 @@ class Pretraining:
 def benchmark(config: BenchmarkConfig) -> Location:
     """Run what is not there yet, then compare all; returns the run's folder."""
     config = absolute(config)
-    path, runs = config.run.path, _runs(config)
+    path, runs = run_folder(config.run), _runs(config)
     if not runs:
         raise ConfigError(
             "only leaves nothing to run: of several budgets all but the largest are with_few_labels' alone"
@@ -395,10 +386,10 @@ def train_and_score(config: BenchmarkConfig, run: Run, pretrained: tuple[dict[st
         choosing_logit_E, test_logit_E, parameters = _baseline(run, histories, own)
     else:
         choosing_logit_E, test_logit_E, parameters = _contender(config, run, histories, own, state)
-    recalibrated = decisions.recalibrate(own.choosing.label_E, choosing_logit_E, own.choosing.weight_E)
+    recalibrated = calibration.recalibrate(own.choosing.label_E, choosing_logit_E, own.choosing.weight_E)
     write_run(
         run,
-        config.run.path / RUNS,
+        run_folder(config.run) / RUNS,
         own.test,
         expit(recalibrated(test_logit_E)),
         fitting=len(own.fitting),
@@ -414,8 +405,8 @@ def _baseline(run: Run, histories: Histories, own: Allotment) -> tuple[np.ndarra
     kind = next(name for name in BASELINES if name == run.name)
     spec = choose(histories, own.fitting, FeatureConfig())
     fitting, choosing, test = (features(histories, part, spec) for part in (own.fitting, own.choosing, own.test))
-    model = baselines.fit(kind, fitting, choosing, run.seed)
-    choosing_logit_E, test_logit_E = (decisions.logit(model.probability(part.value_EX)) for part in (choosing, test))
+    model = boosting.fit(kind, fitting, choosing, run.seed)
+    choosing_logit_E, test_logit_E = (calibration.logit(model.probability(part.value_EX)) for part in (choosing, test))
     return choosing_logit_E, test_logit_E, None
 
 
@@ -428,7 +419,7 @@ def _contender(
     trial = trial_of(config, contender, start, run.seed, own.fraction)
     fitting = own.fitting
     if trial.teacher_share:
-        teacher_E = baselines.cross_fitted(histories, fitting, own.choosing, run.seed)
+        teacher_E = boosting.cross_fitted(histories, fitting, own.choosing, run.seed)
         fitting = taught(fitting, teacher_E, trial.teacher_share)
     chosen = device.choose(config.device, start.model)
     with tempfile.TemporaryDirectory() as folder, loop.single_process(chosen) as worker:
@@ -443,7 +434,7 @@ def _contender(
             worker=worker,
             report=_keeping(kept),
             resume=None,
-            telemetry=Telemetry(config.run.path / "tb" / run.stem, enabled=True),
+            telemetry=Telemetry(run_folder(config.run) / "tb" / run.stem, enabled=True),
         )
         best = _best_weights(kept)
     bundle = Bundle("risk", trial.model, trial.data, trial.tasks, vocabulary, best, in_days=trial.in_days)
@@ -469,7 +460,7 @@ def trial_of(config: BenchmarkConfig, contender: Contender, start: Start, seed: 
 def pretrain(config: BenchmarkConfig, pretraining: Pretraining) -> tuple[dict[str, Tensor], float]:
     """The weights, and how long they took; trained once for all budgets and folds."""
     torch.set_num_threads(config.train.cpus_per_worker)
-    path = config.run.path / PRETRAINED / f"{pretraining.name}-seed{pretraining.seed}.safetensors"
+    path = run_folder(config.run) / PRETRAINED / f"{pretraining.name}-seed{pretraining.seed}.safetensors"
     if not path.with_suffix(".json").is_file():  # it comes last
         model = config.model_of(config.contenders[pretraining.name])
         train = dataclasses.replace(config.pretrain, seed=pretraining.seed)
@@ -479,7 +470,7 @@ def pretrain(config: BenchmarkConfig, pretraining: Pretraining) -> tuple[dict[st
         with tempfile.TemporaryDirectory() as folder, loop.single_process(chosen) as worker:
             job = pretraining_job(settings, worker)
             kept = Kept(Path(folder), 1, job.mode)
-            telemetry = Telemetry(config.run.path / "tb" / f"{PRETRAINED}-{path.stem}", enabled=True)
+            telemetry = Telemetry(run_folder(config.run) / "tb" / f"{PRETRAINED}-{path.stem}", enabled=True)
             loop.train(job, settings.train, worker, report=_keeping(kept), telemetry=telemetry, resume=None)
             state = _best_weights(kept)
         with atomic_path(path) as temporary:

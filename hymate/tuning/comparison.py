@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from hymate.config import UserError
 from hymate.data.examples import Examples
 from hymate.data.meds import read_parquet, write_parquet
+from hymate.errors import UserError
 from hymate.evaluation import figures, metrics, tables
 from hymate.storage.paths import Location, write_text
 

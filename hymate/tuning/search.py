@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,37 +11,27 @@ import numpy as np
 import torch
 
 from hymate import cluster
-from hymate.baselines import compare, cross_fitted
-from hymate.command import build, check_same_run, to_tree
-from hymate.config import (
-    ConfigError,
-    DataConfig,
-    ModelConfig,
-    Place,
-    ReportConfig,
-    RunConfig,
-    SearchConfig,
-    TaskConfig,
-    TrainConfig,
-    UserError,
-)
+from hymate.config import DataConfig, ModelConfig, Place, ReportConfig, RunConfig, SearchConfig, TaskConfig, TrainConfig
 from hymate.data.examples import Examples, labelled_examples, require_both_classes
 from hymate.data.histories import Histories
 from hymate.data.known import differing, sentences
 from hymate.data.meds import SPLITS
+from hymate.data.synthetic.source import ceiling
 from hymate.data.tasks import LabelSet, labels
 from hymate.device import CPU, Wanted, choose, decide
-from hymate.evaluation import decisions, figures, metrics, report
+from hymate.errors import ConfigError, UserError
+from hymate.evaluation import calibration, decisions, figures, metrics, report
+from hymate.evaluation.boosting import compare, cross_fitted
 from hymate.evaluation.report import Outcome
 from hymate.evaluation.subgroups import subgroups
 from hymate.inference.bundle import Bundle, build_model, write_bundle
 from hymate.inference.provenance import SENTENCES, Seen, provenance, seen
-from hymate.predict import predict, write_predictions
-from hymate.runs import recorded
+from hymate.inference.scoring import predict, write_predictions
+from hymate.runs import absolute, check_same_run, recorded, run_folder
 from hymate.storage.paths import Location, filling, locate, require_folder
 from hymate.training import checkpoint
 from hymate.training.attempt import Attempt
-from hymate.training.ray_train import absolute
+from hymate.trees import build, to_tree
 from hymate.tuning import space
 from hymate.tuning.trial import Start, Study, TrialConfig, starting_point
 
@@ -119,7 +108,7 @@ def search(config: TuneConfig) -> Location:
     The same command continues a search that was killed, and shows the results of one that is finished.
     """
     config = absolute(config)
-    run_path = config.run.path
+    run_path = run_folder(config.run)
     finished, cluster_gpus = report.read(run_path), None
     if finished is None:
         require_folder(run_path, "run.dir")
@@ -277,10 +266,10 @@ def _winner(start: Start, trial: TrialConfig, best: Outcome) -> Bundle:
 
 def _calibrated(
     winner: Bundle, histories: Histories, task: str, tuning: Examples, device: torch.device
-) -> tuple[Bundle, decisions.Recalibration, np.ndarray]:
+) -> tuple[Bundle, calibration.Recalibration, np.ndarray]:
     """The model whose probabilities fit the task's tuning split best, what was changed, and its probabilities there."""
     outputs, _ = predict(winner.for_task(task), histories, tuning, device)
-    recalibration = decisions.recalibrate(tuning.label_E, outputs.logit_ET[:, 0], tuning.weight_E)
+    recalibration = calibration.recalibrate(tuning.label_E, outputs.logit_ET[:, 0], tuning.weight_E)
     outputs.logit_ET[:, 0] = recalibration(outputs.logit_ET[:, 0])
     model = build_model(winner)
     model.recalibrate(task, recalibration.temperature, recalibration.shift)
@@ -301,7 +290,7 @@ def _score_winner(
 
     known: sentences on when events become known.
     """
-    run_path, parts = config.run.path, []
+    run_path, parts = run_folder(config.run), []
     device = CPU
     if config.device == "cuda":  # the trials ran on a cluster's GPUs, say, and the driver's machine may have none
         device = choose("auto", winner.model)
@@ -344,7 +333,7 @@ def _score_task(
     winner, recalibration, tuning_probability_E = _calibrated(winner, histories, name, tuning, device)
     scored = task.examples[split]
     outputs, _ = predict(winner.for_task(name), histories, scored, device)
-    write_predictions(scored, outputs, config.run.path / report.predictions_file(name, winner.tasks))
+    write_predictions(scored, outputs, run_folder(config.run) / report.predictions_file(name, winner.tasks))
     label_E, probability_E, subject_id_E = scored.label_E, outputs.probability_ET[:, 0], scored.subject_id_E
     weight_E = scored.weight_E
     scores = metrics.scores(label_E, probability_E, subject_id_E, weight_E)
@@ -376,10 +365,9 @@ def _score_task(
                 )
                 part["boosting"], boosting_E = compare(histories, task.examples, probability_E, config.train.seed)
             part["picture"] = f"{name}.png"
-            figures.draw(config.run.path / part["picture"], label_E, probability_E, weight_E, part, boosting_E)
-    oracle = locate(config.data.path) / "oracle" / f"{name}.json"
-    if oracle.is_file():  # a synthetic cohort, whose law says how well anything can predict
-        part["ceiling"] = json.loads(oracle.read_text())["ceiling"][split]
+            figures.draw(run_folder(config.run) / part["picture"], label_E, probability_E, weight_E, part, boosting_E)
+    if (best := ceiling(locate(config.data.path), name, split)) is not None:
+        part["ceiling"] = best
     return winner, part
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from hymate.config import ConfigError, is_number
+from hymate.config import is_number
+from hymate.errors import ConfigError
 
 PARAMETERS = (
     "backbone_lr",

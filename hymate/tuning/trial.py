@@ -14,15 +14,16 @@ import torch
 import yaml
 from torch import Tensor
 
-from hymate import predict
-from hymate.config import ConfigError, DataConfig, ModelConfig, TrainConfig
+from hymate.config import DataConfig, ModelConfig, TrainConfig
 from hymate.data.examples import Examples, labelled_examples, united
 from hymate.data.histories import Histories
 from hymate.data.known import KnownConfig
 from hymate.data.loader import Rows
 from hymate.data.vocabulary import Vocabulary
 from hymate.device import Wanted
+from hymate.errors import ConfigError
 from hymate.evaluation import metrics
+from hymate.inference import scoring
 from hymate.inference.bundle import read_bundle
 from hymate.model.encoder import RiskModel, decay_groups, load_pretrained
 from hymate.storage.paths import Location, locate
@@ -75,8 +76,8 @@ class Study:
     """Shared by all trials; labels: a table for each task; metric: one of `tuning_scores`; device: where
     each trial computes.
 
-    teacher: for each task a probability of each of its training examples (`hymate.baselines.cross_fitted`), where a
-    trial learns from it, too: knowledge distillation (Hinton et al. 2015).
+    teacher: for each task a probability of each of its training examples (`boosting.cross_fitted`), where a trial
+    learns from it, too: knowledge distillation (Hinton et al. 2015).
     """
 
     start: Start
@@ -149,7 +150,7 @@ def labelled_rows(start: Start, trial: TrialConfig, histories: Histories, exampl
     )
 
 
-def tuning_scores(examples: Examples, outputs: predict.Outputs, tasks: Sequence[str]) -> dict[str, float]:
+def tuning_scores(examples: Examples, outputs: scoring.Outputs, tasks: Sequence[str]) -> dict[str, float]:
     """What a checkpoint is chosen by: AUROC, AUPRC, concordance where a task has days, and their mean; the
     cross-entropy is for the record. Of several tasks the mean of each, and each task's own as "<task>/auroc".
 
@@ -164,7 +165,7 @@ def tuning_scores(examples: Examples, outputs: predict.Outputs, tasks: Sequence[
     return overall
 
 
-def _task_scores(examples: Examples, outputs: predict.Outputs, task: int) -> dict[str, float]:
+def _task_scores(examples: Examples, outputs: scoring.Outputs, task: int) -> dict[str, float]:
     label_E, days_E = examples.label_ET[:, task], examples.days_ET[:, task]
     at, timed = ~np.isnan(label_E), ~np.isnan(days_E)
     weight_E = examples.weight_ET[:, task]
@@ -227,7 +228,7 @@ def train_on(
     tuning_rows = labelled_rows(start, trial, histories, tuning)
 
     def evaluate(model: Any) -> dict[str, float]:
-        return tuning_scores(tuning, predict.score(model, tuning_rows, worker.device), trial.tasks)
+        return tuning_scores(tuning, scoring.score(model, tuning_rows, worker.device), trial.tasks)
 
     model = risk_model(start, trial)
     job = loop.Job(

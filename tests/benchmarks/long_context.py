@@ -42,8 +42,8 @@ from hymate.data.tasks import labels
 from hymate.evaluation import metrics
 from hymate.evaluation.features import FeatureConfig, choose, features
 from hymate.evaluation.figures import BLUE, DPI, GREY, ORANGE
+from hymate.inference.scoring import score
 from hymate.model.encoder import RiskModel
-from hymate.predict import score
 from hymate.training import checkpoint, loop
 from hymate.training.telemetry import Telemetry
 from hymate.tuning.search import TuneConfig, trial_config

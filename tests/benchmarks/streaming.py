@@ -35,10 +35,10 @@ from hymate.data.prepare import PrepareConfig, prepare
 from hymate.data.vocabulary import Vocabulary
 from hymate.device import CPU
 from hymate.inference.bundle import build_model, read_bundle, write_bundle
+from hymate.inference.scoring import predict, predict_whole
 from hymate.inference.states import StateFolder
 from hymate.inference.streaming import PatientState, StreamingModel
 from hymate.model.encoder import RiskModel
-from hymate.predict import predict, predict_whole
 
 # configs/model/small.yaml
 MODEL = ModelConfig(d_model=128, layers="MMMAMMMA", d_state=64, headdim=32, num_heads=4, window=512)

@@ -19,7 +19,7 @@ import numpy as np
 from scipy.special import expit, logit
 from scipy.stats import norm
 
-from hymate.evaluation import decisions, metrics
+from hymate.evaluation import calibration, decisions, metrics
 
 Array = np.ndarray
 Cohort = tuple[Array, Array, Array]  # labels, probabilities, subjects
@@ -144,7 +144,7 @@ def share_coverage(num_labels: int, spread: float, cohorts: int) -> tuple[float,
         subject_N = np.repeat(np.arange(num_labels), count_P)[:num_labels]
         own_P = norm.cdf((norm.ppf(risk) + np.sqrt(0.9) * rng.normal(size=num_labels)) / np.sqrt(0.1))
         flag_N = rng.random(num_labels) < own_P[subject_N]
-        ends = decisions.wilson(flag_N.mean(), len(np.unique(subject_N))), decisions.share(flag_N, subject_N)["ci"]
+        ends = metrics.wilson(flag_N.mean(), len(np.unique(subject_N))), metrics.share(flag_N, subject_N)["ci"]
         within.append([low <= risk <= high for low, high in ends])
     before, after = np.mean(within, axis=0)
     return float(before), float(after)
@@ -166,7 +166,7 @@ def group_accusations(num_labels: int, patients: str, groups: int, cohorts: int)
         own = [of_P[subject_N] == group for group in range(groups)]
         overall = metrics.auroc(label_N, prob_N)
         pairs = []
-        for z in (decisions.Z, decisions.group_z(groups)):
+        for z in (metrics.Z, decisions.group_z(groups)):
             told = [decisions.group_scores(0.1, z, overall, label_N[at], prob_N[at], subject_N[at]) for at in own]
             pairs.append([any(not g["few"] and g[flag] for g in told) for flag in ("wrong", "ranked_worse")])
         accused.append(pairs)
@@ -194,7 +194,7 @@ def chance_errors(num_labels: int, patients: str, cohorts: int) -> tuple[float, 
         label_N, prob_N, subject_N = calibrated(number, num_labels, patients)
         rng = np.random.default_rng(number)
         drawn = [metrics.ece(rng.binomial(1, prob_N), prob_N) for _ in range(50)]
-        found = decisions.calibration_error(label_N, prob_N, subject_N)
+        found = calibration.calibration_error(label_N, prob_N, subject_N)
         told.append([found["ece"], np.mean(np.array(drawn, float)), found["by_chance"]])
     error, before, after = np.mean(np.array(told, float), axis=0)
     return float(error), float(before), float(after)

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hymate.config import ConfigError
 from hymate.data.synthetic import law as law
 from hymate.data.synthetic.codes import (
     ADMISSIONS,
@@ -28,6 +27,7 @@ from hymate.data.synthetic.codes import (
     RACES,
 )
 from hymate.data.synthetic.law import DAY
+from hymate.errors import ConfigError
 
 HOUR = 60
 FIRST_ADMISSION = (20_000_000, 24_000_000)  # 2008 to 2015, in minutes since 1970

@@ -32,11 +32,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from sklearn.metrics import average_precision_score, roc_auc_score
 
 from hymate import __version__
 from hymate.data.meds import SPLITS, SplitsConfig, codes_table, write_metadata, write_parquet
@@ -44,7 +46,6 @@ from hymate.data.synthetic import law as law
 from hymate.data.synthetic.codes import CODES, DISTRACTORS
 from hymate.data.synthetic.course import DEATH_IN_WINDOW, LOST, Patients, Stays, SyntheticConfig, simulate
 from hymate.data.synthetic.events import US_PER_MINUTE, blocks_of, table_of
-from hymate.evaluation.metrics import auprc, auroc, brier
 from hymate.storage.paths import Location, write_text
 
 ORACLE = "oracle/readmission.parquet"
@@ -138,14 +139,16 @@ class SyntheticSource:
                 "num_labels": len(label),
                 "num_subjects": len(np.unique(subject_N[chosen_N])),
                 "prevalence": float(label.mean()) if len(label) else None,
-                "auroc": auroc(label, probability),
-                "auprc": auprc(label, probability),
-                "brier": brier(label, probability),
+                "auroc": _defined(roc_auc_score, label, probability),
+                "auprc": _defined(average_precision_score, label, probability),
+                "brier": float(((probability - label) ** 2).mean()) if len(label) else None,
             }
             if farthest:
                 distance = discharges["driver_distance"].fill_null(farthest + 1).to_numpy()[chosen_N]
                 tells = not self.config.shuffled_labels
-                found["auroc_by_context"] = {c: auroc(label, tells & (distance <= c)) for c in _contexts(farthest)}
+                found["auroc_by_context"] = {
+                    c: _defined(roc_auc_score, label, tells & (distance <= c)) for c in _contexts(farthest)
+                }
             return found
 
         return {
@@ -164,3 +167,14 @@ class SyntheticSource:
 def _contexts(farthest: int) -> list[int]:
     """Twice NEAREST, doubled until the farthest driver is in view."""
     return [law.NEAREST << i for i in range(1, math.ceil(math.log2(farthest / law.NEAREST)) + 1)]
+
+
+def _defined(area: Callable[..., float], label_N: np.ndarray, score_N: np.ndarray) -> float | None:
+    """An area under a curve, None where the labels are of one class."""
+    return float(area(label_N, score_N)) if 0 < label_N.sum() < len(label_N) else None
+
+
+def ceiling(root: Location, task: str, split: str) -> dict[str, Any] | None:
+    """What the law itself scores on a split of a synthetic cohort: no model can do better; None for other data."""
+    oracle = root / "oracle" / f"{task}.json"
+    return json.loads(oracle.read_text())["ceiling"][split] if oracle.is_file() else None

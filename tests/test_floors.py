@@ -1,0 +1,124 @@
+"""The plan of the house: a file imports its floor's lower files and lower floors only; nothing imports upward."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import hymate
+
+PACKAGE = Path(hymate.__file__).parent
+# From the ground up. The rooms of a floor are in order, too: a later one may use an earlier one. Inside a folder files
+# may use each other, but not in circles.
+FLOORS = (
+    ("errors", "machine", "ending"),
+    ("places", "config", "trees"),
+    ("ops",),
+    ("model",),
+    ("storage",),
+    ("device", "runs", "cluster", "command"),
+    ("data",),
+    ("inference",),
+    ("training",),
+    ("evaluation",),
+    ("tuning",),
+    ("plan", "predict", "explain", "baselines"),
+)
+ROOMS = [room for floor in FLOORS for room in floor]
+# What a library may be imported by; where a name is not here, everyone may.
+LIBRARIES = {
+    "ray": {"cluster", "training.ray_train", "tuning.ray_tune", "tuning.benchmark", "training.keeper"},
+    "deepspeed": {
+        "training.deepspeed",
+        "training.loop",
+        "training.checkpoint",
+        "training.stragglers",
+        "training.footprint",
+    },
+    "pyarrow": {"storage", "data", "inference", "evaluation", "tuning", "training", "predict", "explain", "baselines"},
+    "hydra": {"command"},
+    "omegaconf": {"command"},
+}
+
+
+def modules() -> dict[str, Path]:
+    """Names below `hymate.` and their files."""
+    names = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix("__init__").rstrip(".")
+        if name:
+            names[name] = path
+    return names
+
+
+def imported(path: Path) -> Iterator[tuple[str, int]]:
+    """Each module that a file imports, anywhere in it, and the line."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{path}: imports are absolute"
+            yield from ((f"{node.module}.{alias.name}", node.lineno) for alias in node.names)
+
+
+def own(name: str, known: dict[str, Path]) -> str | None:
+    """The module of ours that an imported name is or is in."""
+    if not name.startswith("hymate."):
+        return None
+    parts = name.split(".")[1:]
+    candidates = [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
+    return next((candidate for candidate in candidates if candidate in known), None)
+
+
+def test_every_room_has_its_floor() -> None:
+    assert {name.split(".")[0] for name in modules()} == set(ROOMS)
+
+
+def test_no_import_points_upward_or_sideways() -> None:
+    known = modules()
+    wrong = []
+    for name, path in known.items():
+        room = name.split(".")[0]
+        for target, line in imported(path):
+            other = own(target, known)
+            if other and other.split(".")[0] != room and ROOMS.index(other.split(".")[0]) > ROOMS.index(room):
+                wrong.append(f"{path.relative_to(PACKAGE)}:{line}: {name} imports {other}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    known = modules()
+    uses = {name: {o for t, _ in imported(path) if (o := own(t, known)) and o != name} for name, path in known.items()}
+    done: set[str] = set()
+
+    def visit(name: str, way: tuple[str, ...]) -> None:
+        assert name not in way, " -> ".join([*way[way.index(name) :], name])
+        if name not in done:
+            for other in sorted(uses[name]):
+                visit(other, (*way, name))
+            done.add(name)
+
+    for name in uses:
+        visit(name, ())
+
+
+def test_a_library_is_known_where_the_plan_says() -> None:
+    wrong = []
+    for name, path in modules().items():
+        for target, line in imported(path):
+            allowed = LIBRARIES.get(target.split(".")[0])
+            if allowed is not None and not {name, name.split(".")[0]} & allowed:
+                wrong.append(f"{path.relative_to(PACKAGE)}:{line}: {name} imports {target}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_encoder_needs_neither_pyarrow_nor_hydra() -> None:
+    code = (
+        "import sys, hymate.model.encoder; "
+        "print([name for name in ('pyarrow', 'hydra', 'omegaconf', 'yaml', 'ray') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
