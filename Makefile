@@ -14,7 +14,7 @@ ANY_PY = $(if $(wildcard $(PY)),$(PY),$(PYTHON))
 
 GPU_PYTHON ?= 3.12
 
-.PHONY: demo test test-gpu kernels wheels test-faults bench clean
+.PHONY: demo check test test-gpu kernels wheels test-faults bench docs figures clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -34,6 +34,13 @@ demo: $(VENV)/.installed
 	@$(PY) finetune/tune.py task=readmission data.path=$(DEMO)/data init=$(DEMO)/runs/pretrain search=quick \
 		data.context=256 data.tokens_per_row=4096 train.rows_per_step=1 train.max_steps=$(TUNE_STEPS) train.eval_every=100 \
 		run.dir=$(DEMO)/runs run.name=readmission
+
+# lint, types, and the tests that are quick: before every commit
+check: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(PY) -m pytest -q -m "not slow"
 
 test: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -77,6 +84,14 @@ bench: $(VENV)/.installed
 	$(PY) -m hymate.data.prepare source=synthetic out=$(DEMO)/long synthetic.subjects=480 synthetic.mean_events=131072 \
 		synthetic.driver_distance=32768 splits.train=0.6 splits.tuning=0.1 splits.held_out=0.3
 	$(PY) tests/benchmarks/long_context.py $(DEMO)/long $(DEMO)/long-context $(QUICK)
+
+docs: $(VENV)/.installed
+	$(PY) docs/generate.py
+	$(BIN)/mkdocs build --strict
+
+# the pictures of docs/: the architecture, and the report of the demo
+figures: demo
+	$(PY) docs/draw.py $(DEMO)
 
 clean:
 	rm -rf $(VENV) $(DEMO)

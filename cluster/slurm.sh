@@ -9,7 +9,7 @@
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
 #SBATCH --cpus-per-task=4
-#SBATCH --mem=20G # 4 workers of model small, at most 3,514 MiB each (cluster/README.md, "Sizes"), Ray and the driver
+#SBATCH --mem=20G # 4 workers of model small, at most 3,514 MiB each (docs/cluster.md, "Sizes"), Ray and the driver
 #GPU: #SBATCH --gpus-per-node=1
 #SBATCH --time=24:00:00
 #SBATCH --signal=B:TERM@300

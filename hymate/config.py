@@ -209,6 +209,7 @@ class TrainConfig:
     beta2: AdamW's.
     clip_norm: largest norm of the gradient; a larger one is scaled down to it.
     activation_checkpointing: blocks are computed again in the backward pass: less memory, more time.
+    compile: torch.compile for the embedding and the MLPs; not with ZeRO 3.
     eval_every: steps between evaluations on the tuning split, each followed by a checkpoint.
     eval_rows: packed rows that an evaluation of pretraining reads, about.
     log_every: steps between points on TensorBoard.

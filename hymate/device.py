@@ -22,7 +22,7 @@ Wanted = Literal["auto", "cpu", "cuda"]
 Config = TypeVar("Config", bound=Any)
 CPU = torch.device("cpu")
 NO_CUDA = "this PyTorch was built without CUDA"
-INSTALL = 'README, section "GPUs", says how to install it'
+INSTALL = "docs/gpu.md says how to install it"
 
 
 def choose(wanted: Wanted, *models: ModelConfig, workers: int = 1, cluster_gpus: int | None = None) -> torch.device:

@@ -7,18 +7,46 @@ import os
 import re
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 PATIENCE_S = 180.0
 
 
-def readme_commands() -> list[str]:
-    """The README's commands, each in a line."""
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    return [line for block in blocks for line in block.replace("\\\n", " ").splitlines() if line.strip()]
+@dataclass(frozen=True)
+class Command:
+    """A command of a page, in one line; untested: why no test runs it, in the page's words."""
+
+    line: str
+    untested: str | None = None
+
+
+def pages() -> list[str]:
+    """All pages with commands, from the root, in the order in which a reader meets them."""
+
+    def files(entries: list[Any]) -> Iterator[str]:
+        for entry in entries:
+            (inner,) = entry.values()
+            yield from [inner] if isinstance(inner, str) else files(inner)
+
+    nav = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
+    return ["README.md", "CONTRIBUTING.md", *(f"docs/{file}" for file in files(nav))]
+
+
+def documented(page: str) -> list[Command]:
+    """The commands in a page's blocks."""
+    found = []
+    for block in re.findall(r"```bash\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL):
+        reason = re.match(r"# not tested: (.*)\n", block)
+        for line in block.replace("\\\n", " ").splitlines():
+            if line.strip() and not line.startswith("#"):
+                found.append(Command(line.partition(" # ")[0].rstrip(), reason and reason[1]))
+    return found
 
 
 def run(arguments: list[str], environment: dict[str, str], cwd: Path) -> subprocess.CompletedProcess[str]:

@@ -20,7 +20,7 @@ import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
-from commands import ROOT, points, ray_processes, readme_commands, run, step_of, wait_until
+from commands import ROOT, documented, points, ray_processes, run, step_of, wait_until
 from kuberay import SCHEMAS
 from packaging.requirements import Requirement
 from packaging.version import Version
@@ -202,7 +202,7 @@ def test_the_container_file_builds_what_is_there() -> None:
             assert all(source in admitted or source.split("/")[0] in admitted for source in sources), argument
     (install,) = [argument for name, argument in instructions if name == "RUN" and "pip install" in argument]
     for_cpus, for_gpus = (install.replace("--no-cache-dir $TORCH", each) for each in re.findall(r'TORCH="(.*?)"', text))
-    assert for_gpus in readme_commands(), "as the README has it"
+    assert for_gpus in [command.line for command in documented("docs/gpu.md")], "as docs/gpu.md has it"
     assert for_cpus == "pip install --extra-index-url https://download.pytorch.org/whl/cpu -e ."
     users = [argument for name, argument in instructions if name == "USER"]
     assert users == ["1000:1000"], "as the pods' runAsUser"

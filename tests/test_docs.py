@@ -1,14 +1,54 @@
-"""docs/: pages that come from the code are current."""
+"""README.md, CONTRIBUTING.md and docs/: every command runs, what comes from the code is current, the site builds."""
 
 from __future__ import annotations
 
 import doctest
 import importlib.util
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 
-from commands import ROOT
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from commands import ROOT, Command, documented, pages
+from small_cohort import write_meds
+
+from hymate.evaluation.metrics import auroc
+from hymate.inference.bundle import read_bundle
 
 DOCS = ROOT / "docs"
+REASONS = (  # for which a command may be untested
+    "needs a GPU",
+    "needs Kubernetes",
+    "needs Slurm",
+    "needs several machines",
+    "needs an account at a cloud",
+)
+ELSEWHERE = {  # what another test runs: how a command begins, and that test's file
+    "make demo": "tests/test_docs.py",
+    "ray job submit": "tests/test_jobs.py",
+    "cluster/local.sh": "tests/test_jobs.py",
+    "python finetune/benchmark.py": "tests/test_benchmark.py",
+}
+PAGES_ELSEWHERE = {"docs/storage.md": "tests/test_storage.py"}
+SHELL = ("python3 -m venv .venv", ". .venv/bin/activate", "export RAY_AUTH_MODE=token")
+SMALL = {
+    "pretrain/run.py": "data.context=64 data.tokens_per_row=256 data.min_count=1 train.max_steps=4 train.eval_every=2 "
+    "train.warmup_steps=1 train.rows_per_step=2 train.eval_rows=2",
+    "finetune/tune.py": "data.context=64 data.tokens_per_row=256 data.min_count=1 train.max_steps=4 "
+    "train.eval_every=2 train.warmup_steps=1 search.num_trials=2 search.grace_steps=2",
+    "hymate.explain": "cohort=4 patients=1",
+}
 
 
 def generate() -> ModuleType:
@@ -19,9 +59,213 @@ def generate() -> ModuleType:
     return module
 
 
-def test_the_configuration_page_is_what_the_code_says() -> None:
-    assert (DOCS / "configuration.md").read_text() == generate().configuration(), "run python docs/generate.py"
+# -------------------------------------------------------------------------------------------------------- pages
 
 
-def test_the_generator_does_what_its_examples_say() -> None:
-    assert doctest.testmod(generate()).failed == 0
+def test_the_readme_is_short() -> None:
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= 120 and max(map(len, lines)) <= 120
+
+
+def test_pages_from_the_code_are_current() -> None:
+    made = generate()
+    assert doctest.testmod(made).failed == 0
+    remedy = "run python docs/generate.py"
+    assert (DOCS / "configuration.md").read_text() == made.configuration(), remedy
+    python = (DOCS / "python.md").read_text()
+    assert python == made.with_reference(python), remedy
+
+
+def test_the_python_blocks_run() -> None:
+    for page in pages():
+        for block in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL):
+            exec(compile(block, page, "exec"), {})
+
+
+def test_every_file_that_a_page_names_exists() -> None:
+    named = r"`((?:hymate|pretrain|finetune|configs|cluster|tests|docs)/[\w./-]*)`"
+    for page in pages():
+        for path in re.findall(named, (ROOT / page).read_text()):
+            assert (ROOT / path).exists(), f"{page} names {path}"
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+def test_links_lead_somewhere(page: str) -> None:
+    for path in re.findall(r"\]\((?!http)([^)#]+)[^)]*\)", (ROOT / page).read_text()):
+        assert (ROOT / path).exists(), path
+
+
+def test_the_site_builds_and_needs_nothing_from_the_web(tmp_path: Path) -> None:
+    program = str(Path(sys.executable).with_name("mkdocs"))
+    done = subprocess.run(
+        [program, "build", "--strict", "--site-dir", str(tmp_path)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    for file in tmp_path.rglob("*.html"):
+        loaded = re.findall(
+            r'<(?:script|img|iframe)[^>]* src="(http[^"]*)"|<link[^>]* href="(http[^"]*)"', file.read_text()
+        )
+        assert not loaded, f"{file.name} loads {loaded}"
+
+
+# ----------------------------------------------------------------------------------------------------- commands
+
+
+def test_commands_are_untested_for_a_reason_only() -> None:
+    for page in pages():
+        for command in documented(page):
+            assert command.untested in (None, *REASONS), f"{page}: {command}"
+    for file in {*ELSEWHERE.values(), *PAGES_ELSEWHERE.values()}:
+        assert (ROOT / file).is_file(), file
+
+
+def test_no_command_hides_in_the_text() -> None:
+    for page in pages():
+        text = re.sub(r"```.*?```", "", (ROOT / page).read_text(), flags=re.DOTALL)
+        hidden = re.findall(r"`((?:python|ray|kubectl|sbatch) [^`]*=[^`]*)`", text)
+        assert not hidden, f"{page}: put {hidden} into a block"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder that looks like the repository, with the raw data that the pages' placeholders stand for."""
+    folder = tmp_path_factory.mktemp("docs")
+    for name in ("pretrain", "finetune", "configs", "hymate", "docs", "tests", "Makefile", "mkdocs.yml"):
+        (folder / name).symlink_to(ROOT / name)
+    write_challenge(folder / "RAW_DIR", num_stays=120)
+    write_meds(folder / "MEDS_DIR")
+    shutil.copytree(folder / "MEDS_DIR" / "labels" / "readmission", folder / "LABELS_DIR")
+    add_admissions(folder / "MEDS_DIR")
+    yield folder
+
+
+@pytest.mark.slow
+def test_documented_commands_run(place: Path) -> None:
+    ran: set[str] = set()
+    with tempfile.TemporaryDirectory(prefix="hy", dir="/tmp") as ray_files:
+        environment = {**os.environ, "RAY_TMPDIR": ray_files, "TORCHDYNAMO_DISABLE": "1", "COLUMNS": "200"}
+        for page in pages():
+            if page in PAGES_ELSEWHERE:
+                continue
+            for command in documented(page):
+                words = _words(command)
+                if words is not None and command.line not in ran:
+                    done = subprocess.run(
+                        words, cwd=place, env=environment, capture_output=True, text=True, timeout=300
+                    )
+                    output = f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+                    assert done.returncode == 0, f"{page}: {command.line}\n{output}"
+                    ran.add(command.line)
+    assert len(ran) >= 20
+    assert (place / "runs" / "mortality" / "report.md").is_file()
+    assert (place / "predictions.parquet").is_file()
+    outcomes = [
+        json.loads((place / "runs" / name / "run.json").read_text())["outcome"] for name in ("pretrain", "again")
+    ]
+    assert outcomes[0]["val_loss"] == outcomes[1]["val_loss"]
+    check_tasks(place / "runs" / "tune-readmission-mortality-length_of_stay")
+
+
+def _words(command: Command) -> list[str] | None:
+    """What is run for a command: small, with this Python; None where nothing is."""
+    if command.untested or command.line.startswith((*ELSEWHERE, *SHELL)):
+        return None
+    words = shlex.split(re.sub(r"model=(small|physionet)", "model=debug", command.line))
+    match Path(words[0]).name:
+        case "make":
+            return ["make", "-n", *words[1:]]  # its own tests run what a target does
+        case "pip":
+            return _check_pip(words)
+        case "tensorboard":
+            return [str(Path(sys.executable).with_name("tensorboard")), "--inspect", *words[1:]]
+        case "python":
+            script = words[2] if words[1] == "-m" else words[1]
+            return [sys.executable, *words[1:], *shlex.split(SMALL.get(script, ""))]
+    raise AssertionError(f"no test knows how to run: {command.line}")
+
+
+def _check_pip(words: list[str]) -> None:
+    """The extras and files that an installation names are there; nothing is fetched."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert words[1] == "install" and "." in "".join(words)
+    for extra in re.findall(r"\[(\w+)\]", " ".join(words)):
+        assert extra in extras, extra
+
+
+def check_tasks(run: Path) -> None:
+    """A run of three tasks left a head, scores and predictions for each."""
+    tasks = ["readmission", "mortality", "length_of_stay"]
+    found = json.loads((run / "results.json").read_text())
+    assert [part["task"] for part in found["tasks"]] == tasks and "auroc" not in found
+    scored = ["auroc", "auprc"]
+    best = found["trials"][found["best_trial"]]["best"]
+    means = []
+    for part in found["tasks"]:
+        own = [*scored, "concordance"] if part["task"] == "length_of_stay" else scored
+        means.append(sum(best[f"{part['task']}/{name}"] for name in own) / len(own))
+        table = pq.read_table(run / "predictions" / f"{part['task']}.parquet")
+        label, prob = (table[name].to_numpy() for name in ("boolean_value", "predicted_boolean_probability"))
+        assert len(label) == part["num_labels"] and part["auroc"]["value"] == pytest.approx(auroc(label, prob))
+        assert ("days" in part) == (part["task"] == "length_of_stay")
+    assert best["mean"] == pytest.approx(sum(means) / 3)
+    days = pq.read_table(run / "predictions" / "length_of_stay-days.parquet")
+    error = np.abs(days["float_value"].to_numpy() - days["predicted_float_value"].to_numpy())
+    assert found["tasks"][2]["days"]["mae"]["value"] == pytest.approx(error.mean(), rel=1e-5)
+    report, bundle = (run / "report.md").read_text(), read_bundle(run)
+    assert all(f"| {task} | held_out |" in report for task in tasks) and "| length_of_stay | " in report
+    assert (bundle.tasks, bundle.in_days) == (tasks, ["length_of_stay"])
+
+
+@pytest.mark.slow
+def test_the_demo_ends_in_a_table(tmp_path: Path) -> None:
+    sizes = ["SUBJECTS=150", "PRETRAIN_STEPS=100", "TUNE_STEPS=100"]
+    venv = Path(sys.executable).parent.parent
+    with tempfile.TemporaryDirectory(prefix="hy", dir="/tmp") as ray_files:
+        environment = {**os.environ, "RAY_TMPDIR": ray_files, "TORCHDYNAMO_DISABLE": "1"}
+        arguments = ["make", "demo", "-o", f"{venv}/.installed", f"VENV={venv}", f"DEMO={tmp_path}", *sizes]
+        done = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    for expected in ("held_out", "best possible", "AUROC [95 % CI]", "bundle ", "tensorboard --logdir"):
+        assert expected in done.stdout
+    assert (tmp_path / "runs" / "readmission" / "bundle" / "model.safetensors").is_file()
+
+
+def write_challenge(folder: Path, num_stays: int) -> None:
+    """Challenge text files of set b; who dies has a higher heart rate."""
+    rng = np.random.default_rng(0)
+    (folder / "set-b").mkdir(parents=True)
+    outcomes = ["RecordID,SAPS-I,SOFA,Length_of_stay,Survival,In-hospital_death"]
+    for i in range(num_stays):
+        record, died = 140000 + i, i % 4 == 0
+        lines = ["Time,Parameter,Value", f"00:00,RecordID,{record}", f"00:00,Age,{rng.integers(20, 90)}"]
+        lines += ["00:00,Gender,1", "00:00,Height,-1", f"00:00,ICUType,{rng.integers(1, 5)}", "00:00,Weight,80"]
+        lines += [f"{h:02d}:15,HR,{rng.normal(110 if died else 80, 10):.0f}" for h in range(0, 48, 3)]
+        (folder / "set-b" / f"{record}.txt").write_text("\n".join(lines) + "\n")
+        outcomes.append(f"{record},10,5,{rng.integers(2, 20)},{5 if died else -1},{int(died)}")
+    (folder / "Outcomes-b.txt").write_text("\n".join(outcomes) + "\n")
+
+
+def add_admissions(meds: Path) -> None:
+    """Hospital stays for the tasks, in place of the label folder; a third come back, a quarter die."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from hymate.data.meds import DATA_SCHEMA, write_parquet
+
+    shutil.rmtree(meds / "labels")
+    day_us = 86_400_000_000
+    for shard in (meds / "data").rglob("*.parquet"):
+        events = pq.read_table(shard).to_pylist()
+        first = {}
+        for event in events:
+            first.setdefault(event["subject_id"], event["time"])
+        for subject, time in first.items():
+            start = int(time.timestamp() * 1_000_000)
+            stay, back = 5 + subject % 5, 10 if subject % 3 == 0 else 60
+            days = {0: "ADMISSION//EMERGENCY", stay: "DISCHARGE//HOME", stay + back: "ADMISSION//EMERGENCY"}
+            days |= {stay + back + 3: "DISCHARGE//DIED" if subject % 4 == 0 else "DISCHARGE//HOME", 400: "VISIT"}
+            for day, kind in days.items():
+                code = kind if kind == "VISIT" else f"HOSPITAL_{kind}"
+                events.append({"subject_id": subject, "time": start + day * day_us, "code": code})
+        table = pa.Table.from_pylist(events, DATA_SCHEMA).sort_by([("subject_id", "ascending"), ("time", "ascending")])
+        write_parquet(table, shard)

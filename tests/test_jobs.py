@@ -185,9 +185,9 @@ def test_a_running_cluster_says_so_and_is_not_started_twice(cluster: Cluster) ->
 def stopped(
     cluster: Cluster, checkout: Path, data: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, Path, list[Any]]:
-    """The README's job, stopped in the middle: its command line, its run and the losses it had recorded."""
+    """The documented job, stopped in the middle: its command line, its run and the losses it had recorded."""
     runs = tmp_path_factory.mktemp("runs")
-    line = documented("README.md", "pretrain/run.py", cluster.address, data, runs)
+    line = documented("docs/cluster.md", "pretrain/run.py", cluster.address, data, runs)
     line = f"{line.replace(' -- ', ' --no-wait -- ')} {shlex.join(PRETRAIN)}"
     submitted = submit(cluster, checkout, line, NEVER_ENDING, submission_id="first")
     assert submitted.returncode == 0, submitted.stderr
@@ -236,7 +236,7 @@ def test_the_upload_is_the_code_and_nothing_else(cluster: Cluster, checkout: Pat
 
 def test_a_search_runs_as_a_job(cluster: Cluster, checkout: Path, data: Path, pretrained: Path) -> None:
     runs = pretrained.parent
-    line = f"{documented('cluster/README.md', 'finetune/tune.py', cluster.address, data, runs)} {shlex.join(TUNE)}"
+    line = f"{documented('docs/cluster.md', 'finetune/tune.py', cluster.address, data, runs)} {shlex.join(TUNE)}"
     tuned = submit(cluster, checkout, line, submission_id="search")
     assert tuned.returncode == 0, tuned.stdout + tuned.stderr
     found = json.loads((runs / "tune-readmission" / "results.json").read_text())

@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from commands import ROOT, points, ray_processes, readme_commands, run, wait_until
+from commands import ROOT, documented, points, ray_processes, run, wait_until
 from s3 import BUCKET, Server, environment, serving
 from small_cohort import write_meds
 
@@ -349,11 +349,10 @@ def settings(server: Server) -> Iterator[dict[str, str]]:
 
 
 @pytest.mark.slow
-def test_the_readme_commands_keep_all_at_a_url(data: str, settings: dict[str, str], tmp_path: Path) -> None:
+def test_the_documented_commands_keep_all_at_a_url(data: str, settings: dict[str, str], tmp_path: Path) -> None:
     prepare, pretrain, tune, predict, tensorboard = (
-        shlex.split(command.replace("BUCKET", BUCKET).replace("model=small", "model=debug"))
-        for command in readme_commands()
-        if "s3://" in command
+        shlex.split(command.line.replace("BUCKET", BUCKET).replace("model=small", "model=debug"))
+        for command in documented("docs/storage.md")
     )
     runs = locate(f"s3://{BUCKET}/runs")
 

@@ -78,7 +78,7 @@ def _choose(kind: str) -> tuple[str, str]:
     if importlib.util.find_spec("mamba_ssm"):
         has_conv = importlib.import_module("hymate.ops.fused").HAS_CAUSAL_CONV1D
         return "fused", f"mamba_ssm with{'' if has_conv else 'out'} causal_conv1d"
-    raise UserError('a GPU needs mamba-ssm (README, section "GPUs"): install it, or set device=cpu')
+    raise UserError("a GPU needs mamba-ssm: install it (docs/gpu.md), or set device=cpu")
 
 
 def mamba2(

@@ -1,4 +1,4 @@
-"""What preparing and streaming a dataset cost for each event: the unit costs of cluster/README.md's table.
+"""What preparing and streaming a dataset cost for each event: the unit costs of docs/cluster.md's table.
 
     python tests/benchmarks/scale.py DIR [--subjects 80000] [--steps raw prepare stream subjects]
 
