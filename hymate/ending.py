@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 from hymate.errors import UserError, first_line
 
 TRACEBACK = "HYMATE_TRACEBACK"  # an environment variable: set, it shows tracebacks on the console
-NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM", signal.SIGHUP: "the end of the terminal"}
+NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM", signal.SIGHUP: "a closed terminal"}
 LONGEST_S = 30.0
 ECHO_S = 1.0  # `timeout` and others send one signal twice
 
@@ -252,7 +252,7 @@ def _status(error: BaseException) -> int:
         own = str(error) if isinstance(error, Stopped) else ""
         if _Watch.saving and isinstance(error, UserError):
             own = f"error: {error}"  # it could not be saved
-        print(own or f"stopped by {_name()}: the same command takes it up again", file=sys.stderr)
+        print(own or f"stopped by {_name()}: the same command continues it", file=sys.stderr)
         return 128 + (_Watch.asked or signal.SIGINT)
     if isinstance(error, UserError):
         print(f"error: {error}", file=sys.stderr)

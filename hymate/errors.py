@@ -1,4 +1,4 @@
-"""What a command tells its user in one line."""
+"""Mistakes of a user, each one line."""
 
 from __future__ import annotations
 

@@ -300,7 +300,7 @@ def explanation(
     return f"""\
 # Task {config.task.name}: what moved the predicted risk
 
-{len(attributions)} predictions of the split {config.split}, drawn by chance. All numbers are in units of the logit.
+{len(attributions)} predictions of the split {config.split}, drawn at random. All numbers are in units of the logit.
 
 ## Variables
 
@@ -312,7 +312,7 @@ Means over all predictions. *Attribution*: the size of the sum over the variable
 parts miss the difference that they should sum to by {gaps}).
 *Change when removed*: how far the logit is from that of the same history without the variable; where the last column
 is positive, having it raises the risk on average. All variables are in `variables.parquet`. These are reasons of the
-model, not causes in the patient: of two variables that tell the same, one may have all the importance.
+model, not causes in the patient: of two variables that carry the same information, one may have all the importance.
 
 ## Faithfulness
 

@@ -218,7 +218,7 @@ def judged(model_noise: float, boosting_noise: float, num_labels: int = 600) -> 
         (
             1.0,
             1.0,
-            "Yes, as far as these patients tell: the two cannot be told apart, and boosting is the simpler one.",
+            "Yes, as far as these patients show: no difference can be shown, and boosting is simpler.",
         ),
     ],
 )
@@ -235,10 +235,10 @@ def test_the_verdict_says_whether_boosting_would_do(model_noise: float, boosting
     [
         (
             None,
-            "Around the prevalence acting on the model is not detectably better than acting on everyone or on no one.",
+            "Around the prevalence, net benefit does not detectably exceed treat-all and treat-none.",
         ),
-        ([0.08, 0.32], "for who would act from a risk between 8.0 % and 32 % on."),
-        ([0.25, 0.254], "for who would act from a risk of 25 % on."),
+        ([0.08, 0.32], "treat-all and treat-none at thresholds from 8.0 % to 32 %."),
+        ([0.25, 0.254], "treat-all and treat-none at a threshold of 25 %."),
     ],
 )
 def test_the_verdict_says_from_which_risks_acting_on_the_model_is_worth_it(
@@ -250,7 +250,7 @@ def test_the_verdict_says_from_which_risks_acting_on_the_model_is_worth_it(
 
 def test_the_verdict_on_boosting_where_measures_disagree_or_are_missing() -> None:
     found = judged(1.0, 1.0, num_labels=30)
-    assert "It cannot be said" in of_boosting(found | {"note": "too few"})
+    assert "Unclear" in of_boosting(found | {"note": "too few"})
     apart = {"auroc": {"value": 0.1, "ci": [0.01, 0.2]}, "auprc": {"value": -0.1, "ci": [-0.2, -0.01]}}
     disagree = found | {"boosting": found["boosting"] | {"difference": apart}}
     assert "It depends: this model is ahead in AUROC and behind in AUPRC." in of_boosting(disagree)
@@ -289,7 +289,7 @@ def test_the_report_says_how_labels_came_about(tmp_path: Path) -> None:
         "by kind, also where left out: observation 1, planned 0.",
         "Events that each predicate matches: hospital_admission 2, hospital_discharge 3, observation 2, planned 0, ",
         "**No event matches died: check the codes.**",
-        "held-out scores are missing",
+        "there are no held-out labels",
     ):
         assert text in written, text
 
@@ -380,7 +380,7 @@ def test_a_search_goes_on_without_a_reader_and_ends_in_order_at_sigterm(
         stopped.send_signal(signal.SIGTERM)
         said = stopped.stderr.read()
         assert stopped.wait(PATIENCE_S) == 143, said
-    assert said == "stopped by SIGTERM: the same command takes it up again\n"
+    assert said == "stopped by SIGTERM: the same command continues it\n"
     assert json.loads((tmp_path / "r" / "run.json").read_text())["outcome"] == {"state": "stopped"}
 
 
@@ -401,7 +401,7 @@ def test_a_finished_search_leaves_everything_it_promises(run: Path, data: Path) 
         low, high = found[name]["ci"]
         assert 0 <= low <= found[name]["value"] <= high <= 1
     assert 0 <= found["brier"] <= 1 and 0 <= found["ece"] <= 1
-    assert "only 12 patients with a positive label (at least 100) and only 24 patients (" in found["note"]
+    assert "only 12 patients with a positive label (100 are needed), only 24 patients (" in found["note"]
     assert found["labels"]["labels"] == 2 * sum(SIZES.values())
     assert found["splits"]["tuning"]["positives"] == SIZES["tuning"]
     assert found["splits"]["train"]["subjects"] == SIZES["train"]
@@ -454,10 +454,9 @@ def test_a_search_without_held_out_labels_makes_all_but_their_scores(
     bundle = read_bundle(run, kind="risk")
     assert "held_out" not in bundle.extra and bundle.extra["tuning"]["auroc"] == found["auroc"]
     for text in ((run / "report.md").read_text(), (run / "bundle" / "README.md").read_text(), done.stdout):
-        assert "held-out scores are missing" in " ".join(text.split())
+        assert "there are no held-out labels" in " ".join(text.split())
         assert "held-out predictions for" not in text
-    assert "no held-out labels" in done.stdout
-    assert "held-out scores are missing" in found["note"] and "(at least 200)" in found["note"]
+    assert "no held-out labels" in found["note"] and "(200 are needed)" in found["note"]
     # labels count by their weights, and it is not known what the first weights have seen
     assert found["weights"] == {"lowest": 0.5, "highest": 3.0} and found["initial_weights"] == "not known"
     written = pq.read_table(run / "predictions.parquet")

@@ -126,7 +126,7 @@ def test_sigterm_ends_the_wait_for_a_cluster() -> None:
             silent.accept()[0].close()
             process.terminate()
             _, said = process.communicate(timeout=PATIENCE_S)
-    assert (process.returncode, said) == (143, "stopped by SIGTERM: the same command takes it up again\n")
+    assert (process.returncode, said) == (143, "stopped by SIGTERM: the same command continues it\n")
 
 
 def test_a_ray_of_our_own_finds_another_place_where_the_usual_one_does_not_do(

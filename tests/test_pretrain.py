@@ -269,7 +269,7 @@ def test_rays_list_of_checkpoints_is_mended(
     assert json.loads((folder / LIST).read_text()) == before and not capsys.readouterr().out
     (folder / LIST).write_text(harm(before, folder))
     mend_list(folder, "min")
-    assert "was no use; it was written anew" in capsys.readouterr().out
+    assert "could not be used; it was rebuilt" in capsys.readouterr().out
     after = json.loads((folder / LIST).read_text())
     assert after.keys() == before.keys()
     expected = [kept for kept in before["checkpoint_results"] if (folder / kept["checkpoint_dir_name"]).is_dir()]

@@ -96,7 +96,7 @@ def _calibration(axes: Axes, prob_N: Array, found: Mapping[str, Any]) -> None:
         predicted, observed, yerr=[observed - low, high - observed], color=BLUE, fmt="o-", capsize=2, label="observed"
     )
     end = min(1.0, 1.05 * max(high.max(), predicted.max()))
-    axes.set(title="Calibration", xlabel="predicted probability", ylabel="observed share, 95 % interval")
+    axes.set(title="Calibration", xlabel="predicted probability", ylabel="observed risk, 95 % CI")
     axes.fill_between([], [], color=GREY, alpha=0.35, label="number of predictions")
     axes.set(xlim=(0, end), ylim=(0, end))
     axes.legend(loc="upper left", frameon=False)
@@ -114,11 +114,11 @@ def _decision(axes: Axes, label_N: Array, prob_N: Array, weight_N: Array) -> Non
     model_T, all_T = (
         100 * net_benefit(label_N, p_N, threshold_T, weight_N[None])[:, 0] for p_N in (prob_N, np.ones_like(prob_N))
     )
-    axes.axhline(0, color=GREY, linestyle=":", label="act on no one")
-    axes.plot(threshold_T, all_T, color=ORANGE, linestyle="--", label="act on everyone")
-    axes.plot(threshold_T, model_T, color=BLUE, label="act on the model")
+    axes.axhline(0, color=GREY, linestyle=":", label="treat-none")
+    axes.plot(threshold_T, all_T, color=ORANGE, linestyle="--", label="treat-all")
+    axes.plot(threshold_T, model_T, color=BLUE, label="model")
     top = max(model_T.max(), all_T.max(), 0.1)
-    axes.set(title="Decision curve", xlabel="risk from which one acts", ylabel="net benefit per 100 predictions")
+    axes.set(title="Decision curve", xlabel="threshold probability", ylabel="net benefit per 100 predictions")
     axes.set(ylim=(-0.25 * top, 1.1 * top))
     axes.legend(loc="upper right", frameon=False)
 

@@ -36,15 +36,15 @@ SCORES = (
     "days",
 )
 DAYS = """\
-How long it lasts, in days. "Of the median" is the error of the best constant, which a model must beat to be of use;
-concordance is the chance that of two different lengths the longer one is predicted to be longer."""
+How long it lasts, in days. "Of the median" is the error of the best constant, which a useful model must beat;
+concordance is the chance that of two durations the longer one is predicted to be longer."""
 WEIGHTED = (
     "labels count by their weights, {lowest:.2f} to {highest:.2f}, in training and in every score here; a tool without "
     "weights finds other numbers for the same predictions"
 )
 MEANING = {
     "triggers": "times at which the task's trigger occurs",
-    "excluded": "its windows do not hold there",
+    "excluded": "a window's condition does not hold there, or nothing is left to predict",
     "died_in_hospital": "death at or before the prediction time: not at risk, no label",
     "competing_deaths": "death inside the label window without the event: {rule}",
     "censored": "the record ends inside the label window, without a death there: no label{censoring}",
@@ -54,11 +54,11 @@ MEANING = {
     "subjects": "subjects with a label",
 }
 LIMITS = """\
-Not a medical device. The model knows the codes, units and practices of the dataset it was trained on: on another
-site's data look at the share of unknown codes that prediction prints, and validate locally before any use."""
+Not a medical device. The model knows the codes, units and practices of the dataset it was trained on. On another
+site's data, look at the fraction of unknown codes that `predict` prints, and validate locally before any use."""
 NO_HELD_OUT = (
-    "there are no held-out labels, so held-out scores are missing: these are of the tuning split, by which the model "
-    "was chosen and recalibrated, and flatter it"
+    "there are no held-out labels: these scores are of the tuning split, which also chose and recalibrated the model, "
+    "so they are too good"
 )
 Status = Literal["finished", "stopped early", "failed"]
 CENSORING = {
@@ -93,9 +93,9 @@ def of_task(
     found = {"task": task.name, "split": split, **scores}
     positive, everyone = scores["num_positive_subjects"], scores["num_subjects"]
     counts = (positive, ENOUGH_POSITIVES, " with a positive label"), (everyone, ENOUGH_SUBJECTS, "")
-    few = [f"only {count} patients{which} (at least {enough})" for count, enough, which in counts if count < enough]
+    few = [f"only {n} patients{which} ({enough} are needed)" for n, enough, which in counts if n < enough]
     notes = [NO_HELD_OUT] if split != "held_out" else []
-    notes += [f"too few for the AUROC to mean anything: {' and '.join(few)}"] if few else []
+    notes += [f"too few to judge the AUROC: {', '.join(few)}"] if few else []
     if notes:
         found["note"] = "; ".join(notes)
     weight_E = np.concatenate([part.weight_E for part in examples.values()])
@@ -219,10 +219,10 @@ def _details(found: Mapping[str, Any]) -> list[str]:
     days = day_rows(found)
     parts = [
         "## Scores",
-        "Intervals are 95 %: of proportions Wilson's, whose trials are patients, fewer where some have more labels "
-        f"than others (Kish); of all else from a bootstrap over patients. {_scored_once(found)} by the checkpoint that "
-        f"was best on the tuning split ({_criterion(found)}), after its logits were recalibrated on the tuning split, "
-        "as gradient boosting's are:",
+        "Intervals are 95 %. Those of proportions are Wilson's, over patients (Kish's effective number, where patients "
+        f"have unequal numbers of labels); the others resample patients. {_scored_once(found)} by the checkpoint that "
+        f"was best on the tuning split ({_criterion(found)}), after its logits were recalibrated on the tuning split. "
+        "So were gradient boosting's:",
         markdown(recalibration_rows(found)),
         markdown(score_rows(found)),
     ]
@@ -244,11 +244,11 @@ def _details(found: Mapping[str, Any]) -> list[str]:
                 for k, text in MEANING.items()
                 if k in part["labels"]
             ]
-            parts += [f"All splits, how the labels{of_task} came about:", markdown(rows)]
+            parts += [f"How the labels{of_task} came about, in all splits:", markdown(rows)]
             parts += _label_details(part.get("label_details", {}))
     if found.get("known"):
         moved = "\n".join(f"- {sentence}" for sentence in found["known"])
-        parts += [f"Histories hold events when they become known, which is later than their stamp for some:\n\n{moved}"]
+        parts += [f"Some events became known later than their stamp. Histories hold them at that time:\n\n{moved}"]
     parts += ["## Trials", markdown(trial_rows(found))]
     failed = [t for t in found["trials"] if t["error"]]
     parts += [f"- trial {t['index']} failed: {t['error']}" for t in failed]
@@ -389,7 +389,7 @@ def _scored_once(found: Mapping[str, Any]) -> str:
 
 def _criterion(found: Mapping[str, Any]) -> str:
     parts = parts_of(found)
-    scores = "AUROC, AUPRC and, of days, concordance" if any("days" in part for part in parts) else "AUROC and AUPRC"
+    scores = "AUROC, AUPRC and, for days, concordance" if any("days" in part for part in parts) else "AUROC and AUPRC"
     metric = f"mean of {scores}" if found["metric"] == "mean" else found["metric"].upper()
     return f"{metric}, averaged over the tasks" if len(parts) > 1 else metric
 

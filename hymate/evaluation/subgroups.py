@@ -50,8 +50,8 @@ def subgroups(
     for pattern in patterns:
         if not groups[pattern]:
             known = sorted({histories.codes[code] for code in set().union(*codes_P)})
-            told = f"among them are {', '.join(known[:5])}" if known else "there are none"
-            raise ConfigError(f"report.subgroups: no static code matches {pattern!r} (of held-out patients {told})")
+            codes = f"among them are {', '.join(known[:5])}" if known else "there are none"
+            raise ConfigError(f"report.subgroups: no static code matches {pattern!r} (of held-out patients {codes})")
     return {kind: members for kind, members in groups.items() if members}
 
 

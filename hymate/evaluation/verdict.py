@@ -1,4 +1,4 @@
-"""What a report says of one task in sentences, and the tables behind them.
+"""The verdict on one task in a few sentences, and the tables behind it.
 
 `found` is what results.json holds of the task: `metrics.scores` and `trust.assess` of the held-out split, and as
 "boosting" what `boosting.compare` says, or why it was left out.
@@ -13,7 +13,7 @@ from hymate.evaluation.decisions import ENOUGH_POSITIVES, ENOUGH_SUBJECTS, FEWES
 from hymate.evaluation.metrics import AREAS
 from hymate.evaluation.tables import markdown, number, percent, percent_with_interval, with_interval
 
-VERDICT_AIM = 0.9  # the specificity whose operating point the verdict tells
+VERDICT_AIM = 0.9  # the specificity whose operating point is in the verdict
 GROUPS_A_KIND = 8  # shown, the largest; results.json has all
 NAMED = 3  # groups that the verdict names of each kind of trouble
 
@@ -23,7 +23,7 @@ def verdict(found: Mapping[str, Any]) -> str:
     (Markdown).
     """
     if found["auroc"]["value"] is None:
-        return "The held-out labels are all of one class: nothing can be said of how good the model is."
+        return "The held-out labels are all of one class, so the model can't be judged."
     parts = {
         "How good.": _ranking(found),
         "Would gradient boosting do?": _boosting(found),
@@ -42,14 +42,14 @@ def sections(found: Mapping[str, Any]) -> list[str]:
         "Thresholds chosen on the tuning split; everything else measured on the held-out split.",
         markdown(_operating_rows(found)),
         "## Net benefit",
-        "True positives per 100 predictions, less false ones at the threshold's odds; acting on no one is 0. Each "
-        "interval is of one threshold alone. The verdict asks whether the model knows anything, then whether it "
-        "helps at the prevalence, where acting on everyone equals acting on no one, and at the thresholds around it.",
+        "True positives per 100 predictions, less false positives weighed by the odds of the threshold; treat-none is "
+        "0. Each interval holds for its threshold alone. The verdict first tests whether the ranking is chance, then "
+        "whether the model helps at the prevalence, where treat-all equals treat-none, and then around it.",
         markdown(_benefit_rows(found)),
         "## Groups",
-        f"Sensitivity is that at the threshold for {percent(VERDICT_AIM)} specificity. (few): below {ENOUGH_POSITIVES} "
-        f"patients with a positive label or {ENOUGH_SUBJECTS} in all, too few to judge the group alone; of groups "
-        f"below {FEWEST_SUBJECTS} patients nothing is shown. Each interval is of one group alone; whether "
+        f"Sensitivity is measured at the threshold for {percent(VERDICT_AIM)} specificity. (few): under "
+        f"{ENOUGH_POSITIVES} patients with a positive label or {ENOUGH_SUBJECTS} in all, too few to judge the group. "
+        f"Groups under {FEWEST_SUBJECTS} patients are not shown. Each interval holds for its group alone; whether "
         "risks are too high or too low, or patients ranked worse, allows for the number of groups.",
         markdown(_group_rows(found)),
     ]
@@ -61,10 +61,9 @@ def sections(found: Mapping[str, Any]) -> list[str]:
 def _ranking(found: Mapping[str, Any]) -> str:
     return (
         f"Of {found['num_labels']:,} held-out predictions for {found['num_subjects']:,} patients "
-        f"{found['num_positives']:,} are "
-        f"positive ({percent(found['prevalence'])}). A positive is ranked above a negative with a chance of "
-        f"{with_interval(found['auroc'])} (AUROC; 0.5 is guessing); AUPRC is {with_interval(found['auprc'])}, "
-        f"where guessing gives {number(found['prevalence'])}."
+        f"{found['num_positives']:,} are positive ({percent(found['prevalence'])}). AUROC is "
+        f"{with_interval(found['auroc'])}: the chance that a positive is ranked above a negative; guessing gives 0.5. "
+        f"AUPRC is {with_interval(found['auprc'])}; guessing gives {number(found['prevalence'])}."
     )
 
 
@@ -84,15 +83,13 @@ def _boosting(found: Mapping[str, Any]) -> str:
             f"Yes, even better: this model is behind in {' and '.join(behind)}, so rank these patients by boosting."
         )
     elif "note" in found:
-        answer = (
-            "It cannot be said: the two cannot be told apart, and on so few patients only a large difference could."
-        )
+        answer = "Unclear: no difference can be shown, and with so few patients only a large one could be."
     else:
-        answer = "Yes, as far as these patients tell: the two cannot be told apart, and boosting is the simpler one."
+        answer = "Yes, as far as these patients show: no difference can be shown, and boosting is simpler."
     return (
         f"{answer} On {boosting['num_features']:,} aggregate features of the same histories and labels, in "
         f"{boosting['seconds']:.1f} s, boosting reaches AUROC {with_interval(boosting['auroc'])} and AUPRC "
-        f"{with_interval(boosting['auprc'])} on the same held-out predictions. This model less boosting: AUROC "
+        f"{with_interval(boosting['auprc'])} on the same held-out predictions. This model minus boosting: AUROC "
         f"{with_interval(difference['auroc'])}, AUPRC {with_interval(difference['auprc'])} (95 % for "
         "both intervals together)." + (" Predicted days were not compared." if "days" in found else "")
     )
@@ -101,60 +98,56 @@ def _boosting(found: Mapping[str, Any]) -> str:
 def _probabilities(found: Mapping[str, Any]) -> str:
     calibration = found["calibration"]
     return (
-        f"On average {percent(calibration['predicted'])} is predicted and "
-        f"{percent_with_interval(calibration['observed'])} observed. The expected calibration error is "
-        f"{number(calibration['ece'])}, where chance alone gives a perfect model {number(calibration['by_chance'])} on "
-        f"as many labels; without chance {number(calibration['beyond_chance'])} remains. Calibration slope "
-        f"{with_interval(calibration['slope'])} (1 is ideal, less is too extreme)."
+        f"The mean predicted risk is {percent(calibration['predicted'])}, the observed one "
+        f"{percent_with_interval(calibration['observed'])}. The expected calibration error is "
+        f"{number(calibration['ece'])}; by chance alone a perfect model would have {number(calibration['by_chance'])} "
+        f"with as many labels, so {number(calibration['beyond_chance'])} remains. The calibration slope is "
+        f"{with_interval(calibration['slope'])} (1 is ideal; below 1, risks are too extreme)."
     )
 
 
 def _alerts(found: Mapping[str, Any]) -> str:
     point = next(point for point in found["operating_points"] if point["aim"] == VERDICT_AIM)
     return (
-        f"Above a risk of {percent(point['threshold'])}, set for {percent(VERDICT_AIM)} specificity, "
-        f"{point['alerts_per_100']:.0f} of 100 predictions alert. That finds "
-        f"{percent_with_interval(point['sensitivity'])} of the positives and misses the others; "
-        f"{percent_with_interval(point['ppv'])} of the alerts are right. Specificity was "
+        f"At a threshold of {percent(point['threshold'])}, chosen for {percent(VERDICT_AIM)} specificity on the tuning "
+        f"split, {point['alerts_per_100']:.0f} of 100 predictions are alerts. They find "
+        f"{percent_with_interval(point['sensitivity'])} of the positives (sensitivity), and "
+        f"{percent_with_interval(point['ppv'])} of them are right (PPV). Specificity is "
         f"{percent_with_interval(point['specificity'])}."
     )
 
 
 def _worth(found: Mapping[str, Any]) -> str:
     if found["useful"] is None:
-        return (
-            "Around the prevalence acting on the model is not detectably better than acting on everyone or on no one."
-        )
+        return "Around the prevalence, net benefit does not detectably exceed treat-all and treat-none."
     low, high = map(percent, found["useful"])
-    risks = f"of {low}" if low == high else f"between {low} and {high}"
-    return (
-        f"Acting on the model is better than acting on everyone or on no one for who would act from a risk {risks} on."
-    )
+    thresholds = f"at a threshold of {low}" if low == high else f"at thresholds from {low} to {high}"
+    return f"Net benefit exceeds treat-all and treat-none {thresholds}."
 
 
 def _groups(found: Mapping[str, Any]) -> str:
-    told = [group for group in found["subgroups"] if not group["few"]]
-    if not told:
-        return f"No group of {FEWEST_SUBJECTS} patients can be told apart: neither ages nor sexes are recorded."
+    groups = [group for group in found["subgroups"] if not group["few"]]
+    if not groups:
+        return f"There are no groups of {FEWEST_SUBJECTS} patients: neither ages nor sexes are recorded."
     texts = []
     for wrong in ("too high", "too low"):
-        groups = sorted((g for g in told if g["wrong"] == wrong), key=lambda g: -abs(_gap(g)))[:NAMED]
+        off = sorted((g for g in groups if g["wrong"] == wrong), key=lambda g: -abs(_gap(g)))[:NAMED]
         names = "; ".join(
             f"{_name(g)} ({percent(g['predicted'])} predicted, {percent_with_interval(g['observed'])} observed)"
-            for g in groups
+            for g in off
         )
-        texts += [f"On average {wrong} for {names}."] if groups else []
-    worse = sorted((g for g in told if g["ranked_worse"]), key=lambda g: g["auroc"]["value"])[:NAMED]
+        texts += [f"On average {wrong} for {names}."] if off else []
+    worse = sorted((g for g in groups if g["ranked_worse"]), key=lambda g: g["auroc"]["value"])[:NAMED]
     if worse:
         names = "; ".join(f"{_name(group)} (AUROC {with_interval(group['auroc'])})" for group in worse)
         texts.append(f"Ranks worse for {names}.")
     if not texts:
         texts.append(
-            f"In none of {len(told)} groups are risks detectably wrong on average, or ranked worse than overall."
+            f"In none of {len(groups)} groups are risks detectably wrong on average, or ranked worse than overall."
         )
-    small = sum(not group["enough"] for group in told)
+    small = sum(not group["enough"] for group in groups)
     if small:
-        texts.append(f"{small} of {len(told)} groups are too small to be cleared.")
+        texts.append(f"{small} of {len(groups)} groups are too small to judge.")
     return " ".join(texts)
 
 
@@ -174,11 +167,11 @@ def _operating_rows(found: Mapping[str, Any]) -> list[list[str]]:
 
 
 def _benefit_rows(found: Mapping[str, Any]) -> list[list[str]]:
-    rows = [["acting from a risk of", "on the model", "on everyone", "gain on the better of everyone and no one"]]
+    rows = [["threshold", "model", "treat-all", "gain over the better of treat-all and treat-none"]]
     for row in found["net_benefit"]:
         gain, ci = row["gain"]["value"], row["gain"]["ci"]
-        told = f"{100 * gain:.1f}" + (f" [{100 * ci[0]:.1f}, {100 * ci[1]:.1f}]" if ci else "")
-        rows.append([percent(row["threshold"]), f"{100 * row['model']:.1f}", f"{100 * row['all']:.1f}", told])
+        shown = f"{100 * gain:.1f}" + (f" [{100 * ci[0]:.1f}, {100 * ci[1]:.1f}]" if ci else "")
+        rows.append([percent(row["threshold"]), f"{100 * row['model']:.1f}", f"{100 * row['all']:.1f}", shown])
     return rows
 
 

@@ -1,4 +1,4 @@
-"""Pooling: the contextual states of a segment's events -> what a patient's risk is told from.
+"""Pooling: the contextual states of a segment's events -> the vector that a patient's risk is predicted from.
 
 Shape legend, besides that of `hymate.model.encoder`:
     H  horizons      R  rows: events, or variables so far      G  variables: pairs of a segment and a code it holds

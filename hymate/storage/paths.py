@@ -208,7 +208,7 @@ def full_disk_told(path: Location) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise UserError(
-                f"{path}: no space left to write it: free some and run the same command again, it continues"
+                f"{path}: no space left to write it: free some and give the same command again; it continues"
             ) from error
         raise
 

@@ -81,11 +81,11 @@ def _patiently(name: str, operation: Callable[[], T]) -> T:
             waited_s = time.monotonic() - started
             if waited_s + wait_s > _patience_s():
                 raise StorageError(
-                    f"{name}: not to be reached for {waited_s:.0f} s ({reason}): run the same command again when it "
-                    "is, it continues"
+                    f"{name}: can't be reached for {waited_s:.0f} s ({reason}): give the same command again once it "
+                    "can be; it continues"
                 ) from error
             if wait_s == FIRST_WAIT_S:
-                logging.getLogger(__name__).warning("%s: not to be reached, trying for %g s", name, _patience_s())
+                logging.getLogger(__name__).warning("%s: can't be reached, trying for %g s", name, _patience_s())
         time.sleep(wait_s)
         wait_s = min(2 * wait_s, LONGEST_WAIT_S)
 

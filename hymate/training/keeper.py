@@ -66,7 +66,7 @@ def mend_list(folder: Location, mode: str) -> None:
         "failed_validation_checkpoint_dir_names": [],
     }
     write_text(json.dumps(mended), file)
-    print(f"{folder}: Ray's list of the checkpoints was no use; it was written anew from what is there", flush=True)
+    print(f"{folder}: Ray's list of checkpoints could not be used; it was rebuilt from what is there", flush=True)
 
 
 class _State(NamedTuple):

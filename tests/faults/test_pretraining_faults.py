@@ -306,7 +306,7 @@ def test_the_storage_is_out_of_reach_for_too_long(
         with server.silent():
             _, said = driver.communicate(timeout=PATIENCE_S)
             ended = time.monotonic()
-    assert driver.returncode in (1, 2) and b"not to be reached" in said, said
+    assert driver.returncode in (1, 2) and b"can't be reached" in said, said
     with paths.local_copy(paths.locate(f"{runs}/pretrain")) as copy:
         verify(last_checkpoint(copy))
     done = run(arguments, environment, tmp_path)
