@@ -40,7 +40,10 @@ ELSEWHERE = {  # what another test runs: how a command begins, and that test's f
     "cluster/local.sh": "tests/test_jobs.py",
     "python finetune/benchmark.py": "tests/test_benchmark.py",
 }
-PAGES_ELSEWHERE = {"docs/storage.md": "tests/test_storage.py"}
+PAGES_ELSEWHERE = {
+    "docs/storage.md": "tests/test_storage.py",
+    "docs/from_raw_tables.md": "tests/test_from_raw_tables.py",
+}
 SHELL = ("python3 -m venv .venv", ". .venv/bin/activate", "export RAY_AUTH_MODE=token")
 SMALL = {
     "pretrain/run.py": "data.context=64 data.tokens_per_row=256 data.min_count=1 train.max_steps=4 train.eval_every=2 "
