@@ -44,6 +44,7 @@ PAGES_ELSEWHERE = {
     "docs/storage.md": "tests/test_storage.py",
     "docs/from_raw_tables.md": "tests/test_from_raw_tables.py",
 }
+FOLDERS = ("pretrain", "finetune", "configs", "hymate", "docs", "tests")
 SHELL = ("python3 -m venv .venv", ". .venv/bin/activate", "export RAY_AUTH_MODE=token")
 SMALL = {
     "pretrain/run.py": "data.context=64 data.tokens_per_row=256 data.min_count=1 train.max_steps=4 train.eval_every=2 "
@@ -133,7 +134,7 @@ def test_no_command_hides_in_the_text() -> None:
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder that looks like the repository, with the raw data that the pages' placeholders stand for."""
     folder = tmp_path_factory.mktemp("docs")
-    for name in ("pretrain", "finetune", "configs", "hymate", "docs", "tests", "Makefile", "mkdocs.yml"):
+    for name in (*FOLDERS, "Makefile", "mkdocs.yml", "pyproject.toml"):
         (folder / name).symlink_to(ROOT / name)
     write_challenge(folder / "RAW_DIR", num_stays=120)
     write_meds(folder / "MEDS_DIR")
