@@ -40,6 +40,8 @@ from hymate.model.encoder import PretrainModel, RiskModel
 from hymate.model.objectives import LossModel
 from hymate.training import loop, stragglers
 
+pytestmark = pytest.mark.slow
+
 SMALL = replace(MODEL, dropout=0.0, num_queries=2, num_heads=3)
 PAPER = ModelConfig(
     d_model=24, embedding="plain", layers="MMA", mixer="mamba1", causal=False, d_state=4, num_heads=2, window=0,

@@ -36,6 +36,8 @@ from hymate.evaluation.boosting import compare, cross_fitted, fit, importance
 from hymate.evaluation.features import Column, FeatureConfig, FeatureSpec, FeatureTable, choose, features
 from hymate.trees import to_tree
 
+pytestmark = pytest.mark.slow
+
 KINDS = ["gradient_boosting", "logistic_regression", "lightgbm"]
 SETTINGS = ["features.max_features=400", "features.windows_hours=[48]"]
 

@@ -38,6 +38,8 @@ from hymate.tuning.benchmark import benchmark as protocol
 from hymate.tuning.comparison import Comparison, Run, compare, write_run
 from hymate.tuning.trial import Start
 
+pytestmark = pytest.mark.slow
+
 TINY = [
     *("model=debug", "model.d_model=16", "model.headdim=8", "model.num_heads=2", "data.context=32"),
     *("data.tokens_per_row=256", "data.min_count=1", "pretrain.max_steps=2", "pretrain.eval_every=2"),

@@ -24,6 +24,7 @@ from hymate.training.footprint import LiveBytes
 from hymate.training.loop import compute_as
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")  # with several, torch adds some gradients up in any order
 @pytest.mark.parametrize("name", CONFIGS)
 def test_activation_checkpointing_changes_no_bit_and_holds_less(name: str) -> None:

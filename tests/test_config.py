@@ -147,6 +147,7 @@ TEXTS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "text"),
     [*(("pretrain", text) for text in TEXTS), *product(COMMANDS, ["1.10", "${x} d(1)#", "C:\\it's=é, b\\"])],
@@ -164,6 +165,7 @@ def test_text_is_taken_as_it_was_typed(command: str, text: str) -> None:
         assert found == text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_what_names_no_place_is_refused_by_its_key(command: str) -> None:
     schema, required, keys = COMMANDS[command]

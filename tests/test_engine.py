@@ -39,6 +39,7 @@ def stopped_then_ended_there(worker: Worker, folder: Path) -> None:
     run_training(worker, SOONER, folder / "again", resume=folder / "ended" / "step-2")
 
 
+@pytest.mark.slow
 def test_a_run_that_is_told_to_end_where_it_was_stopped_is_evaluated_there_once(tmp_path: Path) -> None:
     run_workers(stopped_then_ended_there, 1, tmp_path)
     assert told(tmp_path / "stopped") == [(2, [])]
@@ -61,6 +62,7 @@ def failing_to_send(worker: Worker, folder: Path) -> None:
     raise AssertionError("it went on")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_cannot_be_sent_is_not_left_behind(tmp_path: Path) -> None:
     run_workers(failing_to_send, 1, tmp_path)
     assert not list(tmp_path.glob("hymate-step-*"))

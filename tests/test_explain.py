@@ -33,6 +33,8 @@ from hymate.inference.scoring import predict
 from hymate.model.batch import UNKNOWN_ID
 from hymate.model.encoder import RiskModel
 
+pytestmark = pytest.mark.slow
+
 MODEL = ModelConfig(d_model=16, layers="MA", d_state=8, headdim=8, num_heads=2, window=8, num_queries=2)
 PAPER = replace(MODEL, embedding="plain", mixer="mamba1", causal=False, window=0, mlp_ratio=0.0, pooling="attention")
 CPU = torch.device("cpu")

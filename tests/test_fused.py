@@ -42,6 +42,7 @@ ALIGNED = Case(lengths=(9, 1, 30, 17), heads=2, groups=1, headdim=8, d_state=8) 
 PACKED = torch.tensor([0, 9, 10, 40, 57], dtype=torch.int32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MIXERS)
 @given(case=cases(), has_causal_conv1d=st.booleans(), width=st.integers(1, 5))
 @settings(max_examples=40, deadline=None)
@@ -119,6 +120,7 @@ def test_a_history_in_parts_equals_the_history_in_one(mixer: type[Mamba1Mixer] |
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MIXERS)
 def test_nothing_looks_at_numbers(name: str) -> None:
     """What Python asks a GPU for it must wait for."""

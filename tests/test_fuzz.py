@@ -19,6 +19,7 @@ def test_what_once_was_a_finding_is_refused(name: str, capfd: pytest.CaptureFixt
     assert outcomes == dict.fromkeys(outcomes, "refused") and outcomes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", fuzz.READERS)
 def test_mutated_inputs_are_refused_or_read_as_others_read_them(name: str, capfd: pytest.CaptureFixture[str]) -> None:
     with fuzz.bench(name) as made:

@@ -204,6 +204,7 @@ def assert_same(actual: torch.Tensor, exact: torch.Tensor, device: str) -> None:
     assert error < (1e-4 if device == "cpu" else TF32), f"relative error {error:.1e}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_predictions_do_not_depend_on_the_device(kind: str, device: str) -> None:
@@ -219,6 +220,7 @@ def test_predictions_do_not_depend_on_the_device(kind: str, device: str) -> None
     assert_same(outputs(risk_model(KINDS[kind]).to(device), row.to(torch.device(device))), exact, device)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "bidirectional"])
 def test_a_history_that_grows_does_not_depend_on_the_device(kind: str, device: str) -> None:
@@ -252,6 +254,7 @@ def cohort(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return data, folder / "bundle"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("context", ["bundle", "all"])
 def test_the_command_predicts_the_same_on_either_device(

@@ -15,6 +15,8 @@ from commands import ROOT
 sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
 from gpu import PARTS, outcome, run_part, spare_compiled_part
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = ROOT / "tests" / "benchmarks" / "gpu.py"
 
 

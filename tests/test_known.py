@@ -144,6 +144,7 @@ def plain(rows: list[Row], known: KnownConfig) -> list[Row]:
     return [row for *_, row in sorted(found, key=lambda event: (event[0], event[1] or 0, event[2]))]
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(subjects=st.lists(subject_rows, min_size=1, max_size=3), known=rules_of, now=st.integers(-DAY, 5 * DAY))
 def test_every_prefix_of_a_history_is_what_was_known_then(
@@ -269,6 +270,7 @@ def test_other_sources_know_their_events_at_their_stamps(tmp_path: Path) -> None
         replace(made, known=BEYOND)
 
 
+@pytest.mark.slow
 def test_no_prediction_on_the_mimic_demo_sees_codes_before_they_are_known(tmp_path: Path, shared_data: Path) -> None:
     raw = shared_data / "mimic_iv_demo_meds"
     counts: dict[str, list[int]] = {"mortality": [], "readmission": []}

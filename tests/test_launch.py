@@ -82,6 +82,7 @@ def test_a_ray_of_our_own_refuses_strangers(
 # ---------------------------------------------------------------------------------------------- what can't be had
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("address", "reason"),
     [
@@ -114,6 +115,7 @@ def test_a_cluster_that_is_gone_or_silent_is_refused(monkeypatch: pytest.MonkeyP
         cluster.check(TrainConfig())
 
 
+@pytest.mark.slow
 def test_sigterm_ends_the_wait_for_a_cluster() -> None:
     script = "from hymate import ending\nending.watch()\nwith ending.command():\n"
     script += "    from hymate.config import TrainConfig\n    from hymate.training import cluster\n"

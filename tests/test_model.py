@@ -257,6 +257,7 @@ def test_scan_parameters_norms_and_embeddings_never_decay() -> None:
     assert {n for n in names.values() if "norm" in n or "embedding.code" in n} <= kept
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mamba2", "bidirectional", "paper"])
 def test_pretraining_learns_a_row_by_heart(name: str) -> None:
     torch.manual_seed(0)

@@ -43,6 +43,7 @@ def test_cpu_in_lower_precision_stays_near_the_reference(name: str, case: Case, 
     assert_all_close(actual, expected, TOLERANCE[dtype])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MIXERS)
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -165,6 +166,7 @@ def test_the_implementation_can_be_forced_by_the_environment(monkeypatch: pytest
         tiny_mamba2()
 
 
+@pytest.mark.slow
 def test_the_first_operator_leaves_the_number_of_threads_alone() -> None:
     """Numba's OpenMP layer resets it when it starts, which made trials that run side by side stall each other."""
     program = (
@@ -175,6 +177,7 @@ def test_the_first_operator_leaves_the_number_of_threads_alone() -> None:
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
+@pytest.mark.slow
 def test_precompiling_leaves_nothing_to_compile(tmp_path: Path) -> None:
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
     step = """

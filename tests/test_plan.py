@@ -33,6 +33,8 @@ from hymate.training import loop
 from hymate.training.footprint import LiveBytes, Shapes, event_flops, num_parameters, row_bytes, worker_bytes
 from hymate.training.loop import Job, Worker, train_step
 
+pytestmark = pytest.mark.slow
+
 MODEL = ModelConfig(d_model=64, layers="MA", d_state=16, headdim=16, num_heads=4, window=100, dropout=0.1)
 
 

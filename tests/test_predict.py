@@ -51,6 +51,7 @@ def predicted(bundle: Path, data: Path, out: Path, *overrides: str) -> pa.Table:
     return pq.read_table(out)
 
 
+@pytest.mark.slow
 def test_every_label_gets_a_prediction_in_the_meds_schema(data: Path, bundle: Path, tmp_path: Path) -> None:
     table = predicted(bundle, data, tmp_path / "new" / "p.parquet")
     PredictionSchema.validate(table)
@@ -64,6 +65,7 @@ def test_every_label_gets_a_prediction_in_the_meds_schema(data: Path, bundle: Pa
     assert len(np.unique(probability)) > 100
 
 
+@pytest.mark.slow
 def test_an_unprepared_meds_folder_gives_the_same(data: Path, bundle: Path, tmp_path: Path) -> None:
     raw = write_meds(tmp_path / "raw")
     before = sorted(tmp_path.rglob("*"))
@@ -98,6 +100,7 @@ def test_the_share_of_unknown_codes_is_told(
     assert 28 < share < 38  # one of three equally frequent codes
 
 
+@pytest.mark.slow
 def test_the_task_names_the_head_and_days_have_a_file_of_their_own(data: Path, bundle: Path, tmp_path: Path) -> None:
     one = read_bundle(bundle)
     torch.manual_seed(1)
@@ -143,6 +146,7 @@ def test_what_cannot_be_predicted_is_refused(
     assert not (tmp_path / "p.parquet").exists()
 
 
+@pytest.mark.slow
 def test_a_dataset_coded_differently_is_refused(bundle: Path, tmp_path: Path) -> None:
     raw = write_meds(tmp_path / "raw", prefix="OTHER//")
     with pytest.raises(UserError, match="none of the codes"):

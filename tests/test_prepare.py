@@ -198,6 +198,7 @@ def test_any_dataset_comes_back_whatever_the_chunk(shards: list[list[list[tuple]
             assert history.birth_time == born.get(history.subject_id)
 
 
+@pytest.mark.slow
 def test_chunks_and_workers_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     raw = write_raw(tmp_path / "raw")
     prepare(config(raw, tmp_path / "one"))
@@ -304,6 +305,7 @@ def test_finished_it_does_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert times == {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["count_shard", "encode_shard", "_write_vocabulary", "_write_index"])
 def test_interrupted_it_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
     raw, out = write_raw(tmp_path / "raw"), tmp_path / "out"
@@ -537,6 +539,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path: Path, name: str) -> 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_bad_input_found_by_a_worker_process(tmp_path: Path) -> None:
     raw = write_raw(tmp_path / "raw")
     BAD["unsorted"][0](raw)
@@ -620,6 +623,7 @@ def test_a_full_disk_is_one_line_and_the_command_continues(tmp_path: Path, monke
     assert read_back(out) == by_subject(ROWS)
 
 
+@pytest.mark.slow
 def test_the_command_exits_2_with_one_line_when_files_cannot_grow(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     noise: list[Row] = [(1, t, f"C{t % 7}", float(v)) for t, v in enumerate(rng.normal(size=5000))]

@@ -108,6 +108,7 @@ def same(a: pa.Table, b: pa.Table) -> bool:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pooling", ["fusion", "variables", "mean", "last"])
 @pytest.mark.parametrize("mixer", ["mamba1", "mamba2"])
 def test_whole_histories_score_as_in_one_packed_pass(mixer: str, pooling: str, data: Path, tmp_path: Path) -> None:
@@ -161,6 +162,7 @@ def test_a_state_ahead_of_the_dataset_is_not_used(
     assert same(table, predicted(bundle, yesterday, tmp_path, "context=all"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["cut short", "bit", "header", "of another subject", "empty"])
 def test_a_damaged_state_is_not_used(
     damage: str, data: Path, yesterday: Path, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

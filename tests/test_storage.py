@@ -261,6 +261,7 @@ def test_whether_an_output_can_be_written_is_found_out_at_urls_too(server: Serve
             require(locate("s3://no-such-bucket/p"), "out")
 
 
+@pytest.mark.slow
 def test_writing_outlasts_an_outage(server: Server, caplog: pytest.LogCaptureFixture) -> None:
     path = locate(f"s3://{BUCKET}/outage/file")
     write_text("before", path)
@@ -273,6 +274,7 @@ def test_writing_outlasts_an_outage(server: Server, caplog: pytest.LogCaptureFix
     assert "s3://bucket: can't be reached, trying for" in caplog.text
 
 
+@pytest.mark.slow
 def test_an_outage_that_does_not_end_is_told_and_harms_nothing(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(remote.PATIENCE, "1")
     path = locate(f"s3://{BUCKET}/long-outage/table.parquet")
@@ -309,6 +311,7 @@ def data(raw: Path) -> str:
     return out
 
 
+@pytest.mark.slow
 def test_a_dataset_at_a_url_is_the_local_one(data: str, raw: Path, tmp_path: Path) -> None:
     prepare(PrepareConfig(source="meds", raw=str(raw), out=str(tmp_path / "data"), workers=1))
     here, there = Histories.open(tmp_path / "data"), Histories.open(data)

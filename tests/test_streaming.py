@@ -139,6 +139,7 @@ def in_pieces(
     return state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk_events", [1, 3, WINDOW, WINDOW + 2, 3 * WINDOW + 1, LENGTH])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_chunks_equal_one_pass(name: str, chunk_events: int, vocabulary: Vocabulary) -> None:
