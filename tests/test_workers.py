@@ -64,6 +64,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("slow", "stage"), CASES)
 def test_a_slow_worker_shows(trained: Path, slow: str, stage: int) -> None:
     told = json.loads((trained / f"{slow}-{stage}.json").read_text())
