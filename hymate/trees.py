@@ -24,7 +24,7 @@ def build(schema: type[T], tree: Mapping[str, Any], where: str = "") -> T:
     >>> build(RunConfig, {"name": "a", "dri": "b"})
     Traceback (most recent call last):
     ...
-    hymate.config.ConfigError: dri is not a known key: did you mean dir?
+    hymate.errors.ConfigError: dri is not a known key: did you mean dir?
     """
     hints = typing.get_type_hints(schema, include_extras=True)
     known = {f.name: f for f in dataclasses.fields(schema)}  # type: ignore[arg-type]

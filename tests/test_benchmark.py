@@ -229,7 +229,7 @@ def test_a_run_learns_nothing_from_labels_beyond_its_budget(data: Path, tmp_path
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as processes:  # DeepSpeed trains once in one
         processes.starmap(train_and_score, [(each, one, None) for each in (config, other)], chunksize=1)
     as_labelled, as_flipped = (
-        pq.read_table(one.predictions(each.run.path / "runs")).to_pandas() for each in (config, other)
+        pq.read_table(one.predictions(run_folder(each.run) / "runs")).to_pandas() for each in (config, other)
     )
     assert (as_labelled["label"] != as_flipped["label"]).all()
     assert as_labelled["probability"].tolist() == as_flipped["probability"].tolist()

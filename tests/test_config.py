@@ -19,7 +19,7 @@ from hymate.data.prepare import PrepareConfig
 from hymate.errors import ConfigError, UserError
 from hymate.explain import ExplainConfig
 from hymate.predict import PredictConfig
-from hymate.runs import absolute
+from hymate.runs import absolute, run_folder
 from hymate.training.pretraining import PretrainConfig
 from hymate.trees import build, dump_yaml, parse_yaml, to_tree
 from hymate.tuning.benchmark import BenchmarkConfig
@@ -187,7 +187,7 @@ def test_the_name_of_a_run_is_that_of_a_folder(name: str) -> None:
 
 
 def test_the_name_of_a_run_at_a_url_has_no_question_mark() -> None:
-    assert RunConfig("a?b").path == Path("runs/a?b").absolute()
+    assert run_folder(RunConfig("a?b")) == Path("runs/a?b").absolute()
     with pytest.raises(ConfigError, match=r"^run\.name must be .*at a URL no \?"):
         RunConfig("a?b", "s3://bucket/runs")
 

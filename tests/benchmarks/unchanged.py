@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 MEMBERS = 400  # stays of PhysioNet 2012
 TIMED = re.compile(r"(seconds|_s\b|per_second|_share|memory|gib|wait|slow|time/|worker|throughput)", re.IGNORECASE)
 LEFT_OUT = re.compile(r"^raw/|checkpoints/|progress\.json$|attempt\.json$|results\.png$")
+SECONDS = re.compile(r"\"(seconds|features|fit)\": \d+\.\d+|in \d+\.\d s")
 SMALL = "model=debug data.context=256 data.tokens_per_row=2048"
 TRAIN = "train=zero2 train.num_workers=2 train.max_steps=20 train.eval_every=10 train.warmup_steps=2 train.eval_rows=4"
 TUNE = "data.context=256 data.tokens_per_row=2048 train.rows_per_step=1 train.max_steps=40 train.eval_every=20"
@@ -77,7 +78,7 @@ def content(path: Path) -> Any:
         tags = [tag for tag in events.Tags()["scalars"] if not TIMED.search(tag)]
         return {tag: repr([(scalar.step, scalar.value) for scalar in events.Scalars(tag)]) for tag in tags}
     if path.suffix in (".json", ".md", ".yaml", ".txt"):
-        return path.read_text()
+        return SECONDS.sub("", path.read_text())
     return None
 
 
