@@ -1,4 +1,4 @@
-"""Command: what plain models make of aggregate features of the same histories and labels.
+"""Command: gradient boosting and other plain models, on aggregate features of the same histories and labels.
 
     python -m hymate.baselines data.path=DATA_DIR task=mortality out=DIR
 

@@ -1,4 +1,4 @@
-"""The Ray that a run uses: the cluster at RAY_ADDRESS, or one of its own on this machine; whether it can be used."""
+"""The Ray of a run: the cluster at RAY_ADDRESS or one of its own on this machine, and whether it can be used."""
 
 from __future__ import annotations
 

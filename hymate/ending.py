@@ -1,4 +1,4 @@
-"""How a command ends before its time: in order where it is asked to, and in one line where something is wrong.
+"""How a command ends early: saved when it is asked to end, and in one line when something is wrong.
 
 The first Ctrl-C, SIGTERM or hang-up of the terminal raises `Stopped` wherever the command stands, or does what
 `instead` says. The command then exits with 128 plus the signal's number, as shells report it. A second signal ends it

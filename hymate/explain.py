@@ -1,8 +1,8 @@
-"""Command: which events and variables moved a risk bundle's predictions, and how faithful that account is.
+"""Command: which events and variables moved a risk bundle's predictions, and how faithful the explanation is.
 
     python -m hymate.explain bundle=BUNDLE data.path=DATA_DIR task=readmission out=DIR
 
-For a cohort of predictions drawn by chance, DIR holds
+For a cohort of predictions drawn at random, DIR holds
     explanation.md       what to read: variables by importance, and the measured faithfulness
     variables.parquet    every variable: mean attribution and, of the most important, change of the logit without it
     importance.png, faithfulness.png

@@ -1,4 +1,4 @@
-"""What libraries take for granted and a machine may lack: a home to keep caches in, a user's name, temporary files."""
+"""What libraries assume and a machine may lack: a home for caches, a user's name, temporary files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where data and runs may live, as text: a local path or a URL. No file and no storage is looked at."""
+"""Names of places for data and runs: local paths and URLs. Only the text is checked; no file is opened."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Plain trees, as YAML and JSON have them -> the checked sections of `hymate.config`, and back; no file, no Hydra."""
+"""From plain trees, as in YAML and JSON, to the checked sections of `hymate.config`, and back; no files, no Hydra."""
 
 from __future__ import annotations
 

@@ -268,7 +268,7 @@ def loop_there() -> tuple[dict[str, int], dict[str, Any], dict[str, Any]]:
             standing = _train(device, told)
             stopped = _train(device, Recorder(), stop=lambda a=asked: next(a) >= 3)  # type: ignore[misc]
             if device == NAME:
-                waits = {place: number for place, number in seen.waits.items() if "engine.py" in place}
+                waits = {place: number for place, number in seen.waits.items() if "loop.py" in place}
         points = {name: curve for name, curve in told.points.items() if name.startswith("train/")}
         results.append({"points": points, "skipped": standing.skipped, "stopped": stopped.step})
     return waits, results[0], results[1]

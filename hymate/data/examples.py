@@ -1,4 +1,4 @@
-"""What training and prediction visit: histories up to a time, with their labels.
+"""Examples: histories up to a prediction time, with their labels.
 
 Legend, besides that of `hymate.model.batch`: E examples, N labels, P subjects in the dataset's index.
 """

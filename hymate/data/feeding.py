@@ -1,8 +1,8 @@
-"""Rows for a device before it asks for them, and numbers from it once they have come.
+"""Rows reach the device before a step needs them, and a step's numbers are read once they have arrived.
 
-A GPU works through a queue of what it is to do. Whoever waits for a result empties that queue, and then the GPU waits,
-too. So what a step needs is copied while the step before runs, and what Python wants to know of a step is read a step
-later. On a CPU there is no queue: rows stay where they are, and numbers are read at once.
+A GPU works through a queue of operations. Waiting for a result empties the queue, and then the GPU waits, too. So a
+step's inputs are copied while the step before runs, and its results are read one step later. On a CPU there is no
+queue: rows stay where they are, and numbers are read at once.
 """
 
 from __future__ import annotations

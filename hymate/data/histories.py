@@ -1,4 +1,4 @@
-"""Prepared histories: one row a subject in sharded Parquet, read by row group.
+"""Prepared histories: one record for each subject in sharded Parquet, read by row group.
 
 Shape legend: R events of a shard's chunk, N subjects, L events of one subject, F its static events.
 """

@@ -1,8 +1,8 @@
 """What moved a prediction: integrated gradients over the events, real removal, and how faithful an order of events is.
 
 Attribution. Integrated gradients (Sundararajan et al. 2017) over the event embeddings and, where the pooling is over
-variables, what it is told of each of them, which its events share. The baseline of an event is an event of an unknown
-code without a value at the same time: what the model makes of it when it only knows that something was recorded.
+variables, over what it knows of each of them, which its events share. The baseline of an event is an event of an
+unknown code without a value at the same time: the model then only knows that something was recorded.
 (Zero is no baseline here: the blocks normalise their inputs, so that a small embedding acts as a whole one and the path
 jumps at its start.) An event's attribution is in units of the logit, positive where it raised the
 risk; all of a prediction's, static events included, sum to its logit less that of the baseline. Age, the time since

@@ -1,4 +1,4 @@
-"""Plain models of aggregate features, gradient boosting among them, and what they score beside another model.
+"""Gradient boosting and other plain models of aggregate features, and their comparison with another model.
 
 Shape legend: E examples, X features (see `hymate.evaluation.features`), M marks of what is missing.
 """

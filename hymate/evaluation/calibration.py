@@ -1,4 +1,4 @@
-"""Whether probabilities mean what they say, and how they are made to: recalibration, calibration error and curve.
+"""Whether predicted risks agree with observed ones: recalibration, calibration error and curve.
 
 Labels may have weights, as in `hymate.evaluation.metrics`, whose intervals these are.
 

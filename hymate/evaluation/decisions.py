@@ -1,4 +1,4 @@
-"""What acting on a risk model's probabilities brings, and for whom they are wrong.
+"""What it brings to act on a risk model, and for which groups of patients it is wrong.
 
 Every function looks at one task. Labels may have weights and intervals are 95 %, as in `hymate.evaluation.metrics`.
 

@@ -1,6 +1,6 @@
 """Aggregate features: what happened up to a prediction time, as one row of numbers.
 
-Of every code, over the whole history and in each window before the prediction time: how often; of its values the
+For every code, over the whole history and in each window before the prediction time: how often; of its values the
 minimum, maximum, mean, standard deviation, first, last and slope; and how long ago it was last recorded. Besides,
 the static codes, the age and the number of all events. The windows' default ends at one day, two days, a week, a
 month and a year, and columns that hardly any training label fills are left out: a stay of 48 hours is described day

@@ -1,4 +1,4 @@
-"""report.md's picture of one task, and a benchmark's: ROC, precision-recall, calibration, what is decided or compared.
+"""report.md's picture of one task, and a benchmark's: ROC, precision-recall, calibration, decision curve or comparison.
 
 Shape legend: N labels, T thresholds.
 """

@@ -1,4 +1,4 @@
-"""Metrics of predicted risks and days, with intervals that know that labels of one patient belong together.
+"""Metrics of predicted risks and days, with intervals over patients rather than labels.
 
 Every number is None, not a made-up value, where it is undefined: AUROC and AUPRC need both classes, concordance two
 different lengths. Labels may have weights (`weight_N`, above 0, 1 each where it is left out), such as the inverse

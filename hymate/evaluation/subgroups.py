@@ -1,4 +1,4 @@
-"""Which predictions are of whom: age at the prediction, sex, and any static codes a user names.
+"""Groups of patients: by age at the prediction, sex, and any static codes that a user names.
 
 A patient with several codes of a kind belongs to each of their groups.
 """

@@ -1,4 +1,4 @@
-"""How numbers and tables look in reports and on the console."""
+"""Numbers and tables, as reports and the console show them."""
 
 from __future__ import annotations
 

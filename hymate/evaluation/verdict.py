@@ -1,7 +1,7 @@
 """The verdict on one task in a few sentences, and the tables behind it.
 
-`found` is what results.json holds of the task: `metrics.scores` and `trust.assess` of the held-out split, and as
-"boosting" what `boosting.compare` says, or why it was left out.
+`found` is the task's part of results.json: `metrics.scores` and `decisions.assess` of the held-out split, and as
+"boosting" the result of `boosting.compare`, or why it was left out.
 """
 
 from __future__ import annotations

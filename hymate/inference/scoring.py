@@ -1,4 +1,4 @@
-"""What a risk bundle predicts for examples, and the tables of its predictions.
+"""Predictions of a risk bundle for examples, and their tables.
 
 Shape legend: E examples, T tasks.
 """

@@ -1,4 +1,4 @@
-"""A folder of patient states: what `hymate.predict` keeps, so that next time it reads only the events that are new.
+"""A folder of patient states, which `hymate.predict` keeps so that the next run reads only new events.
 
     states.json                the bundle that the states belong to
     <subject_id>.safetensors   one patient's state; counts, times and checksums as JSON in its header

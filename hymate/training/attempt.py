@@ -1,4 +1,4 @@
-"""Which command a run belongs to, and whether that command wants it to stop: a small file in the run's folder.
+"""Which command owns a run, and whether that command wants it to stop: a small file in the run's folder.
 
 Workers outlive a killed command for some seconds, on a running cluster for longer, and would write checkpoints into the
 run while the same command, started again, continues it. The file therefore holds the id of the command that came last,

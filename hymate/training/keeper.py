@@ -1,7 +1,7 @@
-"""What a run goes on from: the newest of its checkpoints that is whole.
+"""The checkpoint that a run continues from: the newest whole one.
 
-Of pretraining, Ray Train keeps the checkpoints and a list of them, which is mended where it is no use; of the trials of
-a search we do (`Kept`).
+Ray Train keeps the checkpoints of pretraining and a list of them, which is rebuilt where it can't be used. `Kept` keeps
+those of a search's trials.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What pretraining trains on what, and what can be checked before a worker starts. Knows nothing of Ray."""
+"""A pretraining job: model, rows, evaluation; and what can be checked before a worker starts. Knows nothing of Ray."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ray Train around the engine: workers, restarts, the best and the last checkpoint, one progress line."""
+"""Ray Train around the loop: workers, restarts, the best and the last checkpoint, one progress line."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Where each worker's time goes, so that a straggler shows.
 
-Workers step together: a slow one makes all of them slow, the others by waiting for it in a collective. What tells them
-apart is the time that each needs by itself, its steps' time less that in collectives.
+Workers step together: a slow one makes all of them slow, the others by waiting for it in a collective. They differ in
+the time that each needs by itself: its steps' time less that in collectives.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The synthetic cohort's patients and their stays in hospital, drawn from the law of synthetic_law.py.
+"""The synthetic cohort's patients and their stays in hospital, drawn from the law in law.py.
 
-Shapes as in synthetic.py: P patients, S stays, A stays drawn at once, M measurements of a stay. Times are minutes
+Shapes as in source.py: P patients, S stays, A stays drawn at once, M measurements of a stay. Times are minutes
 since 1970.
 """
 
@@ -51,8 +51,8 @@ class SyntheticConfig:
     seed: the cohort is a function of this configuration alone.
     shard_events: events of one shard, about.
     shuffled_labels: readmission depends on nothing: a negative control.
-    driver_distance: 0, or the law's only driver lies up to so many events before the discharge (the distant law of
-        synthetic_law.py); mean_events must be four times that, for a stay is about a quarter of a history.
+    driver_distance: 0, or the law's only driver lies up to so many events before the discharge (the distant
+        law in law.py); mean_events must be four times that, because a stay is about a quarter of a history.
     """
 
     subjects: int = 500

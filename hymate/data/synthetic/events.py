@@ -1,6 +1,6 @@
 """The events that the synthetic cohort's stays leave in the record.
 
-Shapes as in synthetic.py: P patients, S stays, E events, C codes. Times are minutes since 1970.
+Shapes as in source.py: P patients, S stays, E events, C codes. Times are minutes since 1970.
 """
 
 from __future__ import annotations

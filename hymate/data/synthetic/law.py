@@ -2,11 +2,11 @@
 
 p = P(readmitted within 30 days) is logistic in five drivers. Each is computed from the values as they stand in the
 record, after rounding. Recording errors (zeros, or a factor of 1000) and missing values are read over: an error is
-far from any value a patient can have, so a model can tell it as well.
+far from any value a patient can have, so a model can see it, too.
 
 The distant law, for cohorts whose driver lies thousands of events before the prediction, is logistic in one driver: a
 diagnosis recorded once in the stay or not at all. How many events back it lies is spread log-uniformly, so each
-doubling of a model's context brings the same share of the drivers into view. Nothing else in the record tells whether
+doubling of a model's context brings the same share of the drivers into view. Nothing else in the record shows whether
 there is one: the best score at a context is that of "the driver is in view".
 
 Shapes: A stays, M measurements of one lab during a stay, in time order.

@@ -12,11 +12,11 @@ the record shows up to then, so that the best prediction any model can make is k
 Step 1 does not look at the outcome, so among the discharges that it leaves P(readmitted | record) = p exactly. Of the
 readmitted, a fraction q (about 0.05) is lost in the window all the same, after the next stay, by step 1 of that. A
 label asks for the whole window (task.censoring_rule=exclude), so these have none, and P(label | record) is
-p (1 - q) / (1 - p q). Nothing in the record up to the discharge tells who they are: the order is that of p, and with
+p (1 - q) / (1 - p q). Nothing in the record up to the discharge shows who they are: the order is that of p, and with
 it the best AUROC and AUPRC; the Brier score of p is 0.0001 above the best. Where deaths in the window are left out
 instead of counted as negative, the order is the same again.
 
-The law is in synthetic_law.py. With `shuffled_labels` p is the same for every discharge, and nothing in the record
+The law is in law.py. With `shuffled_labels` p is the same for every discharge, and nothing in the record
 predicts the outcome. With `driver_distance` the law has one driver, which lies hundreds to thousands of events before
 the discharge; every stay then has as many events as the next, evenly spread over it.
 

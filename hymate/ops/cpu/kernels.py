@@ -1,4 +1,4 @@
-"""What the compiled loops of the CPU operators (Numba) share; launch.py runs them, cpu.py calls them.
+"""What the compiled loops of the CPU operators (Numba) share; launch.py runs them, __init__.py calls them.
 
     ssd.py        Mamba-2's scan
     selective.py  Mamba-1's scan
