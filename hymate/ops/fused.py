@@ -10,9 +10,7 @@ What a kernel can't do is done around it, with the reason beside it.
 
 from __future__ import annotations
 
-import functools
 import importlib
-import sys
 from typing import Any
 
 import torch
@@ -202,5 +200,5 @@ def _plain_conv1d(x_BLD: Tensor, weight_DK: Tensor, bias_D: Tensor | None, segme
     return F.silu(y if bias_D is None else y + bias_D).to(x_BLD.dtype)
 
 
-mamba1 = functools.partial(compose.mamba1, sys.modules[__name__])
-mamba2 = functools.partial(compose.mamba2, sys.modules[__name__])
+_composed = compose.Composed(causal_conv1d, ssd_scan, selective_scan, gated_rms_norm)
+mamba1, mamba2 = _composed.mamba1, _composed.mamba2

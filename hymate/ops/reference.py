@@ -10,9 +10,7 @@ segment starts. The initial state enters the first segment; the final state is t
 
 from __future__ import annotations
 
-import functools
 import itertools
-import sys
 
 import torch
 from torch import Tensor
@@ -144,5 +142,5 @@ def gated_rms_norm(x: Tensor, z: Tensor, weight: Tensor, eps: float, group_size:
     return (normed.flatten(-2) * weight.to(acc)).to(x.dtype)
 
 
-mamba1 = functools.partial(compose.mamba1, sys.modules[__name__])
-mamba2 = functools.partial(compose.mamba2, sys.modules[__name__])
+_composed = compose.Composed(causal_conv1d, ssd_scan, selective_scan, gated_rms_norm)
+mamba1, mamba2 = _composed.mamba1, _composed.mamba2

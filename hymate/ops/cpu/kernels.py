@@ -59,3 +59,18 @@ def matrix(table, k, like):
 @_inlined
 def event(spans, s, i, reverse):
     return spans[s, 2] - 1 - i if reverse else spans[s, 1] + i
+
+
+# ------------------------------------------------------------------------------------------------- scratch rows
+
+
+@_inlined
+def get(source, m, c0, width, scratch, row):
+    for j in range(width):
+        scratch[row, j] = source[m, (c0 & INDEX) + j]
+
+
+@_inlined
+def put(scratch, row, width, target, m, c0):
+    for j in range(width):
+        target[m, (c0 & INDEX) + j] = scratch[row, j]

@@ -10,25 +10,13 @@ import math
 import numpy as np
 from numba import njit
 
-from hymate.ops.cpu.kernels import INDEX, OPTIONS, matrix, number
+from hymate.ops.cpu.kernels import OPTIONS, get, matrix, number, put
 from hymate.ops.cpu.simd import LANES, fma, load, mul, sigmoid, splat, store, total
 
 ROWS = 64  # events in one unit of work
 TILE = 256  # channels that the convolution has in scratch at a time
 
 _inlined = njit(**OPTIONS)
-
-
-@_inlined
-def _get(source, m, c0, width, scratch, row):
-    for j in range(width):
-        scratch[row, j] = source[m, (c0 & INDEX) + j]
-
-
-@_inlined
-def _put(scratch, row, width, target, m, c0):
-    for j in range(width):
-        target[m, (c0 & INDEX) + j] = scratch[row, j]
 
 
 # ------------------------------------------------------------------------------------------------- convolution
@@ -45,9 +33,9 @@ def _get_inputs(x, past, b, lo, stop, L, K, reverse, c0, width, scratch):
     """The inputs from the K-1 before event ``lo`` to the one before ``stop``; those before the first are ``past``."""
     for t in range(lo - K + 1, stop):
         if t >= 0:
-            _get(x, _row(b, t, L, reverse), c0, width, scratch, t - lo + K - 1)
+            get(x, _row(b, t, L, reverse), c0, width, scratch, t - lo + K - 1)
         else:
-            _get(past, b * (K - 1) + K - 1 + t, c0, width, scratch, t - lo + K - 1)
+            get(past, b * (K - 1) + K - 1 + t, c0, width, scratch, t - lo + K - 1)
 
 
 @_inlined
@@ -77,13 +65,13 @@ def conv_forward(unit, table, zero):
     for c0 in range(0, weight.shape[1], TILE):
         width = min(TILE, weight.shape[1] - c0)
         for k in range(K + 1):
-            _get(weight, k, c0, width, weights, k)
+            get(weight, k, c0, width, weights, k)
         _get_inputs(x, past, b, lo, stop, L, K, reverse, c0, width, inputs)
         for t in range(lo, stop):
             for j in range(0, width, LANES):
                 pre = _convolve(inputs, t - lo, j, weights, first[b, t], K)
                 store(out, 0, j, mul(pre, sigmoid(pre)))
-            _put(out, 0, width, y, _row(b, t, L, reverse), c0)
+            put(out, 0, width, y, _row(b, t, L, reverse), c0)
 
 
 def conv_backward(unit, table, zero):
@@ -108,10 +96,10 @@ def conv_backward(unit, table, zero):
     for c0 in range(0, weight.shape[1], TILE):
         width = min(TILE, weight.shape[1] - c0)
         for k in range(K + 1):
-            _get(weight, k, c0, width, weights, k)
+            get(weight, k, c0, width, weights, k)
         _get_inputs(x, past, b, lo, later, L, K, reverse, c0, width, inputs)
         for t in range(lo, later):
-            _get(dy, _row(b, t, L, reverse), c0, width, dpre, t - lo)
+            get(dy, _row(b, t, L, reverse), c0, width, dpre, t - lo)
             for j in range(0, width, LANES):
                 pre = _convolve(inputs, t - lo, j, weights, first[b, t], K)
                 gate = sigmoid(pre)
@@ -129,7 +117,7 @@ def conv_backward(unit, table, zero):
                 result = fma(one, load(dpre, t - lo, j), result)
             store(dweights, K, j, result)
         for k in range(K + 1):
-            _put(dweights, k, width, dweight, unit * (K + 1) + k, c0)
+            put(dweights, k, width, dweight, unit * (K + 1) + k, c0)
         for s in range(lo - K + 1 if lo == 0 else lo, stop):
             for j in range(0, width, LANES):
                 store(out, 0, j, nothing)
@@ -139,9 +127,9 @@ def conv_backward(unit, table, zero):
                     for j in range(0, width, LANES):
                         store(out, 0, j, fma(load(weights, k, j), load(dpre, t - lo, j), load(out, 0, j)))
             if s >= 0:
-                _put(out, 0, width, dx, _row(b, s, L, reverse), c0)
+                put(out, 0, width, dx, _row(b, s, L, reverse), c0)
             else:
-                _put(out, 0, width, dpast, b * (K - 1) + K - 1 + s, c0)
+                put(out, 0, width, dpast, b * (K - 1) + K - 1 + s, c0)
 
 
 # -------------------------------------------------------------------------------------------------- gated norm
@@ -156,9 +144,9 @@ def norm_forward(unit, table, zero):
     rows = np.zeros((3, padded), x.dtype)
     for m in range(unit * ROWS, min(len(x), (unit + 1) * ROWS)):
         for c0 in range(0, weight.shape[1], size):
-            _get(x, m, c0, size, rows, 0)
-            _get(z, m, c0, size, rows, 1)
-            _get(weight, 0, c0, size, rows, 2)
+            get(x, m, c0, size, rows, 0)
+            get(z, m, c0, size, rows, 1)
+            get(weight, 0, c0, size, rows, 2)
             squares = splat(zero)
             for j in range(0, padded, LANES):
                 z_j = load(rows, 1, j)
@@ -168,7 +156,7 @@ def norm_forward(unit, table, zero):
             scale = splat(one / math.sqrt(total(squares) / x.dtype.type(size) + eps[0, 0]))
             for j in range(0, padded, LANES):
                 store(rows, 0, j, mul(scale, mul(load(rows, 0, j), load(rows, 2, j))))
-            _put(rows, 0, size, y, m, c0)
+            put(rows, 0, size, y, m, c0)
 
 
 def norm_backward(unit, table, zero):
@@ -180,13 +168,13 @@ def norm_backward(unit, table, zero):
     padded, one = (size + LANES - 1) // LANES * LANES, x.dtype.type(1)
     rows = np.zeros((6, padded), x.dtype)  # x, z, dy then dy * weight, weight, sigmoid(z), gradient of the weight
     for c0 in range(0, weight.shape[1], size):
-        _get(weight, 0, c0, size, rows, 3)
+        get(weight, 0, c0, size, rows, 3)
         for j in range(padded):
             rows[5, j] = 0
         for m in range(unit * ROWS, min(len(x), (unit + 1) * ROWS)):
-            _get(x, m, c0, size, rows, 0)
-            _get(z, m, c0, size, rows, 1)
-            _get(dy, m, c0, size, rows, 2)
+            get(x, m, c0, size, rows, 0)
+            get(z, m, c0, size, rows, 1)
+            get(dy, m, c0, size, rows, 2)
             squares, inner = splat(zero), splat(zero)
             for j in range(0, padded, LANES):
                 gate = sigmoid(load(rows, 1, j))
@@ -205,6 +193,6 @@ def norm_backward(unit, table, zero):
                 slope = fma(silu, fma(gate, splat(-one), splat(one)), gate)
                 store(rows, 0, j, mul(dv, silu))
                 store(rows, 1, j, mul(mul(dv, x_j), slope))
-            _put(rows, 0, size, dx, m, c0)
-            _put(rows, 1, size, dz, m, c0)
-        _put(rows, 5, size, dweight, unit, c0)
+            put(rows, 0, size, dx, m, c0)
+            put(rows, 1, size, dz, m, c0)
+        put(rows, 5, size, dweight, unit, c0)

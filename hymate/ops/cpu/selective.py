@@ -14,7 +14,7 @@ import math
 import numpy as np
 from numba import njit
 
-from hymate.ops.cpu.kernels import INDEX, OPTIONS, event, matrix, number
+from hymate.ops.cpu.kernels import OPTIONS, event, get, matrix, number, put
 from hymate.ops.cpu.simd import LANES, broadcast, exp2, fma, load, mul, sigmoid, softplus, splat, store, total
 
 BLOCK = 64
@@ -27,27 +27,15 @@ _inlined = njit(**OPTIONS)
 
 
 @_inlined
-def _get(source, m, c0, width, scratch, row):
-    for j in range(width):
-        scratch[row, j] = source[m, (c0 & INDEX) + j]
-
-
-@_inlined
-def _put(scratch, row, width, target, m, c0):
-    for j in range(width):
-        target[m, (c0 & INDEX) + j] = scratch[row, j]
-
-
-@_inlined
 def _get_all(source, index, N, c0, width, scratch, row):
     for n in range(N):
-        _get(source, index * N + n, c0, width, scratch, row + n)
+        get(source, index * N + n, c0, width, scratch, row + n)
 
 
 @_inlined
 def _put_all(scratch, N, width, target, index, c0):
     for n in range(N):
-        _put(scratch, n, width, target, index * N + n, c0)
+        put(scratch, n, width, target, index * N + n, c0)
 
 
 @_inlined
@@ -61,8 +49,8 @@ def _log_decays(A, N, c0, width, scratch):
 
 @_inlined
 def _get_event(x, raw, m, c0, width, unit_rows, rows, r):
-    _get(x, m, c0, width, rows, r + X)
-    _get(raw, m, c0, width, rows, r + RAW)
+    get(x, m, c0, width, rows, r + X)
+    get(raw, m, c0, width, rows, r + RAW)
     one = splat(rows.dtype.type(1))
     for j in range(0, BLOCK, LANES):
         step = softplus(fma(one, load(rows, r + RAW, j), load(unit_rows, BIAS, j)))
@@ -84,8 +72,8 @@ def selective_forward(unit, table, zero):
     scratch = np.zeros((2 * N + ROWS + 4, BLOCK), x.dtype)
     log_decay, state, rows, unit_rows = scratch[:N], scratch[N : 2 * N], scratch[2 * N :], scratch[2 * N + ROWS :]
     _log_decays(A, N, c0, width, log_decay)
-    _get(bias, 0, c0, width, unit_rows, BIAS)
-    _get(D, 0, c0, width, unit_rows, SKIP)
+    get(bias, 0, c0, width, unit_rows, BIAS)
+    get(D, 0, c0, width, unit_rows, SKIP)
     if spans[s, 4]:
         _get_all(initial, spans[s, 0], N, c0, width, state, 0)
     for i in range(spans[s, 2] - spans[s, 1]):
@@ -94,7 +82,7 @@ def selective_forward(unit, table, zero):
         m = event(spans, s, i, reverse)
         live = splat(x.dtype.type(0 if starts[0, m] else 1))
         _get_event(x, raw, m, c0, width, unit_rows, rows, 0)
-        _get(z, m, c0, width, rows, Z)
+        get(z, m, c0, width, rows, Z)
         for j in range(0, BLOCK, LANES):
             step, u, out = load(rows, STEP, j), load(rows, U, j), mul(load(unit_rows, SKIP, j), load(rows, X, j))
             for n in range(N):
@@ -104,7 +92,7 @@ def selective_forward(unit, table, zero):
                 out = fma(h, broadcast(C, m, n), out)
             gate = load(rows, Z, j)
             store(rows, OUT, j, mul(out, mul(gate, sigmoid(gate))))
-        _put(rows, OUT, width, y, m, c0)
+        put(rows, OUT, width, y, m, c0)
     if spans[s, 5]:
         _put_all(state, N, width, final, spans[s, 0], c0)
 
@@ -137,8 +125,8 @@ def selective_backward(unit, table, zero):
     states = np.zeros((chunk * N + N, 2 * LANES), x.dtype)
     sums = np.zeros((chunk * 2 * N, LANES), x.dtype)  # over the channels, of what is the gradient of B, then of C
     _log_decays(A, N, c0, width, log_decay)
-    _get(bias, 0, c0, width, unit_rows, BIAS)
-    _get(D, 0, c0, width, unit_rows, SKIP)
+    get(bias, 0, c0, width, unit_rows, BIAS)
+    get(D, 0, c0, width, unit_rows, SKIP)
     if spans[s, 5]:
         _get_all(dfinal, spans[s, 0], N, c0, width, dstate, 0)
     events = spans[s, 2] - spans[s, 1]
@@ -149,8 +137,8 @@ def selective_backward(unit, table, zero):
         for i in range(first, last + 1):
             m, r = event(spans, s, i, reverse), (i - first) * ROWS
             _get_event(x, raw, m, c0, width, unit_rows, rows, r)
-            _get(z, m, c0, width, rows, r + Z)
-            _get(dy, m, c0, width, rows, r + DY)
+            get(z, m, c0, width, rows, r + Z)
+            get(dy, m, c0, width, rows, r + DY)
         for j in range(0, BLOCK, LANES):
             for n in range(N):
                 store(states, n, 0, load(before, n, j))
@@ -195,13 +183,13 @@ def selective_backward(unit, table, zero):
                 store(unit_rows, SUM_BIAS, j, fma(one, dstep, load(unit_rows, SUM_BIAS, j)))
         for i in range(first, last + 1):
             m, at, r = event(spans, s, i, reverse), (i - first) * N, (i - first) * ROWS
-            _put(rows, r + Z, width, dz, m, c0)
-            _put(rows, r + OUT, width, dx, m, c0)
-            _put(rows, r + DSTEP, width, draw, m, c0)
+            put(rows, r + Z, width, dz, m, c0)
+            put(rows, r + OUT, width, dx, m, c0)
+            put(rows, r + DSTEP, width, draw, m, c0)
             for n in range(2 * N):
                 dBC[part + m, n] = total(load(sums, 2 * at + n, 0))
     _put_all(dlog, N, width, dA, s, c0)
-    _put(unit_rows, SUM_D, width, dD, s, c0)
-    _put(unit_rows, SUM_BIAS, width, dbias, s, c0)
+    put(unit_rows, SUM_D, width, dD, s, c0)
+    put(unit_rows, SUM_BIAS, width, dbias, s, c0)
     if spans[s, 4]:
         _put_all(dstate, N, width, dinitial, spans[s, 0], c0)
