@@ -2,8 +2,8 @@
 reference.py.
 
 Not yet run on a GPU. Tests run all of this file on a CPU, against the reference, over stand-ins that refuse what the
-kernels refuse (tests/kernel_standins.py). mamba_ssm's own Triton kernels, Mamba-2's scan and the gated norm, also run
-there, in Triton's interpreter (`make kernels`); its Mamba-1 scan and causal_conv1d are CUDA and never ran.
+kernels refuse (tests/support/kernel_standins.py). mamba_ssm's own Triton kernels, Mamba-2's scan and the gated norm,
+also run there, in Triton's interpreter (`make kernels`); its Mamba-1 scan and causal_conv1d are CUDA and never ran.
 
 What a kernel can't do is done around it, with the reason beside it.
 """

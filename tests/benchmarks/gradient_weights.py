@@ -3,7 +3,7 @@
     python tests/benchmarks/gradient_weights.py DATA_DIR [--tokens-per-row 16384] [--rows 4] [--steps 20]
 
 "by rows" is what a mean over each row, weighed by the row's events, would give; "by targets" is what the loss gives.
-That the gradient itself is that of one mean over all targets is a test (tests/test_engine.py).
+That the gradient itself is that of one mean over all targets is a test (tests/training/test_loop.py).
 """
 
 from __future__ import annotations

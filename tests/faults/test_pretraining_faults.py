@@ -27,7 +27,7 @@ from s3 import environment as s3_environment
 from safetensors.torch import load_file
 from small_disk import fill, small_disk
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
-from test_pretrain import command, flip_a_bit, saved_steps, scalars, started, train_workers
+from test_pretraining import command, flip_a_bit, saved_steps, scalars, started, train_workers
 
 from hymate.storage import paths, remote
 from hymate.training.checkpoint import verify

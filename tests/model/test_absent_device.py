@@ -24,7 +24,7 @@ from kernel_standins import standing_in
 from processes import MODEL, TRAIN, VOCAB, RandomRows, Recorder
 from rows import random_row, repacked
 from small_cohort import prepare_small
-from test_engine import OBJECTIVES, TASKS
+from test_loop import OBJECTIVES, TASKS
 from test_streaming import CODES, a_history
 from torch import Tensor, nn
 

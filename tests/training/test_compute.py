@@ -11,7 +11,7 @@ from unittest import mock
 import pytest
 import torch
 from rows import random_row
-from test_model import CONFIGS, LENGTHS, VOCAB
+from test_encoder import CONFIGS, LENGTHS, VOCAB
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 

@@ -48,7 +48,7 @@ from hymate.tuning import space
 from hymate.tuning.search import TuneConfig, search, trial_config
 from hymate.tuning.trial import TrialConfig, parameter_groups, risk_model, starting_point
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 MODEL = ModelConfig(d_model=16, layers="MA", d_state=8, headdim=8, num_heads=2, window=8, num_queries=2)
 CUT = ["data.context=32", "data.tokens_per_row=256"]
 DIVERGING = 1e36  # as a learning rate

@@ -1,4 +1,4 @@
-"""The readers on mutated inputs: what once were findings, and some hundred fresh ones; tests/fuzz.py does many."""
+"""The readers on mutated inputs: what once were findings, and some hundred fresh ones; tests/fuzz/fuzz.py does many."""
 
 from __future__ import annotations
 

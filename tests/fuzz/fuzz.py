@@ -1,6 +1,6 @@
 """Command: mutated inputs for every reader of files that others may have made.
 
-    python tests/fuzz.py [READER ...] --first 0 --count 1000 [--findings DIR]
+    python tests/fuzz/fuzz.py [READER ...] --first 0 --count 1000 [--findings DIR]
 
 An input is a pure function of the reader and its seed, so that a run is resumed with --first, and a finding repeated
 with --first SEED --count 1. The inputs are read in a process with bounded memory, which a watchdog follows: whatever
@@ -12,7 +12,7 @@ ends it, keeps it busy for long or makes it need more memory is a finding. Of ev
         apart; of text, YAML and safetensors: a plain reading below), and the format's invariants hold, which each
         reader below names.
 
-`tests/corpus/READER/NAME/` holds the changed files of inputs that once were findings; tests/test_fuzz.py replays them.
+`tests/fuzz/corpus/READER/NAME/` holds the changed files of inputs that once were findings; test_fuzz.py replays them.
 """
 
 from __future__ import annotations
@@ -1006,7 +1006,7 @@ def fuzz(name: str, first: int, count: int, findings: Path | None, seconds: floa
 
 
 def keep(name: str, seed: int, findings: Path) -> None:
-    """The changed files of an input, for tests/corpus."""
+    """The changed files of an input, for tests/fuzz/corpus."""
     with bench(name) as made:
         for file, data in made.inputs(seed).items():
             target = findings / name / str(seed) / file

@@ -31,7 +31,7 @@ from hymate.data.meds import DATA_SCHEMA, DataError, SplitsConfig, read_labels, 
 from hymate.data.prepare import PrepareConfig, prepare
 from hymate.errors import ConfigError, UserError
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 Row = tuple[int, int | None, str, float | None]  # subject_id, time in microseconds, code, numeric_value
 BIRTH = -(10**15)
 ROWS: dict[str, list[Row]] = {

@@ -246,7 +246,7 @@ def test_dropout_on_another_device_needs_no_mamba_ssm(p: float) -> None:
 @pytest.mark.parametrize(("options", "tolerance"), [([], 1e-5), (["--tf32"], TF32)])
 def test_triton_kernels_in_the_interpreter_equal_the_reference(options: list[str], tolerance: float) -> None:
     """mamba_ssm's own, in float32 on a CPU: Mamba-2's scan and the gated norm, forward and every gradient."""
-    script = Path(__file__).with_name("triton_on_cpu.py")
+    script = Path(__file__).parents[1] / "support" / "triton_on_cpu.py"
     environment = {**os.environ, "TRITON_INTERPRET": "1", "MAMBA_DETERMINISTIC": "1"}
     done = subprocess.run([sys.executable, script, *options], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -33,7 +33,7 @@ from hymate.evaluation.metrics import auprc, auroc
 from hymate.trees import build
 
 DAY_US = 86_400_000_000
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def write(out: Path, config: SyntheticConfig, splits: SplitsConfig | None = None) -> Path:

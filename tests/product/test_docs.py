@@ -36,14 +36,14 @@ REASONS = (  # for which a command may be untested
     "needs an account at a cloud",
 )
 ELSEWHERE = {  # what another test runs: how a command begins, and that test's file
-    "make demo": "tests/test_docs.py",
-    "ray job submit": "tests/test_jobs.py",
-    "cluster/local.sh": "tests/test_jobs.py",
-    "python finetune/benchmark.py": "tests/test_benchmark.py",
+    "make demo": "tests/product/test_docs.py",
+    "ray job submit": "tests/product/test_jobs.py",
+    "cluster/local.sh": "tests/product/test_jobs.py",
+    "python finetune/benchmark.py": "tests/tuning/test_benchmark.py",
 }
 PAGES_ELSEWHERE = {
-    "docs/storage.md": "tests/test_storage.py",
-    "docs/from_raw_tables.md": "tests/test_from_raw_tables.py",
+    "docs/storage.md": "tests/storage/test_storage.py",
+    "docs/from_raw_tables.md": "tests/product/test_from_raw_tables.py",
 }
 FOLDERS = ("pretrain", "finetune", "configs", "hymate", "docs", "tests")
 SHELL = ("python3 -m venv .venv", ". .venv/bin/activate", "export RAY_AUTH_MODE=token")
