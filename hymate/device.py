@@ -28,7 +28,7 @@ INSTALL = "docs/gpu.md says how to install it"
 def choose(wanted: Wanted, *models: ModelConfig, workers: int = 1, cluster_gpus: int | None = None) -> torch.device:
     """The device for `models`; one GPU for each of the `workers` that train at the same time, or none at all.
 
-    wanted: "auto" takes GPUs where all of that is there, else the CPU; a warning tells of GPUs that are not used.
+    wanted: "auto" takes GPUs where all of that is there, else the CPU; a warning names GPUs that are not used.
     cluster_gpus: how many GPUs the Ray cluster has that computes; None: this machine computes.
 
     Raises UserError where "cuda" can't be had. Of a cluster that is not known: machines may still join it, and have

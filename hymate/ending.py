@@ -257,11 +257,11 @@ def _status(error: BaseException) -> int:
     if isinstance(error, UserError):
         print(f"error: {error}", file=sys.stderr)
         return 2
-    tell(error)
+    print_error(error)
     return 1
 
 
-def tell(error: BaseException, where: str = "") -> None:
+def print_error(error: BaseException, where: str = "") -> None:
     """Print one line for an error that is not a UserError, and keep its traceback in a file."""
     import traceback
 

@@ -228,7 +228,7 @@ def _failure(error: BaseException) -> dict[str, Any]:
 
 
 def _end(run: Location, identity: str, outcome: Mapping[str, Any]) -> None:
-    """Of the attempt with that id, if it is still there: the run may have been deleted and begun anew."""
+    """Of the attempt with that id, if it is still there: the run may have been deleted and started again."""
     record = read_record(run) or {"attempts": []}
     for attempt in record["attempts"]:
         if attempt.get("id") == identity:

@@ -27,7 +27,7 @@ from hymate.storage.paths import Location
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a model says of E examples for its T tasks; float32. log_days_ET: log(1 + days), NaN for tasks without."""
+    """A model's predictions for E examples and T tasks; float32. log_days_ET: log(1 + days), NaN for tasks without."""
 
     logit_ET: np.ndarray
     log_days_ET: np.ndarray
@@ -44,7 +44,7 @@ class Outputs:
 
     @property
     def days_ET(self) -> np.ndarray:
-        with np.errstate(over="ignore"):  # `check` tells of it
+        with np.errstate(over="ignore"):  # `check` raises
             return np.expm1(np.maximum(self.log_days_ET, 0))
 
     def check(self) -> None:
@@ -55,7 +55,7 @@ class Outputs:
 
 
 def score(model: RiskModel, rows: Rows, device: torch.device) -> Outputs:
-    """One pass over `rows`: what the model says of each of its examples, which must have the model's tasks.
+    """One pass over `rows`: predictions for each of its examples, which must have the model's tasks.
 
     Raises FloatingPointError when the model gives anything but finite numbers.
     """
@@ -73,8 +73,8 @@ def score(model: RiskModel, rows: Rows, device: torch.device) -> Outputs:
 
 
 def predict(bundle: Bundle, histories: Histories, examples: Examples, device: torch.device) -> tuple[Outputs, Rows]:
-    """What the bundle says of each example, which must have its tasks (see `Bundle.for_task`), and the rows that was
-    read from (with their share of unknown codes).
+    """Predictions for each example, which must have the bundle's tasks (see `Bundle.for_task`), and the rows they were
+    made from (with their fraction of unknown codes).
     """
     rows = Rows(
         histories,

@@ -100,7 +100,7 @@ def forecast_targets(batch: Batch, objective: ObjectiveConfig) -> Forecast:
 
     The K variables are the most frequent codes. What counts is strictly later than the anchor's time, up to and
     including `horizon_hours` on, within the same segment. Values are the paper family's forecasting objective (STraTS,
-    arXiv 2107.14293); what is measured at all tells how ill a patient is thought to be. Anchors are drawn from the
+    arXiv 2107.14293); what is measured at all shows how ill a patient is thought to be. Anchors are drawn from the
     events whose horizon is whole, where a segment has any.
     """
     device, K, P = batch.code_L.device, objective.forecast_variables, objective.forecast_points

@@ -188,7 +188,7 @@ def atomic_path(path: Location) -> Iterator[Path]:
         else:
             temporary = path.with_name(f".{path.name}.tmp")
             stack.callback(temporary.unlink, missing_ok=True)
-        with full_disk_told(path):
+        with naming_a_full_disk(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary.unlink(missing_ok=True)
             yield temporary
@@ -201,7 +201,7 @@ def atomic_path(path: Location) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def full_disk_told(path: Location) -> Iterator[None]:
+def naming_a_full_disk(path: Location) -> Iterator[None]:
     """UserError in place of the OSError that a full disk raises in the block, which writes `path`."""
     try:
         yield
@@ -216,7 +216,7 @@ def full_disk_told(path: Location) -> Iterator[None]:
 def require_room(folder: Location) -> None:
     """Raises UserError where the disk of a folder is full."""
     probe = folder / ".probe"
-    with full_disk_told(folder):
+    with naming_a_full_disk(folder):
         write_text(" " * (1 << 20), probe)
     probe.unlink()
 

@@ -87,7 +87,7 @@ class Whole(NamedTuple):
 
 
 def first_whole(kept: Iterable[tuple[Location, Mapping[str, Any]]]) -> Whole | None:
-    """The first of some checkpoints, each with its metrics, that is not damaged; tells of those that are."""
+    """The first of some checkpoints, each with its metrics, that is not damaged; warns of those that are."""
     for folder, metrics in kept:
         try:
             return Whole(folder, dict(metrics), read_verified_weights(folder))

@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 from pyarrow.fs import FileSelector, FileType
 
 from hymate.errors import UserError
-from hymate.storage.paths import Location, full_disk_told, local_copy, new_folder, remove_tree, write_text
+from hymate.storage.paths import Location, local_copy, naming_a_full_disk, new_folder, remove_tree, write_text
 from hymate.training import checkpoint
 from hymate.training.checkpoint import Damaged
 from hymate.training.loop import Worker, agreed, anyone
@@ -152,7 +152,7 @@ class Kept:
     def add(self, checkpoint_folder: Path, step: int) -> None:
         """Take a checkpoint over, whole or not at all, and remove those that are not kept any more."""
         target = self.folder / f"{STEP}{step:09d}"
-        with full_disk_told(target), new_folder(target, checkpoint.sums_name(0, 1)) as new:
+        with naming_a_full_disk(target), new_folder(target, checkpoint.sums_name(0, 1)) as new:
             for file in checkpoint_folder.iterdir():
                 shutil.move(file, new)
         for path, _ in self.best_first()[self.num_best :]:

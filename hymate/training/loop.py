@@ -491,7 +491,7 @@ class Meter:
 
 
 def _unclipped_norm(engine: Any) -> Tensor | None:
-    """Gradient norm without ZeRO, which DeepSpeed clips by but does not tell; None under ZeRO."""
+    """Gradient norm without ZeRO, which DeepSpeed clips by but does not return; None under ZeRO."""
     if engine.zero_optimization() or not engine.is_gradient_accumulation_boundary():
         return None
     gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]

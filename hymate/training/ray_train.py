@@ -17,7 +17,7 @@ from hymate import cluster, ending
 from hymate.device import CPU, decide, obstacle
 from hymate.errors import UserError
 from hymate.runs import absolute, check_same_run, read_record, recorded, run_folder, workers_started
-from hymate.storage.paths import Location, UrlPath, full_disk_told, remove_tree, require_folder
+from hymate.storage.paths import Location, UrlPath, naming_a_full_disk, remove_tree, require_folder
 from hymate.training import checkpoint, loop, pretraining
 from hymate.training.attempt import SUPERSEDED, Attempt
 from hymate.training.keeper import mend_list, newest_first, newest_whole
@@ -131,7 +131,7 @@ def train_worker(given: dict[str, Any]) -> dict[str, Any]:
     """
     config = build(PretrainConfig, given["config"])
     try:
-        with full_disk_told(run_folder(config.run)):
+        with naming_a_full_disk(run_folder(config.run)):
             return _train_worker(config, Attempt(run_folder(config.run), given["attempt"]))
     except Unrecoverable as error:
         return {"unrecoverable": str(error)}
@@ -162,7 +162,7 @@ def _train_worker(config: PretrainConfig, attempt: Attempt) -> dict[str, Any]:
     def send(checkpoint: train.Checkpoint, name: str) -> train.Checkpoint:
         folder = run_folder(config.run) / CHECKPOINTS / name
         try:
-            with full_disk_told(folder):
+            with naming_a_full_disk(folder):
                 sent = context.get_storage().persist_current_checkpoint(checkpoint, name)
             attempt.check()  # what is not reported does not count, and takes no other checkpoint's place
             return sent
@@ -234,7 +234,7 @@ def _explain(error: Any) -> NoReturn:
         raise cause
     if ending.asked():  # whoever ends a command may end its workers, too
         raise ending.Stopped from error
-    ending.tell(cause, "training failed: " if rank is None else f"training failed on worker {rank}: ")
+    ending.print_error(cause, "training failed: " if rank is None else f"training failed on worker {rank}: ")
     raise SystemExit(1) from cause
 
 

@@ -136,10 +136,10 @@ def _live(path: Location, console: Console, stop: threading.Event) -> None:
     columns = (SpinnerColumn(), BarColumn(24), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("starting workers", total=None)
-        told: set[str] = set()
+        printed: set[str] = set()
         while not stop.wait(_interval_s(path)):
             state = read_progress(path)
-            _tell(state, told, console)
+            _print_notes(state, printed, console)
             if state:
                 bar.update(task, completed=state["step"], total=state["max_steps"], description=describe(state))
 
@@ -148,11 +148,11 @@ def _printed(path: Location, console: Console, stop: threading.Event) -> None:
     console.print("starting workers")
     shown: dict[str, Any] = {}
     shown_at = time.monotonic()
-    told: set[str] = set()
+    printed: set[str] = set()
     while True:
         ending = stop.wait(_interval_s(path))
         state = read_progress(path)
-        _tell(state, told, console)
+        _print_notes(state, printed, console)
         evaluated = state.get("score") != shown.get("score")
         if state and state != shown and (ending or evaluated or time.monotonic() - shown_at >= PRINT_EVERY_S):
             console.print(describe(state), highlight=False, soft_wrap=True)
@@ -161,12 +161,12 @@ def _printed(path: Location, console: Console, stop: threading.Event) -> None:
             return
 
 
-def _tell(state: Mapping[str, Any], told: set[str], console: Console) -> None:
-    """Print the notes that have not been told yet."""
+def _print_notes(state: Mapping[str, Any], printed: set[str], console: Console) -> None:
+    """Print the notes that are new."""
     for note in state.get("notes", []):
-        if note not in told:
+        if note not in printed:
             console.print(note, highlight=False, markup=False, soft_wrap=True)
-            told.add(note)
+            printed.add(note)
 
 
 def describe(state: Mapping[str, Any]) -> str:

@@ -46,7 +46,7 @@ def stopped(body: str, *numbers: int, setup: str = "") -> tuple[int, str]:
 
 
 @pytest.mark.parametrize(
-    ("number", "name"), [(signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM"), (signal.SIGHUP, "the end of the")]
+    ("number", "name"), [(signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM"), (signal.SIGHUP, "a closed terminal")]
 )
 def test_a_signal_ends_a_command_in_a_line_with_the_status_that_shells_report(number: int, name: str) -> None:
     status, said = stopped(SAYS, number)
@@ -149,7 +149,7 @@ def test_a_command_that_has_nothing_to_save_ends_by_the_signal(save: str) -> Non
 def test_semaphores_of_a_pool_that_is_still_there_add_nothing_to_the_line() -> None:
     pool = "import multiprocessing\nkept = multiprocessing.get_context('spawn').Lock()"
     status, said = stopped(SAYS, signal.SIGINT, setup=pool)
-    assert (status, said) == (130, "stopped by Ctrl-C: the same command takes it up again\n")
+    assert (status, said) == (130, "stopped by Ctrl-C: the same command continues it\n")
 
 
 def test_signals_that_the_parent_ignores_stay_ignored() -> None:

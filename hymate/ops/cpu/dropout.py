@@ -37,7 +37,7 @@ def _mixed(x: Any, key: Any) -> Any:
 
 @njit(**OPTIONS)
 def _keys(seed: Any, unit: Any) -> Any:
-    """Two numbers that tell this unit of this call from every other."""
+    """Two numbers that no other unit and no other call has."""
     low, high, place = np.uint32(seed & 0xFFFFFFFF), np.uint32(seed >> 32), np.uint32(unit)
     return _mixed(place, low), _mixed(np.uint32(~place), high)
 

@@ -27,7 +27,7 @@ OPTIONS: dict[str, Any] = {
     "no_cpython_wrapper": True,
     "no_cfunc_wrapper": True,
 }
-INDEX = 0xFFFFFFFF  # as a mask, tells the compiler that an index is not negative and needs no wrap-around
+INDEX = 0xFFFFFFFF  # as a mask: the compiler then knows that an index is not negative and needs no wrap-around
 
 _inlined = njit(**OPTIONS)
 

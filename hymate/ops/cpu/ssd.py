@@ -228,7 +228,7 @@ def ssd_backward(unit, table, zero):
     group, for the caller to add up.
 
     With v the gradient of u, that of log(a_t) is the sum of dy y - u v over this and all later events: what leaves
-    the state from t on, less what enters it from t on. The sum starts anew from <S, dS> at the end of every chunk, for
+    the state from t on, less what enters it from t on. The sum starts again from <S, dS> at the end of every chunk, for
     over a long row it would gather rounding errors.
     """
     spans, runs = matrix(table, 0, 0), matrix(table, 1, 0)
