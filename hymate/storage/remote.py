@@ -91,7 +91,7 @@ def _patiently(name: str, operation: Callable[[], T]) -> T:
 
 
 class PatientFileSystem(fs.FileSystemHandler):
-    """pyarrow's filesystem of a URL, each operation done patiently. Pickles as the URL: each process connects for itself."""
+    """pyarrow's filesystem of a URL, which waits patiently. It pickles as the URL: each process connects for itself."""
 
     def __init__(self, root: str, options: str) -> None:
         self.root, self.options = root, options
