@@ -63,7 +63,7 @@ def test_the_rules_out_of_the_box_are_those_of_the_file() -> None:
         ({"codes": "(?=a)"}, "is not a regular expression"),
         ({"codes": "a", "when": "tomorrow"}, r"known\.rules\.r\.when must be one of stamp, end_of_day"),
         ({"codes": "a", "delay_hours": -1}, "delay_hours must be in"),
-        ({"codes": "a", "delay_hours": float("nan")}, "delay_hours must be in"),
+        ({"codes": "a", "delay_hours": float("nan")}, "delay_hours must be a finite number, got nan"),
         ({"codes": "a", "delay": 1}, r"known\.rules\.r\.delay is not a known key"),
     ],
 )
@@ -336,6 +336,7 @@ def risk_bundle(folder: Path, data: Path, known: KnownConfig | None) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_bundle_brings_its_rules_along(tmp_path: Path) -> None:
     raw = write_raw(tmp_path / "raw", ROWS)
     when = pa.array([int(2.6 * DAY), 40 * DAY], pa.timestamp("us"))
@@ -366,6 +367,7 @@ def test_a_bundle_brings_its_rules_along(tmp_path: Path) -> None:
             predicted(name, tmp_path / data)
 
 
+@pytest.mark.slow
 def test_kept_states_go_on_where_events_of_before_become_known(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -615,7 +615,7 @@ def test_a_full_disk_is_one_line_and_the_command_continues(tmp_path: Path, monke
             raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(pq, "write_table", full)
-    with pytest.raises(UserError, match="no space left to write it: free some and run the same command again"):
+    with pytest.raises(UserError, match="no space left to write it: free some and give the same command again"):
         prepare(config(raw, out))
     assert not list(out.rglob("*.tmp"))
     monkeypatch.undo()

@@ -137,6 +137,7 @@ def test_kept_states_go_on_with_the_new_events_alone(
     assert same(table, predicted(bundle, data, tmp_path, "context=all"))
 
 
+@pytest.mark.slow
 def test_earlier_prediction_times_leave_a_state_as_it_is(
     data: Path, yesterday: Path, bundle: Path, tmp_path: Path
 ) -> None:
@@ -151,6 +152,7 @@ def test_earlier_prediction_times_leave_a_state_as_it_is(
     assert kept(tmp_path / "states") == last
 
 
+@pytest.mark.slow
 def test_a_state_ahead_of_the_dataset_is_not_used(
     data: Path, yesterday: Path, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -193,6 +195,7 @@ def test_a_damaged_state_is_not_used(
     assert f"{SUBJECTS} known" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_state_of_events_that_have_changed_is_not_used(
     raw: Path, bundle: Path, yesterday: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -218,6 +221,7 @@ def test_a_state_of_events_that_have_changed_is_not_used(
     assert same(table, predicted(bundle, today, tmp_path, "context=all"))
 
 
+@pytest.mark.slow
 def test_states_are_for_their_owner_and_hold_no_pickle(data: Path, bundle: Path, tmp_path: Path) -> None:
     states = tmp_path / "new" / "states"
     predicted(bundle, data, tmp_path, "context=all", f"states={states}")
@@ -227,6 +231,7 @@ def test_states_are_for_their_owner_and_hold_no_pickle(data: Path, bundle: Path,
     assert set(json.loads((states / "states.json").read_text())) == {"format_version", "bundle"}
 
 
+@pytest.mark.slow
 def test_a_folder_belongs_to_one_bundle(data: Path, bundle: Path, tmp_path: Path) -> None:
     states = tmp_path / "states"
     predicted(bundle, data, tmp_path, "context=all", f"states={states}")

@@ -45,6 +45,7 @@ def test_activation_checkpointing_changes_no_bit_and_holds_less(name: str) -> No
     assert peaks[1] < 0.6 * peaks[0]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_compiling_changes_no_result_and_the_first_graphs_serve_all_rows() -> None:
     """Losses and gradients, also with checkpointing, by the backend that needs no compiler."""
@@ -70,6 +71,7 @@ def test_compiling_changes_no_result_and_the_first_graphs_serve_all_rows() -> No
         TrainConfig(compile=True, zero_stage=3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mixer", ["mamba1", "mamba2"])
 def test_bf16_is_for_the_products_alone(mixer: Literal["mamba1", "mamba2"]) -> None:
     """Under autocast: projections and MLPs in bf16; the residual stream, norms, the scan's own weights, sums over
