@@ -271,7 +271,7 @@ def find(config: Any, events: pl.DataFrame, start: str | None = None, kinds: Map
 
     start: what a label is about begins at the "trigger" (null where the prediction time is before it), or at the last
         event of a predicate up to the prediction time (null where there is none), or is unknown (None).
-    kinds: predicates that tell kinds of the label's event apart; where false, events at times of this kind make no
+    kinds: predicates that distinguish kinds of the label's event; where false, events at times of this kind make no
         label.
     """
     record, kinds = _Record(events), kinds or {}

@@ -233,7 +233,7 @@ def read_batches(path: Location, columns: Sequence[str], named: Location) -> Ite
 
 
 def unreadable(path: Location) -> DataError:
-    """What is said of a file where reading it raises UNREADABLE."""
+    """The error for a file whose reading raises UNREADABLE."""
     return DataError(f"{path}: not a readable Parquet file (truncated or damaged): fetch or write it again")
 
 

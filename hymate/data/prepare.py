@@ -248,7 +248,7 @@ def _write_index(out: Location, shards: Sequence[str], source: str, known: Known
 class Journal:
     """The finished (stage, shard) pairs of an unfinished preparation: a JSON line each, after one that names it.
 
-    At a URL, where nothing can be appended, it is written anew now and then and when a `with` block ends: what a kill
+    At a URL, where nothing can be appended, it is written again now and then and when a `with` block ends: what a kill
     loses of it is done again.
     """
 

@@ -124,7 +124,7 @@ class Explainer:
     def effects(self, case: Case, codes: Iterable[int]) -> dict[int, float]:
         """Code id -> the logit less that without the variable, for those of `codes` that the case has.
 
-        A variable that is all there is has no effect that could be told, and is left out.
+        A variable that is all there is has no effect that could be measured, and is left out.
         """
         shortened = {code: self.without(case, code) for code in set(codes).intersection(self.variables(case))}
         scored = {code: rest for code, rest in shortened.items() if len(rest.history)}
@@ -191,7 +191,7 @@ def _logits_on_the_way(
     """Logits (S,) with all embeddings at a share of their way from the baseline; where they are, and their ways.
 
     These of the "events" (L, D), of the "static" events (F, D), and where the pooling is over variables of what it is
-    told of the "variables" (G, M, D), whose baseline is an unknown code with no event.
+    known of the "variables" (G, M, D), whose baseline is an unknown code with no event.
     """
     points: dict[str, Tensor] = {}
     ways: dict[str, Tensor] = {}

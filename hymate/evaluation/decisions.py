@@ -110,7 +110,7 @@ def useful_range(
     label_N: ArrayLike, prob_N: ArrayLike, subject_N: ArrayLike, weight_N: ArrayLike | None = None
 ) -> list[float] | None:
     """The thresholds [low, high] between which acting on the model is better than acting on no one and than acting on
-    everyone, as far as one-sided tests tell; None where there are none.
+    everyone, as far as one-sided tests show; None where there are none.
 
     - First the AUROC must be above 1/2 (Mann & Whitney's test of ranks, at 2.5 %). So a model whose scores are
       independent of the labels is called useful in at most 2.5 % of cohorts, whatever follows.

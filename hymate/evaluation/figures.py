@@ -17,7 +17,7 @@ from sklearn.metrics import precision_recall_curve, roc_curve
 from hymate.evaluation.decisions import GRID, net_benefit
 from hymate.storage.paths import Location, atomic_path
 
-# Okabe & Ito 2008: told apart by all kinds of colour vision
+# Okabe & Ito 2008: distinct for all kinds of colour vision
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#6E6E6E"
 INCHES, DPI = (9.5, 8.2), 110
 REACHED = 0.01  # share of the probabilities that must reach a threshold for it to be drawn
@@ -188,11 +188,11 @@ def _draw_differences(axes: Axes, rows: Sequence[Mapping[str, Any]], reference: 
     others = [row for row in rows if row["name"] != reference]
     axes.axvline(0, color=GREY, linestyle=":")
     for shift, metric in ((-0.12, "auroc"), (0.12, "auprc")):
-        told = [(place + shift, row[metric]["difference"]) for place, row in enumerate(others)]
-        told = [(place, difference) for place, difference in told if difference["ci"] is not None]
-        if told:
-            y, middle = np.array([[place, difference["value"]] for place, difference in told]).T
-            low, high = np.array([difference["ci"] for _, difference in told]).T
+        drawn = [(place + shift, row[metric]["difference"]) for place, row in enumerate(others)]
+        drawn = [(place, difference) for place, difference in drawn if difference["ci"] is not None]
+        if drawn:
+            y, middle = np.array([[place, difference["value"]] for place, difference in drawn]).T
+            low, high = np.array([difference["ci"] for _, difference in drawn]).T
             arms = np.maximum(0, [middle - low, high - middle])  # of few patients the interval may lie beside it
             axes.errorbar(middle, y, xerr=arms, fmt="o", capsize=2, label=metric.upper())
     axes.set_yticks(range(len(others)), [row["name"].replace("_", " ") for row in others])

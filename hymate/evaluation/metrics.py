@@ -97,8 +97,8 @@ def wilson(value: float, n: float, z: float = Z) -> list[float]:
 
 
 def effective_patients(subject_N: ArrayLike, weight_N: ArrayLike | None = None) -> float:
-    """How many patients with equally many labels tell as much as these (Kish 1965): (sum m)^2 / sum m^2, where m is
-    the weight of all labels of a patient.
+    """How many patients with equally many labels carry as much information as these (Kish 1965): (sum m)^2 / sum
+    m^2, where m is the weight of all labels of a patient.
     """
     _, patient_N = np.unique(np.asarray(subject_N), return_inverse=True)
     weight_P = np.bincount(patient_N, weights(weight_N, patient_N))
@@ -266,7 +266,7 @@ def concordance(days_N: ArrayLike, predicted_N: ArrayLike, weight_N: ArrayLike |
 def day_scores(
     days_N: ArrayLike, predicted_N: ArrayLike, subject_N: ArrayLike, weight_N: ArrayLike | None = None
 ) -> dict[str, Any]:
-    """What a results table says of predicted days, as plain JSON values with 95 % intervals over patients.
+    """The row of a results table for predicted days, as plain JSON values with 95 % intervals over patients.
 
     "mae" is the mean absolute error in days; "mae_of_median" that of the best constant, the (weighted) median of
     days_N, which a model must beat to be of use.

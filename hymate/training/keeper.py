@@ -29,7 +29,7 @@ STEP = "step-"
 
 
 def mend_list(folder: Location, mode: str) -> None:
-    """Write Ray Train's list of a run's checkpoints anew where Ray could not go on from it; says so in a line.
+    """Rebuild Ray Train's list of a run's checkpoints where Ray could not continue from it; prints a line.
 
     Ray overwrites its list in place, so that a crash or a full disk can leave half of it; a checkpoint that it names
     may have been deleted; another version of Ray may not read it. All that it says is in the checkpoints, too.
@@ -70,7 +70,7 @@ def mend_list(folder: Location, mode: str) -> None:
 
 
 class _State(NamedTuple):
-    """What a checkpoint says of itself; score and evaluation are missing where a run was only stopped."""
+    """The state that a checkpoint holds; score and evaluation are missing where a run was only stopped."""
 
     folder: Location
     step: int
@@ -101,7 +101,7 @@ def newest_whole(
     """Local folder of the first of some checkpoints, the newest first, that is not damaged, and what is wrong with
     those before it; None where none is whole.
 
-    stored: names, and what makes each a local folder. Collective; tells of those that are passed over.
+    stored: names, and what makes each a local folder. Collective; prints which are passed over.
     """
     damages: list[str] = []
     for name, opened in stored:

@@ -355,7 +355,7 @@ def _run_all(config: BenchmarkConfig, waiting: Sequence[Run]) -> None:
         try:
             ray.get(done)
         except Exception as error:
-            # of a user's mistake or of what diverged a line is enough; of the rest Ray's traceback tells more
+            # one line is enough for a user's mistake or a run that diverged; for the rest Ray's traceback helps
             cause = error.cause if isinstance(error, RayTaskError) else None
             known = isinstance(cause, UserError | FloatingPointError)
             failure = failure or (UserError(str(cause)) if known else error)

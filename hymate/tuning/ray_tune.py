@@ -34,11 +34,11 @@ SETTINGS = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # it would end the search early and go on to the held-out split
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # we do
-    "RAY_AIR_NEW_OUTPUT": "0",  # its reporter prints even when told to be silent
+    "RAY_AIR_NEW_OUTPUT": "0",  # its reporter prints even when it should be silent
 }
 SILENCED = (
     "ray.tune.tune",  # it repeats that a trial failed, not why
-    "ray.tune.execution.experiment_state",  # of Tune's own record it tells with a traceback that the disk is full
+    "ray.tune.execution.experiment_state",  # prints a traceback for Tune's own record where the disk is full
 )
 SCORES = ("step", "mean", "auroc", "auprc", "concordance", "loss")
 SECONDS_BETWEEN_LINES = 15.0
@@ -202,7 +202,7 @@ class Progress(tune.Callback):
         self.metric, self.run_path, self.attempt = metric, run_path, attempt
         self.started = self.printed = time.monotonic()
         self.line = ""
-        self.told: set[str] = set()
+        self.shown: set[str] = set()
         self.failed: set[str] = set()
 
     def on_trial_result(self, iteration: int, trials: list[Trial], trial: Trial, result: dict, **info: Any) -> None:
@@ -265,7 +265,7 @@ class Progress(tune.Callback):
         if not state:
             return f"{_trial_name(trial)} starting"
         for note in state.get("notes", []):
-            if note not in self.told:
+            if note not in self.shown:
                 print(f"{_trial_name(trial)}: {note}", flush=True)
-                self.told.add(note)
+                self.shown.add(note)
         return f"{_trial_name(trial)} step {state['step']}/{state['max_steps']}"

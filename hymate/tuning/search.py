@@ -325,7 +325,7 @@ def _score_winner(
 def _score_task(
     config: TuneConfig, winner: Bundle, histories: Histories, task: LabelledTask, device: torch.device
 ) -> tuple[Bundle, dict[str, Any]]:
-    """The model with the task's head recalibrated, and what results.json says of the task.
+    """The model with the task's head recalibrated, and the task's part of results.json.
 
     Its predictions and its picture are in the run's folder.
     """

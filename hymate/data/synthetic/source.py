@@ -145,9 +145,9 @@ class SyntheticSource:
             }
             if farthest:
                 distance = discharges["driver_distance"].fill_null(farthest + 1).to_numpy()[chosen_N]
-                tells = not self.config.shuffled_labels
+                informs = not self.config.shuffled_labels
                 found["auroc_by_context"] = {
-                    c: _defined(roc_auc_score, label, tells & (distance <= c)) for c in _contexts(farthest)
+                    c: _defined(roc_auc_score, label, informs & (distance <= c)) for c in _contexts(farthest)
                 }
             return found
 
