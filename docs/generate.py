@@ -286,27 +286,42 @@ MARK = "<!-- from the docstrings: python docs/generate.py -->\n"
 
 
 def with_reference(page: str) -> str:
-    """The page with what follows MARK written again."""
+    """The page with what follows MARK written again: functions, then classes with their public methods."""
     before, _, _ = page.partition(MARK)
-    return before + MARK + "".join(_reference(name) for name in getattr(hymate, "__all__", []))
+    things = {name: getattr(hymate, name) for name in getattr(hymate, "__all__", [])}
+    ordered = sorted(things, key=lambda name: inspect.isclass(things[name]))
+    return before + MARK + "".join(_reference(name, things[name]) for name in ordered)
 
 
-def _reference(name: str) -> str:
-    thing = getattr(hymate, name)
-    parts = [_described(f"hymate.{name}", thing, "###")]
-    if inspect.isclass(thing):
-        public = [each for each in vars(thing) if not each.startswith("_") and callable(getattr(thing, each))]
-        parts += [_described(f"{name}.{each}", getattr(thing, each), "####") for each in public]
-    return "".join(parts)
+def _reference(name: str, thing: Any) -> str:
+    if not inspect.isclass(thing):
+        return _described("###", f"hymate.{name}", thing)
+    methods = {each: what for each, what in vars(thing).items() if inspect.isfunction(what) and each[0] != "_"}
+    parts = [_described("####", f"{name}.{each}", what) for each, what in methods.items()]
+    return f"\n### hymate.{name}\n\n{_as_list(inspect.getdoc(thing) or '')}\n" + "".join(parts)
 
 
-def _described(name: str, thing: Any, heading: str) -> str:
-    try:
-        signature = str(inspect.signature(thing))
-    except (TypeError, ValueError):
-        signature = ""
-    text = inspect.getdoc(thing) or ""
-    return f"\n{heading} {name}\n\n```text\n{name}{signature}\n```\n\n{text}\n"
+def _described(heading: str, name: str, function: Any) -> str:
+    signature = re.sub(r"(: |-> )'([^']+)'", r"\1\2", str(inspect.signature(function)).replace("(self, ", "("))
+    return f"\n{heading} {name}\n\n```text\n{name}{signature}\n```\n\n{_as_list(inspect.getdoc(function) or '')}\n"
+
+
+def _as_list(docstring: str) -> str:
+    """A docstring with its entries `name: text` as a list.
+
+    >>> print(_as_list("A model.\\n\\nat: a time,\\n    in UTC.\\ndays: or not."))
+    A model.
+    <BLANKLINE>
+    - **at**: a time,
+      in UTC.
+    - **days**: or not.
+    """
+    lines, may_begin = [], False  # an entry follows an empty line or another entry
+    for line in docstring.splitlines():
+        entry = re.match(r"(\w+): ", line) if may_begin else None
+        may_begin = not line or entry is not None or (may_begin and line.startswith("    "))
+        lines.append(f"- **{entry[1]}**: {line[entry.end() :]}" if entry else re.sub(r"^ {4}(?=\S)", "  ", line))
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
