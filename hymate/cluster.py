@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib
 import logging
 import os
 import secrets
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
+import hymate
 from hymate import ending
 from hymate.config import TrainConfig
 from hymate.device import Wanted, num_gpus
 from hymate.errors import UserError
 from hymate.machine import available_cpus
 
+PACKAGE = Path(hymate.__file__).resolve().parent
 SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.3",  # how soon a written checkpoint counts
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # it only logs that it cannot start
@@ -101,8 +105,11 @@ def ray_session(train: TrainConfig, device: Wanted) -> Iterator[None]:
         return
     ray._private.utils.set_sigterm_handler = lambda handler: None  # Ray's would take the place of `ending`'s
     # Ray sets the number of threads for some kinds of processes only; more threads than CPUs stall each other
-    threads = {"env_vars": {"OMP_NUM_THREADS": str(train.cpus_per_worker)}}
-    quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "runtime_env": threads}
+    workers: dict[str, Any] = {"env_vars": {"OMP_NUM_THREADS": str(train.cpus_per_worker)}}
+    workers["worker_process_setup_hook"] = _take_code()
+    if address:
+        workers |= {"py_modules": [str(PACKAGE)], "excludes": ["**/__pycache__"]}
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "runtime_env": workers}
     with nullcontext("") if address else ray_folder() as folder:
         try:
             if address:
@@ -123,6 +130,30 @@ def ray_session(train: TrainConfig, device: Wanted) -> Iterator[None]:
         finally:
             ray.shutdown()
             ending.take_back()
+
+
+def _take_code() -> Callable[[], None]:
+    """What each of Ray's workers does first: import the HyMaTE that the driver has.
+
+    By themselves they would take what is in the driver's current folder or installed. Where the driver has its own they
+    find the same, or else what Ray has sent them; it is the second choice because Numba's compiled loops are not there.
+    Both functions are local to this one, for Ray sends such functions whole. Others it would have them import.
+    """
+
+    def digest() -> str:
+        files = sorted(PACKAGE.rglob("*.py"))
+        parts = [f"{file} {hashlib.sha256(file.read_bytes()).hexdigest()}\n" for file in files]
+        return hashlib.sha256("".join(parts).encode()).hexdigest()
+
+    the_drivers = digest()
+
+    def take() -> None:
+        first = [str(PACKAGE.parent)] if digest() == the_drivers else []
+        sys.path[:0] = first
+        importlib.import_module("hymate")
+        del sys.path[: len(first)]
+
+    return take
 
 
 def has_workers() -> bool:
