@@ -8,18 +8,21 @@ TUNE_STEPS ?= 400
 QUICK ?=
 BIN = $(VENV)/bin
 PY = $(BIN)/python
+# the versions that the suite last passed with; CONSTRAINTS=/dev/null for the newest that pyproject.toml takes
+CONSTRAINTS ?= constraints.txt
+PIP = $(BIN)/pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) $(PIP_ARGS)
 
 # a virtual environment where there is one; a machine with a GPU may have its own Python with torch, and no internet
 ANY_PY = $(if $(wildcard $(PY)),$(PY),$(PYTHON))
 
 GPU_PYTHON ?= 3.12
 
-.PHONY: demo check test test-gpu kernels wheels test-faults bench docs figures clean
+.PHONY: demo check test constraints test-gpu kernels wheels test-faults bench docs figures clean
 
-$(VENV)/.installed: pyproject.toml
+$(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_ARGS) "torch>=2.6,<2.14"
-	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_ARGS) --editable ".[dev]"
+	$(PIP) "torch>=2.6,<2.14"
+	$(PIP) --editable ".[dev]"
 	$(PY) -m hymate.ops.cpu.precompile
 	@touch $@
 
@@ -48,6 +51,10 @@ test: $(VENV)/.installed
 	$(BIN)/mypy
 	$(PY) -m pytest -q
 
+# after a `make test CONSTRAINTS=/dev/null` that passed in a fresh environment
+constraints: $(VENV)/.installed
+	$(BIN)/pip freeze --exclude-editable | sed 's/+cpu$$//' > constraints.txt
+
 # what needs a CUDA device; installs nothing and needs no Ray. Only the files that have such tests are imported.
 # MAMBA_DETERMINISTIC: one variant of each kernel, for trying all of them takes minutes for every new shape
 test-gpu:
@@ -56,8 +63,8 @@ test-gpu:
 
 # mamba-ssm's Triton kernels (1 GB), which the tests then run on the CPU, in Triton's interpreter
 kernels: $(VENV)/.installed
-	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_ARGS) triton einops packaging setuptools wheel ninja
-	MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE $(BIN)/pip install --quiet --disable-pip-version-check $(PIP_ARGS) \
+	$(PIP) --editable ".[kernels]" packaging setuptools wheel ninja
+	MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE $(PIP) \
 		--no-deps --no-build-isolation mamba-ssm==2.3.2.post1
 
 # what a machine with a GPU and without internet may lack, for its Python; of mamba-ssm all but the compiled part
@@ -73,7 +80,7 @@ test-faults: $(VENV)/.installed
 
 # the speed of mixers, encoders, streaming, loading and training, and the curve over context; QUICK=--quick for a first look
 bench: $(VENV)/.installed
-	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_ARGS) --editable ".[bench]"
+	$(PIP) --editable ".[bench]"
 	$(PY) tests/benchmarks/mixers.py $(QUICK)
 	$(PY) tests/benchmarks/peers.py $(QUICK)
 	$(PY) tests/benchmarks/length.py $(QUICK)
