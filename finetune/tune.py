@@ -8,15 +8,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # Ray's workers import hymate by the driver's path
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout that is not installed
 
-from hymate import ending
-
-if __name__ == "__main__":
-    ending.watch()  # the imports take seconds
-
-from hymate.command import main
-from hymate.tuning.search import TuneConfig, search
+from hymate import scripts
 
 if __name__ == "__main__":
-    main("tune", TuneConfig, search)
+    scripts.command("tune")

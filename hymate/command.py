@@ -30,13 +30,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from hymate import ending, machine
 from hymate.config import TaskConfig
-from hymate.errors import ConfigError
+from hymate.errors import ConfigError, first_line
 from hymate.places import CREDENTIAL, CREDENTIAL_REFUSED, UNPRINTABLE
-from hymate.runs import COMMAND_LINE, RECORD, read_record
+from hymate.runs import COMMAND_LINE, CONFIGS, RECORD, read_record
 from hymate.storage.paths import locate
-from hymate.trees import build, flattened, unknown_key
+from hymate.trees import build, flattened, parse_yaml, unknown_key
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 T = TypeVar("T")
 _CREDENTIAL_NAME = re.compile(
     r"(^|_)(password|passwd|secret|token|credentials?|access_key|api_key)($|_)", re.IGNORECASE
@@ -47,7 +46,7 @@ _INSTEAD = {  # of Hydra's options, what does here what they do there
     **dict.fromkeys(("cfg", "c", "info", "i", "resolve", "package", "p", "hydra-help", "version"), _HELP),
     **dict.fromkeys(
         ("config-dir", "cd", "config-path", "cp", "config-name", "cn"),
-        "configurations are files of configs/, chosen as group=file; --repeat RUN_FOLDER, first, takes a run's",
+        "a file of configs/ is chosen as group=file; --config-dir DIR, first and without --repeat, adds files of yours",
     ),
     **dict.fromkeys(("run", "r"), "leave it out, a command runs"),
     "experimental-rerun": "--repeat RUN_FOLDER, first, repeats a run",
@@ -62,10 +61,12 @@ def load(config_name: str, overrides: Sequence[str], schema: type[T]) -> T:
     """Compose `configs/<config_name>.yaml` with Hydra overrides into `schema`.
 
     With `--repeat RUN_FOLDER` before the overrides, these change the configuration that the folder's run.json holds.
-    Raises ConfigError (one line) for anything wrong in either.
+    With `--config-dir DIR` before them, a group has the files of DIR's folder of that name as well.
+    Raises ConfigError (one line) for anything wrong in any of them.
     """
     repeated = overrides[1:2] if overrides[:1] == ["--repeat"] else None
-    if repeated is not None:
+    folders = _folders(overrides)
+    if repeated is not None or len(folders) > 1:
         overrides = overrides[2:]
     try:
         GlobalHydra.instance().clear()
@@ -77,13 +78,14 @@ def load(config_name: str, overrides: Sequence[str], schema: type[T]) -> T:
             overrides = [_for_hydra(override, schema) for override in overrides]
             return build(schema, _changed(_recorded(config_name, *repeated), overrides))
         overrides = [
-            override if _chooses_file(override) else _for_hydra(override, schema)
+            override if _chooses_file(override, folders) else _for_hydra(override, schema)
             for override in _each_task_by_name(overrides)
         ]
         if "~task" in overrides and typing.get_type_hints(schema).get("task") is TaskConfig:
             raise ConfigError("task=[...] names several tasks, but this command takes one: give task=NAME")
         with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            composed = compose(config_name, overrides=overrides)
+            own = ", ".join(_quoted(f"file://{folder}") for folder in folders[1:])
+            composed = compose(config_name, overrides=[*overrides, f"hydra.searchpath=[{own}]"])
         missing = sorted(OmegaConf.missing_keys(composed))
         if missing:
             raise ConfigError(f"{missing[0]} is required: add {missing[0]}=VALUE to the command")
@@ -93,6 +95,29 @@ def load(config_name: str, overrides: Sequence[str], schema: type[T]) -> T:
     for key, value in flattened(typing.cast("dict[str, Any]", tree)).items():
         _refuse_credentials(key, str(value))
     return build(schema, typing.cast("dict[str, Any]", tree))
+
+
+def _folders(arguments: Sequence[str]) -> list[Path]:
+    """Where the configuration files are: in `configs/` and in the folder that `--config-dir`, first, names.
+
+    Raises ConfigError where that is no folder, or one of its files is not YAML or has the name of one of ours.
+    """
+    if arguments[:1] != ["--config-dir"]:
+        return [CONFIGS]
+    own = Path(*arguments[1:2]).absolute()
+    if len(arguments) < 2 or not own.is_dir():
+        raise ConfigError(f"--config-dir {' '.join(arguments[1:2]) or 'DIR'}: there is no such folder")
+    for file in sorted(own.rglob("*.yaml")):
+        name = file.relative_to(own)
+        if (CONFIGS / name).exists():
+            raise ConfigError(f"{file}: HyMaTE itself has a {name.with_suffix('')}: rename the file")
+        try:
+            tree = parse_yaml(file.read_text())
+        except (ValueError, OSError) as error:
+            raise ConfigError(f"{file} is not readable as YAML ({first_line(error)})") from error
+        if not isinstance(tree, dict):
+            raise ConfigError(f"{file}: write keys and values into it, each as key: value")
+    return [CONFIGS, own]
 
 
 def _recorded(config_name: str, run: str = "") -> dict[str, Any]:
@@ -149,13 +174,13 @@ def _refuse_options(override: str, schema: type) -> None:
         )
 
 
-def _chooses_file(override: str) -> bool:
-    """Whether an override is about a group of `configs/`. Raises ConfigError where the group has no such file."""
+def _chooses_file(override: str, folders: Sequence[Path]) -> bool:
+    """Whether an override is about a group of the folders. Raises ConfigError where the group has no such file."""
     key, equals, value = override.partition("=")
     group = key.lstrip("+~").partition("@")[0]
-    if group not in {folder.name for folder in CONFIGS.iterdir() if folder.is_dir()}:
+    files = _groups(folders).get(group)
+    if files is None:
         return False
-    files = sorted(file.stem for file in (CONFIGS / group).glob("*.yaml"))
     names = re.split(r"\s*,\s*", value.removeprefix("[").removesuffix("]"))
     for name in names:
         if equals and name.lower() != "null" and name not in files:
@@ -166,6 +191,13 @@ def _chooses_file(override: str) -> bool:
     if len(names) > 1:
         raise ConfigError(f"{override}: {group} takes one of them: give {group}={names[0]}")
     return True
+
+
+def _groups(folders: Sequence[Path]) -> dict[str, list[str]]:
+    """The names of each group's files."""
+    files = [file for folder in folders for file in folder.glob("*/*.yaml")]
+    groups = sorted({file.parent.name for file in files})
+    return {group: sorted(file.stem for file in files if file.parent.name == group) for group in groups}
 
 
 def _for_hydra(override: str, schema: type) -> str:
@@ -273,22 +305,19 @@ def main(config_name: str, schema: type[T], run: Callable[[T], object], argv: Se
     argv = list(sys.argv[1:] if argv is None else argv)
     with ending.command():
         if "--help" in argv or "-h" in argv:
-            print(_help(config_name))
+            print(_help(config_name, _folders(argv)))
             return
         COMMAND_LINE.set(tuple(argv))
         machine.settle()
         run(load(config_name, argv, schema))
 
 
-def _help(config_name: str) -> str:
-    groups = "\n".join(
-        f"  {folder.name}: {', '.join(sorted(p.stem for p in folder.glob('*.yaml')))}"
-        for folder in sorted(CONFIGS.iterdir())
-        if folder.is_dir()
-    )
+def _help(config_name: str, folders: Sequence[Path]) -> str:
+    groups = "\n".join(f"  {group}: {', '.join(files)}" for group, files in _groups(folders).items())
     text = (CONFIGS / f"{config_name}.yaml").read_text()
     usage = "Override any key as key=value, choose a group's file as group=file."
     usage += "\n--repeat RUN_FOLDER first: that run's configuration instead of what is below, with single keys changed."
+    usage += "\n--config-dir DIR first: your own files as well, such as DIR/model/mine.yaml for model=mine."
     return f"{usage}\n\nGroups:\n{groups}\n\n{text}"
 
 

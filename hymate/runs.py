@@ -44,7 +44,10 @@ from hymate.trees import flattened, to_tree
 RECORD = "run.json"
 COMMAND_LINE: ContextVar[tuple[str, ...]] = ContextVar("what the user gave the command", default=())
 T = TypeVar("T")
-ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = Path(__file__).resolve().parent
+ROOT = PACKAGE.parent
+# inside the package where that was installed from a wheel, beside it in a checkout
+CONFIGS = next((folder for folder in [PACKAGE / "configs"] if folder.is_dir()), ROOT / "configs")
 # fmt: off
 PACKAGES = (
     "torch", "deepspeed", "ray", "pyarrow", "numpy", "numba", "scipy", "polars", "scikit-learn", "safetensors",
@@ -173,15 +176,22 @@ def workers_started(run: Location, step: int, num_workers: int, num_nodes: int) 
 
 def code() -> dict[str, Any]:
     """Which code this is: version, digest of the sources and, in a checkout, commit and whether it was changed."""
-    digest = hashlib.sha256()
-    for path in sorted([*ROOT.glob("hymate/**/*.py"), *ROOT.glob("configs/**/*.yaml")]):
-        digest.update(f"{path.relative_to(ROOT)} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
-    found: dict[str, Any] = {"version": hymate.__version__, "sources_sha256": digest.hexdigest()}
+    found: dict[str, Any] = {"version": hymate.__version__, "sources_sha256": sources_sha256()}
     commit = _output("git", "-C", str(ROOT), "rev-parse", "HEAD") if (ROOT / ".git").exists() else None
     if commit is not None:
         changes = _output("git", "-C", str(ROOT), "status", "--porcelain", "--", "hymate", "configs")
         found |= {"commit": commit, "changed": changes != ""}
     return found
+
+
+def sources_sha256() -> str:
+    """The digest of the sources and configurations, the same from a wheel as from the checkout that it was built of."""
+    digest = hashlib.sha256()
+    for folder, kind in ((CONFIGS, "yaml"), (PACKAGE, "py")):
+        for path in sorted(folder.rglob(f"*.{kind}")):
+            name = f"{folder.name}/{path.relative_to(folder)}"
+            digest.update(f"{name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    return digest.hexdigest()
 
 
 def environment() -> dict[str, Any]:

@@ -10,14 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout that is not installed
 
-from hymate import ending
+from hymate import scripts
 
 if __name__ == "__main__":
-    ending.watch()  # the imports take seconds
-
-from hymate.command import main
-from hymate.training.pretraining import PretrainConfig
-from hymate.training.ray_train import pretrain
-
-if __name__ == "__main__":
-    main("pretrain", PretrainConfig, pretrain)
+    scripts.command("pretrain")

@@ -267,7 +267,10 @@ def test_numbers_lists_and_dictionaries_are_read_as_such() -> None:
         ("--multirun", r"--multirun is not an option: .*finetune/tune\.py searches"),
         ("-m", "-m is not an option"),
         ("--cfg", "--cfg is not an option: --help lists the settings"),
-        ("--config-dir=/tmp", "--config-dir is not an option: configurations are files of configs/"),
+        (
+            "--config-dir=/tmp",
+            "--config-dir is not an option: .* --config-dir DIR, first and without --repeat, ",
+        ),
         ("-cn", "-cn is not an option"),
         ("--experimental-rerun", "--experimental-rerun is not an option: --repeat RUN_FOLDER"),
         ("--repeat", "--repeat is not an option: give it first"),
@@ -278,6 +281,53 @@ def test_what_cannot_be_taken_is_one_line_that_names_it(override: str, message: 
     with pytest.raises(ConfigError, match=r"^[^\n]*$") as caught:
         tune_config("task=mortality", override)
     assert re.search(message, str(caught.value)), str(caught.value)
+
+
+def own_configs(folder: Path, text: str, name: str = "model/mine.yaml") -> str:
+    (folder / name).parent.mkdir(parents=True)
+    (folder / name).write_bytes(text.encode("latin-1"))
+    return str(folder)
+
+
+@pytest.mark.parametrize("name", ["own", "a b", "a,b", "it's", 'a"b', "[x]", "a=b"])
+def test_a_folder_of_ones_own_adds_files(name: str, tmp_path: Path) -> None:
+    own = own_configs(tmp_path / name, "defaults: [_base]\nd_model: 48\nlayers: MA\nnum_heads: 2\n")
+    config = load("pretrain", ["--config-dir", own, PATH, "model=mine", "model.d_state=24"], PretrainConfig)
+    plain = pretrain_config("model.d_model=48", "model.layers=MA", "model.num_heads=2", "model.d_state=24")
+    assert config == plain
+    assert load("pretrain", ["--config-dir", own, PATH], PretrainConfig) == pretrain_config()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        (
+            "model/other.yaml",
+            "{}",
+            r"^model=mine: there is no model/mine: choose from base, debug, large, other, ",
+        ),
+        ("own/mine.yaml", "{}", r"^model=mine: there is no model/mine: choose from base, "),
+        ("model/small.yaml", "", r"/own/model/small\.yaml: HyMaTE itself has a model/small: rename the file$"),
+        ("pretrain.yaml", "", r"/own/pretrain\.yaml: HyMaTE itself has a pretrain: rename the file$"),
+        ("model/mine.yaml", "d_modle: 48\n", r"^model\.d_modle is not a known key: did you mean model\.d_model\?$"),
+        ("model/mine.yaml", "defaults: [_bsae]\n", "model/_bsae"),
+        ("model/mine.yaml", "d_model: [48\n", r"own/model/mine\.yaml is not readable as YAML \(.*\)$"),
+        ("model/mine.yaml", "- 48\n", r"own/model/mine\.yaml: write keys and values"),
+        ("model/mine.yaml", "d_model: \xff\n", r"own/model/mine\.yaml is not readable as YAML \(.*\)$"),
+        ("model/mine.yaml", "d_model: ${nothing}\n", "nothing"),
+    ],
+)
+def test_what_is_wrong_in_ones_own_folder_is_one_line(name: str, text: str, message: str, tmp_path: Path) -> None:
+    own = own_configs(tmp_path / "own", text, name)
+    with pytest.raises(ConfigError, match=r"^[^\n]*$") as caught:
+        load("pretrain", ["--config-dir", own, PATH, "model=mine"], PretrainConfig)
+    assert re.search(message, str(caught.value)), str(caught.value)
+
+
+@pytest.mark.parametrize("given", [[], ["nowhere"]])
+def test_a_folder_of_ones_own_that_is_not_there_is_named(given: list[str]) -> None:
+    with pytest.raises(ConfigError, match=r"^--config-dir (DIR|nowhere): there is no such folder$"):
+        load("pretrain", ["--config-dir", *given], PretrainConfig)
 
 
 def test_a_command_without_runs_names_its_own_key() -> None:

@@ -25,7 +25,7 @@ FLOORS = (
     ("training",),
     ("evaluation",),
     ("tuning",),
-    ("plan", "predict", "explain", "baselines"),
+    ("plan", "predict", "explain", "baselines", "scripts"),
 )
 ROOMS = [room for floor in FLOORS for room in floor]
 # What a library may be imported by; where a name is not here, everyone may.

@@ -1,0 +1,29 @@
+"""What the commands `hymate-NAME` call, which a wheel brings, and the scripts of a checkout."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from pathlib import Path
+
+from hymate import ending
+
+COMMANDS = {  # name: the module, the configuration that it has, and what runs it
+    "prepare": ("hymate.data.prepare", "PrepareConfig", "prepare"),
+    "pretrain": ("hymate.training.ray_train", "PretrainConfig", "pretrain"),
+    "tune": ("hymate.tuning.search", "TuneConfig", "search"),
+    "benchmark": ("hymate.tuning.benchmark", "BenchmarkConfig", "benchmark"),
+    "predict": ("hymate.predict", "PredictConfig", "run"),
+    "explain": ("hymate.explain", "ExplainConfig", "run"),
+    "baselines": ("hymate.baselines", "BaselinesConfig", "run"),
+    "plan": ("hymate.plan", "PlanConfig", "plan"),
+}
+
+
+def command(name: str | None = None) -> None:
+    """Run the command with that name; without one, the command hymate-NAME that Python was started by."""
+    ending.watch()  # the imports take seconds
+    name = name or Path(sys.argv[0]).stem.removeprefix("hymate-")
+    module, schema, run = COMMANDS[name]
+    loaded = import_module(module)
+    import_module("hymate.command").main(name, getattr(loaded, schema), getattr(loaded, run))
