@@ -24,6 +24,7 @@ from commands import ROOT, Command, documented, pages
 from small_cohort import write_meds
 from test_floors import FLOORS
 
+from hymate.command import load
 from hymate.evaluation.metrics import auroc
 from hymate.inference.bundle import read_bundle
 
@@ -136,6 +137,26 @@ def test_no_command_hides_in_the_text() -> None:
         assert not hidden, f"{page}: put {hidden} into a block"
 
 
+def test_the_settings_of_every_command_are_taken() -> None:
+    """The quick half of `test_documented_commands_run`: a misspelt key or file is found before anything runs."""
+    made = generate()
+    schemas = {_script(made._usage(name)): (name, schema) for name, schema in made.COMMANDS.items()}
+    taken = 0
+    for page in pages():
+        for line in (command.line for command in documented(page) if command.line.startswith("python ")):
+            if _script(line) in schemas and "--repeat" not in line:
+                _, _, settings = line.partition(_script(line))
+                load(schemas[_script(line)][0], shlex.split(settings), schemas[_script(line)][1])
+                taken += 1
+    assert taken >= 20
+
+
+def _script(line: str) -> str:
+    """What a command line runs: a script, or a module."""
+    words = line.split()
+    return words[2] if words[1] == "-m" else words[1]
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder that looks like the repository, with the raw data that the pages' placeholders stand for."""
@@ -189,8 +210,7 @@ def _words(command: Command) -> list[str] | None:
         case "tensorboard":
             return [str(Path(sys.executable).with_name("tensorboard")), "--inspect", *words[1:]]
         case "python":
-            script = words[2] if words[1] == "-m" else words[1]
-            return [sys.executable, *words[1:], *shlex.split(SMALL.get(script, ""))]
+            return [sys.executable, *words[1:], *shlex.split(SMALL.get(_script(command.line), ""))]
     raise AssertionError(f"no test knows how to run: {command.line}")
 
 
