@@ -71,8 +71,8 @@ INTRODUCTION = """\
 missing path ends the command in one line before any work starts. `--help` prints a command's keys in the terminal.
 `--repeat RUN_FOLDER`, given first, takes the configuration of an earlier run, of which single keys can be changed.
 
-`--config-dir DIR`, given first, adds files of yours: `DIR/model/mine.yaml`, which begins with `defaults: [_base]`, is then
-`model=mine`. A file with the name of one of ours is refused.
+`--config-dir DIR`, given first, adds files of yours: `DIR/model/mine.yaml`, which begins with `defaults: [_base]`, is
+then `model=mine`. A file with the name of one of ours is refused.
 
 Text (a path, a name, a choice) is taken as you type it. Lists and dictionaries need quotes around the whole setting:
 `'report.subgroups=["^RACE//"]'`.

@@ -161,7 +161,7 @@ def _script(line: str) -> str:
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder that looks like the repository, with the raw data that the pages' placeholders stand for."""
     folder = tmp_path_factory.mktemp("docs")
-    for name in (*FOLDERS, "Makefile", "mkdocs.yml", "pyproject.toml"):
+    for name in (*FOLDERS, "Makefile", "mkdocs.yml", "pyproject.toml", "constraints.txt"):
         (folder / name).symlink_to(ROOT / name)
     write_challenge(folder / "RAW_DIR", num_stays=120)
     write_meds(folder / "MEDS_DIR")
