@@ -1,4 +1,4 @@
-"""Shared fixtures: where real data is, and a clean process-wide state."""
+"""Shared fixtures: data, and a clean process-wide state."""
 
 from __future__ import annotations
 
@@ -33,6 +33,21 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("no real data: set HYMATE_SHARED_DATA to a folder with physionet2012/ and mimic_iv_demo_meds/")
     return folder
+
+
+@pytest.fixture(scope="session")
+def small_data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The small cohort, prepared. To be read: what writes into it takes a copy."""
+    from small_cohort import prepare_small  # a machine with a GPU may lack what this imports
+
+    folder = prepare_small(tmp_path_factory.mktemp("small"))
+    before = _contents(folder)
+    yield folder
+    assert _contents(folder) == before, "a test wrote into the data of all"
+
+
+def _contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.fixture

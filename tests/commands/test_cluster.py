@@ -25,7 +25,6 @@ from kuberay import SCHEMAS
 from packaging.requirements import Requirement
 from packaging.version import Version
 from ray.autoscaler._private.util import prepare_config, validate_config
-from small_cohort import prepare_small
 
 from hymate.command import load
 from hymate.inference.bundle import read_bundle
@@ -257,11 +256,11 @@ esac
 
 
 @pytest.fixture
-def slurm_job(tmp_path: Path) -> Iterator[tuple[list[str], dict[str, str], Path]]:
+def slurm_job(small_data: Path, tmp_path: Path) -> Iterator[tuple[list[str], dict[str, str], Path]]:
     """A job's command, environment and folder on two machines, which are both this one; srun, squeue
     and scontrol are not Slurm's.
     """
-    data, job, tools = prepare_small(tmp_path / "cohort"), str(os.getpid()), tmp_path / "tools"
+    job, tools = str(os.getpid()), tmp_path / "tools"
     folder = tmp_path / "checkout"
     for name in ("pretrain", "configs", "hymate"):
         (folder / name).parent.mkdir(exist_ok=True)
@@ -284,7 +283,7 @@ def slurm_job(tmp_path: Path) -> Iterator[tuple[list[str], dict[str, str], Path]
         "train.warmup_steps=1",
         "train.eval_every=3",
         "train.log_every=1",
-        f"data.path={data}",
+        f"data.path={small_data}",
         f"run.dir={tmp_path}/runs",
     ]
     yield ["bash", str(CLUSTER / "slurm.sh"), *sizes], environment, folder

@@ -11,17 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 from commands import ROOT
-from small_cohort import prepare_small
+from small_models import vocabulary_of, write_risk_bundle
 
 from hymate import device, explain, predict
 from hymate.command import load
-from hymate.config import DataConfig, ModelConfig
-from hymate.data.vocabulary import Vocabulary
+from hymate.config import ModelConfig
 from hymate.device import Wanted, choose
 from hymate.errors import ConfigError, UserError
 from hymate.explain import ExplainConfig
-from hymate.inference.bundle import write_bundle
-from hymate.model.encoder import RiskModel
 from hymate.plan import PlanConfig
 from hymate.predict import PredictConfig
 from hymate.training.pretraining import PretrainConfig
@@ -166,20 +163,8 @@ def test_nothing_else_asks_pytorch_for_gpus() -> None:
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return prepare_small(tmp_path_factory.mktemp("cohort"))
-
-
-@pytest.fixture(scope="module")
-def bundle(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    vocabulary = Vocabulary.read(data / "histories" / "vocabulary.parquet")
-    torch.manual_seed(0)
-    model = ModelConfig(d_model=16, layers="MA", d_state=8, headdim=8, num_heads=2, window=8, num_queries=2)
-    state = RiskModel(model, vocabulary.size, ["readmission"]).state_dict()
-    limits = DataConfig(str(data), context=24, tokens_per_row=128, min_count=1)
-    folder = tmp_path_factory.mktemp("risk") / "bundle"
-    write_bundle(folder, state, kind="risk", model=model, data=limits, vocabulary=vocabulary, tasks=["readmission"])
-    return folder
+def bundle(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_risk_bundle(tmp_path_factory.mktemp("risk") / "bundle", vocabulary_of(small_data), context=24)
 
 
 def given(bundle: Path, data: Path, out: Path, *overrides: str) -> list[str]:
@@ -189,12 +174,17 @@ def given(bundle: Path, data: Path, out: Path, *overrides: str) -> list[str]:
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("overrides", [[], ["context=all", "states=STATES"]])
 def test_predictions_come_from_the_cpu_where_a_gpu_lacks_its_kernels(
-    machine: Machine, data: Path, bundle: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, overrides: list[str]
+    machine: Machine,
+    small_data: Path,
+    bundle: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    overrides: list[str],
 ) -> None:
     """Also with states, which are put where the model is."""
     machine(1)
     folder = [override.replace("STATES", str(tmp_path / "states")) for override in overrides]
-    config = load("predict", given(bundle, data, tmp_path / "p.parquet", *folder), PredictConfig)
+    config = load("predict", given(bundle, small_data, tmp_path / "p.parquet", *folder), PredictConfig)
     for _ in range(2):  # the second time from the states
         caplog.clear()
         predict.run(config)
@@ -204,10 +194,10 @@ def test_predictions_come_from_the_cpu_where_a_gpu_lacks_its_kernels(
 
 @pytest.mark.usefixtures("one_thread")
 def test_explanations_come_from_the_cpu_where_a_gpu_lacks_its_kernels(
-    machine: Machine, data: Path, bundle: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    machine: Machine, small_data: Path, bundle: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     machine(1)
-    explain.run(load("explain", given(bundle, data, tmp_path, "cohort=2", "patients=1"), ExplainConfig))
+    explain.run(load("explain", given(bundle, small_data, tmp_path, "cohort=2", "patients=1"), ExplainConfig))
     assert ["mamba-ssm is not installed" in text for text in caplog.messages] == [True]
     assert (tmp_path / "explanation.md").is_file()
 

@@ -13,39 +13,35 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rows import random_row, segment_of
-from small_cohort import prepare_small, write_meds
+from small_cohort import write_meds
+from small_models import PAPER, SMALL, risk_model, vocabulary_of, write_risk_bundle
 from trained import synthetic_cohort, trained_bundle
 
 from hymate import explain
 from hymate.command import load
-from hymate.config import DataConfig, ModelConfig
+from hymate.config import ModelConfig
 from hymate.data.examples import Examples, labelled_examples
 from hymate.data.histories import Histories
 from hymate.data.meds import read_labels
 from hymate.data.prepare import PrepareConfig, prepare
 from hymate.data.synthetic.codes import DISTRACTORS
 from hymate.data.synthetic.law import CREATININE, HAEMOGLOBIN, HEART_FAILURE
-from hymate.data.vocabulary import Vocabulary
 from hymate.errors import ConfigError, UserError
 from hymate.evaluation.attribution import SHARES, Explainer, deletion_and_insertion, integrated_gradients
-from hymate.inference.bundle import read_bundle, write_bundle
+from hymate.inference.bundle import read_bundle
 from hymate.inference.scoring import predict
 from hymate.model.batch import UNKNOWN_ID
 from hymate.model.encoder import RiskModel
 
 pytestmark = pytest.mark.slow
 
-MODEL = ModelConfig(d_model=16, layers="MA", d_state=8, headdim=8, num_heads=2, window=8, num_queries=2)
-PAPER = replace(MODEL, embedding="plain", mixer="mamba1", causal=False, window=0, mlp_ratio=0.0, pooling="attention")
 CPU = torch.device("cpu")
 lengths_lists = st.lists(st.integers(1, 30), min_size=1, max_size=5)
 
 
-def risk_model(config: ModelConfig, vocab_size: int = 30) -> RiskModel:
-    """New weights, but a head that tells patients apart as a trained one does."""
-    torch.manual_seed(0)
-    model = RiskModel(config, vocab_size, ["readmission"]).eval().requires_grad_(False)
-    model.heads["readmission"].out.weight.mul_(20)
+def decided(model: RiskModel) -> RiskModel:
+    """Its head tells patients apart as a trained one does."""
+    model.requires_grad_(False).heads["readmission"].out.weight.mul_(20)
     return model
 
 
@@ -54,7 +50,7 @@ def risk_model(config: ModelConfig, vocab_size: int = 30) -> RiskModel:
 
 @settings(max_examples=15, deadline=None)
 @given(
-    config=st.sampled_from([MODEL, PAPER]),
+    config=st.sampled_from([SMALL, PAPER]),
     lengths=lengths_lists,
     seed=st.integers(0, 100),
     statics=st.integers(0, 2),
@@ -62,7 +58,7 @@ def risk_model(config: ModelConfig, vocab_size: int = 30) -> RiskModel:
 def test_the_parts_sum_to_what_knowing_the_events_changes(
     config: ModelConfig, lengths: list[int], seed: int, statics: int
 ) -> None:
-    model, row = risk_model(config), random_row(lengths, seed=seed, statics=statics)
+    model, row = decided(risk_model(config, vocab_size=30)), random_row(lengths, seed=seed, statics=statics)
 
     def nothing(like: torch.Tensor) -> torch.Tensor:
         return torch.full_like(like, torch.nan)
@@ -86,7 +82,7 @@ def test_the_parts_sum_to_what_knowing_the_events_changes(
 
 
 def test_what_a_pooling_over_variables_is_told_is_attributed_too() -> None:
-    model, row = risk_model(replace(MODEL, pooling="variables")), random_row([5, 1, 20], seed=3)
+    model, row = decided(risk_model(replace(SMALL, pooling="variables"), vocab_size=30)), random_row([5, 1, 20], seed=3)
     for found in integrated_gradients(model, row):
         assert abs(found.gap) < 0.01 * max(1.0, abs(found.logit - found.baseline))
     with torch.no_grad():  # now nothing but what the pooling is told depends on the events
@@ -99,7 +95,7 @@ def test_what_a_pooling_over_variables_is_told_is_attributed_too() -> None:
 @settings(max_examples=15, deadline=None)
 @given(lengths=lengths_lists, seed=st.integers(0, 100))
 def test_who_shares_the_row_changes_no_attribution(lengths: list[int], seed: int) -> None:
-    model, row = risk_model(MODEL), random_row(lengths, seed=seed)
+    model, row = decided(risk_model(SMALL, vocab_size=30)), random_row(lengths, seed=seed)
     for s, packed in enumerate(integrated_gradients(model, row)):
         (alone,) = integrated_gradients(model, segment_of(row, s))
         for name in ("event_L", "static_F", "attention_L"):
@@ -110,7 +106,7 @@ def test_who_shares_the_row_changes_no_attribution(lengths: list[int], seed: int
 def test_events_out_of_the_model_s_sight_have_no_part() -> None:
     """The last state of one attention block sees `window` events; what the model cannot tell apart counts nothing."""
     window = 6
-    model = risk_model(replace(MODEL, layers="A", window=window, pooling="last"))
+    model = decided(risk_model(replace(SMALL, layers="A", window=window, pooling="last"), vocab_size=30))
     row = random_row([20, 4])
     row.code_L[17], row.value_L[17], row.quantile_L[17] = UNKNOWN_ID, torch.nan, torch.nan
     long, short = integrated_gradients(model, row)
@@ -124,19 +120,10 @@ def test_events_out_of_the_model_s_sight_have_no_part() -> None:
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return prepare_small(tmp_path_factory.mktemp("cohort"))
-
-
-@pytest.fixture(scope="module")
-def bundle(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    vocabulary = Vocabulary.read(data / "histories" / "vocabulary.parquet")
-    state = risk_model(MODEL, vocabulary.size).state_dict()
-    folder = tmp_path_factory.mktemp("risk") / "bundle"
-    limits = DataConfig(str(data), context=64, tokens_per_row=128, min_count=1)
-    tasks = ["readmission"]
-    write_bundle(folder, state, kind="risk", model=MODEL, data=limits, vocabulary=vocabulary, tasks=tasks)
-    return folder
+def bundle(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    vocabulary = vocabulary_of(small_data)
+    state = decided(risk_model(vocab_size=vocabulary.size)).state_dict()
+    return write_risk_bundle(tmp_path_factory.mktemp("risk") / "bundle", vocabulary, state=state)
 
 
 def held_out(data: Path) -> tuple[Histories, Examples]:
@@ -144,7 +131,7 @@ def held_out(data: Path) -> tuple[Histories, Examples]:
     return histories, labelled_examples(histories, read_labels(data / "labels" / "readmission"), "held_out")
 
 
-def test_removal_is_scoring_a_record_in_which_it_never_was(data: Path, bundle: Path, tmp_path: Path) -> None:
+def test_removal_is_scoring_a_record_in_which_it_never_was(small_data: Path, bundle: Path, tmp_path: Path) -> None:
     raw = write_meds(tmp_path / "raw")
     for shard in (raw / "data").rglob("*.parquet"):
         pq.write_table(pq.read_table(shard).filter(pc.field("code") != "LAB//sodium"), shard)
@@ -157,10 +144,10 @@ def test_removal_is_scoring_a_record_in_which_it_never_was(data: Path, bundle: P
         keys = zip(examples.subject_id_E.tolist(), examples.prediction_time_E.tolist(), strict=True)
         return dict(zip(keys, outputs.logit_ET[:, 0].tolist(), strict=True))
 
-    histories, examples = held_out(data)
+    histories, examples = held_out(small_data)
     explainer = Explainer(loaded, histories, CPU)
     sodium = histories.codes.index("LAB//sodium")
-    before, after = logits(data), logits(tmp_path / "data")
+    before, after = logits(small_data), logits(tmp_path / "data")
     differences = []
     for case in explainer.cases(examples, np.arange(len(examples))):
         effects = explainer.effects(case, [sodium])
@@ -170,8 +157,8 @@ def test_removal_is_scoring_a_record_in_which_it_never_was(data: Path, bundle: P
     assert np.std(differences) > 0.01
 
 
-def test_curves_score_what_is_left_of_the_history(data: Path, bundle: Path) -> None:
-    histories, examples = held_out(data)
+def test_curves_score_what_is_left_of_the_history(small_data: Path, bundle: Path) -> None:
+    histories, examples = held_out(small_data)
     explainer = Explainer(read_bundle(bundle), histories, CPU)
     (case,) = explainer.cases(examples, np.array([3]))
     L = len(case.history)
@@ -192,11 +179,11 @@ def explained(bundle: Path, data: Path, out: Path, *overrides: str) -> None:
 
 
 def test_the_command_leaves_tables_pictures_and_a_report(
-    data: Path, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    small_data: Path, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "out" / "patients").mkdir(mode=0o700, parents=True)
     (tmp_path / "out" / "patients" / "patient-3.png").write_text("of an earlier command")
-    explained(bundle, data, tmp_path / "out", "cohort=10", "patients=2")
+    explained(bundle, small_data, tmp_path / "out", "cohort=10", "patients=2")
     pictures = ["faithfulness.png", "importance.png", "patients/patient-1.png", "patients/patient-2.png"]
     tables = ["explanation.md", "patients/events.parquet", "variables.parquet"]
     files = [str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()]
@@ -204,7 +191,7 @@ def test_the_command_leaves_tables_pictures_and_a_report(
     assert all((tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
     assert (tmp_path / "out" / "patients").stat().st_mode & 0o077 == 0
 
-    histories, examples = held_out(data)
+    histories, examples = held_out(small_data)
     outputs, _ = predict(read_bundle(bundle), histories, examples, CPU)
     highest = np.argsort(-outputs.logit_ET[:, 0])
     second = highest[examples.subject_id_E[highest] != examples.subject_id_E[highest[0]]][0]
@@ -228,17 +215,17 @@ def test_the_command_leaves_tables_pictures_and_a_report(
     )
 
 
-def test_a_birth_with_a_suffix_is_the_birth(data: Path, bundle: Path) -> None:
-    histories = Histories.open(data)
+def test_a_birth_with_a_suffix_is_the_birth(small_data: Path, bundle: Path) -> None:
+    histories = Histories.open(small_data)
     assert Explainer(read_bundle(bundle), histories, CPU).birth_code is None
     histories.codes += ["MEDS_BIRTHDAY", "MEDS_BIRTH//HOME"]
     assert Explainer(read_bundle(bundle), histories, CPU).birth_code == len(histories.codes) - 1
 
 
-def test_patients_can_be_asked_for(data: Path, bundle: Path, tmp_path: Path) -> None:
-    _, examples = held_out(data)
+def test_patients_can_be_asked_for(small_data: Path, bundle: Path, tmp_path: Path) -> None:
+    _, examples = held_out(small_data)
     wanted = sorted(set(examples.subject_id_E.tolist()))[5:7]
-    explained(bundle, data, tmp_path / "out", "cohort=2", f"subjects={wanted}")
+    explained(bundle, small_data, tmp_path / "out", "cohort=2", f"subjects={wanted}")
     events = pq.read_table(tmp_path / "out" / "patients" / "events.parquet")
     assert set(events["subject_id"].to_pylist()) == set(wanted)
 
@@ -252,10 +239,10 @@ def test_patients_can_be_asked_for(data: Path, bundle: Path, tmp_path: Path) -> 
     ],
 )
 def test_what_cannot_be_explained_is_refused(
-    data: Path, bundle: Path, tmp_path: Path, overrides: list[str], said: str
+    small_data: Path, bundle: Path, tmp_path: Path, overrides: list[str], said: str
 ) -> None:
     with pytest.raises((UserError, ConfigError), match=said) as refused:
-        explained(bundle, data, tmp_path / "out", *overrides)
+        explained(bundle, small_data, tmp_path / "out", *overrides)
     assert "\n" not in str(refused.value) and "77777" not in str(refused.value)
     assert not (tmp_path / "out").exists()
 

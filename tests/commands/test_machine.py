@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 from commands import PATIENCE_S, ROOT
-from small_cohort import prepare_small
 
 from hymate import machine
 from hymate.errors import UserError
@@ -126,10 +125,10 @@ def test_kernels_find_a_place_where_the_code_is_read_only(stranger: tuple[list[s
 
 @pytest.mark.slow
 def test_a_run_trains_without_a_home_or_a_name_and_with_a_long_path_to_temporary_files(
-    stranger: tuple[list[str], dict[str, str], Path], tmp_path: Path
+    stranger: tuple[list[str], dict[str, str], Path], small_data: Path
 ) -> None:
     words, environment, folder = stranger
-    line = [*words, sys.executable, str(ROOT / "pretrain" / "run.py"), f"data.path={prepare_small(tmp_path)}"]
+    line = [*words, sys.executable, str(ROOT / "pretrain" / "run.py"), f"data.path={small_data}"]
     line += [f"run.dir={folder}/runs", "model=debug", "data.context=64", "data.tokens_per_row=64", "data.min_count=1"]
     line += ["train.max_steps=1", "train.eval_every=1", "train.eval_rows=1", "train.warmup_steps=0"]
     line += ["train.rows_per_step=1", "train.num_workers=1"]

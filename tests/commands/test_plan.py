@@ -15,7 +15,7 @@ import torch
 from kernel_standins import standing_in
 from processes import TRAIN, RandomRows, run_workers
 from rows import random_row
-from small_cohort import prepare_small
+from small_models import vocabulary_of
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -23,7 +23,6 @@ from hymate.command import load
 from hymate.config import ModelConfig, ObjectiveConfig
 from hymate.data.histories import Histories
 from hymate.data.loader import Cursor
-from hymate.data.vocabulary import Vocabulary
 from hymate.errors import ConfigError
 from hymate.model.encoder import PretrainModel, decay_groups
 from hymate.ops import fused
@@ -112,17 +111,16 @@ def test_the_page_has_what_the_command_prints(
         assert written == pytest.approx([float(cell) for cell in row[1:]], abs=0.11)
 
 
-def test_a_dataset_brings_its_events_histories_and_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    data = prepare_small(tmp_path)
-    histories = Histories.open(str(data))
+def test_a_dataset_brings_its_events_histories_and_codes(small_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    histories = Histories.open(str(small_data))
     seen = [min(int(histories.index["num_events"][place]), 64) for place in histories.rows_of("train")]
-    overrides = [f"data.path={data}", "data.context=64", "data.tokens_per_row=512", "data.min_count=1"]
+    overrides = [f"data.path={small_data}", "data.context=64", "data.tokens_per_row=512", "data.min_count=1"]
     config = load("plan", ["model=debug", "gpus=1", "train.rows_per_step=2", *overrides], PlanConfig)
     plan(config)
     output = capsys.readouterr().out
     assert f"{sum(seen):,} events in {math.ceil(sum(seen) / 1024)} steps of 2 rows: " in output
     assert "on 1 GPU," in output
-    size = Vocabulary.read(data / "histories" / "vocabulary.parquet").size
+    size = vocabulary_of(small_data).size
     assert f"vocabulary of {size:,}" in output
     assert f"histories of {round(sum(seen) / len(seen))}," in output
 

@@ -10,10 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from meds_evaluation.schema import PredictionSchema
-from small_cohort import SIZES, prepare_small, write_meds
+from small_cohort import SIZES, write_meds
+from small_models import SMALL, write_risk_bundle
 
 from hymate.command import load
-from hymate.config import DataConfig, ModelConfig
 from hymate.data.meds import read_labels, write_parquet
 from hymate.data.vocabulary import Vocabulary
 from hymate.errors import UserError
@@ -21,28 +21,14 @@ from hymate.inference.bundle import read_bundle, write_bundle
 from hymate.model.encoder import RiskModel
 from hymate.predict import PredictConfig, run
 
-MODEL = ModelConfig(d_model=16, layers="MA", d_state=8, headdim=8, num_heads=2, window=8, num_queries=2)
-
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return prepare_small(tmp_path_factory.mktemp("cohort"))
-
-
-@pytest.fixture(scope="module")
-def bundle(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bundle(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that does not know the code LAB//glucose."""
-    vocabulary = pq.read_table(data / "histories" / "vocabulary.parquet")
+    vocabulary = pq.read_table(small_data / "histories" / "vocabulary.parquet")
     known = tmp_path_factory.mktemp("known") / "vocabulary.parquet"
     pq.write_table(vocabulary.filter(pa.compute.field("code") != "LAB//glucose"), known)
-    vocabulary = Vocabulary.read(known)
-    torch.manual_seed(1)
-    state = RiskModel(MODEL, vocabulary.size, ["readmission"]).state_dict()
-    folder = tmp_path_factory.mktemp("risk") / "bundle"
-    settings = DataConfig(str(data), context=24, tokens_per_row=128, min_count=1)
-    tasks = ["readmission"]
-    write_bundle(folder, state, kind="risk", model=MODEL, data=settings, vocabulary=vocabulary, tasks=tasks)
-    return folder
+    return write_risk_bundle(tmp_path_factory.mktemp("risk") / "bundle", Vocabulary.read(known), context=24, seed=1)
 
 
 def predicted(bundle: Path, data: Path, out: Path, *overrides: str) -> pa.Table:
@@ -52,11 +38,11 @@ def predicted(bundle: Path, data: Path, out: Path, *overrides: str) -> pa.Table:
 
 
 @pytest.mark.slow
-def test_every_label_gets_a_prediction_in_the_meds_schema(data: Path, bundle: Path, tmp_path: Path) -> None:
-    table = predicted(bundle, data, tmp_path / "new" / "p.parquet")
+def test_every_label_gets_a_prediction_in_the_meds_schema(small_data: Path, bundle: Path, tmp_path: Path) -> None:
+    table = predicted(bundle, small_data, tmp_path / "new" / "p.parquet")
     PredictionSchema.validate(table)
     assert table.num_rows == 2 * sum(SIZES.values())
-    labels = read_labels(data / "labels" / "readmission").sort_by(
+    labels = read_labels(small_data / "labels" / "readmission").sort_by(
         [("subject_id", "ascending"), ("prediction_time", "ascending")]
     )
     assert table.select(labels.column_names).equals(labels)
@@ -66,17 +52,19 @@ def test_every_label_gets_a_prediction_in_the_meds_schema(data: Path, bundle: Pa
 
 
 @pytest.mark.slow
-def test_an_unprepared_meds_folder_gives_the_same(data: Path, bundle: Path, tmp_path: Path) -> None:
+def test_an_unprepared_meds_folder_gives_the_same(small_data: Path, bundle: Path, tmp_path: Path) -> None:
     raw = write_meds(tmp_path / "raw")
     before = sorted(tmp_path.rglob("*"))
-    prepared = predicted(bundle, data, tmp_path / "a.parquet")
+    prepared = predicted(bundle, small_data, tmp_path / "a.parquet")
     assert predicted(bundle, raw, tmp_path / "b.parquet").equals(prepared)
     assert sorted(tmp_path.rglob("*")) == sorted([*before, tmp_path / "a.parquet", tmp_path / "b.parquet"])
 
 
-def test_a_split_can_be_chosen(data: Path, bundle: Path, tmp_path: Path) -> None:
-    everyone = predicted(bundle, data, tmp_path / "a.parquet").to_pandas().set_index(["subject_id", "prediction_time"])
-    part = predicted(bundle, data, tmp_path / "b.parquet", "split=held_out").to_pandas()
+def test_a_split_can_be_chosen(small_data: Path, bundle: Path, tmp_path: Path) -> None:
+    everyone = (
+        predicted(bundle, small_data, tmp_path / "a.parquet").to_pandas().set_index(["subject_id", "prediction_time"])
+    )
+    part = predicted(bundle, small_data, tmp_path / "b.parquet", "split=held_out").to_pandas()
     part = part.set_index(["subject_id", "prediction_time"])
     assert len(part) == 2 * SIZES["held_out"]
     same = everyone.loc[part.index]
@@ -84,41 +72,45 @@ def test_a_split_can_be_chosen(data: Path, bundle: Path, tmp_path: Path) -> None
     assert np.allclose(part[name], same[name], atol=1e-6)
 
 
-def test_labels_without_outcomes_give_the_prediction_columns_alone(data: Path, bundle: Path, tmp_path: Path) -> None:
-    times = read_labels(data / "labels" / "readmission").drop_columns(["boolean_value"])
+def test_labels_without_outcomes_give_the_prediction_columns_alone(
+    small_data: Path, bundle: Path, tmp_path: Path
+) -> None:
+    times = read_labels(small_data / "labels" / "readmission").drop_columns(["boolean_value"])
     write_parquet(times, tmp_path / "times" / "0.parquet")
-    table = predicted(bundle, data, tmp_path / "p.parquet", f"task.labels={tmp_path / 'times'}")
+    table = predicted(bundle, small_data, tmp_path / "p.parquet", f"task.labels={tmp_path / 'times'}")
     assert table.column_names[2:] == ["predicted_boolean_value", "predicted_boolean_probability"]
     assert table.num_rows == times.num_rows
 
 
 def test_the_share_of_unknown_codes_is_told(
-    data: Path, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    small_data: Path, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    predicted(bundle, data, tmp_path / "p.parquet")
+    predicted(bundle, small_data, tmp_path / "p.parquet")
     share = float(capsys.readouterr().out.split("%")[0])
     assert 28 < share < 38  # one of three equally frequent codes
 
 
 @pytest.mark.slow
-def test_the_task_names_the_head_and_days_have_a_file_of_their_own(data: Path, bundle: Path, tmp_path: Path) -> None:
+def test_the_task_names_the_head_and_days_have_a_file_of_their_own(
+    small_data: Path, bundle: Path, tmp_path: Path
+) -> None:
     one = read_bundle(bundle)
     torch.manual_seed(1)
     tasks, in_days = ["readmission", "length_of_stay"], ["length_of_stay"]
-    model = RiskModel(MODEL, one.vocabulary.size, tasks, in_days)
+    model = RiskModel(SMALL, one.vocabulary.size, tasks, in_days)
     model.load_state_dict(one.state, strict=False)  # all but the second head
-    settings = {"model": MODEL, "data": one.data, "vocabulary": one.vocabulary}
+    settings = {"model": SMALL, "data": one.data, "vocabulary": one.vocabulary}
     write_bundle(tmp_path / "two", model.state_dict(), kind="risk", tasks=tasks, in_days=in_days, **settings)
-    same = predicted(tmp_path / "two", data, tmp_path / "a.parquet")
-    assert same.equals(predicted(bundle, data, tmp_path / "b.parquet"))
+    same = predicted(tmp_path / "two", small_data, tmp_path / "a.parquet")
+    assert same.equals(predicted(bundle, small_data, tmp_path / "b.parquet"))
     assert not (tmp_path / "a-days.parquet").exists()
 
-    labels = read_labels(data / "labels" / "readmission")
+    labels = read_labels(small_data / "labels" / "readmission")
     days = pa.array(np.linspace(0, 20, len(labels)), pa.float32())
     write_parquet(labels.append_column("float_value", days), tmp_path / "labels" / "0.parquet")
     given = ["task=length_of_stay", f"task.labels={tmp_path / 'labels'}"]
     for context in ("bundle", "all"):
-        stay = predicted(tmp_path / "two", data, tmp_path / f"{context}.parquet", *given, f"context={context}")
+        stay = predicted(tmp_path / "two", small_data, tmp_path / f"{context}.parquet", *given, f"context={context}")
         PredictionSchema.validate(stay)
         table = pq.read_table(tmp_path / f"{context}-days.parquet")
         assert table.column_names == ["subject_id", "prediction_time", "float_value", "predicted_float_value"]
@@ -138,10 +130,10 @@ def test_the_task_names_the_head_and_days_have_a_file_of_their_own(data: Path, b
     ],
 )
 def test_what_cannot_be_predicted_is_refused(
-    data: Path, bundle: Path, tmp_path: Path, overrides: list[str], said: str
+    small_data: Path, bundle: Path, tmp_path: Path, overrides: list[str], said: str
 ) -> None:
     with pytest.raises(UserError, match=said) as refused:
-        predicted(bundle, data, tmp_path / "p.parquet", *overrides)
+        predicted(bundle, small_data, tmp_path / "p.parquet", *overrides)
     assert "\n" not in str(refused.value)
     assert not (tmp_path / "p.parquet").exists()
 
@@ -153,7 +145,7 @@ def test_a_dataset_coded_differently_is_refused(bundle: Path, tmp_path: Path) ->
         predicted(bundle, raw, tmp_path / "p.parquet")
 
 
-def test_a_pretrained_model_is_refused(data: Path, bundle: Path, tmp_path: Path) -> None:
+def test_a_pretrained_model_is_refused(small_data: Path, bundle: Path, tmp_path: Path) -> None:
     config = bundle / "config.yaml"
     other = tmp_path / "other"
     other.mkdir()
@@ -161,4 +153,4 @@ def test_a_pretrained_model_is_refused(data: Path, bundle: Path, tmp_path: Path)
         (other / path.name).write_bytes(path.read_bytes())
     (other / "config.yaml").write_text(config.read_text().replace("kind: risk", "kind: pretrained"))
     with pytest.raises(UserError, match="pretrained"):
-        predicted(other, data, tmp_path / "p.parquet")
+        predicted(other, small_data, tmp_path / "p.parquet")

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_tasks import ADMITTED, DEATH, HOME, LAB, START, History, Labels, days, stay, task, write
+from stays import ADMITTED, DEATH, HOME, LAB, START, History, Labels, days, stay, task, write_histories
 
 from hymate.config import TaskConfig
 from hymate.data import definition, tasks
@@ -141,7 +141,7 @@ def test_windows_are_what_the_definition_says(windows: dict[str, dict[str, Any]]
 
 
 def labelled(root: Path, history: History, config: TaskConfig) -> Labels:
-    write(root, [history, [*stay(0, 2), *stay(10, 12), (200, DEATH)]])
+    write_histories(root, [history, [*stay(0, 2), *stay(10, 12), (200, DEATH)]])
     rows = [row for row in tasks.labels(root, config).table.to_pylist() if row["subject_id"] == 1]
     return {days(row["prediction_time"]): row["boolean_value"] for row in rows}
 

@@ -16,10 +16,11 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_prepare import Row, config, data_table, files, read_back, write_raw
+from raw_meds import Row, config, data_table, files, read_back, write_raw
+from small_models import SMALL, vocabulary_of, write_risk_bundle
 
 from hymate.command import CONFIGS, load
-from hymate.config import DataConfig, ModelConfig
+from hymate.config import DataConfig
 from hymate.data import known as module
 from hymate.data import meds as meds_module
 from hymate.data.examples import labelled_examples
@@ -29,10 +30,8 @@ from hymate.data.meds import US_PER_DAY, US_PER_HOUR
 from hymate.data.prepare import PrepareConfig, prepare
 from hymate.data.synthetic.course import SyntheticConfig
 from hymate.data.tasks import labels
-from hymate.data.vocabulary import Vocabulary
 from hymate.errors import ConfigError, UserError
-from hymate.inference.bundle import read_bundle, write_bundle
-from hymate.model.encoder import RiskModel
+from hymate.inference.bundle import read_bundle
 from hymate.predict import PredictConfig, run
 from hymate.trees import build, to_tree
 from hymate.tuning.search import _other_rules
@@ -314,29 +313,15 @@ def test_fine_tuning_says_where_pretraining_went_by_other_rules(tmp_path: Path) 
     raw = write_raw(tmp_path / "raw", ROWS)
     for name in ("mimic", "none"):
         prepare(config(raw, tmp_path / name, known=MIMIC if name == "mimic" else KnownConfig()))
-    bundle = risk_bundle(tmp_path / "bundle", tmp_path / "mimic", KnownConfig())
+    bundle = write_risk_bundle(tmp_path / "bundle", vocabulary_of(tmp_path / "mimic"), known=KnownConfig())
     start = starting_point(DataConfig(str(tmp_path / "mimic")), None, str(bundle))
     assert _other_rules(start, Histories.open(tmp_path / "none")) == []
     (sentence,) = _other_rules(start, Histories.open(tmp_path / "mimic"))
     assert "the events of 5 codes became known at other times" in sentence
-    new = starting_point(DataConfig(str(tmp_path / "mimic")), MODEL, None)
+    new = starting_point(DataConfig(str(tmp_path / "mimic")), SMALL, None)
     assert _other_rules(new, Histories.open(tmp_path / "mimic")) == []
 
 
-MODEL = ModelConfig(d_model=8, layers="M", d_state=4, headdim=4, num_heads=1, num_queries=1)
-
-
-def risk_bundle(folder: Path, data: Path, known: KnownConfig | None) -> Path:
-    vocabulary = Vocabulary.read(data / "histories/vocabulary.parquet")
-    state = RiskModel(MODEL, vocabulary.size, ["t"]).state_dict()
-    settings = DataConfig("", context=64, tokens_per_row=64, min_count=1)
-    write_bundle(
-        folder, state, kind="risk", model=MODEL, data=settings, vocabulary=vocabulary, known=known, tasks=["t"]
-    )
-    return folder
-
-
-@pytest.mark.slow
 def test_a_bundle_brings_its_rules_along(tmp_path: Path) -> None:
     raw = write_raw(tmp_path / "raw", ROWS)
     when = pa.array([int(2.6 * DAY), 40 * DAY], pa.timestamp("us"))
@@ -347,7 +332,10 @@ def test_a_bundle_brings_its_rules_along(tmp_path: Path) -> None:
     for name, known in outs.items():
         prepare(config(raw, tmp_path / name, known=known))
     data = tmp_path / "mimic"
-    bundles = {name: risk_bundle(tmp_path / f"bundle-{name}", data, known) for name, known in outs.items()}
+    bundles = {
+        name: write_risk_bundle(tmp_path / f"bundle-{name}", vocabulary_of(data), tasks=["t"], known=known)
+        for name, known in outs.items()
+    }
     old = yaml.safe_load((bundles["none"] / "config.yaml").read_text())
     del old["known"]
     (bundles["none"] / "config.yaml").write_text(yaml.safe_dump({**old, "format_version": 1}))  # a bundle of before
@@ -383,7 +371,7 @@ def test_kept_states_go_on_where_events_of_before_become_known(
         when = pa.array([day * DAY], pa.timestamp("us"))
         pq.write_table(pa.table({"subject_id": [1], "prediction_time": when}), raw / "labels/t/0.parquet")
     prepare(config(extracts[51], tmp_path / "data"))
-    bundle = risk_bundle(tmp_path / "bundle", tmp_path / "data", MIMIC)
+    bundle = write_risk_bundle(tmp_path / "bundle", vocabulary_of(tmp_path / "data"), tasks=["t"], known=MIMIC)
 
     def predicted(day: int, *more: str) -> list[float]:
         raw = extracts[day]

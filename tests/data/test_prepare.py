@@ -23,90 +23,28 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from raw_meds import (
+    BIRTH,
+    ROWS,
+    Row,
+    by_subject,
+    config,
+    data_table,
+    files,
+    read_back,
+    splits_file,
+    write_raw,
+    write_table,
+)
 
 from hymate.data import prepare as module
 from hymate.data.examples import labelled_examples, pretraining_examples
 from hymate.data.histories import HISTORY_SCHEMA, Histories
-from hymate.data.meds import DATA_SCHEMA, DataError, SplitsConfig, read_labels, read_splits
+from hymate.data.meds import DataError, SplitsConfig, read_labels, read_splits
 from hymate.data.prepare import PrepareConfig, prepare
 from hymate.errors import ConfigError, UserError
 
 ROOT = Path(__file__).resolve().parents[2]
-Row = tuple[int, int | None, str, float | None]  # subject_id, time in microseconds, code, numeric_value
-BIRTH = -(10**15)
-ROWS: dict[str, list[Row]] = {
-    "train/0": [
-        (1, None, "GENDER//F", None),
-        (1, BIRTH, "MEDS_BIRTH", None),
-        (1, 10, "HR", 80.0),
-        (1, 10, "K", 4.5),
-        (1, 20, "HR", None),
-        (2, 5, "HR", 90.0),
-    ],
-    "train/1": [(3, None, "Height", 170.0), (3, 7, "K", 4.0)],
-    "tuning/0": [(4, 1, "HR", 85.0)],
-    "held_out/0": [(5, 2, "Na", 140.0), (5, 3, "HR", 70.0)],
-}
-
-
-def data_table(rows: list[Row]) -> pa.Table:
-    return pa.Table.from_pylist([dict(zip(DATA_SCHEMA.names, row, strict=True)) for row in rows], DATA_SCHEMA)
-
-
-def write_raw(raw: Path, rows: dict[str, list[Row]] = ROWS, with_splits: bool = True) -> Path:
-    """A MEDS dataset whose splits are the first parts of the shards' names."""
-    for shard, shard_rows in rows.items():
-        write(data_table(shard_rows), raw / "data" / f"{shard}.parquet")
-    splits = {row[0]: shard.split("/")[0] for shard, shard_rows in rows.items() for row in shard_rows}
-    if with_splits:
-        write(pa.table({"subject_id": list(splits), "split": list(splits.values())}), splits_file(raw))
-    (raw / "metadata").mkdir(exist_ok=True, parents=True)
-    (raw / "metadata" / "dataset.json").write_text(json.dumps({"meds_version": "0.4.1", "license": "CC0"}))
-    return raw
-
-
-def write(table: pa.Table, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(table, path)
-
-
-def splits_file(raw: Path) -> Path:
-    return raw / "metadata" / "subject_splits.parquet"
-
-
-def config(raw: Path, out: Path, **changes: object) -> PrepareConfig:
-    return PrepareConfig(**{"source": "meds", "raw": str(raw), "out": str(out), "workers": 1, **changes})  # type: ignore[arg-type]
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-def read_back(out: Path) -> dict[int, list[Row]]:
-    """subject -> rows as in ROWS."""
-    histories = Histories.open(out)
-    found = {}
-    for history in histories.read(np.arange(len(histories))):
-        code = np.concatenate([history.static_code, history.code])
-        value = np.concatenate([history.static_value, history.value])
-        times = [None] * len(history.static_code) + history.time.tolist()
-        found[history.subject_id] = [
-            (history.subject_id, t, histories.codes[c], None if np.isnan(v) else float(v))
-            for t, c, v in zip(times, code, value, strict=True)
-        ]
-    return found
-
-
-def by_subject(rows: dict[str, list[Row]]) -> dict[int, list[Row]]:
-    """subject -> its rows, without the births, which histories hold apart."""
-    found: dict[int, list[Row]] = {}
-    for row in (row for shard_rows in rows.values() for row in shard_rows):
-        found.setdefault(row[0], [])
-        if row[2] != "MEDS_BIRTH" or row[1] is None:
-            found[row[0]].append(row)
-    return found
-
-
 # ----------------------------------------------------------------------------------------------- what it writes
 
 
@@ -151,7 +89,7 @@ def test_meds_0_3_3_is_read_and_written_as_0_4(tmp_path: Path, capfd: pytest.Cap
     (old / "metadata" / "dataset.json").write_text(json.dumps({"etl_name": "meds_etl.omop", "meds_version": "0.3.3"}))
     for shard in (old / "data").rglob("*.parquet"):
         table = pq.read_table(shard)
-        write(table.append_column("unit", pa.nulls(table.num_rows, pa.string())), shard)
+        write_table(table.append_column("unit", pa.nulls(table.num_rows, pa.string())), shard)
     prepare(config(old, tmp_path / "from_old"))
     assert "column `unit`" in capfd.readouterr().out
     prepare(config(new, tmp_path / "from_new"))
@@ -227,7 +165,7 @@ def test_types_that_a_cast_mends_are_mended(zone: str | None, tmp_path: Path) ->
     raw = write_raw(tmp_path / "raw", {"train/0": ROWS["train/0"]})
     loose = [("subject_id", pa.int32()), ("time", pa.timestamp("ns", zone)), ("code", pa.large_string())]
     table = data_table(ROWS["train/0"]).cast(pa.schema([*loose, ("numeric_value", pa.float64())]))
-    write(
+    write_table(
         table.append_column("text_value", pa.nulls(table.num_rows, pa.string())), raw / "data" / "train" / "0.parquet"
     )
     prepare(config(raw, tmp_path / "out"))
@@ -238,7 +176,7 @@ def test_types_that_a_cast_mends_are_mended(zone: str | None, tmp_path: Path) ->
 def test_numeric_value_may_be_absent(tmp_path: Path) -> None:
     raw = write_raw(tmp_path / "raw", {"train/0": [(1, 1, "A", None)]})
     path = raw / "data" / "train" / "0.parquet"
-    write(pq.read_table(path).drop_columns("numeric_value"), path)
+    write_table(pq.read_table(path).drop_columns("numeric_value"), path)
     prepare(config(raw, tmp_path / "out"))
     assert read_back(tmp_path / "out") == {1: [(1, 1, "A", None)]}
 
@@ -261,10 +199,10 @@ def test_labels_come_along_without_null_columns(tmp_path: Path) -> None:
     when = datetime.datetime(2020, 1, 1)
     labels = {"subject_id": [1, 3], "prediction_time": pa.array([when, when], pa.timestamp("us"))}
     nulls = pa.nulls(2, pa.float64())
-    write(
+    write_table(
         pa.table({**labels, "boolean_value": [True, False], "float_value": nulls}), raw / "labels/died/train/0.parquet"
     )
-    write(pa.table({**labels, "weight": [1.0, 2.5]}), raw / "labels/died/train/0.extra.pq")
+    write_table(pa.table({**labels, "weight": [1.0, 2.5]}), raw / "labels/died/train/0.extra.pq")
     prepare(config(raw, tmp_path / "out"))
     table = read_labels(tmp_path / "out" / "labels" / "died")
     extra = pq.read_table(tmp_path / "out" / "labels" / "died" / "train" / "0.extra.pq")
@@ -380,7 +318,7 @@ def test_the_source_moved_is_the_same_source(tmp_path: Path) -> None:
 
 
 def edit(path: str, change: Callable[[pa.Table], pa.Table]) -> Callable[[Path], None]:
-    return lambda raw: write(change(pq.read_table(raw / path)), raw / path)
+    return lambda raw: write_table(change(pq.read_table(raw / path)), raw / path)
 
 
 def retype(name: str, values: list) -> Callable[[pa.Table], pa.Table]:
@@ -388,7 +326,7 @@ def retype(name: str, values: list) -> Callable[[pa.Table], pa.Table]:
 
 
 def rows(*shard_rows: Row) -> Callable[[Path], None]:
-    return lambda raw: write(data_table(list(shard_rows)), raw / "data/train/1.parquet")
+    return lambda raw: write_table(data_table(list(shard_rows)), raw / "data/train/1.parquet")
 
 
 def truncate(raw: Path) -> None:
@@ -461,7 +399,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
         r"train/1\.parquet: row 1: subject_id does not fit int64",
     ),
     "a label beyond float32": (
-        lambda raw: write(
+        lambda raw: write_table(
             pa.table(
                 {"subject_id": [1] * 3, "prediction_time": pa.array([0] * 3, pa.timestamp("us")), "float_value": VALUES}
             ),
@@ -522,7 +460,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
         r'dataset\.json: missing or without "meds_version"',
     ),
     "labels without a time": (
-        lambda raw: write(pa.table({"subject_id": [1], "boolean_value": [True]}), raw / "labels/t/0.parquet"),
+        lambda raw: write_table(pa.table({"subject_id": [1], "boolean_value": [True]}), raw / "labels/t/0.parquet"),
         r"labels/t/0\.parquet: column prediction_time is missing",
     ),
 }

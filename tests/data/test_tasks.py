@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from dataclasses import dataclass
 from datetime import datetime, time, timedelta
 from pathlib import Path
 
@@ -15,69 +14,27 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from meds import LabelSchema
+from stays import (
+    ADMITTED,
+    DEATH,
+    DIED,
+    HOME,
+    LAB,
+    START,
+    History,
+    Labels,
+    days,
+    extract,
+    stay,
+    task,
+    write_histories,
+    write_splits,
+)
 
-from hymate.command import load
 from hymate.config import TaskConfig
 from hymate.data import tasks
 from hymate.data.meds import FIRST_TIME
 from hymate.errors import UserError
-
-START = datetime(2100, 1, 1, 9)
-ADMITTED, HOME, DIED = "HOSPITAL_ADMISSION//EW EMER.", "HOSPITAL_DISCHARGE//HOME", "HOSPITAL_DISCHARGE//DIED"
-DEATH, LAB = "MEDS_DEATH", "LAB//50912//mg/dL"
-History = list[tuple[float, str]]  # days since START, code
-Labels = dict[float, bool]  # prediction time in days since START -> label
-
-
-@dataclass(frozen=True)
-class Root:
-    task: TaskConfig
-
-
-def task(name: str, *overrides: str) -> TaskConfig:
-    return load(f"task/{name}", overrides, Root).task
-
-
-def write(root: Path, histories: list[History], shard: str = "train/0", first_subject: int = 1) -> None:
-    """A MEDS shard with one subject a history, each with a static event."""
-    rows: list[tuple[int, datetime | None, str]] = []
-    for subject, history in enumerate(histories, start=first_subject):
-        rows.append((subject, None, "GENDER//F"))
-        rows += [(subject, START + timedelta(days=day), code) for day, code in history]
-    subjects, times, codes = zip(*rows, strict=True)
-    path = root / "data" / f"{shard}.parquet"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    columns = {
-        "subject_id": pa.array(subjects, pa.int64()),
-        "time": pa.array(times, pa.timestamp("us")),
-        "code": pa.array(codes, pa.string()),
-        "numeric_value": pa.nulls(len(rows), pa.float32()),
-    }
-    pq.write_table(pa.table(columns), path)
-
-
-def write_splits(root: Path, split_of: dict[int, str]) -> None:
-    (root / "metadata").mkdir(exist_ok=True)
-    columns = {"subject_id": pa.array(split_of, pa.int64()), "split": list(split_of.values())}
-    pq.write_table(pa.table(columns), root / "metadata" / "subject_splits.parquet")
-
-
-def stay(start: float, end: float, discharge: str = HOME) -> History:
-    return [(start, ADMITTED), (end, discharge)]
-
-
-def days(time: datetime) -> float:
-    return round((time - START) / timedelta(days=1), 6)
-
-
-def extract(root: Path, history: History, config: TaskConfig) -> tuple[Labels, dict[str, int]]:
-    """Labels and counts of one history; a second subject makes sure that there is a label at all."""
-    other = [*stay(0, 2), *stay(10, 12), (100, LAB), (200, DEATH)]
-    write(root, [history, other])
-    result = tasks.labels(root, config)
-    rows = [row for row in result.table.to_pylist() if row["subject_id"] == 1]
-    return {days(row["prediction_time"]): row["boolean_value"] for row in rows}, result.counts
-
 
 # ------------------------------------------------------------------------------------------------- readmission
 
@@ -204,10 +161,10 @@ def test_weights_are_one_over_the_probability_of_being_followed(tmp_path: Path) 
         return dict(zip(table["subject_id"].to_pylist(), table["weight"].to_pylist(), strict=True))
 
     # MEDS names shards as it likes: a split is in several, and one shard holds several, or no label at all
-    write(tmp_path, histories[:4], "0")
-    write(tmp_path, histories[4:], "1", first_subject=5)
-    write(tmp_path, [*histories[2:3], *histories[4:]], "2", first_subject=11)
-    write(tmp_path, [[(0, LAB)]], "3", first_subject=21)
+    write_histories(tmp_path, histories[:4], "0")
+    write_histories(tmp_path, histories[4:], "1", first_subject=5)
+    write_histories(tmp_path, [*histories[2:3], *histories[4:]], "2", first_subject=11)
+    write_histories(tmp_path, [[(0, LAB)]], "3", first_subject=21)
     splits = {**dict.fromkeys(range(1, 9), "train"), **dict.fromkeys(range(11, 16), "held_out"), 21: "train"}
     write_splits(tmp_path, splits)
     weight = weights()
@@ -230,7 +187,7 @@ def test_of_a_risk_of_20_percent_two_rules_say_20_and_one_23(tmp_path: Path) -> 
         [*stay(0, 1), *([(1 + when[i], ADMITTED)] if back[i] and when[i] < until[i] else []), (1 + until[i], LAB)]
         for i in range(size)
     ]
-    write(tmp_path, histories)
+    write_histories(tmp_path, histories)
     write_splits(tmp_path, dict.fromkeys(range(1, size + 1), "train"))
     risk = {}
     for rule in ("exclude", "exclude_negatives", "weights"):
@@ -251,7 +208,7 @@ def test_kinds_of_admissions_are_counted_and_can_be_left_out(tmp_path: Path) -> 
         [*stay(0, 3), (9, ADMITTED), (10, planned), (80, LAB)],
         [*stay(0, 3), (80, LAB)],
     ]
-    write(tmp_path, histories)
+    write_histories(tmp_path, histories)
 
     def values(*overrides: str) -> list[bool]:
         found = tasks.labels(tmp_path, task("readmission", *overrides))
@@ -337,9 +294,9 @@ def test_length_of_stay_rules(history: History, expected: Labels, stayed: float 
 
 def test_shards_are_labelled_alike_and_written_as_meds(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     histories = [[*stay(0, 3), *stay(9, 12, DIED)], [*stay(5, 8), (90, LAB)]]
-    write(tmp_path, histories, "train/0", 1)
-    write(tmp_path, histories, "held_out/0", 11)
-    write(tmp_path, [[(0, LAB)]], "train/1", 21)  # a shard without a trigger
+    write_histories(tmp_path, histories, "train/0", 1)
+    write_histories(tmp_path, histories, "held_out/0", 11)
+    write_histories(tmp_path, [[(0, LAB)]], "train/1", 21)  # a shard without a trigger
     caplog.set_level(logging.WARNING)
     result = tasks.labels(tmp_path, task("mortality"))
     assert not caplog.records
@@ -356,7 +313,7 @@ def test_shards_are_labelled_alike_and_written_as_meds(tmp_path: Path, caplog: p
 
 
 def test_extraction_happens_once_and_again_when_definition_or_data_change(tmp_path: Path) -> None:
-    write(tmp_path, [[*stay(0, 3), (20, ADMITTED), (80, LAB)]])
+    write_histories(tmp_path, [[*stay(0, 3), (20, ADMITTED), (80, LAB)]])
     first = tasks.labels(tmp_path, task("readmission"))
     written = tmp_path / "labels/readmission/train/0.parquet"
     stamp = written.stat().st_mtime_ns
@@ -365,13 +322,13 @@ def test_extraction_happens_once_and_again_when_definition_or_data_change(tmp_pa
     shorter = task("readmission", "task.definition.windows.target.end='start + 10d'")
     assert tasks.labels(tmp_path, shorter).counts["positives"] == 0
     assert tasks.labels(tmp_path, task("readmission")) == first
-    write(tmp_path, [[*stay(0, 3), (80, LAB)], [*stay(0, 3), (80, LAB)]])
+    write_histories(tmp_path, [[*stay(0, 3), (80, LAB)], [*stay(0, 3), (80, LAB)]])
     assert tasks.labels(tmp_path, task("readmission")).counts["labels"] == 2
     assert [path.name for path in (tmp_path / "labels").iterdir()] == ["readmission"]
 
 
 def test_an_interrupted_extraction_leaves_nothing(tmp_path: Path) -> None:
-    write(tmp_path, [[*stay(0, 3), (80, LAB)]], "train/0")
+    write_histories(tmp_path, [[*stay(0, 3), (80, LAB)]], "train/0")
     (tmp_path / "data/train/1.parquet").write_bytes(b"PAR1 not a table")
     with pytest.raises(UserError, match=r"train/1\.parquet"):
         tasks.labels(tmp_path, task("readmission"))
@@ -379,7 +336,7 @@ def test_an_interrupted_extraction_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_predicates_are_overridden_from_the_command_line(tmp_path: Path) -> None:
-    write(tmp_path, [[(0, "ADM-1"), (3, "DIS-1"), (9, "ADM-2"), (80, LAB)]])
+    write_histories(tmp_path, [[(0, "ADM-1"), (3, "DIS-1"), (9, "ADM-2"), (80, LAB)]])
     with pytest.raises(UserError, match=r"matches its trigger hospital_discharge: .*predicates\.hospital_discharge"):
         tasks.labels(tmp_path, task("readmission"))
     config = task(
@@ -453,14 +410,14 @@ def test_days_of_given_labels_are_kept_where_the_task_has_them(tmp_path: Path) -
     assert given([8.5, None])["float_value"].to_pylist() == [8.5, None]
     assert "float_value" not in given([8.5, 2.0], "task.longer_than_days=null").column_names
     assert "float_value" not in given(None, "task.longer_than_days=null").column_names
-    for days in (None, [8.5, -1.0]):
+    for stayed in (None, [8.5, -1.0]):
         with pytest.raises(UserError, match=r"^[^\n]*need a float_value, the days[^\n]*longer_than_days[^\n]*$"):
-            given(days)
+            given(stayed)
 
 
 def test_labels_know_when_what_they_are_about_began(tmp_path: Path) -> None:
     """The admission for death in hospital, a predicate that the task names, and nothing for readmission."""
-    write(tmp_path, [[*stay(0, 3), (19.5, LAB), *stay(20, 25, DIED)], [*stay(0, 3), (80, LAB)]])
+    write_histories(tmp_path, [[*stay(0, 3), (19.5, LAB), *stay(20, 25, DIED)], [*stay(0, 3), (80, LAB)]])
 
     def starts(config: TaskConfig) -> list[float | None] | None:
         table = tasks.labels(tmp_path, config).table
@@ -547,7 +504,7 @@ def test_label_folders_may_bring_start_and_weight(tmp_path: Path) -> None:
     ],
 )
 def test_mistakes_are_one_clear_line(overrides: list[str], message: str, tmp_path: Path) -> None:
-    write(tmp_path, [[*stay(0, 3), (80, LAB)]])
+    write_histories(tmp_path, [[*stay(0, 3), (80, LAB)]])
     with pytest.raises(UserError, match=message) as error:
         tasks.labels(tmp_path, task("readmission", *overrides))
     assert "\n" not in str(error.value)

@@ -7,13 +7,13 @@ import json
 import numpy as np
 import pytest
 from benchmarks import verdicts
+from comparing import assert_alike
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import expit
 from scipy.stats import binomtest
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import confusion_matrix, roc_curve
-from test_metrics import alike
 
 from hymate.evaluation import calibration, decisions, metrics
 
@@ -288,7 +288,7 @@ def test_weights_count_as_repeated_labels() -> None:
             assessed["subgroups"][0].pop(count)
     # repeated labels pass for independent ones in the binomial error, a weighted one does not
     assert found.pop("useful") == pytest.approx(expected.pop("useful"), abs=0.03)
-    alike(found, expected)
+    assert_alike(found, expected)
     curve = calibration.calibration_curve(label, prob, subject, weight)
     assert sum(group["labels"] for group in curve) == len(label)
     lowest = np.argsort(prob, kind="stable")[: curve[0]["labels"]]

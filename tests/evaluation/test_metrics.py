@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+from comparing import assert_alike
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, brier_score_loss, roc_auc_score
@@ -206,7 +207,7 @@ def test_integer_weights_equal_repeated_labels(rows: list[tuple[bool, float, int
     ):
         for name in ("num_labels", "num_positives"):  # counts are of labels, whatever they weigh
             assert found.pop(name, None) is None or repeated.pop(name) >= len(label) * (name == "num_labels")
-        alike(found, repeated)
+        assert_alike(found, repeated)
 
 
 @settings(deadline=None, max_examples=20)
@@ -214,8 +215,8 @@ def test_integer_weights_equal_repeated_labels(rows: list[tuple[bool, float, int
 def test_equal_weights_change_nothing(rows: list[tuple[bool, float, int, int]], each: float) -> None:
     label, score, days, _ = (np.array(column, dtype=float) for column in zip(*rows, strict=True))
     subject, weight = np.arange(len(rows)) // 2, np.full(len(rows), each, np.float32)
-    alike(metrics.scores(label, score, subject, weight), metrics.scores(label, score, subject))
-    alike(metrics.day_scores(days, score, subject, weight), metrics.day_scores(days, score, subject))
+    assert_alike(metrics.scores(label, score, subject, weight), metrics.scores(label, score, subject))
+    assert_alike(metrics.day_scores(days, score, subject, weight), metrics.day_scores(days, score, subject))
     if each == 1:
         assert metrics.scores(label, score, subject, weight) == metrics.scores(label, score, subject)
 
@@ -243,22 +244,6 @@ def test_one_label_of_enormous_weight_decides_the_areas_and_breaks_nothing(heavy
 def test_impossible_weights_are_refused(weight: list[float]) -> None:
     with pytest.raises(AssertionError, match="weights"):
         metrics.auroc([0, 1], [0.1, 0.9], weight)
-
-
-def alike(found: object, expected: object) -> None:
-    """Equal but for rounding, at any depth."""
-    if isinstance(found, dict):
-        assert isinstance(expected, dict) and found.keys() == expected.keys()
-        for name in found:
-            alike(found[name], expected[name])
-    elif isinstance(found, list):
-        assert isinstance(expected, list)
-        for one, other in zip(found, expected, strict=True):
-            alike(one, other)
-    elif not isinstance(found, float):
-        assert found == expected
-    else:
-        assert found == pytest.approx(expected, abs=1e-9)
 
 
 # ---------------------------------------------------------------------------------------------------------- days

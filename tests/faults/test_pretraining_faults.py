@@ -22,17 +22,16 @@ from pathlib import Path
 import pytest
 import torch
 from commands import PATIENCE_S, ROOT, processes, ray_processes, run, starts, step_of, wait_until
+from pretraining_runs import EVAL_EVERY, STEPS, command, flip_a_bit, saved_steps, scalars, started, train_workers
 from s3 import BUCKET, Server, serving
 from s3 import environment as s3_environment
 from safetensors.torch import load_file
 from small_disk import fill, small_disk
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
-from test_pretraining import command, flip_a_bit, saved_steps, scalars, started, train_workers
 
 from hymate.storage import paths, remote
 from hymate.training.checkpoint import verify
 
-STEPS, EVAL_EVERY = 60, 10
 LONG_EVALUATION = "train.eval_rows=200"
 
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 from commands import PATIENCE_S, ROOT, processes, run, wait_until
-from small_cohort import prepare_small
 from small_disk import fill, small_disk
 
 EVAL_EVERY = 4
@@ -37,11 +36,6 @@ SETTINGS = [
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return prepare_small(tmp_path_factory.mktemp("cohort"))
-
-
-@pytest.fixture(scope="module")
 def environment(environment: dict[str, str]) -> dict[str, str]:
     return {**environment, "HYMATE_OPS": "reference"}
 
@@ -51,9 +45,11 @@ def command(data: Path, runs: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(data: Path, environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def undisturbed(
+    small_data: Path, environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
     runs = tmp_path_factory.mktemp("undisturbed")
-    done = run(command(data, runs), environment, runs)
+    done = run(command(small_data, runs), environment, runs)
     assert done.returncode == 0, done.stderr
     return what_was_found(runs / "r")
 
@@ -82,9 +78,9 @@ def trials(ray_folder: str) -> set[int]:
 
 @pytest.mark.parametrize("victim", ["a trial", "the driver"])
 def test_a_search_is_killed(
-    victim: str, data: Path, environment: dict[str, str], undisturbed: dict[str, Any], tmp_path: Path, table: list
+    victim: str, small_data: Path, environment: dict[str, str], undisturbed: dict[str, Any], tmp_path: Path, table: list
 ) -> None:
-    folder, arguments = tmp_path / "r", command(data, tmp_path)
+    folder, arguments = tmp_path / "r", command(small_data, tmp_path)
     with subprocess.Popen(arguments, env=environment, cwd=tmp_path, stdout=subprocess.DEVNULL) as driver:
         try:
             wait_until(
@@ -108,10 +104,10 @@ def test_a_search_is_killed(
 
 
 def test_the_disk_is_full_while_a_search_saves(
-    data: Path, environment: dict[str, str], undisturbed: dict[str, Any], tmp_path: Path, table: list
+    small_data: Path, environment: dict[str, str], undisturbed: dict[str, Any], tmp_path: Path, table: list
 ) -> None:
     with small_disk(tmp_path / "small") as small:
-        folder, arguments = small / "r", [*command(data, small), "search.max_failures=1"]
+        folder, arguments = small / "r", [*command(small_data, small), "search.max_failures=1"]
         with subprocess.Popen(
             arguments, env=environment, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
         ) as driver:

@@ -8,60 +8,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 import yaml
 from rows import random_row
+from small_models import SMALL, risk_model, small_vocabulary, write_risk_bundle
 
-from hymate.config import DataConfig, ModelConfig, ObjectiveConfig
-from hymate.data.statistics import NUM_KNOTS, VOCABULARY_SCHEMA
+from hymate.config import ObjectiveConfig
 from hymate.data.vocabulary import Vocabulary
 from hymate.errors import UserError
-from hymate.inference.bundle import Bundle, build_model, read_bundle, write_bundle
+from hymate.inference.bundle import Bundle, build_model, read_bundle
 from hymate.model.encoder import PretrainModel, RiskModel
-
-MODEL = ModelConfig(d_model=16, layers="MA", d_state=8, headdim=8, num_heads=2, dropout=0.0)
-DATA = DataConfig(path="somewhere", context=64, tokens_per_row=128, min_count=2)
-
-
-def make_vocabulary(num_codes: int = 5) -> Vocabulary:
-    quantiles = np.linspace(0, 1, NUM_KNOTS, dtype=np.float32)
-    rows = [
-        {
-            "code": f"LAB//{i}",
-            "id": i,
-            "count": 100 - i,
-            "subjects": 10,
-            "value_count": 50,
-            "median": 0.5,
-            "scale": 2.0,
-            "quantiles": quantiles.tolist(),
-        }
-        for i in range(num_codes)
-    ]
-    return Vocabulary(pa.Table.from_pylist(rows, schema=VOCABULARY_SCHEMA))
-
-
-def risk_model() -> RiskModel:
-    torch.manual_seed(0)
-    return RiskModel(MODEL, make_vocabulary().size, ["readmission"]).eval()
 
 
 def write(folder: Path, **changes: Any) -> None:
-    settings: dict[str, Any] = {
-        "kind": "risk",
-        "model": MODEL,
-        "data": DATA,
-        "vocabulary": make_vocabulary(),
-        "tasks": ["readmission"],
-        "card": "Some words.",
-        "extra": {"auroc": 0.8},
-        **changes,
-    }
-    state = settings.pop("state", None) or risk_model().state_dict()
-    write_bundle(folder, state, **settings)
+    write_risk_bundle(
+        folder, **{"vocabulary": small_vocabulary(), "card": "Some words.", "extra": {"auroc": 0.8}, **changes}
+    )
 
 
 @pytest.fixture
@@ -72,9 +35,9 @@ def bundle(tmp_path: Path) -> Path:
 
 def test_a_bundle_read_back_predicts_the_same(bundle: Path) -> None:
     read = read_bundle(bundle)
-    assert (read.kind, read.model, read.tasks, read.extra) == ("risk", MODEL, ["readmission"], {"auroc": 0.8})
+    assert (read.kind, read.model, read.tasks, read.extra) == ("risk", SMALL, ["readmission"], {"auroc": 0.8})
     assert (read.data.context, read.data.tokens_per_row, read.data.min_count) == (64, 128, 2)
-    assert read.vocabulary.codes == make_vocabulary().codes
+    assert read.vocabulary.codes == small_vocabulary().codes
     assert "Some words." in (bundle / "README.md").read_text()
     row = random_row((5, 9), vocab_size=read.vocabulary.size)
     torch.testing.assert_close(build_model(read)(row)["logit_ST"], risk_model()(row)["logit_ST"], rtol=0, atol=0)
@@ -85,7 +48,7 @@ def test_a_bundle_of_before_an_option_has_its_default(bundle: Path) -> None:
     for name in ("embedding", "causal"):
         del tree["model"][name]
     (bundle / "config.yaml").write_text(yaml.safe_dump(tree))
-    assert read_bundle(bundle).model == MODEL
+    assert read_bundle(bundle).model == SMALL
 
 
 def test_a_run_folder_stands_for_its_bundle(bundle: Path) -> None:
@@ -171,7 +134,7 @@ def test_a_damaged_bundle_is_refused_in_one_line(bundle: Path, name: str) -> Non
 
 
 def test_the_wrong_kind_is_refused_in_one_line(tmp_path: Path) -> None:
-    state = PretrainModel(MODEL, ObjectiveConfig(), make_vocabulary().size).state_dict()
+    state = PretrainModel(SMALL, ObjectiveConfig(), small_vocabulary().size).state_dict()
     write(tmp_path / "bundle", kind="pretrained", tasks=[], state=state)
     with pytest.raises(UserError, match="holds a pretrained model, but a risk model is needed"):
         read_bundle(tmp_path / "bundle", kind="risk")
@@ -190,7 +153,7 @@ def test_weights_that_do_not_fit_the_configuration_are_refused_in_one_line(bundl
 def several_heads() -> RiskModel:
     torch.manual_seed(0)
     tasks = ["readmission", "length_of_stay", "stay"]
-    return RiskModel(MODEL, make_vocabulary().size, tasks, in_days=["length_of_stay"]).eval()
+    return RiskModel(SMALL, small_vocabulary().size, tasks, in_days=["length_of_stay"]).eval()
 
 
 def test_a_bundle_of_several_tasks_gives_each_alone(bundle: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
-from small_cohort import prepare_small, write_meds
+from small_cohort import write_meds
 
 from hymate.data.histories import Histories
 from hymate.data.meds import write_parquet
@@ -17,8 +17,8 @@ from hymate.inference.provenance import SENTENCES, provenance, seen
 
 
 @pytest.fixture(scope="module")
-def histories(tmp_path_factory: pytest.TempPathFactory) -> Histories:
-    return Histories.open(prepare_small(tmp_path_factory.mktemp("cohort")))
+def histories(small_data: Path) -> Histories:
+    return Histories.open(small_data)
 
 
 def prepared(folder: Path, exchanged: tuple[str, str] | None = None, seed: int = 0, prefix: str = "") -> Histories:

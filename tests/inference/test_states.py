@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import stat
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,22 +12,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
-import torch
-from small_cohort import SIZES, write_meds
+from small_cohort import SIZES
+from small_models import SMALL, vocabulary_of, write_risk_bundle
 
 from hymate.command import load
-from hymate.config import DataConfig, ModelConfig
 from hymate.data.meds import write_parquet
 from hymate.data.prepare import PrepareConfig, prepare
-from hymate.data.vocabulary import Vocabulary
 from hymate.errors import ConfigError, UserError
-from hymate.inference.bundle import read_bundle, write_bundle
+from hymate.inference.bundle import read_bundle
 from hymate.inference.states import StateFolder
-from hymate.model.encoder import RiskModel
 from hymate.predict import PredictConfig, run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-MODEL = ModelConfig(d_model=16, layers="MA", d_state=8, headdim=8, num_heads=2, window=8, num_queries=2)
 SUBJECTS = SIZES["held_out"]
 LAST = sum(SIZES.values())  # the held-out subjects have the highest ids
 NEW_EVENTS = 4  # of each subject from its first label to its second
@@ -34,13 +31,8 @@ PROBABILITY = "predicted_boolean_probability"
 
 
 @pytest.fixture(scope="module")
-def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_meds(tmp_path_factory.mktemp("raw"))
-
-
-@pytest.fixture(scope="module")
-def data(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return prepared(raw, tmp_path_factory.mktemp("data"))
+def raw(small_data: Path) -> Path:
+    return small_data.parent / "raw"
 
 
 @pytest.fixture(scope="module")
@@ -76,19 +68,9 @@ def changed(raw: Path, folder: Path, change) -> Path:
     return prepared(folder / "raw", folder / "data")
 
 
-def bundle_of(config: ModelConfig, data: Path, folder: Path, seed: int = 1, context: int = 8) -> Path:
-    vocabulary = Vocabulary.read(data / "histories" / "vocabulary.parquet")
-    torch.manual_seed(seed)
-    state = RiskModel(config, vocabulary.size, ["readmission"]).state_dict()
-    settings = DataConfig(str(data), context=context, tokens_per_row=128, min_count=1)
-    tasks = ["readmission"]
-    write_bundle(folder, state, kind="risk", model=config, data=settings, vocabulary=vocabulary, tasks=tasks)
-    return folder
-
-
 @pytest.fixture(scope="module")
-def bundle(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return bundle_of(MODEL, data, tmp_path_factory.mktemp("risk") / "bundle")
+def bundle(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_risk_bundle(tmp_path_factory.mktemp("risk") / "bundle", vocabulary_of(small_data), context=8)
 
 
 def predicted(bundle: Path, data: Path, out: Path, *overrides: str) -> pa.Table:
@@ -111,18 +93,20 @@ def same(a: pa.Table, b: pa.Table) -> bool:
 @pytest.mark.slow
 @pytest.mark.parametrize("pooling", ["fusion", "variables", "mean", "last"])
 @pytest.mark.parametrize("mixer", ["mamba1", "mamba2"])
-def test_whole_histories_score_as_in_one_packed_pass(mixer: str, pooling: str, data: Path, tmp_path: Path) -> None:
+def test_whole_histories_score_as_in_one_packed_pass(
+    mixer: str, pooling: str, small_data: Path, tmp_path: Path
+) -> None:
     """A context longer than every history crops nothing, so the two ways of reading must agree; a short one crops."""
-    config = ModelConfig(**{**vars(MODEL), "mixer": mixer, "pooling": pooling})
-    uncropped = bundle_of(config, data, tmp_path / "uncropped", context=64)
-    cropped = bundle_of(config, data, tmp_path / "cropped", context=8)
-    whole = predicted(cropped, data, tmp_path, "context=all")
-    assert same(whole, predicted(uncropped, data, tmp_path))
-    assert not same(whole, predicted(cropped, data, tmp_path))
+    config = replace(SMALL, mixer=mixer, pooling=pooling)
+    uncropped = write_risk_bundle(tmp_path / "uncropped", vocabulary_of(small_data), config, context=64)
+    cropped = write_risk_bundle(tmp_path / "cropped", vocabulary_of(small_data), config, context=8)
+    whole = predicted(cropped, small_data, tmp_path, "context=all")
+    assert same(whole, predicted(uncropped, small_data, tmp_path))
+    assert not same(whole, predicted(cropped, small_data, tmp_path))
 
 
 def test_kept_states_go_on_with_the_new_events_alone(
-    data: Path, yesterday: Path, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    small_data: Path, yesterday: Path, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     states = tmp_path / "states"
     overrides = ("context=all", f"states={states}")
@@ -130,34 +114,34 @@ def test_kept_states_go_on_with_the_new_events_alone(
     assert before.num_rows == SUBJECTS and len(kept(states)) == SUBJECTS
     assert f"{SUBJECTS} new" in capsys.readouterr().out
 
-    table = predicted(bundle, data, tmp_path, *overrides)
+    table = predicted(bundle, small_data, tmp_path, *overrides)
     said = capsys.readouterr().out
     assert f"{SUBJECTS} known" in said
     assert f"{NEW_EVENTS * SUBJECTS} events read" in said
-    assert same(table, predicted(bundle, data, tmp_path, "context=all"))
+    assert same(table, predicted(bundle, small_data, tmp_path, "context=all"))
 
 
 @pytest.mark.slow
 def test_earlier_prediction_times_leave_a_state_as_it_is(
-    data: Path, yesterday: Path, bundle: Path, tmp_path: Path
+    small_data: Path, yesterday: Path, bundle: Path, tmp_path: Path
 ) -> None:
     overrides = ("context=all", f"states={tmp_path / 'states'}")
-    table = predicted(bundle, data, tmp_path, *overrides)
+    table = predicted(bundle, small_data, tmp_path, *overrides)
     last = kept(tmp_path / "states")
-    assert same(predicted(bundle, data, tmp_path, *overrides), table)
+    assert same(predicted(bundle, small_data, tmp_path, *overrides), table)
     times = f"task.labels={yesterday / 'labels' / 'readmission'}"
-    early = predicted(bundle, data, tmp_path, *overrides, times)
+    early = predicted(bundle, small_data, tmp_path, *overrides, times)
     assert early.num_rows == SUBJECTS
-    assert same(early, predicted(bundle, data, tmp_path, "context=all", times))
+    assert same(early, predicted(bundle, small_data, tmp_path, "context=all", times))
     assert kept(tmp_path / "states") == last
 
 
 @pytest.mark.slow
 def test_a_state_ahead_of_the_dataset_is_not_used(
-    data: Path, yesterday: Path, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    small_data: Path, yesterday: Path, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     overrides = ("context=all", f"states={tmp_path / 'states'}")
-    predicted(bundle, data, tmp_path, *overrides)
+    predicted(bundle, small_data, tmp_path, *overrides)
     capsys.readouterr()
     table = predicted(bundle, yesterday, tmp_path, *overrides)
     assert f"{SUBJECTS} changed" in capsys.readouterr().out
@@ -167,7 +151,7 @@ def test_a_state_ahead_of_the_dataset_is_not_used(
 @pytest.mark.slow
 @pytest.mark.parametrize("damage", ["cut short", "bit", "header", "of another subject", "empty"])
 def test_a_damaged_state_is_not_used(
-    damage: str, data: Path, yesterday: Path, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    damage: str, small_data: Path, yesterday: Path, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     states = tmp_path / "states"
     overrides = ("context=all", f"states={states}")
@@ -186,12 +170,12 @@ def test_a_damaged_state_is_not_used(
         content = bytearray()
     victim.write_bytes(content)
     capsys.readouterr()
-    table = predicted(bundle, data, tmp_path, *overrides)
+    table = predicted(bundle, small_data, tmp_path, *overrides)
     said = capsys.readouterr().out
     assert "1 damaged" in said and f"{SUBJECTS - 1} known" in said
-    assert same(table, predicted(bundle, data, tmp_path, "context=all"))
+    assert same(table, predicted(bundle, small_data, tmp_path, "context=all"))
     capsys.readouterr()
-    predicted(bundle, data, tmp_path, *overrides)
+    predicted(bundle, small_data, tmp_path, *overrides)
     assert f"{SUBJECTS} known" in capsys.readouterr().out
 
 
@@ -222,9 +206,9 @@ def test_a_state_of_events_that_have_changed_is_not_used(
 
 
 @pytest.mark.slow
-def test_states_are_for_their_owner_and_hold_no_pickle(data: Path, bundle: Path, tmp_path: Path) -> None:
+def test_states_are_for_their_owner_and_hold_no_pickle(small_data: Path, bundle: Path, tmp_path: Path) -> None:
     states = tmp_path / "new" / "states"
-    predicted(bundle, data, tmp_path, "context=all", f"states={states}")
+    predicted(bundle, small_data, tmp_path, "context=all", f"states={states}")
     assert stat.S_IMODE(states.stat().st_mode) == 0o700
     assert {path.suffix for path in states.iterdir()} == {".json", ".safetensors"}
     assert len(kept(states)) == SUBJECTS
@@ -232,41 +216,41 @@ def test_states_are_for_their_owner_and_hold_no_pickle(data: Path, bundle: Path,
 
 
 @pytest.mark.slow
-def test_a_folder_belongs_to_one_bundle(data: Path, bundle: Path, tmp_path: Path) -> None:
+def test_a_folder_belongs_to_one_bundle(small_data: Path, bundle: Path, tmp_path: Path) -> None:
     states = tmp_path / "states"
-    predicted(bundle, data, tmp_path, "context=all", f"states={states}")
+    predicted(bundle, small_data, tmp_path, "context=all", f"states={states}")
     before = kept(states)
-    other = bundle_of(MODEL, data, tmp_path / "other", seed=2)
+    other = write_risk_bundle(tmp_path / "other", vocabulary_of(small_data), context=8, seed=2)
     with pytest.raises(UserError, match="another bundle"):
-        predicted(other, data, tmp_path, "context=all", f"states={states}")
+        predicted(other, small_data, tmp_path, "context=all", f"states={states}")
     assert kept(states) == before
 
 
-def test_a_folder_in_use_is_refused(data: Path, bundle: Path, tmp_path: Path) -> None:
+def test_a_folder_in_use_is_refused(small_data: Path, bundle: Path, tmp_path: Path) -> None:
     states = tmp_path / "states"
     with StateFolder(states, read_bundle(bundle).fingerprint), pytest.raises(UserError, match="in use"):
-        predicted(bundle, data, tmp_path, "context=all", f"states={states}")
-    predicted(bundle, data, tmp_path, "context=all", f"states={states}")
+        predicted(bundle, small_data, tmp_path, "context=all", f"states={states}")
+    predicted(bundle, small_data, tmp_path, "context=all", f"states={states}")
 
 
-def test_a_folder_of_other_things_is_left_alone(data: Path, bundle: Path, tmp_path: Path) -> None:
+def test_a_folder_of_other_things_is_left_alone(small_data: Path, bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.txt").write_text("mine")
     with pytest.raises(UserError, match="holds other things"):
-        predicted(bundle, data, tmp_path, "context=all", f"states={tmp_path / 'home'}")
+        predicted(bundle, small_data, tmp_path, "context=all", f"states={tmp_path / 'home'}")
     assert [path.name for path in (tmp_path / "home").iterdir()] == ["thesis.txt"]
 
 
-def test_states_without_whole_histories_are_refused(data: Path, bundle: Path, tmp_path: Path) -> None:
+def test_states_without_whole_histories_are_refused(small_data: Path, bundle: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="states=DIR needs context=all"):
-        predicted(bundle, data, tmp_path, f"states={tmp_path / 'states'}")
+        predicted(bundle, small_data, tmp_path, f"states={tmp_path / 'states'}")
 
 
 @pytest.mark.parametrize("setting", [{"window": 0}, {"bidirectional": True}, {"causal": False}])
 def test_a_model_that_cannot_stream_is_refused_before_any_data_is_read(
-    setting: dict, data: Path, tmp_path: Path
+    setting: dict, small_data: Path, tmp_path: Path
 ) -> None:
-    cannot = bundle_of(ModelConfig(**{**vars(MODEL), **setting}), data, tmp_path / "bundle")
+    cannot = write_risk_bundle(tmp_path / "bundle", vocabulary_of(small_data), replace(SMALL, **setting), context=8)
     with pytest.raises(UserError, match="context=bundle") as refused:
         predicted(cannot, tmp_path / "nowhere", tmp_path, "context=all")
     assert "\n" not in str(refused.value)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_cohort import LABS, prepare_small
+from small_cohort import CODES, a_history
+from small_models import PAPER, SMALL, vocabulary_of
 
 from hymate import ops
 from hymate.config import ModelConfig
@@ -26,7 +28,7 @@ from hymate.model.encoder import RiskModel
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 WINDOW, LENGTH = 5, 37
-MODEL = ModelConfig(d_model=16, layers="MA", d_state=8, headdim=8, num_heads=2, window=WINDOW, num_queries=3)
+MODEL = replace(SMALL, window=WINDOW, num_queries=3)
 CONFIGS = {
     "mamba2": replace(MODEL, layers="MM", window=0),
     "mamba1": replace(MODEL, layers="MM", mixer="mamba1", window=0),
@@ -43,35 +45,13 @@ CONFIGS = {
     "members": replace(MODEL, members=3),
     "members over variables": replace(MODEL, pooling="variables", num_queries=2, members=3),
     "members of the mean": replace(MODEL, pooling="mean", members=2),
-    "paper, with a past": replace(
-        MODEL, embedding="plain", mixer="mamba1", mlp_ratio=0, pooling="attention", num_queries=1
-    ),
+    "paper, with a past": replace(PAPER, causal=True, window=WINDOW),
 }
-START_US = 1_600_000_000_123_456
 
 
 @pytest.fixture(scope="module")
-def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Vocabulary:
-    return Vocabulary.read(prepare_small(tmp_path_factory.mktemp("cohort")) / "histories" / "vocabulary.parquet")
-
-
-def a_history(length: int, seed: int = 0) -> History:
-    """Irregular times with ties, one unknown code among the known, a third of the values missing."""
-    rng = np.random.default_rng(seed)
-    value = rng.normal(size=length).astype(np.float32)
-    value[rng.random(length) < 1 / 3] = np.nan
-    return History(
-        subject_id=7,
-        birth_time=START_US - 50 * US_PER_YEAR,
-        static_code=np.array([1], np.int32),
-        static_value=np.array([0.3], np.float32),
-        time=START_US + np.cumsum(rng.integers(0, 4, length) * US_PER_HOUR),
-        code=rng.integers(0, len(LABS) + 1, length).astype(np.int32),
-        value=value,
-    )
-
-
-CODES = [*LABS, "OTHER"]
+def vocabulary(small_data: Path) -> Vocabulary:
+    return vocabulary_of(small_data)
 
 
 def model_of(config: ModelConfig, vocabulary: Vocabulary, dtype: torch.dtype = torch.float64) -> RiskModel:

@@ -21,15 +21,13 @@ import numpy as np
 import pytest
 import torch
 from kernel_standins import standing_in
-from processes import MODEL, TRAIN, VOCAB, RandomRows, Recorder
+from processes import MODEL, OBJECTIVES, TASKS, TRAIN, VOCAB, RandomRows, Recorder
 from rows import random_row, repacked
-from small_cohort import prepare_small
-from test_loop import OBJECTIVES, TASKS
-from test_streaming import CODES, a_history
+from small_cohort import CODES, a_history
+from small_models import PAPER
 from torch import Tensor, nn
 
 from hymate import ops
-from hymate.config import ModelConfig
 from hymate.data.feeding import fed
 from hymate.data.vocabulary import Vocabulary
 from hymate.evaluation.attribution import integrated_gradients
@@ -42,21 +40,17 @@ from hymate.training import loop, stragglers
 
 pytestmark = pytest.mark.slow
 
-SMALL = replace(MODEL, dropout=0.0, num_queries=2, num_heads=3)
-PAPER = ModelConfig(
-    d_model=24, embedding="plain", layers="MMA", mixer="mamba1", causal=False, d_state=4, num_heads=2, window=0,
-    mlp_ratio=0.0, dropout=0.0, pooling="attention", num_queries=1,
-)  # fmt: skip
+EXACT = replace(MODEL, dropout=0.0, num_queries=2, num_heads=3)
 MODELS = {
-    "mamba2": SMALL,
-    "mamba1": replace(SMALL, mixer="mamba1"),
-    "both directions": replace(SMALL, bidirectional=True),
-    "recurrent": replace(SMALL, layers="G"),
-    "transformer": replace(SMALL, layers="AA", window=0),
-    "paper": PAPER,
-    **{f"pooling {kind}": replace(SMALL, pooling=kind) for kind in ("attention", "variables", "last", "mean")},
-    "members": replace(SMALL, pooling="variables", members=3),
-    "members of fusion": replace(SMALL, members=2),
+    "mamba2": EXACT,
+    "mamba1": replace(EXACT, mixer="mamba1"),
+    "both directions": replace(EXACT, bidirectional=True),
+    "recurrent": replace(EXACT, layers="G"),
+    "transformer": replace(EXACT, layers="AA", window=0),
+    "paper": replace(PAPER, d_model=24, layers="MMA", d_state=4, dropout=0.0),
+    **{f"pooling {kind}": replace(EXACT, pooling=kind) for kind in ("attention", "variables", "last", "mean")},
+    "members": replace(EXACT, pooling="variables", members=3),
+    "members of fusion": replace(EXACT, members=2),
 }
 SEES_AHEAD = ("paper", "both directions")
 
@@ -358,8 +352,10 @@ def streamed_there(case: Case, vocabulary: Path) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("model", ["mamba2", "recurrent", "pooling variables", "pooling attention", "pooling last"])
-def test_streaming_waits_for_its_inputs_and_results(elsewhere: Callable[..., Any], tmp_path: Path, model: str) -> None:
-    vocabulary = prepare_small(tmp_path) / "histories" / "vocabulary.parquet"
+def test_streaming_waits_for_its_inputs_and_results(
+    elsewhere: Callable[..., Any], small_data: Path, model: str
+) -> None:
+    vocabulary = small_data / "histories" / "vocabulary.parquet"
     waits = elsewhere(streamed_there, Case(model, "fine-tuning"), vocabulary)
     copied = {place: number for place, number in waits.items() if "copy" in place}
     others = sum(waits.values()) - sum(copied.values())

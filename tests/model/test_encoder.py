@@ -7,11 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 from rows import in_double, random_row, segment_of
+from small_models import KINDS
 from torch import Tensor
 from torch.nn import functional as F
 
 from hymate.command import load
-from hymate.config import ModelConfig, ObjectiveConfig
+from hymate.config import ObjectiveConfig
 from hymate.errors import UserError
 from hymate.model.batch import Batch, Variables
 from hymate.model.encoder import (
@@ -29,41 +30,11 @@ from hymate.training.pretraining import PretrainConfig
 
 VOCAB = 30
 LENGTHS = (7, 1, 23, 40)
-CONFIGS = {
-    "mamba2": ModelConfig(d_model=16, layers="MA", d_state=8, headdim=8, window=6, dropout=0.0),
-    "mamba1": ModelConfig(d_model=16, layers="MMA", mixer="mamba1", d_state=4, window=0, dropout=0.0),
-    "bidirectional": ModelConfig(
-        d_model=16, layers="MA", d_state=8, headdim=8, window=6, dropout=0.0, bidirectional=True
-    ),
-    "paper": ModelConfig(
-        d_model=16,
-        embedding="plain",
-        layers="MMA",
-        mixer="mamba1",
-        causal=False,
-        d_state=4,
-        window=0,
-        mlp_ratio=0,
-        dropout=0.0,
-        pooling="attention",
-        num_queries=1,
-    ),
-    "recurrent": ModelConfig(d_model=16, layers="GA", window=6, dropout=0.0),
-    "last": ModelConfig(d_model=16, layers="M", d_state=8, headdim=8, dropout=0.0, pooling="last"),
-    "mean": ModelConfig(d_model=16, layers="M", d_state=8, headdim=8, dropout=0.0, pooling="mean"),
-    "variables": ModelConfig(
-        d_model=16, layers="M", d_state=8, headdim=8, dropout=0.0, pooling="variables", num_queries=3
-    ),
-    "three of fusion": ModelConfig(d_model=16, layers="M", d_state=8, headdim=8, dropout=0.0, members=3),
-    "three of variables": ModelConfig(
-        d_model=16, layers="M", d_state=8, headdim=8, dropout=0.0, pooling="variables", num_queries=2, members=3
-    ),
-}
 
 
 def risk_model(name: str) -> RiskModel:
     torch.manual_seed(0)
-    return RiskModel(CONFIGS[name], VOCAB, ["readmission"]).double()
+    return RiskModel(KINDS[name], VOCAB, ["readmission"]).double()
 
 
 def logits(model: RiskModel, row: Batch) -> Tensor:
@@ -71,7 +42,7 @@ def logits(model: RiskModel, row: Batch) -> Tensor:
     return model.outputs(model.patient(row)[0])[0][:, 0]
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", KINDS)
 def test_packed_equals_alone_forward_and_gradients(name: str) -> None:
     model = risk_model(name).eval()
     row = in_double(random_row(LENGTHS, vocab_size=VOCAB))
@@ -89,7 +60,7 @@ def test_packed_equals_alone_forward_and_gradients(name: str) -> None:
 
 def test_event_states_of_a_unidirectional_model_see_only_the_past() -> None:
     torch.manual_seed(0)
-    model = HyMaTE(CONFIGS["mamba2"], VOCAB).eval()
+    model = HyMaTE(KINDS["mamba2"], VOCAB).eval()
     row = random_row((30,), vocab_size=VOCAB)
     changed = replace(row, code_L=row.code_L.clone())
     changed.code_L[20] = 2 + (changed.code_L[20] - 1) % (VOCAB - 2)
@@ -261,7 +232,7 @@ def test_scan_parameters_norms_and_embeddings_never_decay() -> None:
 @pytest.mark.parametrize("name", ["mamba2", "bidirectional", "paper"])
 def test_pretraining_learns_a_row_by_heart(name: str) -> None:
     torch.manual_seed(0)
-    config = replace(CONFIGS[name], d_model=32)
+    config = replace(KINDS[name], d_model=32)
     objective = ObjectiveConfig(forecast_weight=0.0 if config.sees_ahead else 1.0, forecast_variables=8)
     model = PretrainModel(config, objective, VOCAB)
     row = random_row((60, 50), vocab_size=VOCAB)
@@ -296,7 +267,7 @@ def several_tasks(row: Batch, seed: int = 0) -> Batch:
 
 def several_heads() -> RiskModel:
     torch.manual_seed(0)
-    return RiskModel(CONFIGS["mamba2"], VOCAB, TASKS, in_days=["length_of_stay"])
+    return RiskModel(KINDS["mamba2"], VOCAB, TASKS, in_days=["length_of_stay"])
 
 
 def test_the_loss_of_several_tasks_is_the_mean_of_their_own_weighted_ones() -> None:
@@ -321,7 +292,7 @@ def test_one_task_of_several_is_the_model_of_that_task_alone() -> None:
     model = several_heads()
     row = several_tasks(random_row(LENGTHS, vocab_size=VOCAB))
     for task, name in enumerate(TASKS):
-        alone = RiskModel(CONFIGS["mamba2"], VOCAB, [name], in_days=["length_of_stay"])
+        alone = RiskModel(KINDS["mamba2"], VOCAB, [name], in_days=["length_of_stay"])
         state = {k: v for k, v in model.state_dict().items() if not k.startswith("heads.") or name in k}
         alone.load_state_dict(state)
         torch.testing.assert_close(alone(row_of(row, task))["logit_ST"][:, 0], model(row)["logit_ST"][:, task])
@@ -347,7 +318,7 @@ def test_a_task_without_labels_in_a_row_gives_its_head_no_gradient() -> None:
 
 @pytest.mark.parametrize("pooling", ["fusion", "attention", "variables", "last"])
 def test_members_learn_as_if_each_were_alone_and_are_averaged(pooling: str) -> None:
-    config = replace(CONFIGS["mamba2"], pooling=pooling, members=3)
+    config = replace(KINDS["mamba2"], pooling=pooling, members=3)
     torch.manual_seed(0)
     model = RiskModel(config, VOCAB, TASKS, in_days=["length_of_stay"]).eval()
     row = several_tasks(random_row(LENGTHS, vocab_size=VOCAB))
@@ -374,7 +345,7 @@ def test_members_learn_as_if_each_were_alone_and_are_averaged(pooling: str) -> N
 
 @pytest.mark.parametrize("pooling", ["fusion", "attention", "variables"])
 def test_pooling_moves_from_forecasting_to_the_risk_model(pooling: str) -> None:
-    config = replace(CONFIGS["mamba2"], pooling=pooling)
+    config = replace(KINDS["mamba2"], pooling=pooling)
     pretrained = PretrainModel(config, ObjectiveConfig(forecast_weight=1.0), VOCAB)
     model, other = (
         RiskModel(replace(config, pooling=kind), VOCAB, ["mortality"])
@@ -389,9 +360,9 @@ def test_pooling_moves_from_forecasting_to_the_risk_model(pooling: str) -> None:
 
 
 def test_backbone_moves_from_pretraining_to_the_risk_model() -> None:
-    pretrained = PretrainModel(CONFIGS["mamba2"], ObjectiveConfig(), VOCAB)
-    model = RiskModel(CONFIGS["mamba2"], VOCAB, ["mortality"])
+    pretrained = PretrainModel(KINDS["mamba2"], ObjectiveConfig(), VOCAB)
+    model = RiskModel(KINDS["mamba2"], VOCAB, ["mortality"])
     load_pretrained(model, pretrained.state_dict())
     torch.testing.assert_close(model.backbone.state_dict(), pretrained.backbone.state_dict())
     with pytest.raises(UserError, match="do not fit"):
-        load_pretrained(RiskModel(CONFIGS["mamba2"], VOCAB + 1, ["mortality"]), pretrained.state_dict())
+        load_pretrained(RiskModel(KINDS["mamba2"], VOCAB + 1, ["mortality"]), pretrained.state_dict())

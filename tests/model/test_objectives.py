@@ -8,8 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rows import in_double, random_row, repacked
+from small_models import SMALL
 
-from hymate.config import ModelConfig, ObjectiveConfig
+from hymate.config import ObjectiveConfig
 from hymate.model.batch import FIRST_CODE_ID, MASK_ID, Batch
 from hymate.model.encoder import PretrainModel
 from hymate.model.objectives import forecast_targets, hide_events, histories_until
@@ -41,7 +42,7 @@ def test_targets_and_their_losses_are_the_same_in_any_packing(num_rows: int, see
     row = in_double(replace(row, time_hours_L=row.time_hours_L.round(), gap_hours_L=row.gap_hours_L.round()))
     objective = ObjectiveConfig(forecast_weight=1.0, forecast_variables=8, horizon_hours=horizon)
     torch.manual_seed(0)
-    config = ModelConfig(d_model=16, layers="MA", d_state=8, headdim=8, num_heads=2, dropout=0.0)
+    config = replace(SMALL, dropout=0.0)
     model = PretrainModel(config, objective, vocab_size=12).double().eval()
     rows = repacked(row, num_rows, seed)
     assert torch.equal(sum(model.count_targets(each) for each in rows), model.count_targets(row))
@@ -121,7 +122,7 @@ def test_a_forecast_does_not_depend_on_what_comes_later() -> None:
     row = random_row([40], vocab_size=12, seed=1)
     row = replace(row, age_years_S=torch.tensor([60.0]))
     torch.manual_seed(0)
-    config = ModelConfig(d_model=16, layers="MA", d_state=8, headdim=8, num_heads=2, dropout=0.0, pooling="variables")
+    config = replace(SMALL, dropout=0.0, pooling="variables")
     model = PretrainModel(config, ObjectiveConfig(forecast_weight=1.0), vocab_size=12).eval()
     assert model.pooling is not None
     torch.nn.init.normal_(model.pooling.variables.states.weight)  # type: ignore[union-attr]

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+from commands import ROOT
 
 import hymate
 
@@ -122,3 +125,8 @@ def test_the_encoder_needs_neither_pyarrow_nor_hydra() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_page_on_the_architecture_has_these_floors() -> None:
+    rows = re.findall(r"^\| \d+ \| (.*?) \|", (ROOT / "docs" / "architecture.md").read_text(), flags=re.MULTILINE)
+    assert [tuple(re.findall(r"`(\w+)", row)) for row in rows] == list(FLOORS)

@@ -23,12 +23,11 @@ from processes import TRAIN, RandomRows, pretraining_job, run_training
 from random_histories import random_history, random_vocabulary
 from rows import in_double, random_row
 from safetensors.torch import load_file
+from small_models import vocabulary_of, write_risk_bundle
 
 from hymate.command import load
-from hymate.config import DataConfig, ModelConfig
-from hymate.data.vocabulary import Vocabulary
+from hymate.config import ModelConfig
 from hymate.device import obstacle
-from hymate.inference.bundle import write_bundle
 from hymate.inference.streaming import StreamingModel
 from hymate.model.batch import Batch
 from hymate.model.encoder import RiskModel
@@ -238,20 +237,11 @@ def test_a_history_that_grows_does_not_depend_on_the_device(kind: str, device: s
 
 
 @pytest.fixture(scope="module")
-def cohort(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def cohort(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A prepared dataset and a bundle of its codes."""
     pytest.importorskip("polars", reason="preparing data needs it")
-    from small_cohort import prepare_small
-
-    folder = tmp_path_factory.mktemp("cohort")
-    data = prepare_small(folder)
-    vocabulary = Vocabulary.read(data / "histories" / "vocabulary.parquet")
-    torch.manual_seed(0)
-    state = RiskModel(MODEL, vocabulary.size, ["readmission"]).state_dict()
-    settings = DataConfig(str(data), context=64, tokens_per_row=256, min_count=1)
-    what: dict[str, Any] = {"kind": "risk", "model": MODEL, "data": settings, "tasks": ["readmission"]}
-    write_bundle(folder / "bundle", state, vocabulary=vocabulary, **what)
-    return data, folder / "bundle"
+    data = request.getfixturevalue("small_data")
+    return data, write_risk_bundle(tmp_path_factory.mktemp("risk") / "bundle", vocabulary_of(data), MODEL)
 
 
 @pytest.mark.slow

@@ -23,7 +23,6 @@ from typing import Any
 import psutil
 import pytest
 from commands import ROOT, points, run, step_of, wait_until
-from small_cohort import prepare_small
 
 from hymate.inference.bundle import read_bundle
 
@@ -121,11 +120,6 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return prepare_small(tmp_path_factory.mktemp("cohort"))
-
-
-@pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkout in which somebody has worked."""
     folder = tmp_path_factory.mktemp("checkout")
@@ -183,11 +177,11 @@ def test_a_running_cluster_says_so_and_is_not_started_twice(cluster: Cluster) ->
 
 @pytest.fixture(scope="module")
 def stopped(
-    cluster: Cluster, checkout: Path, data: Path, tmp_path_factory: pytest.TempPathFactory
+    cluster: Cluster, checkout: Path, small_data: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, Path, list[Any]]:
     """The documented job, stopped in the middle: its command line, its run and the losses it had recorded."""
     runs = tmp_path_factory.mktemp("runs")
-    line = documented("docs/cluster.md", "pretrain/run.py", cluster.address, data, runs)
+    line = documented("docs/cluster.md", "pretrain/run.py", cluster.address, small_data, runs)
     line = f"{line.replace(' -- ', ' --no-wait -- ')} {shlex.join(PRETRAIN)}"
     submitted = submit(cluster, checkout, line, NEVER_ENDING, submission_id="first")
     assert submitted.returncode == 0, submitted.stderr
@@ -234,9 +228,9 @@ def test_the_upload_is_the_code_and_nothing_else(cluster: Cluster, checkout: Pat
     assert sum(uploaded.values()) < 1 << 20
 
 
-def test_a_search_runs_as_a_job(cluster: Cluster, checkout: Path, data: Path, pretrained: Path) -> None:
+def test_a_search_runs_as_a_job(cluster: Cluster, checkout: Path, small_data: Path, pretrained: Path) -> None:
     runs = pretrained.parent
-    line = f"{documented('docs/cluster.md', 'finetune/tune.py', cluster.address, data, runs)} {shlex.join(TUNE)}"
+    line = f"{documented('docs/cluster.md', 'finetune/tune.py', cluster.address, small_data, runs)} {shlex.join(TUNE)}"
     tuned = submit(cluster, checkout, line, submission_id="search")
     assert tuned.returncode == 0, tuned.stdout + tuned.stderr
     found = json.loads((runs / "tune-readmission" / "results.json").read_text())
@@ -245,8 +239,10 @@ def test_a_search_runs_as_a_job(cluster: Cluster, checkout: Path, data: Path, pr
     assert read_bundle(runs / "tune-readmission", kind="risk").tasks == ["readmission"]
 
 
-def test_a_job_whose_results_would_be_lost_is_refused(cluster: Cluster, checkout: Path, data: Path) -> None:
-    line = f"ray job submit --address {cluster.address} --working-dir . -- python pretrain/run.py data.path={data}"
+def test_a_job_whose_results_would_be_lost_is_refused(cluster: Cluster, checkout: Path, small_data: Path) -> None:
+    line = (
+        f"ray job submit --address {cluster.address} --working-dir . -- python pretrain/run.py data.path={small_data}"
+    )
     refused = submit(cluster, checkout, line, submission_id="lost")
     assert refused.returncode != 0 and cluster.job("lost")["status"] == "FAILED"
     assert "error: run.dir=runs: a Ray job runs in a temporary folder" in refused.stdout

@@ -11,7 +11,6 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
-from small_cohort import prepare_small
 
 from hymate import baselines, explain, predict
 from hymate.command import load
@@ -75,11 +74,6 @@ def test_another_users_file_in_a_shared_folder_is_refused(nobody: int) -> None:
         with pytest.raises(UserError, match=r"^out=/tmp/.* cannot be written to \(.* belongs to another user\)"):
             require_file(Path(own.name), "out")
         os.seteuid(0)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return prepare_small(tmp_path_factory.mktemp("cohort"))
 
 
 BAD: list[tuple[Callable[[Path], Path], str]] = [
@@ -172,12 +166,12 @@ def test_a_command_refuses_before_it_computes(
     work: str,
     key: str,
     given: list[str],
-    data: Path,
+    small_data: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     (tmp_path / "file").touch()
-    settings = [setting.format(data=data, free=tmp_path / "p.parquet") for setting in given]
+    settings = [setting.format(data=small_data, free=tmp_path / "p.parquet") for setting in given]
     config = load(name, [*settings, f"{key}={tmp_path / 'file' / 'out'}"], schema)
     computing = Mock(side_effect=AssertionError("it computes"))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)

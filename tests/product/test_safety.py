@@ -19,8 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from small_cohort import prepare_small
-from test_bundle import risk_model, write
+from small_models import risk_model, small_vocabulary, write_risk_bundle
 
 from hymate.command import load
 from hymate.config import RunConfig, TaskConfig
@@ -78,20 +77,14 @@ def pickles(trace: Path) -> dict[str, bytes]:
     return {"pickle": pickle.dumps(Bomb(trace)), "torch.save": torch_file.getvalue(), "npz": arrays.getvalue()}
 
 
-@pytest.fixture(scope="module")
-def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return prepare_small(tmp_path_factory.mktemp("cohort"))
-
-
 @pytest.fixture
-def data(cohort: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(cohort, tmp_path / "data")
+def data(small_data: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(small_data, tmp_path / "data")
 
 
 @pytest.fixture
 def bundle(tmp_path: Path) -> Path:
-    write(tmp_path / "bundle")
-    return tmp_path / "bundle"
+    return write_risk_bundle(tmp_path / "bundle", small_vocabulary())
 
 
 def agree(bundle: Path) -> None:

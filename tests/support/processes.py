@@ -27,6 +27,13 @@ TRAIN = TrainConfig(
     num_workers=2, rows_per_step=4, max_steps=6, warmup_steps=2, eval_every=3, log_every=1, learning_rate=1e-2
 )
 
+TASKS = ("readmission", "mortality", "length_of_stay")
+OBJECTIVES = {
+    "masked_event": ObjectiveConfig(),
+    "forecast": ObjectiveConfig(code_weight=0.0, value_weight=0.0, forecast_weight=1.0, forecast_variables=8),
+    "both": ObjectiveConfig(value_weight=0.5, forecast_weight=2.0, forecast_variables=8, horizon_hours=6.0),
+}
+
 
 def run_workers(function: Callable[..., None], world_size: int, *args: Any) -> None:
     """Run `function(worker, *args)` in `world_size` processes of one group; fails if any of them does."""

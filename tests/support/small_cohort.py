@@ -1,4 +1,4 @@
-"""A small MEDS dataset with labels: the outcome follows the mean of one lab value."""
+"""A small MEDS dataset with labels, whose outcome follows the mean of one lab value; a history of its codes."""
 
 from __future__ import annotations
 
@@ -8,13 +8,17 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from hymate.data.meds import DATA_SCHEMA, LABEL_SCHEMA, write_parquet
+from hymate.data.histories import History
+from hymate.data.loader import US_PER_YEAR
+from hymate.data.meds import DATA_SCHEMA, LABEL_SCHEMA, US_PER_HOUR, write_parquet
 from hymate.data.prepare import PrepareConfig, prepare
 from hymate.storage.paths import write_text
 
 SIZES = {"train": 60, "tuning": 24, "held_out": 24}
-START_US, HOUR_US = 1_500_000_000_000_000, 3_600_000_000
+START_US = 1_500_000_000_000_000
+STREAM_START_US = 1_600_000_000_123_456
 LABS = ("LAB//marker", "LAB//sodium", "LAB//glucose")
+CODES = [*LABS, "OTHER"]
 
 
 def write_meds(raw: Path, seed: int = 0, prefix: str = "") -> Path:
@@ -44,7 +48,7 @@ def write_meds(raw: Path, seed: int = 0, prefix: str = "") -> Path:
 
 def _history(rng: np.random.Generator, subject_id: int, risk: int, prefix: str) -> list[dict]:
     length = int(rng.integers(12, 40))
-    times = START_US + np.cumsum(rng.integers(1, 10, length)) * HOUR_US
+    times = START_US + np.cumsum(rng.integers(1, 10, length)) * US_PER_HOUR
     codes = rng.integers(0, len(LABS), length)
     values = rng.normal(size=length) + np.where(codes == 0, 1.0 * risk, 0)
     return [
@@ -58,3 +62,19 @@ def prepare_small(folder: Path) -> Path:
     raw = write_meds(folder / "raw")
     prepare(PrepareConfig(source="meds", raw=str(raw), out=str(folder / "data"), workers=1))
     return folder / "data"
+
+
+def a_history(length: int, seed: int = 0) -> History:
+    """Irregular times with ties, one unknown code among the known, a third of the values missing."""
+    rng = np.random.default_rng(seed)
+    value = rng.normal(size=length).astype(np.float32)
+    value[rng.random(length) < 1 / 3] = np.nan
+    return History(
+        subject_id=7,
+        birth_time=STREAM_START_US - 50 * US_PER_YEAR,
+        static_code=np.array([1], np.int32),
+        static_value=np.array([0.3], np.float32),
+        time=STREAM_START_US + np.cumsum(rng.integers(0, 4, length) * US_PER_HOUR),
+        code=rng.integers(0, len(LABS) + 1, length).astype(np.int32),
+        value=value,
+    )

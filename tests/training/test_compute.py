@@ -11,7 +11,7 @@ from unittest import mock
 import pytest
 import torch
 from rows import random_row
-from test_encoder import CONFIGS, LENGTHS, VOCAB
+from small_models import KINDS
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
@@ -23,13 +23,16 @@ from hymate.model.pooling import MemberLinear
 from hymate.training.footprint import LiveBytes
 from hymate.training.loop import compute_as
 
+VOCAB = 30
+LENGTHS = (7, 1, 23, 40)
+
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")  # with several, torch adds some gradients up in any order
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", KINDS)
 def test_activation_checkpointing_changes_no_bit_and_holds_less(name: str) -> None:
     """With dropout, whose masks are drawn again."""
-    config = replace(CONFIGS[name], dropout=0.2, layers=4 * CONFIGS[name].layers)
+    config = replace(KINDS[name], dropout=0.2, layers=4 * KINDS[name].layers)
     row = random_row([20 * length for length in LENGTHS], vocab_size=VOCAB)
     gradients, peaks = [], []
     for checkpointing in (False, True):
@@ -55,7 +58,7 @@ def test_compiling_changes_no_result_and_the_first_graphs_serve_all_rows() -> No
     counters.clear()
     for compiled, checkpointing in ((False, False), (True, False), (True, True)):
         torch.manual_seed(0)
-        model = RiskModel(replace(CONFIGS["mamba2"], dropout=0.0, layers="MA"), VOCAB, ["mortality"])
+        model = RiskModel(replace(KINDS["mamba2"], dropout=0.0, layers="MA"), VOCAB, ["mortality"])
         with mock.patch.object(nn.Module, "compile", functools.partialmethod(nn.Module.compile, backend="aot_eager")):
             compute_as(model, TrainConfig(compile=compiled, activation_checkpointing=checkpointing))
         losses = []
@@ -77,7 +80,7 @@ def test_bf16_is_for_the_products_alone(mixer: Literal["mamba1", "mamba2"]) -> N
     """Under autocast: projections and MLPs in bf16; the residual stream, norms, the scan's own weights, sums over
     histories and losses in float32.
     """
-    config = replace(CONFIGS[mixer], layers="MA", pooling="fusion")
+    config = replace(KINDS[mixer], layers="MA", pooling="fusion")
     model = RiskModel(config, VOCAB, ["mortality"])
     dtypes: dict[str, set[torch.dtype]] = {}
 

@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import MODEL, TRAIN, VOCAB, Recorder, pretraining_job, run_training, run_workers
+from processes import MODEL, OBJECTIVES, TASKS, TRAIN, VOCAB, Recorder, pretraining_job, run_training, run_workers
 from rows import random_row, repacked
 from torch import Tensor, nn
 
-from hymate.config import ObjectiveConfig
 from hymate.model.batch import Batch
 from hymate.model.encoder import PretrainModel, RiskModel
 from hymate.model.objectives import LossModel, mean_loss
@@ -80,13 +79,6 @@ def test_another_length_says_what_it_does_to_the_learning_rate() -> None:
 
 
 # --------------------------------------------------------------------------------------------- a step's gradient
-
-TASKS = ("readmission", "mortality", "length_of_stay")
-OBJECTIVES = {
-    "masked_event": ObjectiveConfig(),
-    "forecast": ObjectiveConfig(code_weight=0.0, value_weight=0.0, forecast_weight=1.0, forecast_variables=8),
-    "both": ObjectiveConfig(value_weight=0.5, forecast_weight=2.0, forecast_variables=8, horizon_hours=6.0),
-}
 
 
 def patients() -> Batch:

@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
-from commands import PATIENCE_S, ROOT, points, processes, ray_processes, run, step_of, wait_until
+from commands import PATIENCE_S, ROOT, ray_processes, run, step_of, wait_until
+from pretraining_runs import EVAL_EVERY, STEPS, command, flip_a_bit, saved_steps, scalars, started, train_workers
 from safetensors.torch import load_file
 
 from hymate.command import load
@@ -32,8 +33,6 @@ from hymate.runs import code
 from hymate.training.keeper import LIST, mend_list
 from hymate.training.pretraining import PretrainConfig
 from hymate.training.ray_train import pretrain
-
-STEPS, EVAL_EVERY = 60, 10
 
 pytestmark = pytest.mark.slow
 
@@ -46,56 +45,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def command(data: Path, runs: Path, *overrides: str) -> list[str]:
-    settings = {
-        "data.path": data,
-        "data.context": 512,
-        "data.tokens_per_row": 512,
-        "data.min_count": 2,
-        "model": "debug",
-        "train": "zero2",
-        "train.num_workers": 2,
-        "train.rows_per_step": 4,
-        "train.max_steps": STEPS,
-        "train.warmup_steps": 5,
-        "train.eval_every": EVAL_EVERY,
-        "train.eval_rows": 4,
-        "train.log_every": 1,
-        "run.dir": runs,
-    }
-    given = {override.partition("=")[0] for override in overrides}
-    kept = [f"{key}={value}" for key, value in settings.items() if key not in given]
-    return [sys.executable, str(ROOT / "pretrain" / "run.py"), *kept, *overrides]
-
-
-def train_workers(folder: str) -> set[int]:
-    """The training workers below the raylet whose session is in `folder`."""
-    raylets = {pid for pid, (_, line) in processes().items() if "/raylet " in line and f"{folder}/" in line}
-    return {pid for pid, (parent, line) in processes().items() if parent in raylets and "RayTrainWorker" in line}
-
-
-@contextmanager
-def started(
-    arguments: list[str], environment: dict[str, str], cwd: Path, stderr: int | None = None
-) -> Iterator[subprocess.Popen[bytes]]:
-    process = subprocess.Popen(arguments, env=environment, cwd=cwd, stdout=subprocess.DEVNULL, stderr=stderr)
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.wait()
-
-
 def recorded(run_folder: Path) -> dict[str, Any]:
     return json.loads((run_folder / "run.json").read_text())
-
-
-def scalars(run_folder: Path, name: str) -> list[tuple[int, float]]:
-    return [(point.step, point.value) for point in points(run_folder, name)]
-
-
-def saved_steps(run_folder: Path) -> set[int]:
-    return {json.loads(path.read_text())["step"] for path in (run_folder / "checkpoints").glob("*/state.json")}
 
 
 @pytest.fixture(scope="module")
@@ -289,12 +240,6 @@ def goes_on(folder: Path, attempts: int) -> bool:
     """Whether the run's command was given so many times, and the last one's workers train."""
     given = recorded(folder)["attempts"]
     return len(given) == attempts and bool(given[-1]["starts"]) and step_of(folder) > given[-1]["starts"][-1]["step"]
-
-
-def flip_a_bit(file: Path) -> None:
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
 
 
 def test_a_run_that_diverges_ends_at_once_and_names_the_rows(

@@ -23,7 +23,7 @@ import pytest
 from commands import ROOT, run, wait_until
 from scipy.special import expit
 from sklearn.metrics import average_precision_score, roc_auc_score
-from small_cohort import SIZES, prepare_small
+from small_cohort import SIZES
 
 from hymate.command import load
 from hymate.data.histories import Histories
@@ -60,11 +60,6 @@ def configured(data: Path | str, folder: Path | str, *overrides: str) -> Benchma
     return load("benchmark", given, BenchmarkConfig)
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return prepare_small(tmp_path_factory.mktemp("cohort"))
-
-
 @pytest.fixture
 def environment() -> Iterator[dict[str, str]]:
     """Ray keeps its files in a folder of their own, whose path must be short."""
@@ -73,18 +68,18 @@ def environment() -> Iterator[dict[str, str]]:
 
 
 def test_a_benchmark_that_is_killed_goes_on_and_compares(
-    data: Path, tmp_path: Path, environment: dict[str, str]
+    small_data: Path, tmp_path: Path, environment: dict[str, str]
 ) -> None:
     folder = tmp_path / "benchmark-readmission"
     first = folder / "runs" / "gradient_boosting-all-seed0-fold0.json"
-    with subprocess.Popen(command(data, tmp_path, ONLY, "max_concurrent=1"), env=environment) as started:
+    with subprocess.Popen(command(small_data, tmp_path, ONLY, "max_concurrent=1"), env=environment) as started:
         wait_until(first.is_file, "the first run is there")
         started.kill()
     assert started.returncode == -signal.SIGKILL
     there = {path: path.stat().st_mtime_ns for path in (folder / "runs").iterdir() if path.stem == first.stem}
     assert not (folder / "cross_validation.json").exists()
 
-    one = run(command(data, tmp_path, ONLY), environment, tmp_path)
+    one = run(command(small_data, tmp_path, ONLY), environment, tmp_path)
     assert one.returncode == 0, one.stderr
     assert there and {path: path.stat().st_mtime_ns for path in there} == there
     reference, model = check_cross_validation(folder)
@@ -94,7 +89,7 @@ def test_a_benchmark_that_is_killed_goes_on_and_compares(
     # the held-out labels, with fewer and more of the others to learn from: one look
     more = ["split=held_out", "only=[gradient_boosting,scratch]", "with_few_labels=[gradient_boosting]"]
     more.append("budgets=[60,140]")
-    two = run(command(data, tmp_path, *more), environment, tmp_path)
+    two = run(command(small_data, tmp_path, *more), environment, tmp_path)
     assert two.returncode == 0, two.stderr
     found = json.loads((folder / "held_out.json").read_text())
     assert [(row["name"], row["budget"]) for row in found["rows"]] == [
@@ -108,9 +103,9 @@ def test_a_benchmark_that_is_killed_goes_on_and_compares(
     assert json.loads((folder / "run.json").read_text())["outcome"] == {"state": "finished", "looks": 1}
 
     # what is shown again is no new look; what is compared anew is one
-    protocol(configured(data, tmp_path, *more))
+    protocol(configured(small_data, tmp_path, *more))
     assert len(json.loads((folder / "looks.json").read_text())) == 1
-    protocol(configured(data, tmp_path, *more[:-1], "only=[gradient_boosting]", "budgets=[60]"))
+    protocol(configured(small_data, tmp_path, *more[:-1], "only=[gradient_boosting]", "budgets=[60]"))
     looks = json.loads((folder / "looks.json").read_text())
     assert [[row["budget"] for row in look["seen"]] for look in looks] == [[140, 140, 60], [60]]
     assert f"Look 2 of this benchmark at these labels**, after {looks[0]['at']}" in (folder / "held_out.md").read_text()
@@ -145,20 +140,20 @@ def check_cross_validation(folder: Path) -> list[dict]:
     ],
 )
 def test_what_cannot_be_run_is_refused_before_anything_is_trained(
-    data: Path, tmp_path: Path, wrong: list[str], line: str
+    small_data: Path, tmp_path: Path, wrong: list[str], line: str
 ) -> None:
     with pytest.raises(UserError, match=line):
-        protocol(configured(data, tmp_path, *wrong))
+        protocol(configured(small_data, tmp_path, *wrong))
     assert not list(tmp_path.iterdir())
 
 
 def test_a_mistake_in_a_run_is_one_line_and_the_runs_beside_it_end_well(
-    data: Path, tmp_path: Path, environment: dict[str, str]
+    small_data: Path, tmp_path: Path, environment: dict[str, str]
 ) -> None:
     # too few labels for boosting's features, which shows when they are chosen
     few = ["budgets=[14]", "choosing_fraction=0.5", "split=held_out", "max_concurrent=2"]
     few.append("only=[gradient_boosting,scratch]")
-    failed = run(command(data, tmp_path, *few), environment, tmp_path)
+    failed = run(command(small_data, tmp_path, *few), environment, tmp_path)
     assert failed.returncode == 2, failed.stderr
     assert "gradient_boosting on 14 labels, seed 0 failed; 1 left" in failed.stdout
     assert len(failed.stderr.strip().splitlines()) == 1 and "leave no feature of 6 training labels" in failed.stderr
@@ -175,8 +170,8 @@ def labelled(data: Path, split: str = "cross_validation") -> tuple[Histories, La
     return histories, Labelled.of(histories, read_labels(data / "labels" / "readmission"), split)
 
 
-def test_folds_hold_every_development_patient_once_and_no_held_out_one(data: Path) -> None:
-    config, (_, there) = configured(data, "runs", "folds=3"), labelled(data)
+def test_folds_hold_every_development_patient_once_and_no_held_out_one(small_data: Path) -> None:
+    config, (_, there) = configured(small_data, "runs", "folds=3"), labelled(small_data)
     by_seed = []
     for seed in (0, 1):
         folds = [there.allotted(config, Run("any", 0, seed, fold)) for fold in range(3)]
@@ -188,13 +183,13 @@ def test_folds_hold_every_development_patient_once_and_no_held_out_one(data: Pat
         assert sorted(tested) == sorted([*range(1, DEVELOPMENT + 1)] * 2)
         by_seed.append(set(folds[0].test.subject_id_E))
     assert by_seed[0] != by_seed[1]
-    _, with_held_out = labelled(data, "held_out")
+    _, with_held_out = labelled(small_data, "held_out")
     own = with_held_out.allotted(config, Run("any", 0, 0, None))
     assert own.test.subject_id_E.min() > DEVELOPMENT >= own.fitting.subject_id_E.max()
 
 
-def test_a_budget_counts_every_label_and_both_parts_have_the_same_prevalence(data: Path) -> None:
-    config, (_, there) = configured(data, "runs", "budgets=[40,41,80]"), labelled(data, "held_out")
+def test_a_budget_counts_every_label_and_both_parts_have_the_same_prevalence(small_data: Path) -> None:
+    config, (_, there) = configured(small_data, "runs", "budgets=[40,41,80]"), labelled(small_data, "held_out")
     for seed in range(5):
         allotted = {budget: there.allotted(config, Run("any", budget, seed, None)) for budget in (40, 41, 80)}
         seen = {}
@@ -207,12 +202,12 @@ def test_a_budget_counts_every_label_and_both_parts_have_the_same_prevalence(dat
 
 
 @pytest.mark.parametrize("name", ["logistic_regression", "distilled"])
-def test_a_run_learns_nothing_from_labels_beyond_its_budget(data: Path, tmp_path: Path, name: str) -> None:
-    config = configured(data, tmp_path, "budgets=[60,0]", "split=held_out")
+def test_a_run_learns_nothing_from_labels_beyond_its_budget(small_data: Path, tmp_path: Path, name: str) -> None:
+    config = configured(small_data, tmp_path, "budgets=[60,0]", "split=held_out")
     one = Run(name, 60, 0, None)
-    own = labelled(data, "held_out")[1].allotted(config, one)
+    own = labelled(small_data, "held_out")[1].allotted(config, one)
     seen = {*own.fitting.subject_id_E, *own.choosing.subject_id_E}
-    table = read_labels(data / "labels" / "readmission")
+    table = read_labels(small_data / "labels" / "readmission")
     flipped = [
         bool(label) if subject in seen else not label
         for subject, label in zip(table["subject_id"].to_pylist(), table["boolean_value"].to_pylist(), strict=True)
@@ -236,10 +231,10 @@ def test_a_run_learns_nothing_from_labels_beyond_its_budget(data: Path, tmp_path
 
 
 @pytest.mark.usefixtures("one_thread")  # a run sets the number of threads
-def test_boosting_is_recalibrated_by_the_labels_that_it_chose_by(data: Path, tmp_path: Path) -> None:
-    config, one = configured(data, tmp_path), Run("gradient_boosting", 0, 0, 1)
+def test_boosting_is_recalibrated_by_the_labels_that_it_chose_by(small_data: Path, tmp_path: Path) -> None:
+    config, one = configured(small_data, tmp_path), Run("gradient_boosting", 0, 0, 1)
     train_and_score(config, one, None)
-    histories, there = labelled(data)
+    histories, there = labelled(small_data)
     own = there.allotted(config, one)
     spec = choose(histories, own.fitting, FeatureConfig())
     fitting, choosing, test = (features(histories, part, spec) for part in (own.fitting, own.choosing, own.test))
@@ -251,9 +246,11 @@ def test_boosting_is_recalibrated_by_the_labels_that_it_chose_by(data: Path, tmp
     assert np.abs(expected - expit(test_logit)).max() > 0.01
 
 
-def test_encoders_have_the_same_pooling_views_and_candidates_and_the_papers_model_is_the_papers(data: Path) -> None:
+def test_encoders_have_the_same_pooling_views_and_candidates_and_the_papers_model_is_the_papers(
+    small_data: Path,
+) -> None:
     for pooling in ("variables", "attention"):
-        settings = ["task=mortality", f"data.path={data}", f"model.pooling={pooling}", "point.early_share=0.5"]
+        settings = ["task=mortality", f"data.path={small_data}", f"model.pooling={pooling}", "point.early_share=0.5"]
         config = load("benchmark", [*settings, "data.min_count=1"], BenchmarkConfig)
         models = {name: config.model_of(contender) for name, contender in config.contenders.items()}
         trials = {

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -25,16 +26,16 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from scipy.special import expit
 from sklearn.metrics import roc_auc_score
-from small_cohort import SIZES, prepare_small
-from test_tasks import LAB, task, write
+from small_cohort import SIZES
+from small_models import SMALL, vocabulary_of
+from stays import LAB, task, write_histories
 
 from hymate.command import load
-from hymate.config import DataConfig, ModelConfig, ObjectiveConfig, TrainConfig
+from hymate.config import DataConfig, ObjectiveConfig, TrainConfig
 from hymate.data.examples import Examples, labelled_examples
 from hymate.data.histories import Histories
 from hymate.data.meds import read_labels
 from hymate.data.tasks import labels
-from hymate.data.vocabulary import Vocabulary
 from hymate.device import CPU
 from hymate.errors import ConfigError, UserError
 from hymate.evaluation import decisions, metrics, report
@@ -49,25 +50,19 @@ from hymate.tuning.search import TuneConfig, search, trial_config
 from hymate.tuning.trial import TrialConfig, parameter_groups, risk_model, starting_point
 
 ROOT = Path(__file__).resolve().parents[2]
-MODEL = ModelConfig(d_model=16, layers="MA", d_state=8, headdim=8, num_heads=2, window=8, num_queries=2)
 CUT = ["data.context=32", "data.tokens_per_row=256"]
 DIVERGING = 1e36  # as a learning rate
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return prepare_small(tmp_path_factory.mktemp("cohort"))
-
-
-@pytest.fixture(scope="module")
-def pretrained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    vocabulary = Vocabulary.read(data / "histories" / "vocabulary.parquet", min_count=1)
+def pretrained(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    vocabulary = vocabulary_of(small_data)
     torch.manual_seed(1)
-    state = PretrainModel(MODEL, ObjectiveConfig(), vocabulary.size).state_dict()
+    state = PretrainModel(SMALL, ObjectiveConfig(), vocabulary.size).state_dict()
     folder = tmp_path_factory.mktemp("pretrained") / "bundle"
-    settings = DataConfig(str(data), context=64, tokens_per_row=256, min_count=1)
-    extra = {"provenance": provenance(Histories.open(data))}
-    write_bundle(folder, state, kind="pretrained", model=MODEL, data=settings, vocabulary=vocabulary, extra=extra)
+    settings = DataConfig(str(small_data), context=64, tokens_per_row=256, min_count=1)
+    extra = {"provenance": provenance(Histories.open(small_data))}
+    write_bundle(folder, state, kind="pretrained", model=SMALL, data=settings, vocabulary=vocabulary, extra=extra)
     return folder
 
 
@@ -99,9 +94,9 @@ def test_points_spread_evenly_over_the_space(num_trials: int, seed: int) -> None
 
 
 @pytest.mark.parametrize("search", ["default", "quick", "physionet"])
-def test_a_search_keeps_the_papers_pooling_unless_it_is_set(data: Path, search: str) -> None:
+def test_a_search_keeps_the_papers_pooling_unless_it_is_set(small_data: Path, search: str) -> None:
     def poolings(model: str, *settings: str) -> set[str]:
-        chosen = [f"data.path={data}", "init=null", "task=mortality", f"model={model}", f"search={search}"]
+        chosen = [f"data.path={small_data}", "init=null", "task=mortality", f"model={model}", f"search={search}"]
         config = load("tune", [*chosen, *settings], TuneConfig)
         start = starting_point(config.data, config.model, None)
         points = space.draw(space.for_model(config.search.space, start.model.pooling), 8, seed=0)
@@ -126,9 +121,9 @@ def test_a_search_keeps_the_papers_pooling_unless_it_is_set(data: Path, search: 
         ("train.num_workers=2", "train.num_workers"),
     ],
 )
-def test_an_impossible_search_is_refused_when_it_is_configured(data: Path, override: str, named: str) -> None:
+def test_an_impossible_search_is_refused_when_it_is_configured(small_data: Path, override: str, named: str) -> None:
     with pytest.raises(ConfigError, match=named.replace(".", r"\.")):
-        configured(data, None, override, "train.rows_per_step=2")
+        configured(small_data, None, override, "train.rows_per_step=2")
 
 
 @pytest.mark.parametrize(
@@ -138,8 +133,8 @@ def test_an_impossible_search_is_refused_when_it_is_configured(data: Path, overr
         *({"head_lr": "fast"}, {"backbone_lr": None}, {"early_share": "high"}, {"teacher_share": True}),
     ],
 )
-def test_an_impossible_point_is_refused_before_any_trial(data: Path, pretrained: Path, point: dict) -> None:
-    config = configured(data, pretrained)
+def test_an_impossible_point_is_refused_before_any_trial(small_data: Path, pretrained: Path, point: dict) -> None:
+    config = configured(small_data, pretrained)
     with pytest.raises(ConfigError):
         trial_config(config.tasks, config.train, starting_point(config.data, None, str(pretrained)), point)
 
@@ -147,11 +142,11 @@ def test_an_impossible_point_is_refused_before_any_trial(data: Path, pretrained:
 # ------------------------------------------------------------------------------------------------------- trials
 
 
-def test_the_bundle_brings_model_vocabulary_and_rare_code_rule(data: Path, pretrained: Path) -> None:
-    start = starting_point(DataConfig(str(data), context=32, min_count=1000), None, str(pretrained))
-    assert start.model == MODEL and start.data.min_count == 1 and start.data.context == 32
+def test_the_bundle_brings_model_vocabulary_and_rare_code_rule(small_data: Path, pretrained: Path) -> None:
+    start = starting_point(DataConfig(str(small_data), context=32, min_count=1000), None, str(pretrained))
+    assert start.model == SMALL and start.data.min_count == 1 and start.data.context == 32
     assert len(start.vocabulary.codes) == 3
-    wider = ModelConfig(**{**vars(MODEL), "num_heads": 4})
+    wider = replace(SMALL, num_heads=4)
     with pytest.raises(ConfigError, match=r"model\.num_heads=4 .* 2"):
         starting_point(start.data, wider, str(pretrained))
     with pytest.raises(ConfigError, match="model=small"):
@@ -159,8 +154,8 @@ def test_the_bundle_brings_model_vocabulary_and_rare_code_rule(data: Path, pretr
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-def test_backbone_and_head_have_their_own_learning_rates(data: Path, pretrained: Path, frozen: bool) -> None:
-    start = starting_point(DataConfig(str(data), min_count=1), None, str(pretrained))
+def test_backbone_and_head_have_their_own_learning_rates(small_data: Path, pretrained: Path, frozen: bool) -> None:
+    start = starting_point(DataConfig(str(small_data), min_count=1), None, str(pretrained))
     trial = TrialConfig(["readmission"], [], start.data, start.model, TrainConfig(), 1e-4, 1e-3, frozen)
     model = risk_model(start, trial)
     for name, weight in model.backbone.state_dict().items():
@@ -171,20 +166,22 @@ def test_backbone_and_head_have_their_own_learning_rates(data: Path, pretrained:
         assert lrs.get(id(parameter)) == expected, name
 
 
-def test_a_tuning_split_of_one_class_is_refused_with_its_counts(data: Path, tmp_path: Path) -> None:
-    held = read_labels(data / "labels" / "readmission" / "train").to_pylist()
-    tuning = [{**row, "boolean_value": True} for row in read_labels(data / "labels/readmission/tuning").to_pylist()]
-    rest = read_labels(data / "labels" / "readmission" / "held_out").to_pylist()
-    table = read_labels(data / "labels" / "readmission").schema
+def test_a_tuning_split_of_one_class_is_refused_with_its_counts(small_data: Path, tmp_path: Path) -> None:
+    held = read_labels(small_data / "labels" / "readmission" / "train").to_pylist()
+    tuning = [
+        {**row, "boolean_value": True} for row in read_labels(small_data / "labels/readmission/tuning").to_pylist()
+    ]
+    rest = read_labels(small_data / "labels" / "readmission" / "held_out").to_pylist()
+    table = read_labels(small_data / "labels" / "readmission").schema
     pq.write_table(_table(held + tuning + rest, table), tmp_path / "0.parquet")
-    config = configured(data, None, "model=debug", f"task.labels={tmp_path}", f"run.dir={tmp_path}/runs")
+    config = configured(small_data, None, "model=debug", f"task.labels={tmp_path}", f"run.dir={tmp_path}/runs")
     with pytest.raises(UserError, match="the tuning split has 48 positive and 0 negative labels"):
         search(config)
     assert not (tmp_path / "runs").exists()
 
 
-def test_earlier_views_are_refused_for_labels_without_a_start(data: Path, tmp_path: Path) -> None:
-    config = configured(data, None, "model=debug", "search.space.early_share=0.5", f"run.dir={tmp_path}/runs")
+def test_earlier_views_are_refused_for_labels_without_a_start(small_data: Path, tmp_path: Path) -> None:
+    config = configured(small_data, None, "model=debug", "search.space.early_share=0.5", f"run.dir={tmp_path}/runs")
     with pytest.raises(UserError, match=r"^search\.space\.early_share: the labels of readmission have no start[^\n]*$"):
         search(config)
     assert not (tmp_path / "runs").exists()
@@ -261,7 +258,9 @@ def test_the_verdict_on_boosting_where_measures_disagree_or_are_missing() -> Non
 
 def test_the_report_says_how_labels_came_about(tmp_path: Path) -> None:
     home, back = "HOSPITAL_DISCHARGE//HOME", "HOSPITAL_ADMISSION//EU OBSERVATION"
-    write(tmp_path, [[(0, home), (9, back), (80, LAB)], [(0, home), (0.1, back), (80, LAB)], [(0, home), (9, LAB)]])
+    write_histories(
+        tmp_path, [[(0, home), (9, back), (80, LAB)], [(0, home), (0.1, back), (80, LAB)], [(0, home), (9, LAB)]]
+    )
     config = task("readmission")
     found = labels(tmp_path, config)
     label, subject = np.array([1.0, 0.0]), np.array([1, 2])
@@ -321,13 +320,13 @@ def command(data: Path, init: Path, runs: Path, head_lrs: str, *overrides: str) 
 
 
 @pytest.fixture(scope="module")
-def run(data: Path, pretrained: Path, ray_env: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(small_data: Path, pretrained: Path, ray_env: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A search in which one trial diverges, killed in the middle and continued by the same command, on a machine with a
     GPU for which the kernels are missing.
     """
     runs = tmp_path_factory.mktemp("tuned")
     ray_env = with_pretended_gpu(ray_env, tmp_path_factory.mktemp("pretended"))
-    line = command(data, pretrained, runs, f"[1e-3,{DIVERGING}]")
+    line = command(small_data, pretrained, runs, f"[1e-3,{DIVERGING}]")
     with subprocess.Popen(line, env=ray_env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as killed:
         assert killed.stdout is not None
         said = []
@@ -369,9 +368,9 @@ def test_a_search_runs_on_the_cpu_where_a_gpu_lacks_its_kernels(run: Path) -> No
 
 @pytest.mark.slow
 def test_a_search_goes_on_without_a_reader_and_ends_in_order_at_sigterm(
-    data: Path, pretrained: Path, ray_env: dict[str, str], tmp_path: Path
+    small_data: Path, pretrained: Path, ray_env: dict[str, str], tmp_path: Path
 ) -> None:
-    line = command(data, pretrained, tmp_path, "[1e-3]", "search.space.teacher_share=0", "train.max_steps=100000")
+    line = command(small_data, pretrained, tmp_path, "[1e-3]", "search.space.teacher_share=0", "train.max_steps=100000")
     with subprocess.Popen(line, env=ray_env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as stopped:
         assert stopped.stdout is not None and stopped.stderr is not None
         stopped.stdout.readline()
@@ -392,7 +391,7 @@ def test_a_search_leaves_no_pickle(run: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_finished_search_leaves_everything_it_promises(run: Path, data: Path) -> None:
+def test_a_finished_search_leaves_everything_it_promises(run: Path, small_data: Path) -> None:
     found = json.loads((run / "results.json").read_text())
     assert (found["task"], found["split"]) == ("readmission", "held_out")
     assert found["num_labels"] == 2 * SIZES["held_out"] and found["num_subjects"] == SIZES["held_out"]
@@ -430,11 +429,11 @@ def test_a_finished_search_leaves_everything_it_promises(run: Path, data: Path) 
 
 @pytest.mark.slow
 def test_a_search_without_held_out_labels_makes_all_but_their_scores(
-    data: Path, pretrained: Path, ray_env: dict[str, str], tmp_path: Path
+    small_data: Path, pretrained: Path, ray_env: dict[str, str], tmp_path: Path
 ) -> None:
     for split in ("train", "tuning"):
         (tmp_path / "mine" / split).mkdir(parents=True)
-        labels = pq.read_table(data / "labels/readmission" / split / "0.parquet")
+        labels = pq.read_table(small_data / "labels/readmission" / split / "0.parquet")
         pq.write_table(labels, tmp_path / "mine" / split / "0.parquet")
         weight = pa.array(np.linspace(0.5, 3, len(labels)), pa.float32())
         weights = labels.select(["subject_id", "prediction_time"]).append_column("weight", weight)
@@ -444,7 +443,7 @@ def test_a_search_without_held_out_labels_makes_all_but_their_scores(
     settings = {"model": unknown.model, "data": unknown.data, "vocabulary": unknown.vocabulary}
     write_bundle(pretrained, unknown.state, kind="pretrained", **settings)
     one = ["search.num_trials=1", "search.space.teacher_share=0", f"task.labels={tmp_path / 'mine'}"]
-    line = command(data, pretrained, tmp_path / "runs", "[0.001]", *one)
+    line = command(small_data, pretrained, tmp_path / "runs", "[0.001]", *one)
     done = subprocess.run(line, env=ray_env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     run = tmp_path / "runs" / "r"
@@ -481,18 +480,18 @@ def test_a_failed_trial_is_told_and_sinks_nothing(run: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_bundle_gives_the_predictions_that_were_scored(run: Path, data: Path) -> None:
+def test_the_bundle_gives_the_predictions_that_were_scored(run: Path, small_data: Path) -> None:
     bundle = read_bundle(run, kind="risk")
     assert bundle.tasks == ["readmission"] and bundle.data.context == 32
-    histories = Histories.open(data)
-    examples = labelled_examples(histories, read_labels(data / "labels" / "readmission"), "held_out")
+    histories = Histories.open(small_data)
+    examples = labelled_examples(histories, read_labels(small_data / "labels" / "readmission"), "held_out")
     outputs, _ = predict(bundle, histories, examples, CPU)
     written = pq.read_table(run / "predictions.parquet")
     assert prediction_table(examples, outputs.probability_ET[:, 0]).equals(written)
     found = json.loads((run / "results.json").read_text())
     assert bundle.extra["recalibration"] == {found["task"]: found["recalibration"]}
     trained = load_file(Path(found["trials"][found["best_trial"]]["checkpoint"]) / "model.safetensors")
-    tuning = labelled_examples(histories, read_labels(data / "labels" / "readmission"), "tuning")
+    tuning = labelled_examples(histories, read_labels(small_data / "labels" / "readmission"), "tuning")
     untouched = dataclasses.replace(bundle, state=trained)
     before, after = (predict(b, histories, tuning, CPU)[0].logit_ET[:, 0] for b in (untouched, bundle))
     recalibration = recalibrate(tuning.label_E, before)
@@ -551,9 +550,9 @@ def test_a_finished_search_only_shows_its_results_again(run: Path, ray_env: dict
 
 @pytest.mark.slow
 def test_a_search_whose_trials_all_fail_says_why(
-    data: Path, pretrained: Path, ray_env: dict[str, str], tmp_path: Path
+    small_data: Path, pretrained: Path, ray_env: dict[str, str], tmp_path: Path
 ) -> None:
-    line = command(data, pretrained, tmp_path, f"[{DIVERGING}]", "search.num_trials=1")
+    line = command(small_data, pretrained, tmp_path, f"[{DIVERGING}]", "search.num_trials=1")
     failed = subprocess.run(line, env=ray_env, capture_output=True, text=True, timeout=300)
     assert failed.returncode == 2
     assert "all 1 trials failed, the first with FloatingPointError" in failed.stderr
