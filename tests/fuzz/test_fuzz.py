@@ -1,34 +1,37 @@
-"""The readers on mutated inputs: what once were findings, and some hundred fresh ones; tests/fuzz/fuzz.py does many."""
+"""The readers on mutated inputs: what once were findings, and some hundred new ones; `python tests/fuzz` does many."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import fuzz
 import pytest
+
+from fuzz import command
+from fuzz.inputs import GOOD, READERS, bench
+from fuzz.reader import files_of
 
 CORPUS = Path(__file__).parent / "corpus"
 MUTATIONS = 200
 
 
-@pytest.mark.parametrize("name", fuzz.READERS)
+@pytest.mark.parametrize("name", READERS)
 def test_what_once_was_a_finding_is_refused(name: str, capfd: pytest.CaptureFixture[str]) -> None:
     cases = sorted((CORPUS / name).iterdir())
-    with fuzz.bench(name) as made:
-        outcomes = {case.name: made.run(fuzz.files_of(case)) for case in cases}
+    with bench(name) as made:
+        outcomes = {case.name: made.run(files_of(case)) for case in cases}
     assert outcomes == dict.fromkeys(outcomes, "refused") and outcomes
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", fuzz.READERS)
+@pytest.mark.parametrize("name", READERS)
 def test_mutated_inputs_are_refused_or_read_as_others_read_them(name: str, capfd: pytest.CaptureFixture[str]) -> None:
-    with fuzz.bench(name) as made:
+    with bench(name) as made:
         outcomes = {made.run(made.inputs(seed), seed) for seed in range(MUTATIONS)}
-    assert {"refused", "accepted"} <= outcomes <= set(fuzz.GOOD)
+    assert {"refused", "accepted"} <= outcomes <= set(GOOD)
 
 
 def test_a_finding_is_counted_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The watchdog, in its own process: a limit of no time at all makes every input a finding."""
-    monkeypatch.setattr(fuzz, "PATIENCE_S", -1000.0)
-    outcomes = fuzz.fuzz("labels", 5, 2, tmp_path, seconds=60)
+    monkeypatch.setattr(command, "PATIENCE_S", -1000.0)
+    outcomes = command.fuzz("labels", 5, 2, tmp_path, seconds=60)
     assert outcomes == {"hang": 2} and {path.name for path in (tmp_path / "labels").iterdir()} == {"5", "6"}
