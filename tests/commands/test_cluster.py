@@ -79,10 +79,11 @@ def num_bytes(quantity: str) -> int:
 
 
 def measured_mib(model: str) -> float:
-    """The most that a worker took at the default context, by the tables of tests/benchmarks/memory.py."""
-    text = (ROOT / "tests" / "benchmarks" / "RESULTS.md").read_text()
-    rows = re.findall(rf"^\| {model} \| [\d,]+ \| 16,384 \| \d \| \d \| ([\d,]+) \|", text, flags=re.M)
-    return max(float(mib.replace(",", "")) for mib in rows)
+    """The most that a worker took at the default context, by the page's table of sizes."""
+    (row,) = re.findall(
+        rf"^\| `{model}` \| .*? \| ([\d,]+) MiB \|", (ROOT / "docs" / "cluster.md").read_text(), flags=re.M
+    )
+    return float(row.replace(",", ""))
 
 
 # --------------------------------------------------------------------------------------------------- Kubernetes
