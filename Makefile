@@ -6,11 +6,14 @@ SUBJECTS ?= 1500
 PRETRAIN_STEPS ?= 150
 TUNE_STEPS ?= 400
 QUICK ?=
+PROCESSES ?= 2
 BIN = $(VENV)/bin
 PY = $(BIN)/python
 # the versions that the suite last passed with; CONSTRAINTS=/dev/null for the newest that pyproject.toml takes
 CONSTRAINTS ?= constraints.txt
 PIP = $(BIN)/pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) $(PIP_ARGS)
+# the tests of a file run in one process; what took longest is said at the end
+PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(PROCESSES) --dist loadfile --no-loadscope-reorder --durations=15
 
 # a virtual environment where there is one; a machine with a GPU may have its own Python with torch, and no internet
 ANY_PY = $(if $(wildcard $(PY)),$(PY),$(PYTHON))
@@ -43,13 +46,13 @@ check: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(PY) -m pytest -q -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(PY) -m pytest -q
+	$(PYTEST)
 
 # after a `make test CONSTRAINTS=/dev/null` that passed in a fresh environment
 constraints: $(VENV)/.installed

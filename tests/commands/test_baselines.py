@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import shutil
 import sys
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -50,13 +54,15 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.fixture(autouse=True)
-def few_trees(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(boosting, "NUM_TREES", (30, 120))
-    monkeypatch.setattr(boosting, "LEARNING_RATE", 0.1)
-    monkeypatch.setattr(boosting, "STRENGTHS", (1e-3, 1e-2))
-    monkeypatch.setattr(baselines, "DETAILED_VARIABLES", 2)
-    monkeypatch.setattr(boosting, "REPEATS", 1)
+@pytest.fixture(autouse=True, scope="module")
+def few_trees() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(boosting, "NUM_TREES", (30, 120))
+        patch.setattr(boosting, "LEARNING_RATE", 0.1)
+        patch.setattr(boosting, "STRENGTHS", (1e-3, 1e-2))
+        patch.setattr(baselines, "DETAILED_VARIABLES", 2)
+        patch.setattr(boosting, "REPEATS", 1)
+        yield
 
 
 def scored(data: Path, out: Path, *overrides: str) -> tuple[dict[str, Any], pa.Table]:
@@ -68,11 +74,34 @@ def scored(data: Path, out: Path, *overrides: str) -> tuple[dict[str, Any], pa.T
     return json.loads((out / "results.json").read_text()), pq.read_table(out / "predictions.parquet")
 
 
+@dataclass(frozen=True)
+class Finished:
+    """What a run of the command said and left; out: its folder."""
+
+    out: Path
+    said: str
+    found: dict[str, Any]
+    predictions: pa.Table
+
+
+@pytest.fixture(scope="module")
+def finished(data: Path, few_trees: None, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Finished]:
+    """The run of each baseline with the settings that most tests have, once."""
+
+    @cache
+    def of(kind: str) -> Finished:
+        out = tmp_path_factory.mktemp(kind) / "new"
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            found, predictions = scored(data, out, f"baseline={kind}")
+        return Finished(out, said.getvalue(), found, predictions)
+
+    return of
+
+
 @pytest.mark.parametrize("kind", ["gradient_boosting", "logistic_regression"])
-def test_a_known_law_is_learned_and_not_beaten(
-    data: Path, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    found, predictions = scored(data, tmp_path / "new", f"baseline={kind}")
+def test_a_known_law_is_learned_and_not_beaten(finished: Callable[[str], Finished], kind: str) -> None:
+    once = finished(kind)
+    found, predictions = once.found, once.predictions
     PredictionSchema.validate(predictions)
     label, probability = (predictions[c].to_numpy() for c in ("boolean_value", "predicted_boolean_probability"))
     assert found["auroc"]["value"] == pytest.approx(roc_auc_score(label, probability), abs=1e-5)
@@ -83,9 +112,8 @@ def test_a_known_law_is_learned_and_not_beaten(
     assert variables[0] == law.CREATININE
     assert max(found["importance"]["variables"][name] for name in DISTRACTORS) < 0.03
     assert all(name.startswith(tuple(variables[:2])) for name in found["importance"]["features"])
-    shown = capsys.readouterr().out
-    for expected in ("tuning", "held_out", "best possible", str(tmp_path / "new" / "results.json")):
-        assert expected in shown
+    for expected in ("tuning", "held_out", "best possible", str(once.out / "results.json")):
+        assert expected in once.said
 
 
 def test_without_a_held_out_split_the_tuning_split_is_scored(data: Path, tmp_path: Path, capsys: Any) -> None:
@@ -121,14 +149,15 @@ def test_a_seed_gives_the_same_predictions(data: Path, tmp_path: Path) -> None:
     assert not first.equals(other)
 
 
-def test_the_held_out_labels_are_only_scored(data: Path, tmp_path: Path) -> None:
+def test_the_held_out_labels_are_only_scored(data: Path, finished: Callable[[str], Finished], tmp_path: Path) -> None:
     labels = read_labels(data / "labels" / "readmission")
     index = pq.read_table(data / "histories" / "index.parquet")
     held_out = index.filter(pc.field("split") == "held_out")["subject_id"]
     turned = pc.xor(labels["boolean_value"], pc.is_in(labels["subject_id"], held_out.combine_chunks()))
     column = labels.column_names.index("boolean_value")
     write_parquet(labels.set_column(column, "boolean_value", turned), tmp_path / "turned" / "0.parquet")
-    found, predictions = scored(data, tmp_path / "a", "baseline=logistic_regression")
+    once = finished("logistic_regression")
+    found, predictions = once.found, once.predictions
     other, predictions_of_other = scored(
         data, tmp_path / "b", "baseline=logistic_regression", f"task.labels={tmp_path / 'turned'}"
     )
@@ -140,9 +169,9 @@ def test_the_held_out_labels_are_only_scored(data: Path, tmp_path: Path) -> None
 
 
 def test_a_model_is_compared_with_what_the_command_says(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data: Path, finished: Callable[[str], Finished], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scores, predictions = scored(data, tmp_path)
+    scores, predictions = finished("gradient_boosting").found, finished("gradient_boosting").predictions
     monkeypatch.setattr(boosting, "FeatureConfig", lambda: FeatureConfig((48.0,), max_features=400))
     histories, labels = Histories.open(data), read_labels(data / "labels" / "readmission")
     examples = {split: labelled_examples(histories, labels, split) for split in SPLITS}
