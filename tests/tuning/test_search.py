@@ -442,7 +442,9 @@ def test_a_finished_search_only_shows_its_results_again(run: Path, ray_env: dict
 def test_a_search_whose_trials_all_fail_says_why(
     small_data: Path, pretrained: Path, ray_env: dict[str, str], tmp_path: Path
 ) -> None:
-    line = command(small_data, pretrained, tmp_path, f"[{DIVERGING}]", "search.num_trials=1")
+    line = command(
+        small_data, pretrained, tmp_path, f"[{DIVERGING}]", "search.num_trials=1", "search.space.teacher_share=0"
+    )
     failed = subprocess.run(line, env=ray_env, capture_output=True, text=True, timeout=300)
     assert failed.returncode == 2
     assert "all 1 trials failed, the first with FloatingPointError" in failed.stderr
