@@ -14,7 +14,7 @@ import yaml
 from rows import random_row
 from small_models import SMALL, risk_model, small_vocabulary, write_risk_bundle
 
-from hymate.config import ObjectiveConfig
+from hymate.config import DataConfig, ObjectiveConfig
 from hymate.data.vocabulary import Vocabulary
 from hymate.errors import UserError
 from hymate.inference.bundle import Bundle, build_model, read_bundle
@@ -22,9 +22,13 @@ from hymate.model.encoder import PretrainModel, RiskModel
 
 
 def write(folder: Path, **changes: Any) -> None:
-    write_risk_bundle(
-        folder, **{"vocabulary": small_vocabulary(), "card": "Some words.", "extra": {"auroc": 0.8}, **changes}
-    )
+    settings: dict[str, Any] = {
+        "vocabulary": small_vocabulary(),
+        "data": DataConfig("somewhere", context=64, tokens_per_row=128, min_count=2),
+        "card": "Some words.",
+        "extra": {"auroc": 0.8},
+    }
+    write_risk_bundle(folder, **{**settings, **changes})
 
 
 @pytest.fixture
