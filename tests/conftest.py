@@ -22,6 +22,7 @@ for ignored in (signal.SIGINT, signal.SIGHUP):
 
 
 LONGEST = (
+    "test_wheel.py",
     "test_search.py",
     "test_benchmark.py",
     "test_pretraining.py",
@@ -33,6 +34,7 @@ LONGEST = (
     "test_jobs.py",
     "test_gpu.py",
     "test_from_raw_tables.py",
+    "test_code_of_workers.py",
     "test_cluster.py",
     "test_explain.py",
     "test_states.py",

@@ -84,7 +84,7 @@ def data(small_data: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def bundle(tmp_path: Path) -> Path:
-    return write_risk_bundle(tmp_path / "bundle", small_vocabulary())
+    return write_risk_bundle(tmp_path / "bundle", small_vocabulary(), extra={"auroc": 0.8})
 
 
 def agree(bundle: Path) -> None:
@@ -353,10 +353,10 @@ def claim(path: Path, rows: int) -> None:
 
 
 @pytest.mark.parametrize("rows", [1 << 31, 1 << 40, (1 << 62) - 1])
-def test_absurd_sizes_of_tables_are_refused(cohort: Path, tmp_path: Path, rows: int) -> None:
+def test_absurd_sizes_of_tables_are_refused(small_data: Path, tmp_path: Path, rows: int) -> None:
     def damaged(file: str) -> Path:
         shutil.rmtree(tmp_path / "data", ignore_errors=True)
-        shutil.copytree(cohort, tmp_path / "data")
+        shutil.copytree(small_data, tmp_path / "data")
         claim(tmp_path / "data" / file, rows)
         return tmp_path / "data"
 
