@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 from commands import ROOT, ray_processes, run, wait_until
-from small_cohort import prepare_small
 
 from hymate.inference.bundle import read_bundle
 
@@ -64,12 +63,12 @@ def ray_files() -> Iterator[str]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def pretrains(checkout: Path, environment: dict[str, str]) -> None:
+def pretrains(checkout: Path, data: Path, environment: dict[str, str]) -> None:
     """The checkout's command, given in a folder that has another hymate, trains with the checkout's code."""
     folder = checkout.parent
     (folder / "here" / "hymate").mkdir(parents=True)
     (folder / "here" / "hymate" / "__init__.py").write_text("raise SystemError('this is not the one')")
-    settings = [f"data.path={prepare_small(folder)}", *SMALL]
+    settings = [f"data.path={data}", *SMALL]
     done = run([sys.executable, str(checkout / "pretrain" / "run.py"), *settings], environment, folder / "here")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert read_bundle(folder / "here" / "runs" / "pretrain", kind="pretrained").model.d_model == 32
@@ -81,11 +80,11 @@ def settings(ray_files: str) -> dict[str, str]:
     return {**inherited, "RAY_TMPDIR": ray_files, "TORCHDYNAMO_DISABLE": "1", "HYMATE_OPS": "reference"}
 
 
-def test_on_this_machine(checkout: Path, ray_files: str) -> None:
-    pretrains(checkout, settings(ray_files))
+def test_on_this_machine(checkout: Path, small_data: Path, ray_files: str) -> None:
+    pretrains(checkout, small_data, settings(ray_files))
 
 
-def test_on_a_machine_with_other_code_in_the_same_place(checkout: Path, ray_files: str) -> None:
+def test_on_a_machine_with_other_code_in_the_same_place(checkout: Path, small_data: Path, ray_files: str) -> None:
     elsewhere = ["unshare", "--mount", "--map-root-user", "sh", "-c", ELSEWHERE, "sh"]
     elsewhere += [str(ROOT / "hymate"), str(checkout / "hymate")]
     if shutil.which("unshare") is None or subprocess.run([*elsewhere, "true"], capture_output=True).returncode:
@@ -100,4 +99,4 @@ def test_on_a_machine_with_other_code_in_the_same_place(checkout: Path, ray_file
     for start in ([*head, "--include-dashboard", "false"], [*elsewhere, *ray, "2", "--address", address]):
         started = run(start, environment, checkout.parent)
         assert started.returncode == 0, started.stdout + started.stderr
-    pretrains(checkout, {**environment, "RAY_ADDRESS": address})
+    pretrains(checkout, small_data, {**environment, "RAY_ADDRESS": address})
