@@ -24,9 +24,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
-
 from hymate.command import main
 from hymate.config import Place, TaskConfig
 from hymate.data.examples import Examples, labelled_examples, require_both_classes
@@ -35,11 +32,11 @@ from hymate.data.meds import SPLITS, write_parquet
 from hymate.data.synthetic.source import ceiling
 from hymate.data.tasks import LabelSet, labels
 from hymate.errors import ConfigError
-from hymate.evaluation import metrics
+from hymate.evaluation import metrics, tables
 from hymate.evaluation.boosting import Baseline, Kind, fit, importance, lightgbm, recalibrated
 from hymate.evaluation.features import FeatureConfig, FeatureTable, choose, features
-from hymate.evaluation.report import NO_HELD_OUT, RESULTS, score_rows
-from hymate.evaluation.tables import new_console
+from hymate.evaluation.report import score_rows
+from hymate.evaluation.results import NO_HELD_OUT, RESULTS
 from hymate.inference.scoring import prediction_table
 from hymate.runs import RECORD, recorded
 from hymate.storage.paths import Location, locate, require_folder, write_text
@@ -151,23 +148,17 @@ def _importances(model: Baseline, tuning: FeatureTable, seed: int) -> dict[str, 
 
 
 def _show(found: dict[str, Any], out: Location) -> None:
-    console = new_console()
     title = f"Task {found['task']}: {found['baseline'].replace('_', ' ')} on {found['num_features']} aggregate features"
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
     (header, tuning), (_, *rows) = score_rows(found["tuning"]), score_rows(found)
-    for name in header:
-        table.add_column(name, overflow="fold")
-    for row in ([] if found["split"] == "tuning" else [tuning]) + rows:
-        table.add_row(*row)
-    console.print(table)
+    tables.show(title, [header, *([] if found["split"] == "tuning" else [tuning]), *rows])
     if found["note"]:
-        console.print(f"Note: {found['note']}", highlight=False)
+        print(f"Note: {found['note']}")
     for name, value in found["chosen"].items():
-        console.print(f"chosen on the tuning split: {name} {value:g}", highlight=False)
+        print(f"chosen on the tuning split: {name} {value:g}")
     top = ", ".join(f"{name} {fall:.3f}" for name, fall in list(found["importance"]["variables"].items())[:5])
-    console.print(f"fall of AUROC without a variable: {top}", highlight=False, soft_wrap=True)
+    print(f"AUROC falls without a variable by: {top}")
     for name, file in (("results", RESULTS), ("predictions", "predictions.parquet")):
-        console.print(f"{name:<12} {out / file}", highlight=False, soft_wrap=True)
+        print(f"{name:<12} {out / file}", flush=True)
 
 
 if __name__ == "__main__":

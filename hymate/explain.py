@@ -39,7 +39,7 @@ from hymate.data.examples import Examples
 from hymate.data.meds import US_PER_HOUR, write_parquet
 from hymate.device import Wanted, choose
 from hymate.errors import ConfigError, UserError
-from hymate.evaluation import explanation_figures
+from hymate.evaluation import figures
 from hymate.evaluation.attribution import SHARES, Attribution, Case, Explainer, deletion_and_insertion
 from hymate.evaluation.tables import markdown
 from hymate.inference.bundle import read_bundle
@@ -110,13 +110,13 @@ def run(config: ExplainConfig) -> None:
         curves = faithfulness(explainer, cohort, attributions)
     write_parquet(variables, out / "variables.parquet")
     shown = variables.slice(0, SHOWN).to_pydict()
-    explanation_figures.importance(
+    figures.draw_importance(
         out / "importance.png",
         shown["code"],
         np.array(shown["mean_abs_attribution"], dtype=float),
         np.array(shown["mean_abs_change"], dtype=float),
     )
-    explanation_figures.faithfulness(out / "faithfulness.png", SHARES, curves)
+    figures.draw_faithfulness(out / "faithfulness.png", SHARES, curves)
     write_text(explanation(config, variables, curves, attributions), out / "explanation.md")
     print(f"{rows.unknown_share:.1%} of the events read have codes that the bundle does not know")
     print(f"{len(cohort)} predictions explained in {out / 'explanation.md'}")
@@ -159,7 +159,7 @@ def explain_patients(
         row_L, labels = _timeline_rows(explainer.histories.codes, case, attribution)
         hours_L = (case.time_us - case.history.time) / US_PER_HOUR
         drawn = (hours_L, row_L, attribution.event_L, attribution.attention_L, labels)
-        explanation_figures.timeline(folder / f"patient-{number}.png", title, *drawn)
+        figures.draw_timeline(folder / f"patient-{number}.png", title, *drawn)
     write_parquet(pa.concat_tables(tables), folder / "events.parquet")
 
 
@@ -196,7 +196,7 @@ def _timeline_rows(codes: Sequence[str], case: Case, attribution: Attribution) -
     labels = []
     for variable in first.tolist():
         last = case.history.value[variable_L == variable][-1]
-        labels.append(explanation_figures.short(codes[found[variable]]) + ("" if np.isnan(last) else f"  {last:.4g}"))
+        labels.append(figures.short(codes[found[variable]]) + ("" if np.isnan(last) else f"  {last:.4g}"))
     others = len(found) - len(first)
     return row_of[variable_L], [*labels, f"{others} other variables"] if others else labels
 

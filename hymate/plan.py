@@ -13,7 +13,7 @@ if __name__ == "__main__":
     ending.watch()  # the imports take seconds
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -22,6 +22,7 @@ from hymate.command import main
 from hymate.config import DataConfig, ModelConfig, ObjectiveConfig, Place, TrainConfig
 from hymate.data.histories import Histories
 from hymate.errors import ConfigError
+from hymate.evaluation.tables import markdown
 from hymate.training.footprint import Flops, Shapes, event_flops, num_parameters, row_bytes, worker_bytes
 from hymate.training.pretraining import TRAIN_SPLIT, read_vocabulary, require_learnable
 
@@ -139,16 +140,17 @@ def _lines(config: PlanConfig, shapes: Shapes, events: float) -> Iterator[str]:
         f"histories of {shapes.history_events:,}, activations {'computed again' if again else 'kept'}"
     )
     yield ""
-    yield from _table(["MFLOP an event", "forward", "backward"], _flops_rows(flops, again))
+    yield markdown([["MFLOP an event", "forward", "backward"], *_flops_rows(flops, again)], aligned=True)
     yield ""
-    yield from _table(["memory of a GPU", "GiB"], memory.parts())
+    yield markdown([["memory of a GPU", "GiB"], *memory.parts()], aligned=True)
     yield ""
-    yield from _table(["GPU", "fits", "largest row, events"], (memory.fit(gib) for gib in config.memory_gib))
+    fits = map(memory.fit, config.memory_gib)
+    yield markdown([["GPU", "fits", "largest row, events"], *fits], aligned=True)
     yield ""
     numbers = sorted({*GPUS, config.gpus})
     header = ["GiB by ZeRO and number of GPUs", *map(str, numbers)]
     by_stage = ([f"ZeRO {stage}", *(f"{memory.total(stage, n) / GIB:.1f}" for n in numbers)] for stage in STAGES)
-    yield from _table(header, by_stage)
+    yield markdown([header, *by_stage], aligned=True)
     yield ""
     total = config.epochs * events
     rate = config.gpu_fraction * config.gpu_tflops * 1e12 / _total(flops, again)
@@ -228,16 +230,6 @@ class _Memory:
         largest = 0.98 * (room - held.most(whole - slope * L)) / slope // STEP_EVENTS * STEP_EVENTS
         fits = self.total(stage, gpus) <= gib * GIB
         return [f"{gib:g} GiB", "yes" if fits else "no", f"{largest:,.0f}" if largest > 0 else "none"]
-
-
-def _table(header: Sequence[str], rows: Iterator[list[str]]) -> Iterator[str]:
-    """Markdown that is also plain to read."""
-    cells = [list(header), *rows]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
-    for number, row in enumerate(cells):
-        yield "| " + " | ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) + " |"
-        if number == 0:
-            yield "|" + "|".join(["-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:])]) + "|"
 
 
 if __name__ == "__main__":

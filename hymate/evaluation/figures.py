@@ -1,15 +1,19 @@
-"""report.md's picture of one task, and a benchmark's: ROC, precision-recall, calibration, decision curve or comparison.
+"""Pictures, drawn without a display: of a report, of a benchmark, of an explanation.
 
-Shape legend: N labels, T thresholds.
+Shape legend: N labels, T thresholds; L events of one case, R rows of a picture (the last is all variables without a
+row), G fractions of the events.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from sklearn.metrics import precision_recall_curve, roc_curve
@@ -19,75 +23,102 @@ from hymate.storage.paths import Location, atomic_path
 
 # Okabe & Ito 2008: distinct for all kinds of colour vision
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#6E6E6E"
-INCHES, DPI = (9.5, 8.2), 110
-REACHED = 0.01  # share of the probabilities that must reach a threshold for it to be drawn
+RAISES, LOWERS, DULL, FAINT = "#b2182b", "#2166ac", "#8a8a8a", "#e6e6e6"  # the first two end the colour map RdBu_r
+ORDERS = {"attribution": RAISES, "attention": "#e08214", "random": DULL}
+DPI, EXPLANATION_DPI = 110, 130
+REACHED = 0.01  # fraction of the probabilities that must reach a threshold for it to be drawn
+LABEL_WIDTH = 34
+TICKS_HOURS = {
+    "0": 0,
+    "1 h": 1,
+    "6 h": 6,
+    "1 d": 24,
+    "3 d": 72,
+    "1 wk": 168,
+    "1 mo": 730,
+    "3 mo": 2190,
+    "1 y": 8766,
+    "5 y": 43_830,
+    "20 y": 175_320,
+}
 Array = NDArray[Any]
 
 
-def draw(
+@contextmanager
+def _figure(path: Location, width: float, height: float, dpi: int) -> Iterator[Figure]:
+    """Written as a PNG when the block ends."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    yield figure
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=dpi, format="png")
+
+
+@contextmanager
+def _four_panels(path: Location) -> Iterator[Sequence[Axes]]:
+    with _figure(path, 9.5, 8.2, DPI) as figure:
+        yield figure.subplots(2, 2).flat
+        for axes in figure.axes:
+            axes.spines[["top", "right"]].set_visible(False)
+
+
+# ------------------------------------------------------------------------------------------------------- report
+
+
+def draw_task(
     path: Location, label_N: Array, prob_N: Array, weight_N: Array, found: Mapping[str, Any], boosting_N: Array | None
 ) -> None:
-    """Write the PNG; found: `metrics.scores` and `trust.assess` of the same labels, which have both classes, and
-    "boosting" if boosting_N has its probabilities.
+    """A task's ROC, precision-recall, calibration and decision curves.
+
+    found: `metrics.scores` and `decisions.assess` of the same labels, which have both classes, and "boosting" if
+    boosting_N has its probabilities.
     """
-    figure = Figure(figsize=INCHES, layout="constrained")
-    roc, precision_recall, calibration, decision = figure.subplots(2, 2).flat
-    _roc(roc, label_N, prob_N, weight_N, found, boosting_N)
-    _precision_recall(precision_recall, label_N, prob_N, weight_N, found, boosting_N)
-    _calibration(calibration, prob_N, found)
-    _decision(decision, label_N, prob_N, weight_N)
-    for axes in figure.axes:
-        axes.spines[["top", "right"]].set_visible(False)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=DPI, format="png")
-
-
-def _roc(
-    axes: Axes, label_N: Array, prob_N: Array, weight_N: Array, found: Mapping[str, Any], boosting_N: Array | None
-) -> None:
-    false_positive, true_positive, _ = roc_curve(label_N, prob_N, sample_weight=weight_N, drop_intermediate=False)
-    axes.plot([0, 1], [0, 1], color=GREY, linestyle=":", label="chance")
-    axes.plot(false_positive, true_positive, color=BLUE, label=f"model, area {found['auroc']['value']:.3f}")
+    models = [("model", prob_N, found, {"color": BLUE})]
     if boosting_N is not None:
-        false_positive, true_positive, _ = roc_curve(
-            label_N, boosting_N, sample_weight=weight_N, drop_intermediate=False
-        )
-        area = found["boosting"]["auroc"]["value"]
-        axes.plot(
-            false_positive, true_positive, color=GREEN, linestyle="--", label=f"gradient boosting, area {area:.3f}"
-        )
+        models += [("gradient boosting", boosting_N, found["boosting"], {"color": GREEN, "linestyle": "--"})]
     points = found["operating_points"]
-    axes.plot(
-        [1 - point["specificity"]["value"] for point in points],
-        [point["sensitivity"]["value"] for point in points],
-        "o",
-        color=ORANGE,
-        label="thresholds for 80, 90, 95 % specificity",
-    )
-    axes.set(title="ROC", xlabel="1 - specificity", ylabel="sensitivity", xlim=(0, 1), ylim=(0, 1.01))
-    axes.legend(loc="lower right", frameon=False)
+    with _four_panels(path) as (roc, precision_recall, calibration, decision):
+        roc.plot([0, 1], [0, 1], color=GREY, linestyle=":", label="chance")
+        precision_recall.axhline(
+            found["prevalence"], color=GREY, linestyle=":", label=f"chance, {found['prevalence']:.3f}"
+        )
+        for name, p_N, scores, style in models:
+            labels = [f"{name}, area {scores[area]['value']:.3f}" for area in ("auroc", "auprc")]
+            _draw_roc(roc, label_N, p_N, weight_N, drop_intermediate=False, label=labels[0], **style)
+            _draw_precision_recall(precision_recall, label_N, p_N, weight_N, label=labels[1], **style)
+        roc.plot(
+            [1 - point["specificity"]["value"] for point in points],
+            [point["sensitivity"]["value"] for point in points],
+            "o",
+            color=ORANGE,
+            label="thresholds for 80, 90, 95 % specificity",
+        )
+        points = [point for point in points if point["ppv"]["value"] is not None]
+        sensitivity, ppv = ([point[name]["value"] for point in points] for name in ("sensitivity", "ppv"))
+        precision_recall.plot(sensitivity, ppv, "o", color=ORANGE)
+        roc.legend(loc="lower right", frameon=False)
+        precision_recall.legend(loc="upper right", frameon=False)
+        _draw_calibration(calibration, prob_N, found["calibration"]["curve"])
+        _draw_decision(decision, label_N, prob_N, weight_N)
 
 
-def _precision_recall(
-    axes: Axes, label_N: Array, prob_N: Array, weight_N: Array, found: Mapping[str, Any], boosting_N: Array | None
+def _draw_roc(
+    axes: Axes, label_N: Array, prob_N: Array, weight_N: Array, drop_intermediate: bool = True, **style: Any
 ) -> None:
+    false_positive, true_positive, _ = roc_curve(
+        label_N, prob_N, sample_weight=weight_N, drop_intermediate=drop_intermediate
+    )
+    axes.plot(false_positive, true_positive, **style)
+    axes.set(title="ROC", xlabel="1 - specificity", ylabel="sensitivity", xlim=(0, 1), ylim=(0, 1.01))
+
+
+def _draw_precision_recall(axes: Axes, label_N: Array, prob_N: Array, weight_N: Array, **style: Any) -> None:
     precision, recall, _ = precision_recall_curve(label_N, prob_N, sample_weight=weight_N)
-    axes.axhline(found["prevalence"], color=GREY, linestyle=":", label=f"chance, {found['prevalence']:.3f}")
-    # the last point is (0, 1) by convention, not a threshold
-    axes.step(recall[:-1], precision[:-1], color=BLUE, label=f"model, area {found['auprc']['value']:.3f}")
-    if boosting_N is not None:
-        precision, recall, _ = precision_recall_curve(label_N, boosting_N, sample_weight=weight_N)
-        area = found["boosting"]["auprc"]["value"]
-        axes.step(recall[:-1], precision[:-1], color=GREEN, linestyle="--", label=f"gradient boosting, area {area:.3f}")
-    points = [point for point in found["operating_points"] if point["ppv"]["value"] is not None]
-    axes.plot([p["sensitivity"]["value"] for p in points], [p["ppv"]["value"] for p in points], "o", color=ORANGE)
+    axes.step(recall[:-1], precision[:-1], **style)  # the last point is (0, 1) by convention, not a threshold
     axes.set(title="Precision and recall", xlabel="recall (sensitivity)", ylabel="precision (PPV)")
     axes.set(xlim=(0, 1), ylim=(0, 1.01))
-    axes.legend(loc="upper right", frameon=False)
 
 
-def _calibration(axes: Axes, prob_N: Array, found: Mapping[str, Any]) -> None:
-    curve = found["calibration"]["curve"]
+def _draw_calibration(axes: Axes, prob_N: Array, curve: Sequence[Mapping[str, Any]]) -> None:
     predicted = np.array([group["predicted"] for group in curve])
     observed = np.array([group["observed"]["value"] for group in curve])
     low, high = np.array([group["observed"]["ci"] for group in curve]).T
@@ -108,7 +139,7 @@ def _calibration(axes: Axes, prob_N: Array, found: Mapping[str, Any]) -> None:
     axes.patch.set_visible(False)
 
 
-def _decision(axes: Axes, label_N: Array, prob_N: Array, weight_N: Array) -> None:
+def _draw_decision(axes: Axes, label_N: Array, prob_N: Array, weight_N: Array) -> None:
     reached = [threshold for threshold in GRID if np.average(prob_N >= threshold, weights=weight_N) >= REACHED]
     threshold_T = np.array(reached or GRID[:1])
     model_T, all_T = (
@@ -123,49 +154,41 @@ def _decision(axes: Axes, label_N: Array, prob_N: Array, weight_N: Array) -> Non
     axes.legend(loc="upper right", frameon=False)
 
 
+# ---------------------------------------------------------------------------------------------------- benchmark
+
+
 def draw_benchmark(
     path: Location,
     rows: Sequence[Mapping[str, Any]],
     curves: Mapping[str, tuple[Array, Array, Array]],
     reference: str,
 ) -> None:
-    """Write the PNG of a benchmark: ROC, precision-recall, calibration, and AUPRC over the number of labels, or where
-    there is one number the differences to the reference.
+    """ROC, precision-recall, calibration, and AUPRC by the number of labels; where there is only one number, the
+    differences from the reference instead.
 
     rows: of its JSON file; curves: labels, probabilities and weights of each contender of the largest number, by name.
     """
     colours = {name: f"C{number}" for number, name in enumerate(dict.fromkeys(row["name"] for row in rows))}
-    figure = Figure(figsize=INCHES, layout="constrained")
-    compared, roc, precision_recall, calibration = figure.subplots(2, 2).flat
-    if len({row["budget"] for row in rows}) > 1:
-        _draw_budgets(compared, rows, colours)
-    else:
-        _draw_differences(compared, rows, reference)
-    roc.plot([0, 1], [0, 1], color=GREY, linestyle=":")
-    for name, (label_N, prob_N, weight_N) in curves.items():
-        chance = np.average(label_N, weights=weight_N)  # the same for all
-        precision_recall.axhline(chance, color=GREY, linestyle=":")
-        false_positive, true_positive, _ = roc_curve(label_N, prob_N, sample_weight=weight_N)
-        colour = colours[name]
-        roc.plot(false_positive, true_positive, color=colour, label=name.replace("_", " "))
-        precision, recall, _ = precision_recall_curve(label_N, prob_N, sample_weight=weight_N)
-        precision_recall.step(recall[:-1], precision[:-1], color=colour)
-        groups = np.array_split(np.argsort(prob_N), 10)
-        predicted, observed = (
-            [np.average(x_N[at], weights=weight_N[at]) for at in groups] for x_N in (prob_N, label_N)
-        )
-        calibration.plot(predicted, observed, "o-", color=colour)
-    end = calibration.get_xlim()[1]
-    calibration.plot([0, end], [0, end], color=GREY, linestyle=":")
-    roc.set(title="ROC", xlabel="1 - specificity", ylabel="sensitivity", xlim=(0, 1), ylim=(0, 1.01))
-    roc.legend(loc="lower right", frameon=False, fontsize="small")
-    precision_recall.set(title="Precision and recall", xlabel="recall (sensitivity)", ylabel="precision (PPV)")
-    precision_recall.set(xlim=(0, 1), ylim=(0, 1.01))
-    calibration.set(title="Calibration, tenths", xlabel="predicted probability", ylabel="observed share")
-    for axes in figure.axes:
-        axes.spines[["top", "right"]].set_visible(False)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=DPI, format="png")
+    with _four_panels(path) as (compared, roc, precision_recall, calibration):
+        if len({row["budget"] for row in rows}) > 1:
+            _draw_budgets(compared, rows, colours)
+        else:
+            _draw_differences(compared, rows, reference)
+        roc.plot([0, 1], [0, 1], color=GREY, linestyle=":")
+        for name, (label_N, prob_N, weight_N) in curves.items():
+            chance = np.average(label_N, weights=weight_N)  # the same for all
+            precision_recall.axhline(chance, color=GREY, linestyle=":")
+            _draw_roc(roc, label_N, prob_N, weight_N, color=colours[name], label=name.replace("_", " "))
+            _draw_precision_recall(precision_recall, label_N, prob_N, weight_N, color=colours[name])
+            groups = np.array_split(np.argsort(prob_N), 10)
+            predicted, observed = (
+                [np.average(x_N[at], weights=weight_N[at]) for at in groups] for x_N in (prob_N, label_N)
+            )
+            calibration.plot(predicted, observed, "o-", color=colours[name])
+        end = calibration.get_xlim()[1]
+        calibration.plot([0, end], [0, end], color=GREY, linestyle=":")
+        roc.legend(loc="lower right", frameon=False, fontsize="small")
+        calibration.set(title="Calibration, tenths", xlabel="predicted probability", ylabel="observed risk")
 
 
 def _draw_budgets(axes: Axes, rows: Sequence[Mapping[str, Any]], colours: Mapping[str, str]) -> None:
@@ -188,15 +211,125 @@ def _draw_differences(axes: Axes, rows: Sequence[Mapping[str, Any]], reference: 
     others = [row for row in rows if row["name"] != reference]
     axes.axvline(0, color=GREY, linestyle=":")
     for shift, metric in ((-0.12, "auroc"), (0.12, "auprc")):
-        drawn = [(place + shift, row[metric]["difference"]) for place, row in enumerate(others)]
-        drawn = [(place, difference) for place, difference in drawn if difference["ci"] is not None]
-        if drawn:
-            y, middle = np.array([[place, difference["value"]] for place, difference in drawn]).T
-            low, high = np.array([difference["ci"] for _, difference in drawn]).T
+        differences = [(place + shift, row[metric]["difference"]) for place, row in enumerate(others)]
+        differences = [(place, difference) for place, difference in differences if difference["ci"] is not None]
+        if differences:
+            y, middle = np.array([[place, difference["value"]] for place, difference in differences]).T
+            low, high = np.array([difference["ci"] for _, difference in differences]).T
             arms = np.maximum(0, [middle - low, high - middle])  # of few patients the interval may lie beside it
             axes.errorbar(middle, y, xerr=arms, fmt="o", capsize=2, label=metric.upper())
     axes.set_yticks(range(len(others)), [row["name"].replace("_", " ") for row in others])
     axes.invert_yaxis()
-    axes.set(title=f"Less {reference.replace('_', ' ')}'s, 95 % intervals", xlabel="difference")
+    axes.set(title=f"Minus {reference.replace('_', ' ')}, 95 % CI", xlabel="difference")
     if axes.get_legend_handles_labels()[0]:
         axes.legend(loc="best", frameon=False, fontsize="small")
+
+
+# -------------------------------------------------------------------------------------------------- explanation
+
+
+def draw_timeline(
+    path: Location,
+    title: str,
+    hours_before_L: Array,
+    row_L: Array,
+    attribution_L: Array,
+    attention_L: Array | None,
+    labels: Sequence[str],
+) -> None:
+    """One prediction: its events by variable and time, coloured and sized by attribution, attention below.
+
+    hours_before_L: hours before the prediction, not negative. row_L: 0..R-1, the row of each event; labels: R.
+    """
+    R = len(labels)
+    x_L = _position(hours_before_L)
+    limit = max(float(np.abs(attribution_L).max()), 1e-6)
+    colour = ScalarMappable(Normalize(-limit, limit), "RdBu_r")
+    heights = [R] if attention_L is None else [R, 3.2]
+    with _figure(path, 11, 1.7 + 0.34 * sum(heights), EXPLANATION_DPI) as figure:
+        grid = figure.add_gridspec(len(heights), 2, width_ratios=[4, 1], height_ratios=heights)
+        events, totals = figure.add_subplot(grid[0, 0]), figure.add_subplot(grid[0, 1])
+        order = np.argsort(np.abs(attribution_L), kind="stable")  # what matters lies on top
+        weight_L = np.abs(attribution_L) / limit
+        events.scatter(
+            x_L[order],
+            row_L[order],
+            s=6 + 150 * weight_L[order],
+            c=colour.to_rgba(attribution_L[order]),
+            edgecolors=DULL,
+            linewidths=0.4,
+        )
+        _list_variables(events, labels)
+        for row in range(R):
+            events.axhline(row, color="#f2f2f2", linewidth=0.8, zorder=0)
+        _time_axis(events, hours_before_L)
+        total_R = np.bincount(row_L, attribution_L, minlength=R)
+        totals.barh(range(R), total_R, color=[RAISES if total > 0 else LOWERS for total in total_R], height=0.7)
+        totals.axvline(0, color=DULL, linewidth=0.8)
+        totals.set_yticks([])
+        totals.set_ylim(events.get_ylim())
+        totals.set_xlabel("sum, logit")
+        figure.suptitle(f"{title}\nred raises the risk, blue lowers it; size is the amount", fontsize=10)
+        if attention_L is None:
+            events.set_xlabel("time before the prediction")
+        else:
+            below = figure.add_subplot(grid[1, 0], sharex=events)
+            below.vlines(x_L, 0, attention_L, color=ORDERS["attention"], linewidth=0.8)
+            below.set_ylim(0, None)
+            below.set_ylabel("attention", fontsize=8)
+            below.tick_params(axis="y", labelsize=7)
+            below.set_xlabel("time before the prediction")
+            events.tick_params(axis="x", labelbottom=False)
+
+
+def draw_importance(path: Location, codes: Sequence[str], attribution_R: Array, change_R: Array) -> None:
+    """Variables by importance, the first on top: mean size of attribution, and of the change on removal."""
+    R = len(codes)
+    with _figure(path, 10, 1.2 + 0.27 * R, EXPLANATION_DPI) as figure:
+        left, right = figure.subplots(1, 2, sharey=True)
+        for axes, size_R, name in (
+            (left, attribution_R, "mean |attribution|, logit"),
+            (right, change_R, "mean |change| when removed, logit"),
+        ):
+            axes.barh(range(R), np.nan_to_num(size_R), color="#4d7ea8", height=0.7)
+            axes.set_xlabel(name)
+            _list_variables(axes, [short(code) for code in codes])
+
+
+def draw_faithfulness(path: Location, fractions: Sequence[float], curves: Mapping[str, Mapping[str, Array]]) -> None:
+    """A panel for each measure: its curve (G,) for each order of the events."""
+    with _figure(path, 10, 6.4, EXPLANATION_DPI) as figure:
+        for axes, (measure, orders) in zip(figure.subplots(2, 2).flat, curves.items(), strict=True):
+            for order, curve_G in orders.items():
+                axes.plot(range(len(fractions)), curve_G, marker="o", markersize=3.5, color=ORDERS[order], label=order)
+            axes.axhline(0, color=DULL, linewidth=0.8)
+            axes.set_xticks(range(len(fractions)), [f"{fraction:.0%}" for fraction in fractions])
+            axes.set_xlabel("fraction of the events", fontsize=9)
+            axes.set_ylabel("logit", fontsize=9)
+            axes.set_title(measure, fontsize=10)
+            axes.legend(fontsize=8)
+
+
+def _list_variables(axes: Axes, labels: Sequence[str]) -> None:
+    """From the top."""
+    axes.set_yticks(range(len(labels)), labels, fontsize=8)
+    axes.set_ylim(len(labels) - 0.4, -0.6)
+    axes.grid(axis="x", color=FAINT)
+    axes.set_axisbelow(True)
+
+
+def _position(hours_L: Array) -> Array:
+    """Where on the time axis: logarithmic, because the last hours matter as much as the years before."""
+    return -np.log10(1 + hours_L)
+
+
+def _time_axis(axes: Axes, hours_before_L: Array) -> None:
+    longest = float(hours_before_L.max())
+    ticks = {label: hours for label, hours in TICKS_HOURS.items() if hours <= 1.3 * longest or hours <= 1}
+    axes.set_xticks(_position(np.array(list(ticks.values()), dtype=float)), list(ticks), fontsize=8)
+    axes.set_xlim(1.03 * float(_position(np.array(max(longest, 1.0)))), 0.06)
+
+
+def short(label: str) -> str:
+    """A label that leaves room for the picture."""
+    return label if len(label) <= LABEL_WIDTH else f"{label[: LABEL_WIDTH - 1]}…"

@@ -1,46 +1,33 @@
-"""Search results: results.json, report.md and the tables on the console."""
+"""What a search reports: results.json in sentences and tables, as report.md, as a model card and on the console.
+
+`found` is the content of results.json, `part` what it holds of one task: `metrics.scores` and `decisions.assess` of the
+held-out split, and as "boosting" what `boosting.compare` found, or why it was left out.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any
 
-import numpy as np
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
-
-from hymate.config import TaskConfig
-from hymate.data.examples import Examples
-from hymate.data.tasks import LabelSet, unmatched
-from hymate.evaluation.decisions import ENOUGH_POSITIVES, ENOUGH_SUBJECTS
+from hymate.data.tasks import unmatched
+from hymate.evaluation import tables
+from hymate.evaluation.decisions import ENOUGH_POSITIVES, ENOUGH_SUBJECTS, FEWEST_SUBJECTS
 from hymate.evaluation.metrics import AREAS
-from hymate.evaluation.tables import markdown, new_console, number, with_interval
-from hymate.evaluation.verdict import sections, verdict
+from hymate.evaluation.results import RESULTS, parts_of
+from hymate.evaluation.tables import markdown, number, percent, percent_with_interval, with_interval
 from hymate.inference.provenance import SENTENCES
-from hymate.storage.paths import Location, write_text
+from hymate.storage.paths import Location
 
-RESULTS, REPORT = "results.json", "report.md"
-
-SCORES = (
-    "num_labels",
-    "num_positives",
-    "num_subjects",
-    "num_positive_subjects",
-    "prevalence",
-    "auroc",
-    "auprc",
-    "brier",
-    "ece",
-    "days",
-)
+REPORT = "report.md"
+VERDICT_AIM = 0.9  # the specificity of the operating point in the verdict
+GROUPS_A_KIND = 8  # shown, the largest; results.json has all
+NAMED = 3  # groups that the verdict names of each kind of trouble
 DAYS = """\
 How long it lasts, in days. "Of the median" is the error of the best constant, which a useful model must beat;
 concordance is the chance that of two durations the longer one is predicted to be longer."""
 WEIGHTED = (
     "labels count by their weights, {lowest:.2f} to {highest:.2f}, in training and in every score here; a tool without "
-    "weights finds other numbers for the same predictions"
+    "weights gives other scores for the same predictions"
 )
 MEANING = {
     "triggers": "times at which the task's trigger occurs",
@@ -53,161 +40,56 @@ MEANING = {
     "positives": "positive labels",
     "subjects": "subjects with a label",
 }
-LIMITS = """\
-Not a medical device. The model knows the codes, units and practices of the dataset it was trained on. On another
-site's data, look at the fraction of unknown codes that `predict` prints, and validate locally before any use."""
-NO_HELD_OUT = (
-    "there are no held-out labels: these scores are of the tuning split, which also chose and recalibrated the model, "
-    "so they are too good"
-)
-Status = Literal["finished", "stopped early", "failed"]
 CENSORING = {
     "exclude": (", with the event or without", "no label"),
     "exclude_negatives": (", where the event was not seen", "a positive label, so positives are too frequent"),
     "weights": (
         ", where the event was not seen",
-        "a positive label; labels weigh one over their probability of being seen, in all scores here but not in other "
-        "tools",
+        "a positive label; each label weighs one over its probability of being seen, in all scores here but not in "
+        "other tools",
     ),
 }
 COMPETING = {"negative": "a negative label", "exclude": "no label"}
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a trial ended. best: scores on the tuning split of its best checkpoint, and their step; may be empty."""
-
-    index: int
-    parameters: dict[str, Any]
-    status: Status
-    step: int | None
-    best: dict[str, float]
-    checkpoint: Location | None
-    error: str | None
-
-
-def of_task(
-    task: TaskConfig, scores: Mapping[str, Any], label_set: LabelSet, examples: Mapping[str, Examples], split: str
-) -> dict[str, Any]:
-    """A task's part of results.json. scores: `metrics.scores` on `split`, held_out unless that has no labels."""
-    found = {"task": task.name, "split": split, **scores}
-    positive, everyone = scores["num_positive_subjects"], scores["num_subjects"]
-    counts = (positive, ENOUGH_POSITIVES, " with a positive label"), (everyone, ENOUGH_SUBJECTS, "")
-    few = [f"only {n} patients{which} ({enough} are needed)" for n, enough, which in counts if n < enough]
-    notes = [NO_HELD_OUT] if split != "held_out" else []
-    notes += [f"too few to judge the AUROC: {', '.join(few)}"] if few else []
-    if notes:
-        found["note"] = "; ".join(notes)
-    weight_E = np.concatenate([part.weight_E for part in examples.values()])
-    if (weight_E != 1).any():
-        found["weights"] = {"lowest": float(weight_E.min()), "highest": float(weight_E.max())}
-    return found | {
-        "labels": label_set.counts,
-        "label_details": label_set.details,
-        "competing_rule": task.competing_rule,
-        "censoring_rule": task.censoring_rule,
-        "splits": {split: _sizes(part) for split, part in examples.items()},
-    }
-
-
-def collect(parts: Sequence[dict[str, Any]], metric: str, outcomes: Sequence[Outcome], best: Outcome) -> dict[str, Any]:
-    """The content of results.json: each task's part, several as a list under "tasks", and the trials."""
-    return (parts[0] if len(parts) == 1 else {"tasks": list(parts)}) | {
-        "metric": metric,
-        "best_trial": best.index,
-        "trials": [
-            {**asdict(outcome), "checkpoint": None if outcome.checkpoint is None else str(outcome.checkpoint)}
-            for outcome in outcomes
-        ],
-    }
-
-
-def parts_of(found: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Each task's part, from `of_task`."""
-    return list(found.get("tasks", [found]))
-
-
-def scores_of(found: Mapping[str, Any], split: str) -> dict[str, Any]:
-    """The scores in results.json that are of a split, for the bundle; of several tasks by their names."""
-    scores = {
-        part["task"]: {name: part[name] for name in SCORES if name in part}
-        for part in parts_of(found)
-        if part["split"] == split
-    }
-    return scores if "tasks" in found else scores.get(found["task"], {})
-
-
-def predictions_file(task: str, tasks: Sequence[str]) -> str:
-    """Where a run keeps a task's predictions: the MEDS prediction schema is for one task."""
-    return "predictions.parquet" if len(tasks) == 1 else f"predictions/{task}.parquet"
-
-
-def _sizes(examples: Examples) -> dict[str, int]:
-    return {
-        "labels": len(examples),
-        "positives": int((examples.label_E > 0.5).sum()),
-        "subjects": len(set(examples.subject_id_E.tolist())),
-        **examples.dropped,
-    }
-
-
-def write(found: Mapping[str, Any], run_path: Location) -> None:
-    """report.md, then results.json, whose presence means that the run is finished."""
-    write_text(report(found), run_path / REPORT)
-    write_text(json.dumps(found, indent=1, allow_nan=False) + "\n", run_path / RESULTS)
-
-
-def read(run_path: Location) -> dict[str, Any] | None:
-    """results.json of a finished run, else None."""
-    path = run_path / RESULTS
-    return json.loads(path.read_text()) if path.exists() else None
-
-
-# ------------------------------------------------------------------------------------------------------ showing
+LIMITS = """\
+Not a medical device. The model knows the codes, units and practices of the dataset it was trained on. On another
+site's data, look at the fraction of unknown codes that `predict` prints, and validate locally before any use."""
 
 
 def show(found: Mapping[str, Any], run_path: Location) -> None:
-    """The trials and the scores as tables, and where everything is."""
-    console = new_console()
+    """Print the trials and the scores, and where everything is."""
     for title, rows in (
-        ("Trials (scores on the tuning split)", trial_rows(found)),
+        ("Trials (scores on the tuning split)", _trial_rows(found)),
         (_title(found), score_rows(found)),
-        ("Predicted days", day_rows(found)),
+        ("Predicted days", _day_rows(found)),
     ):
-        if len(rows) == 1:
-            continue
-        table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
-        for name in rows[0]:
-            table.add_column(name, overflow="fold")
-        for row in rows[1:]:
-            table.add_row(*row)
-        console.print(table)
-    for note in notes(found):
-        console.print(f"Note: {note}", highlight=False)
-    for name, text in (
+        if len(rows) > 1:
+            tables.show(title, rows)
+    for note in _notes(found):
+        print(f"Note: {note}")
+    for name, place in (
         ("results", run_path / RESULTS),
         ("report", run_path / REPORT),
         ("predictions", run_path / ("predictions" if "tasks" in found else "predictions.parquet")),
         ("bundle", found["bundle"]),
         ("curves", f"tensorboard --logdir {run_path / 'tb'}"),
     ):
-        console.print(f"{name:<12} {text}", highlight=False, soft_wrap=True)
+        print(f"{name:<12} {place}", flush=True)
 
 
 def report(found: Mapping[str, Any]) -> str:
     """report.md: the verdict, a picture of each task where there is one, and what is behind them."""
     alt = "ROC, precision-recall, calibration, decision curve"
     drawn = [f"![{alt}]({part['picture']})" for part in parts_of(found) if part["picture"]]
-    return "\n\n".join([f"# {_title(found)}", *_verdict(found), *drawn, *_details(found)]) + "\n"
+    return "\n\n".join([f"# {_title(found)}", *_verdicts(found), *drawn, *_details(found)]) + "\n"
 
 
 def card(found: Mapping[str, Any]) -> str:
     """The bundle's model card."""
-    return "\n\n".join([*_verdict(found), *_details(found)]) + "\n"
+    return "\n\n".join([*_verdicts(found), *_details(found)]) + "\n"
 
 
-def _verdict(found: Mapping[str, Any]) -> list[str]:
-    parts = [f"**Note:** {note}." for note in notes(found)]
+def _verdicts(found: Mapping[str, Any]) -> list[str]:
+    parts = [f"**Note:** {note}." for note in _notes(found)]
     for part in parts_of(found):
         if part["split"] == "held_out":
             parts += [*_task_column(found, f"**{part['task']}**"), verdict(part)]
@@ -216,14 +98,14 @@ def _verdict(found: Mapping[str, Any]) -> list[str]:
 
 def _details(found: Mapping[str, Any]) -> list[str]:
     """Markdown parts; how the numbers came about, and tables."""
-    days = day_rows(found)
+    days = _day_rows(found)
     parts = [
         "## Scores",
         "Intervals are 95 %. Those of proportions are Wilson's, over patients (Kish's effective number, where patients "
         f"have unequal numbers of labels); the others resample patients. {_scored_once(found)} by the checkpoint that "
         f"was best on the tuning split ({_criterion(found)}), after its logits were recalibrated on the tuning split. "
         "So were gradient boosting's:",
-        markdown(recalibration_rows(found)),
+        markdown(_recalibration_rows(found)),
         markdown(score_rows(found)),
     ]
     if found["initial_weights"] == "same split":
@@ -232,8 +114,8 @@ def _details(found: Mapping[str, Any]) -> list[str]:
         parts += [DAYS, markdown(days)]
     for part in parts_of(found):
         if part["split"] == "held_out":
-            parts += [*_task_column(found, f"# {part['task']}"), *sections(part)]
-    parts += ["## Labels", markdown(split_rows(found))]
+            parts += [*_task_column(found, f"# {part['task']}"), *_sections(part)]
+    parts += ["## Labels", markdown(_split_rows(found))]
     for part in parts_of(found):
         if "triggers" in part["labels"]:
             of_task = f" of {part['task']}" if "tasks" in found else ""
@@ -249,10 +131,40 @@ def _details(found: Mapping[str, Any]) -> list[str]:
     if found.get("known"):
         moved = "\n".join(f"- {sentence}" for sentence in found["known"])
         parts += [f"Some events became known later than their stamp. Histories hold them at that time:\n\n{moved}"]
-    parts += ["## Trials", markdown(trial_rows(found))]
+    parts += ["## Trials", markdown(_trial_rows(found))]
     failed = [t for t in found["trials"] if t["error"]]
     parts += [f"- trial {t['index']} failed: {t['error']}" for t in failed]
     return [*parts, "## Limits", LIMITS]
+
+
+def _title(found: Mapping[str, Any]) -> str:
+    parts = parts_of(found)
+    splits = " or ".join(sorted({part["split"] for part in parts}))
+    return f"Task{'s' * (len(parts) > 1)} {', '.join(part['task'] for part in parts)}: risk model on the {splits} split"
+
+
+def _notes(found: Mapping[str, Any]) -> list[str]:
+    """Sentences that a reader of the scores must know."""
+    initial = found.get("initial_weights", "new")  # older results have none
+    sentences = [] if initial in ("new", "same split") else [SENTENCES[initial]]
+    for part in parts_of(found):
+        of_part = [part["note"]] if "note" in part else []
+        if "weights" in part:
+            of_part.append(WEIGHTED.format(**part["weights"]))
+        sentences += [": ".join([*_task_column(found, part["task"]), sentence]) for sentence in of_part]
+    return sentences
+
+
+def _scored_once(found: Mapping[str, Any]) -> str:
+    held_out = any(part["split"] == "held_out" for part in parts_of(found))
+    return "The held-out split was scored once," if held_out else "The tuning split was scored"
+
+
+def _criterion(found: Mapping[str, Any]) -> str:
+    parts = parts_of(found)
+    scores = "AUROC, AUPRC and, for days, concordance" if any("days" in part for part in parts) else "AUROC and AUPRC"
+    metric = f"mean of {scores}" if found["metric"] == "mean" else found["metric"].upper()
+    return f"{metric}, averaged over the tasks" if len(parts) > 1 else metric
 
 
 def _label_details(details: Mapping[str, Mapping[str, int]]) -> list[str]:
@@ -274,12 +186,224 @@ def _counted(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{name} {count}" for name, count in counts.items() if not name.startswith("_"))
 
 
-def recalibration_rows(found: Mapping[str, Any]) -> list[list[str]]:
-    """Header and lines for each task: each model's temperature and shift, its calibration error before and after."""
+# ------------------------------------------------------------------------------------------------------ verdict
+
+
+def verdict(part: Mapping[str, Any]) -> str:
+    """How good a task's model is, whether boosting would do, for whom and where the model is wrong, in a few sentences
+    (Markdown).
+    """
+    if part["auroc"]["value"] is None:
+        return "The held-out labels are all of one class, so the model can't be judged."
+    sentences = {
+        "How good.": _ranking(part),
+        "Would gradient boosting do?": _boosting(part),
+        "Probabilities.": _probabilities(part),
+        "Alerts.": _alerts(part),
+        "Worth.": _worth(part),
+        "For whom.": _groups(part),
+    }
+    return "\n".join(f"- **{name}** {text}" for name, text in sentences.items())
+
+
+def _ranking(part: Mapping[str, Any]) -> str:
+    return (
+        f"Of {part['num_labels']:,} held-out predictions for {part['num_subjects']:,} patients "
+        f"{part['num_positives']:,} are positive ({percent(part['prevalence'])}). AUROC is "
+        f"{with_interval(part['auroc'])}: the chance that a positive is ranked above a negative; guessing gives 0.5. "
+        f"AUPRC is {with_interval(part['auprc'])}; guessing gives {number(part['prevalence'])}."
+    )
+
+
+def _boosting(part: Mapping[str, Any]) -> str:
+    boosting = part["boosting"]
+    if "left_out" in boosting:
+        return f"Not compared: {boosting['left_out']}. `python -m hymate.baselines` fits it on the same labels."
+    difference = boosting["difference"]
+    ahead = [name.upper() for name in AREAS if (difference[name]["ci"] or [0])[0] > 0]
+    behind = [name.upper() for name in AREAS if (difference[name]["ci"] or [0])[-1] < 0]
+    if ahead and behind:
+        answer = f"It depends: this model is ahead in {ahead[0]} and behind in {behind[0]}."
+    elif ahead:
+        answer = f"Not as well: this model is ahead in {' and '.join(ahead)}."
+    elif behind:
+        answer = (
+            f"Yes, even better: this model is behind in {' and '.join(behind)}, so rank these patients by boosting."
+        )
+    elif "note" in part:
+        answer = "Unclear: no difference can be shown, and with so few patients only a large one could be."
+    else:
+        answer = "Yes, as far as these patients show: no difference can be shown, and boosting is simpler."
+    return (
+        f"{answer} On {boosting['num_features']:,} aggregate features of the same histories and labels, in "
+        f"{boosting['seconds']:.1f} s, boosting reaches AUROC {with_interval(boosting['auroc'])} and AUPRC "
+        f"{with_interval(boosting['auprc'])} on the same held-out predictions. This model minus boosting: AUROC "
+        f"{with_interval(difference['auroc'])}, AUPRC {with_interval(difference['auprc'])} (95 % for "
+        "both intervals together)." + (" Predicted days were not compared." if "days" in part else "")
+    )
+
+
+def _probabilities(part: Mapping[str, Any]) -> str:
+    calibration = part["calibration"]
+    return (
+        f"The mean predicted risk is {percent(calibration['predicted'])}, the observed one "
+        f"{percent_with_interval(calibration['observed'])}. The expected calibration error is "
+        f"{number(calibration['ece'])}; by chance alone a perfect model would have {number(calibration['by_chance'])} "
+        f"with as many labels, so {number(calibration['beyond_chance'])} remains. The calibration slope is "
+        f"{with_interval(calibration['slope'])} (1 is ideal; below 1, risks are too extreme)."
+    )
+
+
+def _alerts(part: Mapping[str, Any]) -> str:
+    point = next(point for point in part["operating_points"] if point["aim"] == VERDICT_AIM)
+    return (
+        f"At a threshold of {percent(point['threshold'])}, chosen for {percent(VERDICT_AIM)} specificity on the tuning "
+        f"split, {point['alerts_per_100']:.0f} of 100 predictions are alerts. They find "
+        f"{percent_with_interval(point['sensitivity'])} of the positives (sensitivity), and "
+        f"{percent_with_interval(point['ppv'])} of them are right (PPV). Specificity is "
+        f"{percent_with_interval(point['specificity'])}."
+    )
+
+
+def _worth(part: Mapping[str, Any]) -> str:
+    if part["useful"] is None:
+        return "Around the prevalence, net benefit does not detectably exceed treat-all and treat-none."
+    low, high = map(percent, part["useful"])
+    thresholds = f"at a threshold of {low}" if low == high else f"at thresholds from {low} to {high}"
+    return f"Net benefit exceeds treat-all and treat-none {thresholds}."
+
+
+def _groups(part: Mapping[str, Any]) -> str:
+    groups = [group for group in part["subgroups"] if not group["few"]]
+    if not groups:
+        return f"There are no groups of {FEWEST_SUBJECTS} patients: neither ages nor sexes are recorded."
+    texts = []
+    for wrong in ("too high", "too low"):
+        off = sorted((g for g in groups if g["wrong"] == wrong), key=lambda g: -abs(_gap(g)))[:NAMED]
+        names = "; ".join(
+            f"{_name(g)} ({percent(g['predicted'])} predicted, {percent_with_interval(g['observed'])} observed)"
+            for g in off
+        )
+        texts += [f"On average {wrong} for {names}."] if off else []
+    worse = sorted((g for g in groups if g["ranked_worse"]), key=lambda g: g["auroc"]["value"])[:NAMED]
+    if worse:
+        names = "; ".join(f"{_name(group)} (AUROC {with_interval(group['auroc'])})" for group in worse)
+        texts.append(f"Ranks worse for {names}.")
+    if not texts:
+        texts.append(
+            f"In none of {len(groups)} groups are risks detectably wrong on average, or ranked worse than overall."
+        )
+    small = sum(not group["enough"] for group in groups)
+    if small:
+        texts.append(f"{small} of {len(groups)} groups are too small to judge.")
+    return " ".join(texts)
+
+
+def _gap(group: Mapping[str, Any]) -> float:
+    return float(group["predicted"] - group["observed"]["value"])
+
+
+def _name(group: Mapping[str, Any]) -> str:
+    """Codes name themselves; ages and what is not recorded need their kind."""
+    code = group["kind"] != "age" and group["group"] != "not recorded"
+    return str(group["group"]) if code else f"{group['kind']} {group['group']}"
+
+
+# ------------------------------------------------------------- tables: a header and a line for each thing in them
+
+
+def _sections(part: Mapping[str, Any]) -> list[str]:
+    """The tables of operating points, net benefit, groups, as Markdown parts."""
+    return [
+        "## Operating points",
+        "Thresholds chosen on the tuning split; everything else measured on the held-out split.",
+        markdown(_operating_rows(part)),
+        "## Net benefit",
+        "True positives per 100 predictions, less false positives weighed by the odds of the threshold; treat-none is "
+        "0. Each interval holds for its threshold alone. The verdict first tests whether the ranking is chance, then "
+        "whether the model helps at the prevalence, where treat-all equals treat-none, and then around it.",
+        markdown(_benefit_rows(part)),
+        "## Groups",
+        f"Sensitivity is measured at the threshold for {percent(VERDICT_AIM)} specificity. (few): under "
+        f"{ENOUGH_POSITIVES} patients with a positive label or {ENOUGH_SUBJECTS} in all, too few to judge the group. "
+        f"Groups under {FEWEST_SUBJECTS} patients are not shown. Each interval holds for its group alone; whether "
+        "risks are too high or too low, or patients ranked worse, allows for the number of groups.",
+        markdown(_group_rows(part)),
+    ]
+
+
+def _operating_rows(part: Mapping[str, Any]) -> list[list[str]]:
+    rows = [["aimed specificity", "risk above", "specificity", "sensitivity", "PPV", "alerts per 100"]]
+    for point in part["operating_points"]:
+        fractions = (percent_with_interval(point[name]) for name in ("specificity", "sensitivity", "ppv"))
+        rows.append([percent(point["aim"]), percent(point["threshold"]), *fractions, f"{point['alerts_per_100']:.1f}"])
+    return rows
+
+
+def _benefit_rows(part: Mapping[str, Any]) -> list[list[str]]:
+    rows = [["threshold", "model", "treat-all", "gain over the better of treat-all and treat-none"]]
+    for row in part["net_benefit"]:
+        gain, ci = row["gain"]["value"], row["gain"]["ci"]
+        shown = f"{100 * gain:.1f}" + (f" [{100 * ci[0]:.1f}, {100 * ci[1]:.1f}]" if ci else "")
+        rows.append([percent(row["threshold"]), f"{100 * row['model']:.1f}", f"{100 * row['all']:.1f}", shown])
+    return rows
+
+
+def _group_rows(part: Mapping[str, Any]) -> list[list[str]]:
+    rows = [["group", "labels", "positives", "observed", "predicted", "AUROC [95 % CI]", "sensitivity"]]
+    for kind in dict.fromkeys(group["kind"] for group in part["subgroups"]):
+        own = [group for group in part["subgroups"] if group["kind"] == kind]
+        shown = sorted(own, key=lambda group: -group.get("labels", 0))[:GROUPS_A_KIND]
+        rows += [_group_row(group) for group in own if group in shown]
+        if len(own) > len(shown):
+            rows.append([f"{len(own) - len(shown)} smaller ones (results.json)", *[""] * 6])
+    return rows
+
+
+def _group_row(group: Mapping[str, Any]) -> list[str]:
+    if group["few"]:
+        return [_name(group), f"below {FEWEST_SUBJECTS} patients", *[""] * 5]
+    return [
+        _name(group) + ("" if group["enough"] else " (few)"),
+        f"{group['labels']:,}",
+        f"{group['positives']:,}",
+        percent_with_interval(group["observed"]),
+        percent(group["predicted"]) + (f", {group['wrong']}" if group["wrong"] else ""),
+        with_interval(group["auroc"]),
+        percent_with_interval(group["sensitivity"]),
+    ]
+
+
+def score_rows(found: Mapping[str, Any]) -> list[list[str]]:
+    """Each task's held-out scores; below them boosting's and the difference, where it was fitted, and of a synthetic
+    cohort the best possible ones.
+    """
+    header = ["split", "labels", "subjects", "prevalence", "AUROC [95 % CI]", "AUPRC [95 % CI]", "Brier", "ECE"]
+    rows = [[*_task_column(found, "task"), *header]]
+    for part in parts_of(found):
+        sizes = [part["split"], str(part["num_labels"]), str(part["num_subjects"]), number(part["prevalence"])]
+        rows.append([*_task_column(found, part["task"]), *sizes, *_score_cells(part)])
+        below = [*_task_column(found, "")]
+        boosting = part.get("boosting") or {}
+        if "difference" in boosting:
+            rows.append([*below, "gradient boosting", "", "", "", *_score_cells(boosting)])
+            differences = [with_interval(boosting["difference"][name]) for name in AREAS]
+            rows.append([*below, "difference [97.5 % CI]", "", "", "", *differences, "", ""])
+        if "ceiling" in part:
+            best = [number(part["ceiling"][name]) for name in ("auroc", "auprc", "brier")]
+            rows.append([*below, "best possible", "", "", "", *best, ""])
+    return rows
+
+
+def _score_cells(scores: Mapping[str, Any]) -> list[str]:
+    return [*(with_interval(scores[name]) for name in AREAS), *(number(scores[name]) for name in ("brier", "ece"))]
+
+
+def _recalibration_rows(found: Mapping[str, Any]) -> list[list[str]]:
+    """Each model's temperature and shift, its calibration error before and after."""
     rows = [[*_task_column(found, "task"), "logits of", "temperature", "shift", "ECE before", "after"]]
     for part in parts_of(found):
-        boosting = part["boosting"] or {}
-        for name, model in (("model", part), ("gradient boosting", boosting)):
+        for name, model in (("model", part), ("gradient boosting", part["boosting"] or {})):
             if "recalibration" in model:
                 fitted = model["recalibration"]
                 changes = f"{fitted['temperature']:.2f}", f"{fitted['shift']:+.2f}"
@@ -288,41 +412,8 @@ def recalibration_rows(found: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
-def score_rows(found: Mapping[str, Any]) -> list[list[str]]:
-    """Header and a line for each task's held-out scores; below it boosting's and the difference, where it was fitted,
-    and of a synthetic cohort what its law makes possible.
-    """
-    header = ["split", "labels", "subjects", "prevalence", "AUROC [95 % CI]", "AUPRC [95 % CI]", "Brier", "ECE"]
-    rows = [_task_column(found, "task") + header]
-    for part in parts_of(found):
-        rows.append(
-            [
-                *_task_column(found, part["task"]),
-                part["split"],
-                str(part["num_labels"]),
-                str(part["num_subjects"]),
-                number(part["prevalence"]),
-                with_interval(part["auroc"]),
-                with_interval(part["auprc"]),
-                number(part["brier"]),
-                number(part["ece"]),
-            ]
-        )
-        boosting = part.get("boosting") or {}
-        if "difference" in boosting:
-            areas = [with_interval(boosting[name]) for name in AREAS]
-            others = [number(boosting[name]) for name in ("brier", "ece")]
-            rows.append([*_task_column(found, ""), "gradient boosting", "", "", "", *areas, *others])
-            differences = [with_interval(boosting["difference"][name]) for name in AREAS]
-            rows.append([*_task_column(found, ""), "difference [97.5 % CI]", "", "", "", *differences, "", ""])
-        if "ceiling" in part:
-            best = [number(part["ceiling"][name]) for name in ("auroc", "auprc", "brier")]
-            rows.append([*_task_column(found, ""), "best possible", "", "", "", *best, ""])
-    return rows
-
-
-def day_rows(found: Mapping[str, Any]) -> list[list[str]]:
-    """Header and a line for each task that predicts days."""
+def _day_rows(found: Mapping[str, Any]) -> list[list[str]]:
+    """Each task that predicts days."""
     rows = [["task", "labels", "mean absolute error [95 % CI]", "of the median", "concordance [95 % CI]"]]
     for part in parts_of(found):
         if "days" in part:
@@ -332,71 +423,35 @@ def day_rows(found: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
-def notes(found: Mapping[str, Any]) -> list[str]:
-    """Sentences that a reader of the scores must know."""
-    initial = found.get("initial_weights", "new")  # results of before do not say
-    sentences = [] if initial in ("new", "same split") else [SENTENCES[initial]]
-    for part in parts_of(found):
-        of_part = [part["note"]] if "note" in part else []
-        if "weights" in part:
-            of_part.append(WEIGHTED.format(**part["weights"]))
-        sentences += [": ".join([*_task_column(found, part["task"]), sentence]) for sentence in of_part]
-    return sentences
-
-
-def split_rows(found: Mapping[str, Any]) -> list[list[str]]:
-    """Header and a line for each split's usable labels."""
+def _split_rows(found: Mapping[str, Any]) -> list[list[str]]:
+    """Each split's usable labels."""
     rows = [[*_task_column(found, "task"), "split", "labels", "positives", "subjects", "without events before"]]
     for part in parts_of(found):
         for split, sizes in part["splits"].items():
-            keys = ("labels", "positives", "subjects", "without_events")
-            rows.append([*_task_column(found, part["task"]), split, *(str(sizes.get(key, 0)) for key in keys)])
+            counts = (str(sizes.get(key, 0)) for key in ("labels", "positives", "subjects", "without_events"))
+            rows.append([*_task_column(found, part["task"]), split, *counts])
     return rows
 
 
-def trial_rows(found: Mapping[str, Any]) -> list[list[str]]:
-    """Header and a line for each trial, the best first; of the parameters those that vary."""
-    metric = found["metric"]
-    order = sorted(found["trials"], key=lambda trial: -trial["best"].get(metric, -1.0))
+def _trial_rows(found: Mapping[str, Any]) -> list[list[str]]:
+    """Each trial, the best first; of the parameters those that vary."""
+    order = sorted(found["trials"], key=lambda trial: -trial["best"].get(found["metric"], -1.0))
     names = [name for name in order[0]["parameters"] if len({str(t["parameters"][name]) for t in order}) > 1]
     rows = [["trial", "status", "steps", "best at", "mean", "auroc", "auprc", *names]]
     for trial in order:
         mark = " *" if trial["index"] == found["best_trial"] else ""
         best = trial["best"]
-        rows.append(
-            [
-                f"{trial['index']}{mark}",
-                trial["status"],
-                str(trial["step"] or 0),
-                str(best.get("step", "-")),
-                *(number(best.get(name)) for name in ("mean", "auroc", "auprc")),
-                *(_parameter(trial["parameters"][name]) for name in names),
-            ]
-        )
+        scores = (number(best.get(name)) for name in ("mean", "auroc", "auprc"))
+        parameters = (_parameter(trial["parameters"][name]) for name in names)
+        steps = [str(trial["step"] or 0), str(best.get("step", "-"))]
+        rows.append([f"{trial['index']}{mark}", trial["status"], *steps, *scores, *parameters])
     return rows
-
-
-def _title(found: Mapping[str, Any]) -> str:
-    parts = parts_of(found)
-    splits = " or ".join(sorted({part["split"] for part in parts}))
-    return f"Task{'s' * (len(parts) > 1)} {', '.join(part['task'] for part in parts)}: risk model on the {splits} split"
-
-
-def _scored_once(found: Mapping[str, Any]) -> str:
-    held_out = any(part["split"] == "held_out" for part in parts_of(found))
-    return "The held-out split was scored once," if held_out else "The tuning split was scored"
-
-
-def _criterion(found: Mapping[str, Any]) -> str:
-    parts = parts_of(found)
-    scores = "AUROC, AUPRC and, for days, concordance" if any("days" in part for part in parts) else "AUROC and AUPRC"
-    metric = f"mean of {scores}" if found["metric"] == "mean" else found["metric"].upper()
-    return f"{metric}, averaged over the tasks" if len(parts) > 1 else metric
-
-
-def _task_column(found: Mapping[str, Any], text: str) -> list[str]:
-    return [text] if "tasks" in found else []
 
 
 def _parameter(value: Any) -> str:
     return f"{value:.2g}" if isinstance(value, float) else str(value)
+
+
+def _task_column(found: Mapping[str, Any], text: str) -> list[str]:
+    """Where there are several tasks, one column more."""
+    return [text] if "tasks" in found else []

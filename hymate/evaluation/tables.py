@@ -5,13 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
-
-
-def new_console(width: int = 130) -> Console:
-    """Where tables are shown; `width` is that of a stream that is no terminal."""
-    terminal = Console()
-    return terminal if terminal.is_terminal else Console(width=width)
+from rich.table import Table
 
 
 def number(value: float | None) -> str:
@@ -28,19 +24,40 @@ def with_interval(score: Mapping[str, Any]) -> str:
 
 
 def percent(value: float | None) -> str:
-    """A share in percent, or a dash; one decimal below 10 %."""
+    """A fraction in percent, or a dash; one decimal below 10 %."""
     return "-" if value is None else f"{100 * value:.1f} %" if value < 0.0995 else f"{100 * value:.0f} %"
 
 
 def percent_with_interval(score: Mapping[str, Any]) -> str:
-    """A share's `value` with its `ci`, both in percent."""
+    """A fraction's `value` with its `ci`, both in percent."""
     if score["value"] is None or score["ci"] is None:
         return percent(score["value"])
     low, high = score["ci"]
     return f"{percent(score['value'])} [{100 * low:.0f}, {100 * high:.0f}]"
 
 
-def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; the first row is its head."""
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
+# The first row of each table is its header.
+
+
+def markdown(rows: Sequence[Sequence[str]], aligned: bool = False) -> str:
+    """A Markdown table; aligned: easy to read as plain text, too, with all columns but the first to the right."""
+    if not aligned:
+        lines = ["| " + " | ".join(row) + " |" for row in rows]
+        return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["| " + " | ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) + " |" for row in rows]
+    rule = "|" + "|".join(["-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:])]) + "|"
+    return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def show(title: str, rows: Sequence[Sequence[str]], width: int = 130) -> None:
+    """Print a table; `width` is that of an output that is no terminal."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=width)
+    table = Table(*rows[0], title=title, title_justify="left", box=SIMPLE_HEAD)
+    for column in table.columns:
+        column.overflow = "fold"
+    for row in rows[1:]:
+        table.add_row(*row)
+    console.print(table)

@@ -16,8 +16,6 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
 
 from hymate.data.examples import Examples
 from hymate.data.meds import read_parquet, write_parquet
@@ -288,17 +286,10 @@ def report(comparison: Comparison, found: Mapping[str, Any], looks: Sequence[Map
 
 
 def show(found: Mapping[str, Any]) -> None:
-    """The tables on the console."""
-    console = tables.new_console(150)
+    """Print the tables, but for the last columns."""
     for budget, name in _budgets(found):
         title = f"{found['task']}, {found['split'].replace('_', '-')}, {name}"
-        table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
-        head, *rows = _cells(found, budget)
-        for column in head[:6]:
-            table.add_column(column, overflow="fold")
-        for row in rows:
-            table.add_row(*row[:6])
-        console.print(table)
+        tables.show(title, [row[:6] for row in _cells(found, budget)], width=150)
 
 
 def draw(comparison: Comparison, found: Mapping[str, Any], path: Location) -> None:

@@ -19,7 +19,7 @@ from ray.tune.schedulers import ASHAScheduler
 from hymate.config import SearchConfig, TrainConfig
 from hymate.device import choose
 from hymate.errors import UserError
-from hymate.evaluation.report import Outcome, Status
+from hymate.evaluation.results import Outcome, Status
 from hymate.storage.paths import Location, remove_tree, require_room, write_text
 from hymate.training import checkpoint, loop
 from hymate.training.attempt import Attempt

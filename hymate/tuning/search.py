@@ -20,15 +20,15 @@ from hymate.data.synthetic.source import ceiling
 from hymate.data.tasks import LabelSet, labels
 from hymate.device import CPU, Wanted, choose, decide
 from hymate.errors import ConfigError, UserError
-from hymate.evaluation import calibration, decisions, figures, metrics, report
+from hymate.evaluation import calibration, decisions, figures, metrics, report, results
 from hymate.evaluation.boosting import compare, cross_fitted
-from hymate.evaluation.report import Outcome
+from hymate.evaluation.results import Outcome
 from hymate.evaluation.subgroups import subgroups
 from hymate.inference.bundle import Bundle, build_model, write_bundle
 from hymate.inference.provenance import SENTENCES, Seen, provenance, seen
 from hymate.inference.scoring import predict, write_predictions
 from hymate.runs import absolute, check_same_run, recorded, run_folder
-from hymate.storage.paths import Location, filling, locate, require_folder
+from hymate.storage.paths import Location, filling, locate, require_folder, write_text
 from hymate.training import checkpoint
 from hymate.training.attempt import Attempt
 from hymate.trees import build, to_tree
@@ -109,7 +109,7 @@ def search(config: TuneConfig) -> Location:
     """
     config = absolute(config)
     run_path = run_folder(config.run)
-    finished, cluster_gpus = report.read(run_path), None
+    finished, cluster_gpus = results.read(run_path), None
     if finished is None:
         require_folder(run_path, "run.dir")
         cluster_gpus = cluster.check(config.train)
@@ -157,7 +157,8 @@ def search(config: TuneConfig) -> Location:
         known = sentences(histories.known, histories.known_events) + _other_rules(start, histories)
         found = _score_winner(config, winner, initial_weights, histories, labelled, outcomes, best, known)
         _write_hyperparameters(run_path, trials, outcomes)
-        report.write(found, run_path)
+        write_text(report.report(found), run_path / report.REPORT)
+        results.write(found, run_path)
         outcome |= {f"best_{config.search.metric}": best.best[config.search.metric], "step": best.best["step"]}
         outcome |= {"trial": best.index, "bundle": found["bundle"]}
     report.show(found, run_path)
@@ -299,7 +300,7 @@ def _score_winner(
     for task in labelled:
         winner, part = _score_task(config, winner, histories, task, device)
         parts.append(part)
-    found = report.collect(parts, config.search.metric, outcomes, best)
+    found = results.collect(parts, config.search.metric, outcomes, best)
     found |= {"bundle": str(run_path / "bundle"), "init": config.init, "initial_weights": initial_weights}
     found["known"] = known
     write_bundle(
@@ -314,7 +315,7 @@ def _score_winner(
         in_days=winner.in_days,
         card=report.card(found),
         extra={
-            **{split: scores for split in ("held_out", "tuning") if (scores := report.scores_of(found, split))},
+            **{split: scores for split in ("held_out", "tuning") if (scores := results.scores_of(found, split))},
             "recalibration": {part["task"]: part["recalibration"] for part in parts},
             "provenance": provenance(histories, initial_weights),
         },
@@ -333,7 +334,7 @@ def _score_task(
     winner, recalibration, tuning_probability_E = _calibrated(winner, histories, name, tuning, device)
     scored = task.examples[split]
     outputs, _ = predict(winner.for_task(name), histories, scored, device)
-    write_predictions(scored, outputs, run_folder(config.run) / report.predictions_file(name, winner.tasks))
+    write_predictions(scored, outputs, run_folder(config.run) / results.predictions_file(name, winner.tasks))
     label_E, probability_E, subject_id_E = scored.label_E, outputs.probability_ET[:, 0], scored.subject_id_E
     weight_E = scored.weight_E
     scores = metrics.scores(label_E, probability_E, subject_id_E, weight_E)
@@ -341,7 +342,7 @@ def _score_task(
         timed_E = ~np.isnan(scored.days_E)
         days_N, predicted_N = scored.days_E[timed_E], outputs.days_ET[timed_E, 0]
         scores["days"] = metrics.day_scores(days_N, predicted_N, subject_id_E[timed_E], weight_E[timed_E])
-    part = report.of_task(task.config, scores, task.labels, task.examples, split)
+    part = results.of_task(task.config, scores, task.labels, task.examples, split)
     before = metrics.ece(label_E, recalibration.undo(probability_E), weight_E)
     part["recalibration"] = {**dataclasses.asdict(recalibration), "ece_before": before}
     part["boosting"], part["picture"] = None, None
@@ -365,7 +366,9 @@ def _score_task(
                 )
                 part["boosting"], boosting_E = compare(histories, task.examples, probability_E, config.train.seed)
             part["picture"] = f"{name}.png"
-            figures.draw(run_folder(config.run) / part["picture"], label_E, probability_E, weight_E, part, boosting_E)
+            figures.draw_task(
+                run_folder(config.run) / part["picture"], label_E, probability_E, weight_E, part, boosting_E
+            )
     if (best := ceiling(locate(config.data.path), name, split)) is not None:
         part["ceiling"] = best
     return winner, part

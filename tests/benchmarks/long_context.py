@@ -37,7 +37,7 @@ from hymate.data.examples import Examples, labelled_examples
 from hymate.data.histories import Histories
 from hymate.data.loader import Rows
 from hymate.data.meds import SPLITS, write_text
-from hymate.data.synthetic.source import ORACLE
+from hymate.data.synthetic.source import ceiling as ceiling_of
 from hymate.data.tasks import labels
 from hymate.evaluation import metrics
 from hymate.evaluation.features import FeatureConfig, choose, features
@@ -239,8 +239,9 @@ def main() -> None:
     parser.add_argument("--boosting", action="store_true")
     parser.add_argument("--quick", action="store_true", help="a few steps at the two shortest contexts")
     options = parser.parse_intermixed_args()
-    oracle = json.loads((options.data / ORACLE).with_suffix(".json").read_text())
-    ceiling = oracle["ceiling"]["held_out"]["auroc_by_context"]
+    found = ceiling_of(options.data, "readmission", "held_out")
+    assert found is not None, "the cohort is synthetic"
+    ceiling = found["auroc_by_context"]
     if options.contexts is None:
         options.contexts = list(map(int, ceiling))[: 2 if options.quick else None]
     gathered = options.out / "curve.json"

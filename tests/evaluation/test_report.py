@@ -13,12 +13,12 @@ from stays import LAB, task, write_histories
 
 from hymate.data.examples import Examples
 from hymate.data.tasks import labels
-from hymate.evaluation import decisions, metrics, report
-from hymate.evaluation.verdict import verdict
+from hymate.evaluation import decisions, metrics, report, results
+from hymate.evaluation.report import verdict
 
 
 def judged(model_noise: float, boosting_noise: float, num_labels: int = 600) -> dict[str, Any]:
-    """What results.json says of a model and of boosting that both see the true risk, through noise."""
+    """The results of a model and of boosting that both see the true risk, through noise."""
     rng = np.random.default_rng(0)
     logit = rng.normal(-0.5, 2, num_labels)
     label, subject = (rng.random(num_labels) < expit(logit)).astype(float), np.arange(num_labels)
@@ -96,11 +96,11 @@ def test_the_report_says_how_labels_came_about(tmp_path: Path) -> None:
         subject_id_E=subject,
     )
     scores = metrics.scores(label, label, subject)
-    part = report.of_task(config, scores, found, dict.fromkeys(SIZES, nobody), "tuning")
+    part = results.of_task(config, scores, found, dict.fromkeys(SIZES, nobody), "tuning")
     part |= {"recalibration": {"temperature": 1.0, "shift": 0.0, "ece_before": 0.0}, "boosting": None, "picture": None}
-    outcome = report.Outcome(0, {}, "finished", 2, {"mean": 1.0, "step": 2}, None, None)
+    outcome = results.Outcome(0, {}, "finished", 2, {"mean": 1.0, "step": 2}, None, None)
     more = {"known": ["billing: 3 events moved to the end of their stay"], "initial_weights": "new"}
-    written = report.report(report.collect([part], "mean", [outcome], outcome) | more)
+    written = report.report(results.collect([part], "mean", [outcome], outcome) | more)
     for text in (
         "- billing: 3 events moved to the end of their stay",
         "| 3 | times at which the task's trigger occurs |",
