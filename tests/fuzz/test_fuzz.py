@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -35,3 +37,10 @@ def test_a_finding_is_counted_and_kept(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(command, "PATIENCE_S", -1000.0)
     outcomes = command.fuzz("labels", 5, 2, tmp_path, seconds=60)
     assert outcomes == {"hang": 2} and {path.name for path in (tmp_path / "labels").iterdir()} == {"5", "6"}
+
+
+@pytest.mark.slow
+def test_the_command_runs_from_anywhere_and_counts_outcomes(tmp_path: Path) -> None:
+    words = [sys.executable, str(Path(__file__).parent), "labels", "--count", "3"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("labels: seeds 0 to 2: 3 inputs: "), done.stderr
