@@ -97,7 +97,7 @@ bench: $(VENV)/.installed
 
 docs: $(VENV)/.installed
 	$(PY) docs/generate.py
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # the pictures of docs/: the architecture, and the report of the demo
 figures: demo
