@@ -106,9 +106,7 @@ def ray_session(train: TrainConfig, device: Wanted) -> Iterator[None]:
     ray._private.utils.set_sigterm_handler = lambda handler: None  # Ray's would take the place of `ending`'s
     # Ray sets the number of threads for some kinds of processes only; more threads than CPUs stall each other
     workers: dict[str, Any] = {"env_vars": {"OMP_NUM_THREADS": str(train.cpus_per_worker)}}
-    workers["worker_process_setup_hook"] = _take_code()
-    if address:
-        workers |= {"py_modules": [str(PACKAGE)], "excludes": ["**/__pycache__"]}
+    workers |= {"py_modules": [str(PACKAGE)], "excludes": ["**/__pycache__"], "worker_process_setup_hook": _take_code()}
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "runtime_env": workers}
     with nullcontext("") if address else ray_folder() as folder:
         try:
@@ -135,9 +133,9 @@ def ray_session(train: TrainConfig, device: Wanted) -> Iterator[None]:
 def _take_code() -> Callable[[], None]:
     """What each of Ray's workers does first: import the HyMaTE that the driver has.
 
-    By themselves they would take what is in the driver's current folder or installed. Where the driver has its own they
-    find the same, or else what Ray has sent them; it is the second choice because Numba's compiled loops are not there.
-    Both functions are local to this one, for Ray sends such functions whole. Others it would have them import.
+    By themselves they would take what is in the driver's current folder or installed. They take it from the place that
+    the driver has it in where that holds the same code, as Numba's compiled loops are there too, and otherwise from
+    what Ray has sent them. Both functions are local to this one because Ray sends such functions by value.
     """
 
     def digest() -> str:
