@@ -43,10 +43,8 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "context", "tokens_per_row", "min_count")
-        _require(
-            self.tokens_per_row >= self.context,
-            "data.tokens_per_row",
-            f"must be at least data.context={self.context}, got {self.tokens_per_row}",
+        _check(
+            self, tokens_per_row=(self.tokens_per_row >= self.context, f"must be at least data.context={self.context}")
         )
 
 
@@ -98,44 +96,27 @@ class ModelConfig:
     members: int = 1
 
     def __post_init__(self) -> None:
-        _positive(
+        _positive(self, "d_model", "d_state", "d_conv", "expand", "headdim")
+        _positive(self, "chunk_size", "num_heads", "num_queries", "members")
+        inner, mamba1 = self.expand * self.d_model, self.mixer == "mamba1"
+        _check(
             self,
-            "d_model",
-            "d_state",
-            "d_conv",
-            "expand",
-            "headdim",
-            "chunk_size",
-            "num_heads",
-            "num_queries",
-            "members",
-        )
-        _require(self.window >= 0, "model.window", f"must be 0 (full attention) or more, got {self.window}")
-        _require(
-            self.mlp_ratio == 0 or self.mlp_ratio * self.d_model >= 1,
-            "model.mlp_ratio",
-            f"must be 0 (no MLP) or at least 1 / d_model, got {self.mlp_ratio}",
-        )
-        _require(0 <= self.dropout < 1, "model.dropout", f"must be in [0, 1), got {self.dropout}")
-        _require(
-            bool(self.layers) and set(self.layers) <= set("MAG"),
-            "model.layers",
-            f'takes the letters M (Mamba), A (attention) and G (recurrent), e.g. "MMMA"; got {self.layers!r}',
-        )
-        _require(
-            self.mixer == "mamba1" or (self.expand * self.d_model) % self.headdim == 0,
-            "model.headdim",
-            f"must divide expand * d_model = {self.expand * self.d_model}, got {self.headdim}",
-        )
-        _require(
-            self.mixer == "mamba2" or self.d_state <= 256,
-            "model.d_state",
-            f"must be at most 256 with mixer=mamba1, whose kernel takes no more; got {self.d_state}",
-        )
-        _require(
-            self.d_model % self.num_heads == 0,
-            "model.num_heads",
-            f"must divide d_model={self.d_model}, got {self.num_heads}",
+            window=(self.window >= 0, "must be 0 (full attention) or more"),
+            mlp_ratio=(
+                self.mlp_ratio == 0 or self.mlp_ratio * self.d_model >= 1,
+                "must be 0 (no MLP) or at least 1 / d_model",
+            ),
+            dropout=(0 <= self.dropout < 1, "must be in [0, 1)"),
+            layers=(
+                bool(self.layers) and set(self.layers) <= set("MAG"),
+                'takes the letters M (Mamba), A (attention) and G (recurrent), e.g. "MMMA"',
+            ),
+            headdim=(mamba1 or inner % self.headdim == 0, f"must divide expand * d_model = {inner}"),
+            d_state=(
+                not mamba1 or self.d_state <= 256,
+                "must be at most 256 with mixer=mamba1, whose kernel takes no more",
+            ),
+            num_heads=(self.d_model % self.num_heads == 0, f"must divide d_model={self.d_model}"),
         )
 
     @property
@@ -172,21 +153,15 @@ class ObjectiveConfig:
     forecast_variables: int = 64
 
     def __post_init__(self) -> None:
-        for name in ("code_weight", "value_weight", "forecast_weight"):
-            _require(
-                getattr(self, name) >= 0,
-                f"objective.{name}",
-                f"must not be negative, got {getattr(self, name)}",
-            )
-        _require(
-            self.code_weight + self.value_weight + self.forecast_weight > 0,
-            "objective",
-            "every weight is 0: give code_weight, value_weight or forecast_weight a positive value",
+        _positive(self, "horizon_hours", "span_length", "forecast_points", "forecast_variables")
+        _not_negative(self, "code_weight", "value_weight", "forecast_weight")
+        if self.code_weight + self.value_weight + self.forecast_weight == 0:
+            raise ConfigError("objective: every weight is 0: give code_weight, value_weight or forecast_weight another")
+        _check(
+            self,
+            mask_share=(0 < self.mask_share < 1, "must be in (0, 1)"),
+            span_share=(0 <= self.span_share <= 1, "must be in [0, 1]"),
         )
-        _require(0 < self.mask_share < 1, "objective.mask_share", f"must be in (0, 1), got {self.mask_share}")
-        _require(0 <= self.span_share <= 1, "objective.span_share", f"must be in [0, 1], got {self.span_share}")
-        _require(self.horizon_hours > 0, "objective.horizon_hours", f"must be positive, got {self.horizon_hours}")
-        _positive(self, "span_length", "forecast_points", "forecast_variables")
 
 
 @dataclass(frozen=True)
@@ -246,41 +221,21 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _positive(
+        _positive(self, "num_workers", "rows_per_step", "max_steps", "learning_rate", "clip_norm")
+        _positive(self, "eval_every", "eval_rows", "log_every", "keep", "cpus_per_worker")
+        _not_negative(self, "weight_decay", "patience", "max_failures", "max_skipped", "seed")
+        workers, steps = self.num_workers, self.max_steps
+        _check(
             self,
-            "num_workers",
-            "rows_per_step",
-            "max_steps",
-            "eval_every",
-            "eval_rows",
-            "log_every",
-            "keep",
-            "cpus_per_worker",
+            zero_stage=(self.zero_stage in (0, 1, 2, 3), "must be 0, 1, 2 or 3 (DeepSpeed ZeRO)"),
+            compile=(
+                not self.compile or self.zero_stage < 3,
+                "needs train.zero_stage=0, 1 or 2: stage 3 gathers weights between the operators that it would join",
+            ),
+            rows_per_step=(self.rows_per_step % workers == 0, f"must be a multiple of train.num_workers={workers}"),
+            warmup_steps=(0 <= self.warmup_steps < steps, f"must be at least 0 and below train.max_steps={steps}"),
+            min_lr_share=(0 <= self.min_lr_share <= 1, "must be in [0, 1]"),
         )
-        _positive(self, "learning_rate", "clip_norm")
-        _require(
-            self.zero_stage in (0, 1, 2, 3),
-            "train.zero_stage",
-            f"must be 0, 1, 2 or 3 (DeepSpeed ZeRO), got {self.zero_stage}",
-        )
-        _require(
-            not (self.compile and self.zero_stage == 3),
-            "train.compile",
-            "needs train.zero_stage=0, 1 or 2: stage 3 gathers weights between the operators that it would join",
-        )
-        _require(
-            self.rows_per_step % self.num_workers == 0,
-            "train.rows_per_step",
-            f"must be a multiple of train.num_workers={self.num_workers}, got {self.rows_per_step}",
-        )
-        _require(
-            0 <= self.warmup_steps < self.max_steps,
-            "train.warmup_steps",
-            f"must be at least 0 and below train.max_steps={self.max_steps}, got {self.warmup_steps}",
-        )
-        _require(0 <= self.min_lr_share <= 1, "train.min_lr_share", f"must be in [0, 1], got {self.min_lr_share}")
-        for name in ("weight_decay", "patience", "max_failures", "max_skipped", "seed"):
-            _require(getattr(self, name) >= 0, f"train.{name}", f"must not be negative, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -295,15 +250,11 @@ class RunConfig:
     dir: Place = "runs"
 
     def __post_init__(self) -> None:
-        _require(
-            bool(self.name)
-            and "/" not in self.name
-            and self.name[0] not in ".~"
-            and not UNPRINTABLE.search(self.name)
-            and ("?" not in self.name or isinstance(parse_place(self.dir), Path)),
-            "run.name",
-            f"must be a plain folder name (no /, no . or ~ at its beginning, at a URL no ?), got {self.name!a}",
-        )
+        name = self.name
+        plain = name and "/" not in name and name[0] not in ".~" and not UNPRINTABLE.search(name)
+        fits = plain and ("?" not in name or isinstance(parse_place(self.dir), Path))
+        text = "must be a plain folder name (no /, no . or ~ at its beginning, at a URL no ?)"
+        _check(self, name=(bool(fits), text))
 
 
 @dataclass(frozen=True)
@@ -343,22 +294,15 @@ class TaskConfig:
     longer_than_days: float | None = None
 
     def __post_init__(self) -> None:
-        _require(
-            bool(self.name) and "/" not in self.name and "." not in self.name,
-            "task.name",
-            f"must be a folder name without a dot, got {self.name!r}",
-        )
-        _require(
-            self.longer_than_days is None or self.longer_than_days > 0,
-            "task.longer_than_days",
-            f"must be positive or null, got {self.longer_than_days}",
+        days = self.longer_than_days
+        _check(
+            self,
+            name=(bool(self.name) and not {"/", "."} & set(self.name), "must be a folder name without a dot"),
+            longer_than_days=(days is None or days > 0, "must be positive or null"),
         )
         for name, code in _codes(self.definition or {}):
-            _require(
-                isinstance(code, str),
-                f"task.definition.predicates.{name}.code",
-                f"must be text, got {code!r}: {QUOTE_IT}",
-            )
+            if not isinstance(code, str):
+                raise ConfigError(f"task.definition.predicates.{name}.code must be text, got {code!r}: {QUOTE_IT}")
 
 
 @dataclass(frozen=True)
@@ -387,11 +331,10 @@ class SearchConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "num_trials", "grace_steps")
-        _require(self.max_concurrent >= 0, "search.max_concurrent", "must be 0 (what the machine holds) or more")
-        _require(
-            self.reduction_factor >= 2,
-            "search.reduction_factor",
-            f"must be at least 2, got {self.reduction_factor}",
+        _check(
+            self,
+            max_concurrent=(self.max_concurrent >= 0, "must be 0 (what the machine holds) or more"),
+            reduction_factor=(self.reduction_factor >= 2, "must be at least 2"),
         )
 
 
@@ -414,11 +357,8 @@ class ReportConfig:
                 re.compile(pattern)
             except re.error as error:
                 raise ConfigError(f"report.subgroups: {pattern!r} is no regular expression: {error}") from error
-        _require(
-            bool(self.age_bands) and self.age_bands == sorted(set(self.age_bands)),
-            "report.age_bands",
-            f"must rise, e.g. [18, 65]; got {self.age_bands}",
-        )
+        rise = bool(self.age_bands) and self.age_bands == sorted(set(self.age_bands))
+        _check(self, age_bands=(rise, "must rise, e.g. [18, 65]"))
 
 
 def _codes(definition: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -431,13 +371,17 @@ def _codes(definition: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
                 yield name, text
 
 
-def _require(condition: bool, key: str, text: str) -> None:
-    if not condition:
-        raise ConfigError(f"{key} {text}")
+def _check(config: object, **rules: tuple[bool, str]) -> None:
+    """Raises ConfigError for the first key whose rule does not hold: (whether it holds, what the value must be)."""
+    section = type(config).__name__.removesuffix("Config").lower()
+    for name, (holds, text) in rules.items():
+        if not holds:
+            raise ConfigError(f"{section}.{name} {text}, got {getattr(config, name)!r}")
 
 
 def _positive(config: object, *names: str) -> None:
-    section = type(config).__name__.removesuffix("Config").lower()
-    for name in names:
-        value = getattr(config, name)
-        _require(value > 0, f"{section}.{name}", f"must be positive, got {value}")
+    _check(config, **{name: (getattr(config, name) > 0, "must be positive") for name in names})
+
+
+def _not_negative(config: object, *names: str) -> None:
+    _check(config, **{name: (getattr(config, name) >= 0, "must not be negative") for name in names})

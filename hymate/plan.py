@@ -44,9 +44,9 @@ class PlanData:
     """
 
     path: Place | None = None
-    context: int = 8192
-    tokens_per_row: int = 16384
-    min_count: int = 10
+    context: int = DataConfig.context
+    tokens_per_row: int = DataConfig.tokens_per_row
+    min_count: int = DataConfig.min_count
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,20 @@
-"""From plain trees, as in YAML and JSON, to the checked sections of `hymate.config`, and back; no files, no Hydra."""
+"""The sections of `hymate.config` and plain trees, as YAML and JSON have them; no file, no Hydra.
+
+`build` makes checked sections of a tree and `to_tree` a tree of them; `defaults` is the tree of what is left out, and
+`keys` says what there is to set, from the types, defaults and docstrings of the dataclasses.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import inspect
+import json
+import re
 import types
 import typing
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import MISSING, is_dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
@@ -15,6 +23,79 @@ from hymate.config import QUOTE_IT, is_number
 from hymate.errors import ConfigError, UserError, first_line
 
 T = TypeVar("T")
+REQUIRED = "required"
+
+
+def keys(schema: type, tree: Any = None, where: str = "") -> Iterator[tuple[str, Any, Any, str]]:
+    """Each key of a dataclass and of those in it: its whole name (`a.b.c`), type, default, and what it means.
+
+    The default is what `tree` has, else the dataclass's, else REQUIRED. The meaning is the entry `key: meaning` of the
+    docstring.
+    """
+    text = re.sub(r"\n {4,}", " ", inspect.getdoc(schema) or "")
+    meanings = dict(re.findall(r"^(\w+): +(.*)$", text, re.MULTILINE))
+    tree = tree if isinstance(tree, Mapping) else {}
+    for name, hint in hints(schema).items():
+        if section := section_of(hint):
+            yield from keys(section, tree.get(name), f"{where}{name}.")
+        else:
+            assert name in meanings, f"{schema.__name__}'s docstring lacks a line '{name}: MEANING'"
+            yield f"{where}{name}", hint, tree.get(name, _default(schema, name)), meanings[name]
+
+
+def hints(schema: type) -> dict[str, Any]:
+    """The types of a dataclass's fields, with their annotations."""
+    found = typing.get_type_hints(schema, include_extras=True)
+    return {field.name: found[field.name] for field in dataclasses.fields(schema)}
+
+
+def options(hint: Any) -> list[Any]:
+    """The types that a type allows, without their annotations: those of a union, else itself."""
+    union = typing.get_origin(hint) in (types.UnionType, typing.Union)
+    allowed = typing.get_args(hint) if union else [hint]
+    return [typing.get_args(each)[0] if typing.get_origin(each) is Annotated else each for each in allowed]
+
+
+def section_of(hint: Any) -> type[Any] | None:
+    """The dataclass that a type allows."""
+    return next((each for each in options(hint) if isinstance(each, type) and is_dataclass(each)), None)
+
+
+def _default(schema: type, name: str) -> Any:
+    field = schema.__dataclass_fields__[name]  # type: ignore[attr-defined]
+    if field.default_factory is not MISSING:
+        return field.default_factory()
+    return REQUIRED if field.default is MISSING else field.default
+
+
+def defaults(schema: type) -> dict[str, Any]:
+    """The tree of a dataclass where nothing is set; keys that are required are not in it."""
+    tree: dict[str, Any] = {}
+    for name, hint in hints(schema).items():
+        default = _default(schema, name)
+        if is_dataclass(hint):
+            tree[name] = defaults(typing.cast("type", hint))
+        elif default is not REQUIRED:
+            tree[name] = default
+    return tree
+
+
+def merged(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The tree with changes; sections are merged key by key.
+
+    >>> merged({"a": {"b": 1, "c": 2}}, {"a": {"c": 3}})
+    {'a': {'b': 1, 'c': 3}}
+    """
+    both = dict(tree)
+    for key, value in changes.items():
+        sections = isinstance(value, Mapping) and isinstance(both.get(key), Mapping)
+        both[key] = merged(both[key], value) if sections else value
+    return both
+
+
+def holds_sections(tree: Any) -> bool:
+    """Whether a tree is one of sections alone."""
+    return isinstance(tree, Mapping) and all(isinstance(item, Mapping) for item in tree.values())
 
 
 def build(schema: type[T], tree: Mapping[str, Any], where: str = "") -> T:
@@ -26,16 +107,13 @@ def build(schema: type[T], tree: Mapping[str, Any], where: str = "") -> T:
     ...
     hymate.errors.ConfigError: dri is not a known key: did you mean dir?
     """
-    hints = typing.get_type_hints(schema, include_extras=True)
-    known = {f.name: f for f in dataclasses.fields(schema)}  # type: ignore[arg-type]
-    values: dict[str, Any] = {}
-    for key, value in tree.items():
-        path = f"{where}{key}"
+    known = hints(schema)
+    for key in tree:
         if key not in known:
             raise unknown_key(str(key), known, where)
-        values[key] = _convert(hints[key], value, path)
-    for name, spec in known.items():
-        if name not in values and spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING:
+    values = {key: _convert(known[key], value, f"{where}{key}") for key, value in tree.items()}
+    for name in known:
+        if name not in values and _default(schema, name) is REQUIRED:
             raise ConfigError(f"{where}{name} is required: add {where}{name}=VALUE to the command")
     return schema(**values)
 
@@ -45,9 +123,8 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in args:
             return None
-        options = [a for a in args if a is not type(None)]
-        sections = isinstance(value, Mapping) and all(isinstance(item, Mapping) for item in value.values())
-        return _convert(options[-1] if sections else options[0], value, path)
+        allowed = [each for each in args if each is not type(None)]
+        return _convert(allowed[-1] if holds_sections(value) else allowed[0], value, path)
     if origin is Annotated:
         value = _convert(args[0], value, path)
         try:
@@ -55,31 +132,27 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         except UserError as error:
             raise ConfigError(f"{path}: {error}") from error
         return value
-    if origin is Literal:
-        if value not in args:
-            raise ConfigError(f"{path} must be one of {', '.join(map(str, args))}; got {value!r}")
-        return value
-    if dataclasses.is_dataclass(hint):
+    if is_dataclass(hint) or origin is dict:
         if not isinstance(value, Mapping):
             raise ConfigError(f"{path} must be a section of keys, got {value!r}")
-        return build(typing.cast("type[Any]", hint), value, f"{path}.")
+        if origin is not dict:
+            return build(typing.cast("type[Any]", hint), value, f"{path}.")
+        return {key: _convert(args[1], item, f"{path}.{key}") for key, item in value.items()}
     if origin in (list, tuple):
         if not isinstance(value, (list, tuple)):
             raise ConfigError(f"{path} must be a list, got {value!r}")
         return origin(_convert(args[0], item, f"{path}[{i}]") for i, item in enumerate(value))
-    if origin is dict or hint is dict:
-        if not isinstance(value, Mapping):
-            raise ConfigError(f"{path} must be a section of keys, got {value!r}")
-        return {key: _convert(args[1], item, f"{path}.{key}") for key, item in value.items()} if args else dict(value)
+    if origin is Literal and value not in args:
+        raise ConfigError(f"{path} must be one of {', '.join(map(str, args))}; got {value!r}")
     if hint is float:
         if not is_number(value):
             raise ConfigError(f"{path} must be a finite number, got {value!r:.80}")
         return float(value)
     if hint is str and not isinstance(value, str):
         raise ConfigError(f"{path} must be text, got {value!r}: {QUOTE_IT}")
-    if hint is Any or (isinstance(value, hint) and not (hint is int and isinstance(value, bool))):
-        return value
-    raise ConfigError(f"{path} must be {hint.__name__}, got {value!r}")
+    if hint in (int, bool) and type(value) is not hint:
+        raise ConfigError(f"{path} must be {hint.__name__}, got {value!r}")
+    return value
 
 
 def to_tree(config: Any) -> dict[str, Any]:
@@ -129,3 +202,18 @@ def flattened(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         flat |= flattened(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return flat
+
+
+def shown(value: Any) -> str:
+    """A value as it is typed.
+
+    >>> print(shown([1, 2]), shown(None), shown(True), shown({"a": 1e-3}))
+    [1,2] null true {a: 0.001}
+    """
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{key}: {shown(item)}' for key, item in value.items())}}}"
+    if isinstance(value, list | tuple):
+        return f"[{','.join(map(shown, value))}]"
+    if isinstance(value, float):
+        return f"{value:g}"
+    return value if isinstance(value, str) else json.dumps(value)

@@ -237,13 +237,3 @@ def _matches(pattern: str, codes: Sequence[str]) -> np.ndarray:
         return np.asarray(pc.match_substring_regex(pa.array(codes, pa.string()), pattern), dtype=bool)
     except pa.ArrowInvalid as error:
         raise ConfigError(f"known: {pattern!r} is not a regular expression (RE2)") from error
-
-
-# configs/known/mimic.yaml says why
-MIMIC = KnownConfig(
-    {
-        "billing": KnownRule(r"^((DIAGNOSIS|PROCEDURE)//ICD|DRG|HCPCS)(//|$)", "end_of_stay", delay_hours=720.0),
-        "death_dates": KnownRule(r"^MEDS_DEATH(//|$)", "end_of_day", at_midnight=True),
-        "clinic_dates": KnownRule(r"^(Blood Pressure|BMI|Height|Weight|eGFR)( |$)", "end_of_day", at_midnight=True),
-    }
-)

@@ -39,10 +39,10 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from hymate.command import main
+from hymate.command import CONFIGS, main
 from hymate.config import Place
 from hymate.data.histories import FOLDER, FORMAT_VERSION, Splits, read_metadata, write_histories
-from hymate.data.known import MIMIC, NEVER, KnownConfig, KnownTimes, sentences
+from hymate.data.known import NEVER, KnownConfig, KnownTimes, sentences
 from hymate.data.meds import (
     RENAME_SPLITS,
     SPLITS,
@@ -63,10 +63,16 @@ from hymate.ending import without_ctrl_c
 from hymate.errors import ConfigError, UserError
 from hymate.storage.paths import Location, UrlPath, locate, readable, remove_tree, require_folder, write_text
 from hymate.storage.remote import StorageError
-from hymate.trees import to_tree
+from hymate.trees import build, parse_yaml, to_tree
 
 WORK = ".work"  # inside histories/: the journal and what later stages need
 JOURNAL_S = 10.0  # between two journals at a URL
+
+
+@functools.cache
+def mimic() -> KnownConfig:
+    """The rules for MIMIC-style codes, configs/known/mimic.yaml."""
+    return build(KnownConfig, parse_yaml((CONFIGS / "known" / "mimic.yaml").read_text()))
 
 
 @dataclass(frozen=True)
@@ -87,7 +93,7 @@ class PrepareConfig:
     out: Place
     raw: Place | None = None
     splits: SplitsConfig = field(default_factory=SplitsConfig)
-    known: KnownConfig = MIMIC
+    known: KnownConfig = field(default_factory=mimic)
     seed: int = 0
     workers: int = 2
     synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
@@ -97,7 +103,7 @@ class PrepareConfig:
             raise ConfigError(f"workers must be at least 1, got {self.workers}")
         if self.source != "synthetic" and self.raw is None:
             raise ConfigError(f"raw is required with source={self.source}: add raw=DIR to the command")
-        if self.source != "meds" and self.known.rules and self.known != MIMIC:
+        if self.source != "meds" and self.known.rules and self.known != mimic():
             raise ConfigError(f"known is for source=meds, not for source={self.source}: leave it out")
 
     @property

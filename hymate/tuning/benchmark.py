@@ -93,7 +93,8 @@ class BenchmarkConfig:
     seeds: how often everything is done, each time with other random numbers.
     budgets: labels that a run sees in all, those that choose and recalibrate included; 0 is all there are.
     with_few_labels: the contenders of all budgets but the largest.
-    choosing_fraction: fraction of the labels that choose the candidate and recalibrate it; the rest is fitted to.
+    choosing_fraction: fraction of the labels that choose the candidate (a network's evaluation, boosting's number of
+        trees, logistic regression's penalty) by the least cross-entropy, and recalibrate it; the rest is fitted to.
     max_concurrent: runs at the same time; 0 is as many as the machine or cluster holds.
     pretrain: each seed's pretraining, without labels.
     train: each contender's fine-tuning.
@@ -109,17 +110,17 @@ class BenchmarkConfig:
     pretrain: TrainConfig
     train: TrainConfig
     task: TaskConfig
-    split: Split
-    folds: int
-    only: list[str]
-    seeds: int
-    budgets: list[int]
-    with_few_labels: list[str]
-    choosing_fraction: float
-    max_concurrent: int
+    run: RunConfig
     contenders: dict[str, Contender]
     point: dict[str, Any]
-    run: RunConfig
+    with_few_labels: list[str]
+    split: Split = "cross_validation"
+    folds: int = 4
+    seeds: int = 3
+    only: list[str] = dataclasses.field(default_factory=list)
+    budgets: list[int] = dataclasses.field(default_factory=lambda: [0])
+    choosing_fraction: float = 0.2
+    max_concurrent: int = 0
     device: Wanted = "auto"
 
     def __post_init__(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import gc
 import json
 import os
@@ -90,10 +89,7 @@ class Setting:
         """The model of a file in configs/model; in a rehearsal one as small as can be."""
         import yaml
 
-        files = (CONFIGS / "model" / f"{each}.yaml" for each in ("_base", name))
-        keys = functools.reduce(lambda a, b: a | b, (yaml.safe_load(file.read_text()) for file in files))
-        keys.pop("defaults", None)
-        config = ModelConfig(**keys)
+        config = ModelConfig(**yaml.safe_load((CONFIGS / "model" / f"{name}.yaml").read_text()))
         if self.rehearsal:
             config = replace(
                 config, d_model=32, layers="MA", d_state=8, headdim=16, num_heads=2, chunk_size=16, window=16

@@ -73,7 +73,7 @@ def test_a_cohort_becomes_predictions_without_a_checkout(
         return done.stdout
 
     (tmp_path / "own" / "model").mkdir(parents=True)
-    mine = "defaults: [_base]\nd_model: 48\nlayers: MA\nd_state: 16\nheaddim: 16\nnum_heads: 2\n"
+    mine = "d_model: 48\nlayers: MA\nd_state: 16\nheaddim: 16\nnum_heads: 2\n"
     (tmp_path / "own" / "model" / "mine.yaml").write_text(mine)
     assert "debug, large, mine, paper" in command("pretrain", "--config-dir", "own", "--help")
     command("prepare", "source=synthetic", "out=data", "synthetic.subjects=120", "synthetic.mean_events=150")
