@@ -40,7 +40,7 @@ from hymate.data.meds import US_PER_HOUR, write_parquet
 from hymate.device import Wanted, choose
 from hymate.errors import ConfigError, UserError
 from hymate.evaluation import figures
-from hymate.evaluation.attribution import SHARES, Attribution, Case, Explainer, deletion_and_insertion
+from hymate.evaluation.attribution import SHARES, Attribution, Case, Explainer, deletion_and_insertion, event_table
 from hymate.evaluation.tables import markdown
 from hymate.inference.bundle import read_bundle
 from hymate.inference.scoring import predict
@@ -148,7 +148,8 @@ def explain_patients(
     cases = explainer.cases(examples, chosen)
     for number, (example, case) in enumerate(zip(chosen.tolist(), cases, strict=True), start=1):
         (attribution,) = explainer.attributions([case])
-        tables.append(event_table(explainer.histories.codes, number, case, attribution))
+        table = event_table(explainer.histories.codes, case, attribution)
+        tables.append(table.add_column(0, "patient", pa.array([number] * len(table), pa.int32())))
         static, events = attribution.static_F.sum(), attribution.event_L.sum()
         when = np.datetime64(case.time_us, "us").astype("datetime64[m]")
         title = (
@@ -161,29 +162,6 @@ def explain_patients(
         drawn = (hours_L, row_L, attribution.event_L, attribution.attention_L, labels)
         figures.draw_timeline(folder / f"patient-{number}.png", title, *drawn)
     write_parquet(pa.concat_tables(tables), folder / "events.parquet")
-
-
-def event_table(codes: Sequence[str], patient: int, case: Case, attribution: Attribution) -> pa.Table:
-    """A case's events in their order, after its static ones, which have neither time nor attention."""
-    history = case.history
-    static, size = len(history.static_code), len(history.static_code) + len(history)
-    is_static = np.arange(size) < static
-    value = np.concatenate([history.static_value, history.value])
-    without = attribution.attention_L is None
-    attention_L = np.zeros(len(history)) if attribution.attention_L is None else attribution.attention_L
-    time_us = np.concatenate([np.zeros(static, np.int64), history.time])
-    return pa.table(
-        {
-            "patient": pa.array(np.full(size, patient), pa.int32()),
-            "subject_id": pa.array(np.full(size, history.subject_id), pa.int64()),
-            "prediction_time": pa.array(np.full(size, case.time_us), pa.timestamp("us")),
-            "time": pa.array(time_us, pa.timestamp("us"), mask=is_static),
-            "code": pa.array([codes[code] for code in [*history.static_code, *history.code]], pa.string()),
-            "numeric_value": pa.array(value, pa.float32(), mask=np.isnan(value)),
-            "attention": pa.array(np.append(np.zeros(static), attention_L), pa.float64(), mask=is_static | without),
-            "attribution": pa.array(np.concatenate([attribution.static_F, attribution.event_L]), pa.float64()),
-        }
-    )
 
 
 def _timeline_rows(codes: Sequence[str], case: Case, attribution: Attribution) -> tuple[np.ndarray, list[str]]:

@@ -42,7 +42,7 @@ from hymate.data.prepare import PrepareConfig, prepare
 from hymate.data.tasks import labels
 from hymate.device import Wanted, choose
 from hymate.errors import ConfigError, UserError
-from hymate.inference.bundle import Bundle, read_bundle
+from hymate.inference.bundle import Bundle, build_model, read_bundle
 from hymate.inference.scoring import predict, predict_whole, write_predictions
 from hymate.inference.states import StateFolder
 from hymate.inference.streaming import check_streamable
@@ -106,7 +106,8 @@ def _run(config: PredictConfig) -> None:
         opened = asked_of(bundle, locate(config.data.path), config.task, config.split)
         histories, examples = stack.enter_context(opened)
         if config.context == "all":
-            outputs, num_read, unknown_share = predict_whole(bundle, histories, examples, device, states)
+            model = build_model(bundle).to(device)
+            outputs, num_read, unknown_share = predict_whole(model, bundle, histories, examples, device, states)
         else:
             outputs, rows = predict(bundle, histories, examples, device)
             unknown_share = rows.unknown_share

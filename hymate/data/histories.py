@@ -11,7 +11,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
 import meds
 import numpy as np
@@ -108,7 +108,7 @@ def write_histories(
     """
     parts = []
     with atomic_path(histories) as temporary, pq.ParquetWriter(temporary, HISTORY_SCHEMA, **_ENCODING) as writer:
-        births = np.array([id for code, id in code_ids.items() if is_code(code, meds.birth_code)], np.int32)
+        births = _birth_codes(code_ids)
         for row_group, events in enumerate(iter_events(data, code_ids)):
             rows = _rows(known.apply(events, code_ids), births)
             writer.write_table(rows, row_group_size=rows.num_rows)
@@ -144,6 +144,10 @@ class Splits:
         position_N = np.searchsorted(self._subject_id_N, subject_id_N)
         assert np.array_equal(self._subject_id_N[position_N], subject_id_N), "a subject without a split"
         return self._names[self._split_N[position_N]]
+
+
+def _birth_codes(code_ids: dict[str, int]) -> np.ndarray:
+    return np.array([id for code, id in code_ids.items() if is_code(code, meds.birth_code)], np.int32)
 
 
 def _rows(events: Events, birth_codes: np.ndarray) -> pa.Table:
@@ -223,6 +227,23 @@ class Histories:
         except (*UNREADABLE, KeyError) as error:
             raise UserError(f"{path / FOLDER}: damaged: delete {path} and prepare the dataset again") from error
         return cls(path, codes, index, metadata["fingerprint"], metadata["known"], metadata["known_events"])
+
+    @classmethod
+    def of_events(cls, events: Events, code_ids: dict[str, int], known: KnownConfig) -> Histories:
+        """Those of events in memory (sorted as a shard is), as `write_histories` writes them; all in split "all"."""
+        rows = _rows(KnownTimes(known).apply(events, code_ids), _birth_codes(code_ids))
+        N = rows.num_rows
+        index = {
+            "subject_id": rows["subject_id"].to_numpy(),
+            "split": np.full(N, "all", object),
+            "shard": np.full(N, "", object),
+            "row_group": np.zeros(N, np.int32),
+            "row": np.arange(N, dtype=np.int32),
+            "num_events": rows["time"].combine_chunks().value_lengths().to_numpy(),
+        }
+        histories = cls(Path(), list(code_ids), index, fingerprint="", known=known)
+        histories._cache.keep("", 0, _Rows(rows, len(code_ids)))
+        return histories
 
     def __len__(self) -> int:
         return len(self.index["subject_id"])
@@ -380,12 +401,16 @@ class _RowGroups:
         with self._lock:
             key = (shard, row_group)
             if key not in self._groups:
-                self._groups[key] = self._read(shard, row_group)
-                self._nbytes += self._groups[key].nbytes
+                self.keep(shard, row_group, self._read(shard, row_group))
                 while self._nbytes > _CACHE_BYTES and len(self._groups) > 1:
                     self._nbytes -= self._groups.popitem(last=False)[1].nbytes
             self._groups.move_to_end(key)
             return self._groups[key]
+
+    def keep(self, shard: str, row_group: int, rows: _Rows) -> None:
+        """Have a decoded row group."""
+        self._groups[shard, row_group] = rows
+        self._nbytes += rows.nbytes
 
     def _read(self, shard: str, row_group: int) -> _Rows:
         path = self._folder / f"{shard}.parquet"

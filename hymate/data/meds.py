@@ -35,6 +35,7 @@ RENAME_SPLITS = (
 STATIC_TIME = np.iinfo(np.int64).min  # stands for a null time in integer arrays
 ROWS = 1 << 18  # rows decoded at once, and rows of a written row group (about 4 MB)
 MAX_ROWS_PER_BYTE = 64  # of a file; real data are far below, and a footer of a few bytes can declare any number of rows
+Named = Location | str  # what errors name
 UTC = ("UTC", "Etc/UTC", "+00:00", "Z")  # as Parquet files name it
 US_PER_HOUR = 3_600_000_000
 US_PER_DAY = 24 * US_PER_HOUR
@@ -158,6 +159,11 @@ class Events:
         columns = (column_R[start:stop] for column_R in self._columns)
         return Events(*columns, first_row=self.first_row + start)
 
+    def sorted(self) -> Events:
+        """The rows by subject and time; of those at one time, the order stays."""
+        order = np.lexsort((self.time_R, self.subject_id_R))
+        return Events(*(column_R[order] for column_R in self._columns), first_row=self.first_row)
+
     def followed_by(self, other: Events) -> Events:
         """These rows and those."""
         columns = (np.concatenate(pair) for pair in zip(self._columns, other._columns, strict=True))
@@ -174,12 +180,12 @@ def iter_events(path: Location, code_ids: dict[str, int], named: Location | None
     code_ids: code -> the integer that stands for it; new codes are added with the next free number.
     named: the file that errors name, where it is not `path`.
 
-    Raises DataError for an unreadable file and null subjects or codes.
+    Raises DataError for an unreadable file, and as `decode` does.
     """
     carried: Events | None = None
     row = 0
     for batch in read_batches(path, DATA_SCHEMA.names, named or path):
-        part = _decode(batch, code_ids, row, named or path)
+        part = decode(batch, code_ids, row, named or path)
         row += len(part)
         part = carried.followed_by(part) if carried is not None else part
         others = np.flatnonzero(part.subject_id_R != part.subject_id_R[-1])
@@ -237,7 +243,11 @@ def unreadable(path: Location) -> DataError:
     return DataError(f"{path}: not a readable Parquet file (truncated or damaged): fetch or write it again")
 
 
-def _decode(batch: pa.RecordBatch, code_ids: dict[str, int], first_row: int, named: Location) -> Events:
+def decode(batch: pa.RecordBatch, code_ids: dict[str, int], first_row: int, named: Named) -> Events:
+    """Rows in the types of DATA_SCHEMA as arrays, the first of which is row `first_row` of what errors call `named`.
+
+    Raises DataError for null subjects or codes, times outside the years 1 to 9999 and infinite values.
+    """
     for name in ("subject_id", "code"):
         if batch.column(name).null_count:
             row = first_row + int(pc.index(batch.column(name).is_null(), pa.scalar(True)).as_py())
@@ -254,6 +264,10 @@ def _decode(batch: pa.RecordBatch, code_ids: dict[str, int], first_row: int, nam
         value_R = batch.column("numeric_value").fill_null(np.nan).to_numpy()
     else:
         value_R = np.full(batch.num_rows, np.nan, np.float32)
+    infinite = np.flatnonzero(np.isinf(value_R))
+    if len(infinite):
+        row = first_row + infinite[0]
+        raise DataError(f"{named}: row {row}: numeric_value is infinite: write null where there is no number")
     return Events(
         batch.column("subject_id").to_numpy(), time_R, ids[codes.indices.to_numpy()], value_R, first_row=first_row
     )
@@ -302,6 +316,15 @@ def read_label_file(path: Location) -> pa.Table:
         table = read_parquet(path)
     except UNREADABLE as error:
         raise unreadable(path) from error
+    labels = aligned_labels(table, path)
+    time = table["prediction_time"].type
+    if pa.types.is_timestamp(time) and time.tz is not None:
+        _note_utc()
+    return labels
+
+
+def aligned_labels(table: pa.Table, path: Named) -> pa.Table:
+    """A table of labels in the standard's columns and types; raises DataError where it is malformed."""
     check_columns(path, table.schema, LABEL_KINDS, LABEL_SCHEMA, "MEDS labels have")
     columns = []
     for spec in LABEL_SCHEMA:
@@ -311,8 +334,6 @@ def read_label_file(path: Location) -> pa.Table:
                 raise DataError(f"{path}: column {spec.name} is missing: MEDS labels need it")
             columns.append(pa.nulls(table.num_rows, spec.type))
             continue
-        if pa.types.is_timestamp(table[spec.name].type) and table[spec.name].type.tz is not None:
-            _note_utc()
         columns.append(cast_column(table[spec.name].combine_chunks(), spec, path))
         nulls = table[spec.name].null_count
         if (required and nulls) or (spec.name == "boolean_value" and 0 < nulls < table.num_rows):
@@ -347,8 +368,27 @@ def read_small(path: Location, schema: Any) -> pa.Table:
 # ------------------------------------------------------------------------------------------------------ columns
 
 
+def check_events(schema: pa.Schema, path: Named) -> None:
+    """Raises DataError where columns of MEDS data are missing, twice there, or of a kind that no cast can mend."""
+    check_columns(path, schema, DATA_KINDS, DATA_SCHEMA, f"MEDS {MEDS_VERSION} has")
+    missing = [name for name in ("subject_id", "time", "code") if name not in schema.names]
+    if missing:
+        raise DataError(f"{path}: column {', '.join(missing)} is missing: MEDS {MEDS_VERSION} has it")
+
+
+def aligned_events(table: pa.Table | pa.RecordBatch, path: Named, first_row: int = 0) -> pa.Table:
+    """MEDS data's columns, checked before with `check_events`, in the standard's types; as `cast_column` does."""
+    columns = [
+        cast_column(table.column(spec.name), spec, path, first_row)
+        if spec.name in table.schema.names
+        else pa.nulls(table.num_rows, spec.type)
+        for spec in DATA_SCHEMA
+    ]
+    return pa.table(columns, schema=DATA_SCHEMA)
+
+
 def check_columns(
-    path: Location, schema: pa.Schema, kinds: Mapping[str, Callable[[pa.DataType], bool]], wanted: pa.Schema, says: str
+    path: Named, schema: pa.Schema, kinds: Mapping[str, Callable[[pa.DataType], bool]], wanted: pa.Schema, says: str
 ) -> None:
     """Raises DataError where a column occurs twice, or one of `wanted` is not of the kind that a cast can mend."""
     for name, count in Counter(schema.names).items():
@@ -361,7 +401,7 @@ def check_columns(
             raise DataError(f"{path}: column {name} is {found}, {says} {kind}: {remedy}")
 
 
-def cast_column(column: pa.Array, spec: pa.Field, path: Location, first_row: int = 0) -> pa.Array:
+def cast_column(column: pa.Array, spec: pa.Field, path: Named, first_row: int = 0) -> pa.Array:
     """A column, whose first row is the file's `first_row`, in its type of the standard.
 
     Raises DataError that names the first row whose value the type cannot hold, such as 1e39 in a float32.

@@ -25,6 +25,7 @@ from typing import Any
 
 import meds
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
@@ -146,6 +147,31 @@ class Explainer:
             windows = [cases[i].history for i in members]
             row = packed_row(windows, end_S, self._bundle.vocabulary, self._id_of_code)
             yield members, self.model.ask(row).to(self.device)
+
+
+def event_table(codes: Sequence[str], case: Case, attribution: Attribution) -> pa.Table:
+    """A case's events in their order, after its static ones, which have neither time nor attention.
+
+    Columns: subject_id, prediction_time, time, code, numeric_value, attention, attribution.
+    """
+    history = case.history
+    static, size = len(history.static_code), len(history.static_code) + len(history)
+    is_static = np.arange(size) < static
+    value = np.concatenate([history.static_value, history.value])
+    without = attribution.attention_L is None
+    attention_L = np.zeros(len(history)) if attribution.attention_L is None else attribution.attention_L
+    time_us = np.concatenate([np.zeros(static, np.int64), history.time])
+    return pa.table(
+        {
+            "subject_id": pa.array(np.full(size, history.subject_id), pa.int64()),
+            "prediction_time": pa.array(np.full(size, case.time_us), pa.timestamp("us")),
+            "time": pa.array(time_us, pa.timestamp("us"), mask=is_static),
+            "code": pa.array([codes[code] for code in [*history.static_code, *history.code]], pa.string()),
+            "numeric_value": pa.array(value, pa.float32(), mask=np.isnan(value)),
+            "attention": pa.array(np.append(np.zeros(static), attention_L), pa.float64(), mask=is_static | without),
+            "attribution": pa.array(np.concatenate([attribution.static_F, attribution.event_L]), pa.float64()),
+        }
+    )
 
 
 # ---------------------------------------------------------------------------------------- integrated gradients

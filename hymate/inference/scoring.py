@@ -6,11 +6,13 @@ Shape legend: E examples, T tasks.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 import torch
+from torch import Tensor
 
 from hymate.data.examples import Examples
 from hymate.data.feeding import fed
@@ -18,9 +20,9 @@ from hymate.data.histories import Histories
 from hymate.data.loader import Rows
 from hymate.data.meds import write_parquet
 from hymate.inference.bundle import Bundle, build_model
-from hymate.inference.states import StateFolder
+from hymate.inference.states import States
 from hymate.inference.streaming import StreamingModel
-from hymate.model.batch import UNKNOWN_ID
+from hymate.model.batch import UNKNOWN_ID, Batch
 from hymate.model.encoder import RiskModel
 from hymate.storage.paths import Location
 
@@ -47,6 +49,10 @@ class Outputs:
         with np.errstate(over="ignore"):  # `check` raises
             return np.expm1(np.maximum(self.log_days_ET, 0))
 
+    def only(self, task: int) -> Outputs:
+        """Those for one task, by its number."""
+        return Outputs(self.logit_ET[:, [task]], self.log_days_ET[:, [task]])
+
     def check(self) -> None:
         """Raises FloatingPointError when anything but finite numbers was predicted."""
         in_days_T = ~np.isnan(self.log_days_ET).all(axis=0)
@@ -59,24 +65,49 @@ def score(model: RiskModel, rows: Rows, device: torch.device) -> Outputs:
 
     Raises FloatingPointError when the model gives anything but finite numbers.
     """
-    outputs = Outputs.empty(*rows.examples.label_ET.shape)
+
+    def said(batch: Batch) -> tuple[Tensor, Tensor]:
+        found = model(batch)
+        return found["logit_ST"].float(), found["log_days_ST"].float()
+
+    outputs = Outputs(*_of_examples(model, rows, device, said))
+    outputs.check()
+    return outputs
+
+
+def patient_vectors(model: RiskModel, rows: Rows, device: torch.device) -> np.ndarray:
+    """What the model's heads see of each example of `rows`, the vectors of its members one after the other: float32,
+    (E, X).
+    """
+    (vector_EX,) = _of_examples(model, rows, device, lambda batch: (model.patient(batch)[0].flatten(1).float(),))
+    return vector_EX
+
+
+def _of_examples(
+    model: RiskModel, rows: Rows, device: torch.device, ask: Callable[[Batch], tuple[Tensor, ...]]
+) -> list[np.ndarray]:
+    """What `ask` gives for each segment of a row, of each example of `rows`."""
     parts = []
     with torch.no_grad(), contextlib.closing(fed(rows.once(rank=0, world_size=1), device, model.ask)) as ready:
         for batch, counts in ready:
             assert counts, "one rank repeats no row"
-            said = model(batch)
-            parts.append((batch.example_S, said["logit_ST"].float(), said["log_days_ST"].float()))
-    at, logit, log_days = (torch.cat(part).cpu().numpy() for part in zip(*parts, strict=True))  # the only wait
-    outputs.logit_ET[at], outputs.log_days_ET[at] = logit, log_days
-    outputs.check()
-    return outputs
+            parts.append((batch.example_S, *ask(batch)))
+    example_E, *found = (torch.cat(part).cpu().numpy() for part in zip(*parts, strict=True))  # the only wait
+    order_E = np.argsort(example_E)
+    return [of_examples[order_E] for of_examples in found]
 
 
 def predict(bundle: Bundle, histories: Histories, examples: Examples, device: torch.device) -> tuple[Outputs, Rows]:
     """Predictions for each example, which must have the bundle's tasks (see `Bundle.for_task`), and the rows they were
     made from (with their fraction of unknown codes).
     """
-    rows = Rows(
+    rows = last_rows(bundle, histories, examples)
+    return score(build_model(bundle).to(device), rows, device), rows
+
+
+def last_rows(bundle: Bundle, histories: Histories, examples: Examples) -> Rows:
+    """The rows that a bundle predicts examples from: the last events, as many as in its fine-tuning."""
+    return Rows(
         histories,
         bundle.vocabulary,
         examples,
@@ -85,41 +116,43 @@ def predict(bundle: Bundle, histories: Histories, examples: Examples, device: to
         seed=0,
         crop="last",
     )
-    return score(build_model(bundle).to(device), rows, device), rows
 
 
 def predict_whole(
+    model: RiskModel,
     bundle: Bundle,
     histories: Histories,
     examples: Examples,
     device: torch.device,
-    states: StateFolder | None = None,
+    states: States | None = None,
 ) -> tuple[Outputs, int, float]:
     """As `predict`, from all events up to each example's time; also how many were read, and the share of unknown ones.
+
+    model: the bundle's, on `device`.
 
     Each history is read once, chunk by chunk, for all of its examples; it goes on from a state in `states` for
     the examples that lie after it, and leaves there its state after its last example. Raises as `score` does.
     """
-    model = StreamingModel(build_model(bundle).to(device), bundle.vocabulary, histories.codes)
+    streaming = StreamingModel(model, bundle.vocabulary, histories.codes)
     outputs = Outputs.empty(len(examples), len(bundle.tasks))
     read = unknown = 0
     order_E = np.lexsort((examples.stop_E, examples.position_E))
     for own_E in np.split(order_E, np.flatnonzero(np.diff(examples.position_E[order_E])) + 1):
         (history,) = histories.read(examples.position_E[own_E[:1]])
-        events_L = model.events(history)
-        kept = states.load(history.subject_id, events_L, device) if states else None
+        events_L = streaming.events(history)
+        kept = states.load(history.subject_id, events_L, device) if states is not None else None
         state, start = None, 0
         for example in own_E.tolist():
             stop = int(examples.stop_E[example])
             if kept and start < kept.num_events <= stop:
                 state, start = kept, kept.num_events
-            state = model.append(state, events_L[start:stop])
+            state = streaming.append(state, events_L[start:stop])
             read, unknown = read + stop - start, unknown + int((events_L["id"][start:stop] == UNKNOWN_ID).sum())
             start = stop
-            said = model.outputs(state, history, int(examples.prediction_time_E[example]))
+            said = streaming.outputs(state, history, int(examples.prediction_time_E[example]))
             outputs.logit_ET[example], outputs.log_days_ET[example] = said
         Outputs(outputs.logit_ET[own_E], outputs.log_days_ET[own_E]).check()
-        if states and state and (kept is None or kept.num_events < state.num_events):
+        if states is not None and state and (kept is None or kept.num_events < state.num_events):
             states.save(history.subject_id, state, events_L)
     return outputs, read, unknown / max(read, 1)
 

@@ -17,7 +17,7 @@ import fcntl
 import hashlib
 import json
 from collections import Counter
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -33,6 +33,27 @@ from hymate.storage.paths import Location, UrlPath, atomic_path, local_copy, wri
 FORMAT_VERSION = 1  # another one where the same bundle would leave other states
 MARKER, HEADER = "states.json", "hymate"
 SCALARS = ("num_events", "first_time_us", "last_time_us")
+
+
+class States(Protocol):
+    """Where patients' states are kept."""
+
+    def load(self, subject_id: int, events_L: np.ndarray, device: torch.device | str) -> PatientState | None:
+        """A subject's state on `device`; None where there is none that goes with `events_L`, its history by now."""
+
+    def save(self, subject_id: int, state: PatientState, events_L: np.ndarray) -> None:
+        """Keep a subject's state, made of the first ones of `events_L`."""
+
+
+class HeldStates(dict[int, tuple[PatientState, bytes]]):
+    """States in memory, on the device that made them, by subject and with the events that they were made of."""
+
+    def load(self, subject_id: int, events_L: np.ndarray, device: torch.device | str) -> PatientState | None:
+        state, made_of = self.get(subject_id, (None, b""))
+        return state if state and events_L[: state.num_events].tobytes() == made_of else None
+
+    def save(self, subject_id: int, state: PatientState, events_L: np.ndarray) -> None:
+        self[subject_id] = state, events_L[: state.num_events].tobytes()
 
 
 class StateFolder:

@@ -85,7 +85,7 @@ def compare(folder: Path) -> None:
     bundle, histories = read_bundle(folder / "bundle"), Histories.open(folder / "data")
     examples = labelled_examples(histories, pq.read_table(folder / "labels.parquet"), "train")
     one_pass, _ = predict(bundle, histories, examples, CPU)
-    whole, *_ = predict_whole(bundle, histories, examples, CPU)
+    whole, *_ = predict_whole(build_model(bundle), bundle, histories, examples, CPU)
     difference = float(np.abs(one_pass.probability_ET - whole.probability_ET).max())
     print(
         f"correctness: {COMPARED_EVENTS:,} events, 3 prediction times: probabilities differ by {difference:.1e} at most"

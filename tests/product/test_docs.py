@@ -16,12 +16,15 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from commands import ROOT, Command, documented, pages
 from small_cohort import write_meds
+from small_models import vocabulary_of, write_risk_bundle
 
 from hymate.command import load
 from hymate.evaluation.metrics import auroc
@@ -81,10 +84,35 @@ def test_pages_from_the_code_are_current() -> None:
     assert python == made.with_reference(python), remedy
 
 
-def test_the_python_blocks_run() -> None:
+def python_blocks(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)
+
+
+@pytest.mark.slow
+def test_the_python_blocks_run(small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of a page one after the other, beside the files that they name."""
+    write_risk_bundle(tmp_path / "runs" / "tune-readmission" / "bundle", vocabulary_of(small_data))
+    events = pq.read_table(small_data / "data" / "held_out" / "0.parquet")
+    events = events.filter(pc.equal(events["subject_id"], events["subject_id"][0]))
+    pq.write_table(events[:-2], tmp_path / "events.parquet")
+    pq.write_table(events[-2:], tmp_path / "new.parquet")
+    monkeypatch.chdir(tmp_path)
     for page in pages():
-        for block in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL):
-            exec(compile(block, page, "exec"), {})
+        names: dict[str, Any] = {}
+        for block in python_blocks(page):
+            exec(compile(block, page, "exec"), names)
+        if page == "docs/python.md":
+            assert 0 < names["risk"] < 1 and len(names["reasons"]) > 5 and names["state_LD"].shape == (5, 64)
+
+
+@pytest.mark.slow
+def test_the_encoder_alone_is_twenty_lines_without_arrow_and_hydra() -> None:
+    (block,) = (block for block in python_blocks("docs/python.md") if "HyMaTE(" in block)
+    assert len([line for line in block.splitlines() if line]) <= 20
+    absent = ("pyarrow", "hydra", "omegaconf", "yaml", "ray", "deepspeed", "polars", "meds")
+    code = f"import sys\nsys.modules.update(dict.fromkeys({absent}))\n{block}assert state_LD.requires_grad"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_every_file_that_a_page_names_exists() -> None:

@@ -28,7 +28,7 @@ FLOORS = (
     ("training",),
     ("evaluation",),
     ("tuning",),
-    ("plan", "predict", "explain", "baselines", "scripts"),
+    ("interface", "plan", "predict", "explain", "baselines", "scripts"),
 )
 ROOMS = [room for floor in FLOORS for room in floor]
 # What a library may be imported by; where a name is not here, everyone may.
@@ -41,7 +41,18 @@ LIBRARIES = {
         "training.stragglers",
         "training.footprint",
     },
-    "pyarrow": {"storage", "data", "inference", "evaluation", "tuning", "training", "predict", "explain", "baselines"},
+    "pyarrow": {
+        "storage",
+        "data",
+        "inference",
+        "evaluation",
+        "tuning",
+        "training",
+        "predict",
+        "explain",
+        "baselines",
+        "interface",
+    },
     "hydra": {"command"},
     "omegaconf": {"command"},
 }

@@ -17,7 +17,6 @@ from flexible_schema.exceptions import SchemaValidationError, TableValidationErr
 
 from hymate.data.extras import SUFFIX, read_file, write_labels
 from hymate.data.meds import (
-    DATA_KINDS,
     DATA_SCHEMA,
     MEDS_VERSION,
     STATIC_TIME,
@@ -25,8 +24,8 @@ from hymate.data.meds import (
     DataError,
     Events,
     SplitsConfig,
-    cast_column,
-    check_columns,
+    aligned_events,
+    check_events,
     codes_table,
     hash64,
     iter_events,
@@ -105,7 +104,7 @@ class MedsSource:
                 _link_or_copy(raw, temporary)
             else:
                 _copy_aligned(raw, temporary)
-            check_events(temporary, named=raw)
+            check_shard(temporary, named=raw)
 
     def finish(self, out: Location) -> None:
         subject_id_N = self._subjects()
@@ -168,7 +167,7 @@ class MedsSource:
             )
 
 
-def check_events(path: Location, named: Location) -> None:
+def check_shard(path: Location, named: Location) -> None:
     """Check what schemas cannot say of a shard: subjects contiguous, times sorted, values finite, not empty.
 
     Raises DataError that names the file `named`.
@@ -178,10 +177,6 @@ def check_events(path: Location, named: Location) -> None:
         starts = events.starts
         subjects.append(events.subject_id_R[starts])
         _check_sorted(events, named)
-        infinite = np.flatnonzero(np.isinf(events.value_R))
-        if len(infinite):
-            row = events.first_row + infinite[0]
-            raise DataError(f"{named}: row {row}: numeric_value is infinite: write null where there is no number")
     if not subjects:
         raise DataError(f"{named}: holds no rows: delete the shard or extract it again")
     subject_id_N = np.concatenate(subjects)
@@ -209,10 +204,7 @@ def _check_schema(path: Location) -> bool:
             schema = file.schema_arrow
     except UNREADABLE as error:
         raise unreadable(path) from error
-    check_columns(path, schema, DATA_KINDS, DATA_SCHEMA, f"MEDS {MEDS_VERSION} has")
-    missing = [name for name in ("subject_id", "time", "code") if name not in schema.names]
-    if missing:
-        raise DataError(f"{path}: column {', '.join(missing)} is missing: MEDS {MEDS_VERSION} shards have it")
+    check_events(schema, path)
     try:
         meds.DataSchema.validate(schema.empty_table())
     except (SchemaValidationError, TableValidationError):
@@ -225,13 +217,7 @@ def _copy_aligned(raw: Location, target: Path) -> None:
     with pq.ParquetWriter(target, DATA_SCHEMA, compression="zstd") as writer:
         first_row = 0
         for batch in read_batches(raw, DATA_SCHEMA.names, raw):
-            columns = [
-                cast_column(batch.column(spec.name), spec, raw, first_row)
-                if spec.name in batch.schema.names
-                else pa.nulls(batch.num_rows, spec.type)
-                for spec in DATA_SCHEMA
-            ]
-            writer.write_table(pa.table(columns, schema=DATA_SCHEMA))
+            writer.write_table(aligned_events(batch, raw, first_row))
             first_row += batch.num_rows
 
 
