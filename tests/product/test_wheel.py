@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
 import sysconfig
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from commands import ROOT, ray_processes, run, wait_until
+from commands import ROOT, run
 
 from hymate.inference.bundle import read_bundle
 from hymate.scripts import COMMANDS
@@ -47,13 +44,9 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def environment() -> Iterator[dict[str, str]]:
+def environment(environment: dict[str, str]) -> dict[str, str]:
     """As a user has it who has no checkout."""
-    folder = tempfile.mkdtemp(prefix="hy", dir="/tmp")  # the paths of Ray's sockets are limited
-    kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
-    yield {**kept, "RAY_TMPDIR": folder, "TORCHDYNAMO_DISABLE": "1"}
-    wait_until(lambda: not ray_processes(folder), "Ray's processes end")
-    shutil.rmtree(folder, ignore_errors=True)
+    return {name: value for name, value in environment.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
 
 
 def test_the_wheel_has_every_source_and_configuration(installed: Path) -> None:

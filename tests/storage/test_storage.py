@@ -7,11 +7,9 @@ import logging
 import os
 import pickle
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -342,13 +340,10 @@ def test_preparing_at_a_url_spares_what_is_there(data: str, raw: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def settings(server: Server) -> Iterator[dict[str, str]]:
-    """Settings of the commands here; Ray's files in a folder with a short name (its sockets' paths are limited)."""
-    folder = tempfile.mkdtemp(prefix="hy", dir="/tmp")
-    quick = {"TORCHDYNAMO_DISABLE": "1", "HYMATE_OPS": "reference", remote.PATIENCE: "120"}
-    yield {**os.environ, "RAY_TMPDIR": folder, "PYTHONPATH": str(ROOT), **quick}
-    wait_until(lambda: not ray_processes(folder), "Ray's processes end")
-    shutil.rmtree(folder, ignore_errors=True)
+def settings(server: Server, environment: dict[str, str]) -> dict[str, str]:
+    """Settings of the commands here."""
+    quick = {"HYMATE_OPS": "reference", remote.PATIENCE: "120"}
+    return {**environment, **server.environment, "PYTHONPATH": str(ROOT), **quick}
 
 
 @pytest.mark.slow

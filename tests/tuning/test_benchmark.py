@@ -6,13 +6,10 @@ import dataclasses
 import json
 import math
 import multiprocessing
-import os
 import re
 import signal
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -58,13 +55,6 @@ def command(data: Path, folder: Path, *overrides: str) -> list[str]:
 def configured(data: Path | str, folder: Path | str, *overrides: str) -> BenchmarkConfig:
     given = ["task=readmission", f"data.path={data}", f"run.dir={folder}", *TINY, *overrides]
     return load("benchmark", given, BenchmarkConfig)
-
-
-@pytest.fixture
-def environment() -> Iterator[dict[str, str]]:
-    """Ray keeps its files in a folder of their own, whose path must be short."""
-    with tempfile.TemporaryDirectory(prefix="ray") as folder:
-        yield {**os.environ, "DS_ACCELERATOR": "cpu", "RAY_TMPDIR": folder}
 
 
 def test_a_benchmark_that_is_killed_goes_on_and_compares(

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import signal
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -192,13 +189,6 @@ def _table(rows: list[dict], schema: object) -> object:
 # ------------------------------------------------------------------------------------------------------- search
 
 
-@pytest.fixture(scope="module")
-def ray_env() -> Iterator[dict[str, str]]:
-    # Ray's sockets need a short path
-    with tempfile.TemporaryDirectory(prefix="hy", dir="/tmp", ignore_cleanup_errors=True) as folder:
-        yield {**os.environ, "RAY_TMPDIR": folder, "TORCHDYNAMO_DISABLE": "1"}
-
-
 def command(data: Path, init: Path, runs: Path, head_lrs: str, *overrides: str) -> list[str]:
     """Two short trials with head learning rates `head_lrs`."""
     short = ["train.max_steps=8", "train.eval_every=2", "train.warmup_steps=1", "train.patience=0", "train.log_every=2"]
@@ -210,14 +200,16 @@ def command(data: Path, init: Path, runs: Path, head_lrs: str, *overrides: str) 
 
 
 @pytest.fixture(scope="module")
-def run(small_data: Path, pretrained: Path, ray_env: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(
+    small_data: Path, pretrained: Path, environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """A search in which one trial diverges, killed in the middle and continued by the same command, on a machine with a
     GPU for which the kernels are missing.
     """
     runs = tmp_path_factory.mktemp("tuned")
-    ray_env = with_pretended_gpu(ray_env, tmp_path_factory.mktemp("pretended"))
+    environment = with_pretended_gpu(environment, tmp_path_factory.mktemp("pretended"))
     line = command(small_data, pretrained, runs, f"[1e-3,{DIVERGING}]")
-    with subprocess.Popen(line, env=ray_env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as killed:
+    with subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as killed:
         assert killed.stdout is not None
         said = []
         for text in killed.stdout:
@@ -227,7 +219,7 @@ def run(small_data: Path, pretrained: Path, ray_env: dict[str, str], tmp_path_fa
                 break
         assert killed.wait(60) == -signal.SIGKILL, "".join(said)
     assert not (runs / "r" / "results.json").exists()
-    done = subprocess.run(line, env=ray_env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     (runs / "said.txt").write_text(done.stdout)
     (runs / "warned.txt").write_text(done.stderr)
@@ -258,10 +250,10 @@ def test_a_search_runs_on_the_cpu_where_a_gpu_lacks_its_kernels(run: Path) -> No
 
 @pytest.mark.slow
 def test_a_search_goes_on_without_a_reader_and_ends_in_order_at_sigterm(
-    small_data: Path, pretrained: Path, ray_env: dict[str, str], tmp_path: Path
+    small_data: Path, pretrained: Path, environment: dict[str, str], tmp_path: Path
 ) -> None:
     line = command(small_data, pretrained, tmp_path, "[1e-3]", "search.space.teacher_share=0", "train.max_steps=100000")
-    with subprocess.Popen(line, env=ray_env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as stopped:
+    with subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as stopped:
         assert stopped.stdout is not None and stopped.stderr is not None
         stopped.stdout.readline()
         stopped.stdout.close()
@@ -319,7 +311,7 @@ def test_a_finished_search_leaves_everything_it_promises(run: Path, small_data: 
 
 @pytest.mark.slow
 def test_a_search_without_held_out_labels_makes_all_but_their_scores(
-    small_data: Path, pretrained: Path, ray_env: dict[str, str], tmp_path: Path
+    small_data: Path, pretrained: Path, environment: dict[str, str], tmp_path: Path
 ) -> None:
     for split in ("train", "tuning"):
         (tmp_path / "mine" / split).mkdir(parents=True)
@@ -334,7 +326,7 @@ def test_a_search_without_held_out_labels_makes_all_but_their_scores(
     write_bundle(pretrained, unknown.state, kind="pretrained", **settings)
     one = ["search.num_trials=1", "search.space.teacher_share=0", f"task.labels={tmp_path / 'mine'}"]
     line = command(small_data, pretrained, tmp_path / "runs", "[0.001]", *one)
-    done = subprocess.run(line, env=ray_env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     run = tmp_path / "runs" / "r"
     found = json.loads((run / "results.json").read_text())
@@ -423,29 +415,29 @@ def test_tensorboard_has_curves_and_hyperparameters(run: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_finished_search_only_shows_its_results_again(run: Path, ray_env: dict[str, str]) -> None:
+def test_a_finished_search_only_shows_its_results_again(run: Path, environment: dict[str, str]) -> None:
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
     record = json.loads((run / "run.json").read_text())
     assert set(record["inputs"]) == {"data.path", "init", "task.labels"}
     config = record["config"]
     line = command(Path(config["data"]["path"]), Path(config["init"]), run.parent, f"[1e-3,{DIVERGING}]")
     smaller = [*line, "report.boosting=false"]  # on a machine that cannot hold its features
-    again = subprocess.run(smaller, env=ray_env, capture_output=True, text=True, timeout=120)
+    again = subprocess.run(smaller, env=environment, capture_output=True, text=True, timeout=120)
     assert again.returncode == 0 and str(run / "bundle") in again.stdout, again.stderr
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()} == before
-    other = subprocess.run([*line, "train.seed=1"], env=ray_env, capture_output=True, text=True, timeout=120)
+    other = subprocess.run([*line, "train.seed=1"], env=environment, capture_output=True, text=True, timeout=120)
     assert other.returncode == 2 and "train.seed was 0, now 1" in other.stderr
     assert len(other.stderr.strip().splitlines()) == 1
 
 
 @pytest.mark.slow
 def test_a_search_whose_trials_all_fail_says_why(
-    small_data: Path, pretrained: Path, ray_env: dict[str, str], tmp_path: Path
+    small_data: Path, pretrained: Path, environment: dict[str, str], tmp_path: Path
 ) -> None:
     line = command(
         small_data, pretrained, tmp_path, f"[{DIVERGING}]", "search.num_trials=1", "search.space.teacher_share=0"
     )
-    failed = subprocess.run(line, env=ray_env, capture_output=True, text=True, timeout=300)
+    failed = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=300)
     assert failed.returncode == 2
     assert "all 1 trials failed, the first with FloatingPointError" in failed.stderr
     assert "0 done, 0 running, 1 failed" in failed.stdout
