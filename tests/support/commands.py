@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
-PATIENCE_S = 180.0
+PATIENCE_S = 600.0  # for what hangs: on a busy machine a run of two workers takes minutes
 
 
 @dataclass(frozen=True)
