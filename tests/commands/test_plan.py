@@ -240,7 +240,6 @@ PROGRAM = """
 import resource, sys
 import torch
 from rows import random_row
-from small_cohort import prepare_small
 from hymate.config import ModelConfig, ObjectiveConfig
 from hymate.model.encoder import PretrainModel
 from hymate.training.footprint import LiveBytes

@@ -138,6 +138,18 @@ def test_the_encoder_needs_neither_pyarrow_nor_hydra() -> None:
     assert done.stdout.strip() == "[]"
 
 
+def test_test_files_share_through_support_alone() -> None:
+    files = sorted((ROOT / "tests").rglob("*.py"))
+    shared = [f"{path}:{line}" for path in files for name, line in imported(path) if name.startswith("test_")]
+    assert len(files) > 100 and not shared, "\n".join(shared)
+
+
+def test_test_files_have_one_subject_each() -> None:
+    """As far as length shows it."""
+    lines = {path: len(path.read_text().splitlines()) for path in (ROOT / "tests").rglob("*.py")}
+    assert max(lines.values()) <= 550, max(lines, key=lambda path: lines[path])
+
+
 def test_the_page_on_the_architecture_has_these_floors() -> None:
     rows = re.findall(r"^\| \d+ \| (.*?) \|", (ROOT / "docs" / "architecture.md").read_text(), flags=re.MULTILINE)
     assert [tuple(re.findall(r"`(\w+)", row)) for row in rows] == list(FLOORS)
