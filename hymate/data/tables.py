@@ -16,6 +16,7 @@ from hymate.data.meds import (
     LABEL_SCHEMA,
     UTC,
     DataError,
+    Events,
     aligned_events,
     aligned_labels,
     check_events,
@@ -26,23 +27,29 @@ from hymate.data.meds import (
 def events_of(given: Any) -> pa.Table:
     """A table of events in the columns and types of DATA_SCHEMA, its rows in their order.
 
-    Raises DataError where it is no table, has no rows, or isn't MEDS data.
+    Raises DataError where it is no table, has no rows, or isn't MEDS data, in the ways that `decode` says, too.
     """
     table = _arrow(given, "events", DATA_SCHEMA.names)
     check_events(table.schema, "events")
     if not table.num_rows:
         raise DataError("events: holds no rows: give the events of at least one subject")
-    return aligned_events(table, "events")
+    events = aligned_events(table, "events")
+    _decoded(events, {})
+    return events
 
 
 def histories_of(events: pa.Table, known: KnownConfig) -> Histories:
     """The histories of what `events_of` gave, in any order of its rows; those at one time stay in theirs.
 
-    known: when events become known. Raises DataError as `decode` does.
+    known: when events become known.
     """
     code_ids: dict[str, int] = {}
+    return Histories.of_events(_decoded(events, code_ids).sorted(), code_ids, known)
+
+
+def _decoded(events: pa.Table, code_ids: dict[str, int]) -> Events:
     (rows,) = events.combine_chunks().to_batches()
-    return Histories.of_events(decode(rows, code_ids, 0, "events").sorted(), code_ids, known)
+    return decode(rows, code_ids, 0, "events")
 
 
 def times_of(at: Any, subject_id_N: np.ndarray) -> pa.Table:

@@ -329,6 +329,9 @@ BAD_TASKS: list[tuple[dict[str, Any], str]] = [
 def test_bad_events_are_refused(said: str, model: hymate.Model, events: pa.Table) -> None:
     own, at = of_one(events)
     refused(said, lambda: model.embed(BAD_EVENTS[said](own), at))
+    if said != "coded differently":  # the patients' other events may be known
+        patients = model.append(None, own)
+        refused(said, lambda: model.append(patients, BAD_EVENTS[said](own)))
 
 
 @pytest.mark.parametrize(("at", "said"), BAD_TIMES)
@@ -358,7 +361,8 @@ def refused(said: str, do: Callable[[], object]) -> None:
     assert len(shown.splitlines()) == 1 and "8317" not in shown
 
 
-def test_what_is_no_risk_model_is_refused(tmp_path: Path) -> None:
+def test_places_of_all_kinds_are_loaded_or_refused(run: Path, tmp_path: Path) -> None:
+    assert hymate.load(run.as_uri(), device="cpu").tasks == hymate.load(str(run / "bundle"), device="cpu").tasks
     with pytest.raises(UserError, match="does not exist"):
         hymate.load(tmp_path / "nowhere")
 

@@ -55,6 +55,7 @@ def test_the_wheel_has_every_source_and_configuration(installed: Path) -> None:
     configurations = {file.relative_to(ROOT) for file in (ROOT / "configs").rglob("*.yaml")}
     files = {file.relative_to(package) for kind in ("py", "yaml") for file in package.rglob(f"*.{kind}")}
     assert files == sources | configurations
+    assert (package / "py.typed").is_file()  # type checkers read the package's types
 
 
 def test_a_cohort_becomes_predictions_without_a_checkout(
