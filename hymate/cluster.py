@@ -24,7 +24,7 @@ from hymate.machine import available_cpus
 
 PACKAGE = Path(hymate.__file__).resolve().parent
 SETTINGS = {
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.3",  # how soon a written checkpoint counts
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.3",  # how soon a dead worker is noticed
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # it only logs that it cannot start
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # it would print everything twice
     "RAY_TRAIN_METRICS_ENABLED": "0",

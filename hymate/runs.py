@@ -1,7 +1,7 @@
 """`run.json`: what a run was, enough to repeat it; no secret, no host or user name, nothing of a patient.
 
 {
-  "command": "pretrain", "config": {...},
+  "format": 2, "command": "pretrain", "config": {...},
   "inputs": {"data.path": "..."},                                           digests of what these settings name
   "outcome": {"state": "running" | "finished" | "failed" | "stopped", ...}, what finished found, or why it failed
   "attempts": [                                                             one for each time the command was given
@@ -42,6 +42,7 @@ from hymate.storage.paths import Location, UrlPath, locate, write_text
 from hymate.trees import flattened, to_tree
 
 RECORD = "run.json"
+FORMAT = 2  # of the run folder
 COMMAND_LINE: ContextVar[tuple[str, ...]] = ContextVar("what the user gave the command", default=())
 T = TypeVar("T")
 PACKAGE = Path(__file__).resolve().parent
@@ -116,6 +117,8 @@ def check_same_run(run: Location, config: Any, inputs: Mapping[str, str], change
     if record is None:
         return
     remedy = f"choose another run.name, or delete {run}"
+    if record.get("format") != FORMAT:
+        raise ConfigError(f"{run} was begun by another version of HyMaTE, and only that can continue it; {remedy}")
     old, new = flattened(record["config"]), flattened(to_tree(config))
     for key in sorted((old.keys() | new.keys()) - changeable):
         if old.get(key) != new.get(key) and key != "train.use_gpu":
@@ -146,6 +149,7 @@ def recorded(run: Location, command: str, config: Any, inputs: Mapping[str, str]
     _write(
         run,
         {
+            "format": FORMAT,
             "command": command,
             "config": to_tree(config),
             "inputs": dict(inputs),

@@ -327,6 +327,15 @@ def upload(source: Path, target: UrlPath) -> None:
         PatientFileSystem(target.root, target.options).send(file, target.key)
 
 
+def hand_over(source: Path, target: Location) -> None:
+    """Move or send a local file to `target`, making its folder. On another disk it grows there, so mark its end."""
+    if isinstance(target, UrlPath):
+        upload(source, target)
+    else:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(source, target)
+
+
 def remove_tree(path: Location) -> None:
     """Remove a folder and all below it, if it is there."""
     if isinstance(path, UrlPath):
@@ -386,12 +395,17 @@ def local_copy(path: Location) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="hymate-") as scratch:
         copy = Path(scratch) / path.name
-        if path.is_dir():
-            for file in path.files():
-                _download(file, copy / file.relative_to(path))
-        else:
-            _download(path, copy)
+        download(path, copy)
         yield copy
+
+
+def download(source: UrlPath, target: Path) -> None:
+    """Copy a file or folder to a local path that is not there yet. Raises FileNotFoundError where there is none."""
+    if source.is_dir():
+        for file in source.files():
+            _download(file, target / file.relative_to(source))
+    else:
+        _download(source, target)
 
 
 def _download(source: UrlPath, target: Path) -> None:

@@ -1,14 +1,12 @@
-"""Ray Train around the loop: workers, restarts, the best and the last checkpoint, one progress line."""
+"""Ray Train around the loop: workers, their restarts, one progress line."""
 
 from __future__ import annotations
 
 import logging
 import sys
-import threading
 import traceback
 import warnings
-from contextlib import nullcontext, suppress
-from pathlib import Path
+from contextlib import nullcontext
 from typing import Any, NoReturn, TypeVar
 
 import yaml
@@ -17,10 +15,10 @@ from hymate import cluster, ending
 from hymate.device import CPU, decide, obstacle
 from hymate.errors import UserError
 from hymate.runs import absolute, check_same_run, read_record, recorded, run_folder, workers_started
-from hymate.storage.paths import Location, UrlPath, naming_a_full_disk, remove_tree, require_folder
+from hymate.storage.paths import Location, UrlPath, naming_a_full_disk, require_folder
 from hymate.training import checkpoint, loop, pretraining
 from hymate.training.attempt import SUPERSEDED, Attempt
-from hymate.training.keeper import mend_list, newest_first, newest_whole
+from hymate.training.keeper import Kept, Sender, newest_whole
 from hymate.training.loop import Unrecoverable, Worker, anyone
 from hymate.training.pretraining import MODE, SCORE, PretrainConfig
 from hymate.training.telemetry import Telemetry, progress_line
@@ -43,16 +41,17 @@ def pretrain(config: PretrainConfig) -> Location:
     run = run_folder(config.run)
     inputs = {"data.path": histories.fingerprint}
     check_same_run(run, config, inputs, pretraining.CHANGEABLE)
+    kept = _kept(config)
     result = _finished(config)
     if result is None:
+        kept.require_any_left()
         config = decide(config, config.model, workers=config.train.num_workers, cluster_gpus=cluster_gpus)
         require_folder(run, "run.dir")
         attempt = Attempt.begin(run)
         with recorded(run, "pretrain", config, inputs) as result:
             with cluster.ray_session(config.train, config.device), progress_line(run):
-                mend_list(run / CHECKPOINTS, MODE)
-                ended, kept = _fit(config, attempt)
-            bundle, metrics = pretraining.export_bundle(config, kept, histories)
+                ended = _fit(config, attempt)
+            bundle, metrics = pretraining.export_bundle(config, kept.best_first(), histories)
             result |= {SCORE: metrics[SCORE], "step": metrics["step"], "bundle": str(bundle)}
             result |= {"skipped_steps": ended["skipped"]}
     print(f"best {SCORE} {result[SCORE]:.4f} at step {int(result['step'])}")
@@ -61,8 +60,12 @@ def pretrain(config: PretrainConfig) -> Location:
     return run / "bundle"
 
 
-def _fit(config: PretrainConfig, attempt: Attempt) -> tuple[dict[str, Any], list[tuple[Location, dict[str, float]]]]:
-    """Train; where the run stands in the end, and its evaluated checkpoints, the best first, with their metrics."""
+def _kept(config: PretrainConfig) -> Kept:
+    return Kept(run_folder(config.run) / CHECKPOINTS, config.train.keep, MODE)
+
+
+def _fit(config: PretrainConfig, attempt: Attempt) -> dict[str, Any]:
+    """Train; where the run stands in the end."""
     from ray.train.v2.api.exceptions import TrainingFailedError
 
     try:
@@ -76,8 +79,7 @@ def _fit(config: PretrainConfig, attempt: Attempt) -> tuple[dict[str, Any], list
         raise SystemExit(1) from Unrecoverable(ended["unrecoverable"])
     if not ended["finished"]:
         raise ending.Stopped(f"stopped and saved at step {ended['step']}: the same command continues")
-    scored = sorted((kept for kept in result.best_checkpoints if SCORE in kept[1]), key=lambda kept: kept[1][SCORE])
-    return ended, [(run_folder(config.run) / CHECKPOINTS / Path(kept.path).name, metrics) for kept, metrics in scored]
+    return ended
 
 
 def _workers_save(attempt: Attempt) -> bool:
@@ -108,10 +110,6 @@ def _trainer(config: PretrainConfig, attempt: Attempt) -> Any:
             name=CHECKPOINTS,
             **ray_storage(run_folder(config.run)),
             failure_config=train.FailureConfig(max_failures=config.train.max_failures),
-            # Ray keeps the latest checkpoint besides the num_to_keep best
-            checkpoint_config=train.CheckpointConfig(
-                num_to_keep=config.train.keep, checkpoint_score_attribute=SCORE, checkpoint_score_order=MODE
-            ),
             logging_config=train.LoggingConfig(log_level="ERROR"),
         ),
     )
@@ -141,7 +139,7 @@ def train_worker(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _train_worker(config: PretrainConfig, attempt: Attempt) -> dict[str, Any]:
-    """The engine, with Ray as the place where checkpoints go and come from."""
+    """The loop, from the newest whole checkpoint on."""
     from ray import train
     from ray.train.torch import get_device
 
@@ -157,54 +155,34 @@ def _train_worker(config: PretrainConfig, attempt: Attempt) -> dict[str, Any]:
     telemetry = Telemetry(run_folder(config.run), enabled=worker.rank == 0)
     job = pretraining.pretraining_job(config, worker)
 
-    on_the_way = threading.Semaphore()  # one checkpoint at a time: a slow storage must not fill the local disk
-
-    def send(checkpoint: train.Checkpoint, name: str) -> train.Checkpoint:
-        folder = run_folder(config.run) / CHECKPOINTS / name
-        try:
-            with naming_a_full_disk(folder):
-                sent = context.get_storage().persist_current_checkpoint(checkpoint, name)
-            attempt.check()  # what is not reported does not count, and takes no other checkpoint's place
-            return sent
-        except BaseException:
-            remove_tree(Path(checkpoint.path))  # Ray leaves it where it was not sent
-            with suppress(OSError, UserError):
-                remove_tree(folder)
-            raise
-        finally:
-            on_the_way.release()
-
-    def report(metrics: dict[str, float], folder: Path) -> None:
-        on_the_way.acquire()
-        train.report(
-            metrics,
-            checkpoint=train.Checkpoint.from_directory(folder),
-            checkpoint_upload_mode=train.CheckpointUploadMode.ASYNC,
-            checkpoint_upload_fn=send,
-        )
-
+    kept = _kept(config)
+    sender = Sender(kept, worker, attempt.check)
     watched = attempt.watched() if worker.rank == 0 else nullcontext(lambda: False)
-    latest = train.get_checkpoint()
-    stored = () if latest is None else newest_first(latest, worker)
-    with newest_whole(stored, worker, telemetry) as (resume, damages), watched as stop:
+    with newest_whole(kept, worker, telemetry) as (resume, damages), watched as asked_to_stop:
         if resume is None and damages:
             raise Unrecoverable(
-                f"no checkpoint in {run_folder(config.run) / CHECKPOINTS} is whole ({damages[0]}): put a copy back, or "
-                "delete the run to begin again"
+                f"no checkpoint in {kept.folder} is whole ({damages[0]}): put a copy back, or delete the run to begin "
+                "again"
             )
         if worker.rank == 0:
             step = 0 if resume is None else checkpoint.read_state(resume)["step"]
             workers_started(run_folder(config.run), step, worker.world_size, _num_nodes())
+
+        def stop() -> bool:
+            sender.look()
+            return asked_to_stop()
+
         standing = loop.train(
             job,
             config.train,
             worker,
-            report=report,
+            report=sender.report,
             telemetry=telemetry,
             resume=resume,
             description=yaml.safe_dump(to_tree(config), sort_keys=False),
             stop=stop,
         )
+        sender.wait()
     return {"step": standing.step, "skipped": standing.skipped, "finished": standing.finished(config.train)}
 
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import shutil
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -433,7 +432,7 @@ def _contender(
             own.choosing,
             metric=CHOSEN_BY,
             worker=worker,
-            report=_keeping(kept),
+            report=kept.report,
             resume=None,
             telemetry=Telemetry(run_folder(config.run) / "tb" / run.stem, enabled=True),
         )
@@ -472,21 +471,13 @@ def pretrain(config: BenchmarkConfig, pretraining: Pretraining) -> tuple[dict[st
             job = pretraining_job(settings, worker)
             kept = Kept(Path(folder), 1, job.mode)
             telemetry = Telemetry(run_folder(config.run) / "tb" / f"{PRETRAINED}-{path.stem}", enabled=True)
-            loop.train(job, settings.train, worker, report=_keeping(kept), telemetry=telemetry, resume=None)
+            loop.train(job, settings.train, worker, report=kept.report, telemetry=telemetry, resume=None)
             state = _best_weights(kept)
         with atomic_path(path) as temporary:
             write_weights(state, temporary)
         write_text(json.dumps(time.monotonic() - started) + "\n", path.with_suffix(".json"))
     with local_copy(path) as copy:
         return read_weights(copy), json.loads(path.with_suffix(".json").read_text())
-
-
-def _keeping(kept: Kept) -> loop.Report:
-    def report(metrics: dict[str, float], checkpoint: Path) -> None:
-        kept.add(checkpoint, int(metrics["step"]))
-        shutil.rmtree(checkpoint)
-
-    return report
 
 
 def _best_weights(kept: Kept) -> dict[str, Tensor]:

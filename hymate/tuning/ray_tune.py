@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import time
 import traceback
 from contextlib import suppress
@@ -122,17 +121,14 @@ def _run(index: int, study: Study, attempt: Attempt) -> None:
     kept, ended = _kept(study, index), study.run_path / TRIALS / name / ENDED
 
     def report(scores: dict[str, float], folder: Path) -> None:
-        try:
-            attempt.check()  # what another command has taken over is not ours any more
-            kept.add(folder, int(scores["step"]))
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+        attempt.check()  # what another command has taken over is not ours any more
+        kept.report(scores, folder)
         tune.report(scores)
 
     telemetry = Telemetry(study.run_path / "tb" / name, enabled=True)
     with (
         loop.single_process(device) as worker,
-        newest_whole(kept.newest_first(), worker, telemetry) as (resume, damages),
+        newest_whole(kept, worker, telemetry) as (resume, damages),
     ):
         if resume is None:
             ended.unlink(missing_ok=True)

@@ -25,6 +25,7 @@ from s3 import BUCKET, environment, serving
 
 from hymate.storage.paths import UrlPath, local_copy, locate, upload_files
 from hymate.training import checkpoint
+from hymate.training.keeper import Kept
 
 
 def main() -> None:
@@ -43,8 +44,7 @@ def main() -> None:
         run = locate(runs) / "uploads"
         with local_copy(run / "tb") as events:
             stalls = [(point.wall_time, point.value) for point in points(events.parent, "checkpoint/stall_share")]
-        names = [path.name for path in (run / "checkpoints").glob("checkpoint_*") if path.is_dir()]
-        with local_copy(run / "checkpoints" / max(names)) as newest:
+        with local_copy(run / "checkpoints" / Kept(run / "checkpoints", 1).names()[0]) as newest:
             megabytes = sum(file.stat().st_size for file in newest.rglob("*") if file.is_file()) / 1e6
             started = time.perf_counter()
             checkpoint.verify(newest)

@@ -5,7 +5,6 @@ Each run must end in the undisturbed run's losses, step by step and bit by bit, 
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import re
@@ -31,6 +30,7 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 
 from hymate.storage import paths, remote
 from hymate.training.checkpoint import verify
+from hymate.training.keeper import Kept
 
 LONG_EVALUATION = "train.eval_rows=200"
 
@@ -103,14 +103,13 @@ def assert_same(folder: Path, whole: Path) -> None:
     for file in sorted(expected.glob("*.safetensors")):
         ours, theirs = load_file(actual / file.name), load_file(file)
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    known = json.loads((folder / "checkpoints" / "checkpoint_manager_snapshot.json").read_text())["checkpoint_results"]
-    for kept in known:
-        verify(folder / "checkpoints" / kept["checkpoint_dir_name"])
+    for checkpoint in (folder / "checkpoints").glob("step-*"):
+        verify(checkpoint)
 
 
 def last_checkpoint(folder: Path) -> Path:
-    known = json.loads((folder / "checkpoints" / "checkpoint_manager_snapshot.json").read_text())
-    return folder / "checkpoints" / known["latest_checkpoint_result"]["checkpoint_dir_name"]
+    kept = Kept(folder / "checkpoints", 1)
+    return folder / "checkpoints" / kept.names()[0]
 
 
 def finish(driver: subprocess.Popen[bytes]) -> None:
@@ -323,9 +322,5 @@ def last_point(temporary: Path) -> int:
 
 
 def known_checkpoints(runs: str) -> int:
-    """How many checkpoints Ray knows of."""
-    try:
-        file = paths.locate(f"{runs}/pretrain/checkpoints/checkpoint_manager_snapshot.json")
-        return len(json.loads(file.read_text())["checkpoint_results"])
-    except FileNotFoundError:
-        return 0
+    """How many checkpoints count."""
+    return len(Kept(paths.locate(f"{runs}/pretrain/checkpoints"), 1).names())

@@ -153,12 +153,15 @@ def test_a_trial_keeps_its_checkpoints(place: Location, tmp_path: Path) -> None:
         state = {"step": step, "score": score, "evaluations": [{"mean": score, "step": step}]}
         (folder / "state.json").write_text(json.dumps(state))
         (folder / "sha256-00000-of-00001.txt").write_text("these come last")
-        kept.add(folder, step)
-    assert {path.name for path in kept.folder.iterdir()} == {"step-000000002", "step-000000003"}
+        kept.report({"step": step}, folder)
+    there = {path.name for path in kept.folder.iterdir()}
+    assert there == {"saved", *kept.names()} and [name[:14] for name in kept.names()] == [
+        "step-000000003",
+        "step-000000002",
+    ]
     assert [metrics["mean"] for _, metrics in kept.best_first()] == [0.9, 0.5]
-    (name, opened), _ = kept.newest_first()
-    with opened as copy:
-        assert name == "step-000000003" and json.loads((copy / "state.json").read_text())["score"] == 0.5
+    with paths.local_copy(kept.folder / kept.names()[0]) as copy:
+        assert json.loads((copy / "state.json").read_text())["score"] == 0.5
 
 
 def test_a_place_goes_to_other_processes(place: Location) -> None:
@@ -402,10 +405,5 @@ def test_the_documented_commands_keep_all_at_a_url(data: str, settings: dict[str
 
 
 def _checkpoints(folder: Location) -> dict[str, int]:
-    """The step of each checkpoint that Ray knows of."""
-    try:
-        known = json.loads((folder / "checkpoints" / "checkpoint_manager_snapshot.json").read_text())
-    except FileNotFoundError:
-        return {}
-    names = [kept["checkpoint_dir_name"] for kept in known["checkpoint_results"]]
-    return {name: json.loads((folder / "checkpoints" / name / "state.json").read_text())["step"] for name in names}
+    """The step of each checkpoint that counts."""
+    return {name: int(name.split("-")[1]) for name in Kept(folder / "checkpoints", 1).names()}
