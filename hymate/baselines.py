@@ -38,7 +38,7 @@ from hymate.evaluation.features import FeatureConfig, FeatureTable, choose, feat
 from hymate.evaluation.report import score_rows
 from hymate.evaluation.results import NO_HELD_OUT, RESULTS
 from hymate.inference.scoring import prediction_table
-from hymate.runs import RECORD, recorded
+from hymate.runs import RECORD, claimed
 from hymate.storage.paths import Location, locate, require_folder, write_text
 
 DETAILED_VARIABLES = 10
@@ -89,10 +89,10 @@ def run(config: BaselinesConfig) -> None:
     require_both_classes(config.task, {split: examples[split] for split in ("train", "tuning")})
     (out / RECORD).unlink(missing_ok=True)  # each run is a new one
     inputs = {"data.path": histories.fingerprint, "task.labels": label_set.digest()}
-    with recorded(out, "baselines", config, inputs) as outcome:
+    with claimed(out, "baselines", config, inputs) as run:
         found = _scored(config, histories, label_set, examples)
         write_text(json.dumps(found, indent=1, allow_nan=False) + "\n", out / RESULTS)
-        outcome |= {name: found[name]["value"] for name in ("auroc", "auprc")}
+        run.found.update({name: found[name]["value"] for name in ("auroc", "auprc")})
     _show(found, out)
 
 

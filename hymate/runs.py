@@ -1,4 +1,6 @@
-"""`run.json`: what a run was, enough to repeat it; no secret, no host or user name, nothing of a patient.
+"""The folder of a run: `run.json`, what the run was, and `claim.json`, which command it belongs to now.
+
+run.json has enough to repeat the run; no secret, no host or user name, nothing of a patient:
 
 {
   "format": 2, "command": "pretrain", "config": {...},
@@ -13,6 +15,12 @@
     }
   ]
 }
+
+claim.json has the id of the command that came last: {"id": "...", "stop": false}. Workers outlive a killed command for
+a while, and would write checkpoints into a run that the same command, started again, continues: workers of another id
+keep nothing more. A command that is asked to end sets "stop". The claim has its own file because run.json is read,
+changed and written again by drivers and workers: without a lock, which URLs don't have, one could undo what another has
+just written. A claim is written whole, so the last one holds, and it is small: workers look at it all the time.
 """
 
 from __future__ import annotations
@@ -24,11 +32,12 @@ import os
 import platform
 import shutil
 import subprocess
+import threading
 import typing
 import uuid
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextvars import ContextVar
-from dataclasses import is_dataclass, replace
+from dataclasses import dataclass, field, is_dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -41,9 +50,11 @@ from hymate.errors import ConfigError, UserError
 from hymate.storage.paths import Location, UrlPath, locate, write_text
 from hymate.trees import flattened, to_tree
 
-RECORD = "run.json"
+RECORD, CLAIM = "run.json", "claim.json"
 FORMAT = 2  # of the run folder
 COMMAND_LINE: ContextVar[tuple[str, ...]] = ContextVar("what the user gave the command", default=())
+SUPERSEDED = "another command has taken this run over"
+LOOK_EVERY_S, LOOK_AT_URL_EVERY_S = 0.2, 5.0
 T = TypeVar("T")
 PACKAGE = Path(__file__).resolve().parent
 ROOT = PACKAGE.parent
@@ -107,15 +118,17 @@ def read_record(run: Location) -> dict[str, Any] | None:
     return record
 
 
-def check_same_run(run: Location, config: Any, inputs: Mapping[str, str], changeable: Set[str]) -> None:
+def check_same_run(
+    run: Location, config: Any, inputs: Mapping[str, str], changeable: Set[str]
+) -> dict[str, Any] | None:
     """Whether the run that a folder holds, if any, has this configuration, but for `changeable` keys, and these inputs.
 
-    inputs: digests of what settings of the configuration name, by the settings' names. Raises ConfigError naming the
-    first key that differs.
+    inputs: digests of what settings of the configuration name, by the settings' names. Returns run.json, None where
+    there is none. Raises ConfigError naming the first key that differs.
     """
     record = read_record(run)
     if record is None:
-        return
+        return None
     remedy = f"choose another run.name, or delete {run}"
     if record.get("format") != FORMAT:
         raise ConfigError(f"{run} was begun by another version of HyMaTE, and only that can continue it; {remedy}")
@@ -127,17 +140,106 @@ def check_same_run(run: Location, config: Any, inputs: Mapping[str, str], change
     for key in sorted(record["inputs"].keys() | inputs.keys()):
         if record["inputs"].get(key) != inputs.get(key):
             raise ConfigError(f"{run} holds a run of another content of {key}; {remedy}")
+    return record
+
+
+class Superseded(UserError):
+    """Another command has taken the run over."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One command's hold on a run; it goes to the workers.
+
+    id: of the command. found: what the command found, part of the outcome.
+    """
+
+    folder: Location
+    id: str
+    found: dict[str, Any] = field(default_factory=dict)
+
+    def superseded(self) -> bool:
+        """Whether the run belongs to another command by now."""
+        return self._claim()["id"] != self.id
+
+    def check(self) -> None:
+        """Raises Superseded where the run belongs to another command by now."""
+        if self.superseded():
+            raise Superseded(f"{self.folder}: {SUPERSEDED}")
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[Callable[[], bool]]:
+        """A cheap function that says whether the run is to stop, and raises Superseded as `check` does.
+
+        A thread looks at the claim now and then while the block runs.
+        """
+        over = threading.Event()
+        seen = {"id": self.id, "stop": False}
+        interval_s = LOOK_AT_URL_EVERY_S if isinstance(self.folder, UrlPath) else LOOK_EVERY_S
+
+        def look() -> None:
+            while not over.wait(interval_s):
+                with contextlib.suppress(OSError, ValueError, UserError):  # the run's own use of the storage will fail
+                    seen.update(self._claim())
+
+        def stop() -> bool:
+            if seen["id"] != self.id:
+                raise Superseded(f"{self.folder}: {SUPERSEDED}")
+            return bool(seen["stop"])
+
+        threading.Thread(target=look, daemon=True).start()
+        try:
+            yield stop
+        finally:
+            over.set()
+
+    def ask_to_stop(self) -> bool:
+        """Have the workers save and stop; false where none has begun, or the run belongs to another command by now."""
+        attempts = (read_record(self.folder) or {"attempts": []})["attempts"]
+        begun = any(attempt["starts"] for attempt in attempts if attempt.get("id") == self.id)
+        if not begun or self.superseded():
+            return False
+        self.claim(stop=True)
+        return True
+
+    def claim(self, stop: bool = False) -> None:
+        """Take the run over from any command before."""
+        write_text(json.dumps({"id": self.id, "stop": stop}), self.folder / CLAIM)
+
+    def workers_started(self, step: int, num_workers: int, num_nodes: int) -> None:
+        """Note that the workers begin at `step`; called by the first, whose machine is the run's environment."""
+        used = environment() | {"workers": num_workers, "nodes": num_nodes}
+        start = {"at": _now(), "step": step}
+        self._note(lambda attempt: {"environment": used, "starts": [*attempt["starts"], start]})
+
+    def end(self, outcome: Mapping[str, Any]) -> None:
+        """Note how the command ended; where another one has taken the run over, the outcome is that one's to write."""
+        self._note(lambda attempt: {"ended": _now()}, outcome)
+
+    def _claim(self) -> dict[str, Any]:
+        return json.loads((self.folder / CLAIM).read_text())
+
+    def _note(self, news: Callable[[dict], dict], outcome: Mapping[str, Any] | None = None) -> None:
+        """Change this command's attempt, if it is still there: the run may have been deleted and begun again."""
+        record = read_record(self.folder) or {"attempts": []}
+        for attempt in record["attempts"]:
+            if attempt.get("id") == self.id:
+                attempt |= news(attempt)
+                if outcome is not None and attempt is record["attempts"][-1]:
+                    record["outcome"] = outcome
+                _write(self.folder, record)
 
 
 @contextlib.contextmanager
-def recorded(run: Location, command: str, config: Any, inputs: Mapping[str, str]) -> Iterator[dict[str, Any]]:
-    """Keep run.json while the block runs; what the block puts into the dictionary is part of the outcome.
+def claimed(folder: Location, command: str, config: Any, inputs: Mapping[str, str]) -> Iterator[Run]:
+    """Take a run over and keep its run.json while the block runs.
 
-    config, inputs: what `check_same_run` compares. Where another command has taken the run over in the meantime, the
-    outcome is that command's to write.
+    config, inputs: what `check_same_run` compares.
     """
+    run = Run(folder, uuid.uuid4().hex)
+    run.claim()
     attempt: dict[str, Any] = {
-        "id": uuid.uuid4().hex,
+        "id": run.id,
         "started": _now(),
         "ended": None,
         "overrides": list(COMMAND_LINE.get()),
@@ -145,37 +247,23 @@ def recorded(run: Location, command: str, config: Any, inputs: Mapping[str, str]
         "environment": environment(),
         "starts": [],
     }
-    attempts = [*(read_record(run) or {"attempts": []})["attempts"], attempt]
-    _write(
-        run,
-        {
-            "format": FORMAT,
-            "command": command,
-            "config": to_tree(config),
-            "inputs": dict(inputs),
-            "outcome": {"state": "running"},
-            "attempts": attempts,
-        },
-    )
-    found: dict[str, Any] = {}
+    record = {
+        "format": FORMAT,
+        "command": command,
+        "config": to_tree(config),
+        "inputs": dict(inputs),
+        "outcome": {"state": "running"},
+        "attempts": [*(read_record(folder) or {"attempts": []})["attempts"], attempt],
+    }
+    _write(folder, record)
     try:
-        with ending.at_the_latest(lambda: _end(run, attempt["id"], {"state": "stopped"})):
-            yield found
+        with ending.at_the_latest(lambda: run.end({"state": "stopped"})):
+            yield run
     except BaseException as error:
         with contextlib.suppress(OSError, UserError):  # what ended the run is what its user must see
-            _end(run, attempt["id"], _failure(error))
+            run.end(_failure(error))
         raise
-    _end(run, attempt["id"], {"state": "finished", **found})
-
-
-def workers_started(run: Location, step: int, num_workers: int, num_nodes: int) -> None:
-    """Note that the workers begin at `step`; called by the first of them, whose machine is the run's environment."""
-    record = read_record(run)
-    assert record is not None, "the driver has written it"
-    attempt = record["attempts"][-1]
-    attempt["environment"] = environment() | {"workers": num_workers, "nodes": num_nodes}
-    attempt["starts"].append({"at": _now(), "step": step})
-    _write(run, record)
+    run.end({"state": "finished", **run.found})
 
 
 def code() -> dict[str, Any]:
@@ -239,15 +327,6 @@ def _failure(error: BaseException) -> dict[str, Any]:
     # our own messages name no patient and no machine; of others only the kind is kept
     ours = isinstance(cause, (UserError, FloatingPointError))
     return {"state": "failed", "reason": str(cause).splitlines()[0] if ours else type(cause).__name__}
-
-
-def _end(run: Location, identity: str, outcome: Mapping[str, Any]) -> None:
-    """Of the attempt with that id, if it is still there: the run may have been deleted and started again."""
-    record = read_record(run) or {"attempts": []}
-    for attempt in record["attempts"]:
-        if attempt.get("id") == identity:
-            attempt["ended"] = _now()
-            _write(run, record | ({"outcome": outcome} if attempt is record["attempts"][-1] else {}))
 
 
 def _write(run: Location, record: Mapping[str, Any]) -> None:

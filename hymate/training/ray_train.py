@@ -14,10 +14,9 @@ import yaml
 from hymate import cluster, ending
 from hymate.device import CPU, decide, obstacle
 from hymate.errors import UserError
-from hymate.runs import absolute, check_same_run, read_record, recorded, run_folder, workers_started
+from hymate.runs import SUPERSEDED, Run, absolute, check_same_run, claimed, run_folder
 from hymate.storage.paths import Location, UrlPath, naming_a_full_disk, require_folder
 from hymate.training import checkpoint, loop, pretraining
-from hymate.training.attempt import SUPERSEDED, Attempt
 from hymate.training.keeper import Kept, Sender, newest_whole
 from hymate.training.loop import Unrecoverable, Worker, anyone
 from hymate.training.pretraining import MODE, SCORE, PretrainConfig
@@ -38,39 +37,37 @@ def pretrain(config: PretrainConfig) -> Location:
     config = absolute(config)
     histories = pretraining.check(config)
     cluster_gpus = cluster.check(config.train)
-    run = run_folder(config.run)
+    folder, kept = run_folder(config.run), _kept(config)
     inputs = {"data.path": histories.fingerprint}
-    check_same_run(run, config, inputs, pretraining.CHANGEABLE)
-    kept = _kept(config)
-    result = _finished(config)
-    if result is None:
+    found = _finished(check_same_run(folder, config, inputs, pretraining.CHANGEABLE), config)
+    if found is None:
         kept.require_any_left()
         config = decide(config, config.model, workers=config.train.num_workers, cluster_gpus=cluster_gpus)
-        require_folder(run, "run.dir")
-        attempt = Attempt.begin(run)
-        with recorded(run, "pretrain", config, inputs) as result:
-            with cluster.ray_session(config.train, config.device), progress_line(run):
-                ended = _fit(config, attempt)
+        require_folder(folder, "run.dir")
+        with claimed(folder, "pretrain", config, inputs) as run:
+            with cluster.ray_session(config.train, config.device), progress_line(folder):
+                ended = _fit(config, run)
             bundle, metrics = pretraining.export_bundle(config, kept.best_first(), histories)
-            result |= {SCORE: metrics[SCORE], "step": metrics["step"], "bundle": str(bundle)}
-            result |= {"skipped_steps": ended["skipped"]}
-    print(f"best {SCORE} {result[SCORE]:.4f} at step {int(result['step'])}")
-    print(f"bundle: {run / 'bundle'}")
-    print(f"curves: tensorboard --logdir {run.parent}")
-    return run / "bundle"
+            found = run.found
+            found |= {SCORE: metrics[SCORE], "step": metrics["step"], "bundle": str(bundle)}
+            found |= {"skipped_steps": ended["skipped"]}
+    print(f"best {SCORE} {found[SCORE]:.4f} at step {int(found['step'])}")
+    print(f"bundle: {folder / 'bundle'}")
+    print(f"curves: tensorboard --logdir {folder.parent}")
+    return folder / "bundle"
 
 
 def _kept(config: PretrainConfig) -> Kept:
     return Kept(run_folder(config.run) / CHECKPOINTS, config.train.keep, MODE)
 
 
-def _fit(config: PretrainConfig, attempt: Attempt) -> dict[str, Any]:
+def _fit(config: PretrainConfig, run: Run) -> dict[str, Any]:
     """Train; where the run stands in the end."""
     from ray.train.v2.api.exceptions import TrainingFailedError
 
     try:
-        with ending.instead(lambda: _workers_save(attempt)):
-            result = _trainer(config, attempt).fit()
+        with ending.instead(lambda: cluster.has_workers() and run.ask_to_stop()):
+            result = _trainer(config, run).fit()
     except TrainingFailedError as error:
         _explain(error)
     ended = result.return_value
@@ -82,14 +79,7 @@ def _fit(config: PretrainConfig, attempt: Attempt) -> dict[str, Any]:
     return ended
 
 
-def _workers_save(attempt: Attempt) -> bool:
-    """Have the workers save where they stand; false where none trains, as when the run waits for machines."""
-    record = read_record(attempt.run_path)
-    begun = record is not None and record["attempts"][-1]["starts"]
-    return bool(begun) and cluster.has_workers() and attempt.ask_to_stop()
-
-
-def _trainer(config: PretrainConfig, attempt: Attempt) -> Any:
+def _trainer(config: PretrainConfig, run: Run) -> Any:
     from ray import train
     from ray.train.torch import TorchTrainer
 
@@ -99,7 +89,7 @@ def _trainer(config: PretrainConfig, attempt: Attempt) -> Any:
 
     return Trainer(
         train_worker,
-        train_loop_config={"config": to_tree(config), "attempt": attempt.id},
+        train_loop_config={"config": to_tree(config), "run": run},
         scaling_config=train.ScalingConfig(
             num_workers=config.train.num_workers,
             use_gpu=config.device == "cuda",
@@ -108,7 +98,7 @@ def _trainer(config: PretrainConfig, attempt: Attempt) -> Any:
         ),
         run_config=train.RunConfig(
             name=CHECKPOINTS,
-            **ray_storage(run_folder(config.run)),
+            **ray_storage(run.folder),
             failure_config=train.FailureConfig(max_failures=config.train.max_failures),
             logging_config=train.LoggingConfig(log_level="ERROR"),
         ),
@@ -129,8 +119,8 @@ def train_worker(given: dict[str, Any]) -> dict[str, Any]:
     """
     config = build(PretrainConfig, given["config"])
     try:
-        with naming_a_full_disk(run_folder(config.run)):
-            return _train_worker(config, Attempt(run_folder(config.run), given["attempt"]))
+        with naming_a_full_disk(given["run"].folder):
+            return _train_worker(config, given["run"])
     except Unrecoverable as error:
         return {"unrecoverable": str(error)}
     except Exception as error:
@@ -138,7 +128,7 @@ def train_worker(given: dict[str, Any]) -> dict[str, Any]:
         raise
 
 
-def _train_worker(config: PretrainConfig, attempt: Attempt) -> dict[str, Any]:
+def _train_worker(config: PretrainConfig, run: Run) -> dict[str, Any]:
     """The loop, from the newest whole checkpoint on."""
     from ray import train
     from ray.train.torch import get_device
@@ -147,17 +137,17 @@ def _train_worker(config: PretrainConfig, attempt: Attempt) -> dict[str, Any]:
     context = train.get_context()
     device = get_device() if config.device == "cuda" else CPU
     worker = Worker(context.get_world_rank(), context.get_world_size(), context.get_local_rank(), device)
-    if anyone(attempt.superseded(), worker):
-        raise Unrecoverable(f"{run_folder(config.run)}: {SUPERSEDED}")
+    if anyone(run.superseded(), worker):
+        raise Unrecoverable(f"{run.folder}: {SUPERSEDED}")
     reason = obstacle(config.model) if config.device == "cuda" else None
     if anyone(reason is not None, worker):
         raise Unrecoverable(f"device=cuda: {reason or 'another worker cannot use its GPU'}")
-    telemetry = Telemetry(run_folder(config.run), enabled=worker.rank == 0)
+    telemetry = Telemetry(run.folder, enabled=worker.rank == 0)
     job = pretraining.pretraining_job(config, worker)
 
     kept = _kept(config)
-    sender = Sender(kept, worker, attempt.check)
-    watched = attempt.watched() if worker.rank == 0 else nullcontext(lambda: False)
+    sender = Sender(kept, worker, run.check)
+    watched = run.watched() if worker.rank == 0 else nullcontext(lambda: False)
     with newest_whole(kept, worker, telemetry) as (resume, damages), watched as asked_to_stop:
         if resume is None and damages:
             raise Unrecoverable(
@@ -166,7 +156,7 @@ def _train_worker(config: PretrainConfig, attempt: Attempt) -> dict[str, Any]:
             )
         if worker.rank == 0:
             step = 0 if resume is None else checkpoint.read_state(resume)["step"]
-            workers_started(run_folder(config.run), step, worker.world_size, _num_nodes())
+            run.workers_started(step, worker.world_size, _num_nodes())
 
         def stop() -> bool:
             sender.look()
@@ -216,9 +206,8 @@ def _explain(error: Any) -> NoReturn:
     raise SystemExit(1) from cause
 
 
-def _finished(config: PretrainConfig) -> dict[str, Any] | None:
-    """The outcome of this very run, if it has ended already and its bundle is there."""
-    record = read_record(run_folder(config.run))
+def _finished(record: dict[str, Any] | None, config: PretrainConfig) -> dict[str, Any] | None:
+    """What a run found, if it has ended already with this very configuration and its bundle is there."""
     if record is None or record["outcome"].get("state") != "finished":
         return None
     if {**record["config"], "device": config.device} != to_tree(config):

@@ -40,7 +40,7 @@ from hymate.evaluation import boosting, calibration
 from hymate.evaluation.features import FeatureConfig, choose, features
 from hymate.inference.bundle import Bundle, read_weights, write_weights
 from hymate.inference.scoring import predict
-from hymate.runs import absolute, check_same_run, recorded, run_folder
+from hymate.runs import absolute, check_same_run, claimed, run_folder
 from hymate.storage.paths import Location, atomic_path, local_copy, locate, require_folder, write_text
 from hymate.training import loop
 from hymate.training.checkpoint import read_verified_weights
@@ -199,7 +199,7 @@ def benchmark(config: BenchmarkConfig) -> Location:
         there.allotted(config, run).check(config, run)
     inputs = {"data.path": histories.fingerprint, "task.labels": label_set.digest()}
     check_same_run(path, config, inputs, CHANGEABLE)
-    with recorded(path, "benchmark", config, inputs) as outcome:
+    with claimed(path, "benchmark", config, inputs) as claim:
         waiting = [run for run in runs if not run.results(path / RUNS).is_file()]
         if waiting:
             with cluster.ray_session(config.train, config.device):
@@ -211,7 +211,7 @@ def benchmark(config: BenchmarkConfig) -> Location:
         found, looks = comparison.compare(compared), []
         if config.split == HELD_OUT:
             looks = note_look(path, found)
-            outcome["looks"] = len(looks)
+            claim.found["looks"] = len(looks)
         write_text(
             json.dumps({**found, "looks": looks}, indent=1, allow_nan=False) + "\n", path / f"{config.split}.json"
         )

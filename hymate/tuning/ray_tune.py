@@ -19,9 +19,9 @@ from hymate.config import SearchConfig, TrainConfig
 from hymate.device import choose
 from hymate.errors import UserError
 from hymate.evaluation.results import Outcome, Status
+from hymate.runs import Run
 from hymate.storage.paths import Location, remove_tree, require_room, write_text
 from hymate.training import checkpoint, loop
-from hymate.training.attempt import Attempt
 from hymate.training.keeper import Kept, newest_whole
 from hymate.training.ray_train import ray_storage
 from hymate.training.telemetry import PROGRESS, Telemetry, read_progress
@@ -43,7 +43,7 @@ SCORES = ("step", "mean", "auroc", "auprc", "concordance", "loss")
 SECONDS_BETWEEN_LINES = 15.0
 
 
-def run_trials(study: Study, search: SearchConfig, train: TrainConfig, attempt: Attempt) -> list[Outcome]:
+def run_trials(study: Study, search: SearchConfig, train: TrainConfig, run: Run) -> list[Outcome]:
     """All trials of the study, as many at once as the machine or cluster holds, or what a killed search left of them.
 
     Tune starts trials and stops them, and knows nothing of a killed search: each trial continues from its own
@@ -55,17 +55,17 @@ def run_trials(study: Study, search: SearchConfig, train: TrainConfig, attempt: 
         logging.getLogger(name).setLevel(logging.CRITICAL)
     remove_tree(study.run_path / TUNE)
     try:
-        grid = _tuner(study, search, train, attempt).fit()
+        grid = _tuner(study, search, train, run).fit()
     except Exception:
         require_room(study.run_path)  # on a full disk Tune ends in one error or another
         raise
     finally:
-        if not attempt.superseded():
+        if not run.superseded():
             remove_tree(study.run_path / TUNE)
     return sorted((_outcome(result, study) for result in grid), key=lambda outcome: outcome.index)
 
 
-def _tuner(study: Study, search: SearchConfig, train: TrainConfig, attempt: Attempt) -> tune.Tuner:
+def _tuner(study: Study, search: SearchConfig, train: TrainConfig, run: Run) -> tune.Tuner:
     asha = ASHAScheduler(
         time_attr="step",
         max_t=train.max_steps,
@@ -74,7 +74,7 @@ def _tuner(study: Study, search: SearchConfig, train: TrainConfig, attempt: Atte
     )
     resources = {"cpu": train.cpus_per_worker, "gpu": int(study.device == "cuda")}
     return tune.Tuner(
-        tune.with_resources(tune.with_parameters(_trial, study=study, attempt=attempt), resources),
+        tune.with_resources(tune.with_parameters(_trial, study=study, run=run), resources),
         param_space={"index": tune.grid_search(list(range(len(study.trials))))},
         tune_config=tune.TuneConfig(
             metric=study.metric,
@@ -88,7 +88,7 @@ def _tuner(study: Study, search: SearchConfig, train: TrainConfig, attempt: Atte
             name=TUNE,
             **ray_storage(study.run_path),
             verbose=0,
-            callbacks=[Progress(study.metric, study.run_path, attempt)],
+            callbacks=[Progress(study.metric, study.run_path, run)],
             failure_config=tune.FailureConfig(max_failures=search.max_failures),
         ),
     )
@@ -98,19 +98,19 @@ def _trial_name(trial: Trial) -> str:
     return f"trial-{trial.config['index']}"
 
 
-def _trial(parameters: dict[str, Any], study: Study, attempt: Attempt) -> None:
+def _trial(parameters: dict[str, Any], study: Study, run: Run) -> None:
     """One trial, in a process of its own. One that diverges returns, as Tune would try again what ends the same way."""
     failed = study.run_path / TRIALS / f"trial-{parameters['index']}" / TRACEBACK
-    attempt.check()
+    run.check()
     failed.unlink(missing_ok=True)
     try:
-        _run(parameters["index"], study, attempt)
+        _run(parameters["index"], study, run)
     except (loop.Unrecoverable, FloatingPointError):
-        attempt.check()
+        run.check()
         write_text(traceback.format_exc(), failed)
 
 
-def _run(index: int, study: Study, attempt: Attempt) -> None:
+def _run(index: int, study: Study, run: Run) -> None:
     trial = study.trials[index]
     name = f"trial-{index}"
     try:
@@ -121,7 +121,7 @@ def _run(index: int, study: Study, attempt: Attempt) -> None:
     kept, ended = _kept(study, index), study.run_path / TRIALS / name / ENDED
 
     def report(scores: dict[str, float], folder: Path) -> None:
-        attempt.check()  # what another command has taken over is not ours any more
+        run.check()  # what another command has taken over is not ours any more
         kept.report(scores, folder)
         tune.report(scores)
 
@@ -194,8 +194,8 @@ def _cause(traceback: str) -> str:
 class Progress(tune.Callback):
     """A line on the console at each evaluation, and every few seconds where something has changed."""
 
-    def __init__(self, metric: str, run_path: Location, attempt: Attempt) -> None:
-        self.metric, self.run_path, self.attempt = metric, run_path, attempt
+    def __init__(self, metric: str, run_path: Location, run: Run) -> None:
+        self.metric, self.run_path, self.run = metric, run_path, run
         self.started = self.printed = time.monotonic()
         self.line = ""
         self.shown: set[str] = set()
@@ -232,7 +232,7 @@ class Progress(tune.Callback):
     def _note(self, trial: Trial, name: str, text: str) -> None:
         """Where the disk is full the trials say so; without this file nothing is lost but some time."""
         with suppress(OSError, UserError):
-            self.attempt.check()
+            self.run.check()
             write_text(text, self.run_path / TRIALS / _trial_name(trial) / name)
 
     def _print(self, trials: list[Trial]) -> None:

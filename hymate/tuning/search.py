@@ -27,10 +27,9 @@ from hymate.evaluation.subgroups import subgroups
 from hymate.inference.bundle import Bundle, build_model, write_bundle
 from hymate.inference.provenance import SENTENCES, Seen, provenance, seen
 from hymate.inference.scoring import predict, write_predictions
-from hymate.runs import absolute, check_same_run, recorded, run_folder
+from hymate.runs import absolute, check_same_run, claimed, run_folder
 from hymate.storage.paths import Location, filling, locate, require_folder, write_text
 from hymate.training import checkpoint
-from hymate.training.attempt import Attempt
 from hymate.trees import build, to_tree
 from hymate.tuning import space
 from hymate.tuning.trial import Start, Study, TrialConfig, starting_point
@@ -143,15 +142,14 @@ def search(config: TuneConfig) -> Location:
     if initial_weights not in ("new", "same split"):
         print(f"Note: {SENTENCES[initial_weights]}", flush=True)
     tables = [task.labels.table for task in labelled]
-    attempt = Attempt.begin(run_path)
-    with recorded(run_path, "tune", config, inputs) as outcome:
+    with claimed(run_path, "tune", config, inputs) as run:
         taught = any(trial.teacher_share for trial in trials)
         teacher = [_teacher(task, config, histories) for task in labelled] if taught else []
         study = Study(start, tables, config.search.metric, trials, run_path, teacher, config.device)
         with cluster.ray_session(config.train, config.device):
             from hymate.tuning.ray_tune import run_trials  # late: Ray takes its settings when it is imported
 
-            outcomes = run_trials(study, config.search, config.train, attempt)
+            outcomes = run_trials(study, config.search, config.train, run)
         best = _best(outcomes, config.search.metric, run_path)
         winner = _winner(start, trials[best.index], best)
         known = sentences(histories.known, histories.known_events) + _other_rules(start, histories)
@@ -159,8 +157,8 @@ def search(config: TuneConfig) -> Location:
         _write_hyperparameters(run_path, trials, outcomes)
         write_text(report.report(found), run_path / report.REPORT)
         results.write(found, run_path)
-        outcome |= {f"best_{config.search.metric}": best.best[config.search.metric], "step": best.best["step"]}
-        outcome |= {"trial": best.index, "bundle": found["bundle"]}
+        run.found[f"best_{config.search.metric}"] = best.best[config.search.metric]
+        run.found.update(step=best.best["step"], trial=best.index, bundle=found["bundle"])
     report.show(found, run_path)
     return run_path
 

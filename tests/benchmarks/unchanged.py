@@ -29,7 +29,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 ROOT = Path(__file__).resolve().parent.parent.parent
 MEMBERS = 400  # stays of PhysioNet 2012
 TIMED = re.compile(r"(seconds|_s\b|per_second|_share|memory|gib|wait|slow|time/|worker|throughput)", re.IGNORECASE)
-LEFT_OUT = re.compile(r"^raw/|checkpoints/|progress\.json$|attempt\.json$|results\.png$")
+LEFT_OUT = re.compile(r"^raw/|checkpoints/|progress\.json$|(attempt|claim)\.json$|results\.png$")
 SECONDS = re.compile(r"\"(seconds|features|fit)\": \d+\.\d+|in \d+\.\d s")
 SMALL = "model=debug data.context=256 data.tokens_per_row=2048"
 TRAIN = "train=zero2 train.num_workers=2 train.max_steps=20 train.eval_every=10 train.warmup_steps=2 train.eval_rows=4"

@@ -1,19 +1,23 @@
-"""What run.json says of a run: how it ended, and nothing that it should not."""
+"""What run.json says of a run: how it ended, and nothing that it should not; which command a run belongs to."""
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from commands import wait_until
 
 from hymate.command import load
 from hymate.config import RunConfig, TaskConfig
 from hymate.ending import Stopped
 from hymate.errors import ConfigError, UserError
-from hymate.runs import check_same_run, recorded, workers_started
+from hymate.runs import Run, Superseded, check_same_run, claimed
 from hymate.training.pretraining import PretrainConfig
 from hymate.tuning.search import TuneConfig
 
@@ -23,10 +27,10 @@ CONFIG, INPUTS = RunConfig(name="one", dir="runs"), {"data.path": "f"}
 def attempt(run: Path, error: BaseException | None = None, **found: Any) -> dict[str, Any]:
     """run.json after an attempt that ended in `error`, or well."""
     try:
-        with recorded(run, "pretrain", CONFIG, INPUTS) as outcome:
+        with claimed(run, "pretrain", CONFIG, INPUTS) as claim:
             assert json.loads((run / "run.json").read_text())["outcome"] == {"state": "running"}
-            workers_started(run, 0, num_workers=2, num_nodes=1)
-            outcome |= found
+            claim.workers_started(0, num_workers=2, num_nodes=1)
+            claim.found.update(found)
             if error is not None:
                 raise error
     except BaseException as caught:
@@ -70,9 +74,9 @@ def test_attempts_add_up_and_a_killed_one_has_no_end(tmp_path: Path) -> None:
 
 
 def test_the_end_of_a_command_says_nothing_of_the_one_that_took_the_run_over(tmp_path: Path) -> None:
-    with recorded(tmp_path, "pretrain", CONFIG, INPUTS):
-        with pytest.raises(UserError), recorded(tmp_path, "pretrain", CONFIG, INPUTS) as later:
-            later["val_loss"] = 1.5
+    with claimed(tmp_path, "pretrain", CONFIG, INPUTS):
+        with pytest.raises(UserError), claimed(tmp_path, "pretrain", CONFIG, INPUTS) as later:
+            later.found["val_loss"] = 1.5
             raise UserError("no space left")
         between = json.loads((tmp_path / "run.json").read_text())
     record = json.loads((tmp_path / "run.json").read_text())
@@ -81,19 +85,30 @@ def test_the_end_of_a_command_says_nothing_of_the_one_that_took_the_run_over(tmp
 
 
 def test_a_run_that_is_deleted_and_begun_anew_is_not_the_one_that_ends(tmp_path: Path) -> None:
-    with pytest.raises(KeyError), recorded(tmp_path, "pretrain", CONFIG, INPUTS):
+    with pytest.raises(KeyError), claimed(tmp_path, "pretrain", CONFIG, INPUTS):
         (tmp_path / "run.json").unlink()
         raise KeyError("what its user must see")
     assert not (tmp_path / "run.json").exists()
-    with recorded(tmp_path, "pretrain", CONFIG, INPUTS):
+    with claimed(tmp_path, "pretrain", CONFIG, INPUTS):
         (tmp_path / "run.json").unlink()
         attempt(tmp_path, val_loss=1.5)
         anew = (tmp_path / "run.json").read_text()
     assert (tmp_path / "run.json").read_text() == anew
 
 
+def test_a_run_of_another_version_is_refused_in_a_line(tmp_path: Path) -> None:
+    record = attempt(tmp_path)
+    for other in ({key: value for key, value in record.items() if key != "format"}, record | {"format": 99}):
+        (tmp_path / "run.json").write_text(json.dumps(other))
+        with pytest.raises(
+            ConfigError, match=r"another version of HyMaTE.*choose another run\.name, or delete"
+        ) as caught:
+            check_same_run(tmp_path, CONFIG, INPUTS, set())
+        assert "\n" not in str(caught.value)
+
+
 def repeated(run: Path, config: PretrainConfig | TuneConfig, command: str, *overrides: str) -> Any:
-    with recorded(run, command, config, INPUTS):
+    with claimed(run, command, config, INPUTS):
         pass
     return load(command, ["--repeat", str(run), *overrides], type(config))
 
@@ -141,7 +156,64 @@ def test_only_a_run_of_the_same_command_is_repeated(tmp_path: Path) -> None:
         load("tune", ["--repeat", str(tmp_path)], TuneConfig)
 
 
-def test_settings_of_other_programs_are_not_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_of_other_programs_are_not_claimed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["notebook", "--token=abcdefghijklm"])
     monkeypatch.setenv("SOME_TOKEN", "abcdefghijklm")
     assert "abcdefghijklm" not in json.dumps(attempt(tmp_path))
+
+
+# -------------------------------------------------------------------------------------------- whose the run is
+
+
+@contextmanager
+def claim(folder: Path) -> Iterator[Run]:
+    with claimed(folder, "pretrain", CONFIG, INPUTS) as run:
+        yield run
+
+
+def test_a_command_takes_a_run_over_from_the_one_before(tmp_path: Path) -> None:
+    with claim(tmp_path) as first, first.watched() as stop:
+        first.check()
+        assert not stop()
+        with claim(tmp_path) as second:
+            with pytest.raises(Superseded, match="another command has taken this run over"):
+                first.check()
+            with pytest.raises(Superseded):
+                wait_until(stop, "the first command sees that it is superseded")
+            second.check()
+        given = json.loads((tmp_path / "run.json").read_text())["attempts"]
+        assert [attempt["id"] for attempt in given] == [first.id, second.id]
+
+
+def test_the_workers_are_asked_to_stop(tmp_path: Path) -> None:
+    with claim(tmp_path) as run, run.watched() as stop:
+        assert not run.ask_to_stop() and not stop(), "none has begun"
+        run.workers_started(0, num_workers=2, num_nodes=1)
+        assert not stop() and run.ask_to_stop()
+        wait_until(stop, "the workers see it")
+    with claim(tmp_path) as run, run.watched() as stop:
+        assert not stop(), "the next command would stop at once"
+
+
+def test_a_command_does_not_stop_the_one_that_took_the_run_over(tmp_path: Path) -> None:
+    with claim(tmp_path) as first:
+        first.workers_started(0, num_workers=2, num_nodes=1)
+        with claim(tmp_path) as second, second.watched() as stop:
+            assert not first.ask_to_stop()
+            second.check()
+            assert not stop()
+
+
+def test_a_search_that_is_taken_over_writes_nothing_into_the_other_ones_trials(tmp_path: Path) -> None:
+    from hymate.tuning.ray_tune import Progress  # imports Ray
+
+    (tmp_path / "traceback.txt").write_text("Traceback\nKeyError: 3")
+    trial = SimpleNamespace(config={"index": 0}, error_file=str(tmp_path / "traceback.txt"))
+    with claim(tmp_path / "run") as first:
+        progress = Progress("mean", tmp_path / "run", first)
+        for taken_over in (False, True):
+            with claim(tmp_path / "run") if taken_over else nullcontext():
+                progress.on_trial_error(1, [], trial)
+            told = tmp_path / "run" / "trials" / "trial-0" / "error.txt"
+            assert told.is_file() is not taken_over
+            told.unlink(missing_ok=True)

@@ -140,7 +140,7 @@ TASK = ["data.path={data}", "task=readmission"]
             "out",
             ["source=meds", "raw={data}"],
         ),
-        ("pretrain", PretrainConfig, ray_train.pretrain, "training.ray_train.Attempt.begin", "run.dir", SMALL),
+        ("pretrain", PretrainConfig, ray_train.pretrain, "training.ray_train.claimed", "run.dir", SMALL),
         (
             "tune",
             search.TuneConfig,
