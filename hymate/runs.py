@@ -123,8 +123,9 @@ def check_same_run(
 ) -> dict[str, Any] | None:
     """Whether the run that a folder holds, if any, has this configuration, but for `changeable` keys, and these inputs.
 
-    inputs: digests of what settings of the configuration name, by the settings' names. Returns run.json, None where
-    there is none. Raises ConfigError naming the first key that differs.
+    inputs: digests of what settings of the configuration name, by the settings' names. Returns what the run found where
+    it is finished, on whatever device, with all of this configuration, else None. Raises ConfigError naming the first
+    key that differs.
     """
     record = read_record(run)
     if record is None:
@@ -133,14 +134,14 @@ def check_same_run(
     if record.get("format") != FORMAT:
         raise ConfigError(f"{run} was begun by another version of HyMaTE, and only that can continue it; {remedy}")
     old, new = flattened(record["config"]), flattened(to_tree(config))
-    for key in sorted((old.keys() | new.keys()) - changeable):
-        if old.get(key) != new.get(key) and key != "train.use_gpu":
-            was = f"{key} was {old.get(key)}, now {new.get(key)}"
-            raise ConfigError(f"{run} holds a run with another configuration: {was}; {remedy}")
+    differing = {key for key in old.keys() | new.keys() if old.get(key) != new.get(key)}
+    for key in sorted(differing - changeable):
+        was = f"{key} was {old.get(key)}, now {new.get(key)}"
+        raise ConfigError(f"{run} holds a run with another configuration: {was}; {remedy}")
     for key in sorted(record["inputs"].keys() | inputs.keys()):
         if record["inputs"].get(key) != inputs.get(key):
             raise ConfigError(f"{run} holds a run of another content of {key}; {remedy}")
-    return record
+    return record["outcome"] if differing <= {"device"} and record["outcome"].get("state") == "finished" else None
 
 
 class Superseded(UserError):

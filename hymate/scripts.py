@@ -10,7 +10,7 @@ from hymate import ending
 
 COMMANDS = {  # name: the module, the configuration that it has, and what runs it
     "prepare": ("hymate.data.prepare", "PrepareConfig", "prepare"),
-    "pretrain": ("hymate.training.ray_train", "PretrainConfig", "pretrain"),
+    "pretrain": ("hymate.training.pretraining", "PretrainConfig", "pretrain"),
     "tune": ("hymate.tuning.search", "TuneConfig", "search"),
     "benchmark": ("hymate.tuning.benchmark", "BenchmarkConfig", "benchmark"),
     "predict": ("hymate.predict", "PredictConfig", "run"),

@@ -1,30 +1,37 @@
-"""A pretraining job: model, rows, evaluation; and what can be checked before a worker starts. Knows nothing of Ray."""
+"""Pretraining, top-down: check, claim the run's folder, train, write the bundle; and the job of each worker."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import torch
+import yaml
 
+from hymate import cluster
 from hymate.config import DataConfig, ModelConfig, ObjectiveConfig, RunConfig, TrainConfig
 from hymate.data.examples import Examples, pretraining_examples
 from hymate.data.histories import FOLDER, Histories
 from hymate.data.loader import Rows
 from hymate.data.vocabulary import Vocabulary
-from hymate.device import Wanted
+from hymate.device import Wanted, decide
 from hymate.errors import ConfigError, UserError
 from hymate.inference.bundle import write_bundle
 from hymate.inference.provenance import provenance
 from hymate.model.encoder import PretrainModel, decay_groups
-from hymate.runs import run_folder
-from hymate.storage.paths import Location, locate
+from hymate.runs import absolute, check_same_run, claimed, run_folder
+from hymate.storage.paths import Location, locate, require_folder
 from hymate.training import checkpoint
+from hymate.training.keeper import Kept
 from hymate.training.loop import Job, Worker, mean_outputs
+from hymate.training.ray_train import Training, fit
+from hymate.trees import to_tree
 
+CHECKPOINTS, BUNDLE = "checkpoints", "bundle"
 SCORE = "val_loss"
 MODE: Literal["min"] = "min"
 TRAIN_SPLIT, TUNING_SPLIT = "train", "tuning"
@@ -80,7 +87,36 @@ def require_learnable(model: ModelConfig, objective: ObjectiveConfig) -> None:
         )
 
 
-# ------------------------------------------------------------------------------------------------------- checks
+# ---------------------------------------------------------------------------------------------------------- run
+
+
+def pretrain(config: PretrainConfig) -> Location:
+    """Run, continue or repeat a pretraining run; returns the path of its bundle.
+
+    Raises UserError before any worker starts where the configuration, data or machine cannot do it, and later as `fit`
+    does where training ends before its time.
+    """
+    config = absolute(config)
+    histories = check(config)
+    cluster_gpus = cluster.check(config.train)
+    folder, inputs = run_folder(config.run), {"data.path": histories.fingerprint}
+    found = check_same_run(folder, config, inputs, CHANGEABLE)
+    if found is None or not (folder / BUNDLE).is_dir():
+        kept = Kept(folder / CHECKPOINTS, config.train.keep, MODE)
+        kept.require_any_left()
+        config = decide(config, config.model, workers=config.train.num_workers, cluster_gpus=cluster_gpus)
+        require_folder(folder, "run.dir")
+        with claimed(folder, "pretrain", config, inputs) as run:
+            job, text = functools.partial(pretraining_job, config), yaml.safe_dump(to_tree(config), sort_keys=False)
+            ended = fit(Training(job, config.train, config.model, config.device, run, kept, text))
+            metrics = _export(config, kept, histories, folder / BUNDLE)
+            found = run.found
+            found |= {SCORE: metrics[SCORE], "step": metrics["step"], "bundle": str(folder / BUNDLE)}
+            found |= {"skipped_steps": ended.skipped}
+    print(f"best {SCORE} {found[SCORE]:.4f} at step {int(found['step'])}")
+    print(f"bundle: {folder / BUNDLE}")
+    print(f"curves: tensorboard --logdir {folder.parent}")
+    return folder / BUNDLE
 
 
 def check(config: PretrainConfig) -> Histories:
@@ -154,32 +190,25 @@ def _rows(config: PretrainConfig, histories: Histories, vocabulary: Vocabulary, 
 # ------------------------------------------------------------------------------------------------------- bundle
 
 
-def export_bundle(
-    config: PretrainConfig, kept: Sequence[tuple[Location, Mapping[str, float]]], histories: Histories
-) -> tuple[Location, dict[str, float]]:
-    """The weights of the first whole one of `kept`, checkpoints and their metrics, as the run's bundle.
-
-    Returns the bundle and the metrics.
-    """
-    folder = run_folder(config.run) / "bundle"
-    best = checkpoint.first_whole(kept)
+def _export(config: PretrainConfig, kept: Kept, histories: Histories, folder: Location) -> dict[str, float]:
+    """Write the weights of the best whole checkpoint as the run's bundle; returns that one's metrics."""
+    best = checkpoint.first_whole(kept.best_first())
     if best is None:
-        raise UserError(
-            f"no checkpoint in {kept[0][0].parent} is whole: put a copy back, or delete the run to begin again"
-        )
-    weights, numbers = best.weights, {name: float(value) for name, value in best.metrics.items()}
+        raise UserError(f"no checkpoint in {kept.folder} is whole: put a copy back, or delete the run to begin again")
+    numbers = {name: float(value) for name, value in best.metrics.items()}
+    card, vocabulary = _card(config, numbers, histories), read_vocabulary(config.data)
     write_bundle(
         folder,
-        weights,
+        best.weights,
         kind="pretrained",
         model=config.model,
         data=config.data,
-        vocabulary=read_vocabulary(config.data),
+        vocabulary=vocabulary,
         known=histories.known,
-        card=_card(config, numbers, histories),
+        card=card,
         extra={"metrics": numbers, "provenance": provenance(histories)},
     )
-    return folder, numbers
+    return numbers
 
 
 def _card(config: PretrainConfig, metrics: Mapping[str, float], histories: Histories) -> str:

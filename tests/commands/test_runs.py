@@ -96,6 +96,18 @@ def test_a_run_that_is_deleted_and_begun_anew_is_not_the_one_that_ends(tmp_path:
     assert (tmp_path / "run.json").read_text() == anew
 
 
+def test_what_a_finished_run_found_is_known(tmp_path: Path) -> None:
+    def found(config: RunConfig) -> dict[str, Any] | None:
+        return check_same_run(tmp_path, config, INPUTS, {"dir"})
+
+    assert found(CONFIG) is None
+    attempt(tmp_path, KeyboardInterrupt())
+    assert found(CONFIG) is None
+    attempt(tmp_path, val_loss=1.5)
+    assert found(CONFIG) == {"state": "finished", "val_loss": 1.5}
+    assert found(RunConfig(name="one", dir="elsewhere")) is None, "it may go on with the other setting"
+
+
 def test_a_run_of_another_version_is_refused_in_a_line(tmp_path: Path) -> None:
     record = attempt(tmp_path)
     for other in ({key: value for key, value in record.items() if key != "format"}, record | {"format": 99}):

@@ -17,8 +17,7 @@ from hymate.command import load
 from hymate.data import prepare
 from hymate.errors import UserError
 from hymate.storage.paths import require_file, require_folder
-from hymate.training import ray_train
-from hymate.training.pretraining import PretrainConfig
+from hymate.training.pretraining import PretrainConfig, pretrain
 from hymate.tuning import benchmark, search
 
 
@@ -140,7 +139,7 @@ TASK = ["data.path={data}", "task=readmission"]
             "out",
             ["source=meds", "raw={data}"],
         ),
-        ("pretrain", PretrainConfig, ray_train.pretrain, "training.ray_train.claimed", "run.dir", SMALL),
+        ("pretrain", PretrainConfig, pretrain, "training.pretraining.claimed", "run.dir", SMALL),
         (
             "tune",
             search.TuneConfig,

@@ -30,8 +30,7 @@ from hymate.data.histories import Histories
 from hymate.errors import UserError
 from hymate.inference.bundle import read_bundle
 from hymate.runs import code
-from hymate.training.pretraining import PretrainConfig
-from hymate.training.ray_train import pretrain
+from hymate.training.pretraining import PretrainConfig, pretrain
 
 pytestmark = pytest.mark.slow
 
