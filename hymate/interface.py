@@ -60,7 +60,7 @@ def load(bundle: str | os.PathLike[str], device: Wanted = "auto") -> Model:
 class Patients:
     """What `Model.append` has read: patient data. It is never changed; more events make a new one.
 
-    events: all events so far, a pyarrow table with MEDS's columns.
+    events: all events so far, a pyarrow table with MEDS's columns (for `embed` and `explain`).
     """
 
     events: pa.Table = field(default_factory=DATA_SCHEMA.empty_table, repr=False)
@@ -110,12 +110,13 @@ class Model:
         number = self._number(task)
         if days and self.tasks[number] not in self.in_days:
             raise UserError(f"task {self.tasks[number]} has no days: ask for its risk, with days=False")
-        if isinstance(events, Patients):
-            self._check(events)
-        histories, examples, is_one = self._asked(events, at)
+        patients = events if isinstance(events, Patients) else None
+        if patients is not None:
+            self._check(patients)
+        histories, examples, is_one = self._asked(events if patients is None else patients.events, at)
         of_tasks = united([examples] * len(self.tasks))
-        if isinstance(events, Patients):
-            states = HeldStates(events._states)
+        if patients is not None:
+            states = HeldStates(patients._states)
             outputs, *_ = predict_whole(self._model, self._bundle, histories, of_tasks, self._device, states)
         else:
             outputs = score(self._model, last_rows(self._bundle, histories, of_tasks), self._device)
@@ -188,13 +189,14 @@ class Model:
         return self.tasks.index(task)
 
     def _check(self, patients: Patients) -> None:
+        if not isinstance(patients, Patients):
+            raise UserError("patients: what append returned is needed, or None at the first events")
         if patients._bundle != self._bundle.fingerprint:
             raise UserError("another model has read these patients: append their events to this one, from None on")
 
-    def _asked(self, events: Table | Patients, at: str | datetime | Table) -> tuple[Histories, Examples, bool]:
+    def _asked(self, events: Table, at: str | datetime | Table) -> tuple[Histories, Examples, bool]:
         """The histories, the times at which something is known of them, and whether that is one prediction."""
-        table = events.events if isinstance(events, Patients) else events_of(events)
-        histories = histories_of(table, self._bundle.known)
+        histories = histories_of(events_of(events), self._bundle.known)
         if not self._bundle.vocabulary.ids_of(histories.codes).any():
             raise UserError("events: none has a code that the model knows: they are coded differently")
         times = times_of(at, histories.index["subject_id"])

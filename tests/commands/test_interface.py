@@ -350,6 +350,8 @@ def test_patients_of_another_model_are_refused(model: hymate.Model, events: pa.T
     own, at = of_one(events)
     refused("another model has read", lambda: model.predict(hymate.Patients(own), at, "mortality"))
     refused("another model has read", lambda: model.append(hymate.Patients(own), own))
+    refused("what append returned is needed", lambda: model.append(own, own))  # type: ignore[arg-type]
+    refused("not hymate.Patients", lambda: model.explain(model.append(None, own), at, "mortality"))
 
 
 def refused(said: str, do: Callable[[], object]) -> None:
