@@ -60,8 +60,7 @@ class MambaBlockMixer(nn.Module):
         return y_BLD[0], (conv.clone(), scan)  # a view would keep all of this chunk's inputs
 
 
-def _mamba(config: ModelConfig) -> Mamba1Mixer | Mamba2Mixer:
-    c = config
+def _mamba(c: ModelConfig) -> Mamba1Mixer | Mamba2Mixer:
     if c.mixer == "mamba1":
         return Mamba1Mixer(c.d_model, c.d_state, c.d_conv, c.expand)
     return Mamba2Mixer(c.d_model, c.d_state, c.d_conv, c.expand, headdim=c.headdim, chunk_size=c.chunk_size)
