@@ -74,7 +74,7 @@ def load(config_name: str, arguments: Sequence[str], schema: type[T]) -> T:
     repeats, folders = arguments[:1] == ["--repeat"], _folders(arguments)
     settings = list(arguments[2:] if repeats or len(folders) > 1 else arguments)
     for setting in settings:
-        _refuse_what_is_no_setting(setting)
+        _refuse_what_is_no_setting(setting, schema)
     try:
         if repeats:
             tree = _recorded(config_name, *arguments[1:2])
@@ -272,12 +272,12 @@ def _as_text(value: Any) -> Any:
     return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
 
 
-def _refuse_what_is_no_setting(argument: str) -> None:
+def _refuse_what_is_no_setting(argument: str, schema: type) -> None:
     """Raises ConfigError for what is not key=value or ~key, or holds a credential."""
     key, equals, value = argument.partition("=")
     name = key.lstrip("+~")
     _refuse_credentials(name if equals else "an argument", value if equals else key)
-    if name == "train.use_gpu":
+    if name == "train.use_gpu" and "device" in trees.hints(schema):
         raise ConfigError(f"{name} is not a known key: device=cuda, cpu or auto (without train.) has taken its place")
     if UNPRINTABLE.search(argument):
         raise ConfigError(f"{argument!a} holds a control character, or is not UTF-8: rename what it names")
