@@ -12,6 +12,10 @@ class ConfigError(UserError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's text that holds anything, at most 300 characters; its type where it has none."""
-    lines = (line.strip() for line in str(error).splitlines())
-    return next((line[:300] for line in lines if line), type(error).__name__)
+    """The first line of an exception's text that holds anything, at most 300 characters; its type where it has none.
+
+    A ? stands for each character that a terminal cannot show: libraries quote what they find in files.
+    """
+    lines = (" ".join(line.split()) for line in str(error).splitlines())
+    line = next((line[:300] for line in lines if line), type(error).__name__)
+    return "".join(character if character.isprintable() else "?" for character in line)

@@ -116,7 +116,7 @@ def _shapes(config: PlanConfig) -> tuple[Shapes, float]:
     data, history_events, vocab_size, events = config.data, config.history_events, config.vocabulary, config.events
     if data.path is not None:
         histories = Histories.open(data.path)
-        num_events_P = histories.index["num_events"][np.asarray(histories.rows_of(TRAIN_SPLIT), np.int64)]
+        num_events_P = histories.index["num_events"][np.asarray(histories.positions(TRAIN_SPLIT), np.int64)]
         seen_P = np.minimum(num_events_P[num_events_P > 0], data.context)
         if not len(seen_P):
             raise histories.without_subjects(TRAIN_SPLIT)

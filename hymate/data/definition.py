@@ -32,7 +32,7 @@ import pyarrow as pa
 from hymate.config import TaskConfig
 from hymate.data.known import KnownConfig
 from hymate.data.meds import UNREADABLE, DataError, open_parquet, unreadable
-from hymate.errors import ConfigError, UserError
+from hymate.errors import ConfigError, UserError, first_line
 from hymate.storage.paths import Location
 
 # aces is imported where it is needed: it takes seconds (matplotlib among others), and most runs find labels
@@ -85,7 +85,7 @@ def parse(task: TaskConfig) -> Any:
             raise ValueError(f"unknown key {unknown[0]}")
         _require_possible(config)
     except (KeyError, TypeError, ValueError, AttributeError, TreeError, pl.exceptions.PolarsError) as error:
-        raise ConfigError(f"task.definition is not an ACES task: {_one_line(error)}") from error
+        raise ConfigError(f"task.definition is not an ACES task: {_fault(error)}") from error
     if config.label_window is None or config.index_timestamp_window is None:
         raise ConfigError("task.definition needs a window with a label and one with an index_timestamp")
     return config
@@ -120,9 +120,8 @@ def _evaluation_order(config: Any) -> list[str]:
     return order
 
 
-def _one_line(error: Exception) -> str:
-    """An exception's type and text, for the end of a line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+def _fault(error: Exception) -> str:
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 # ------------------------------------------------------------------------------------------------------- predicates
@@ -239,11 +238,11 @@ def _read(path: Location, columns: list[str]) -> pl.DataFrame:
         data = pl.DataFrame(pl.from_arrow(table.select(columns)))
         return data.with_columns(pl.col("time").cast(pl.Datetime("us")), pl.col("code").cast(pl.String))
     except KeyError as error:
-        raise UserError(f"{path} lacks a column that task.definition names: {_one_line(error)}") from error
+        raise UserError(f"{path} lacks a column that task.definition names: {_fault(error)}") from error
     except UNREADABLE as error:
         raise unreadable(path) from error
     except pl.exceptions.PolarsError as error:
-        fault = _one_line(error).partition("[")[0]  # where Polars quotes values
+        fault = _fault(error).partition("[")[0]  # where Polars quotes values
         raise DataError(f"{path}: task.definition cannot be evaluated on it: {fault}") from error
 
 

@@ -15,10 +15,10 @@ import pyarrow as pa
 from hymate.config import TaskConfig
 from hymate.data.histories import Histories
 from hymate.data.meds import LAST_TIME, SPLITS
+from hymate.data.packing import blocks
 from hymate.errors import UserError
 
 NO_TIME = -1  # prediction_time_E of pretraining examples
-BLOCK_EVENTS = 4_000_000  # read at once to find the prediction times
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,9 @@ class Examples:
 
 def pretraining_examples(histories: Histories, split: str) -> Examples:
     """Every history of `split` that has events, whole and without tasks. UserError when there is none."""
-    if not len(histories.rows_of(split)):
+    if not len(histories.positions(split)):
         raise histories.without_subjects(split)
-    position_E = np.asarray(histories.rows_of(split), dtype=np.int64)
+    position_E = np.asarray(histories.positions(split), dtype=np.int64)
     stop_E = histories.index["num_events"][position_E].astype(np.int64)
     has_events = stop_E > 0
     if not has_events.any():
@@ -144,7 +144,7 @@ def labelled_examples(histories: Histories, labels: pa.Table, split: str, requir
 def _no_example(histories: Histories, subject_id_N: np.ndarray, split: str, dropped: Mapping[str, int]) -> UserError:
     """The error where no label of a split can be used: its cause and the remedy."""
     total = len(subject_id_N)
-    if histories.odd_splits and not len(histories.rows_of(split)):
+    if histories.odd_splits and not len(histories.positions(split)):
         return histories.without_subjects(split)
     if dropped["without_events"]:
         return UserError(
@@ -246,7 +246,7 @@ def _keys(examples: Examples) -> np.ndarray:
 
 def _join(subject_id_N: np.ndarray, histories: Histories, split: str) -> tuple[np.ndarray, np.ndarray]:
     """For each subject id: its position in the index, and whether it is in `split` (if not, the position is void)."""
-    position_P = np.asarray(histories.rows_of(split), dtype=np.int64)
+    position_P = np.asarray(histories.positions(split), dtype=np.int64)
     if len(position_P) == 0:
         return np.zeros(len(subject_id_N), dtype=np.int64), np.zeros(len(subject_id_N), dtype=bool)
     subject_id_P = histories.index["subject_id"][position_P]
@@ -261,11 +261,10 @@ def _events_until(
 ) -> np.ndarray:
     """How many events lie before each example's times ("left") or at them, too ("right"): (len(times), E).
 
-    Reads at most about BLOCK_EVENTS events at once. position_E must be sorted.
+    position_E must be sorted.
     """
     count_E = np.empty((len(times), len(position_E)), dtype=np.int64)
-    block_E = np.cumsum(histories.index["num_events"][position_E].astype(np.int64)) // BLOCK_EVENTS
-    for block in np.split(np.arange(len(position_E)), np.flatnonzero(np.diff(block_E)) + 1):
+    for block in blocks(histories.index["num_events"][position_E]):
         for example, history in zip(block.tolist(), histories.read(position_E[block]), strict=True):
             for number, (time_E, side) in enumerate(times):
                 count_E[number, example] = np.searchsorted(history.time, time_E[example], side=side)

@@ -76,7 +76,7 @@ class History:
 
     birth_time: microseconds since 1970, None where unknown.
     static_code_F int32, static_value_F float32: events without a time.
-    time_L int64 (microseconds since 1970, non-decreasing), code_L int32 (the dataset's ids: rows of its
+    time_L int64 (microseconds since 1970, non-decreasing), code_L int32 (the dataset's ids: records of its
     vocabulary), value_L float32 (raw; NaN where none).
     """
 
@@ -104,24 +104,24 @@ def write_histories(
 ) -> pa.Table:
     """Write one MEDS shard (`data`) as histories, atomically, and return its part of the index.
 
-    code_ids: every code of the shard -> its row in the vocabulary. known: when its events become known.
+    code_ids: every code of the shard -> its record in the vocabulary. known: when its events become known.
     """
     parts = []
     with atomic_path(histories) as temporary, pq.ParquetWriter(temporary, HISTORY_SCHEMA, **_ENCODING) as writer:
         births = _birth_codes(code_ids)
         for row_group, events in enumerate(iter_events(data, code_ids)):
-            rows = _rows(known.apply(events, code_ids), births)
-            writer.write_table(rows, row_group_size=rows.num_rows)
-            subject_id_N = rows["subject_id"].to_numpy()
+            records = _records(known.apply(events, code_ids), births)
+            writer.write_table(records, row_group_size=records.num_rows)
+            subject_id_N = records["subject_id"].to_numpy()
             parts.append(
                 pa.table(
                     [
-                        rows["subject_id"],
+                        records["subject_id"],
                         pa.array(splits.of(subject_id_N), pa.string()),
-                        pa.array([shard] * rows.num_rows, pa.string()),
-                        np.full(rows.num_rows, row_group, np.int32),
-                        np.arange(rows.num_rows, dtype=np.int32),
-                        rows["time"].combine_chunks().value_lengths(),
+                        pa.array([shard] * records.num_rows, pa.string()),
+                        np.full(records.num_rows, row_group, np.int32),
+                        np.arange(records.num_rows, dtype=np.int32),
+                        records["time"].combine_chunks().value_lengths(),
                     ],
                     schema=INDEX_SCHEMA,
                 )
@@ -150,8 +150,8 @@ def _birth_codes(code_ids: dict[str, int]) -> np.ndarray:
     return np.array([id for code, id in code_ids.items() if is_code(code, meds.birth_code)], np.int32)
 
 
-def _rows(events: Events, birth_codes: np.ndarray) -> pa.Table:
-    """Whole subjects' events as rows of HISTORY_SCHEMA."""
+def _records(events: Events, birth_codes: np.ndarray) -> pa.Table:
+    """Whole subjects' events as records of HISTORY_SCHEMA."""
     starts = events.starts
     subject_R = np.repeat(np.arange(len(starts)), np.diff(starts, append=len(events)))
     static_R = events.time_R == STATIC_TIME
@@ -231,24 +231,24 @@ class Histories:
     @classmethod
     def of_events(cls, events: Events, code_ids: dict[str, int], known: KnownConfig) -> Histories:
         """Those of events in memory (sorted as a shard is), as `write_histories` writes them; all in split "all"."""
-        rows = _rows(KnownTimes(known).apply(events, code_ids), _birth_codes(code_ids))
-        N = rows.num_rows
+        records = _records(KnownTimes(known).apply(events, code_ids), _birth_codes(code_ids))
+        N = records.num_rows
         index = {
-            "subject_id": rows["subject_id"].to_numpy(),
+            "subject_id": records["subject_id"].to_numpy(),
             "split": np.full(N, "all", object),
             "shard": np.full(N, "", object),
             "row_group": np.zeros(N, np.int32),
             "row": np.arange(N, dtype=np.int32),
-            "num_events": rows["time"].combine_chunks().value_lengths().to_numpy(),
+            "num_events": records["time"].combine_chunks().value_lengths().to_numpy(),
         }
         histories = cls(Path(), list(code_ids), index, fingerprint="", known=known)
-        histories._cache.keep("", 0, _Rows(rows, len(code_ids)))
+        histories._cache.keep("", 0, _RowGroup(records, len(code_ids)))
         return histories
 
     def __len__(self) -> int:
         return len(self.index["subject_id"])
 
-    def rows_of(self, split: str) -> np.ndarray:
+    def positions(self, split: str) -> np.ndarray:
         """Positions (int64) of the subjects of a split."""
         return np.flatnonzero(self.index["split"] == split)
 
@@ -278,8 +278,8 @@ class Histories:
         keys = [(shards[p], int(groups[p])) for p in positions]
         histories: list[History | None] = [None] * len(positions)
         for k in sorted(range(len(positions)), key=lambda k: keys[k]):
-            rows, position = self._cache.get(*keys[k]), positions[k]
-            history = rows.history(int(self.index["row"][position]))
+            group, position = self._cache.get(*keys[k]), positions[k]
+            history = group.history(int(self.index["row"][position]))
             known = self.index["subject_id"][position], self.index["num_events"][position]
             if history is None or (history.subject_id, len(history)) != known:
                 raise _damaged(self.path / FOLDER / f"{keys[k][0]}.parquet")
@@ -347,7 +347,7 @@ def _array(column: pa.ChunkedArray) -> np.ndarray:
     return np.array(encoded.dictionary.to_pylist(), dtype=object)[encoded.indices.to_numpy()]
 
 
-class _Rows:
+class _RowGroup:
     """A decoded row group. Raises pa.ArrowInvalid where it holds anything but sound histories of `num_codes` codes."""
 
     def __init__(self, table: pa.Table, num_codes: int) -> None:
@@ -379,12 +379,12 @@ class _Rows:
         if not sound:
             raise pa.ArrowInvalid("not sound histories")
 
-    def history(self, row: int) -> History | None:
-        """The history in a row, None where there is no such row."""
-        if row >= len(self._subject_id):
+    def history(self, record: int) -> History | None:
+        """The history in a record, None where there is no such record."""
+        if record >= len(self._subject_id):
             return None
-        views = {name: values[offsets[row] : offsets[row + 1]] for name, (offsets, values) in self._lists.items()}
-        return History(int(self._subject_id[row]), self._birth_time[row], **views)
+        views = {name: values[offsets[record] : offsets[record + 1]] for name, (offsets, values) in self._lists.items()}
+        return History(int(self._subject_id[record]), self._birth_time[record], **views)
 
 
 class _RowGroups:
@@ -393,11 +393,11 @@ class _RowGroups:
     def __init__(self, folder: Location, num_codes: int) -> None:
         self._folder, self._num_codes = folder, num_codes
         self._lock = threading.Lock()
-        self._groups: OrderedDict[tuple[str, int], _Rows] = OrderedDict()
+        self._groups: OrderedDict[tuple[str, int], _RowGroup] = OrderedDict()
         self._files: OrderedDict[str, pq.ParquetFile] = OrderedDict()
         self._nbytes = 0
 
-    def get(self, shard: str, row_group: int) -> _Rows:
+    def get(self, shard: str, row_group: int) -> _RowGroup:
         with self._lock:
             key = (shard, row_group)
             if key not in self._groups:
@@ -407,12 +407,12 @@ class _RowGroups:
             self._groups.move_to_end(key)
             return self._groups[key]
 
-    def keep(self, shard: str, row_group: int, rows: _Rows) -> None:
+    def keep(self, shard: str, row_group: int, group: _RowGroup) -> None:
         """Have a decoded row group."""
-        self._groups[shard, row_group] = rows
-        self._nbytes += rows.nbytes
+        self._groups[shard, row_group] = group
+        self._nbytes += group.nbytes
 
-    def _read(self, shard: str, row_group: int) -> _Rows:
+    def _read(self, shard: str, row_group: int) -> _RowGroup:
         path = self._folder / f"{shard}.parquet"
         try:
             if shard not in self._files:
@@ -423,6 +423,6 @@ class _RowGroups:
             file = self._files[shard]
             if row_group >= file.num_row_groups:
                 raise pa.ArrowInvalid("no such row group")
-            return _Rows(file.read_row_group(row_group, use_threads=False), self._num_codes)
+            return _RowGroup(file.read_row_group(row_group, use_threads=False), self._num_codes)
         except UNREADABLE as error:
             raise _damaged(path) from error

@@ -29,11 +29,11 @@ import torch
 from hymate.data.examples import NO_TIME, Examples
 from hymate.data.histories import Histories, History
 from hymate.data.meds import US_PER_HOUR
-from hymate.data.packing import pack
+from hymate.data.packing import BLOCK_EVENTS, blocks, pack
 from hymate.data.vocabulary import Vocabulary
+from hymate.hashing import SPLITMIX_STEP, splitmix64
 from hymate.model.batch import HOURS_PER_YEAR, UNKNOWN_ID, Batch
 
-BLOCK_EVENTS = 4_000_000  # 64 MB of times, codes and values
 ROWS_AHEAD = 8  # rows that the background thread keeps ready
 US_PER_YEAR = int(HOURS_PER_YEAR) * US_PER_HOUR
 EVALUATION = -1  # the "epoch" of an unshuffled pass
@@ -111,11 +111,11 @@ class Rows:
     def place_of(self, row: Batch) -> str:
         """Where a row's histories are in the dataset's files: enough to look at them, and names no subject."""
         index, positions = self.histories.index, self.examples.position_E[row.example_S.cpu().numpy()]
-        rows_of: dict[tuple[str, int], list[int]] = {}
+        records_of: dict[tuple[str, int], list[int]] = {}
         for position in sorted(set(positions.tolist())):
             group = (index["shard"][position], int(index["row_group"][position]))
-            rows_of.setdefault(group, []).append(int(index["row"][position]))
-        return ", ".join(f"shard {shard} row group {group} rows {rows}" for (shard, group), rows in rows_of.items())
+            records_of.setdefault(group, []).append(int(index["row"][position]))
+        return ", ".join(f"shard {shard} row group {group} rows {rows}" for (shard, group), rows in records_of.items())
 
     # ----------------------------------------------------------------------------------------------- statistics
 
@@ -308,10 +308,8 @@ class _GroupedExamples:
         return self._order_E[start : self._ends_G[group]]
 
     def blocks(self, group_G: np.ndarray) -> list[np.ndarray]:
-        """Consecutive groups, together about BLOCK_EVENTS events (always at least one group)."""
-        events_G = self._events_G[group_G]
-        block_G = (np.cumsum(events_G) - events_G) // BLOCK_EVENTS
-        return np.split(group_G, np.flatnonzero(np.diff(block_G)) + 1)
+        """Consecutive groups, together about BLOCK_EVENTS events."""
+        return [group_G[block] for block in blocks(self._events_G[group_G], BLOCK_EVENTS)]
 
 
 def ages(birth_time: list[int | None], end_S: np.ndarray) -> torch.Tensor:
@@ -326,17 +324,11 @@ def ratio(difference_us: np.ndarray, unit_us: int) -> torch.Tensor:
 
 
 def _hash(*parts: int | np.ndarray) -> np.ndarray:
-    """Chained SplitMix64 finalisers (Steele, Lea and Flood 2014): uint64, uniform, equal on every machine.
-
-    The last part is an array; the others are integers, taken modulo 2**64.
-    """
-    state = np.zeros(1, dtype=np.uint64)
+    """One hash of all parts, uint64 and uniform; the last part is an array, the others are integers."""
+    state = np.zeros(1, dtype=np.int64)
     for part in parts:
-        state = (state ^ np.asarray(part).astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
-        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        state = state ^ (state >> np.uint64(31))
-    return state
+        state = splitmix64((state ^ np.asarray(part).astype(np.int64)) + SPLITMIX_STEP)
+    return state.view(np.uint64)
 
 
 def _prefetched(items: Iterator[T]) -> Generator[T, None, None]:

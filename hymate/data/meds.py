@@ -462,11 +462,3 @@ LABEL_KINDS = {
     "float_value": _is_number,
     "categorical_value": lambda kind: _is_text(kind) or pa.types.is_null(kind),
 }
-
-
-def hash64(key_N: np.ndarray, seed: int) -> np.ndarray:
-    """Well mixed 64-bit hashes (splitmix64) of uint64 keys."""
-    x = key_N.astype(np.uint64) + np.uint64((seed + 1) * 0x9E3779B97F4A7C15 % 2**64)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))

@@ -1,4 +1,4 @@
-"""Packing histories into rows: bin packing by best fit decreasing.
+"""Cutting a long list of histories into blocks, and packing those of a block into rows: by best fit decreasing.
 
 Johnson (1973): best fit decreasing uses at most 11/9 of the fewest possible rows (plus a constant); on patient
 histories, where short ones fill what long ones leave, all rows but the last are full to within a few events.
@@ -9,6 +9,15 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 
 import numpy as np
+
+BLOCK_EVENTS = 4_000_000  # read together: 64 MB of times, codes and values
+
+
+def blocks(num_events_N: np.ndarray, most: int = BLOCK_EVENTS) -> list[np.ndarray]:
+    """Consecutive items in blocks of about `most` events, at least one item each: their places among the items."""
+    events_N = num_events_N.astype(np.int64)
+    block_N = (np.cumsum(events_N) - events_N) // most
+    return np.split(np.arange(len(events_N)), np.flatnonzero(np.diff(block_N)) + 1)
 
 
 def pack(lengths: np.ndarray, budget: int) -> list[np.ndarray]:

@@ -16,7 +16,6 @@ if __name__ == "__main__":
     ending.watch()  # the imports take seconds
 
 import contextlib
-import fcntl
 import functools
 import hashlib
 import json
@@ -61,7 +60,7 @@ from hymate.data.synthetic.course import SyntheticConfig
 from hymate.data.synthetic.source import SyntheticSource
 from hymate.ending import without_ctrl_c
 from hymate.errors import ConfigError, UserError
-from hymate.storage.paths import Location, UrlPath, locate, readable, remove_tree, require_folder, write_text
+from hymate.storage.paths import Location, UrlPath, locate, locked, readable, remove_tree, require_folder, write_text
 from hymate.storage.remote import StorageError
 from hymate.trees import build, parse_yaml, to_tree
 
@@ -135,7 +134,9 @@ def prepare(config: PrepareConfig) -> None:
     if _is_complete(out, fingerprint):
         console.print(f"{out} is already prepared from this source: nothing to do")
         return
-    with _locked(out), _bar(console) as bar:
+    # two preparations at a URL, which has no locks, do each other's work again
+    taken = f"{out}: another preparation is writing there: wait for it, or change out=DIR"
+    with locked(out / FOLDER / WORK / "lock", taken), _bar(console) as bar:
         started = time.monotonic()
         journal = Journal(out / FOLDER / WORK / "journal.jsonl", fingerprint)
         try:
@@ -379,21 +380,6 @@ def _is_complete(out: Location, fingerprint: str) -> bool:
     if out.exists() and not (out / FOLDER / WORK).is_dir() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: not empty: out=DIR must be a new or empty folder, or one to continue")
     return False
-
-
-@contextlib.contextmanager
-def _locked(out: Location) -> Iterator[None]:
-    work = out / FOLDER / WORK
-    if isinstance(work, UrlPath):  # no locks there: two at once do each other's work again
-        yield
-        return
-    work.mkdir(parents=True, exist_ok=True)
-    with (work / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(f"{out}: another preparation is writing there: wait for it, or change out=DIR") from error
-        yield
 
 
 def _remove(out: Location) -> None:

@@ -13,7 +13,8 @@ import hashlib
 import numpy as np
 import pyarrow as pa
 
-from hymate.data.meds import Events, hash64
+from hymate.data.meds import Events
+from hymate.hashing import seeded_hash
 
 SAMPLE_SIZE = 2048
 NUM_KNOTS = 33
@@ -101,7 +102,7 @@ class CodeStatistics:
         for counts_C, codes in zip(self._counts, (code_R, pair_R[first] % num_codes, code_R[has_value]), strict=True):
             counts_C += np.bincount(codes, minlength=num_codes)
         seed = int.from_bytes(hashlib.blake2b(shard.encode(), digest_size=7).digest(), "big")
-        self._samples.add(code_R[has_value], hash64(row_R, seed) & _HASH_MASK, value_R[has_value], num_codes)
+        self._samples.add(code_R[has_value], seeded_hash(row_R, seed) & _HASH_MASK, value_R[has_value], num_codes)
 
     def merge(self, other: pa.Table) -> None:
         """Add what `table` gave elsewhere."""

@@ -27,6 +27,7 @@ from hymate.data.examples import NO_TIME, Examples
 from hymate.data.histories import Histories
 from hymate.data.loader import ages
 from hymate.data.meds import US_PER_HOUR
+from hymate.data.packing import blocks
 from hymate.errors import ConfigError, UserError
 
 BLOCK_EVENTS = 500_000
@@ -272,8 +273,7 @@ def _blocks(histories: Histories, examples: Examples, windows_hours: Sequence[fl
     """The examples with their events up to and including the prediction time, about BLOCK_EVENTS at once."""
     assert (examples.prediction_time_E != NO_TIME).all(), "features need prediction times"
     end_us_W = np.round(np.array(windows_hours) * US_PER_HOUR).astype(np.int64)
-    block_E = np.cumsum(examples.stop_E) // BLOCK_EVENTS
-    for example_B in np.split(np.arange(len(examples)), np.flatnonzero(np.diff(block_E)) + 1):
+    for example_B in blocks(examples.stop_E, BLOCK_EVENTS):
         read = histories.read(examples.position_E[example_B])
         stop_B, time_B = examples.stop_E[example_B], examples.prediction_time_E[example_B]
         cut = list(zip(read, stop_B.tolist(), strict=True))

@@ -27,7 +27,8 @@ from torch import Tensor
 from hymate.config import DataConfig, ModelConfig
 from hymate.data.known import KnownConfig
 from hymate.data.vocabulary import Vocabulary
-from hymate.errors import UserError
+from hymate.errors import UserError, first_line
+from hymate.hashing import sha256_of
 from hymate.storage.paths import Location, UrlPath, local_copy, new_folder
 from hymate.trees import build, dump_yaml, parse_yaml
 
@@ -105,7 +106,7 @@ def write_bundle(
             "tasks": list(tasks),
             "in_days": list(in_days),
             "extra": extra or {},
-            "sha256": {name: _sha256(new / name) for name in CHECKED},
+            "sha256": {name: sha256_of(new / name) for name in CHECKED},
         }
         (new / CONFIG).write_text(dump_yaml(tree))
         (new / CARD).write_text(f"# HyMaTE {kind} model\n\n{card.strip()}\n")
@@ -136,7 +137,7 @@ def read_bundle(path: Location, kind: Kind | None = None) -> Bundle:
         if len(set(tasks)) < len(tasks) or not set(in_days) <= set(tasks):
             raise ValueError("tasks are named twice, or in_days names others")
     except (UserError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
-        raise UserError(f"{folder / CONFIG} is not usable: {_first_line(error)}") from error
+        raise UserError(f"{folder / CONFIG} is not usable: {first_line(error)}") from error
     state = read_weights(folder / WEIGHTS)
     vocabulary = Vocabulary.read(folder / VOCABULARY)
     extra = tree["extra"]
@@ -160,7 +161,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     try:
         state = load_file(path)
     except (SafetensorError, OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
-        raise UserError(f"{path} is damaged ({_first_line(error)}): copy it again") from error
+        raise UserError(f"{path} is damaged ({first_line(error)}): copy it again") from error
     for tensor in state.values():
         if tensor.dtype != torch.float32 or not tensor.isfinite().all():
             raise UserError(f"{path} is damaged (weights that are not finite float32 numbers): copy it again")
@@ -184,7 +185,7 @@ def build_model(bundle: Bundle) -> RiskModel:
         if differing:
             raise ValueError(f"{len(differing)} names or shapes differ, {differing[0][0]} for one")
     except (RuntimeError, ValueError, ArithmeticError, KeyError, TypeError) as error:
-        detail = _first_line(error)
+        detail = first_line(error)
         raise UserError(f"the bundle's weights do not fit its own config.yaml: {detail}") from error
     model = RiskModel(*settings)
     model.load_state_dict(bundle.state)
@@ -208,7 +209,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
             raise ValueError(f"larger than {MAX_CONFIG_BYTES} bytes")
         tree = parse_yaml(path.read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not a readable bundle configuration ({_first_line(error)})") from error
+        raise UserError(f"{path} is not a readable bundle configuration ({first_line(error)})") from error
     version = tree.get("format_version") if isinstance(tree, dict) else None
     if type(version) is not int or version < 1:
         raise UserError(f"{folder} is not a bundle: {CONFIG} names no format_version (a run writes one at its end)")
@@ -232,15 +233,5 @@ def _read_config(folder: Path) -> dict[str, Any]:
 def _check_file(folder: Path, name: str, sha256: dict[str, Any]) -> None:
     if not (folder / name).is_file():
         raise UserError(f"{folder / name} is missing: copy the whole bundle again")
-    if _sha256(folder / name) != sha256.get(name):
+    if sha256_of(folder / name) != sha256.get(name):
         raise UserError(f"{folder / name} is damaged (its checksum differs from {CONFIG}): copy the bundle again")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _first_line(error: Exception) -> str:
-    text = " ".join(str(error).split())[:300] or type(error).__name__
-    return "".join(character if character.isprintable() else "?" for character in text)

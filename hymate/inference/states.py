@@ -13,7 +13,7 @@ replaced. Prediction times before a state are computed from the start and leave 
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
 import hashlib
 import json
 from collections import Counter
@@ -28,7 +28,7 @@ from hymate.errors import UserError
 from hymate.inference.bundle import write_weights
 from hymate.inference.streaming import PatientState, PooledState
 from hymate.model.pooling import VariableSums
-from hymate.storage.paths import Location, UrlPath, atomic_path, local_copy, write_text
+from hymate.storage.paths import Location, atomic_path, local_copy, locked, write_text
 
 FORMAT_VERSION = 1  # another one where the same bundle would leave other states
 MARKER, HEADER = "states.json", "hymate"
@@ -70,6 +70,7 @@ class StateFolder:
     def __init__(self, path: Location, bundle: str) -> None:
         assert bundle, "states belong to a bundle that was read from its folder"
         self.path, self.counts = path, Counter[str]()
+        self._lock = contextlib.ExitStack()
         self._owner = {"format_version": FORMAT_VERSION, "bundle": bundle}
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         marker = path / MARKER
@@ -81,19 +82,12 @@ class StateFolder:
             raise UserError(f"{path} holds the states of another bundle or version: give states=DIR another folder")
 
     def __enter__(self) -> StateFolder:
-        if isinstance(self.path, UrlPath):
-            return self
-        self._lock = (self.path / MARKER).open()
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self._lock.close()
-            raise UserError(f"{self.path} is in use by another program: run again when it has ended") from error
+        taken = f"{self.path} is in use by another program: run again when it has ended"
+        self._lock.enter_context(locked(self.path / MARKER, taken))
         return self
 
     def __exit__(self, *_: object) -> None:
-        if not isinstance(self.path, UrlPath):
-            self._lock.close()
+        self._lock.close()
 
     def load(self, subject_id: int, events_L: np.ndarray, device: torch.device | str = "cpu") -> PatientState | None:
         """A subject's state on `device`; None where there is none that goes with `events_L`, its history by now."""

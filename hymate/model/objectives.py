@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hymate.config import ObjectiveConfig
+from hymate.hashing import SPLITMIX_STEP, shifted_right, splitmix64
 from hymate.model.batch import FIRST_CODE_ID, HOURS_PER_YEAR, MASK_ID, Ahead, Asked, Batch
 
 # What a random number is for: so that no two uses share numbers.
@@ -64,18 +65,12 @@ def hide_events(batch: Batch, objective: ObjectiveConfig) -> Hidden:
 
 
 def _uniform(seed: Tensor, place: Tensor, use: int) -> Tensor:
-    """Numbers in [0, 1), float64: each is the (place, use)-th output of SplitMix64 (Steele, Lea and Flood 2014) that
-    starts at its seed. Counted, not drawn in turn: the same wherever a segment stands, and on every device.
+    """Numbers in [0, 1), float64: each is the (place, use)-th output of a SplitMix64 that starts at its seed.
+
+    Counted, not drawn in turn: the same wherever a segment stands, and on every device.
     """
-    x = seed + (place * NUM_USES + use + 1) * -0x61C8864680B583EB
-    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
-        x = (x ^ _shifted(x, shift)) * factor
-    return _shifted(x ^ _shifted(x, 31), 11).double() / 2**53
-
-
-def _shifted(x: Tensor, by: int) -> Tensor:
-    """int64 as unsigned, shifted right."""
-    return (x >> by) & ((1 << (64 - by)) - 1)
+    state = seed + (place * NUM_USES + use + 1) * SPLITMIX_STEP
+    return shifted_right(splitmix64(state), 11).double() / 2**53
 
 
 @dataclass

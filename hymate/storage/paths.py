@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import fnmatch
 import os
 import shutil
@@ -265,6 +266,24 @@ def _require_writable(place: Location, probe: Location, key: str) -> None:
         for folder in reversed(made):
             with contextlib.suppress(OSError):  # another command uses it by now
                 folder.rmdir()
+
+
+@contextlib.contextmanager
+def locked(file: Location, refusal: str) -> Iterator[None]:
+    """Hold the lock of a file, made where it is missing. Raises UserError(`refusal`) where another process holds it.
+
+    A URL has no locks: there nothing is held.
+    """
+    if isinstance(file, UrlPath):
+        yield
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(refusal) from error
+        yield
 
 
 def write_text(text: str, path: Location) -> None:

@@ -13,7 +13,6 @@ of how ZeRO had cut it, and nothing is pickled.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -30,6 +29,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from hymate.errors import UserError
+from hymate.hashing import sha256_of
 from hymate.inference.bundle import read_weights, write_weights
 from hymate.storage.paths import Location, local_copy
 
@@ -57,7 +57,7 @@ def save(engine: Any, folder: Path, state: dict[str, Any]) -> None:
         temporary = folder / f".{STATE}"
         temporary.write_text(json.dumps({**state, "world_size": world_size}, indent=1))
         os.replace(temporary, folder / STATE)
-    sums = {file.name: _sha256(file) for file in sorted(folder.iterdir())}
+    sums = {file.name: sha256_of(file) for file in sorted(folder.iterdir())}
     (folder / sums_name(rank, world_size)).write_text(_sums_text(sums))
 
 
@@ -98,7 +98,7 @@ def first_whole(kept: Iterable[tuple[Location, Mapping[str, Any]]]) -> Whole | N
 
 def _check(checkpoint: str, file: Path, sha256: str) -> None:
     try:
-        found = _sha256(file)
+        found = sha256_of(file)
     except OSError as error:
         raise Damaged(f"{checkpoint} is damaged: {file.name} is missing or cannot be read") from error
     if found != sha256:
@@ -128,11 +128,6 @@ def _read_sums(folder: Location) -> dict[str, str]:
 
 def _sums_text(sums: dict[str, str]) -> str:
     return "".join(f"{sha256}  {name}\n" for name, sha256 in sums.items())
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_state(folder: Path) -> dict[str, Any]:

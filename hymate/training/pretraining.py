@@ -123,7 +123,7 @@ def check(config: PretrainConfig) -> Histories:
     """Everything that can be known before a worker starts; UserError in one line. Returns the opened dataset."""
     histories = Histories.open(config.data.path)
     for split in (TRAIN_SPLIT, TUNING_SPLIT):
-        if not len(histories.rows_of(split)):
+        if not len(histories.positions(split)):
             raise histories.without_subjects(split)
     return histories
 
@@ -213,7 +213,7 @@ def _export(config: PretrainConfig, kept: Kept, histories: Histories, folder: Lo
 
 def _card(config: PretrainConfig, metrics: Mapping[str, float], histories: Histories) -> str:
     rows = "\n".join(f"| {name} | {value:.4g} |" for name, value in sorted(metrics.items()))
-    splits = {split: len(histories.rows_of(split)) for split in (TRAIN_SPLIT, TUNING_SPLIT)}
+    splits = {split: len(histories.positions(split)) for split in (TRAIN_SPLIT, TUNING_SPLIT)}
     return f"""\
 A hybrid Mamba + Transformer encoder of patient histories, pretrained without labels. Fine-tune it before use
 (`python finetune/tune.py init=THIS_FOLDER ...`): it predicts no outcome by itself.

@@ -109,12 +109,12 @@ def measure(folder: Path, num_events: int, repeats: int) -> None:
     """All that is timed, as tables."""
     bundle, histories = read_bundle(folder / "bundle"), Histories.open(folder / "data")
     model = StreamingModel(build_model(bundle), bundle.vocabulary, histories.codes)
-    (small,) = histories.read(histories.rows_of("train"))
+    (small,) = histories.read(histories.positions("train"))
     model.append(None, model.events(small)[:2])  # compiles the operators
     loaded = resident_mib("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
 
-    (history,) = histories.read(histories.rows_of("held_out"))
+    (history,) = histories.read(histories.positions("held_out"))
     events_L = model.events(history)
     states: dict[int, PatientState] = {}
     print("| events read | s | events/s of the last part | peak MiB above the model |\n| --- | --- | --- | --- |")
@@ -144,7 +144,7 @@ def measure(folder: Path, num_events: int, repeats: int) -> None:
         write = [milliseconds(lambda: kept.save(2, states[num_events], events_L)) for _ in range(3)]
         check = [milliseconds(lambda: kept.load(2, events_L)) for _ in range(3)]
         assert kept.counts == {"known": 3}
-    read = milliseconds(lambda: model.events(Histories.open(folder / "data").read(histories.rows_of("held_out"))[0]))
+    read = milliseconds(lambda: model.events(Histories.open(folder / "data").read(histories.positions("held_out"))[0]))
     print(
         f"\nstates=DIR after {num_events:,} events: reading the history {read:.0f} ms, checking the state against it "
         f"{min(check):.0f} ms, writing the state {min(write):.0f} ms"

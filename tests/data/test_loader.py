@@ -177,7 +177,7 @@ def test_statistics_need_no_values(
 
     monkeypatch.setattr(Histories, "read", refuse)
     rows = make_rows(histories, vocabulary)
-    lengths = histories.index["num_events"][histories.rows_of("train")]
+    lengths = histories.index["num_events"][histories.positions("train")]
     assert rows.num_events == np.minimum(lengths, CONTEXT).sum()
     assert rows.packing_efficiency == rows.num_events / (rows.rows_per_epoch * BUDGET) > 0.8
 

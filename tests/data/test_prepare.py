@@ -47,7 +47,7 @@ def test_everything_of_the_output_folder(tmp_path: Path) -> None:
     assert [h.birth_time for h in histories.read([0, 1])] == [None, BIRTH]  # shards go by name: held_out first
     assert histories.index["subject_id"].tolist() == [5, 1, 2, 3, 4]
     assert histories.index["num_events"].tolist() == [2, 3, 1, 1, 1]
-    assert [histories.index["subject_id"][p] for p in histories.rows_of("train")] == [1, 2, 3]
+    assert [histories.index["subject_id"][p] for p in histories.positions("train")] == [1, 2, 3]
     vocabulary = pq.read_table(out / "histories" / "vocabulary.parquet")
     assert set(vocabulary["code"].to_pylist()) == {row[2] for rows in ROWS.values() for row in rows}
     counts = dict(zip(vocabulary["code"].to_pylist(), vocabulary["count"].to_pylist(), strict=True))

@@ -17,7 +17,7 @@ PACKAGE = Path(hymate.__file__).parent
 # From the ground up. The rooms of a floor are in order, too: a later one may use an earlier one. Inside a folder files
 # may use each other, but not in circles.
 FLOORS = (
-    ("errors", "machine", "ending"),
+    ("errors", "hashing", "machine", "ending"),
     ("places", "config", "trees"),
     ("ops",),
     ("model",),

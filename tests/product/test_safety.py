@@ -178,7 +178,7 @@ def test_a_pickle_in_prepared_data_is_not_unpickled(data: Path, trace: Path, fil
     (data / "histories" / file).write_bytes(pickles(trace)[name])
     with refused(r"damaged"):
         histories = Histories.open(data)
-        histories.read(histories.rows_of("train"))
+        histories.read(histories.positions("train"))
     if file == "vocabulary.parquet":
         with refused("not a vocabulary"):
             Vocabulary.read(data / "histories" / file)
@@ -363,7 +363,7 @@ def test_absurd_sizes_of_tables_are_refused(small_data: Path, tmp_path: Path, ro
     for name in ("index", "vocabulary", "train/0"):
         with refused("damaged"):
             histories = Histories.open(damaged(f"histories/{name}.parquet"))
-            histories.read(histories.rows_of("train"))
+            histories.read(histories.positions("train"))
     with refused("not a vocabulary"):
         Vocabulary.read(damaged("histories/vocabulary.parquet") / "histories" / "vocabulary.parquet")
     with refused("not a readable Parquet file"):

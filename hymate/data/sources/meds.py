@@ -27,7 +27,6 @@ from hymate.data.meds import (
     aligned_events,
     check_events,
     codes_table,
-    hash64,
     iter_events,
     open_parquet,
     read_batches,
@@ -36,6 +35,7 @@ from hymate.data.meds import (
     unreadable,
     write_metadata,
 )
+from hymate.hashing import seeded_hash
 from hymate.storage.paths import Location, atomic_path, files_below, local_copy, present
 
 READABLE_VERSIONS = ("0.3", "0.4")  # 0.3.3, which meds_etl writes, has the same files and columns as 0.4
@@ -120,7 +120,7 @@ class MedsSource:
             self._check_all_split(subject_id_N, splits["subject_id"].to_numpy())
         else:
             print(f"{self.raw} has no {meds.subject_splits_filepath}: its subjects are split at random", flush=True)
-            split_N = self.splits.assign(hash64(subject_id_N.view(np.uint64), self.seed) / 2.0**64)
+            split_N = self.splits.assign(seeded_hash(subject_id_N.view(np.uint64), self.seed) / 2.0**64)
             splits = pa.table({"subject_id": subject_id_N, "split": split_N})
         codes_path = self.raw / meds.code_metadata_filepath
         codes = read_small(codes_path, meds.CodeMetadataSchema) if present(codes_path) else codes_table({})

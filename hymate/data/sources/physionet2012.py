@@ -34,10 +34,10 @@ from hymate.data.meds import (
     DataError,
     SplitsConfig,
     codes_table,
-    hash64,
     write_metadata,
     write_parquet,
 )
+from hymate.hashing import seeded_hash
 from hymate.storage.paths import Location, files_below, local_copy
 
 ORIGIN = datetime.datetime(2012, 1, 1)  # admission time of every stay; only differences mean anything
@@ -303,7 +303,7 @@ class PhysioNet2012Source:
     @functools.cached_property
     def _split_N(self) -> np.ndarray:
         split_N = np.empty(len(self._stays.record_N), dtype=object)
-        hash_N = hash64(self._stays.record_N, self.seed)
+        hash_N = seeded_hash(self._stays.record_N, self.seed)
         for outcome in (False, True):
             rows = np.flatnonzero(self._stays.death_N == outcome)
             shuffled = rows[np.argsort(hash_N[rows])]
