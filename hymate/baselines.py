@@ -127,8 +127,7 @@ def _scored(
         "num_features": len(spec.columns),
         "seconds": {"features": computed - started, "fit": fitted - computed},
         "importance": _importances(model, table["tuning"], config.seed),
-        "labels": label_set.counts,
-        "label_details": label_set.details,
+        **label_set.summary(),
     }
     if (best := ceiling(root, config.task.name, scored)) is not None:
         found["ceiling"] = best

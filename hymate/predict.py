@@ -37,7 +37,7 @@ from hymate.config import Place, TaskConfig
 from hymate.data.examples import Examples, labelled_examples
 from hymate.data.histories import Histories, read_metadata
 from hymate.data.known import KnownConfig, differing
-from hymate.data.meds import read_labels
+from hymate.data.label_files import read_labels
 from hymate.data.prepare import PrepareConfig, prepare
 from hymate.data.tasks import labels
 from hymate.device import Wanted, choose

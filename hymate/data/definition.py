@@ -88,6 +88,14 @@ def parse(task: TaskConfig) -> Any:
         raise ConfigError(f"task.definition is not an ACES task: {_fault(error)}") from error
     if config.label_window is None or config.index_timestamp_window is None:
         raise ConfigError("task.definition needs a window with a label and one with an index_timestamp")
+    for setting, name, others in (
+        (f"task.competing={task.competing}", task.competing, ["null"]),
+        *((f"task.kinds.{kind}", kind, []) for kind in sorted(task.kinds)),
+        (f"task.start={task.start}", task.start, ["null", "trigger"]),
+    ):
+        if name not in (None, *others, *predicates):
+            choices = ", ".join([*others, *predicates])
+            raise ConfigError(f"{setting} is no predicate of task.definition: choose one of {choices}")
     return config
 
 

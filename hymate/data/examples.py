@@ -99,7 +99,7 @@ def labelled_examples(histories: Histories, labels: pa.Table, split: str, requir
     """A task's labels of `split`'s subjects, each with the events at or before its prediction time.
 
     labels: MEDS labels (subject_id, prediction_time and, where known, boolean_value and the days as float_value) and,
-        where known, `start` and `weight` (see `hymate.data.extras`).
+        where known, `start` and `weight` (see `hymate.data.label_files`).
     Dropped and counted: labels whose subject is not in the dataset (`unknown_subject`), and labels without any
     event up to the prediction time (`without_events`, and those of them that are positive). Sorted by position and
     time, whatever the labels' order. Raises UserError when no label is left, unless they are not `required`.

@@ -1,4 +1,4 @@
-"""MEDS 0.4 (Medical Event Data Standard): reading, checking and writing shards, splits and labels.
+"""MEDS 0.4 (Medical Event Data Standard): reading, checking and writing shards and splits.
 
 A shard holds whole subjects, each contiguous and sorted by time; events without a time are static. Readers here
 stream: what they hold does not grow with a shard.
@@ -6,7 +6,6 @@ stream: what they hold does not grow with a shard.
 
 from __future__ import annotations
 
-import functools
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,10 +21,9 @@ import pyarrow.parquet as pq
 from flexible_schema.exceptions import SchemaValidationError, TableValidationError  # type: ignore[import-untyped]
 
 from hymate.errors import ConfigError, UserError
-from hymate.storage.paths import Location, UrlPath, atomic_path, files_below, readable, write_text
+from hymate.storage.paths import Location, UrlPath, atomic_path, readable, write_text
 
 DATA_SCHEMA: pa.Schema = meds.DataSchema.schema().remove(4)  # text_value is never used
-LABEL_SCHEMA: pa.Schema = meds.LabelSchema.schema()
 MEDS_VERSION = "0.4"
 SPLITS = (meds.train_split, meds.tuning_split, meds.held_out_split)
 RENAME_SPLITS = (
@@ -225,6 +223,14 @@ def read_parquet(path: Location, columns: Sequence[str] | None = None) -> pa.Tab
     return table
 
 
+def read_whole(path: Location) -> pa.Table:
+    """A whole Parquet file that a user handed in; raises DataError where it cannot be read."""
+    try:
+        return read_parquet(path)
+    except UNREADABLE as error:
+        raise unreadable(path) from error
+
+
 def read_batches(path: Location, columns: Sequence[str], named: Location) -> Iterator[pa.RecordBatch]:
     """Columns of a shard, as far as it has them, in batches of ROWS; raises DataError that names the file `named`."""
     try:
@@ -289,80 +295,17 @@ def read_splits(root: Location) -> pa.Table:
     return table
 
 
-def read_labels(folder: Location) -> pa.Table:
-    """All MEDS labels under a folder: subject_id, prediction_time and the value columns that hold anything.
-
-    Columns that are null throughout, which label extractors write, are dropped. Raises DataError where there are
-    no labels or they are malformed.
-    """
-    files = files_below(folder, ".parquet")
-    if not files:
-        raise DataError(f"{folder}: no label files (*.parquet): give a folder of MEDS labels")
-    return without_null_columns(pa.concat_tables([read_label_file(path) for path in files.values()]))
-
-
-def without_null_columns(labels: pa.Table) -> pa.Table:
-    """Labels without the value columns that hold nothing."""
-
-    def is_null(name: str) -> bool:
-        return labels[name].null_count == labels.num_rows and (labels.num_rows > 0 or name != "boolean_value")
-
-    return labels.drop_columns([name for name in labels.column_names[2:] if is_null(name)])
-
-
-def read_label_file(path: Location) -> pa.Table:
-    """One file of labels, in the standard's columns and types; raises DataError where it is malformed."""
-    try:
-        table = read_parquet(path)
-    except UNREADABLE as error:
-        raise unreadable(path) from error
-    labels = aligned_labels(table, path)
-    time = table["prediction_time"].type
-    if pa.types.is_timestamp(time) and time.tz is not None:
-        _note_utc()
-    return labels
-
-
-def aligned_labels(table: pa.Table, path: Named) -> pa.Table:
-    """A table of labels in the standard's columns and types; raises DataError where it is malformed."""
-    check_columns(path, table.schema, LABEL_KINDS, LABEL_SCHEMA, "MEDS labels have")
-    columns = []
-    for spec in LABEL_SCHEMA:
-        required = spec.name in LABEL_SCHEMA.names[:2]
-        if spec.name not in table.column_names:
-            if required:
-                raise DataError(f"{path}: column {spec.name} is missing: MEDS labels need it")
-            columns.append(pa.nulls(table.num_rows, spec.type))
-            continue
-        columns.append(cast_column(table[spec.name].combine_chunks(), spec, path))
-        nulls = table[spec.name].null_count
-        if (required and nulls) or (spec.name == "boolean_value" and 0 < nulls < table.num_rows):
-            raise DataError(f"{path}: column {spec.name} has nulls: drop those rows")
-    labels = pa.table(columns, schema=LABEL_SCHEMA)
-    times = pc.min_max(labels["prediction_time"].cast(pa.int64())).as_py()
-    if labels.num_rows and not FIRST_TIME <= times["min"] <= times["max"] < LAST_TIME:
-        raise DataError(f"{path}: a prediction_time is outside the years 1 to 9999: mend it or drop its row")
-    return labels
-
-
-@functools.cache  # one line for all files
-def _note_utc() -> None:
-    print("Note: the labels' times are in UTC, and are taken as they stand: the data's must be in UTC, too", flush=True)
-
-
 def read_small(path: Location, schema: Any) -> pa.Table:
     """A small MEDS file as its schema wants it; raises DataError where it is missing or malformed."""
     if not path.is_file():
         raise DataError(f"{path}: missing: a MEDS dataset has it")
     try:
-        table = read_parquet(path)
+        table = read_whole(path)
         check_columns(path, table.schema, TABLE_KINDS, schema.schema(), f"MEDS {MEDS_VERSION} has")
         return schema.align(table)
     except (SchemaValidationError, TableValidationError) as error:
         fault = str(error).encode("unicode_escape").decode()  # it quotes columns' names
         raise DataError(f"{path}: {fault[:300]}: write it as MEDS {MEDS_VERSION} has it") from error
-    except UNREADABLE as error:
-        raise unreadable(path) from error
 
 
 # ------------------------------------------------------------------------------------------------------ columns
@@ -438,27 +381,19 @@ def is_time(kind: pa.DataType) -> bool:
     return pa.types.is_timestamp(kind) and kind.tz in (None, *UTC)
 
 
-def _is_text(kind: pa.DataType) -> bool:
+def is_text(kind: pa.DataType) -> bool:
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
 
 
-def _is_number(kind: pa.DataType) -> bool:
+def is_number(kind: pa.DataType) -> bool:
     return pa.types.is_floating(kind) or pa.types.is_integer(kind) or pa.types.is_null(kind)
 
 
 DATA_KINDS = {
     "subject_id": pa.types.is_integer,
     "time": is_time,
-    "code": _is_text,
-    "numeric_value": _is_number,
+    "code": is_text,
+    "numeric_value": is_number,
 }
-TABLE_KINDS = {"subject_id": pa.types.is_integer, "split": _is_text, "code": _is_text}  # of splits and code metadata
-LABEL_KINDS = {
-    "subject_id": pa.types.is_integer,
-    "prediction_time": lambda kind: is_time(kind) or pa.types.is_date(kind),
-    "boolean_value": lambda kind: pa.types.is_boolean(kind) or pa.types.is_null(kind),
-    "integer_value": _is_number,
-    "float_value": _is_number,
-    "categorical_value": lambda kind: _is_text(kind) or pa.types.is_null(kind),
-}
+TABLE_KINDS = {"subject_id": pa.types.is_integer, "split": is_text, "code": is_text}  # of splits and code metadata

@@ -11,14 +11,13 @@ import pyarrow as pa
 
 from hymate.data.histories import Histories
 from hymate.data.known import KnownConfig
+from hymate.data.label_files import LABEL_SCHEMA, aligned_labels
 from hymate.data.meds import (
     DATA_SCHEMA,
-    LABEL_SCHEMA,
     UTC,
     DataError,
     Events,
     aligned_events,
-    aligned_labels,
     check_events,
     decode,
 )

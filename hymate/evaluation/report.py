@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from hymate.data.tasks import unmatched
+from hymate.data.extraction import Details
 from hymate.evaluation import tables
 from hymate.evaluation.decisions import ENOUGH_POSITIVES, ENOUGH_SUBJECTS, FEWEST_SUBJECTS
 from hymate.evaluation.metrics import AREAS
@@ -127,7 +127,8 @@ def _details(found: Mapping[str, Any]) -> list[str]:
                 if k in part["labels"]
             ]
             parts += [f"How the labels{of_task} came about, in all splits:", markdown(rows)]
-            parts += _label_details(part.get("label_details", {}))
+            if part.get("label_details"):
+                parts += _label_details(Details(**part["label_details"]))
     if found.get("known"):
         moved = "\n".join(f"- {sentence}" for sentence in found["known"])
         parts += [f"Some events became known later than their stamp. Histories hold them at that time:\n\n{moved}"]
@@ -167,18 +168,17 @@ def _criterion(found: Mapping[str, Any]) -> str:
     return f"{metric}, averaged over the tasks" if len(parts) > 1 else metric
 
 
-def _label_details(details: Mapping[str, Mapping[str, int]]) -> list[str]:
+def _label_details(details: Details) -> list[str]:
     """Sentences on what the definition's windows and predicates found."""
     sentences = []
-    if any(details.get("excluded", {}).values()):
-        sentences.append(f"Excluded by window: {_counted(details['excluded'])}.")
-    if kinds := details.get("kinds"):
-        sentences.append(f"First events in the label window by kind, also where left out: {_counted(kinds)}.")
-    if matches := details.get("predicates"):
-        sentences.append(f"Events that each predicate matches: {_counted(matches)}.")
-        if without := {name: why for name, why in unmatched(matches).items() if name not in details.get("kinds", {})}:
-            named = ", ".join(f"{name} ({why})" if why else name for name, why in without.items())
-            sentences.append(f"**No event matches {named}: check the codes.**")
+    if any(details.excluded.values()):
+        sentences.append(f"Excluded by window: {_counted(details.excluded)}.")
+    if details.kinds:
+        sentences.append(f"First events in the label window by kind, also where left out: {_counted(details.kinds)}.")
+    sentences.append(f"Events that each predicate matches: {_counted(details.predicates)}.")
+    if without := {name: why for name, why in details.unmatched().items() if name not in details.kinds}:
+        named = ", ".join(f"{name} ({why})" if why else name for name, why in without.items())
+        sentences.append(f"**No event matches {named}: check the codes.**")
     return sentences
 
 

@@ -64,8 +64,7 @@ def of_task(
     if (weight_E != 1).any():
         found["weights"] = {"lowest": float(weight_E.min()), "highest": float(weight_E.max())}
     return found | {
-        "labels": label_set.counts,
-        "label_details": label_set.details,
+        **label_set.summary(),
         "competing_rule": task.competing_rule,
         "censoring_rule": task.censoring_rule,
         "splits": {split: _sizes(part) for split, part in examples.items()},

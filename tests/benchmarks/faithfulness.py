@@ -22,7 +22,7 @@ import numpy as np
 from hymate import explain
 from hymate.data.examples import labelled_examples
 from hymate.data.histories import Histories
-from hymate.data.meds import read_labels
+from hymate.data.label_files import read_labels
 from hymate.data.synthetic.codes import DISTRACTORS
 from hymate.data.synthetic.law import COPD, CREATININE, HAEMOGLOBIN, HEART_FAILURE
 from hymate.device import choose

@@ -30,7 +30,8 @@ import torch
 from hymate.config import DataConfig, ModelConfig
 from hymate.data.examples import labelled_examples
 from hymate.data.histories import Histories
-from hymate.data.meds import DATA_SCHEMA, LABEL_SCHEMA, write_metadata, write_parquet
+from hymate.data.label_files import LABEL_SCHEMA
+from hymate.data.meds import DATA_SCHEMA, write_metadata, write_parquet
 from hymate.data.prepare import PrepareConfig, prepare
 from hymate.data.vocabulary import Vocabulary
 from hymate.device import CPU

@@ -28,7 +28,8 @@ from hymate.baselines import BaselinesConfig, run
 from hymate.command import CONFIGS, load
 from hymate.data.examples import Examples, labelled_examples
 from hymate.data.histories import Histories
-from hymate.data.meds import LABEL_SCHEMA, SPLITS, read_labels, read_splits, write_parquet
+from hymate.data.label_files import LABEL_SCHEMA, read_labels
+from hymate.data.meds import SPLITS, read_splits, write_parquet
 from hymate.data.prepare import PrepareConfig, prepare
 from hymate.data.synthetic import law as law
 from hymate.data.synthetic.codes import DISTRACTORS

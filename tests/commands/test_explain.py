@@ -22,7 +22,7 @@ from hymate.command import load
 from hymate.config import ModelConfig
 from hymate.data.examples import Examples, labelled_examples
 from hymate.data.histories import Histories
-from hymate.data.meds import read_labels
+from hymate.data.label_files import read_labels
 from hymate.data.prepare import PrepareConfig, prepare
 from hymate.data.synthetic.codes import DISTRACTORS
 from hymate.data.synthetic.law import CREATININE, HAEMOGLOBIN, HEART_FAILURE

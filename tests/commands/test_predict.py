@@ -14,7 +14,8 @@ from small_cohort import SIZES, write_meds
 from small_models import SMALL, write_risk_bundle
 
 from hymate.command import load
-from hymate.data.meds import read_labels, write_parquet
+from hymate.data.label_files import read_labels
+from hymate.data.meds import write_parquet
 from hymate.data.vocabulary import Vocabulary
 from hymate.errors import UserError
 from hymate.inference.bundle import read_bundle, write_bundle

@@ -237,8 +237,8 @@ def test_every_predicate_s_events_are_counted(tmp_path: Path, capsys: pytest.Cap
     found = tasks.labels(tmp_path, config)
     assert found.counts["labels"] == 1
     counted = {"hospital_admission": 2, "hospital_discharge": 1, "died": 0, "high": 1, "at_b": 1, "female": 1}
-    assert {name: found.details["predicates"][name] for name in counted} == counted
-    assert set(tasks.unmatched(found.details["predicates"])) == {"died", "observation", "planned"}
+    assert {name: found.details.predicates[name] for name in counted} == counted
+    assert set(found.details.unmatched()) == {"died", "observation", "planned"}
     assert "no event matches died: check the codes" in capsys.readouterr().err  # kinds are told by their counts
 
 

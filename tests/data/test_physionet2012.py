@@ -19,7 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hymate.data.histories import Histories
-from hymate.data.meds import DataError, SplitsConfig, read_labels, read_splits
+from hymate.data.label_files import read_labels
+from hymate.data.meds import DataError, SplitsConfig, read_splits
 from hymate.data.prepare import PrepareConfig, prepare
 from hymate.data.sources import physionet2012
 from hymate.data.sources.physionet2012 import CODES, ORIGIN, PhysioNet2012Source

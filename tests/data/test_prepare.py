@@ -32,7 +32,8 @@ from raw_meds import (
 
 from hymate.data import prepare as module
 from hymate.data.histories import HISTORY_SCHEMA, Histories
-from hymate.data.meds import SplitsConfig, read_labels, read_splits
+from hymate.data.label_files import read_labels
+from hymate.data.meds import SplitsConfig, read_splits
 from hymate.data.prepare import prepare
 from hymate.errors import UserError
 
@@ -195,9 +196,8 @@ def test_labels_come_along_without_null_columns(tmp_path: Path) -> None:
     )
     write_table(pa.table({**labels, "weight": [1.0, 2.5]}), raw / "labels/died/train/0.extra.pq")
     prepare(config(raw, tmp_path / "out"))
-    table = read_labels(tmp_path / "out" / "labels" / "died")
-    extra = pq.read_table(tmp_path / "out" / "labels" / "died" / "train" / "0.extra.pq")
-    assert extra["weight"].to_pylist() == [1.0, 2.5]
+    assert read_labels(tmp_path / "out" / "labels" / "died")["weight"].to_pylist() == [1.0, 2.5]
+    table = pq.read_table(tmp_path / "out" / "labels" / "died" / "train" / "0.parquet")
     (raw / "labels/died/train/0.extra.pq").unlink()
     with pytest.raises(UserError, match="prepared from other data"):
         prepare(config(raw, tmp_path / "out"))

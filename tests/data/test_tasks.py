@@ -203,7 +203,7 @@ def test_kinds_of_admissions_are_counted_and_can_be_left_out(tmp_path: Path) -> 
 
     def values(*overrides: str) -> list[bool]:
         found = tasks.labels(tmp_path, task("readmission", *overrides))
-        assert found.details["kinds"] == {"observation": 2, "planned": 1}
+        assert found.details.kinds == {"observation": 2, "planned": 1}
         return found.table["boolean_value"].to_pylist()
 
     assert values() == [True, True, True, True, False]
@@ -354,6 +354,6 @@ def test_mimic_counts_equal_a_count_by_hand(shared_data: Path, tmp_path: Path) -
         "labels": 172,
         "subjects": 56,
     }
-    assert tasks.labels(tmp_path, task("readmission")).details["kinds"] == {"observation": 16, "planned": 3}
+    assert tasks.labels(tmp_path, task("readmission")).details.kinds == {"observation": 16, "planned": 3}
     assert by_hand["mortality"] == {"labels": 188, "positives": 10}
     assert by_hand["length_of_stay"] == {"labels": 188, "positives": 70}

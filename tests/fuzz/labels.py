@@ -14,8 +14,7 @@ import pyarrow.parquet as pq
 from fuzz.mutations import mutated_parquet
 from fuzz.reader import SUBJECT, VALUE, Files, Reader, files_of, float32s, frame_of, microseconds, require
 from hymate.config import TaskConfig
-from hymate.data.extras import SCHEMA as EXTRA_SCHEMA
-from hymate.data.meds import LABEL_SCHEMA, read_labels
+from hymate.data.label_files import EXTRA_SCHEMA, LABEL_SCHEMA, read_labels
 
 
 class Labels(Reader):

@@ -24,7 +24,8 @@ from small_models import risk_model, small_vocabulary, write_risk_bundle
 from hymate.command import load
 from hymate.config import RunConfig, TaskConfig
 from hymate.data.histories import Histories
-from hymate.data.meds import SplitsConfig, read_labels
+from hymate.data.label_files import read_labels
+from hymate.data.meds import SplitsConfig
 from hymate.data.sources import physionet2012
 from hymate.data.sources.meds import MedsSource
 from hymate.data.sources.physionet2012 import PhysioNet2012Source

@@ -9,8 +9,9 @@ import numpy as np
 import pyarrow as pa
 
 from hymate.data.histories import History
+from hymate.data.label_files import LABEL_SCHEMA
 from hymate.data.loader import US_PER_YEAR
-from hymate.data.meds import DATA_SCHEMA, LABEL_SCHEMA, US_PER_HOUR, write_parquet
+from hymate.data.meds import DATA_SCHEMA, US_PER_HOUR, write_parquet
 from hymate.data.prepare import PrepareConfig, prepare
 from hymate.storage.paths import write_text
 

@@ -24,7 +24,8 @@ from small_cohort import SIZES
 
 from hymate.command import load
 from hymate.data.histories import Histories
-from hymate.data.meds import read_labels, write_parquet
+from hymate.data.label_files import read_labels
+from hymate.data.meds import write_parquet
 from hymate.errors import ConfigError, UserError
 from hymate.evaluation import boosting, calibration
 from hymate.evaluation.features import FeatureConfig, choose, features

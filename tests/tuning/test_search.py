@@ -28,7 +28,7 @@ from hymate.command import load
 from hymate.config import DataConfig, ObjectiveConfig, TrainConfig
 from hymate.data.examples import labelled_examples
 from hymate.data.histories import Histories
-from hymate.data.meds import read_labels
+from hymate.data.label_files import read_labels
 from hymate.device import CPU
 from hymate.errors import ConfigError, UserError
 from hymate.evaluation.calibration import recalibrate

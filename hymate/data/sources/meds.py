@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from flexible_schema.exceptions import SchemaValidationError, TableValidationError  # type: ignore[import-untyped]
 
-from hymate.data.extras import SUFFIX, read_file, write_labels
+from hymate.data.label_files import SUFFIX, read_file, write_labels
 from hymate.data.meds import (
     DATA_SCHEMA,
     MEDS_VERSION,
