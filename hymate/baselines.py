@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hymate.command import main
-from hymate.config import Place, TaskConfig
+from hymate.config import DataPath, Place, TaskConfig
 from hymate.data.examples import Examples, labelled_examples, require_both_classes
 from hymate.data.histories import Histories
 from hymate.data.meds import SPLITS, write_parquet
@@ -42,13 +42,6 @@ from hymate.runs import RECORD, claimed
 from hymate.storage.paths import Location, locate, require_folder, write_text
 
 DETAILED_VARIABLES = 10
-
-
-@dataclass(frozen=True)
-class DataPath:
-    """path: a prepared dataset."""
-
-    path: Place
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,13 @@ def is_number(value: object) -> bool:
 
 
 @dataclass(frozen=True)
+class DataPath:
+    """path: folder or URL of a prepared dataset; `predict` and `explain` first prepare any other MEDS dataset."""
+
+    path: Place
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """A prepared dataset and how its histories are cut and packed.
 

@@ -34,7 +34,7 @@ from rich.console import Console
 from rich.progress import track
 
 from hymate.command import main
-from hymate.config import Place, TaskConfig
+from hymate.config import DataPath, Place, TaskConfig
 from hymate.data.examples import Examples
 from hymate.data.meds import US_PER_HOUR, write_parquet
 from hymate.device import Wanted, choose
@@ -44,7 +44,7 @@ from hymate.evaluation.attribution import SHARES, Attribution, Case, Explainer, 
 from hymate.evaluation.tables import markdown
 from hymate.inference.bundle import read_bundle
 from hymate.inference.scoring import predict
-from hymate.predict import DataPath, asked_of
+from hymate.predict import asked_of
 from hymate.storage.paths import Location, locate, require_folder, write_text
 
 T = TypeVar("T")

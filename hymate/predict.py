@@ -33,7 +33,7 @@ import numpy as np
 import pyarrow as pa
 
 from hymate.command import main
-from hymate.config import Place, TaskConfig
+from hymate.config import DataPath, Place, TaskConfig
 from hymate.data.examples import Examples, labelled_examples
 from hymate.data.histories import Histories, read_metadata
 from hymate.data.known import KnownConfig, differing
@@ -47,13 +47,6 @@ from hymate.inference.scoring import predict, predict_whole, write_predictions
 from hymate.inference.states import StateFolder
 from hymate.inference.streaming import check_streamable
 from hymate.storage.paths import Location, locate, require_file, require_folder
-
-
-@dataclass(frozen=True)
-class DataPath:
-    """path: a prepared dataset, or any MEDS folder (prepared in a temporary folder first)."""
-
-    path: Place
 
 
 @dataclass(frozen=True)

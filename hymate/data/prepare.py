@@ -19,15 +19,9 @@ import contextlib
 import functools
 import hashlib
 import json
-import multiprocessing
-import os
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 import meds
@@ -36,7 +30,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from hymate.command import CONFIGS, main
 from hymate.config import Place
@@ -58,14 +51,12 @@ from hymate.data.sources.physionet2012 import PhysioNet2012Source
 from hymate.data.statistics import CodeStatistics
 from hymate.data.synthetic.course import SyntheticConfig
 from hymate.data.synthetic.source import SyntheticSource
-from hymate.ending import without_ctrl_c
 from hymate.errors import ConfigError, UserError
 from hymate.storage.paths import Location, UrlPath, locate, locked, readable, remove_tree, require_folder, write_text
-from hymate.storage.remote import StorageError
 from hymate.trees import build, parse_yaml, to_tree
+from hymate.work import Journal, Stages, stages
 
 WORK = ".work"  # inside histories/: the journal and what later stages need
-JOURNAL_S = 10.0  # between two journals at a URL
 
 
 @functools.cache
@@ -136,44 +127,47 @@ def prepare(config: PrepareConfig) -> None:
         return
     # two preparations at a URL, which has no locks, do each other's work again
     taken = f"{out}: another preparation is writing there: wait for it, or change out=DIR"
-    with locked(out / FOLDER / WORK / "lock", taken), _bar(console) as bar:
+    other = f"{out}: holds an unfinished preparation of other data or settings: delete it, or change out"
+    with locked(out / FOLDER / WORK / "lock", taken):
         started = time.monotonic()
-        journal = Journal(out / FOLDER / WORK / "journal.jsonl", fingerprint)
+        journal = Journal(out / FOLDER / WORK / "journal.jsonl", fingerprint, other)
         try:
-            with journal, _Stages(journal, bar, shards, config.workers) as stages:
-                _run(source, out, rules, fingerprint, stages)
+            with stages(shards, journal, config.workers) as run:
+                _run(source, out, rules, fingerprint, run)
         except DataError:
             _remove(out)
             raise
     remove_tree(out / FOLDER / WORK)
-    metadata = read_metadata(out)
-    assert metadata is not None
-    if others := [split for split in metadata["splits"] if split not in SPLITS]:
-        names = ", ".join(map(repr, others))[:200]
-        console.print(
-            f"warning: no training or scoring uses the splits {names}: {RENAME_SPLITS}", markup=False, soft_wrap=True
-        )
-    if missing := read_splits(out).num_rows - sum(size["subjects"] for size in metadata["splits"].values()):
-        console.print(
-            f"warning: {missing:,} subjects of {meds.subject_splits_filepath} have no events: is a shard missing, or "
-            "is its name without .parquet?",
-            markup=False,
-            soft_wrap=True,
-        )
-    for split, size in metadata["splits"].items():
-        console.print(f"{split}: {size['subjects']:,} subjects, {size['events']:,} events")
-    for sentence in sentences(metadata["known"], metadata["known_events"]):
-        console.print(sentence, markup=False, soft_wrap=True)
+    _summarise(out, console)
     console.print(f"prepared {out} in {time.monotonic() - started:.0f} s")
 
 
-def _run(source: Source, out: Location, known: KnownConfig, fingerprint: str, stages: _Stages) -> None:
-    stages.each("write MEDS", functools.partial(source.write_shard, out=out))
-    stages.once("metadata", functools.partial(source.finish, out))
-    stages.each("count codes", functools.partial(count_shard, out=out, known=known))
-    stages.once("vocabulary", functools.partial(_write_vocabulary, out, stages.shards))
-    stages.each("write histories", functools.partial(encode_shard, out=out, known=known))
-    _write_index(out, stages.shards, source.name, known, fingerprint)
+def _run(source: Source, out: Location, known: KnownConfig, fingerprint: str, run: Stages) -> None:
+    run.each("write MEDS", functools.partial(source.write_shard, out=out))
+    run.once("metadata", functools.partial(source.finish, out))
+    run.each("count codes", functools.partial(count_shard, out=out, known=known))
+    run.once("vocabulary", functools.partial(_write_vocabulary, out, run.shards))
+    run.each("write histories", functools.partial(encode_shard, out=out, known=known))
+    _write_index(out, run.shards, source.name, known, fingerprint)
+
+
+def _summarise(out: Location, console: Console) -> None:
+    """Print what a prepared dataset holds, and what looks wrong with it."""
+    metadata = read_metadata(out)
+    assert metadata is not None
+    lines = []
+    if others := [split for split in metadata["splits"] if split not in SPLITS]:
+        names = ", ".join(map(repr, others))[:200]
+        lines.append(f"warning: no training or scoring uses the splits {names}: {RENAME_SPLITS}")
+    if missing := read_splits(out).num_rows - sum(size["subjects"] for size in metadata["splits"].values()):
+        lines.append(
+            f"warning: {missing:,} subjects of {meds.subject_splits_filepath} have no events: is a shard missing, or "
+            "is its name without .parquet?"
+        )
+    for split, size in metadata["splits"].items():
+        lines.append(f"{split}: {size['subjects']:,} subjects, {size['events']:,} events")
+    for line in lines + sentences(metadata["known"], metadata["known_events"]):
+        console.print(line, markup=False, soft_wrap=True)
 
 
 # ------------------------------------------------------------------------------------------------------- stages
@@ -252,120 +246,6 @@ def _write_index(out: Location, shards: Sequence[str], source: str, known: Known
     write_text(json.dumps(metadata, indent=1) + "\n", out / FOLDER / "metadata.json")
 
 
-class Journal:
-    """The finished (stage, shard) pairs of an unfinished preparation: a JSON line each, after one that names it.
-
-    At a URL, where nothing can be appended, it is written again now and then and when a `with` block ends: what a kill
-    loses of it is done again.
-    """
-
-    def __init__(self, path: Location, fingerprint: str) -> None:
-        header = {"fingerprint": fingerprint}
-        if not path.is_file():
-            write_text(json.dumps(header) + "\n", path)
-        # A line that a kill cut short is no newline-ended line: it does not count, and the next one starts afresh.
-        lines = path.read_text().split("\n")[:-1]
-        if json.loads(lines[0]) != header:
-            out = path.parent.parent.parent
-            raise UserError(
-                f"{out}: holds an unfinished preparation of other data or settings: delete it, or change out"
-            )
-        write_text("\n".join(lines) + "\n", path)
-        self._done = {tuple(json.loads(line)) for line in lines[1:]}
-        self._path, self._lines, self._written = path, lines, time.monotonic()
-
-    def __enter__(self) -> Journal:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if isinstance(self._path, UrlPath) and kind is not StorageError:
-            self._write()
-
-    def is_done(self, stage: str, shard: str) -> bool:
-        return (stage, shard) in self._done
-
-    def record(self, stage: str, shard: str) -> None:
-        self._lines.append(json.dumps([stage, shard]))
-        if isinstance(self._path, Path):
-            with self._path.open("a") as file:
-                file.write(self._lines[-1] + "\n")
-        elif time.monotonic() - self._written > JOURNAL_S:
-            self._write()
-
-    def _write(self) -> None:
-        write_text("\n".join(self._lines) + "\n", self._path)
-        self._written = time.monotonic()
-
-
-class _Stages:
-    """Runs stages over shards in processes, leaving out what the journal has as done."""
-
-    def __init__(self, journal: Journal, bar: Progress, shards: Sequence[str], workers: int) -> None:
-        self.shards = shards
-        self._journal = journal
-        self._bar = bar
-        self._pool = None
-        if workers > 1:
-            context = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
-
-    def __enter__(self) -> _Stages:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self._pool:
-            if kind is not None and issubclass(kind, KeyboardInterrupt):
-                for child in multiprocessing.active_children():
-                    child.kill()  # a shard may take minutes
-            self._pool.shutdown(cancel_futures=True)
-
-    def each(self, stage: str, task: Callable[[str], None]) -> None:
-        """Run `task(shard)` for every shard."""
-        todo = [shard for shard in self.shards if not self._journal.is_done(stage, shard)]
-        row = self._bar.add_task(stage, total=len(self.shards), completed=len(self.shards) - len(todo))
-        for shard in self._results(task, todo):
-            self._journal.record(stage, shard)
-            self._bar.advance(row)
-
-    def once(self, stage: str, task: Callable[[], None]) -> None:
-        """Run `task()`."""
-        row = self._bar.add_task(stage, total=1)
-        if not self._journal.is_done(stage, ""):
-            task()
-            self._journal.record(stage, "")
-        self._bar.advance(row)
-
-    def _results(self, task: Callable[[str], None], todo: Sequence[str]) -> Iterator[str]:
-        if self._pool is None:
-            for shard in todo:
-                task(shard)
-                yield shard
-            return
-        with without_ctrl_c():
-            futures = {self._pool.submit(task, shard): shard for shard in todo}
-        try:
-            for future in as_completed(futures):
-                future.result()
-                yield futures.pop(future)
-        except BrokenProcessPool as error:
-            raise UserError(
-                "a worker process was killed, perhaps because memory ran out: give the same command with fewer "
-                "workers=; it continues"
-            ) from error
-
-
-def _start_worker() -> None:
-    pa.set_cpu_count(1)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def follow() -> None:
-        parent.join()
-        os._exit(1)  # a killed command leaves no process behind that still writes
-
-    threading.Thread(target=follow, daemon=True).start()
-
-
 # ------------------------------------------------------------------------------------------------ output folder
 
 
@@ -388,11 +268,6 @@ def _remove(out: Location) -> None:
     if not isinstance(out, UrlPath):
         with contextlib.suppress(OSError):  # it holds something else
             out.rmdir()
-
-
-def _bar(console: Console) -> Progress:
-    columns = (TextColumn("{task.description:15}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=console)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ FLOORS = (
     ("ops",),
     ("model",),
     ("storage",),
-    ("device", "runs", "cluster", "command"),
+    ("device", "runs", "work", "cluster", "command"),
     ("data",),
     ("inference",),
     ("training",),
@@ -43,6 +43,7 @@ LIBRARIES = {
     },
     "pyarrow": {
         "storage",
+        "work",
         "data",
         "inference",
         "evaluation",

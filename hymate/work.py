@@ -1,0 +1,146 @@
+"""Work over shards, stage by stage, on this machine's processes; what was interrupted goes on where it was."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from hymate.ending import without_ctrl_c
+from hymate.errors import UserError
+from hymate.storage.paths import Location, UrlPath, write_text
+from hymate.storage.remote import StorageError
+
+JOURNAL_S = 10.0  # between two journals at a URL
+
+
+@dataclass(frozen=True)
+class Stages:
+    """Runs stages over shards, but for what the journal has as done; `stages` makes one."""
+
+    shards: Sequence[str]
+    _journal: Journal
+    _pool: ProcessPoolExecutor | None
+    _bar: Progress
+
+    def each(self, stage: str, task: Callable[[str], None]) -> None:
+        """Run `task(shard)`, which pickles, for every shard."""
+        todo = [shard for shard in self.shards if not self._journal.is_done(stage, shard)]
+        line = self._bar.add_task(stage, total=len(self.shards), completed=len(self.shards) - len(todo))
+        for shard in self._finished(task, todo):
+            self._journal.record(stage, shard)
+            self._bar.advance(line)
+
+    def once(self, stage: str, task: Callable[[], None]) -> None:
+        """Run `task()`."""
+        line = self._bar.add_task(stage, total=1)
+        if not self._journal.is_done(stage, ""):
+            task()
+            self._journal.record(stage, "")
+        self._bar.advance(line)
+
+    def _finished(self, task: Callable[[str], None], todo: Sequence[str]) -> Iterator[str]:
+        if self._pool is None:
+            for shard in todo:
+                task(shard)
+                yield shard
+            return
+        with without_ctrl_c():
+            futures = {self._pool.submit(task, shard): shard for shard in todo}
+        try:
+            for future in as_completed(futures):
+                future.result()
+                yield futures.pop(future)
+        except BrokenProcessPool as error:
+            raise UserError(
+                "a worker process was killed, perhaps for want of memory: run the same command with fewer workers=, "
+                "it continues"
+            ) from error
+
+
+@contextlib.contextmanager
+def stages(shards: Sequence[str], journal: Journal, workers: int) -> Iterator[Stages]:
+    """Stages over `shards` in so many processes, in this one where `workers` is 1; with a progress bar."""
+    columns = (TextColumn("{task.description:15}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar, journal, _pool(workers) as pool:
+        yield Stages(shards, journal, pool, bar)
+
+
+@contextlib.contextmanager
+def _pool(workers: int) -> Iterator[ProcessPoolExecutor | None]:
+    if workers == 1:
+        yield None
+        return
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
+    try:
+        yield pool
+    except KeyboardInterrupt:
+        for child in multiprocessing.active_children():
+            child.kill()  # a shard may take minutes
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _start_worker() -> None:
+    pa.set_cpu_count(1)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)  # a killed command leaves no process behind that still writes
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+class Journal:
+    """The finished (stage, shard) pairs of unfinished work: a JSON line each, after one with the work's fingerprint.
+
+    At a URL, where nothing can be appended, the whole journal is written now and then and when a `with` block ends:
+    what a kill loses of it is done again. Raises UserError(`refusal`) where the journal is that of other work.
+    """
+
+    def __init__(self, path: Location, fingerprint: str, refusal: str) -> None:
+        header = json.dumps({"fingerprint": fingerprint})
+        # what a kill cut short is no line that ends: it does not count, and is written over
+        lines = path.read_text().split("\n")[:-1] if path.is_file() else [header]
+        if json.loads(lines[0]) != json.loads(header):
+            raise UserError(refusal)
+        self._done = {tuple(json.loads(line)) for line in lines[1:]}
+        self._path, self._lines = path, lines
+        self._write()
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if isinstance(self._path, UrlPath) and kind is not StorageError:
+            self._write()
+
+    def is_done(self, stage: str, shard: str) -> bool:
+        return (stage, shard) in self._done
+
+    def record(self, stage: str, shard: str) -> None:
+        self._lines.append(json.dumps([stage, shard]))
+        if isinstance(self._path, Path):
+            with self._path.open("a") as file:
+                file.write(self._lines[-1] + "\n")
+        elif time.monotonic() - self._written > JOURNAL_S:
+            self._write()
+
+    def _write(self) -> None:
+        write_text("\n".join(self._lines) + "\n", self._path)
+        self._written = time.monotonic()
