@@ -31,7 +31,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from rich.console import Console
 
-from hymate.command import CONFIGS, main
+from hymate.command import main
 from hymate.config import Place
 from hymate.data.histories import FOLDER, FORMAT_VERSION, Splits, read_metadata, write_histories
 from hymate.data.known import NEVER, KnownConfig, KnownTimes, sentences
@@ -52,6 +52,7 @@ from hymate.data.statistics import CodeStatistics
 from hymate.data.synthetic.course import SyntheticConfig
 from hymate.data.synthetic.source import SyntheticSource
 from hymate.errors import ConfigError, UserError
+from hymate.runs import CONFIGS
 from hymate.storage.paths import Location, UrlPath, locate, locked, readable, remove_tree, require_folder, write_text
 from hymate.trees import build, parse_yaml, to_tree
 from hymate.work import Journal, Stages, stages

@@ -90,6 +90,15 @@ def _patiently(name: str, operation: Callable[[], T]) -> T:
         wait_s = min(2 * wait_s, LONGEST_WAIT_S)
 
 
+def _patient(name: str) -> Callable[..., Any]:
+    """The method of pyarrow's filesystems with this name, done patiently."""
+
+    def method(self: PatientFileSystem, *arguments: Any) -> Any:
+        return self._do(lambda at: getattr(at, name)(*arguments))
+
+    return method
+
+
 class PatientFileSystem(fs.FileSystemHandler):
     """pyarrow's filesystem of a URL, which waits patiently. It pickles as the URL: each process connects for itself."""
 
@@ -111,35 +120,19 @@ class PatientFileSystem(fs.FileSystemHandler):
     def get_type_name(self) -> str:
         return connect(self.root, self.options)[0].type_name
 
-    def normalize_path(self, path: str) -> str:
-        return self._do(lambda at: at.normalize_path(path))
-
-    def get_file_info(self, paths: list[str]) -> list[fs.FileInfo]:
-        return self._do(lambda at: at.get_file_info(paths))
-
-    def get_file_info_selector(self, selector: fs.FileSelector) -> list[fs.FileInfo]:
-        return self._do(lambda at: at.get_file_info(selector))
+    normalize_path = _patient("normalize_path")
+    get_file_info = get_file_info_selector = _patient("get_file_info")
+    delete_dir, delete_file = _patient("delete_dir"), _patient("delete_file")
+    move, copy_file = _patient("move"), _patient("copy_file")
 
     def create_dir(self, path: str, recursive: bool) -> None:
         self._do(lambda at: at.create_dir(path, recursive=recursive))
-
-    def delete_dir(self, path: str) -> None:
-        self._do(lambda at: at.delete_dir(path))
 
     def delete_dir_contents(self, path: str, missing_dir_ok: bool = False) -> None:
         self._do(lambda at: at.delete_dir_contents(path, missing_dir_ok=missing_dir_ok))
 
     def delete_root_dir_contents(self) -> None:
         raise io.UnsupportedOperation("a bucket is never emptied")
-
-    def delete_file(self, path: str) -> None:
-        self._do(lambda at: at.delete_file(path))
-
-    def move(self, src: str, dest: str) -> None:
-        self._do(lambda at: at.move(src, dest))
-
-    def copy_file(self, src: str, dest: str) -> None:
-        self._do(lambda at: at.copy_file(src, dest))
 
     def open_input_stream(self, path: str) -> pa.NativeFile:
         return self.open_input_file(path)
