@@ -7,6 +7,7 @@ queue: rows stay where they are, and numbers are read at once.
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +20,23 @@ from torch.utils._pytree import tree_map_only
 from hymate.model.batch import Batch, changed
 
 T = TypeVar("T")
-END: Any = object()
+
+
+def prefetched(items: Iterator[T], ahead: int) -> Generator[T, None, None]:
+    """`items`, made by a background thread up to `ahead` before they are asked for.
+
+    An exception in the making is raised here, in its turn. Closing the generator ends the thread.
+    """
+    end: Any = object()
+    with ThreadPoolExecutor(1, thread_name_prefix="hymate-rows") as thread:
+        pending = deque(thread.submit(next, items, end) for _ in range(ahead))
+        try:
+            while (item := pending.popleft().result()) is not end:
+                pending.append(thread.submit(next, items, end))
+                yield item
+        finally:
+            for future in pending:
+                future.cancel()
 
 
 def fed(items: Iterable[T], device: torch.device, ask: Callable[[Batch], Batch]) -> Generator[T, None, None]:
@@ -44,18 +61,12 @@ def _ahead(items: Iterator[T], device: torch.device, ask: Callable[[Batch], Batc
     def copied(row: Batch) -> Batch:
         return changed(ask(row), lambda x: x.pin_memory().to(device, non_blocking=True))
 
-    def ready() -> tuple[T, Any]:
-        item = next(items, END)
+    def ready(item: T) -> tuple[T, Any]:
         with torch.no_grad(), backend.device(device), backend.stream(stream):
             return tree_map_only(Batch, copied, item), stream.record_event()
 
-    with ThreadPoolExecutor(1, thread_name_prefix="hymate-feed") as thread:
-        coming = thread.submit(ready)
-        while True:
-            item, copied_at = coming.result()
-            if item is END:
-                return
-            coming = thread.submit(ready)
+    with contextlib.closing(prefetched(map(ready, items), 1)) as coming:
+        for item, copied_at in coming:
             current = backend.current_stream(device)
             current.wait_event(copied_at)
             tree_map_only(Batch, lambda row: changed(row, lambda x: _used_in(current, x)), item)  # noqa: B023 (called at once)

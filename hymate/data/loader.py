@@ -15,18 +15,17 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections import deque
 from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import count, islice
-from typing import Literal, NamedTuple, TypeVar
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 
 from hymate.data.examples import NO_TIME, Examples
+from hymate.data.feeding import prefetched
 from hymate.data.histories import Histories, History
 from hymate.data.meds import US_PER_HOUR
 from hymate.data.packing import BLOCK_EVENTS, blocks, pack
@@ -40,8 +39,6 @@ EVALUATION = -1  # the "epoch" of an unshuffled pass
 
 # What a random number is for; a part of its hash, so that no two uses share numbers.
 _GROUP, _EXAMPLE, _ROW, _WINDOW, _SEED, _EARLY, _DRAW = range(7)
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -96,7 +93,9 @@ class Rows:
         Row i of a step goes to rank i % world_size. An epoch's leftover rows open the next step.
         """
         assert rows_per_step % world_size == 0
-        with contextlib.closing(_prefetched(self._rows_of_rank(cursor, rows_per_step, rank, world_size))) as rows:
+        with contextlib.closing(
+            prefetched(self._rows_of_rank(cursor, rows_per_step, rank, world_size), ROWS_AHEAD)
+        ) as rows:
             while step := list(islice(rows, rows_per_step // world_size)):
                 yield [batch for batch, _ in step], step[-1][1]
 
@@ -105,7 +104,7 @@ class Rows:
 
         Ranks that run short repeat the last row with False: it is there to keep the ranks in step, not to count.
         """
-        with contextlib.closing(_prefetched(self._evaluation_of_rank(rank, world_size))) as rows:
+        with contextlib.closing(prefetched(self._evaluation_of_rank(rank, world_size), ROWS_AHEAD)) as rows:
             yield from rows
 
     def place_of(self, row: Batch) -> str:
@@ -329,20 +328,3 @@ def _hash(*parts: int | np.ndarray) -> np.ndarray:
     for part in parts:
         state = splitmix64((state ^ np.asarray(part).astype(np.int64)) + SPLITMIX_STEP)
     return state.view(np.uint64)
-
-
-def _prefetched(items: Iterator[T]) -> Generator[T, None, None]:
-    """`items`, made by a background thread up to ROWS_AHEAD before they are asked for.
-
-    An exception in the making is raised here, in its turn. Closing the generator ends the thread.
-    """
-    end = object()
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="hymate-loader") as thread:
-        pending = deque(thread.submit(next, items, end) for _ in range(ROWS_AHEAD))
-        try:
-            while (item := pending.popleft().result()) is not end:
-                pending.append(thread.submit(next, items, end))
-                yield item  # type: ignore[misc]
-        finally:
-            for future in pending:
-                future.cancel()

@@ -52,7 +52,7 @@ class Source:
 
 
 def own_threads() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("hymate-feed")]
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("hymate-rows")]
 
 
 def test_items_come_in_order_on_the_device_one_ahead(backend: None) -> None:

@@ -52,7 +52,7 @@ def assert_same(left: list[Batch], right: list[Batch]) -> None:
 
 
 def threads() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("hymate-loader")]
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("hymate-rows")]
 
 
 # ------------------------------------------------------------------------------------------------------------- order

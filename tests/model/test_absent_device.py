@@ -90,9 +90,9 @@ class AtOnce:
 
     def __exit__(self, *_: Any) -> None: ...
 
-    def submit(self, function: Callable[..., Any]) -> Future[Any]:
+    def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
         future: Future[Any] = Future()
-        future.set_result(function())
+        future.set_result(function(*arguments))
         return future
 
 
