@@ -32,7 +32,7 @@ from hymate.plan import PlanConfig
 from hymate.predict import PredictConfig
 from hymate.training.pretraining import PretrainConfig
 from hymate.trees import REQUIRED, defaults, hints, keys, options, parse_yaml, section_of, shown
-from hymate.tuning.benchmark import BenchmarkConfig
+from hymate.tuning.protocol import BenchmarkConfig
 from hymate.tuning.search import TuneConfig
 
 DOCS = Path(__file__).resolve().parent

@@ -10,8 +10,10 @@ import secrets
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -152,6 +154,58 @@ def _take_code() -> Callable[[], None]:
         del sys.path[: len(first)]
 
     return take
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """A call in a process of its own. needs: the name of an earlier task, whose result is the call's last argument."""
+
+    name: str
+    call: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    gpu: bool = False
+    needs: str | None = None
+
+
+def run_tasks(tasks: Sequence[Task], cpus: int, max_concurrent: int = 0) -> None:
+    """Each on so many CPUs, in their order; `max_concurrent` at once, or as many as the machine or cluster holds.
+
+    After the first failure what is running ends, nothing else begins, and the failure is raised. Ray must be running.
+    """
+    import ray
+    from ray.exceptions import RayTaskError
+
+    if not max_concurrent:
+        there = ray.cluster_resources()
+        slots = [int(there.get("CPU", 0)) // cpus] + [int(there.get("GPU", 0))] * any(task.gpu for task in tasks)
+        max_concurrent = max(1, min(slots))
+    started, queue = time.monotonic(), list(tasks)
+    running: dict[Any, Task] = {}
+    results: dict[str | None, Any] = {None: None}
+    failure: Exception | None = None
+    while queue or running:
+        ready = (task for task in tuple(queue) if task.needs in results)
+        while len(running) < max_concurrent and (task := next(ready, None)):
+            queue.remove(task)
+            remote = ray.remote(max_calls=1, max_retries=0, num_cpus=cpus, num_gpus=float(task.gpu))(task.call)
+            needed = [] if task.needs is None else [results[task.needs]]
+            running[remote.remote(*task.arguments, *needed)] = task
+        (done,), _ = ray.wait(list(running), num_returns=1)
+        task = running.pop(done)
+        results[task.name], outcome = done, task.name
+        try:
+            ray.get(done)
+        except Exception as error:
+            # one line is enough for a user's mistake or a run that diverged; for the rest Ray's traceback helps
+            cause = error.cause if isinstance(error, RayTaskError) else None
+            known = isinstance(cause, UserError | FloatingPointError)
+            failure = failure or (UserError(str(cause)) if known else error)
+            queue.clear()
+            outcome += " failed"
+        minutes, seconds = divmod(int(time.monotonic() - started), 60)
+        print(f"{minutes}:{seconds:02d}  {outcome}; {len(queue) + len(running)} left", flush=True)
+    if failure is not None:
+        raise failure
 
 
 def has_workers() -> bool:

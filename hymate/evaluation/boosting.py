@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal, Protocol
 
@@ -259,13 +259,12 @@ def compare(
 def recalibrated(
     model: Baseline, tables: Mapping[str, FeatureTable], scored: str = "held_out"
 ) -> tuple[dict[str, np.ndarray], dict[str, float | None]]:
-    """Probabilities of the tuning and `scored` examples, recalibrated on the tuning split, and what that changed."""
+    """Probabilities of the tuning and `scored` examples, recalibrated on the tuning split; `Recalibration.record`."""
     raw = {split: model.probability(tables[split].value_EX) for split in {"tuning", scored}}
     tuning, asked = (tables[split].examples for split in ("tuning", scored))
     recalibration = calibration.recalibrate(tuning.label_E, calibration.logit(raw["tuning"]), tuning.weight_E)
-    before = metrics.ece(asked.label_E, raw[scored], asked.weight_E)
     probability = {split: recalibration.probability(raw_E) for split, raw_E in raw.items()}
-    return probability, {**asdict(recalibration), "ece_before": before}
+    return probability, recalibration.record(asked.label_E, raw[scored], asked.weight_E)
 
 
 def cross_fitted(histories: Histories, train: Examples, tuning: Examples, seed: int) -> np.ndarray:

@@ -11,7 +11,7 @@ Shape legend:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -49,6 +49,10 @@ class Recalibration:
     def undo(self, prob_N: ArrayLike) -> Array:
         """What calibrated probabilities were before."""
         return np.asarray(expit((logit(prob_N) - self.shift) * self.temperature))
+
+    def record(self, label_N: ArrayLike, before_N: ArrayLike, weight_N: ArrayLike | None = None) -> dict[str, Any]:
+        """Itself and the calibration error that it mends, of probabilities before it, as plain values."""
+        return {**asdict(self), "ece_before": metrics.ece(label_N, before_N, weight_N)}
 
 
 def recalibrate(label_N: ArrayLike, logit_N: ArrayLike, weight_N: ArrayLike | None = None) -> Recalibration:

@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,48 +21,17 @@ from hymate.data.examples import Examples
 from hymate.data.meds import read_parquet, write_parquet
 from hymate.errors import UserError
 from hymate.evaluation import figures, metrics, tables
+from hymate.runs import run_folder
 from hymate.storage.paths import Location, write_text
+from hymate.tuning.protocol import HELD_OUT, REFERENCE, BenchmarkConfig, Run
 
-REFERENCE = "gradient_boosting"  # what every contender is compared with
 LOOKS = "looks.json"
-Split = Literal["cross_validation", "held_out"]
 Array = NDArray[Any]
 
 
-@dataclass(frozen=True)
-class Run:
-    """One training: a contender, `budget` labels (0: all there are), a seed, and the fold that it is scored on.
-
-    name: a baseline's or a contender's. fold: None for the held-out split.
-    """
-
-    name: str
-    budget: int
-    seed: int
-    fold: int | None
-
-    @property
-    def stem(self) -> str:
-        """What its files' names begin with."""
-        scored_on = "held_out" if self.fold is None else f"fold{self.fold}"
-        return f"{self.name}-{self.budget or 'all'}-seed{self.seed}-{scored_on}"
-
-    @property
-    def labels(self) -> str:
-        """In words, which labels it has: the same for every contender."""
-        scored_on = "" if self.fold is None else f", fold {self.fold}"
-        return f"{self.budget or 'all'} labels, seed {self.seed}{scored_on}"
-
-    def __str__(self) -> str:
-        return f"{self.name} on {self.labels}"
-
-    def results(self, folder: Location) -> Location:
-        """The run's results; this file is written last, so where it is the run is complete."""
-        return folder / f"{self.stem}.json"
-
-    def predictions(self, folder: Location) -> Location:
-        """Subjects, prediction times, labels, their weights and recalibrated probabilities."""
-        return folder / f"{self.stem}.parquet"
+def folder_of(config: BenchmarkConfig) -> Location:
+    """Where the runs leave their predictions and results."""
+    return run_folder(config.run) / "runs"
 
 
 def write_run(run: Run, folder: Location, test: Examples, probability_E: Array, **known: Any) -> None:
@@ -76,6 +45,20 @@ def write_run(run: Run, folder: Location, test: Examples, probability_E: Array, 
     }
     write_parquet(pa.table(columns), run.predictions(folder))
     write_text(json.dumps({**dataclasses.asdict(run), **known}) + "\n", run.results(folder))
+
+
+def write(config: BenchmarkConfig) -> dict[str, Any]:
+    """Compare all finished runs of the split; the content of its JSON file, beside which are its report and picture.
+
+    "looks": all looks at the held-out labels, this one the last.
+    """
+    path = run_folder(config.run)
+    found = compare(config)
+    found["looks"] = _note_look(path, found) if config.split == HELD_OUT else []
+    write_text(json.dumps(found, indent=1, allow_nan=False) + "\n", path / f"{config.split}.json")
+    write_text(_report(config, found), path / f"{config.split}.md")
+    _draw(config, found, path / f"{config.split}.png")
+    return found
 
 
 @dataclass(frozen=True)
@@ -94,59 +77,38 @@ class Scored:
     probability_RN: Array
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """The runs of a folder that are compared; a seed that lacks a fold is left out."""
-
-    folder: Location
-    names: Sequence[str]
-    budgets: Sequence[int]
-    seeds: int
-    split: Split
-    folds: int
-    task: str
-
-    def read(self, name: str, budget: int) -> Scored | None:
-        """Raises UserError where the seeds were not scored on the same labels."""
-        folds = [None] if self.split == "held_out" else list(range(self.folds))
-        seeds = [[Run(name, budget, seed, fold) for fold in folds] for seed in range(self.seeds)]
-        seeds = [runs for runs in seeds if all(run.results(self.folder).is_file() for run in runs)]
-        if not seeds:
-            return None
-        scored = [[read_parquet(run.predictions(self.folder)) for run in runs] for runs in seeds]
-        labels = [_labels(tables_of_seed) for tables_of_seed in scored]
-        if any(not labels[0].equals(other) for other in labels):
-            raise UserError(f"{self.folder}: runs of {name} have other labels than each other: delete those files")
-        probability_RN = np.concatenate([_probabilities(tables_of_seed) for tables_of_seed in scored])
-        known = [json.loads(run.results(self.folder).read_text()) for runs in seeds for run in runs]
-        subject_N, label_N, weight_N = (labels[0][name].to_numpy() for name in ("subject_id", "label", "weight"))
-        return Scored(known, len(seeds), subject_N, label_N, weight_N, probability_RN)
+def _read(config: BenchmarkConfig, name: str, budget: int) -> Scored | None:
+    """The seeds that have all folds. Raises UserError where they were not scored on the same labels."""
+    folder = folder_of(config)
+    seeds = [[Run(name, budget, seed, fold) for fold in config.folds_of_split] for seed in range(config.seeds)]
+    seeds = [runs for runs in seeds if all(run.results(folder).is_file() for run in runs)]
+    if not seeds:
+        return None
+    scored = [_by_subject_and_time([read_parquet(run.predictions(folder)) for run in runs]) for runs in seeds]
+    labels = [table.drop_columns(["fold", "probability"]) for table in scored]
+    if any(not labels[0].equals(other) for other in labels):
+        raise UserError(f"{folder}: runs of {name} have different labels: delete those files")
+    fold_F1 = np.arange(len(config.folds_of_split))[:, None]
+    probability_RN = [np.where(table["fold"].to_numpy() == fold_F1, table["probability"], np.nan) for table in scored]
+    known = [json.loads(run.results(folder).read_text()) for runs in seeds for run in runs]
+    subject_N, label_N, weight_N = (labels[0][name].to_numpy() for name in ("subject_id", "label", "weight"))
+    return Scored(known, len(seeds), subject_N, label_N, weight_N, np.concatenate(probability_RN))
 
 
-def _order(folds: Sequence[pa.Table]) -> Array:
-    """By subject and time: that of every seed, however its folds were drawn."""
-    whole = pa.concat_tables(folds)
-    return np.lexsort((whole["prediction_time"].to_numpy(), whole["subject_id"].to_numpy()))
-
-
-def _labels(folds: Sequence[pa.Table]) -> pa.Table:
-    return pa.concat_tables(folds).drop_columns("probability").take(_order(folds))
-
-
-def _probabilities(folds: Sequence[pa.Table]) -> Array:
-    """(folds, N)"""
+def _by_subject_and_time(folds: Sequence[pa.Table]) -> pa.Table:
+    """All folds of a seed in the order of every seed, however its folds were drawn; "fold": the one it came from."""
     fold_N = np.repeat(np.arange(len(folds)), [len(fold) for fold in folds])
-    probability_N = pa.concat_tables(folds)["probability"].to_numpy()
-    return np.where(fold_N == np.arange(len(folds))[:, None], probability_N, np.nan)[:, _order(folds)]
+    whole = pa.concat_tables(folds).append_column("fold", pa.array(fold_N))
+    return whole.sort_by([("subject_id", "ascending"), ("prediction_time", "ascending")])
 
 
-def compare(comparison: Comparison) -> dict[str, Any]:
+def compare(config: BenchmarkConfig) -> dict[str, Any]:
     """The content of the split's JSON file, from all finished runs."""
     rows = []
-    for budget in comparison.budgets:
-        reference = comparison.read(REFERENCE, budget)
-        for name in comparison.names:
-            scored = comparison.read(name, budget)
+    for budget in config.largest_first:
+        reference = _read(config, REFERENCE, budget)
+        for name in config.names:
+            scored = _read(config, name, budget)
             if scored is None:
                 continue
             known = scored.known
@@ -163,7 +125,7 @@ def compare(comparison: Comparison) -> dict[str, Any]:
                     "pretraining_seconds": float(np.mean([run["pretraining_seconds"] for run in known])),
                 }
             )
-    return {"split": comparison.split, "task": comparison.task, "rows": rows}
+    return {"split": config.split, "task": config.task.name, "rows": rows}
 
 
 def _areas(scored: Scored, reference: Scored | None) -> dict[str, Any]:
@@ -199,7 +161,7 @@ def _mean_ece(scored: Scored) -> float:
     return float(np.mean(np.array(errors, dtype=float)))
 
 
-def note_look(folder: Location, found: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _note_look(folder: Location, found: Mapping[str, Any]) -> list[dict[str, Any]]:
     """All looks at the held-out labels so far, this one the last; what was seen before is no new look.
 
     They are kept in the run's folder: of each its time, and the mean areas that it showed.
@@ -219,33 +181,20 @@ def note_look(folder: Location, found: Mapping[str, Any]) -> list[dict[str, Any]
 # ------------------------------------------------------------------------------------------------------ reporting
 
 
-def _budgets(found: Mapping[str, Any]) -> list[tuple[int, str]]:
-    """The budgets with results, in order, each with its title."""
-    rows = {row["budget"]: row for row in found["rows"]}
-    return [
-        (
-            budget,
-            f"{row['fitting'] + row['choosing']:,} labels: {row['fitting']:,} to fit, {row['choosing']:,} to choose",
-        )
-        for budget, row in rows.items()
-    ]
-
-
-def _cells(found: Mapping[str, Any], budget: int) -> list[list[str]]:
-    head = ["model", "seeds", "AUROC", "AUPRC", "AUROC less boosting's", "AUPRC less boosting's"]
+def _tables(found: Mapping[str, Any]) -> dict[str, list[list[str]]]:
+    """A table for each budget that has results, in order, by its title."""
+    head = ["model", "seeds", "AUROC", "AUPRC", "AUROC minus boosting's", "AUPRC minus boosting's"]
     head += ["seeds averaged", "calibration error", "parameters", "training, s"]
-    cells = [head]
+    cells: dict[str, list[list[str]]] = {}
     for row in found["rows"]:
-        if row["budget"] != budget:
-            continue
+        fitting, choosing = row["fitting"], row["choosing"]
+        title = f"{fitting + choosing:,} labels: {fitting:,} to fit, {choosing:,} to choose"
         areas = [row[name] for name in metrics.AREAS]
         spread = ["" if area["sd"] is None else f" ± {area['sd']:.3f}" for area in areas]
         low_high = ["" if area["ci"] is None else " [{:.3f}, {:.3f}]".format(*area["ci"]) for area in areas]
         named = zip(areas, spread, low_high, strict=True)
-        seconds = f"{row['seconds']:.0f}"
-        if row["pretraining_seconds"]:
-            seconds += f" + {row['pretraining_seconds']:.0f}"
-        cells.append(
+        pretraining = f" + {row['pretraining_seconds']:.0f}" if row["pretraining_seconds"] else ""
+        cells.setdefault(title, [head]).append(
             [
                 row["name"].replace("_", " "),
                 str(row["seeds"]),
@@ -254,49 +203,50 @@ def _cells(found: Mapping[str, Any], budget: int) -> list[list[str]]:
                 ", ".join(tables.number(area["ensemble"]) for area in areas),
                 tables.number(row["ece"]),
                 "" if row["parameters"] is None else f"{row['parameters']:,}",
-                seconds,
+                f"{row['seconds']:.0f}{pretraining}",
             ]
         )
     return cells
 
 
-def report(comparison: Comparison, found: Mapping[str, Any], looks: Sequence[Mapping[str, Any]]) -> str:
-    """The split's Markdown file; looks: those at the held-out labels, this one the last."""
+def _report(config: BenchmarkConfig, found: Mapping[str, Any]) -> str:
+    """The split's Markdown file."""
     text = (
-        "Mean and standard deviation over seeds, with the 95 % interval over resampled patients; differences to "
-        "gradient boosting on the same patients, seeds averaged likewise. Each number of labels counts all that a run "
-        "has seen: it was fitted to some, the others chose among its candidates (checkpoints, numbers of trees, "
-        "penalties) by cross-entropy and recalibrated its probabilities.\n\n"
+        "Mean and standard deviation over seeds, with 95 % CI over patients; differences from gradient boosting are on "
+        "the same patients, averaged over seeds likewise. Each number of labels counts all that a run uses: it is "
+        "fitted to some; the others choose among its candidates (checkpoints, numbers of trees, penalties) by "
+        "cross-entropy and recalibrate its probabilities.\n\n"
     )
-    if comparison.split == "cross_validation":
-        title = f"{comparison.folds} folds of the train and tuning patients"
+    if config.split == "cross_validation":
+        patients = f"{config.folds} folds of the train and tuning patients"
         text += (
-            "Areas are means over the folds, which each seed draws for itself. The vocabulary and pretraining have "
-            "seen the inputs of the folds that are scored, never their labels.\n"
+            "AUROC and AUPRC are means over the folds, which each seed draws for itself. The vocabulary and "
+            "pretraining have seen the inputs of the folds that are scored, never their labels.\n"
         )
     else:
-        title = "held-out patients"
+        patients = "held-out patients"
+        looks = found["looks"]
         earlier = ", ".join(look["at"] for look in looks[:-1])
         text += f"**Look {len(looks)} of this benchmark at these labels**" + (f", after {earlier}" if earlier else "")
         text += ". Looks by other commands are not counted here.\n"
-    parts = [f"# {comparison.task}, {title}\n", text]
-    for budget, name in _budgets(found):
-        parts += [f"## {name}\n", tables.markdown(_cells(found, budget)) + "\n"]
-    return "\n".join(parts) + f"\n![]({comparison.split}.png)\n"
+    parts = [f"# {config.task.name}, {patients}\n", text]
+    for title, rows in _tables(found).items():
+        parts += [f"## {title}\n", tables.markdown(rows) + "\n"]
+    return "\n".join(parts) + f"\n![]({config.split}.png)\n"
 
 
 def show(found: Mapping[str, Any]) -> None:
     """Print the tables, but for the last columns."""
-    for budget, name in _budgets(found):
-        title = f"{found['task']}, {found['split'].replace('_', '-')}, {name}"
-        tables.show(title, [row[:6] for row in _cells(found, budget)], width=150)
+    for title, rows in _tables(found).items():
+        name = f"{found['task']}, {found['split'].replace('_', '-')}, {title}"
+        tables.show(name, [row[:6] for row in rows], width=150)
 
 
-def draw(comparison: Comparison, found: Mapping[str, Any], path: Location) -> None:
+def _draw(config: BenchmarkConfig, found: Mapping[str, Any], path: Location) -> None:
     """AUPRC over the budgets, and ROC, precision-recall and calibration of the seeds' mean probabilities."""
     curves = {}
-    for name in comparison.names:
-        scored = comparison.read(name, comparison.budgets[0])
+    for name in config.names:
+        scored = _read(config, name, config.largest_first[0])
         if scored is not None:
             curves[name] = (scored.label_N, np.nanmean(scored.probability_RN, axis=0), scored.weight_N)
     figures.draw_benchmark(path, found["rows"], curves, REFERENCE)

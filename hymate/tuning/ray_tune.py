@@ -16,6 +16,7 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler
 
 from hymate.config import SearchConfig, TrainConfig
+from hymate.data.histories import Histories
 from hymate.device import choose
 from hymate.errors import UserError
 from hymate.evaluation.results import Outcome, Status
@@ -25,7 +26,8 @@ from hymate.training import checkpoint, loop
 from hymate.training.keeper import Kept, newest_whole
 from hymate.training.ray_train import ray_storage
 from hymate.training.telemetry import PROGRESS, Telemetry, read_progress
-from hymate.tuning.trial import Study, TrialConfig, run_trial
+from hymate.tuning import space
+from hymate.tuning.trial import Study, TrialConfig, trial_job
 
 TRIALS, TUNE, ENDED, TRACEBACK = "trials", "tune", "ended", "error.txt"
 SETTINGS = {
@@ -139,14 +141,11 @@ def _run(index: int, study: Study, run: Run) -> None:
                 tune.report(scores)
             if ended.is_file():
                 return
-        run_trial(
-            study,
-            trial,
-            worker=worker,
-            report=report,
-            resume=resume,
-            telemetry=telemetry,
-        )
+        histories = Histories.open(trial.data.path)
+        examples = study.examples(trial, histories)
+        job = trial_job(study.start, trial, histories, *examples, study.metric, worker.device)
+        settings, text = trial.train, trial.description
+        loop.train(job, settings, worker, report=report, telemetry=telemetry, resume=resume, description=text)
     write_text("", ended)
 
 
@@ -173,17 +172,9 @@ def _outcome(result: tune.Result, study: Study) -> Outcome:
 
 
 def _parameters(trial: TrialConfig) -> dict[str, Any]:
-    return {
-        "backbone_lr": trial.backbone_lr,
-        "head_lr": trial.head_lr,
-        "dropout": trial.model.dropout,
-        "frozen": trial.frozen,
-        "context": trial.data.context,
-        "pooling": trial.model.pooling,
-        "weight_decay": trial.train.weight_decay,
-        "early_share": trial.early_share,
-        "teacher_share": trial.teacher_share,
-    }
+    """The point of the search space."""
+    settings = vars(trial.data) | vars(trial.model) | vars(trial.train) | vars(trial)
+    return {name: settings[name] for name in space.PARAMETERS}
 
 
 def _cause(traceback: str) -> str:

@@ -2,37 +2,31 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 
 from hymate import cluster
 from hymate.config import DataConfig, ModelConfig, Place, ReportConfig, RunConfig, SearchConfig, TaskConfig, TrainConfig
-from hymate.data.examples import Examples, labelled_examples, require_both_classes
+from hymate.data.examples import labelled_examples, require_both_classes
 from hymate.data.histories import Histories
 from hymate.data.known import differing, sentences
 from hymate.data.meds import SPLITS
-from hymate.data.synthetic.source import ceiling
-from hymate.data.tasks import LabelSet, labels
-from hymate.device import CPU, Wanted, choose, decide
+from hymate.data.tasks import labels
+from hymate.device import Wanted, decide
 from hymate.errors import ConfigError, UserError
-from hymate.evaluation import calibration, decisions, figures, metrics, report, results
-from hymate.evaluation.boosting import compare, cross_fitted
-from hymate.evaluation.results import Outcome
+from hymate.evaluation import report, results
+from hymate.evaluation.boosting import cross_fitted
 from hymate.evaluation.subgroups import subgroups
-from hymate.inference.bundle import Bundle, build_model, write_bundle
+from hymate.inference.bundle import Bundle, write_bundle
 from hymate.inference.provenance import SENTENCES, Seen, provenance, seen
-from hymate.inference.scoring import predict, write_predictions
-from hymate.runs import absolute, check_same_run, claimed, run_folder
+from hymate.runs import Run, absolute, check_same_run, claimed, run_folder
 from hymate.storage.paths import Location, filling, locate, require_folder, write_text
-from hymate.training import checkpoint
-from hymate.trees import build, to_tree
-from hymate.tuning import space
-from hymate.tuning.trial import Start, Study, TrialConfig, starting_point
+from hymate.tuning import space, winner
+from hymate.tuning.trial import Study, TrialConfig, draw_trials, require_starts, starting_point
+from hymate.tuning.winner import LabelledTask
 
 # keys that a search may change when it is continued: they move it to other machines or spare these what is too large
 CHANGEABLE = {
@@ -81,24 +75,7 @@ class TuneConfig:
         return list(self.task.values()) if isinstance(self.task, dict) else [self.task]
 
 
-@dataclass(frozen=True)
-class LabelledTask:
-    """A task with its labels, the examples of each split that they make, and whose the held-out ones are.
-
-    There may be no held-out examples: then the search does all but score them.
-    """
-
-    config: TaskConfig
-    labels: LabelSet
-    examples: Mapping[str, Examples]
-    held_out_groups: Mapping[str, Mapping[str, np.ndarray]]
-
-    @property
-    def scored_split(self) -> str:
-        return "held_out" if len(self.examples["held_out"]) else "tuning"
-
-
-# ------------------------------------------------------------------------------------------------------- search
+# -------------------------------------------------------------------------------------- the way of a search, downwards
 
 
 def search(config: TuneConfig) -> Location:
@@ -108,57 +85,32 @@ def search(config: TuneConfig) -> Location:
     """
     config = absolute(config)
     run_path = run_folder(config.run)
-    finished, cluster_gpus = results.read(run_path), None
-    if finished is None:
+    found, cluster_gpus = results.read(run_path), None
+    if found is None:
         require_folder(run_path, "run.dir")
         cluster_gpus = cluster.check(config.train)
     histories = Histories.open(config.data.path)
     start = starting_point(config.data, config.model, config.init)
-    if finished is None:
+    if found is None:
         config = decide(config, start.model, cluster_gpus=cluster_gpus)
-    tried = space.for_model(config.search.space, start.model.pooling)
-    if "pooling" in config.search.space.keys() - tried.keys():
-        print(
-            f"The trials keep the paper's pooling, {start.model.pooling}; search.space.pooling=NAME changes it",
-            flush=True,
-        )
-    points = space.draw(tried, config.search.num_trials, config.train.seed)
-    trials = [trial_config(config.tasks, config.train, start, point) for point in points]
-    labelled = [_labelled(task, config, histories) for task in config.tasks]
+    trials = draw_trials(config.tasks, config.search, config.train, start)
+    tasks = [_labelled(task, config, histories) for task in config.tasks]
     if any(trial.early_share for trial in trials):
-        for task in labelled:
+        for task in tasks:
             require_starts(task.config, task.labels, "search.space.early_share")
     inputs = {"data.path": histories.fingerprint, "init": start.fingerprint}
-    for task in labelled:
+    for task in tasks:
         key = f"task.{task.config.name}" if isinstance(config.task, dict) else "task"
         inputs[f"{key}.labels"] = task.labels.digest()
     check_same_run(run_path, config, inputs, CHANGEABLE)
     for sentence in _other_rules(start, histories):
         print(f"warning: {sentence}", flush=True)
-    if finished is not None:
-        report.show(finished, run_path)
-        return run_path
-    initial_weights: Seen = "new" if start.state is None else seen(start.extra, histories)
-    if initial_weights not in ("new", "same split"):
-        print(f"Note: {SENTENCES[initial_weights]}", flush=True)
-    tables = [task.labels.table for task in labelled]
-    with claimed(run_path, "tune", config, inputs) as run:
-        taught = any(trial.teacher_share for trial in trials)
-        teacher = [_teacher(task, config, histories) for task in labelled] if taught else []
-        study = Study(start, tables, config.search.metric, trials, run_path, teacher, config.device)
-        with cluster.ray_session(config.train, config.device):
-            from hymate.tuning.ray_tune import run_trials  # late: Ray takes its settings when it is imported
-
-            outcomes = run_trials(study, config.search, config.train, run)
-        best = _best(outcomes, config.search.metric, run_path)
-        winner = _winner(start, trials[best.index], best)
-        known = sentences(histories.known, histories.known_events) + _other_rules(start, histories)
-        found = _score_winner(config, winner, initial_weights, histories, labelled, outcomes, best, known)
-        _write_hyperparameters(run_path, trials, outcomes)
-        write_text(report.report(found), run_path / report.REPORT)
-        results.write(found, run_path)
-        run.found[f"best_{config.search.metric}"] = best.best[config.search.metric]
-        run.found.update(step=best.best["step"], trial=best.index, bundle=found["bundle"])
+    if found is None:
+        with claimed(run_path, "tune", config, inputs) as run:
+            found = _searched(config, histories, start, trials, tasks, run)
+            best = found["trials"][found["best_trial"]]["best"]
+            run.found[f"best_{config.search.metric}"] = best[config.search.metric]
+            run.found.update(step=best["step"], trial=found["best_trial"], bundle=found["bundle"])
     report.show(found, run_path)
     return run_path
 
@@ -174,205 +126,90 @@ def _labelled(task: TaskConfig, config: TuneConfig, histories: Histories) -> Lab
     if len(examples["held_out"]):
         groups = subgroups(histories, examples["held_out"], config.report.subgroups, config.report.age_bands)
     else:
-        print(f"{task.name} has no held-out labels: scores will be of the tuning split", flush=True)
+        print(f"{task.name} has no held-out labels: the tuning split will be scored instead", flush=True)
     return LabelledTask(task, label_set, examples, groups)
 
 
-def require_starts(task: TaskConfig, label_set: LabelSet, key: str) -> None:
-    """Raises UserError that names the setting `key` where labels have no start, which earlier views need."""
-    if "start" not in label_set.table.column_names:
-        raise UserError(
-            f"{key}: the labels of {task.name} have no start, so an earlier view may have another label: set it "
-            "to 0, or task.start to the trigger or a predicate of task.definition, or give each label a "
-            "start (<stem>.extra.pq beside <stem>.parquet)"
-        )
-
-
-def _other_rules(start: Start, histories: Histories) -> list[str]:
+def _other_rules(start: Bundle, histories: Histories) -> list[str]:
     """A warning where the pretrained model's histories held events at other times than the dataset's."""
-    codes = differing(start.known or histories.known, histories.known, histories.codes)
+    codes = differing(start.known, histories.known, histories.codes) if start.state else []
     if not codes:
         return []
     return [
         f"in pretraining the events of {len(codes)} codes became known at other times ({codes[0]!r} for one): "
-        "fine-tuning and the new bundle go by this dataset's rules"
+        "fine-tuning and the new bundle follow this dataset's rules"
     ]
 
 
-def _teacher(task: LabelledTask, config: TuneConfig, histories: Histories) -> np.ndarray:
+def _searched(
+    config: TuneConfig,
+    histories: Histories,
+    start: Bundle,
+    trials: list[TrialConfig],
+    tasks: Sequence[LabelledTask],
+    run: Run,
+) -> dict[str, Any]:
+    """Run the trials, score the best one; the content of results.json, which is written last of all in the folder."""
+    run_path, metric = run_folder(config.run), config.search.metric
+    initial_weights: Seen = seen(start.extra, histories) if start.state else "new"
+    if initial_weights not in ("new", "same split"):
+        print(f"Note: {SENTENCES[initial_weights]}", flush=True)
+    distilled = any(trial.teacher_share for trial in trials)
+    teacher = [_teacher(task, histories, config.train.seed) for task in tasks] if distilled else []
+    tables = [task.labels.table for task in tasks]
+    study = Study(start, tables, metric, trials, run_path, teacher, config.device)
+    with cluster.ray_session(config.train, config.device):
+        from hymate.tuning.ray_tune import run_trials  # late: Ray takes its settings when it is imported
+
+        outcomes = run_trials(study, config.search, config.train, run)
+    best = winner.best_of(outcomes, metric, run_path)
+    bundle, parts = winner.bundle_of(start, trials[best.index], best), []
+    device = winner.scoring_device(config.device, bundle)
+    for task in tasks:
+        bundle, part = winner.score(bundle, histories, task, run_path, config.report, config.train.seed, device)
+        parts.append(part)
+    found = results.collect(parts, metric, outcomes, best)
+    found |= {"bundle": str(run_path / "bundle"), "init": config.init, "initial_weights": initial_weights}
+    found["known"] = sentences(histories.known, histories.known_events) + _other_rules(start, histories)
+    _export(bundle, histories, found, run_path)
+    _write_hyperparameters(run_path, outcomes)
+    write_text(report.report(found), run_path / report.REPORT)
+    results.write(found, run_path)
+    return found
+
+
+def _teacher(task: LabelledTask, histories: Histories, seed: int) -> np.ndarray:
     name, examples = task.config.name, task.examples
-    print(f"fitting gradient boosting for {name} to learn from; search.space.teacher_share=0 leaves it out", flush=True)
+    print(f"fitting gradient boosting for {name} to distil; search.space.teacher_share=0 skips it", flush=True)
     try:
-        return cross_fitted(histories, examples["train"], examples["tuning"], config.train.seed)
+        return cross_fitted(histories, examples["train"], examples["tuning"], seed)
     except (UserError, MemoryError) as error:
         raise UserError(
             f"search.space.teacher_share: no gradient boosting for {name} ({error}); set it to 0"
         ) from error
 
 
-def trial_config(
-    tasks: Sequence[TaskConfig], train: TrainConfig, start: Start, point: Mapping[str, Any]
-) -> TrialConfig:
-    """The trial at a point of the space; what the point leaves out comes from the other sections.
-
-    Raises ConfigError where a value is impossible.
-    """
-    rates = {"backbone_lr": train.learning_rate, "head_lr": train.learning_rate}
-    settings = {**rates, "frozen": False, "early_share": 0.0, "teacher_share": 0.0, **point}
-    if start.state is None:
-        settings["frozen"] = False  # nothing pretrained to keep
-    space.check_point(settings)
-
-    def replaced(section: Any, *names: str) -> Any:
-        tree = {**to_tree(section), **{name: settings[name] for name in names if name in settings}}
-        return build(type(section), tree, "search.space: ")
-
-    return TrialConfig(
-        tasks=[task.name for task in tasks],
-        in_days=[task.name for task in tasks if task.longer_than_days is not None],
-        data=replaced(start.data, "context"),
-        model=replaced(start.model, "dropout", "pooling"),
-        train=replaced(train, "weight_decay"),
-        backbone_lr=float(settings["backbone_lr"]),
-        head_lr=float(settings["head_lr"]),
-        frozen=settings["frozen"],
-        early_share=float(settings["early_share"]),
-        teacher_share=float(settings["teacher_share"]),
-    )
-
-
-# ------------------------------------------------------------------------------------------------------- winner
-
-
-def _best(outcomes: list[Outcome], metric: str, run_path: Location) -> Outcome:
-    """The trial with the best checkpoint. Raises UserError where every trial failed."""
-    scored = [outcome for outcome in outcomes if outcome.status != "failed" and outcome.checkpoint is not None]
-    if not scored:
-        raise UserError(
-            f"all {len(outcomes)} trials failed, the first with {outcomes[0].error} "
-            f"(tracebacks: {run_path}/trials/trial-*/error.txt); where they diverged lower the learning rates of "
-            "search.space under another run.name, else the same command tries them again"
-        )
-    return max(scored, key=lambda outcome: outcome.best[metric])
-
-
-def _winner(start: Start, trial: TrialConfig, best: Outcome) -> Bundle:
-    assert best.checkpoint is not None
-    state = checkpoint.read_verified_weights(best.checkpoint)
-    in_days = trial.in_days
-    return Bundle("risk", trial.model, trial.data, trial.tasks, start.vocabulary, state, in_days=in_days)
-
-
-def _calibrated(
-    winner: Bundle, histories: Histories, task: str, tuning: Examples, device: torch.device
-) -> tuple[Bundle, calibration.Recalibration, np.ndarray]:
-    """The model whose probabilities fit the task's tuning split best, what was changed, and its probabilities there."""
-    outputs, _ = predict(winner.for_task(task), histories, tuning, device)
-    recalibration = calibration.recalibrate(tuning.label_E, outputs.logit_ET[:, 0], tuning.weight_E)
-    outputs.logit_ET[:, 0] = recalibration(outputs.logit_ET[:, 0])
-    model = build_model(winner)
-    model.recalibrate(task, recalibration.temperature, recalibration.shift)
-    return dataclasses.replace(winner, state=model.state_dict()), recalibration, outputs.probability_ET[:, 0]
-
-
-def _score_winner(
-    config: TuneConfig,
-    winner: Bundle,
-    initial_weights: Seen,
-    histories: Histories,
-    labelled: list[LabelledTask],
-    outcomes: list[Outcome],
-    best: Outcome,
-    known: list[str],
-) -> dict[str, Any]:
-    """Predictions, pictures and bundle into the run's folder, and the content of results.json.
-
-    known: sentences on when events become known.
-    """
-    run_path, parts = run_folder(config.run), []
-    device = CPU
-    if config.device == "cuda":  # the trials ran on a cluster's GPUs, say, and the driver's machine may have none
-        device = choose("auto", winner.model)
-        if device == CPU:
-            print("this machine cannot use a GPU: the best model is scored on its CPU", flush=True)
-    for task in labelled:
-        winner, part = _score_task(config, winner, histories, task, device)
-        parts.append(part)
-    found = results.collect(parts, config.search.metric, outcomes, best)
-    found |= {"bundle": str(run_path / "bundle"), "init": config.init, "initial_weights": initial_weights}
-    found["known"] = known
+def _export(bundle: Bundle, histories: Histories, found: dict[str, Any], run_path: Location) -> None:
     write_bundle(
         run_path / "bundle",
-        winner.state,
+        bundle.state,
         kind="risk",
-        model=winner.model,
-        data=winner.data,
-        vocabulary=winner.vocabulary,
+        model=bundle.model,
+        data=bundle.data,
+        vocabulary=bundle.vocabulary,
         known=histories.known,
-        tasks=winner.tasks,
-        in_days=winner.in_days,
+        tasks=bundle.tasks,
+        in_days=bundle.in_days,
         card=report.card(found),
         extra={
             **{split: scores for split in ("held_out", "tuning") if (scores := results.scores_of(found, split))},
-            "recalibration": {part["task"]: part["recalibration"] for part in parts},
-            "provenance": provenance(histories, initial_weights),
+            "recalibration": {part["task"]: part["recalibration"] for part in results.parts_of(found)},
+            "provenance": provenance(histories, found["initial_weights"]),
         },
     )
-    return found
 
 
-def _score_task(
-    config: TuneConfig, winner: Bundle, histories: Histories, task: LabelledTask, device: torch.device
-) -> tuple[Bundle, dict[str, Any]]:
-    """The model with the task's head recalibrated, and the task's part of results.json.
-
-    Its predictions and its picture are in the run's folder.
-    """
-    name, split, tuning = task.config.name, task.scored_split, task.examples["tuning"]
-    winner, recalibration, tuning_probability_E = _calibrated(winner, histories, name, tuning, device)
-    scored = task.examples[split]
-    outputs, _ = predict(winner.for_task(name), histories, scored, device)
-    write_predictions(scored, outputs, run_folder(config.run) / results.predictions_file(name, winner.tasks))
-    label_E, probability_E, subject_id_E = scored.label_E, outputs.probability_ET[:, 0], scored.subject_id_E
-    weight_E = scored.weight_E
-    scores = metrics.scores(label_E, probability_E, subject_id_E, weight_E)
-    if name in winner.in_days:
-        timed_E = ~np.isnan(scored.days_E)
-        days_N, predicted_N = scored.days_E[timed_E], outputs.days_ET[timed_E, 0]
-        scores["days"] = metrics.day_scores(days_N, predicted_N, subject_id_E[timed_E], weight_E[timed_E])
-    part = results.of_task(task.config, scores, task.labels, task.examples, split)
-    before = metrics.ece(label_E, recalibration.undo(probability_E), weight_E)
-    part["recalibration"] = {**dataclasses.asdict(recalibration), "ece_before": before}
-    part["boosting"], part["picture"] = None, None
-    if split == "held_out":
-        part |= decisions.assess(
-            label_E,
-            probability_E,
-            subject_id_E,
-            task.held_out_groups,
-            tuning.label_E,
-            tuning_probability_E,
-            weight_E,
-            tuning.weight_E,
-        )
-        if scores["auroc"]["value"] is not None:
-            part["boosting"], boosting_E = {"left_out": "report.boosting=false"}, None
-            if config.report.boosting:
-                print(
-                    f"fitting gradient boosting for {name} to compare with; report.boosting=false leaves it out",
-                    flush=True,
-                )
-                part["boosting"], boosting_E = compare(histories, task.examples, probability_E, config.train.seed)
-            part["picture"] = f"{name}.png"
-            figures.draw_task(
-                run_folder(config.run) / part["picture"], label_E, probability_E, weight_E, part, boosting_E
-            )
-    if (best := ceiling(locate(config.data.path), name, split)) is not None:
-        part["ceiling"] = best
-    return winner, part
-
-
-def _write_hyperparameters(run_path: Location, trials: list[TrialConfig], outcomes: list[Outcome]) -> None:
+def _write_hyperparameters(run_path: Location, outcomes: Sequence[results.Outcome]) -> None:
     """TensorBoard's HPARAMS tab: each trial's point of the space and best scores."""
     from torch.utils.tensorboard import SummaryWriter
 

@@ -85,17 +85,21 @@ def draw(space: Mapping[str, Any], num_trials: int, seed: int) -> list[dict[str,
     generator = np.random.default_rng(seed)
     columns = {}
     for name, spec in space.items():
-        share_N = (generator.permutation(num_trials) + generator.random(num_trials)) / num_trials
-        columns[name] = [_value(spec, share) for share in share_N.tolist()]
+        fraction_N = (generator.permutation(num_trials) + generator.random(num_trials)) / num_trials
+        columns[name] = [_value(spec, fraction) for fraction in fraction_N.tolist()]
     return [{name: column[i] for name, column in columns.items()} for i in range(num_trials)]
 
 
-def _value(spec: Any, share: float) -> Any:
-    """What lies at `share` in [0, 1) of a parameter's distribution."""
+def _value(spec: Any, fraction: float) -> Any:
+    """What lies at `fraction` in [0, 1) of a parameter's distribution."""
     if not isinstance(spec, Mapping):
         return spec
     ((kind, values),) = spec.items()
     if kind == "choice":
-        return values[int(share * len(values))]
+        return values[int(fraction * len(values))]
     low, high = values
-    return low + share * (high - low) if kind == "uniform" else math.exp(math.log(low) + share * math.log(high / low))
+    return (
+        low + fraction * (high - low)
+        if kind == "uniform"
+        else math.exp(math.log(low) + fraction * math.log(high / low))
+    )

@@ -5,48 +5,32 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 import yaml
-from torch import Tensor
 
-from hymate.config import DataConfig, ModelConfig, TrainConfig
+from hymate.config import DataConfig, ModelConfig, SearchConfig, TaskConfig, TrainConfig
 from hymate.data.examples import Examples, labelled_examples, united
 from hymate.data.histories import Histories
-from hymate.data.known import KnownConfig
 from hymate.data.loader import Rows
-from hymate.data.vocabulary import Vocabulary
+from hymate.data.tasks import LabelSet
 from hymate.device import Wanted
-from hymate.errors import ConfigError
+from hymate.errors import ConfigError, UserError
 from hymate.evaluation import metrics
 from hymate.inference import scoring
-from hymate.inference.bundle import read_bundle
+from hymate.inference.bundle import Bundle, read_bundle
 from hymate.model.encoder import RiskModel, decay_groups, load_pretrained
 from hymate.storage.paths import Location, locate
 from hymate.training import loop
-from hymate.training.telemetry import Telemetry
+from hymate.training.pretraining import read_vocabulary
+from hymate.trees import build, to_tree
+from hymate.tuning import space
 
 # model settings that a pretrained backbone leaves open: they change no shape of it and not what it computes
 OPEN_SETTINGS = ("dropout", "pooling", "num_queries", "members", "chunk_size")
-
-
-@dataclass(frozen=True)
-class Start:
-    """What every trial starts from; state is None when training from scratch, else fingerprint, extra and known (when
-    events become known) are the bundle's.
-    """
-
-    model: ModelConfig
-    data: DataConfig
-    vocabulary: Vocabulary
-    state: Mapping[str, Tensor] | None
-    fingerprint: str = ""
-    extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    known: KnownConfig | None = None
 
 
 @dataclass(frozen=True)
@@ -55,8 +39,8 @@ class TrialConfig:
 
     in_days: those of the tasks that also predict days.
     frozen: the backbone keeps its pretrained weights; pooling and heads alone are trained.
-    early_share: share of the training examples that are shown as they were earlier (`Rows`).
-    teacher_share: of a training label, how much of it is not what happened but what a teacher says (`Study.teacher`).
+    early_share: fraction of the training examples that are shown as they were earlier (`Rows`).
+    teacher_share: fraction of each training label that is replaced by the teacher's probability.
     """
 
     tasks: list[str]
@@ -70,17 +54,22 @@ class TrialConfig:
     early_share: float = 0.0
     teacher_share: float = 0.0
 
+    @property
+    def description(self) -> str:
+        """For TensorBoard."""
+        return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
+
 
 @dataclass(frozen=True)
 class Study:
     """Shared by all trials; labels: a table for each task; metric: one of `tuning_scores`; device: where
     each trial computes.
 
-    teacher: for each task a probability of each of its training examples (`boosting.cross_fitted`), where a trial
-    learns from it, too: knowledge distillation (Hinton et al. 2015).
+    teacher: for each task the out-of-fold probability of each of its training examples (`boosting.cross_fitted`), if
+    any trial learns from them: knowledge distillation (Hinton et al. 2015).
     """
 
-    start: Start
+    start: Bundle
     labels: list[pa.Table]
     metric: str
     trials: list[TrialConfig]
@@ -88,17 +77,27 @@ class Study:
     teacher: list[np.ndarray] = dataclasses.field(default_factory=list)
     device: Wanted = "cpu"
 
+    def examples(self, trial: TrialConfig, histories: Histories) -> tuple[Examples, Examples]:
+        """Those to train on and those to tune on, of all tasks."""
+        training, tuning = (
+            [labelled_examples(histories, table, split) for table in self.labels] for split in ("train", "tuning")
+        )
+        if trial.teacher_share:
+            pairs = zip(training, self.teacher, strict=True)
+            training = [distilled(part, teacher_E, trial.teacher_share) for part, teacher_E in pairs]
+        return united(training), united(tuning)
 
-def starting_point(data: DataConfig, model: ModelConfig | None, init: str | None) -> Start:
-    """The bundle's model, vocabulary and rare-code rule, or with `init` None the configuration's own.
 
-    With a bundle, `model` may be left out, or may differ from the bundle's in OPEN_SETTINGS.
+def starting_point(data: DataConfig, model: ModelConfig | None, init: str | None) -> Bundle:
+    """The model, vocabulary and rare-code rule of every trial, and where `init` names a bundle its weights.
+
+    With a bundle, `model` may be left out, or may differ from the bundle's in OPEN_SETTINGS. With `init` None there
+    are no weights: trials train from scratch.
     """
     if init is None:
         if model is None:
             raise ConfigError("init=null trains from scratch and needs a model: add model=small (or another size)")
-        vocabulary = Vocabulary.read(locate(data.path) / "histories" / "vocabulary.parquet", data.min_count)
-        return Start(model, data, vocabulary, None)
+        return Bundle("pretrained", model, data, [], read_vocabulary(data), state={})
     bundle = read_bundle(locate(init))
     for field in dataclasses.fields(ModelConfig):
         own = getattr(bundle.model, field.name)
@@ -108,15 +107,69 @@ def starting_point(data: DataConfig, model: ModelConfig | None, init: str | None
                 f"model.{field.name}={given} does not fit the bundle, which has {own}: leave model out, or init=null"
             )
     data = dataclasses.replace(data, min_count=bundle.data.min_count)
-    own = bundle.vocabulary, bundle.state, bundle.fingerprint, bundle.extra, bundle.known
-    return Start(model or bundle.model, data, *own)
+    return dataclasses.replace(bundle, model=model or bundle.model, data=data)
 
 
-def risk_model(start: Start, trial: TrialConfig) -> RiskModel:
+def draw_trials(
+    tasks: Sequence[TaskConfig], search: SearchConfig, train: TrainConfig, start: Bundle
+) -> list[TrialConfig]:
+    """The trials of a search. Raises ConfigError where its space has an impossible value."""
+    tried = space.for_model(search.space, start.model.pooling)
+    if "pooling" in search.space.keys() - tried.keys():
+        print(
+            f"The trials keep the paper's pooling, {start.model.pooling}; search.space.pooling=NAME changes it",
+            flush=True,
+        )
+    points = space.draw(tried, search.num_trials, train.seed)
+    return [trial_config(tasks, train, start, point) for point in points]
+
+
+def trial_config(
+    tasks: Sequence[TaskConfig], train: TrainConfig, start: Bundle, point: Mapping[str, Any]
+) -> TrialConfig:
+    """The trial at a point of the space; what the point leaves out comes from the other sections.
+
+    Raises ConfigError where a value is impossible.
+    """
+    rates = {"backbone_lr": train.learning_rate, "head_lr": train.learning_rate}
+    settings = {**rates, "frozen": False, "early_share": 0.0, "teacher_share": 0.0, **point}
+    if not start.state:
+        settings["frozen"] = False  # nothing pretrained to keep
+    space.check_point(settings)
+
+    def replaced(section: Any, *names: str) -> Any:
+        tree = {**to_tree(section), **{name: settings[name] for name in names if name in settings}}
+        return build(type(section), tree, "search.space: ")
+
+    return TrialConfig(
+        tasks=[task.name for task in tasks],
+        in_days=[task.name for task in tasks if task.longer_than_days is not None],
+        data=replaced(start.data, "context"),
+        model=replaced(start.model, "dropout", "pooling"),
+        train=replaced(train, "weight_decay"),
+        backbone_lr=float(settings["backbone_lr"]),
+        head_lr=float(settings["head_lr"]),
+        frozen=settings["frozen"],
+        early_share=float(settings["early_share"]),
+        teacher_share=float(settings["teacher_share"]),
+    )
+
+
+def require_starts(task: TaskConfig, label_set: LabelSet, key: str) -> None:
+    """Raises UserError that names the setting `key` where labels have no start, which earlier views need."""
+    if "start" not in label_set.table.column_names:
+        raise UserError(
+            f"{key}: the labels of {task.name} have no start, so an earlier view may have another label: set it "
+            "to 0, or task.start to the trigger or a predicate of task.definition, or give each label a "
+            "start (<stem>.extra.pq beside <stem>.parquet)"
+        )
+
+
+def risk_model(start: Bundle, trial: TrialConfig) -> RiskModel:
     """The trial's model: new weights from the run's seed, then the pretrained ones over them, where they fit."""
     torch.manual_seed(trial.train.seed)
     model = RiskModel(trial.model, start.vocabulary.size, trial.tasks, trial.in_days)
-    if start.state is not None:
+    if start.state:
         load_pretrained(model, start.state)
     model.backbone.requires_grad_(not trial.frozen)
     return model
@@ -130,13 +183,13 @@ def parameter_groups(model: RiskModel, trial: TrialConfig) -> list[dict[str, Any
     return groups
 
 
-def taught(examples: Examples, probability_E: np.ndarray, share: float) -> Examples:
-    """With labels that are what happened and, for a share of them, what a teacher says."""
-    label_E = (1 - share) * examples.label_E + share * probability_E
+def distilled(examples: Examples, teacher_E: np.ndarray, fraction: float) -> Examples:
+    """With this fraction of each label replaced by the teacher's probability."""
+    label_E = (1 - fraction) * examples.label_E + fraction * teacher_E
     return dataclasses.replace(examples, label_ET=label_E[:, None].astype(np.float32))
 
 
-def labelled_rows(start: Start, trial: TrialConfig, histories: Histories, examples: Examples) -> Rows:
+def labelled_rows(start: Bundle, trial: TrialConfig, histories: Histories, examples: Examples) -> Rows:
     """The last events up to each prediction time."""
     return Rows(
         histories,
@@ -181,71 +234,27 @@ def _task_scores(examples: Examples, outputs: scoring.Outputs, task: int) -> dic
     return {**known, "mean": sum(known.values()) / len(known), "loss": loss}
 
 
-def run_trial(
-    study: Study,
-    trial: TrialConfig,
-    *,
-    worker: loop.Worker,
-    report: loop.Report,
-    resume: Path | None,
-    telemetry: Telemetry,
-) -> None:
-    """Train one trial to its end, or until the caller's `report` stops it."""
-    histories = Histories.open(trial.data.path)
-    parts, tuning_parts = (
-        [labelled_examples(histories, table, split) for table in study.labels] for split in ("train", "tuning")
-    )
-    if trial.teacher_share:
-        parts = [taught(part, told_E, trial.teacher_share) for part, told_E in zip(parts, study.teacher, strict=True)]
-    train_on(
-        study.start,
-        trial,
-        histories,
-        united(parts),
-        united(tuning_parts),
-        metric=study.metric,
-        worker=worker,
-        report=report,
-        resume=resume,
-        telemetry=telemetry,
-    )
-
-
-def train_on(
-    start: Start,
+def trial_job(
+    start: Bundle,
     trial: TrialConfig,
     histories: Histories,
     training: Examples,
     tuning: Examples,
-    *,
     metric: str,
-    worker: loop.Worker,
-    report: loop.Report,
-    resume: Path | None,
-    telemetry: Telemetry,
-) -> None:
+    device: torch.device,
+) -> loop.Job:
     """Train on the one, evaluate on the other examples; metric: one of `tuning_scores`."""
     tuning_rows = labelled_rows(start, trial, histories, tuning)
 
     def evaluate(model: Any) -> dict[str, float]:
-        return tuning_scores(tuning, scoring.score(model, tuning_rows, worker.device), trial.tasks)
+        return tuning_scores(tuning, scoring.score(model, tuning_rows, device), trial.tasks)
 
     model = risk_model(start, trial)
-    job = loop.Job(
+    return loop.Job(
         module=model,
         groups=parameter_groups(model, trial),
         rows=labelled_rows(start, trial, histories, training),
         evaluate=evaluate,
         score=metric,
         mode="min" if metric == "loss" else "max",
-    )
-    description = yaml.safe_dump(dataclasses.asdict(trial), sort_keys=False)
-    loop.train(
-        job,
-        trial.train,
-        worker,
-        report=report,
-        telemetry=telemetry,
-        resume=resume,
-        description=description,
     )

@@ -42,18 +42,19 @@ from hymate.data.tasks import labels
 from hymate.evaluation import metrics
 from hymate.evaluation.features import FeatureConfig, choose, features
 from hymate.evaluation.figures import BLUE, DPI, GREY, ORANGE
+from hymate.inference.bundle import Bundle
 from hymate.inference.scoring import score
 from hymate.model.encoder import RiskModel
 from hymate.training import checkpoint, loop
 from hymate.training.telemetry import Telemetry
-from hymate.tuning.search import TuneConfig, trial_config
+from hymate.tuning.search import TuneConfig
 from hymate.tuning.trial import (
-    Start,
     TrialConfig,
     labelled_rows,
     parameter_groups,
     risk_model,
     starting_point,
+    trial_config,
     tuning_scores,
 )
 
@@ -92,7 +93,7 @@ class Point:
 
     histories: Histories
     examples: dict[str, Examples]
-    start: Start
+    start: Bundle
     trial: TrialConfig
     weights: Path
 

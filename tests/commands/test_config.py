@@ -26,7 +26,7 @@ from hymate.predict import PredictConfig
 from hymate.runs import absolute, run_folder
 from hymate.training.pretraining import PretrainConfig
 from hymate.trees import build, dump_yaml, parse_yaml, to_tree
-from hymate.tuning.benchmark import BenchmarkConfig
+from hymate.tuning.protocol import BenchmarkConfig
 from hymate.tuning.search import TuneConfig
 from hymate.tuning.space import check_point
 

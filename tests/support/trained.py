@@ -9,13 +9,15 @@ from safetensors.torch import load_file
 
 from hymate.command import load
 from hymate.config import DataConfig, ModelConfig, TrainConfig
+from hymate.data.examples import labelled_examples
+from hymate.data.histories import Histories
 from hymate.data.prepare import PrepareConfig, prepare
 from hymate.data.tasks import labels
 from hymate.inference.bundle import Bundle
 from hymate.predict import PredictConfig
 from hymate.training import loop
 from hymate.training.telemetry import Telemetry
-from hymate.tuning.trial import Study, TrialConfig, run_trial, starting_point
+from hymate.tuning.trial import TrialConfig, starting_point, trial_job
 
 # configs/model/debug.yaml
 MODEL = ModelConfig(d_model=32, layers="MA", d_state=16, headdim=16, num_heads=2, window=256)
@@ -37,7 +39,6 @@ def trained_bundle(data: Path, steps: int) -> Bundle:
     schedule = TrainConfig(rows_per_step=1, max_steps=steps, warmup_steps=30, eval_every=steps, zero_stage=0)
     rates = {"backbone_lr": LEARNING_RATE, "head_lr": LEARNING_RATE}
     trial = TrialConfig(["readmission"], [], start.data, MODEL, schedule, **rates)
-    run_path = data.parent / "run"
     state = {}
 
     def report(scores: dict[str, float], checkpoint: Path) -> None:
@@ -45,12 +46,9 @@ def trained_bundle(data: Path, steps: int) -> Bundle:
         shutil.rmtree(checkpoint)
 
     with loop.single_process() as worker:
-        run_trial(
-            Study(start, [table], "mean", [trial], run_path),
-            trial,
-            worker=worker,
-            report=report,
-            resume=None,
-            telemetry=Telemetry(run_path, enabled=False),
-        )
+        histories = Histories.open(data)
+        examples = (labelled_examples(histories, table, split) for split in ("train", "tuning"))
+        job = trial_job(start, trial, histories, *examples, "mean", worker.device)
+        silent = Telemetry(data.parent / "run", enabled=False)
+        loop.train(job, trial.train, worker, report=report, telemetry=silent, resume=None)
     return Bundle("risk", trial.model, trial.data, trial.tasks, start.vocabulary, state)

@@ -29,12 +29,12 @@ from hymate.data.meds import write_parquet
 from hymate.errors import ConfigError, UserError
 from hymate.evaluation import boosting, calibration
 from hymate.evaluation.features import FeatureConfig, choose, features
+from hymate.inference.bundle import Bundle
 from hymate.runs import run_folder
 from hymate.training.pretraining import PretrainConfig, read_vocabulary
-from hymate.tuning.benchmark import BenchmarkConfig, Labelled, train_and_score, trial_of
-from hymate.tuning.benchmark import benchmark as protocol
-from hymate.tuning.comparison import Comparison, Run, compare, write_run
-from hymate.tuning.trial import Start
+from hymate.tuning.benchmark import benchmark, train_and_score, trial_of
+from hymate.tuning.comparison import compare, write_run
+from hymate.tuning.protocol import BenchmarkConfig, Labelled, Run
 
 pytestmark = pytest.mark.slow
 
@@ -94,9 +94,9 @@ def test_a_benchmark_that_is_killed_goes_on_and_compares(
     assert json.loads((folder / "run.json").read_text())["outcome"] == {"state": "finished", "looks": 1}
 
     # what is shown again is no new look; what is compared anew is one
-    protocol(configured(small_data, tmp_path, *more))
+    benchmark(configured(small_data, tmp_path, *more))
     assert len(json.loads((folder / "looks.json").read_text())) == 1
-    protocol(configured(small_data, tmp_path, *more[:-1], "only=[gradient_boosting]", "budgets=[60]"))
+    benchmark(configured(small_data, tmp_path, *more[:-1], "only=[gradient_boosting]", "budgets=[60]"))
     looks = json.loads((folder / "looks.json").read_text())
     assert [[row["budget"] for row in look["seen"]] for look in looks] == [[140, 140, 60], [60]]
     assert f"Look 2 of this benchmark at these labels**, after {looks[0]['at']}" in (folder / "held_out.md").read_text()
@@ -123,9 +123,9 @@ def check_cross_validation(folder: Path) -> list[dict]:
 @pytest.mark.parametrize(
     ("wrong", "line"),
     [
-        (["folds=60"], "of all labels, seed 0, fold 0 . positive and . negative ones are there to be scored on"),
-        (["budgets=[100]"], "of 100 labels, seed 0, fold 0 there are only 84"),
-        (["budgets=[2]", "split=held_out"], "of 2 labels, seed 0 . positive and . negative ones are there to"),
+        (["folds=60"], "all labels, seed 0, fold 0: . positive and . negative labels to score on"),
+        (["budgets=[100]"], "100 labels, seed 0, fold 0: there are only 84 labels"),
+        (["budgets=[2]", "split=held_out"], "2 labels, seed 0: . positive and . negative labels to"),
         (["point.early_share=0.5"], "point.early_share: the labels of readmission have no start"),
         (["train.cpus_per_worker=1000"], "needs 1000 CPUs"),
     ],
@@ -134,7 +134,7 @@ def test_what_cannot_be_run_is_refused_before_anything_is_trained(
     small_data: Path, tmp_path: Path, wrong: list[str], line: str
 ) -> None:
     with pytest.raises(UserError, match=line):
-        protocol(configured(small_data, tmp_path, *wrong))
+        benchmark(configured(small_data, tmp_path, *wrong))
     assert not list(tmp_path.iterdir())
 
 
@@ -246,7 +246,11 @@ def test_encoders_have_the_same_pooling_views_and_candidates_and_the_papers_mode
         models = {name: config.model_of(contender) for name, contender in config.contenders.items()}
         trials = {
             name: trial_of(
-                config, contender, Start(models[name], config.data, read_vocabulary(config.data), None), 0, 0.05
+                config,
+                contender,
+                Bundle("pretrained", models[name], config.data, [], read_vocabulary(config.data), state={}),
+                0,
+                0.05,
             )
             for name, contender in config.contenders.items()
         }
@@ -289,8 +293,9 @@ def weight_of(label: np.ndarray) -> np.ndarray:
     return 1 + np.arange(len(label)) % 3
 
 
-def comparison(folder: Path, split: str = "cross_validation") -> Comparison:
-    return Comparison(folder, ["gradient_boosting", "scratch"], [0], 2, split, 2, "readmission")
+def compared(folder: Path) -> list[dict[str, Any]]:
+    """The rows of two seeds in two folds."""
+    return compare(configured("DATA", folder, "seeds=2", "run.name=b"))["rows"]
 
 
 def test_areas_are_means_over_the_folds_of_each_seed(tmp_path: Path) -> None:
@@ -299,12 +304,12 @@ def test_areas_are_means_over_the_folds_of_each_seed(tmp_path: Path) -> None:
     probability_SN = rng.random((2, 200)) / 2
     probability_SN += fold_SN / 2  # of the second fold all are higher: a rank over both would be no model's
     for seed in range(2):
-        written(tmp_path, "scratch", label, probability_SN[seed], seed, fold_SN[seed])
-    (row,) = compare(comparison(tmp_path))["rows"]
+        written(tmp_path / "b/runs", "scratch", label, probability_SN[seed], seed, fold_SN[seed])
+    (row,) = compared(tmp_path)
     assert row["auroc"]["difference"] == row["auroc"]["ensemble_difference"] == {"value": None, "ci": None}
     for seed in range(2):
-        written(tmp_path, "gradient_boosting", label, rng.random(200), seed, fold_SN[seed])
-    _, row = compare(comparison(tmp_path))["rows"]
+        written(tmp_path / "b/runs", "gradient_boosting", label, rng.random(200), seed, fold_SN[seed])
+    _, row = compared(tmp_path)
     for name, area in (("auroc", roc_auc_score), ("auprc", average_precision_score)):
 
         def weighted(probability_N: np.ndarray, at: np.ndarray, area: Any = area) -> float:
@@ -323,17 +328,19 @@ def test_areas_are_means_over_the_folds_of_each_seed(tmp_path: Path) -> None:
         assert row[name]["difference"]["ci"][0] < row[name]["difference"]["value"] < row[name]["difference"]["ci"][1]
 
     # a seed that lacks a fold does not count
-    Run("scratch", 0, 1, 1).results(tmp_path).unlink()
-    _, row = compare(comparison(tmp_path))["rows"]
+    Run("scratch", 0, 1, 1).results(tmp_path / "b/runs").unlink()
+    _, row = compared(tmp_path)
     assert row["seeds"] == 1 and row["auroc"]["sd"] is None
 
 
 def test_runs_of_other_labels_are_not_compared(tmp_path: Path) -> None:
     label = np.arange(20) % 2.0
     for seed in range(2):
-        written(tmp_path, "scratch", (label + seed) % 2, np.linspace(0.1, 0.9, 20), seed, np.arange(20) // 10)
-    with pytest.raises(UserError, match="runs of scratch have other labels than each other"):
-        compare(comparison(tmp_path))
+        written(
+            tmp_path / "b/runs", "scratch", (label + seed) % 2, np.linspace(0.1, 0.9, 20), seed, np.arange(20) // 10
+        )
+    with pytest.raises(UserError, match="runs of scratch have different labels"):
+        compared(tmp_path)
 
 
 @pytest.mark.parametrize(

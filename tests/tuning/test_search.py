@@ -37,8 +37,8 @@ from hymate.inference.provenance import SENTENCES, provenance
 from hymate.inference.scoring import predict, prediction_table
 from hymate.model.encoder import PretrainModel
 from hymate.tuning import space
-from hymate.tuning.search import TuneConfig, search, trial_config
-from hymate.tuning.trial import TrialConfig, parameter_groups, risk_model, starting_point
+from hymate.tuning.search import TuneConfig, search
+from hymate.tuning.trial import TrialConfig, draw_trials, parameter_groups, risk_model, starting_point, trial_config
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -92,8 +92,8 @@ def test_a_search_keeps_the_papers_pooling_unless_it_is_set(small_data: Path, se
         chosen = [f"data.path={small_data}", "init=null", "task=mortality", f"model={model}", f"search={search}"]
         config = load("tune", [*chosen, *settings], TuneConfig)
         start = starting_point(config.data, config.model, None)
-        points = space.draw(space.for_model(config.search.space, start.model.pooling), 8, seed=0)
-        return {trial_config(config.tasks, config.train, start, point).model.pooling for point in points}
+        eight = dataclasses.replace(config.search, num_trials=8)
+        return {trial.model.pooling for trial in draw_trials(config.tasks, eight, config.train, start)}
 
     ours = {"default": {"fusion", "variables", "last"}, "quick": {"fusion"}, "physionet": {"variables"}}[search]
     assert poolings("paper") == {"attention"}

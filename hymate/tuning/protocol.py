@@ -1,0 +1,261 @@
+"""The benchmark's protocol: who is compared, in which runs, and which labels each run has.
+
+Shape legend: P patients, E examples.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+
+from hymate.config import DataConfig, ModelConfig, ObjectiveConfig, RunConfig, TaskConfig, TrainConfig
+from hymate.data.examples import Examples, labelled_examples
+from hymate.data.histories import Histories
+from hymate.device import Wanted
+from hymate.errors import ConfigError, UserError
+from hymate.evaluation.boosting import Kind
+from hymate.storage.paths import Location
+from hymate.trees import build, to_tree
+from hymate.tuning import space
+
+BASELINES: tuple[Kind, ...] = ("gradient_boosting", "logistic_regression")
+REFERENCE = BASELINES[0]  # every contender is compared with it
+DEVELOPMENT, HELD_OUT = "train and tuning", "held_out"
+Split = Literal["cross_validation", "held_out"]
+
+
+# --------------------------------------------------------------------------------------------------- who is compared
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A model that is fine-tuned. model: what it changes of the configuration's; point: its settings, as of a search's
+    space; pretrained: whether it starts from weights that were pretrained with the same seed, once for all contenders
+    of the same model.
+    """
+
+    point: dict[str, Any]
+    model: dict[str, Any] = field(default_factory=dict)
+    pretrained: bool = False
+
+
+@dataclass(frozen=True)
+class BenchmarkConfig:
+    """`finetune/benchmark.py`'s configuration.
+
+    split: "cross_validation" over the train and tuning patients, while choices are made; "held_out" once they are made.
+    folds: of cross-validation; each seed draws its own.
+    only: names of the contenders to run now; the others can follow. Empty: all of them.
+    seeds: how often everything is done, each time with other random numbers.
+    budgets: labels that a run sees in all, those that choose and recalibrate included; 0 is all there are.
+    with_few_labels: the contenders of all budgets but the largest.
+    choosing_fraction: fraction of the labels that choose the candidate (a network's evaluation, boosting's number of
+        trees, logistic regression's penalty) by the least cross-entropy, and recalibrate it; the rest is fitted to.
+    max_concurrent: runs at the same time; 0 is as many as the machine or cluster holds.
+    pretrain: each seed's pretraining, without labels.
+    train: each contender's fine-tuning.
+    contenders: by name, what each changes in `model` (`model`) and in `point` (`point`), and whether it starts from
+        pretrained weights (`pretrained`).
+    point: settings of every contender, as of a search's space.
+    device: "auto" takes a GPU for each run where all is there that the model needs, else CPUs; or "cpu", "cuda".
+    """
+
+    data: DataConfig
+    model: ModelConfig
+    objective: ObjectiveConfig
+    pretrain: TrainConfig
+    train: TrainConfig
+    task: TaskConfig
+    run: RunConfig
+    contenders: dict[str, Contender]
+    point: dict[str, Any]
+    with_few_labels: list[str]
+    split: Split = "cross_validation"
+    folds: int = 4
+    seeds: int = 3
+    only: list[str] = field(default_factory=list)
+    budgets: list[int] = field(default_factory=lambda: [0])
+    choosing_fraction: float = 0.2
+    max_concurrent: int = 0
+    device: Wanted = "auto"
+
+    def __post_init__(self) -> None:
+        if not self.budgets or min(self.budgets) < 0 or len(set(self.budgets)) < len(self.budgets):
+            raise ConfigError(f"budgets must be different numbers of labels, 0 for all there are; got {self.budgets}")
+        if not 0 < self.choosing_fraction < 1:
+            raise ConfigError(f"choosing_fraction must be between 0 and 1, got {self.choosing_fraction}")
+        for name, least in (("seeds", 1), ("folds", 2)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        for key in ("with_few_labels", "only"):
+            if unknown := set(getattr(self, key)) - {*self.names}:
+                raise ConfigError(f"{key}: {', '.join(sorted(unknown))} is no contender")
+        if clash := set(BASELINES) & set(self.contenders):
+            raise ConfigError(f"contenders.{sorted(clash)[0]} is a baseline's name: choose another")
+        for contender in self.contenders.values():
+            point = self.point_of(contender)
+            space.check(point)
+            if ranges := sorted(name for name, value in point.items() if isinstance(value, Mapping)):
+                raise ConfigError(f"point: {ranges[0]} must be one value here, not a distribution")
+            space.check_point(point)
+            self.model_of(contender)
+
+    def point_of(self, contender: Contender) -> dict[str, Any]:
+        """The contender's settings, and where it has none of its own those of all."""
+        return {**self.point, **contender.point}
+
+    def model_of(self, contender: Contender) -> ModelConfig:
+        """The contender's model. Raises ConfigError where a setting is impossible."""
+        return build(ModelConfig, {**to_tree(self.model), **contender.model}, "contenders.model.")
+
+    @property
+    def names(self) -> list[str]:
+        """All that are compared."""
+        return [*BASELINES, *self.contenders]
+
+    @property
+    def folds_of_split(self) -> list[int] | list[None]:
+        """One run each; None is the held-out split."""
+        return [None] if self.split == HELD_OUT else list(range(self.folds))
+
+    @property
+    def largest_first(self) -> list[int]:
+        """The budgets; all labels are the largest."""
+        return sorted(self.budgets, key=lambda budget: budget or math.inf, reverse=True)
+
+    def pretraining(self, run: Run) -> str | None:
+        """Whose pretrained weights the run starts from: the first contender's of the same model. None: from scratch."""
+        pretrained = {name: self.model_of(each) for name, each in self.contenders.items() if each.pretrained}
+        model = pretrained.get(run.name)
+        return None if model is None else next(name for name, other in pretrained.items() if other == model)
+
+
+# ------------------------------------------------------------------------------------------------------------- runs
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: a contender, `budget` labels (0: all there are), a seed, and the fold that it is scored on.
+
+    name: a baseline's or a contender's. fold: None for the held-out split.
+    """
+
+    name: str
+    budget: int
+    seed: int
+    fold: int | None
+
+    @property
+    def stem(self) -> str:
+        """What its files' names begin with."""
+        scored_on = "held_out" if self.fold is None else f"fold{self.fold}"
+        return f"{self.name}-{self.budget or 'all'}-seed{self.seed}-{scored_on}"
+
+    @property
+    def labels(self) -> str:
+        """In words, which labels it has: the same for every contender."""
+        scored_on = "" if self.fold is None else f", fold {self.fold}"
+        return f"{self.budget or 'all'} labels, seed {self.seed}{scored_on}"
+
+    def __str__(self) -> str:
+        return f"{self.name} on {self.labels}"
+
+    def results(self, folder: Location) -> Location:
+        """The run's results; this file is written last, so where it is the run is complete."""
+        return folder / f"{self.stem}.json"
+
+    def predictions(self, folder: Location) -> Location:
+        """Subjects, prediction times, labels, their weights and recalibrated probabilities."""
+        return folder / f"{self.stem}.parquet"
+
+
+def runs_of(config: BenchmarkConfig) -> list[Run]:
+    """In the order in which they are started: every contender once, then the next fold and seed; few labels last."""
+    return [
+        Run(name, budget, seed, fold)
+        for budget in config.largest_first
+        for seed in range(config.seeds)
+        for fold in config.folds_of_split
+        for name in (config.names if budget == config.largest_first[0] else config.with_few_labels)
+        if not config.only or name in config.only
+    ]
+
+
+# ------------------------------------------------------------------------------------------- which labels a run has
+
+
+@dataclass(frozen=True)
+class Allotment:
+    """A run's labels: those to fit to, those to choose and recalibrate by, those to be scored on; a patient is in one
+    of these parts. fraction: of all labels that it might have had, those that its budget allows.
+    """
+
+    fitting: Examples
+    choosing: Examples
+    test: Examples
+    fraction: float
+
+    def check(self, config: BenchmarkConfig, run: Run) -> None:
+        """Raises UserError where a part is smaller than the budget wants it, or has one class only."""
+        there = len(self.fitting) + len(self.choosing)
+        if there < run.budget:
+            raise UserError(f"budgets={config.budgets}: {run.labels}: there are only {there} labels")
+        for purpose, examples in (("fit", self.fitting), ("choose by", self.choosing), ("score on", self.test)):
+            positives = int((examples.label_E > 0.5).sum())
+            if positives in (0, len(examples)):
+                raise UserError(
+                    f"task {config.task.name}: {run.labels}: {positives} positive and {len(examples) - positives} "
+                    f"negative labels to {purpose}, but both are needed: take a larger budget or fewer folds"
+                )
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Examples with a label: those of the train and tuning patients together and, if asked for, the held-out ones."""
+
+    development: Examples
+    held_out: Examples | None
+
+    @classmethod
+    def of(cls, histories: Histories, table: pa.Table, split: Split) -> Labelled:
+        """table: the task's labels."""
+        parts = np.where(histories.index["split"] == HELD_OUT, HELD_OUT, DEVELOPMENT)
+        histories = histories.with_splits(parts)
+        wanted = [DEVELOPMENT, HELD_OUT] if split == HELD_OUT else [DEVELOPMENT]
+        found = [labelled_examples(histories, table, part) for part in wanted]
+        development, *held_out = [examples.only(~np.isnan(examples.label_E)) for examples in found]
+        return cls(development, held_out[0] if held_out else None)
+
+    def allotted(self, config: BenchmarkConfig, run: Run) -> Allotment:
+        """The labels of a run: each seed draws its own folds, and its own patients until the budget is reached.
+
+        Smaller budgets are parts of larger ones. Those to choose by are every so many of the patients in the order of
+        outcome and draw, so that both parts have the same prevalence.
+        """
+        pool, test, rng = self.development, self.held_out, np.random.default_rng(run.seed)
+        if run.fold is not None:
+            fold_E = _shuffled(pool.subject_id_E, rng) % config.folds
+            pool, test = pool.only(fold_E != run.fold), pool.only(fold_E == run.fold)
+        assert test is not None, "a run without a fold is scored on the held-out labels"
+        rank_E, there = _shuffled(pool.subject_id_E, rng), len(pool)
+        drawn = np.zeros(len(pool), dtype=bool)
+        drawn[np.argsort(rank_E, kind="stable")[: run.budget or None]] = True
+        pool, rank_E = pool.only(drawn), rank_E[drawn]
+        subject_P, first_E, subject_E = np.unique(pool.subject_id_E, return_index=True, return_inverse=True)
+        positive_P = np.bincount(subject_E, pool.label_E > 0.5) > 0
+        order_P = np.lexsort((rank_E[first_E], positive_P))
+        chooses_P = np.zeros(len(subject_P), dtype=bool)
+        chooses_P[order_P] = np.diff(np.floor(np.arange(len(subject_P) + 1) * config.choosing_fraction + 0.5)) > 0
+        chooses_E = chooses_P[subject_E]
+        return Allotment(pool.only(~chooses_E), pool.only(chooses_E), test, len(pool) / there)
+
+
+def _shuffled(subject_id_E: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The place of each example's patient in a random order of all patients."""
+    subject_P, subject_E = np.unique(subject_id_E, return_inverse=True)
+    return rng.permutation(len(subject_P))[subject_E]

@@ -1,0 +1,132 @@
+"""What a search chose: the best checkpoint as a bundle, recalibrated and scored once for each task."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from hymate.config import ReportConfig, TaskConfig
+from hymate.data.examples import Examples
+from hymate.data.histories import Histories
+from hymate.data.synthetic.source import ceiling
+from hymate.data.tasks import LabelSet
+from hymate.device import CPU, Wanted, choose
+from hymate.errors import UserError
+from hymate.evaluation import boosting, calibration, decisions, figures, metrics, results
+from hymate.inference.bundle import Bundle, build_model
+from hymate.inference.scoring import predict, write_predictions
+from hymate.storage.paths import Location
+from hymate.training import checkpoint
+from hymate.tuning.trial import TrialConfig
+
+
+@dataclass(frozen=True)
+class LabelledTask:
+    """A task with its labels, the examples of each split that they make, and the groups of the held-out ones.
+
+    There may be no held-out examples: then the tuning split is scored.
+    """
+
+    config: TaskConfig
+    labels: LabelSet
+    examples: Mapping[str, Examples]
+    held_out_groups: Mapping[str, Mapping[str, np.ndarray]]
+
+    @property
+    def scored_split(self) -> str:
+        return "held_out" if len(self.examples["held_out"]) else "tuning"
+
+
+def best_of(outcomes: Sequence[results.Outcome], metric: str, run_path: Location) -> results.Outcome:
+    """The trial with the best checkpoint. Raises UserError where every trial failed."""
+    scored = [outcome for outcome in outcomes if outcome.status != "failed" and outcome.checkpoint is not None]
+    if not scored:
+        raise UserError(
+            f"all {len(outcomes)} trials failed, the first with {outcomes[0].error} "
+            f"(tracebacks: {run_path}/trials/trial-*/error.txt); if training diverged, lower the learning rates of "
+            "search.space and choose another run.name; otherwise the same command tries again"
+        )
+    return max(scored, key=lambda outcome: outcome.best[metric])
+
+
+def bundle_of(start: Bundle, trial: TrialConfig, best: results.Outcome) -> Bundle:
+    """The best checkpoint, not yet recalibrated."""
+    assert best.checkpoint is not None
+    state = checkpoint.read_verified_weights(best.checkpoint)
+    return Bundle("risk", trial.model, trial.data, trial.tasks, start.vocabulary, state, in_days=trial.in_days)
+
+
+def scoring_device(wanted: Wanted, winner: Bundle) -> torch.device:
+    """The trials may have run on a cluster's GPUs, and this machine may have none."""
+    device = choose("auto", winner.model) if wanted == "cuda" else CPU
+    if wanted == "cuda" and device == CPU:
+        print("this machine cannot use a GPU: the best model is scored on its CPU", flush=True)
+    return device
+
+
+def score(
+    winner: Bundle,
+    histories: Histories,
+    task: LabelledTask,
+    run_path: Location,
+    settings: ReportConfig,
+    seed: int,
+    device: torch.device,
+) -> tuple[Bundle, dict[str, Any]]:
+    """The model with the task's head recalibrated, and the task's part of results.json.
+
+    Its predictions and its picture are in the run's folder. seed: of gradient boosting.
+    """
+    name, split, tuning = task.config.name, task.scored_split, task.examples["tuning"]
+    winner, recalibration, tuning_probability_E = _recalibrated(winner, histories, name, tuning, device)
+    scored = task.examples[split]
+    outputs, _ = predict(winner.for_task(name), histories, scored, device)
+    write_predictions(scored, outputs, run_path / results.predictions_file(name, winner.tasks))
+    probability_E = outputs.probability_ET[:, 0]
+    label_E, subject_id_E, weight_E = scored.label_E, scored.subject_id_E, scored.weight_E
+    scores = metrics.scores(label_E, probability_E, subject_id_E, weight_E)
+    if name in winner.in_days:
+        timed_E = ~np.isnan(scored.days_E)
+        days_N, predicted_N = scored.days_E[timed_E], outputs.days_ET[timed_E, 0]
+        scores["days"] = metrics.day_scores(days_N, predicted_N, subject_id_E[timed_E], weight_E[timed_E])
+    part = results.of_task(task.config, scores, task.labels, task.examples, split)
+    part["recalibration"] = recalibration.record(label_E, recalibration.undo(probability_E), weight_E)
+    part["boosting"], part["picture"] = None, None
+    if split == "held_out":
+        part |= decisions.assess(
+            label_E,
+            probability_E,
+            subject_id_E,
+            task.held_out_groups,
+            tuning.label_E,
+            tuning_probability_E,
+            weight_E,
+            tuning.weight_E,
+        )
+        if scores["auroc"]["value"] is not None:
+            part["boosting"], boosting_E = {"left_out": "report.boosting=false"}, None
+            if settings.boosting:
+                print(f"fitting gradient boosting for {name} to compare; report.boosting=false skips it", flush=True)
+                part["boosting"], boosting_E = boosting.compare(histories, task.examples, probability_E, seed)
+            part["picture"] = f"{name}.png"
+            figures.draw_task(run_path / part["picture"], label_E, probability_E, weight_E, part, boosting_E)
+    if (best := ceiling(histories.path, name, split)) is not None:
+        part["ceiling"] = best
+    return winner, part
+
+
+def _recalibrated(
+    winner: Bundle, histories: Histories, task: str, tuning: Examples, device: torch.device
+) -> tuple[Bundle, calibration.Recalibration, np.ndarray]:
+    """The model with probabilities that fit the tuning split best, what that took, and these probabilities."""
+    outputs, _ = predict(winner.for_task(task), histories, tuning, device)
+    recalibration = calibration.recalibrate(tuning.label_E, outputs.logit_ET[:, 0], tuning.weight_E)
+    outputs.logit_ET[:, 0] = recalibration(outputs.logit_ET[:, 0])
+    model = build_model(winner)
+    model.recalibrate(task, recalibration.temperature, recalibration.shift)
+    return dataclasses.replace(winner, state=model.state_dict()), recalibration, outputs.probability_ET[:, 0]
