@@ -109,7 +109,7 @@ def _recorded(config_name: str, run: str = "") -> dict[str, Any]:
         raise ConfigError(f"--repeat {run or 'RUN_FOLDER'}: not a run's folder, it has no {RECORD}")
     if record["command"] != config_name:
         raise ConfigError(f"--repeat {run}: a run of {record['command']}, not of {config_name}")
-    return typing.cast("dict[str, Any]", _as_text(record["config"]))
+    return typing.cast("dict[str, Any]", _as_text(trees.renamed(record["config"])))
 
 
 def _composed(config_name: str, choices: Sequence[str], folders: Sequence[Path], schema: type) -> dict[str, Any]:

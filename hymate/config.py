@@ -141,8 +141,8 @@ class ObjectiveConfig:
     forecast_weight: `forecast`: from the pooled patient vector at random times of each history, whether each variable
         is measured within the horizon (cross-entropy), and its mean normalised value there (Huber). The patient vector
         must see only the past, so this needs a model that does not see ahead (`ModelConfig.sees_ahead`).
-    mask_share: fraction of the events that are hidden.
-    span_share: fraction of the hidden events that lie in whole spans.
+    mask_fraction: fraction of the events that are hidden.
+    span_fraction: fraction of the hidden events that lie in whole spans.
     span_length: mean number of events in a span.
     horizon_hours: how far a forecast looks, in hours.
     forecast_points: times of each history that are forecast from.
@@ -152,8 +152,8 @@ class ObjectiveConfig:
     code_weight: float = 1.0
     value_weight: float = 1.0
     forecast_weight: float = 0.0
-    mask_share: float = 0.2
-    span_share: float = 0.5
+    mask_fraction: float = 0.2
+    span_fraction: float = 0.5
     span_length: int = 8
     horizon_hours: float = 24.0
     forecast_points: int = 8
@@ -166,8 +166,8 @@ class ObjectiveConfig:
             raise ConfigError("objective: every weight is 0: give code_weight, value_weight or forecast_weight another")
         _check(
             self,
-            mask_share=(0 < self.mask_share < 1, "must be in (0, 1)"),
-            span_share=(0 <= self.span_share <= 1, "must be in [0, 1]"),
+            mask_fraction=(0 < self.mask_fraction < 1, "must be in (0, 1)"),
+            span_fraction=(0 <= self.span_fraction <= 1, "must be in [0, 1]"),
         )
 
 
@@ -184,7 +184,7 @@ class TrainConfig:
     max_steps: optimiser steps.
     warmup_steps: steps of linear warm-up; a cosine decay to the last step follows.
     learning_rate: the highest, after the warm-up.
-    min_lr_share: learning rate at max_steps as a fraction of the highest, also where a run goes on with another
+    min_lr_fraction: learning rate at max_steps as a fraction of the highest, also where a run goes on with another
         max_steps.
     weight_decay: AdamW's; norms, embeddings, `A_log`, `D` and `dt_bias` are never decayed.
     beta1: AdamW's.
@@ -210,7 +210,7 @@ class TrainConfig:
     max_steps: int = 1000
     warmup_steps: int = 50
     learning_rate: float = 1e-3
-    min_lr_share: float = 0.1
+    min_lr_fraction: float = 0.1
     weight_decay: float = 0.05
     beta1: float = 0.9
     beta2: float = 0.98
@@ -241,7 +241,7 @@ class TrainConfig:
             ),
             rows_per_step=(self.rows_per_step % workers == 0, f"must be a multiple of train.num_workers={workers}"),
             warmup_steps=(0 <= self.warmup_steps < steps, f"must be at least 0 and below train.max_steps={steps}"),
-            min_lr_share=(0 <= self.min_lr_share <= 1, "must be in [0, 1]"),
+            min_lr_fraction=(0 <= self.min_lr_fraction <= 1, "must be in [0, 1]"),
         )
 
 
@@ -285,7 +285,7 @@ class TaskConfig:
         of this kind does not count as the label's.
     start: when what the label is about begins: the "trigger", or the last event of a predicate of `definition` up to
         the prediction time; null: the label belongs to its prediction time alone. A patient may be shown as at any
-        time from the start on (`early_share`), never as before.
+        time from the start on (`early_fraction`), never as before.
     longer_than_days: null, or the task is how long something lasts: the label is whether the label window ends more
         than this after the trigger, and the days themselves are learned and predicted beside it.
     """
@@ -324,8 +324,8 @@ class SearchConfig:
     reduction_factor: ASHA lets one in so many trials go on to the next rung.
     max_failures: how often a trial that died is tried again.
     space: parameter -> a value, {choice: [...]}, {uniform: [low, high]} or {loguniform: [low, high]}; parameters are
-        `backbone_lr`, `head_lr`, `dropout`, `frozen`, `context`, `pooling`, `weight_decay`, `early_share`,
-        `teacher_share`. A choice of `pooling` named `ours` is not for a model with the paper's, which keeps it.
+        `backbone_lr`, `head_lr`, `dropout`, `frozen`, `context`, `pooling`, `weight_decay`, `early_fraction`,
+        `teacher_fraction`. A choice of `pooling` named `ours` is not for a model with the paper's, which keeps it.
     """
 
     num_trials: int = 8

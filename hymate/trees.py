@@ -24,6 +24,7 @@ from hymate.errors import ConfigError, UserError, first_line
 
 T = TypeVar("T")
 REQUIRED = "required"
+RENAMED = {f"{name}_share": f"{name}_fraction" for name in ("mask", "span", "min_lr", "early", "teacher")}
 
 
 def keys(schema: type, tree: Any = None, where: str = "") -> Iterator[tuple[str, Any, Any, str]]:
@@ -176,6 +177,12 @@ class _PlainDumper(yaml.SafeDumper):
         return True
 
 
+def renamed(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A tree of before with the keys' names of today."""
+    items = ((key, renamed(value) if isinstance(value, Mapping) else value) for key, value in tree.items())
+    return {RENAMED.get(key, key): value for key, value in items}
+
+
 def dump_yaml(tree: Mapping[str, Any]) -> str:
     """YAML text of plain values, for `parse_yaml`."""
     return yaml.dump(dict(tree), Dumper=_PlainDumper, sort_keys=False)
@@ -191,7 +198,7 @@ def parse_yaml(text: str) -> Any:
 
 def unknown_key(key: str, known: Collection[str], where: str) -> ConfigError:
     """What to raise for a key that is none of `known`, below `where`."""
-    close = difflib.get_close_matches(key, known, n=1)
+    close = [RENAMED[key]] if RENAMED.get(key) in known else difflib.get_close_matches(key, known, n=1)
     hint = f"did you mean {where}{close[0]}?" if close else f"known keys are {', '.join(known)}"
     return ConfigError(f"{where + key or repr(key)} is not a known key: {hint}")
 

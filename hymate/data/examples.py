@@ -27,8 +27,8 @@ class Examples:
 
     position_E: int64, position of the history in the dataset's index.
     stop_E: int64, how many of its events may be used: those at or before the prediction time.
-    earliest_E: int64, the fewest of them that an earlier view with the same label may show (`Rows.early_share`): those
-        up to the label's start; stop_E where there is no earlier view.
+    earliest_E: int64, the fewest of them that an earlier view with the same label may show (`Rows.early_fraction`):
+        those up to the label's start; stop_E where there is no earlier view.
     prediction_time_E: int64, microseconds since 1970; NO_TIME in pretraining.
     label_ET: float32, 1 or 0, or with a teacher between them; NaN where a task has no label at this time, and
         where its label is null.

@@ -56,7 +56,7 @@ class Rows:
     context: most events of one history; longer ones are cut to a window: crop "random" draws one per (seed,
         epoch, example) with every start equally likely, "last" takes the events just before the end.
     tokens_per_row: most events of one row.
-    early_share: share of the examples of a training epoch that are shown as they were at an earlier time: the last
+    early_fraction: of the examples of a training epoch, how many are shown as they were at an earlier time: the last
         events are left out, up to half of those since the start of what the label is about (`Examples.earliest_E`),
         and the time of the last one left is the prediction time. Each epoch draws other views. More views of few
         patients, each with its own label; examples without an earlier view are always shown whole.
@@ -72,12 +72,12 @@ class Rows:
         tokens_per_row: int,
         seed: int,
         crop: Literal["random", "last"],
-        early_share: float = 0.0,
+        early_fraction: float = 0.0,
     ) -> None:
         assert len(examples) > 0 and 0 < context <= tokens_per_row
         self.histories, self.vocabulary, self.examples = histories, vocabulary, examples
         self.tokens_per_row, self.seed, self.crop = tokens_per_row, seed, crop
-        self.context, self.early_share = context, early_share
+        self.context, self.early_fraction = context, early_fraction
         self._id_of_code = vocabulary.ids_of(histories.codes).astype(np.int64)
         self._groups = _GroupedExamples(histories, examples.position_E)
         self._events_seen = 0
@@ -214,11 +214,11 @@ class Rows:
         """Which events of its history each example shows in an epoch."""
         stop_S = self.examples.stop_E[example_S]
         early_S = np.zeros(len(example_S), dtype=bool)
-        if self.early_share and epoch != EVALUATION:
+        if self.early_fraction and epoch != EVALUATION:
             draw_S = _hash(self.seed, epoch, _EARLY, example_S) / 2.0**64
             spare_S = stop_S - self.examples.earliest_E[example_S]
-            early_S = (draw_S < self.early_share) & (spare_S > 0)
-            cut_S = np.floor(spare_S * draw_S / self.early_share / 2).astype(np.int64)
+            early_S = (draw_S < self.early_fraction) & (spare_S > 0)
+            cut_S = np.floor(spare_S * draw_S / self.early_fraction / 2).astype(np.int64)
             stop_S = np.where(early_S, stop_S - cut_S, stop_S)
         length_S = np.minimum(stop_S, self.context)
         spare_S = stop_S - length_S

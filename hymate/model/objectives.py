@@ -37,7 +37,7 @@ class Hidden:
 
 
 def hide_events(batch: Batch, objective: ObjectiveConfig) -> Hidden:
-    """Hide `mask_share` of the events, single ones and whole spans: of each the code, the value or both.
+    """Hide `mask_fraction` of the events, single ones and whole spans: of each the code, the value or both.
 
     An event without a value only ever loses its code. When no `masked_event` term has a weight, nothing is hidden.
     """
@@ -49,14 +49,14 @@ def hide_events(batch: Batch, objective: ObjectiveConfig) -> Hidden:
     bounds = batch.bounds
     seed_L, of_segment_L = batch.seed_S[segment_L], place_L - bounds[segment_L]
     single_L, starting_L, length_L, part_L = (_uniform(seed_L, of_segment_L, use) for use in EVENT_USES)
-    starts = starting_L < objective.mask_share * objective.span_share / objective.span_length
+    starts = starting_L < objective.mask_fraction * objective.span_fraction / objective.span_length
     # a span reaches from its start a geometric-like number of events on, and never into the next patient
     lengths = (1 + length_L * (2 * objective.span_length - 1)).long()
     stops = torch.minimum(place_L + lengths, bounds[segment_L + 1])
     edges = torch.zeros(L + 1, dtype=torch.long, device=device)
     edges.index_add_(0, place_L, starts.long())
     edges.index_add_(0, stops, -starts.long())
-    hidden = (single_L < objective.mask_share * (1 - objective.span_share)) | (edges.cumsum(0)[:L] > 0)
+    hidden = (single_L < objective.mask_fraction * (1 - objective.span_fraction)) | (edges.cumsum(0)[:L] > 0)
     has_value = ~torch.isnan(batch.value_L)
     code_L = hidden & ((part_L < 2 / 3) | ~has_value)
     value_L = hidden & has_value & (part_L >= 1 / 3)

@@ -403,14 +403,14 @@ def single_process(device: torch.device = CPU) -> Iterator[Worker]:
 def schedule(step: int, config: TrainConfig) -> float:
     """Share of the base learning rate at the step after `step` steps: linear warm-up, then cosine decay.
 
-    >>> config = TrainConfig(max_steps=10, warmup_steps=2, eval_every=1, min_lr_share=0.1)
+    >>> config = TrainConfig(max_steps=10, warmup_steps=2, eval_every=1, min_lr_fraction=0.1)
     >>> [round(schedule(step, config), 2) for step in (0, 1, 2, 6, 10)]
     [0.5, 1.0, 1.0, 0.55, 0.1]
     """
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
     done = min(1.0, (step - config.warmup_steps) / (config.max_steps - config.warmup_steps))
-    return config.min_lr_share + (1 - config.min_lr_share) * 0.5 * (1 + math.cos(math.pi * done))
+    return config.min_lr_fraction + (1 - config.min_lr_fraction) * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def changed_rate(state: Mapping[str, Any], config: TrainConfig) -> str | None:

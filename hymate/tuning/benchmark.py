@@ -78,8 +78,8 @@ def benchmark(config: BenchmarkConfig) -> Location:
     models = [config.model_of(config.contenders[name]) for name in {run.name for run in runs} - {*BASELINES}]
     config = device.decide(config, *models, cluster_gpus=cluster.check(config.train))
     histories, label_set = Histories.open(config.data.path), labels(locate(config.data.path), config.task)
-    if any(config.point_of(contender).get("early_share") for contender in config.contenders.values()):
-        require_starts(config.task, label_set, "point.early_share")
+    if any(config.point_of(contender).get("early_fraction") for contender in config.contenders.values()):
+        require_starts(config.task, label_set, "point.early_fraction")
     there = Labelled.of(histories, label_set.table, config.split)
     for run in {(run.budget, run.seed, run.fold): run for run in runs}.values():
         there.allotted(config, run).check(config, run)
@@ -156,9 +156,9 @@ def _contender(
     start = Bundle("pretrained", config.model_of(contender), config.data, [], vocabulary, state or {})
     trial = trial_of(config, contender, start, run.seed, own.fraction)
     fitting = own.fitting
-    if trial.teacher_share:
+    if trial.teacher_fraction:
         teacher_E = boosting.cross_fitted(histories, fitting, own.choosing, run.seed)
-        fitting = distilled(fitting, teacher_E, trial.teacher_share)
+        fitting = distilled(fitting, teacher_E, trial.teacher_fraction)
     chosen = device.choose(config.device, start.model)
     telemetry = Telemetry(run_folder(config.run) / "tb" / run.stem, enabled=True)
 

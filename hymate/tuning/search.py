@@ -95,9 +95,9 @@ def search(config: TuneConfig) -> Location:
         config = decide(config, start.model, cluster_gpus=cluster_gpus)
     trials = draw_trials(config.tasks, config.search, config.train, start)
     tasks = [_labelled(task, config, histories) for task in config.tasks]
-    if any(trial.early_share for trial in trials):
+    if any(trial.early_fraction for trial in trials):
         for task in tasks:
-            require_starts(task.config, task.labels, "search.space.early_share")
+            require_starts(task.config, task.labels, "search.space.early_fraction")
     inputs = {"data.path": histories.fingerprint, "init": start.fingerprint}
     for task in tasks:
         key = f"task.{task.config.name}" if isinstance(config.task, dict) else "task"
@@ -154,7 +154,7 @@ def _searched(
     initial_weights: Seen = seen(start.extra, histories) if start.state else "new"
     if initial_weights not in ("new", "same split"):
         print(f"Note: {SENTENCES[initial_weights]}", flush=True)
-    distilled = any(trial.teacher_share for trial in trials)
+    distilled = any(trial.teacher_fraction for trial in trials)
     teacher = [_teacher(task, histories, config.train.seed) for task in tasks] if distilled else []
     tables = [task.labels.table for task in tasks]
     study = Study(start, tables, metric, trials, run_path, teacher, config.device)
@@ -180,12 +180,12 @@ def _searched(
 
 def _teacher(task: LabelledTask, histories: Histories, seed: int) -> np.ndarray:
     name, examples = task.config.name, task.examples
-    print(f"fitting gradient boosting for {name} to distil; search.space.teacher_share=0 skips it", flush=True)
+    print(f"fitting gradient boosting for {name} to distil; search.space.teacher_fraction=0 skips it", flush=True)
     try:
         return cross_fitted(histories, examples["train"], examples["tuning"], seed)
     except (UserError, MemoryError) as error:
         raise UserError(
-            f"search.space.teacher_share: no gradient boosting for {name} ({error}); set it to 0"
+            f"search.space.teacher_fraction: no gradient boosting for {name} ({error}); set it to 0"
         ) from error
 
 

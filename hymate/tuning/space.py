@@ -10,6 +10,7 @@ import numpy as np
 
 from hymate.config import is_number
 from hymate.errors import ConfigError
+from hymate.trees import unknown_key
 
 PARAMETERS = (
     "backbone_lr",
@@ -19,8 +20,8 @@ PARAMETERS = (
     "context",
     "pooling",
     "weight_decay",
-    "early_share",
-    "teacher_share",
+    "early_fraction",
+    "teacher_fraction",
 )
 PAPERS_POOLING = "attention"
 
@@ -45,7 +46,7 @@ def check(space: Mapping[str, Any]) -> None:
     for name, spec in for_model(space, pooling="").items():
         key = f"search.space.{name}"
         if name not in PARAMETERS:
-            raise ConfigError(f"{key} is not a parameter: it can be {', '.join(PARAMETERS)}")
+            raise unknown_key(name, PARAMETERS, "search.space.")
         if not isinstance(spec, Mapping):
             continue
         kind, values = next(iter(spec.items()), ("", None))
@@ -69,7 +70,7 @@ def check_point(point: Mapping[str, Any]) -> None:
     for name in ("backbone_lr", "head_lr"):
         if name in point and not (is_number(point[name]) and point[name] > 0):
             raise ConfigError(f"search.space.{name} must be a finite positive number, got {point[name]!r}")
-    for name in ("early_share", "teacher_share"):
+    for name in ("early_fraction", "teacher_fraction"):
         if name in point and not (is_number(point[name]) and 0 <= point[name] <= 1):
             raise ConfigError(f"search.space.{name} must be a number between 0 and 1, got {point[name]!r}")
     if not isinstance(point.get("frozen", False), bool):

@@ -39,8 +39,8 @@ class TrialConfig:
 
     in_days: those of the tasks that also predict days.
     frozen: the backbone keeps its pretrained weights; pooling and heads alone are trained.
-    early_share: fraction of the training examples that are shown as they were earlier (`Rows`).
-    teacher_share: fraction of each training label that is replaced by the teacher's probability.
+    early_fraction: fraction of the training examples that are shown as they were earlier (`Rows`).
+    teacher_fraction: fraction of each training label that is replaced by the teacher's probability.
     """
 
     tasks: list[str]
@@ -51,8 +51,8 @@ class TrialConfig:
     backbone_lr: float
     head_lr: float
     frozen: bool = False
-    early_share: float = 0.0
-    teacher_share: float = 0.0
+    early_fraction: float = 0.0
+    teacher_fraction: float = 0.0
 
     @property
     def description(self) -> str:
@@ -82,9 +82,9 @@ class Study:
         training, tuning = (
             [labelled_examples(histories, table, split) for table in self.labels] for split in ("train", "tuning")
         )
-        if trial.teacher_share:
+        if trial.teacher_fraction:
             pairs = zip(training, self.teacher, strict=True)
-            training = [distilled(part, teacher_E, trial.teacher_share) for part, teacher_E in pairs]
+            training = [distilled(part, teacher_E, trial.teacher_fraction) for part, teacher_E in pairs]
         return united(training), united(tuning)
 
 
@@ -132,7 +132,7 @@ def trial_config(
     Raises ConfigError where a value is impossible.
     """
     rates = {"backbone_lr": train.learning_rate, "head_lr": train.learning_rate}
-    settings = {**rates, "frozen": False, "early_share": 0.0, "teacher_share": 0.0, **point}
+    settings = {**rates, "frozen": False, "early_fraction": 0.0, "teacher_fraction": 0.0, **point}
     if not start.state:
         settings["frozen"] = False  # nothing pretrained to keep
     space.check_point(settings)
@@ -150,8 +150,8 @@ def trial_config(
         backbone_lr=float(settings["backbone_lr"]),
         head_lr=float(settings["head_lr"]),
         frozen=settings["frozen"],
-        early_share=float(settings["early_share"]),
-        teacher_share=float(settings["teacher_share"]),
+        early_fraction=float(settings["early_fraction"]),
+        teacher_fraction=float(settings["teacher_fraction"]),
     )
 
 
@@ -199,7 +199,7 @@ def labelled_rows(start: Bundle, trial: TrialConfig, histories: Histories, examp
         tokens_per_row=trial.data.tokens_per_row,
         seed=trial.train.seed,
         crop="last",
-        early_share=trial.early_share,
+        early_fraction=trial.early_fraction,
     )
 
 

@@ -70,7 +70,7 @@ def test_choices_do_what_their_names_say() -> None:
         ("data.context=20000", "data.tokens_per_row must be at least data.context=20000"),
         ("model.layers=MXA", "model.layers takes the letters"),
         ("run.name=a/b", "run.name must be a plain folder name"),
-        ("objective.mask_share=1.5", "objective.mask_share must be in"),
+        ("objective.mask_fraction=1.5", "objective.mask_fraction must be in"),
         ("model=[debug,small]", "model takes one of them: give model=debug"),
         (".=x", "'' is not a known key: known keys are data, model,"),
         ("/etc=x", "/etc is not a known key: known keys are data, model,"),
@@ -80,6 +80,24 @@ def test_a_mistake_is_one_line_that_names_the_key(override: str, message: str) -
     with pytest.raises(ConfigError, match=r"^[^\n]*$") as caught:
         pretrain_config(override)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("command", "old", "new"),
+    [
+        ("pretrain", "objective.mask_share", "objective.mask_fraction"),
+        ("pretrain", "objective.span_share", "objective.span_fraction"),
+        ("pretrain", "train.min_lr_share", "train.min_lr_fraction"),
+        ("tune", "search.space.early_share", "search.space.early_fraction"),
+        ("tune", "+search.space.teacher_share", "search.space.teacher_fraction"),
+        ("benchmark", "point.early_share", "point.early_fraction"),
+        ("benchmark", "contenders.distilled.point.teacher_share", "contenders.distilled.point.teacher_fraction"),
+    ],
+)
+def test_a_key_of_before_is_refused_with_its_new_name(command: str, old: str, new: str) -> None:
+    schema, required, _ = COMMANDS[command]
+    with pytest.raises(ConfigError, match=rf"^{re.escape(old.lstrip('+'))} is not a known key: did you mean {new}\?"):
+        load(command, [*required, f"{old}=0.1"], schema)
 
 
 @pytest.mark.parametrize("number", ["inf", "-inf", "nan", "1" + "0" * 400])
@@ -380,6 +398,14 @@ def files_of(command: str, task: str) -> dict[str, Any]:
                     chosen = {part: chosen}
                 add_below(tree, chosen)
     return tree
+
+
+def test_a_run_of_before_is_repeated_with_the_new_names(tmp_path: Path) -> None:
+    config = to_tree(pretrain_config("objective.mask_fraction=0.3", "train.min_lr_fraction=0.2"))
+    before = json.loads(json.dumps(config).replace("_fraction", "_share"))
+    record = {"command": "pretrain", "config": before, "inputs": {}, "outcome": {}, "attempts": []}
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    assert to_tree(load("pretrain", ["--repeat", str(tmp_path)], PretrainConfig)) == config
 
 
 @pytest.mark.parametrize("command", COMMANDS)

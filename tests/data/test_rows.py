@@ -147,7 +147,7 @@ def test_early_views_end_between_start_and_prediction_and_change_by_epoch(
     earliest = [25 if start[i] is None else sum(time <= times[i][10]) for i, time in enumerate(times)]
     assert examples.earliest_E.tolist() == earliest
     settings: dict = {"crop": "last"}
-    rows = make_rows(histories, vocabulary, examples, early_share=0.5, **settings)
+    rows = make_rows(histories, vocabulary, examples, early_fraction=0.5, **settings)
 
     def epoch(number: int) -> dict[int, tuple[int, bool]]:
         found = {}

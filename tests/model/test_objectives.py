@@ -26,7 +26,7 @@ from hymate.model.objectives import forecast_targets, hide_events, histories_unt
 def test_hidden_events_are_reproducible_and_leave_the_rest_alone(lengths, share, span, seed) -> None:
     row = random_row(lengths)
     row = replace(row, seed_S=(row.seed_S + seed) % 2**62)
-    objective = ObjectiveConfig(mask_share=share, span_share=span)
+    objective = ObjectiveConfig(mask_fraction=share, span_fraction=span)
     hidden, again = hide_events(row, objective), hide_events(row, objective)
     assert torch.equal(hidden.code_L, again.code_L) and torch.equal(hidden.value_L, again.value_L)
     assert (hidden.batch.code_L[hidden.code_L] == MASK_ID).all()
@@ -55,7 +55,7 @@ def test_masks_and_dropout_share_no_random_numbers() -> None:
     """Dropout draws from a generator that starts at the row's seed."""
     row = random_row([4000], seed=7)
     row = replace(row, seed_S=torch.tensor([row.seed]))
-    hidden = hide_events(row, ObjectiveConfig(span_share=0.0))
+    hidden = hide_events(row, ObjectiveConfig(span_fraction=0.0))
     torch.manual_seed(row.seed)
     dropped = torch.rand(row.num_events) < 0.2
     both = float((dropped & (hidden.code_L | hidden.value_L)).float().mean())
@@ -64,8 +64,8 @@ def test_masks_and_dropout_share_no_random_numbers() -> None:
 
 def test_share_of_hidden_events_is_as_configured() -> None:
     row = random_row([4000, 4000])
-    for span_share in (0.0, 0.5):
-        hidden = hide_events(row, ObjectiveConfig(mask_share=0.2, span_share=span_share))
+    for span_fraction in (0.0, 0.5):
+        hidden = hide_events(row, ObjectiveConfig(mask_fraction=0.2, span_fraction=span_fraction))
         share = float((hidden.code_L | hidden.value_L).float().mean())
         assert 0.17 < share < 0.23
 

@@ -68,7 +68,7 @@ def test_a_checkpoint_that_cannot_be_sent_is_not_left_behind(tmp_path: Path) -> 
 
 
 def test_another_length_says_what_it_does_to_the_learning_rate() -> None:
-    config = replace(SHORT, max_steps=100, warmup_steps=10, learning_rate=1e-3, min_lr_share=0.1)
+    config = replace(SHORT, max_steps=100, warmup_steps=10, learning_rate=1e-3, min_lr_fraction=0.1)
     state = {"step": 55, "config": asdict(config)}
     assert changed_rate(state, config) is None
     line = changed_rate(state, replace(config, max_steps=190))

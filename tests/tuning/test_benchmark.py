@@ -126,7 +126,7 @@ def check_cross_validation(folder: Path) -> list[dict]:
         (["folds=60"], "all labels, seed 0, fold 0: . positive and . negative labels to score on"),
         (["budgets=[100]"], "100 labels, seed 0, fold 0: there are only 84 labels"),
         (["budgets=[2]", "split=held_out"], "2 labels, seed 0: . positive and . negative labels to"),
-        (["point.early_share=0.5"], "point.early_share: the labels of readmission have no start"),
+        (["point.early_fraction=0.5"], "point.early_fraction: the labels of readmission have no start"),
         (["train.cpus_per_worker=1000"], "needs 1000 CPUs"),
     ],
 )
@@ -241,7 +241,7 @@ def test_encoders_have_the_same_pooling_views_and_candidates_and_the_papers_mode
     small_data: Path,
 ) -> None:
     for pooling in ("variables", "attention"):
-        settings = ["task=mortality", f"data.path={small_data}", f"model.pooling={pooling}", "point.early_share=0.5"]
+        settings = ["task=mortality", f"data.path={small_data}", f"model.pooling={pooling}", "point.early_fraction=0.5"]
         config = load("benchmark", [*settings, "data.min_count=1"], BenchmarkConfig)
         models = {name: config.model_of(contender) for name, contender in config.contenders.items()}
         trials = {
@@ -258,7 +258,7 @@ def test_encoders_have_the_same_pooling_views_and_candidates_and_the_papers_mode
         for name, layers in (("gru", "GG"), ("transformer", "AA"), ("mamba", "MM")):
             assert trials[name] == dataclasses.replace(own, model=dataclasses.replace(own.model, layers=layers))
         assert own.model.pooling == pooling
-        assert all(trial.train == own.train and trial.early_share == 0.5 for trial in trials.values())
+        assert all(trial.train == own.train and trial.early_fraction == 0.5 for trial in trials.values())
         # few labels have fewer steps, but choose among as many evaluations
         assert own.train.max_steps == round(0.05**0.5 * config.train.max_steps)
         assert math.ceil(own.train.max_steps / own.train.eval_every) == 4
@@ -350,7 +350,7 @@ def test_runs_of_other_labels_are_not_compared(tmp_path: Path) -> None:
         ("budgets=[-1]", "budgets must be different numbers of labels, 0 for all there are; got [-1]"),
         ("choosing_fraction=1", "choosing_fraction must be between 0 and 1"),
         ("folds=1", "folds must be at least 2"),
-        ("+contenders.gru.point.depth=3", "search.space.depth is not a parameter"),
+        ("+contenders.gru.point.depth=3", "search.space.depth is not a known key: known keys are backbone_lr,"),
         ("+contenders.gru.model.heads=3", "contenders.model.heads is not a known key"),
         ("point.head_lr={choice: [1e-3]}", "point: head_lr must be one value here, not a distribution"),
         ("point.head_lr=fast", "search.space.head_lr must be a finite positive number, got 'fast'"),

@@ -123,7 +123,7 @@ def test_an_impossible_search_is_refused_when_it_is_configured(small_data: Path,
     "point",
     [
         *({"context": 1024}, {"pooling": "first"}, {"dropout": 1.5}, {"head_lr": -1.0}, {"frozen": "yes"}),
-        *({"head_lr": "fast"}, {"backbone_lr": None}, {"early_share": "high"}, {"teacher_share": True}),
+        *({"head_lr": "fast"}, {"backbone_lr": None}, {"early_fraction": "high"}, {"teacher_fraction": True}),
     ],
 )
 def test_an_impossible_point_is_refused_before_any_trial(small_data: Path, pretrained: Path, point: dict) -> None:
@@ -174,8 +174,10 @@ def test_a_tuning_split_of_one_class_is_refused_with_its_counts(small_data: Path
 
 
 def test_earlier_views_are_refused_for_labels_without_a_start(small_data: Path, tmp_path: Path) -> None:
-    config = configured(small_data, None, "model=debug", "search.space.early_share=0.5", f"run.dir={tmp_path}/runs")
-    with pytest.raises(UserError, match=r"^search\.space\.early_share: the labels of readmission have no start[^\n]*$"):
+    config = configured(small_data, None, "model=debug", "search.space.early_fraction=0.5", f"run.dir={tmp_path}/runs")
+    with pytest.raises(
+        UserError, match=r"^search\.space\.early_fraction: the labels of readmission have no start[^\n]*$"
+    ):
         search(config)
     assert not (tmp_path / "runs").exists()
 
@@ -195,7 +197,7 @@ def command(data: Path, init: Path, runs: Path, head_lrs: str, *overrides: str) 
     short += ["search.num_trials=2", "search.grace_steps=8", "search.max_failures=0"]
     given = ["task=readmission", f"data.path={data}", f"init={init}", f"run.dir={runs}", "run.name=r"]
     lrs = ["~search.space.head_lr", f"+search.space.head_lr={{choice:{head_lrs}}}", "search.space.frozen=false"]
-    lrs += ["search.space.teacher_share=0.5"]
+    lrs += ["search.space.teacher_fraction=0.5"]
     return [sys.executable, str(ROOT / "finetune" / "tune.py"), *given, *CUT, *short, *lrs, *overrides]
 
 
@@ -252,7 +254,9 @@ def test_a_search_runs_on_the_cpu_where_a_gpu_lacks_its_kernels(run: Path) -> No
 def test_a_search_goes_on_without_a_reader_and_ends_in_order_at_sigterm(
     small_data: Path, pretrained: Path, environment: dict[str, str], tmp_path: Path
 ) -> None:
-    line = command(small_data, pretrained, tmp_path, "[1e-3]", "search.space.teacher_share=0", "train.max_steps=100000")
+    line = command(
+        small_data, pretrained, tmp_path, "[1e-3]", "search.space.teacher_fraction=0", "train.max_steps=100000"
+    )
     with subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as stopped:
         assert stopped.stdout is not None and stopped.stderr is not None
         stopped.stdout.readline()
@@ -324,7 +328,7 @@ def test_a_search_without_held_out_labels_makes_all_but_their_scores(
     pretrained = tmp_path / "unknown"
     settings = {"model": unknown.model, "data": unknown.data, "vocabulary": unknown.vocabulary}
     write_bundle(pretrained, unknown.state, kind="pretrained", **settings)
-    one = ["search.num_trials=1", "search.space.teacher_share=0", f"task.labels={tmp_path / 'mine'}"]
+    one = ["search.num_trials=1", "search.space.teacher_fraction=0", f"task.labels={tmp_path / 'mine'}"]
     line = command(small_data, pretrained, tmp_path / "runs", "[0.001]", *one)
     done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -435,7 +439,7 @@ def test_a_search_whose_trials_all_fail_says_why(
     small_data: Path, pretrained: Path, environment: dict[str, str], tmp_path: Path
 ) -> None:
     line = command(
-        small_data, pretrained, tmp_path, f"[{DIVERGING}]", "search.num_trials=1", "search.space.teacher_share=0"
+        small_data, pretrained, tmp_path, f"[{DIVERGING}]", "search.num_trials=1", "search.space.teacher_fraction=0"
     )
     failed = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=300)
     assert failed.returncode == 2
