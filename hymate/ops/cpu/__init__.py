@@ -28,10 +28,10 @@ SELECTIVE_CHUNK = 16  # Mamba-1: events between two saved states
 SPAN = 512  # fewest events in one unit of work of a scan, where the row has so many
 
 
-def _run(kernel: Callable[..., None], units: int, *args: Any) -> None:
-    arrays = (a.detach().numpy() if isinstance(a, Tensor) else a for a in args)
+def _run(kernel: Callable[..., None], units: int, **arguments: Any) -> None:
+    arrays = {name: a.detach().numpy() if isinstance(a, Tensor) else a for name, a in arguments.items()}
     threads = torch.get_num_threads()
-    launch.run(kernel, units, threads, *arrays)
+    launch.run(kernel, units, threads, **arrays)
     if torch.get_num_threads() != threads:  # starting Numba's OpenMP layer resets the calling thread's setting
         torch.set_num_threads(threads)
 
@@ -118,23 +118,22 @@ class _Convolution:
         length: int,
         reverse: bool,
     ) -> None:
-        self.rows, self.length, self.reverse = len(past_BDK1), length, reverse
-        weight = torch.cat([weight_DK.T, bias_D[None]])
+        rows, weight = len(past_BDK1), torch.cat([weight_DK.T, bias_D[None]])
         self.past, self.weight = _prepare(dtype, past_BDK1.transpose(1, 2), weight)
-        self.first = _first_tap(segment_BL, (self.rows, length), weight_DK.shape[1], reverse)
-        self.units = self.rows * -(-length // rowwise.ROWS)
+        first = _first_tap(segment_BL, (rows, length), weight_DK.shape[1], reverse)
+        self.units = rows * -(-length // rowwise.ROWS)
+        self.inputs = dict(L=length, reverse=reverse, past=self.past, weight=self.weight, first=first)
 
     def forward(self, x_MD: Tensor) -> Tensor:
         y_MD = torch.empty(x_MD.shape, dtype=x_MD.dtype)
-        inputs = (x_MD, self.past, self.weight, self.first)
-        _run(rowwise.conv_forward, self.units, self.length, self.reverse, *inputs, y_MD)
+        _run(rowwise.conv_forward, self.units, x=x_MD, y=y_MD, **self.inputs)
         return y_MD
 
     def backward(self, x_MD: Tensor, dy_MD: Tensor, dx_MD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Fill dx; return the gradients of weight (D, K), bias (D) and past (B, D, K-1)."""
         dpast, dweight = torch.zeros_like(self.past), self.weight.new_empty(self.units, *self.weight.shape)
-        inputs = (x_MD, self.past, self.weight, self.first, dy_MD)
-        _run(rowwise.conv_backward, self.units, self.length, self.reverse, *inputs, dx_MD, dpast, dweight)
+        outputs = dict(dx=dx_MD, dpast=dpast, dweight=dweight)
+        _run(rowwise.conv_backward, self.units, x=x_MD, dy=dy_MD, **self.inputs, **outputs)
         dweight = dweight.sum(0)
         return dweight[:-1].T.contiguous(), dweight[-1], dpast.transpose(1, 2).contiguous()
 
@@ -192,18 +191,19 @@ class _Mamba2(torch.autograd.Function):
         starts = _starts(segment_BL, (batch, length), reverse)
         spans, slots = _spans(starts, reverse, chunk)
         runs = _runs(heads, groups, len(spans))
-        plan = (len(spans) * len(runs), spans, runs, N, P, chunk, reverse)
+        plan = dict(spans=spans, runs=runs, N=N, P=P, chunk=chunk, reverse=reverse)
         dt = F.softplus(raw + dt_bias)
         decay = torch.exp(dt * A).masked_fill_(torch.from_numpy(starts).view(-1, 1), 0)
-        inputs = (*xbc.split([D, groups * N, groups * N], dim=1), dt, decay, skip)
+        x, B, C = xbc.split([D, groups * N, groups * N], dim=1)
+        inputs = dict(x=x, B=B, C=C, dt=dt, decay=decay, D=skip, initial=initial)
         padded = [-(-n // simd.LANES) * simd.LANES for n in (N, P)]
         saved = xbc.new_empty(slots * heads if keep else 0, *padded)
         y, final = xbc.new_empty(len(xbc), D), torch.empty_like(initial)
-        _run(ssd.ssd_forward, *plan, *inputs, initial, y, saved, final)
+        _run(ssd.ssd_forward, len(spans) * len(runs), **plan, **inputs, y=y, saved=saved, final=final)
 
-        norm = (D // groups, y, z, norm_weight, y.new_full((1, 1), eps))
+        norm = dict(size=D // groups, x=y, z=z, weight=norm_weight, eps=y.new_full((1, 1), eps))
         out = torch.empty_like(y)
-        _run(rowwise.norm_forward, -(-len(y) // rowwise.ROWS), *norm, out)
+        _run(rowwise.norm_forward, -(-len(y) // rowwise.ROWS), **norm, y=out)
 
         parameters = (conv_weight_XK, conv_bias_X, dt_bias_H, A_H, D_H, norm_weight_D)
         ctx.save_for_backward(zxbcdt_BLE, *parameters, past_BXK1, initial_BHPN, xbc, dt, decay, y, saved)
@@ -214,7 +214,7 @@ class _Mamba2(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout_BLD: Tensor, dfinal_BHPN: Tensor) -> tuple[Tensor | None, ...]:
         *originals, xbc, dt, decay, y, saved = ctx.saved_tensors
-        groups, (_, spans, runs, N, *_) = ctx.groups, ctx.plan
+        groups, (spans, runs, N) = ctx.groups, (ctx.plan[name] for name in ("spans", "runs", "N"))
         D, X, heads = y.shape[1], xbc.shape[1], dt.shape[1]
         (zxbcdt,) = _prepare(y.dtype, originals[0].flatten(0, 1))
         z, raw_xbc, _ = zxbcdt.split([D, X, heads], dim=1)
@@ -226,14 +226,16 @@ class _Mamba2(torch.autograd.Function):
         units = -(-len(y) // rowwise.ROWS)
         dxbc, dnorm = torch.empty_like(xbc), y.new_empty(units, D)
         dx = dxbc[:, :D]  # the gradient of y at first, which the scan's backward replaces
-        norm = (D // groups, y, z, norm_weight, y.new_full((1, 1), ctx.eps))
-        _run(rowwise.norm_backward, units, *norm, dout, dx, dz, dnorm)
+        norm = dict(size=D // groups, x=y, z=z, weight=norm_weight, eps=y.new_full((1, 1), ctx.eps))
+        _run(rowwise.norm_backward, units, **norm, dy=dout, dx=dx, dz=dz, dweight=dnorm)
 
-        inputs = (*xbc.split([D, groups * N, groups * N], dim=1), dt, decay, skip, A, y, saved, dx, dfinal)
+        x, B, C = xbc.split([D, groups * N, groups * N], dim=1)
+        inputs = dict(x=x, B=B, C=C, dt=dt, decay=decay, D=skip, A=A, y=y, saved=saved, dy=dx, dfinal=dfinal)
         ddt, dinitial = torch.empty_like(dt), torch.zeros_like(dfinal)
         dBC = y.new_empty(len(runs) // groups, len(y), X - D)
         dA, dD = y.new_empty(2, len(spans), heads)
-        _run(ssd.ssd_backward, *ctx.plan, *inputs, dx, dBC, ddt, dA, dD, dinitial)
+        outputs = dict(dx=dx, dBC=dBC, ddt=ddt, dA=dA, dD=dD, dinitial=dinitial)
+        _run(ssd.ssd_backward, len(spans) * len(runs), **ctx.plan, **inputs, **outputs)
         torch.sum(dBC, 0, out=dxbc[:, D:])
         torch.mul(ddt, -torch.expm1(-dt), out=draw_dt)  # softplus'(v) = 1 - exp(-softplus(v))
 
@@ -310,11 +312,13 @@ class _Mamba1(torch.autograd.Function):
         spans, slots = _spans(starts, reverse, SELECTIVE_CHUNK)
         blocks = _blocks(D)
         starts = starts.reshape(1, -1).astype(np.int64)
-        plan = (len(spans) * len(blocks), spans, blocks, starts, SELECTIVE_CHUNK, reverse)
+        plan = dict(spans=spans, blocks=blocks, starts=starts, chunk=SELECTIVE_CHUNK, reverse=reverse)
         saved = x.new_empty(slots if keep else 0, N, D)
         y, final = torch.empty_like(x), torch.empty_like(initial)
-        inputs = (x, xz[:, D:], raw, bias, A, small[:, -2 * N : -N], small[:, -N:], skip)
-        _run(selective.selective_forward, *plan, *inputs, initial, y, saved, final)
+        B, C = small[:, -2 * N : -N], small[:, -N:]
+        inputs = dict(x=x, z=xz[:, D:], raw=raw, bias=bias, A=A, B=B, C=C, D=skip, initial=initial)
+        outputs = dict(y=y, saved=saved, final=final)
+        _run(selective.selective_forward, len(spans) * len(blocks), **plan, **inputs, **outputs)
 
         parameters = (conv_weight_DK, conv_bias_D, x_weight_SD, dt_weight_DR, dt_bias_D, A_DN, D_D)
         ctx.save_for_backward(xz_BLE, *parameters, past_BDK1, initial_BDN, x, small, raw, saved)
@@ -325,7 +329,7 @@ class _Mamba1(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy_BLD: Tensor, dfinal_BDN: Tensor) -> tuple[Tensor | None, ...]:
         *originals, x, small, raw, saved = ctx.saved_tensors
-        _, spans, blocks, *_ = ctx.plan
+        spans, blocks = ctx.plan["spans"], ctx.plan["blocks"]
         N, D = saved.shape[1:]
         (xz,) = _prepare(x.dtype, originals[0].flatten(0, 1))
         x_weight, dt_weight, bias, A, skip = _prepare(x.dtype, *originals[3:6], originals[6].T, originals[7])
@@ -334,9 +338,10 @@ class _Mamba1(torch.autograd.Function):
         dx, draw, dinitial = torch.empty_like(x), torch.empty_like(x), torch.zeros_like(dfinal)
         dA, (dD, dbias) = x.new_empty(len(spans), N, D), x.new_empty(2, len(spans), D)
         dBC = x.new_empty(len(blocks), len(x), 2 * N)
-        inputs = (x, xz[:, D:], raw, bias, A, small[:, -2 * N : -N], small[:, -N:], skip, saved, dy, dfinal)
-        outputs = (dx, dxz[:, D:], draw, dbias, dA, dBC, dD, dinitial)
-        _run(selective.selective_backward, *ctx.plan, *inputs, *outputs)
+        B, C = small[:, -2 * N : -N], small[:, -N:]
+        inputs = dict(x=x, z=xz[:, D:], raw=raw, bias=bias, A=A, B=B, C=C, D=skip, saved=saved, dy=dy, dfinal=dfinal)
+        outputs = dict(dx=dx, dz=dxz[:, D:], draw=draw, dbias=dbias, dA=dA, dBC=dBC, dD=dD, dinitial=dinitial)
+        _run(selective.selective_backward, len(spans) * len(blocks), **ctx.plan, **inputs, **outputs)
 
         torch.sum(dBC, 0, out=dsmall[:, -2 * N :])
         with torch.autocast("cpu", enabled=False):

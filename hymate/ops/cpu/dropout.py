@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hymate.ops.cpu import _prepare, _run
-from hymate.ops.cpu.kernels import INDEX, OPTIONS, matrix, number
+from hymate.ops.cpu.kernels import INDEX, OPTIONS
 
 SPAN = 1 << 14  # elements in one unit of work
 
@@ -42,46 +42,41 @@ def _keys(seed: Any, unit: Any) -> Any:
     return _mixed(place, low), _mixed(np.uint32(~place), high)
 
 
-def forward(unit: Any, table: Any, zero: Any) -> None:
+def forward(unit: Any, seed: Any, threshold: Any, scale: Any, x: Any, branch: Any, out: Any) -> None:
     """out = x + branch / (1 - p) where the element's hash reaches p * 2**32, else x."""
-    seed, threshold, scale = number(table, 0), np.uint32(number(table, 1)), matrix(table, 2, zero)[0, 0]
-    x, branch, out = matrix(table, 3, zero)[0], matrix(table, 4, zero)[0], matrix(table, 5, zero)[0]
-
-    first, start = _keys(seed, unit)
-    x, branch, out = x[unit * SPAN :], branch[unit * SPAN :], out[unit * SPAN :]
+    key, start = _keys(seed, unit)
+    x, branch, out = x[0, unit * SPAN :], branch[0, unit * SPAN :], out[0, unit * SPAN :]
     for j in range(min(SPAN, x.size)):
-        kept = _mixed(np.uint32(np.uint32(j) ^ start), first) >= threshold
-        out[j & INDEX] = x[j & INDEX] + (branch[j & INDEX] * scale if kept else zero)
+        kept = _mixed(np.uint32(np.uint32(j) ^ start), key) >= np.uint32(threshold)
+        out[j & INDEX] = x[j & INDEX] + (branch[j & INDEX] * scale[0, 0] if kept else x.dtype.type(0))
 
 
-def backward(unit: Any, table: Any, zero: Any) -> None:
+def backward(unit: Any, seed: Any, threshold: Any, scale: Any, dout: Any, dbranch: Any) -> None:
     """The gradient of the branch from that of the output."""
-    seed, threshold, scale = number(table, 0), np.uint32(number(table, 1)), matrix(table, 2, zero)[0, 0]
-    dout, dbranch = matrix(table, 3, zero)[0], matrix(table, 4, zero)[0]
-
-    first, start = _keys(seed, unit)
-    dout, dbranch = dout[unit * SPAN :], dbranch[unit * SPAN :]
+    key, start = _keys(seed, unit)
+    dout, dbranch = dout[0, unit * SPAN :], dbranch[0, unit * SPAN :]
     for j in range(min(SPAN, dout.size)):
-        kept = _mixed(np.uint32(np.uint32(j) ^ start), first) >= threshold
-        dbranch[j & INDEX] = dout[j & INDEX] * scale if kept else zero
+        kept = _mixed(np.uint32(np.uint32(j) ^ start), key) >= np.uint32(threshold)
+        dbranch[j & INDEX] = dout[j & INDEX] * scale[0, 0] if kept else dout.dtype.type(0)
 
 
 # --------------------------------------------------------------------------------------------------- operators
 
 
-def _launch(kernel: Callable[..., None], seed: int, p: float, *tensors: Tensor) -> None:
-    scale = tensors[0].new_full((1, 1), 1 / (1 - p))
-    rows = (t.view(1, -1) for t in tensors)
-    _run(kernel, -(-tensors[0].numel() // SPAN), seed, int(p * 2**32), scale, *rows)
+def _launch(kernel: Callable[..., None], seed: int, p: float, **tensors: Tensor) -> None:
+    rows = {name: tensor.view(1, -1) for name, tensor in tensors.items()}
+    one = next(iter(rows.values()))
+    scale = one.new_full((1, 1), 1 / (1 - p))
+    _run(kernel, -(-one.numel() // SPAN), seed=seed, threshold=int(p * 2**32), scale=scale, **rows)
 
 
 class _AddDropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, branch: Tensor, p: float, seed: int) -> Tensor:
         dtype = torch.promote_types(x.dtype, branch.dtype)
-        inputs = _prepare(dtype, x, branch)
-        out = torch.empty_like(inputs[0])
-        _launch(forward, seed, p, *inputs, out)
+        wide, wide_branch = _prepare(dtype, x, branch)
+        out = torch.empty_like(wide)
+        _launch(forward, seed, p, x=wide, branch=wide_branch, out=out)
         ctx.p, ctx.seed, ctx.dtypes = p, seed, (x.dtype, branch.dtype)
         return out.to(dtype)
 
@@ -90,7 +85,7 @@ class _AddDropout(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         (wide,) = _prepare(dout.dtype, dout)
         dbranch = torch.empty_like(wide)
-        _launch(backward, ctx.seed, ctx.p, wide, dbranch)
+        _launch(backward, ctx.seed, ctx.p, dout=wide, dbranch=dbranch)
         x_dtype, branch_dtype = ctx.dtypes
         return dout.to(x_dtype), dbranch.to(branch_dtype), None, None
 

@@ -14,6 +14,8 @@ processed first in its row, whether last). The cut does not depend on the number
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 from numba import carray, njit, types
@@ -27,14 +29,17 @@ OPTIONS: dict[str, Any] = {
     "no_cpython_wrapper": True,
     "no_cfunc_wrapper": True,
 }
+INTEGERS = {"N", "P", "L", "chunk", "size", "reverse", "seed", "threshold"}  # parameters of kernels that are no matrix
+INDICES = {"spans", "runs", "blocks", "starts", "first"}  # and matrices of int64
 INDEX = 0xFFFFFFFF  # as a mask: the compiler then knows that an index is not negative and needs no wrap-around
 
 _inlined = njit(**OPTIONS)
 
 
 # ----------------------------------------------------------------------------------------------- arguments
-# launch.py calls kernel(unit, table, zero): the table holds (address, rows, numbers from one row to the next) of every
-# matrix and (value, 0, 0) of every integer; zero has the dtype of the floating matrices.
+# Kernels are called by address as kernel(unit, table, zero), which Numba does not do with arrays: the table holds
+# (address, rows, numbers from one row to the next) of every matrix and (value, 0, 0) of every integer; zero has the
+# dtype of the floating matrices.
 
 
 @intrinsic
@@ -46,14 +51,30 @@ def _pointer(typingctx: Any, address: Any, like: Any) -> Any:
 
 
 @_inlined
-def number(table, k):
+def _integer(table, k):
     return carray(_pointer(table, 0), 3 * (k + 1))[3 * k]
 
 
 @_inlined
-def matrix(table, k, like):
+def _matrix(table, k, like):
     row = carray(_pointer(table, 0), 3 * (k + 1))
     return carray(_pointer(row[3 * k], like), (row[3 * k + 1], row[3 * k + 2]))
+
+
+def called_by_address(kernel: Callable[..., None]) -> Callable[..., None]:
+    """kernel(unit, ...) as a function of (unit, table, zero). The names of its parameters say what they are."""
+    reads = [
+        f"_integer(table, {k})" if name in INTEGERS else f"_matrix(table, {k}, {0 if name in INDICES else 'zero'})"
+        for k, name in enumerate(inspect.signature(kernel).parameters, -1)
+        if name != "unit"
+    ]
+    source = f"def {kernel.__name__}(unit, table, zero): kernel(unit, {', '.join(reads)})"
+    names = {"__name__": kernel.__module__, "kernel": _inlined(kernel), "_integer": _integer, "_matrix": _matrix}
+    exec(compile(source, kernel.__code__.co_filename, "exec"), names)  # Numba keeps it by the date of that file
+    return names[kernel.__name__]
+
+
+# ----------------------------------------------------------------------------------------------- scans
 
 
 @_inlined

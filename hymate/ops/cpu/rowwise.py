@@ -10,7 +10,7 @@ import math
 import numpy as np
 from numba import njit
 
-from hymate.ops.cpu.kernels import OPTIONS, get, matrix, number, put
+from hymate.ops.cpu.kernels import OPTIONS, get, put
 from hymate.ops.cpu.simd import LANES, fma, load, mul, sigmoid, splat, store, total
 
 ROWS = 64  # events in one unit of work
@@ -50,12 +50,8 @@ def _convolve(scratch, i, j, weights, first, K):
     return result
 
 
-def conv_forward(unit, table, zero):
+def conv_forward(unit, L, reverse, x, past, weight, first, y):
     """silu(bias + sum over K taps); ``first`` (B, L) is the first tap of each event, as processed, in its segment."""
-    L, reverse = number(table, 0), number(table, 1)
-    x, past, weight = matrix(table, 2, zero), matrix(table, 3, zero), matrix(table, 4, zero)
-    first, y = matrix(table, 5, 0), matrix(table, 6, zero)
-
     K = len(weight) - 1
     blocks = (L + ROWS - 1) // ROWS
     b, lo = unit // blocks, unit % blocks * ROWS
@@ -74,17 +70,12 @@ def conv_forward(unit, table, zero):
             put(out, 0, width, y, _row(b, t, L, reverse), c0)
 
 
-def conv_backward(unit, table, zero):
+def conv_backward(unit, L, reverse, x, past, weight, first, dy, dx, dpast, dweight):
     """Gradients; those of the weights come one per unit of work, for the caller to add up.
 
     The unit owns the inputs from ``lo`` (the first one also those before the row) to ``stop``, and what reaches the
     weights through its events.
     """
-    L, reverse = number(table, 0), number(table, 1)
-    x, past, weight = matrix(table, 2, zero), matrix(table, 3, zero), matrix(table, 4, zero)
-    first, dy = matrix(table, 5, 0), matrix(table, 6, zero)
-    dx, dpast, dweight = matrix(table, 7, zero), matrix(table, 8, zero), matrix(table, 9, zero)
-
     K, one = len(weight) - 1, splat(x.dtype.type(1))
     blocks = (L + ROWS - 1) // ROWS
     b, lo = unit // blocks, unit % blocks * ROWS
@@ -92,7 +83,7 @@ def conv_backward(unit, table, zero):
     later = min(L, stop + K - 1)  # events before it see inputs of the unit
     inputs, dpre = np.zeros((ROWS + 2 * K, TILE), x.dtype), np.zeros((ROWS + K, TILE), x.dtype)
     weights, dweights = np.zeros((K + 1, TILE), x.dtype), np.zeros((K + 1, TILE), x.dtype)
-    out, nothing = np.zeros((1, TILE), x.dtype), splat(zero)
+    out, nothing = np.zeros((1, TILE), x.dtype), splat(x.dtype.type(0))
     for c0 in range(0, weight.shape[1], TILE):
         width = min(TILE, weight.shape[1] - c0)
         for k in range(K + 1):
@@ -135,11 +126,8 @@ def conv_backward(unit, table, zero):
 # -------------------------------------------------------------------------------------------------- gated norm
 
 
-def norm_forward(unit, table, zero):
+def norm_forward(unit, size, x, z, weight, eps, y):
     """Groups of ``size`` channels of each event; ``eps`` and ``weight`` (1, D) share the dtype of x."""
-    size, x, z, weight = number(table, 0), matrix(table, 1, zero), matrix(table, 2, zero), matrix(table, 3, zero)
-    eps, y = matrix(table, 4, zero), matrix(table, 5, zero)
-
     padded, one = (size + LANES - 1) // LANES * LANES, x.dtype.type(1)
     rows = np.zeros((3, padded), x.dtype)
     for m in range(unit * ROWS, min(len(x), (unit + 1) * ROWS)):
@@ -147,7 +135,7 @@ def norm_forward(unit, table, zero):
             get(x, m, c0, size, rows, 0)
             get(z, m, c0, size, rows, 1)
             get(weight, 0, c0, size, rows, 2)
-            squares = splat(zero)
+            squares = splat(x.dtype.type(0))
             for j in range(0, padded, LANES):
                 z_j = load(rows, 1, j)
                 v = mul(load(rows, 0, j), mul(z_j, sigmoid(z_j)))
@@ -159,12 +147,8 @@ def norm_forward(unit, table, zero):
             put(rows, 0, size, y, m, c0)
 
 
-def norm_backward(unit, table, zero):
+def norm_backward(unit, size, x, z, weight, eps, dy, dx, dz, dweight):
     """Gradients; that of the weight comes one per unit of work, for the caller to add up."""
-    size, x, z, weight = number(table, 0), matrix(table, 1, zero), matrix(table, 2, zero), matrix(table, 3, zero)
-    eps, dy = matrix(table, 4, zero), matrix(table, 5, zero)
-    dx, dz, dweight = matrix(table, 6, zero), matrix(table, 7, zero), matrix(table, 8, zero)
-
     padded, one = (size + LANES - 1) // LANES * LANES, x.dtype.type(1)
     rows = np.zeros((6, padded), x.dtype)  # x, z, dy then dy * weight, weight, sigmoid(z), gradient of the weight
     for c0 in range(0, weight.shape[1], size):
@@ -175,7 +159,7 @@ def norm_backward(unit, table, zero):
             get(x, m, c0, size, rows, 0)
             get(z, m, c0, size, rows, 1)
             get(dy, m, c0, size, rows, 2)
-            squares, inner = splat(zero), splat(zero)
+            squares, inner = splat(x.dtype.type(0)), splat(x.dtype.type(0))
             for j in range(0, padded, LANES):
                 gate = sigmoid(load(rows, 1, j))
                 v = mul(load(rows, 0, j), mul(load(rows, 1, j), gate))

@@ -14,7 +14,7 @@ import math
 import numpy as np
 from numba import njit
 
-from hymate.ops.cpu.kernels import OPTIONS, event, get, matrix, number, put
+from hymate.ops.cpu.kernels import OPTIONS, event, get, put
 from hymate.ops.cpu.simd import LANES, broadcast, exp2, fma, load, mul, sigmoid, softplus, splat, store, total
 
 BLOCK = 64
@@ -58,15 +58,11 @@ def _get_event(x, raw, m, c0, width, unit_rows, rows, r):
         store(rows, r + U, j, mul(step, load(rows, r + X, j)))
 
 
-def selective_forward(unit, table, zero):
+def selective_forward(
+    unit, spans, blocks, starts, chunk, reverse, x, z, raw, bias, A, B, C, D, initial,
+    y, saved, final,
+):  # fmt: skip
     """silu(z) y, the state before every chunk of events and the state after each row."""
-    spans, blocks, starts = matrix(table, 0, 0), matrix(table, 1, 0), matrix(table, 2, 0)
-    chunk, reverse = number(table, 3), number(table, 4)
-    x, z, raw, bias = matrix(table, 5, zero), matrix(table, 6, zero), matrix(table, 7, zero), matrix(table, 8, zero)
-    A, B, C, D = matrix(table, 9, zero), matrix(table, 10, zero), matrix(table, 11, zero), matrix(table, 12, zero)
-    initial, y = matrix(table, 13, zero), matrix(table, 14, zero)
-    saved, final = matrix(table, 15, zero), matrix(table, 16, zero)
-
     s, k = unit // len(blocks), unit % len(blocks)
     c0, width, N = blocks[k, 0], blocks[k, 1], len(A)
     scratch = np.zeros((2 * N + ROWS + 4, BLOCK), x.dtype)
@@ -97,26 +93,15 @@ def selective_forward(unit, table, zero):
         _put_all(state, N, width, final, spans[s, 0], c0)
 
 
-def selective_backward(unit, table, zero):
+def selective_backward(
+    unit, spans, blocks, starts, chunk, reverse, x, z, raw, bias, A, B, C, D, saved, dy, dfinal,
+    dx, dz, draw, dbias, dA, dBC, dD, dinitial,
+):  # fmt: skip
     """Gradients for the caller to add up: those of A, D and the bias of dt one for each span, those of B and C side by
     side and one for each block."""
-    spans, blocks, starts = matrix(table, 0, 0), matrix(table, 1, 0), matrix(table, 2, 0)
-    chunk, reverse = number(table, 3), number(table, 4)
-    x, z, raw, bias = matrix(table, 5, zero), matrix(table, 6, zero), matrix(table, 7, zero), matrix(table, 8, zero)
-    A, B, C, D = matrix(table, 9, zero), matrix(table, 10, zero), matrix(table, 11, zero), matrix(table, 12, zero)
-    saved, dy, dfinal = matrix(table, 13, zero), matrix(table, 14, zero), matrix(table, 15, zero)
-    dx, dz, draw, dbias = (
-        matrix(table, 16, zero),
-        matrix(table, 17, zero),
-        matrix(table, 18, zero),
-        matrix(table, 19, zero),
-    )
-    dA, dBC, dD = matrix(table, 20, zero), matrix(table, 21, zero), matrix(table, 22, zero)
-    dinitial = matrix(table, 23, zero)
-
     s, k = unit // len(blocks), unit % len(blocks)
     c0, width, N, part = blocks[k, 0], blocks[k, 1], len(A), k * len(x)
-    nothing, one, minus = splat(zero), splat(x.dtype.type(1)), splat(x.dtype.type(-1))
+    nothing, one, minus = splat(x.dtype.type(0)), splat(x.dtype.type(1)), splat(x.dtype.type(-1))
     log_2 = splat(x.dtype.type(math.log(2)))
     scratch = np.zeros((4 * N + 4 + chunk * ROWS, BLOCK), x.dtype)
     log_decay, dstate, dlog, before = scratch[:N], scratch[N : 2 * N], scratch[2 * N : 3 * N], scratch[3 * N : 4 * N]

@@ -19,7 +19,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from hymate.ops.cpu.kernels import INDEX, OPTIONS, event, matrix, number
+from hymate.ops.cpu.kernels import INDEX, OPTIONS, event
 from hymate.ops.cpu.simd import LANES, broadcast, fma, load, mul, prefetch, splat, store, total, transpose_tile
 
 TIME = LANES  # events of one chunk: time, too, can fill the lanes of a vector
@@ -170,17 +170,14 @@ def _write(state, N, P, states, index):
             states[index * P + p, n] = state[n, p]
 
 
-def ssd_forward(unit, table, zero):
+def ssd_forward(
+    unit, spans, runs, N, P, chunk, reverse, x, B, C, dt, decay, D, initial,
+    y, saved, final,
+):  # fmt: skip
     """y, the state before every ``chunk`` events (a multiple of TIME) and the state after each row.
 
     ``decay`` (M, H) is exp(dt A), zero where a segment starts.
     """
-    spans, runs = matrix(table, 0, 0), matrix(table, 1, 0)
-    N, P, chunk, reverse = number(table, 2), number(table, 3), number(table, 4), number(table, 5)
-    x, B, C, dt = matrix(table, 6, zero), matrix(table, 7, zero), matrix(table, 8, zero), matrix(table, 9, zero)
-    decay, D, initial = matrix(table, 10, zero), matrix(table, 11, zero), matrix(table, 12, zero)
-    y, saved, final = matrix(table, 13, zero), matrix(table, 14, zero), matrix(table, 15, zero)
-
     s, k = unit // len(runs), unit % len(runs)
     h0, heads, g = runs[k, 0], runs[k, 1], runs[k, 2]
     H, NN, PP, one = D.shape[1], _padded(N), _padded(P), x.dtype.type(1)
@@ -223,7 +220,10 @@ def ssd_forward(unit, table, zero):
             _write(states[j * NN :], N, P, final, spans[s, 0] * H + h0 + j)
 
 
-def ssd_backward(unit, table, zero):
+def ssd_backward(
+    unit, spans, runs, N, P, chunk, reverse, x, B, C, dt, decay, D, A, y, saved, dy, dfinal,
+    dx, dBC, ddt, dA, dD, dinitial,
+):  # fmt: skip
     """Gradients; those of A and D come one for each span, those of B and C side by side and one for each run of a
     group, for the caller to add up.
 
@@ -231,22 +231,9 @@ def ssd_backward(unit, table, zero):
     the state from t on, less what enters it from t on. The sum starts again from <S, dS> at the end of every chunk, for
     over a long row it would gather rounding errors.
     """
-    spans, runs = matrix(table, 0, 0), matrix(table, 1, 0)
-    N, P, chunk, reverse = number(table, 2), number(table, 3), number(table, 4), number(table, 5)
-    x, B, C, dt = matrix(table, 6, zero), matrix(table, 7, zero), matrix(table, 8, zero), matrix(table, 9, zero)
-    decay, D, A = matrix(table, 10, zero), matrix(table, 11, zero), matrix(table, 12, zero)
-    y, saved, dy, dfinal = (
-        matrix(table, 13, zero),
-        matrix(table, 14, zero),
-        matrix(table, 15, zero),
-        matrix(table, 16, zero),
-    )
-    dx, dBC, ddt = matrix(table, 17, zero), matrix(table, 18, zero), matrix(table, 19, zero)
-    dA, dD, dinitial = matrix(table, 20, zero), matrix(table, 21, zero), matrix(table, 22, zero)
-
     s, k = unit // len(runs), unit % len(runs)
     h0, heads, g, part = runs[k, 0], runs[k, 1], runs[k, 2], runs[k, 3] * len(dt)
-    H, NN, PP, one = D.shape[1], _padded(N), _padded(P), x.dtype.type(1)
+    H, NN, PP, zero, one = D.shape[1], _padded(N), _padded(P), x.dtype.type(0), x.dtype.type(1)
     gradients = np.zeros((heads * NN, PP), x.dtype)
     if spans[s, 5]:
         for j in range(heads):
