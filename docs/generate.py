@@ -11,11 +11,12 @@ import inspect
 import re
 import typing
 from collections.abc import Iterable, Iterator, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import hymate
-from hymate.baselines import BaselinesConfig
+from hymate import scripts
 from hymate.config import (
     DataConfig,
     ModelConfig,
@@ -26,14 +27,7 @@ from hymate.config import (
     TaskConfig,
     TrainConfig,
 )
-from hymate.data.prepare import PrepareConfig
-from hymate.explain import ExplainConfig
-from hymate.plan import PlanConfig
-from hymate.predict import PredictConfig
-from hymate.training.pretraining import PretrainConfig
 from hymate.trees import REQUIRED, defaults, hints, keys, options, parse_yaml, section_of, shown
-from hymate.tuning.protocol import BenchmarkConfig
-from hymate.tuning.search import TuneConfig
 
 DOCS = Path(__file__).resolve().parent
 CONFIGS = DOCS.parent / "configs"
@@ -47,16 +41,7 @@ SECTIONS = {
     "report": ReportConfig,
     "run": RunConfig,
 }
-COMMANDS = {
-    "prepare": PrepareConfig,
-    "pretrain": PretrainConfig,
-    "tune": TuneConfig,
-    "predict": PredictConfig,
-    "explain": ExplainConfig,
-    "baselines": BaselinesConfig,
-    "benchmark": BenchmarkConfig,
-    "plan": PlanConfig,
-}
+COMMANDS = {name: getattr(import_module(module), schema) for name, (module, schema, _) in scripts.COMMANDS.items()}
 INTRODUCTION = """\
 # Configuration
 

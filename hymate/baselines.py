@@ -33,7 +33,7 @@ from hymate.data.synthetic.source import ceiling
 from hymate.data.tasks import LabelSet, labels
 from hymate.errors import ConfigError
 from hymate.evaluation import metrics, tables
-from hymate.evaluation.boosting import Baseline, Kind, fit, importance, lightgbm, recalibrated
+from hymate.evaluation.baseline_models import Baseline, Kind, fit, importance, lightgbm, recalibrated
 from hymate.evaluation.features import FeatureConfig, FeatureTable, choose, features
 from hymate.evaluation.report import score_rows
 from hymate.evaluation.results import NO_HELD_OUT, RESULTS

@@ -20,7 +20,7 @@ import functools
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -57,6 +57,11 @@ from hymate.storage.paths import Location, UrlPath, locate, locked, readable, re
 from hymate.trees import build, parse_yaml, to_tree
 from hymate.work import Journal, Stages, stages
 
+# each makes a `Source` of the raw folder, the splits and the seed
+SOURCES: dict[str, Callable[[Location, SplitsConfig, int], Source]] = {
+    "meds": MedsSource,
+    "physionet2012": PhysioNet2012Source,
+}
 WORK = ".work"  # inside histories/: the journal and what later stages need
 
 
@@ -106,8 +111,7 @@ class PrepareConfig:
         """The configured source."""
         if self.source == "synthetic":
             return SyntheticSource(self.synthetic, self.splits)
-        kind = PhysioNet2012Source if self.source == "physionet2012" else MedsSource
-        return kind(locate(str(self.raw)).absolute(), self.splits, self.seed)
+        return SOURCES[self.source](locate(str(self.raw)).absolute(), self.splits, self.seed)
 
 
 def prepare(config: PrepareConfig) -> None:

@@ -27,6 +27,8 @@ from scipy.stats import norm, t
 
 Array = NDArray[Any]
 AREAS = ("auroc", "auprc")
+# what tables show of `scores`, and their headings; estimates have intervals
+SHOWN = {"auroc": "AUROC [95 % CI]", "auprc": "AUPRC [95 % CI]", "brier": "Brier", "ece": "ECE"}
 Z = float(norm.ppf(0.975))
 LEVEL_OF_BOTH = 0.975  # of each area's interval, where a verdict asks whether either differs
 ELEMENTS_AT_ONCE = 2_000_000  # of the (B, N) weights: bounds the bootstrap's memory to some 100 MB

@@ -1,7 +1,7 @@
 """What a search reports: results.json in sentences and tables, as report.md, as a model card and on the console.
 
 `found` is the content of results.json, `part` what it holds of one task: `metrics.scores` and `decisions.assess` of the
-held-out split, and as "boosting" what `boosting.compare` found, or why it was left out.
+held-out split, and as "boosting" what `baseline_models.compare` found, or why it was left out.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 from hymate.data.extraction import Details
 from hymate.evaluation import tables
 from hymate.evaluation.decisions import ENOUGH_POSITIVES, ENOUGH_SUBJECTS, FEWEST_SUBJECTS
-from hymate.evaluation.metrics import AREAS
+from hymate.evaluation.metrics import AREAS, SHOWN
 from hymate.evaluation.results import RESULTS, parts_of
 from hymate.evaluation.tables import markdown, number, percent, percent_with_interval, with_interval
 from hymate.inference.provenance import SENTENCES
@@ -378,7 +378,7 @@ def score_rows(found: Mapping[str, Any]) -> list[list[str]]:
     """Each task's held-out scores; below them boosting's and the difference, where it was fitted, and of a synthetic
     cohort the best possible ones.
     """
-    header = ["split", "labels", "subjects", "prevalence", "AUROC [95 % CI]", "AUPRC [95 % CI]", "Brier", "ECE"]
+    header = ["split", "labels", "subjects", "prevalence", *SHOWN.values()]
     rows = [[*_task_column(found, "task"), *header]]
     for part in parts_of(found):
         sizes = [part["split"], str(part["num_labels"]), str(part["num_subjects"]), number(part["prevalence"])]
@@ -387,16 +387,16 @@ def score_rows(found: Mapping[str, Any]) -> list[list[str]]:
         boosting = part.get("boosting") or {}
         if "difference" in boosting:
             rows.append([*below, "gradient boosting", "", "", "", *_score_cells(boosting)])
-            differences = [with_interval(boosting["difference"][name]) for name in AREAS]
-            rows.append([*below, "difference [97.5 % CI]", "", "", "", *differences, "", ""])
+            rows.append([*below, "difference [97.5 % CI]", "", "", "", *_score_cells(boosting["difference"])])
         if "ceiling" in part:
-            best = [number(part["ceiling"][name]) for name in ("auroc", "auprc", "brier")]
-            rows.append([*below, "best possible", "", "", "", *best, ""])
+            rows.append([*below, "best possible", "", "", "", *_score_cells(part["ceiling"])])
     return rows
 
 
 def _score_cells(scores: Mapping[str, Any]) -> list[str]:
-    return [*(with_interval(scores[name]) for name in AREAS), *(number(scores[name]) for name in ("brier", "ece"))]
+    """Nothing for a score that is not there."""
+    found = [scores.get(name, "") for name in SHOWN]
+    return [with_interval(x) if isinstance(x, dict) else x if x == "" else number(x) for x in found]
 
 
 def _recalibration_rows(found: Mapping[str, Any]) -> list[list[str]]:

@@ -12,22 +12,13 @@ import numpy as np
 from hymate.config import TaskConfig
 from hymate.data.examples import Examples
 from hymate.data.tasks import LabelSet
+from hymate.evaluation import metrics
 from hymate.evaluation.decisions import ENOUGH_POSITIVES, ENOUGH_SUBJECTS
 from hymate.storage.paths import Location, write_text
 
 RESULTS = "results.json"
-SCORES = (
-    "num_labels",
-    "num_positives",
-    "num_subjects",
-    "num_positive_subjects",
-    "prevalence",
-    "auroc",
-    "auprc",
-    "brier",
-    "ece",
-    "days",
-)
+COUNTS = ("num_labels", "num_positives", "num_subjects", "num_positive_subjects", "prevalence")
+SCORES = (*COUNTS, *metrics.SHOWN, "days")
 NO_HELD_OUT = (
     "there are no held-out labels: these scores are of the tuning split, which also chose and recalibrated the model, "
     "so they are too good"

@@ -1,7 +1,8 @@
-"""The HyMaTE encoder (arXiv 2509.24118), top-down readable: mixers, attention, block, encoder, patient, heads.
+"""The encoder (arXiv 2509.24118) and the risk model on it, from the parts up: mixers, block, `HyMaTE`, `RiskModel`.
 
-The events' embedding is in `hymate.model.embedding`, the Mamba mixers in `hymate.model.mixers`, attention pooling in
-`hymate.model.pooling`. configs/model/paper.yaml is the published model; each of our changes is an option.
+The events' embedding is in `hymate.model.embedding`, the Mamba mixers in `hymate.model.mixers`, pooling into patient
+vectors in `hymate.model.pooling`, the heads of pretraining in `hymate.model.pretrain_model`. configs/model/paper.yaml
+is the published model; each of our changes is an option.
 
 Shape legend (with `hymate.model.batch`):
     L  events in the packed row     S  segments (patients' windows)     F  static events
@@ -14,7 +15,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,13 +23,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hymate import ops
-from hymate.config import ModelConfig, ObjectiveConfig
+from hymate.config import ModelConfig
 from hymate.errors import UserError
-from hymate.model.batch import Asked, Batch, Variables
-from hymate.model.embedding import EMBEDDINGS, EventEmbedding
+from hymate.model.batch import Batch
+from hymate.model.embedding import EMBEDDINGS
 from hymate.model.mixers import BlockState, Mamba1Mixer, Mamba2Mixer
-from hymate.model.objectives import LossModel, ask, huber
-from hymate.model.pooling import FusionPooling, MemberLinear, VariablePooling, segment_mean, wide
+from hymate.model.objectives import LossModel
+from hymate.model.pooling import MemberLinear, PatientPooling
 
 TYPICAL_DAYS = 5.0  # what a new head predicts, so that it need not learn the scale first
 
@@ -117,7 +117,7 @@ class GRU(nn.Module):
         return self.out(y_BLD[0]), (h_1BD, h_1BD.new_empty(0))
 
 
-# ------------------------------------------------------------------------------------------ encoder and pooling
+# ----------------------------------------------------------------------------------------------------- encoder
 
 
 class GatedMLP(nn.Module):
@@ -180,7 +180,7 @@ class Block(nn.Module):
 
 
 class HyMaTE(nn.Module):
-    """The encoder: events of packed patient histories -> contextual states and one vector for each patient.
+    """The encoder: events of packed patient histories -> their contextual states.
 
     Args:
         config: widths and layer pattern.
@@ -234,99 +234,7 @@ def _scale_residual(block: nn.Module, num_branches: int) -> None:
                 weight.div_(math.sqrt(num_branches))
 
 
-class StaticNetwork(nn.Module):
-    """The paper's dense network of the static features: two layers, for each member (STraTS, arXiv 2107.14293)."""
-
-    def __init__(self, members: int, width_in: int, width_out: int) -> None:
-        super().__init__()
-        self.hidden = MemberLinear(members, width_in, 2 * width_out)
-        self.out = MemberLinear(members, 2 * width_out, width_out)
-
-    def forward(self, x_SX: Tensor) -> Tensor:
-        """(S, X) -> (S, M, D)."""
-        return torch.tanh(self.out(torch.tanh(self.hidden(x_SX))))
-
-
-class PatientPooling(nn.Module):
-    """Event states and static features -> `config.members` vectors for each patient's window, each by its own weights.
-
-    Pooled events (by `config.pooling`), the mean of the static events' embeddings through a layer, and four
-    scalars: age, whether it is known, hours since the last event and number of events (both log-scaled).
-    With "attention", the paper's: pooled events, and a dense network of that mean and the age alone.
-    """
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.kind = config.pooling
-        widths = (config.d_model, config.num_queries, config.members)
-        timed = self.kind == "fusion"
-        self.fusion = FusionPooling(*widths, timed=timed) if self.kind in ("fusion", "attention") else None
-        self.variables = VariablePooling(*widths) if self.kind == "variables" else None
-        self.static: MemberLinear | StaticNetwork
-        if self.kind == "attention":
-            self.static, scalars = StaticNetwork(config.members, config.d_model + 2, config.d_model), 0
-        else:
-            self.static, scalars = MemberLinear(config.members, config.d_model, config.d_model), 4
-        attention = self.fusion or self.variables
-        self.width = (attention.width if attention else config.d_model) + config.d_model + scalars
-
-    def ask(self, batch: Batch, embedding: EventEmbedding) -> Batch:
-        """The row with its variables, where they are what is pooled."""
-        if self.variables is None or batch.variables is not None:
-            return batch
-        return replace(batch, variables=Variables.of(batch, embedding.code.num_embeddings))
-
-    def forward(self, h_LD: Tensor, batch: Batch, embedding: EventEmbedding) -> tuple[Tensor, Tensor | None]:
-        """(L, D) -> patient vectors (S, M, E) and the attention weights (L, M * Q), None for other poolings."""
-        weight_LQ = None
-        count_S = batch.bounds.diff().float()
-        if self.variables is not None:
-            pooled, weight_LQ = self.variables(h_LD, batch, embedding.code.weight)
-        elif self.fusion is not None:
-            pooled, weight_LQ = self.fusion(h_LD, batch)
-        elif self.kind == "last":
-            pooled = wide(h_LD[batch.bounds[1:] - 1])[:, None]
-        else:
-            pooled = segment_mean(h_LD, batch.segment_L, batch.num_segments)[:, None]
-        return self.join(pooled, count_S, batch, embedding), weight_LQ
-
-    def join(self, pooled: Tensor, count_S: Tensor, batch: Batch, embedding: EventEmbedding) -> Tensor:
-        """Pooled events (S, M or 1, X), count_S of them, and the batch's static features and scalars -> (S, M, E)."""
-        static_FD = embedding(batch.static_code_F, batch.static_value_F, batch.static_quantile_F)
-        static_SD = segment_mean(static_FD, batch.static_segment_F, batch.num_segments)
-        known_S = ~torch.isnan(batch.age_years_S)
-        age_S2 = torch.stack([torch.nan_to_num(batch.age_years_S) / 100, known_S.float()], -1).to(pooled.dtype)
-        parts: list[Tensor] = [pooled]
-        if isinstance(self.static, StaticNetwork):
-            parts.append(wide(self.static(torch.cat([static_SD, age_S2], -1))))
-        else:
-            logs_S2 = torch.stack([torch.log1p(batch.lag_hours_S), torch.log(count_S) / 10], -1).to(pooled.dtype)
-            parts += [wide(F.gelu(self.static(static_SD))), age_S2[:, None], logs_S2[:, None]]
-        return torch.cat([part.expand(-1, parts[1].shape[1], -1) for part in parts], dim=-1)
-
-
-# ------------------------------------------------------------------------------------------------------- models
-
-
-class ScoredLinear(nn.Linear):
-    """A linear layer onto classes that never holds all its outputs: only how well they meet their targets."""
-
-    def forward(self, x_ND: Tensor, target_N: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        """Sum of the cross-entropies of N events, and for how many the target is the likeliest code."""
-        return ops.linear_cross_entropy(x_ND, self.weight, self.bias, target_N)
-
-
-class CodeHead(nn.Module):
-    """The head of the hidden codes: the sum of their cross-entropies, and how many of them it gets right."""
-
-    def __init__(self, config: ModelConfig, vocab_size: int) -> None:
-        super().__init__()
-        self.hidden = _head(config, 1)[:-1]
-        self.out = ScoredLinear(config.d_model, vocab_size)
-
-    def forward(self, h_ND: Tensor, target_N: Tensor) -> tuple[Tensor, Tensor]:
-        """(N, D) states of the events whose codes are hidden, and these codes."""
-        return self.out(self.hidden(h_ND), target_N)
+# -------------------------------------------------------------------------------------------------- risk model
 
 
 class PatientHead(nn.Module):
@@ -342,74 +250,6 @@ class PatientHead(nn.Module):
     def forward(self, patient_SME: Tensor) -> Tensor:
         """(S, M, E) -> (S, M, O)."""
         return self.out(self.dropout(F.gelu(self.hidden(self.norm(patient_SME)))))
-
-
-class PretrainModel(LossModel):
-    """HyMaTE with the heads of the self-supervised objectives (`hymate.model.objectives`).
-
-    terms: the weight in the loss of each term and, 0, of its own metric: "code_loss", "code_accuracy" and so on.
-    """
-
-    def __init__(self, config: ModelConfig, objective: ObjectiveConfig, vocab_size: int) -> None:
-        super().__init__()
-        self.objective = objective
-        self.terms: dict[str, float] = {}
-        self.backbone = HyMaTE(config, vocab_size)
-        self.code_head = CodeHead(config, vocab_size) if objective.code_weight else None
-        self.value_head = _head(config, 1) if objective.value_weight else None
-        self.pooling: PatientPooling | None = None
-        self.forecast_head: PatientHead | None = None
-        if objective.code_weight:
-            self.terms |= {"code_loss": objective.code_weight, "code_accuracy": 0.0}
-        if objective.value_weight:
-            self.terms |= {"value_loss": objective.value_weight, "value_mae": 0.0}
-        if objective.forecast_weight:
-            self.pooling = PatientPooling(config)
-            self.forecast_head = PatientHead(config, self.pooling.width, 2 * objective.forecast_variables)
-            weight = objective.forecast_weight
-            self.terms |= {"measured_loss": weight, "forecast_loss": weight, "forecast_mae": 0.0}
-
-    def count_targets(self, batch: Batch) -> Tensor:
-        """How many targets each of `terms` has in a row: (K,), float64."""
-        return self._asked(batch).count_K
-
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """ "sum_K": see `LossModel`."""
-        asked = self._asked(batch)
-        h_LD = self.backbone(replace(batch, code_L=asked.code_L), asked.hidden_L)
-        sums: dict[str, Tensor] = {}
-        if self.code_head is not None:
-            at = asked.code_N
-            sums["code_loss"], sums["code_accuracy"] = self.code_head(h_LD[at], batch.code_L[at])
-        if self.value_head is not None:
-            at = asked.value_N
-            error = self.value_head(h_LD[at])[:, 0].float() - batch.value_L[at].clamp(-5, 5)
-            sums["value_loss"], sums["value_mae"] = huber(error), error.abs().sum()
-        ahead = asked.ahead
-        if self.pooling is not None and self.forecast_head is not None and ahead is not None:
-            patient_AME, _ = self.pooling(h_LD[ahead.at_L], ahead.past, self.backbone.embedding)
-            measured_AMK, value_AMK = self.forecast_head(patient_AME).float().chunk(2, dim=2)
-            members = measured_AMK.shape[1]
-            target_AMK = ahead.measured_AK.float()[:, None].expand_as(measured_AMK)
-            found = F.binary_cross_entropy_with_logits(measured_AMK, target_AMK, reduction="none")
-            error_AMK = value_AMK - ahead.value_AK[:, None].clamp(-5, 5)
-            error = error_AMK.flatten()[ahead.value_N]
-            sums["measured_loss"] = found[ahead.whole_N].sum() / members
-            sums["forecast_loss"], sums["forecast_mae"] = huber(error) / members, error.abs().sum() / members
-        return {"sum_K": torch.stack([sums[name] for name in self.terms])}
-
-    def ask(self, batch: Batch) -> Batch:
-        """The row with its `asked`."""
-        return replace(batch, asked=self._asked(batch))
-
-    def _asked(self, batch: Batch) -> Asked:
-        if batch.asked is not None:
-            return batch.asked
-        asked = ask(batch, self.objective, self.terms, self.backbone.config.members)
-        if self.pooling is None or asked.ahead is None:
-            return asked
-        past = self.pooling.ask(asked.ahead.past, self.backbone.embedding)
-        return replace(asked, ahead=replace(asked.ahead, past=past))
 
 
 class RiskModel(LossModel):
@@ -496,17 +336,6 @@ class RiskModel(LossModel):
 def _weighed(target_SX: Tensor, weight_SX: Tensor) -> Tensor:
     """The weights of the targets that are there, 0 of others."""
     return torch.where(target_SX.isnan(), 0.0, weight_SX)
-
-
-def _head(config: ModelConfig, width_out: int) -> nn.Sequential:
-    """Of events."""
-    return nn.Sequential(
-        nn.RMSNorm(config.d_model),
-        nn.Linear(config.d_model, config.d_model),
-        nn.GELU(),
-        nn.Dropout(config.dropout),
-        nn.Linear(config.d_model, width_out),
-    )
 
 
 def _task_head(config: ModelConfig, width_in: int, in_days: bool) -> PatientHead:

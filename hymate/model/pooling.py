@@ -14,7 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hymate.config import ModelConfig
 from hymate.model.batch import Batch, Variables
+from hymate.model.embedding import EventEmbedding
 
 HORIZONS_HOURS = (8766.0, 168.0, 24.0, 4.0)  # a year to the last few events: how far pooling looks back
 STATES_DROPPED = 0.5  # share of the patients that VariablePooling is trained on without contextual states
@@ -327,3 +329,74 @@ def segment_softmax(score_LQ: Tensor, segment_L: Tensor, num_segments: int) -> T
     top_SQ = top_SQ.scatter_reduce(0, segment_L[:, None].expand_as(score_LQ), score_LQ.detach(), "amax")
     weight_LQ = (score_LQ - top_SQ[segment_L]).exp()
     return weight_LQ / segment_sum(weight_LQ, segment_L, num_segments)[segment_L]
+
+
+class StaticNetwork(nn.Module):
+    """The paper's dense network of the static features: two layers, for each member (STraTS, arXiv 2107.14293)."""
+
+    def __init__(self, members: int, width_in: int, width_out: int) -> None:
+        super().__init__()
+        self.hidden = MemberLinear(members, width_in, 2 * width_out)
+        self.out = MemberLinear(members, 2 * width_out, width_out)
+
+    def forward(self, x_SX: Tensor) -> Tensor:
+        """(S, X) -> (S, M, D)."""
+        return torch.tanh(self.out(torch.tanh(self.hidden(x_SX))))
+
+
+class PatientPooling(nn.Module):
+    """Event states and static features -> `config.members` vectors for each patient's window, each by its own weights.
+
+    Pooled events (by `config.pooling`), the mean of the static events' embeddings through a layer, and four
+    scalars: age, whether it is known, hours since the last event and number of events (both log-scaled).
+    With "attention", the paper's: pooled events, and a dense network of that mean and the age alone.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.kind = config.pooling
+        widths = (config.d_model, config.num_queries, config.members)
+        timed = self.kind == "fusion"
+        self.fusion = FusionPooling(*widths, timed=timed) if self.kind in ("fusion", "attention") else None
+        self.variables = VariablePooling(*widths) if self.kind == "variables" else None
+        self.static: MemberLinear | StaticNetwork
+        if self.kind == "attention":
+            self.static, scalars = StaticNetwork(config.members, config.d_model + 2, config.d_model), 0
+        else:
+            self.static, scalars = MemberLinear(config.members, config.d_model, config.d_model), 4
+        attention = self.fusion or self.variables
+        self.width = (attention.width if attention else config.d_model) + config.d_model + scalars
+
+    def ask(self, batch: Batch, embedding: EventEmbedding) -> Batch:
+        """The row with its variables, where they are what is pooled."""
+        if self.variables is None or batch.variables is not None:
+            return batch
+        return replace(batch, variables=Variables.of(batch, embedding.code.num_embeddings))
+
+    def forward(self, h_LD: Tensor, batch: Batch, embedding: EventEmbedding) -> tuple[Tensor, Tensor | None]:
+        """(L, D) -> patient vectors (S, M, E) and the attention weights (L, M * Q), None for other poolings."""
+        weight_LQ = None
+        count_S = batch.bounds.diff().float()
+        if self.variables is not None:
+            pooled, weight_LQ = self.variables(h_LD, batch, embedding.code.weight)
+        elif self.fusion is not None:
+            pooled, weight_LQ = self.fusion(h_LD, batch)
+        elif self.kind == "last":
+            pooled = wide(h_LD[batch.bounds[1:] - 1])[:, None]
+        else:
+            pooled = segment_mean(h_LD, batch.segment_L, batch.num_segments)[:, None]
+        return self.join(pooled, count_S, batch, embedding), weight_LQ
+
+    def join(self, pooled: Tensor, count_S: Tensor, batch: Batch, embedding: EventEmbedding) -> Tensor:
+        """Pooled events (S, M or 1, X), count_S of them, and the batch's static features and scalars -> (S, M, E)."""
+        static_FD = embedding(batch.static_code_F, batch.static_value_F, batch.static_quantile_F)
+        static_SD = segment_mean(static_FD, batch.static_segment_F, batch.num_segments)
+        known_S = ~torch.isnan(batch.age_years_S)
+        age_S2 = torch.stack([torch.nan_to_num(batch.age_years_S) / 100, known_S.float()], -1).to(pooled.dtype)
+        parts: list[Tensor] = [pooled]
+        if isinstance(self.static, StaticNetwork):
+            parts.append(wide(self.static(torch.cat([static_SD, age_S2], -1))))
+        else:
+            logs_S2 = torch.stack([torch.log1p(batch.lag_hours_S), torch.log(count_S) / 10], -1).to(pooled.dtype)
+            parts += [wide(F.gelu(self.static(static_SD))), age_S2[:, None], logs_S2[:, None]]
+        return torch.cat([part.expand(-1, parts[1].shape[1], -1) for part in parts], dim=-1)

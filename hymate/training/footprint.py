@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hymate.config import ModelConfig, ObjectiveConfig
 from hymate.model.batch import Batch, changed
-from hymate.model.encoder import PretrainModel
+from hymate.model.pretrain_model import PretrainModel
 from hymate.ops.shapes import as_on_gpu
 from hymate.training.deepspeed import reduce_bucket_size
 

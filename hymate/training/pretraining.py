@@ -22,7 +22,8 @@ from hymate.device import Wanted, decide
 from hymate.errors import ConfigError, UserError
 from hymate.inference.bundle import write_bundle
 from hymate.inference.provenance import provenance
-from hymate.model.encoder import PretrainModel, decay_groups
+from hymate.model.encoder import decay_groups
+from hymate.model.pretrain_model import PretrainModel
 from hymate.runs import absolute, check_same_run, claimed, run_folder
 from hymate.storage.paths import Location, locate, require_folder
 from hymate.training import checkpoint

@@ -1,9 +1,9 @@
 """The benchmark: contenders trained on the same labels with several seeds, and scored on the same patients.
 
-Gradient boosting and logistic regression (`hymate.evaluation.boosting`), encoders from scratch, HyMaTE from scratch and
-pretrained, and the paper's model. They are scored by cross-validation over the train and tuning patients, or on the
-held-out ones. A budget of labels counts every label that a run sees: most are fitted to, the others choose among the
-run's candidates and recalibrate it, by the same rule for everyone.
+Gradient boosting and logistic regression (`hymate.evaluation.baseline_models`), encoders from scratch, HyMaTE from
+scratch and pretrained, and the paper's model. They are scored by cross-validation over the train and tuning patients,
+or on the held-out ones. A budget of labels counts every label that a run sees: most are fitted to, the others choose
+among the run's candidates and recalibrate it, by the same rule for everyone.
 
 Each (contender, budget, seed, fold) is one task that leaves its predictions in the run's folder; what is there already
 is not run again. `hymate.tuning.protocol` says who has which labels, `hymate.tuning.comparison` compares.
@@ -29,7 +29,7 @@ from hymate.cluster import Task
 from hymate.data.histories import Histories
 from hymate.data.tasks import labels
 from hymate.errors import ConfigError
-from hymate.evaluation import boosting, calibration
+from hymate.evaluation import baseline_models, calibration
 from hymate.evaluation.features import FeatureConfig, choose, features
 from hymate.inference.bundle import Bundle, read_weights, write_weights
 from hymate.inference.scoring import predict
@@ -53,7 +53,7 @@ from hymate.tuning.protocol import (
 )
 from hymate.tuning.trial import TrialConfig, distilled, require_starts, trial_config, trial_job
 
-CHOSEN_BY = "loss"  # cross-entropy, as in hymate.evaluation.boosting: AUROC and AUPRC of few positives jump
+CHOSEN_BY = "loss"  # cross-entropy, as in hymate.evaluation.baseline_models: AUROC and AUPRC of few positives jump
 PRETRAINED = "pretrained"  # folder in the benchmark's
 CHANGEABLE = {
     "data.path",
@@ -143,7 +143,7 @@ def _baseline(run: Run, histories: Histories, own: Allotment) -> tuple[np.ndarra
     kind = next(name for name in BASELINES if name == run.name)
     spec = choose(histories, own.fitting, FeatureConfig())
     fitting, choosing, test = (features(histories, part, spec) for part in (own.fitting, own.choosing, own.test))
-    model = boosting.fit(kind, fitting, choosing, run.seed)
+    model = baseline_models.fit(kind, fitting, choosing, run.seed)
     choosing_logit_E, test_logit_E = (calibration.logit(model.probability(part.value_EX)) for part in (choosing, test))
     return choosing_logit_E, test_logit_E, None
 
@@ -157,7 +157,7 @@ def _contender(
     trial = trial_of(config, contender, start, run.seed, own.fraction)
     fitting = own.fitting
     if trial.teacher_fraction:
-        teacher_E = boosting.cross_fitted(histories, fitting, own.choosing, run.seed)
+        teacher_E = baseline_models.cross_fitted(histories, fitting, own.choosing, run.seed)
         fitting = distilled(fitting, teacher_E, trial.teacher_fraction)
     chosen = device.choose(config.device, start.model)
     telemetry = Telemetry(run_folder(config.run) / "tb" / run.stem, enabled=True)

@@ -18,7 +18,7 @@ from hymate.data.examples import Examples, labelled_examples
 from hymate.data.histories import Histories
 from hymate.device import Wanted
 from hymate.errors import ConfigError, UserError
-from hymate.evaluation.boosting import Kind
+from hymate.evaluation.baseline_models import Kind
 from hymate.storage.paths import Location
 from hymate.trees import build, to_tree
 from hymate.tuning import space

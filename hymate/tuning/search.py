@@ -18,7 +18,7 @@ from hymate.data.tasks import labels
 from hymate.device import Wanted, decide
 from hymate.errors import ConfigError, UserError
 from hymate.evaluation import report, results
-from hymate.evaluation.boosting import cross_fitted
+from hymate.evaluation.baseline_models import cross_fitted
 from hymate.evaluation.subgroups import subgroups
 from hymate.inference.bundle import Bundle, write_bundle
 from hymate.inference.provenance import SENTENCES, Seen, provenance, seen

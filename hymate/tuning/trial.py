@@ -65,8 +65,8 @@ class Study:
     """Shared by all trials; labels: a table for each task; metric: one of `tuning_scores`; device: where
     each trial computes.
 
-    teacher: for each task the out-of-fold probability of each of its training examples (`boosting.cross_fitted`), if
-    any trial learns from them: knowledge distillation (Hinton et al. 2015).
+    teacher: for each task boosting's out-of-fold probability of each training example, by
+    `baseline_models.cross_fitted`, if any trial learns from it: knowledge distillation (Hinton et al. 2015).
     """
 
     start: Bundle

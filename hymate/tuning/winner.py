@@ -17,7 +17,7 @@ from hymate.data.synthetic.source import ceiling
 from hymate.data.tasks import LabelSet
 from hymate.device import CPU, Wanted, choose
 from hymate.errors import UserError
-from hymate.evaluation import boosting, calibration, decisions, figures, metrics, results
+from hymate.evaluation import baseline_models, calibration, decisions, figures, metrics, results
 from hymate.inference.bundle import Bundle, build_model
 from hymate.inference.scoring import predict, write_predictions
 from hymate.storage.paths import Location
@@ -112,7 +112,7 @@ def score(
             part["boosting"], boosting_E = {"left_out": "report.boosting=false"}, None
             if settings.boosting:
                 print(f"fitting gradient boosting for {name} to compare; report.boosting=false skips it", flush=True)
-                part["boosting"], boosting_E = boosting.compare(histories, task.examples, probability_E, seed)
+                part["boosting"], boosting_E = baseline_models.compare(histories, task.examples, probability_E, seed)
             part["picture"] = f"{name}.png"
             figures.draw_task(run_path / part["picture"], label_E, probability_E, weight_E, part, boosting_E)
     if (best := ceiling(histories.path, name, split)) is not None:

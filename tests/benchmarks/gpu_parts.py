@@ -30,7 +30,8 @@ from hymate.config import ModelConfig, ObjectiveConfig, TrainConfig
 from hymate.data.feeding import fed
 from hymate.data.packing import pack
 from hymate.model.batch import Batch
-from hymate.model.encoder import HyMaTE, PretrainModel, RiskModel, decay_groups
+from hymate.model.encoder import HyMaTE, RiskModel, decay_groups
+from hymate.model.pretrain_model import PretrainModel
 
 TASK = "readmission"
 

@@ -18,8 +18,8 @@ from hymate.command import load
 from hymate.data.examples import pretraining_examples
 from hymate.data.histories import Histories
 from hymate.data.loader import Cursor, Rows
-from hymate.model.encoder import PretrainModel
 from hymate.model.objectives import mean_loss
+from hymate.model.pretrain_model import PretrainModel
 from hymate.training.pretraining import PretrainConfig, read_vocabulary
 
 

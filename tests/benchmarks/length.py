@@ -30,7 +30,8 @@ from rows import random_row
 from hymate.command import load
 from hymate.config import ModelConfig, ObjectiveConfig
 from hymate.model.batch import Batch
-from hymate.model.encoder import PretrainModel, decay_groups
+from hymate.model.encoder import decay_groups
+from hymate.model.pretrain_model import PretrainModel
 from hymate.training.memory import keep_freed_memory
 from hymate.training.pretraining import PretrainConfig
 

@@ -44,7 +44,7 @@ from hymate.data.histories import Histories
 from hymate.data.loader import Cursor, Rows
 from hymate.data.vocabulary import Vocabulary
 from hymate.model.batch import changed
-from hymate.model.encoder import PretrainModel
+from hymate.model.pretrain_model import PretrainModel
 from hymate.ops import packed_attention
 from hymate.training.footprint import Shapes, event_flops
 from hymate.training.pretraining import PretrainConfig

@@ -17,7 +17,7 @@ from hymate.data.examples import pretraining_examples
 from hymate.data.histories import Histories
 from hymate.data.loader import Cursor, Rows
 from hymate.data.vocabulary import Vocabulary
-from hymate.model.encoder import PretrainModel
+from hymate.model.pretrain_model import PretrainModel
 from hymate.training.pretraining import PretrainConfig
 
 

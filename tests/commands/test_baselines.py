@@ -36,8 +36,8 @@ from hymate.data.synthetic.codes import DISTRACTORS
 from hymate.data.synthetic.course import SyntheticConfig
 from hymate.data.tasks import labels
 from hymate.errors import UserError
-from hymate.evaluation import boosting, calibration, metrics
-from hymate.evaluation.boosting import compare, cross_fitted, fit, importance
+from hymate.evaluation import baseline_models, calibration, metrics
+from hymate.evaluation.baseline_models import compare, cross_fitted, fit, importance
 from hymate.evaluation.features import Column, FeatureConfig, FeatureSpec, FeatureTable, choose, features
 from hymate.trees import to_tree
 
@@ -58,11 +58,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True, scope="module")
 def few_trees() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(boosting, "NUM_TREES", (30, 120))
-        patch.setattr(boosting, "LEARNING_RATE", 0.1)
-        patch.setattr(boosting, "STRENGTHS", (1e-3, 1e-2))
+        patch.setattr(baseline_models, "NUM_TREES", (30, 120))
+        patch.setattr(baseline_models, "LEARNING_RATE", 0.1)
+        patch.setattr(baseline_models, "STRENGTHS", (1e-3, 1e-2))
         patch.setattr(baselines, "DETAILED_VARIABLES", 2)
-        patch.setattr(boosting, "REPEATS", 1)
+        patch.setattr(baseline_models, "REPEATS", 1)
         yield
 
 
@@ -172,7 +172,7 @@ def test_a_model_is_compared_with_what_the_command_says(
     data: Path, finished: Callable[[str], Finished], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scores, predictions = finished("gradient_boosting").found, finished("gradient_boosting").predictions
-    monkeypatch.setattr(boosting, "FeatureConfig", lambda: FeatureConfig((48.0,), max_features=400))
+    monkeypatch.setattr(baseline_models, "FeatureConfig", lambda: FeatureConfig((48.0,), max_features=400))
     histories, labels = Histories.open(data), read_labels(data / "labels" / "readmission")
     examples = {split: labelled_examples(histories, labels, split) for split in SPLITS}
     model = np.random.default_rng(0).random(len(examples["held_out"]))
@@ -182,7 +182,7 @@ def test_a_model_is_compared_with_what_the_command_says(
     for same in ("auroc", "auprc", "brier", "ece", "recalibration", "chosen", "num_features"):
         assert found[same] == scores[same]
     # its calibration is that of a model recalibrated on the tuning labels, as a search's is
-    spec = choose(histories, examples["train"], boosting.FeatureConfig())
+    spec = choose(histories, examples["train"], baseline_models.FeatureConfig())
     table = {split: features(histories, examples[split], spec) for split in SPLITS}
     raw = fit("gradient_boosting", table["train"], table["tuning"], seed=0)
     fitted = calibration.recalibrate(examples["tuning"].label_E, logit(raw.probability(table["tuning"].value_EX)))
@@ -201,7 +201,7 @@ def test_a_model_is_compared_with_what_the_command_says(
 
 def test_a_comparison_counts_labels_by_their_weights(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     task = load("baselines", ["task=readmission", f"data.path={data}", "out=OUT"], BaselinesConfig).task
-    monkeypatch.setattr(boosting, "FeatureConfig", lambda: FeatureConfig((48.0,), max_features=100))
+    monkeypatch.setattr(baseline_models, "FeatureConfig", lambda: FeatureConfig((48.0,), max_features=100))
     histories, made = Histories.open(data), labels(data, task).table
     examples = {split: labelled_examples(histories, made, split) for split in SPLITS}
     rng = np.random.default_rng(0)
@@ -221,7 +221,7 @@ def test_a_comparison_counts_labels_by_their_weights(data: Path, monkeypatch: py
 def test_a_cross_fitted_probability_knows_nothing_of_the_subjects_own_labels(
     data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(boosting, "FeatureConfig", lambda: FeatureConfig((48.0,), max_features=100))
+    monkeypatch.setattr(baseline_models, "FeatureConfig", lambda: FeatureConfig((48.0,), max_features=100))
     histories, labels = Histories.open(data), read_labels(data / "labels" / "readmission")
     train, tuning = (labelled_examples(histories, labels, split) for split in ("train", "tuning"))
     subject_id, count = np.unique(train.subject_id_E, return_counts=True)
@@ -294,7 +294,7 @@ def test_labels_count_by_their_weights(monkeypatch: pytest.MonkeyPatch) -> None:
         assert fit(kind, weighed(train, heavy_E), tuning, 0).probability(held_out.value_EX).mean() > 0.6
         one, same = (fit(kind, part, tuning, 0) for part in (train, weighed(train, np.ones(400))))
         np.testing.assert_array_equal(one.probability(held_out.value_EX), same.probability(held_out.value_EX))
-    monkeypatch.setattr(boosting, "NUM_TREES", (1, 30))
+    monkeypatch.setattr(baseline_models, "NUM_TREES", (1, 30))
     misleading = tuning.examples.label_E.copy()
     misleading[::2] = 1 - misleading[::2]
     mixed = replace(tuning, examples=replace(tuning.examples, label_ET=misleading[:, None]))
@@ -321,7 +321,7 @@ def test_few_trees_are_the_first_of_many(monkeypatch: pytest.MonkeyPatch) -> Non
     held_out, misleading = table(2), table(1)
     misleading.examples.label_ET[:] = 1 - misleading.examples.label_ET  # every tree makes it worse
     chosen = fit("gradient_boosting", table(0), misleading, seed=0)
-    monkeypatch.setattr(boosting, "NUM_TREES", (30,))
+    monkeypatch.setattr(baseline_models, "NUM_TREES", (30,))
     alone = fit("gradient_boosting", table(0), misleading, seed=0)
     assert chosen.chosen == alone.chosen == {"trees": 30}
     np.testing.assert_array_equal(chosen.probability(held_out.value_EX), alone.probability(held_out.value_EX))

@@ -24,7 +24,8 @@ from hymate.config import ModelConfig, ObjectiveConfig
 from hymate.data.histories import Histories
 from hymate.data.loader import Cursor
 from hymate.errors import ConfigError
-from hymate.model.encoder import PretrainModel, decay_groups
+from hymate.model.encoder import decay_groups
+from hymate.model.pretrain_model import PretrainModel
 from hymate.ops import fused
 from hymate.ops.shapes import as_on_gpu
 from hymate.plan import GIB, PlanConfig, plan
@@ -241,7 +242,7 @@ import resource, sys
 import torch
 from rows import random_row
 from hymate.config import ModelConfig, ObjectiveConfig
-from hymate.model.encoder import PretrainModel
+from hymate.model.pretrain_model import PretrainModel
 from hymate.training.footprint import LiveBytes
 
 def step(events, live):

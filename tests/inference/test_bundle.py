@@ -18,7 +18,8 @@ from hymate.config import DataConfig, ObjectiveConfig
 from hymate.data.vocabulary import Vocabulary
 from hymate.errors import UserError
 from hymate.inference.bundle import Bundle, build_model, read_bundle
-from hymate.model.encoder import PretrainModel, RiskModel
+from hymate.model.encoder import RiskModel
+from hymate.model.pretrain_model import PretrainModel
 
 
 def write(folder: Path, **changes: Any) -> None:

@@ -34,8 +34,9 @@ from hymate.evaluation.attribution import integrated_gradients
 from hymate.inference.scoring import score
 from hymate.inference.streaming import StreamingModel
 from hymate.model.batch import Batch
-from hymate.model.encoder import PretrainModel, RiskModel
+from hymate.model.encoder import RiskModel
 from hymate.model.objectives import LossModel
+from hymate.model.pretrain_model import PretrainModel
 from hymate.training import loop, stragglers
 
 pytestmark = pytest.mark.slow

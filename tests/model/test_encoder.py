@@ -15,17 +15,10 @@ from hymate.command import load
 from hymate.config import ObjectiveConfig
 from hymate.errors import UserError
 from hymate.model.batch import Batch, Variables
-from hymate.model.encoder import (
-    HyMaTE,
-    Mamba1Mixer,
-    Mamba2Mixer,
-    PretrainModel,
-    RiskModel,
-    decay_groups,
-    load_pretrained,
-)
+from hymate.model.encoder import HyMaTE, Mamba1Mixer, Mamba2Mixer, RiskModel, decay_groups, load_pretrained
 from hymate.model.objectives import mean_loss
 from hymate.model.pooling import HORIZONS_HOURS, FusionPooling, VariablePooling, VariableSums
+from hymate.model.pretrain_model import PretrainModel
 from hymate.training.pretraining import PretrainConfig
 
 VOCAB = 30

@@ -12,8 +12,8 @@ from small_models import SMALL
 
 from hymate.config import ObjectiveConfig
 from hymate.model.batch import FIRST_CODE_ID, MASK_ID, Batch
-from hymate.model.encoder import PretrainModel
 from hymate.model.objectives import forecast_targets, hide_events, histories_until
+from hymate.model.pretrain_model import PretrainModel
 
 
 @given(

@@ -33,8 +33,8 @@ from hymate import ops
 from hymate.config import ModelConfig, ObjectiveConfig
 from hymate.device import obstacle
 from hymate.errors import ConfigError
-from hymate.model.encoder import PretrainModel
 from hymate.model.mixers import Mamba1Mixer, Mamba2Mixer
+from hymate.model.pretrain_model import PretrainModel
 from hymate.ops import attention, fused
 
 TF32 = 2e-2  # a GPU's Triton reads 10 bits of what float32 dots multiply; see the interpreter's test

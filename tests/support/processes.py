@@ -17,7 +17,8 @@ from rows import random_row
 from hymate.config import ModelConfig, ObjectiveConfig, TrainConfig
 from hymate.data.loader import Cursor
 from hymate.model.batch import Batch
-from hymate.model.encoder import PretrainModel, decay_groups
+from hymate.model.encoder import decay_groups
+from hymate.model.pretrain_model import PretrainModel
 from hymate.training.loop import Job, Worker, mean_outputs, train
 from hymate.training.telemetry import Telemetry
 

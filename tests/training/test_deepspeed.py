@@ -16,8 +16,9 @@ from torch import nn
 
 from hymate.config import ObjectiveConfig, TrainConfig
 from hymate.data.loader import Cursor
-from hymate.model.encoder import PretrainModel, decay_groups
+from hymate.model.encoder import decay_groups
 from hymate.model.objectives import mean_loss
+from hymate.model.pretrain_model import PretrainModel
 from hymate.training.deepspeed import deepspeed_config
 from hymate.training.loop import Worker, count_targets, schedule
 

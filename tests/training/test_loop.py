@@ -15,8 +15,9 @@ from rows import random_row, repacked
 from torch import Tensor, nn
 
 from hymate.model.batch import Batch
-from hymate.model.encoder import PretrainModel, RiskModel
+from hymate.model.encoder import RiskModel
 from hymate.model.objectives import LossModel, mean_loss
+from hymate.model.pretrain_model import PretrainModel
 from hymate.training.checkpoint import read_state
 from hymate.training.loop import Worker, build_engine, changed_rate, mean_outputs, train, train_step
 

@@ -27,7 +27,7 @@ from hymate.data.histories import Histories
 from hymate.data.label_files import read_labels
 from hymate.data.meds import write_parquet
 from hymate.errors import ConfigError, UserError
-from hymate.evaluation import boosting, calibration
+from hymate.evaluation import baseline_models, calibration
 from hymate.evaluation.features import FeatureConfig, choose, features
 from hymate.inference.bundle import Bundle
 from hymate.runs import run_folder
@@ -229,7 +229,7 @@ def test_boosting_is_recalibrated_by_the_labels_that_it_chose_by(small_data: Pat
     own = there.allotted(config, one)
     spec = choose(histories, own.fitting, FeatureConfig())
     fitting, choosing, test = (features(histories, part, spec) for part in (own.fitting, own.choosing, own.test))
-    model = boosting.fit("gradient_boosting", fitting, choosing, seed=0)
+    model = baseline_models.fit("gradient_boosting", fitting, choosing, seed=0)
     logit, test_logit = (calibration.logit(model.probability(part.value_EX)) for part in (choosing, test))
     expected = expit(calibration.recalibrate(own.choosing.label_E, logit)(test_logit))
     written = pq.read_table(one.predictions(run_folder(config.run) / "runs")).to_pandas()

@@ -25,7 +25,7 @@ from small_cohort import SIZES
 from small_models import SMALL, vocabulary_of
 
 from hymate.command import load
-from hymate.config import DataConfig, ObjectiveConfig, TrainConfig
+from hymate.config import DataConfig, ObjectiveConfig, SearchConfig, TrainConfig
 from hymate.data.examples import labelled_examples
 from hymate.data.histories import Histories
 from hymate.data.label_files import read_labels
@@ -35,7 +35,7 @@ from hymate.evaluation.calibration import recalibrate
 from hymate.inference.bundle import read_bundle, write_bundle
 from hymate.inference.provenance import SENTENCES, provenance
 from hymate.inference.scoring import predict, prediction_table
-from hymate.model.encoder import PretrainModel
+from hymate.model.pretrain_model import PretrainModel
 from hymate.tuning import space
 from hymate.tuning.search import TuneConfig, search
 from hymate.tuning.trial import TrialConfig, draw_trials, parameter_groups, risk_model, starting_point, trial_config
@@ -84,6 +84,10 @@ def test_points_spread_evenly_over_the_space(num_trials: int, seed: int) -> None
     assert abs(below - num_trials / 2) <= 1
     assert abs(sum(point["pooling"] == "last" for point in drawn) - num_trials / 2) <= 1
     assert all(1e-4 <= p["head_lr"] <= 1e-2 and 0.1 <= p["dropout"] <= 0.3 and p["frozen"] is True for p in drawn)
+
+
+def test_the_configuration_names_every_parameter() -> None:
+    assert all(f"`{name}`" in str(SearchConfig.__doc__) for name in space.PARAMETERS)
 
 
 @pytest.mark.parametrize("search", ["default", "quick", "physionet"])

@@ -244,7 +244,7 @@ def compare(
     asked, boosting_E = examples["held_out"], boosting["held_out"]
     label_E, subject_id_E, weight_E = asked.label_E, asked.subject_id_E, asked.weight_E
     scores = metrics.scores(label_E, boosting_E, subject_id_E, weight_E)
-    found = {name: scores[name] for name in ("auroc", "auprc", "brier", "ece")} | {
+    found = {name: scores[name] for name in metrics.SHOWN} | {
         "difference": metrics.paired_difference(
             label_E, probability_E, boosting_E, subject_id_E, weight_E, metrics.LEVEL_OF_BOTH
         ),
