@@ -3,7 +3,7 @@
 #   cluster/local.sh start [OPTIONS OF `ray start`, such as --num-cpus 2]
 #   cluster/local.sh status
 #   cluster/local.sh stop
-# Ray's files and logs are below $HYMATE_CLUSTER. Unlike `ray stop`, stop ends this cluster and no other Ray of yours.
+# Ray's files and logs are below $HYMATE_CLUSTER. Unlike `ray stop`, stop ends this cluster and no other Ray instance.
 set -euo pipefail
 
 folder=${HYMATE_CLUSTER:-/tmp/hymate-$(id -un)} # short: Ray puts sockets below it, whose paths are limited
@@ -32,7 +32,7 @@ start() {
     [ -s "$token" ] || (umask 077 && od -An -N32 -tx1 /dev/urandom | tr -d ' \n' >"$token")
     chmod 600 "$token"
     : >"$folder/log" # what the last cluster said must not count
-    # Every Ray of a machine wants port 52365 for its job agent, and where that is taken it runs without one: "No
+    # Every Ray instance on a machine wants port 52365 for its job agent, and where that is taken it runs without one: "No
     # available agent to submit job". 0 is any free port.
     nohup ray start --head --block --temp-dir "$folder/ray" --port 0 --dashboard-host 127.0.0.1 \
         --dashboard-agent-listen-port 0 --disable-usage-stats --log-color false "$@" \

@@ -26,7 +26,7 @@ settings=("train.num_workers=$workers" "train.rows_per_step=$workers")          
 
 mapfile -t machines < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 head=$(getent ahostsv4 "${machines[0]}" | awk '{print $1; exit}')
-port=$((20000 + SLURM_JOB_ID % 10000)) # jobs that share a machine have Rays of their own
+port=$((20000 + SLURM_JOB_ID % 10000)) # jobs that share a machine have clusters of their own
 files=/tmp/hymate-$SLURM_JOB_ID
 log=$files.log
 trap 'rm -f "$log"' EXIT

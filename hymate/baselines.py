@@ -148,7 +148,7 @@ def _show(found: dict[str, Any], out: Location) -> None:
     for name, value in found["chosen"].items():
         print(f"chosen on the tuning split: {name} {value:g}")
     top = ", ".join(f"{name} {fall:.3f}" for name, fall in list(found["importance"]["variables"].items())[:5])
-    print(f"AUROC falls without a variable by: {top}")
+    print(f"AUROC falls by, if a variable's values are shuffled among patients: {top}")
     for name, file in (("results", RESULTS), ("predictions", "predictions.parquet")):
         print(f"{name:<12} {out / file}", flush=True)
 

@@ -1,4 +1,4 @@
-"""The Ray of a run: the cluster at RAY_ADDRESS or one of its own on this machine, and whether it can be used."""
+"""The Ray cluster that a run uses, at RAY_ADDRESS or its own on this machine, and whether it can be used."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def _check_machine(train: TrainConfig) -> None:
 def ray_session(train: TrainConfig, device: Wanted) -> Iterator[None]:
     """The cluster at RAY_ADDRESS, or one of our own on this machine for the time of the run.
 
-    device: where the workers compute; a Ray of our own has GPUs only where they are used.
+    device: where the workers compute; a cluster of our own has GPUs only where they are used.
     """
     address = os.environ.get("RAY_ADDRESS")
     if not address:
@@ -222,7 +222,7 @@ def _ask(address: str) -> int:
     if "://" in address or address == "local":
         raise UserError(
             f"RAY_ADDRESS={address} is not the address of a cluster: give HOST:PORT of its head (ray start prints it), "
-            "or unset it for a Ray on this machine"
+            "or unset it to use this machine alone"
         )
     try:
         asked = subprocess.run(
@@ -246,7 +246,7 @@ def _connect(address: str, settings: Mapping[str, Any]) -> None:
 
 
 def _refuse(address: str, reason: str) -> NoReturn:
-    remedy = "start it, set RAY_ADDRESS to HOST:PORT of its head, or unset it for a Ray on this machine"
+    remedy = "start it, set RAY_ADDRESS to HOST:PORT of its head, or unset it to use this machine alone"
     if "not part of it" in reason:
         remedy = f"run ray start --address={address} here, or submit the command as a job"
     elif "token" in reason.lower():
@@ -256,7 +256,7 @@ def _refuse(address: str, reason: str) -> NoReturn:
 
 @contextmanager
 def ray_folder() -> Iterator[str]:
-    """Where a Ray of our own keeps its files: where Ray would, else in a temporary folder."""
+    """Where a cluster of our own keeps its files: where Ray would, else in a temporary folder."""
     given = os.environ.get("RAY_TMPDIR")
     usual = Path(given or os.environ.get("TMPDIR") or "/tmp").absolute() / "ray"
     reason = _unfit(usual)

@@ -72,7 +72,8 @@ class ModelConfig:
     headdim: channels of a head of mamba2; it divides expand * d_model.
     chunk_size: events that mamba2's scan computes at once; it changes speed and memory, not the result.
     num_heads: heads of attention; they divide d_model.
-    window: events on each side that attention sees; 0 is the whole history.
+    window: events that attention sees: itself and the window - 1 before it, and as many after it where it sees ahead
+        (causal=false or bidirectional=true); 0 is the whole history.
     mlp_ratio: width of each block's gated MLP over d_model; 0 is none (the paper's).
     dropout: fraction of a block's output that is dropped in training.
     pooling: how events become a patient: "attention" (the paper's: additive attention over the events, and a dense

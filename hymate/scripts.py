@@ -1,4 +1,4 @@
-"""What the commands `hymate-NAME` call, which a wheel brings, and the scripts of a checkout."""
+"""The table of commands, and how `hymate-NAME` and the scripts in pretrain/ and finetune/ start them."""
 
 from __future__ import annotations
 

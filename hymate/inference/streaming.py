@@ -80,7 +80,7 @@ class PooledState:
         return PooledState(top_Q, *(total(field.name) for field in fields(self)[1:]))
 
     def levels_and_trends(self) -> tuple[Tensor, Tensor]:
-        """(Q, D) each, as `hymate.model.encoder.FusionPooling` defines them."""
+        """(Q, D) each, as `hymate.model.pooling.FusionPooling` defines them."""
         mean_Q = self.hours_Q / self.weight_Q
         level_QD = self.state_QD / self.weight_Q[:, None]
         spread_Q = (self.squares_Q / self.weight_Q - mean_Q.square() + 1.0).sqrt()

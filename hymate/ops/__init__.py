@@ -1,11 +1,12 @@
-"""The operators behind the Mamba mixers and attention: which implementation runs is decided here and nowhere else.
+"""The operators behind the Mamba mixers and attention. The implementation of Mamba's is chosen here:
 
     reference   plain loops, obviously right; what the others are tested against
     cpu         compiled loops with hand-written backwards
     fused       mamba_ssm's kernels for GPUs, and causal_conv1d's where it is installed
 
 The choice is made once for each kind of device, logged with its reason on the logger "hymate", and can be forced with
-the environment variable HYMATE_OPS or, in tests, with `forced`.
+the environment variable HYMATE_OPS or, in tests, with `forced`. Attention chooses for itself (attention.py), and
+`hymate.device` asks here whether a GPU can be used.
 
 Shape legend: B batch rows, L events, H heads, P headdim, G groups, N d_state, D = H P channels, K conv width, R
 dt_rank.

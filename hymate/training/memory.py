@@ -1,4 +1,4 @@
-"""How a training process holds on to its memory."""
+"""Makes a CPU process reuse freed memory, which is faster."""
 
 from __future__ import annotations
 

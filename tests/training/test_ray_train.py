@@ -1,4 +1,4 @@
-"""The Ray of a run: one of its own is closed to others, and so is everything in cluster/; one that can't be had."""
+"""A run's Ray cluster: its own is closed to others, and so is everything in cluster/; one that can't be used."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ with ray_session(TrainConfig(), "cpu"):
 
 @pytest.fixture(scope="module")
 def session() -> Iterator[tuple[psutil.Process, str, dict[str, str]]]:
-    """A process with a Ray of its own, its address, and the environment of a stranger on this machine."""
+    """A process with a Ray cluster of its own, its address, and the environment of a stranger on this machine."""
     with tempfile.TemporaryDirectory(prefix="hy", dir="/tmp", ignore_cleanup_errors=True) as folder:
         settings = {"RAY_TMPDIR": folder, "RAY_AUTH_TOKEN_PATH": f"{folder}/token"}
         (Path(folder) / "token").write_text("0" * 64)
