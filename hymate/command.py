@@ -75,6 +75,7 @@ def load(config_name: str, arguments: Sequence[str], schema: type[T]) -> T:
     settings = list(arguments[2:] if repeats or len(folders) > 1 else arguments)
     for setting in settings:
         _refuse_what_is_no_setting(setting, schema)
+        _refuse_a_group_without_use(setting, folders, schema)
     try:
         if repeats:
             tree = _recorded(config_name, *arguments[1:2])
@@ -286,6 +287,18 @@ def _refuse_what_is_no_setting(argument: str, schema: type) -> None:
     if not equals and not argument.startswith("~"):
         remedy = "write key=value, with quotes around all of it if it has spaces"
         raise ConfigError(f"{argument!r} is not a setting: {remedy}")
+
+
+def _refuse_a_group_without_use(setting: str, folders: Sequence[Path], schema: type) -> None:
+    """Raises ConfigError where a setting chooses a file of a group that the command lacks, or a second one (`+`)."""
+    key = setting.partition("=")[0]
+    group, known = key.lstrip("+~").partition("@")[0], trees.hints(schema)
+    if group not in _groups(folders):
+        return
+    if group not in known:
+        raise trees.unknown_key(group, known, "")
+    if key.startswith("+"):
+        raise ConfigError(f"{setting}: {group} takes one file: write {setting[1:]}")
 
 
 def _refuse_credentials(key: str, value: str) -> None:

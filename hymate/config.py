@@ -50,9 +50,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "context", "tokens_per_row", "min_count")
-        _check(
-            self, tokens_per_row=(self.tokens_per_row >= self.context, f"must be at least data.context={self.context}")
-        )
+        _check(self, tokens_per_row=(self.tokens_per_row >= self.context, f"must be at least context={self.context}"))
 
 
 @dataclass(frozen=True)
@@ -164,7 +162,7 @@ class ObjectiveConfig:
         _positive(self, "horizon_hours", "span_length", "forecast_points", "forecast_variables")
         _not_negative(self, "code_weight", "value_weight", "forecast_weight")
         if self.code_weight + self.value_weight + self.forecast_weight == 0:
-            raise ConfigError("objective: every weight is 0: give code_weight, value_weight or forecast_weight another")
+            raise ConfigError("code_weight, value_weight and forecast_weight are all 0: give one of them another value")
         _check(
             self,
             mask_fraction=(0 < self.mask_fraction < 1, "must be in (0, 1)"),
@@ -238,10 +236,10 @@ class TrainConfig:
             zero_stage=(self.zero_stage in (0, 1, 2, 3), "must be 0, 1, 2 or 3 (DeepSpeed ZeRO)"),
             compile=(
                 not self.compile or self.zero_stage < 3,
-                "needs train.zero_stage=0, 1 or 2: stage 3 gathers weights between the operators that it would join",
+                "needs zero_stage=0, 1 or 2: stage 3 gathers weights between the operators that it would join",
             ),
-            rows_per_step=(self.rows_per_step % workers == 0, f"must be a multiple of train.num_workers={workers}"),
-            warmup_steps=(0 <= self.warmup_steps < steps, f"must be at least 0 and below train.max_steps={steps}"),
+            rows_per_step=(self.rows_per_step % workers == 0, f"must be a multiple of num_workers={workers}"),
+            warmup_steps=(0 <= self.warmup_steps < steps, f"must be at least 0 and below max_steps={steps}"),
             min_lr_fraction=(0 <= self.min_lr_fraction <= 1, "must be in [0, 1]"),
         )
 
@@ -310,7 +308,7 @@ class TaskConfig:
         )
         for name, code in _codes(self.definition or {}):
             if not isinstance(code, str):
-                raise ConfigError(f"task.definition.predicates.{name}.code must be text, got {code!r}: {QUOTE_IT}")
+                raise ConfigError(f"definition.predicates.{name}.code must be text, got {code!r}: {QUOTE_IT}")
 
 
 @dataclass(frozen=True)
@@ -364,7 +362,7 @@ class ReportConfig:
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise ConfigError(f"report.subgroups: {pattern!r} is no regular expression: {error}") from error
+                raise ConfigError(f"subgroups: {pattern!r} is no regular expression: {error}") from error
         rise = bool(self.age_bands) and self.age_bands == sorted(set(self.age_bands))
         _check(self, age_bands=(rise, "must rise, e.g. [18, 65]"))
 
@@ -380,11 +378,13 @@ def _codes(definition: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _check(config: object, **rules: tuple[bool, str]) -> None:
-    """Raises ConfigError for the first key whose rule does not hold: (whether it holds, what the value must be)."""
-    section = type(config).__name__.removesuffix("Config").lower()
+    """Raises ConfigError for the first key whose rule does not hold: (whether it holds, what the value must be).
+
+    The message names the key as the section does; `hymate.trees.build` puts the section's own place before it.
+    """
     for name, (holds, text) in rules.items():
         if not holds:
-            raise ConfigError(f"{section}.{name} {text}, got {getattr(config, name)!r}")
+            raise ConfigError(f"{name} {text}, got {getattr(config, name)!r}")
 
 
 def _positive(config: object, *names: str) -> None:

@@ -24,6 +24,7 @@ from hymate.errors import ConfigError, UserError, first_line
 
 T = TypeVar("T")
 REQUIRED = "required"
+KINDS = {int: "a whole number", bool: "true or false"}
 RENAMED = {f"{name}_share": f"{name}_fraction" for name in ("mask", "span", "min_lr", "early", "teacher")}
 
 
@@ -102,6 +103,8 @@ def holds_sections(tree: Any) -> bool:
 def build(schema: type[T], tree: Mapping[str, Any], where: str = "") -> T:
     """Build a dataclass from a plain tree, checking names and types, and a type's annotation, a function, its values.
 
+    where: what comes before the keys of this section in the whole configuration ("train."), for messages.
+
     >>> from hymate.config import RunConfig
     >>> build(RunConfig, {"name": "a", "dri": "b"})
     Traceback (most recent call last):
@@ -116,7 +119,10 @@ def build(schema: type[T], tree: Mapping[str, Any], where: str = "") -> T:
     for name in known:
         if name not in values and _default(schema, name) is REQUIRED:
             raise ConfigError(f"{where}{name} is required: add {where}{name}=VALUE to the command")
-    return schema(**values)
+    try:
+        return schema(**values)
+    except ConfigError as error:  # its checks name their keys without the section
+        raise ConfigError(f"{where}{error}") from error
 
 
 def _convert(hint: Any, value: Any, path: str) -> Any:
@@ -152,7 +158,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     if hint is str and not isinstance(value, str):
         raise ConfigError(f"{path} must be text, got {value!r}: {QUOTE_IT}")
     if hint in (int, bool) and type(value) is not hint:
-        raise ConfigError(f"{path} must be {hint.__name__}, got {value!r}")
+        raise ConfigError(f"{path} must be {KINDS[hint]}, got {value!r}")
     return value
 
 

@@ -158,7 +158,7 @@ def _warn(task: TaskConfig, config: Any, details: Details) -> None:
         print(f"task {task.name}: no event matches {names}: check the codes in task.definition", file=sys.stderr)
     for what, number in details.excluded.items():
         if what not in config.windows:
-            print(f"task {task.name}: {number} triggers get no label, because of {what}", file=sys.stderr)
+            print(f"task {task.name}: {number} triggers get no label because of window {what}", file=sys.stderr)
 
 
 def _require_labels(task: TaskConfig, config: Any, counts: Mapping[str, int], details: Details) -> None:
@@ -170,7 +170,7 @@ def _require_labels(task: TaskConfig, config: Any, counts: Mapping[str, int], de
             raise no_event(task, "trigger" if never else "static predicate", never or static, without)
     if not counts["labels"]:
         why = ", ".join(f"{value} {name}" for name, value in counts.items())
-        left_out = [f"{value} because of {name}" for name, value in details.excluded.items() if value]
+        left_out = [f"{value} because of window {name}" for name, value in details.excluded.items() if value]
         why += f"; excluded: {', '.join(left_out)}" if left_out else ""
         why += f"; predicates that match no event: {', '.join(without)}" if without else ""
         raise UserError(f"task {task.name}: no trigger gets a label ({why}): correct task.definition")

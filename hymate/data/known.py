@@ -47,9 +47,9 @@ class KnownRule:
     at_midnight: bool = False
 
     def __post_init__(self) -> None:
-        _matches(self.codes, [""])
+        _require_pattern("codes", self.codes)
         if not 0 <= self.delay_hours <= MAX_DELAY_HOURS:
-            raise ConfigError(f"known.rules: delay_hours must be in [0, {MAX_DELAY_HOURS:g}], got {self.delay_hours}")
+            raise ConfigError(f"delay_hours must be in [0, {MAX_DELAY_HOURS:g}], got {self.delay_hours}")
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,8 @@ class KnownConfig:
     discharge: str = r"^HOSPITAL_DISCHARGE(//|$)"
 
     def __post_init__(self) -> None:
-        for pattern in (self.admission, self.discharge):
-            _matches(pattern, [""])
+        _require_pattern("admission", self.admission)
+        _require_pattern("discharge", self.discharge)
 
     def treatment(self, codes: Sequence[str]) -> list[Any]:
         """How the events of each code are treated: equal under two configurations that treat them alike."""
@@ -233,7 +233,11 @@ def _end_of_day(stamp_R: np.ndarray) -> np.ndarray:
 
 def _matches(pattern: str, codes: Sequence[str]) -> np.ndarray:
     """Which codes a regular expression is found in; RE2 takes linear time, and bundles from anywhere bring theirs."""
+    return np.asarray(pc.match_substring_regex(pa.array(codes, pa.string()), pattern), dtype=bool)
+
+
+def _require_pattern(key: str, pattern: str) -> None:
     try:
-        return np.asarray(pc.match_substring_regex(pa.array(codes, pa.string()), pattern), dtype=bool)
+        _matches(pattern, [""])
     except pa.ArrowInvalid as error:
-        raise ConfigError(f"known: {pattern!r} is not a regular expression (RE2)") from error
+        raise ConfigError(f"{key} must be a regular expression (RE2), got {pattern!r}") from error

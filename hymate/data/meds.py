@@ -85,17 +85,17 @@ class SplitsConfig:
     held_out: float = 0.1
 
     def __post_init__(self) -> None:
-        shares = (self.train, self.tuning, self.held_out)
-        if min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
+        fractions = (self.train, self.tuning, self.held_out)
+        if min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
             raise ConfigError(
-                f"splits must be shares that add up to 1, got {shares}: "
+                f"train, tuning and held_out must be fractions that add up to 1, got {', '.join(map(str, fractions))}: "
                 "e.g. splits.train=0.8 splits.tuning=0.1 splits.held_out=0.1"
             )
 
-    def assign(self, share_N: np.ndarray) -> np.ndarray:
+    def assign(self, fraction_N: np.ndarray) -> np.ndarray:
         """Split names for numbers in [0, 1)."""
         bounds = np.cumsum([self.train, self.tuning])
-        return np.array(SPLITS)[np.searchsorted(bounds, share_N, side="right")]
+        return np.array(SPLITS)[np.searchsorted(bounds, fraction_N, side="right")]
 
 
 # ------------------------------------------------------------------------------------------------------ writing

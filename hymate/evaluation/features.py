@@ -54,10 +54,10 @@ class FeatureConfig:
     def __post_init__(self) -> None:
         edges = (0.0, *self.windows_hours)
         if any(low >= high for low, high in pairwise(edges)):
-            raise ConfigError(f"features.windows_hours must be positive and rise, got {list(self.windows_hours)}")
+            raise ConfigError(f"windows_hours must be positive and rise, got {list(self.windows_hours)}")
         for name in ("max_features", "min_labels"):
             if getattr(self, name) < 1:
-                raise ConfigError(f"features.{name} must be positive, got {getattr(self, name)}")
+                raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
 
 
 class Column(NamedTuple):

@@ -75,7 +75,7 @@ def benchmark(config: BenchmarkConfig) -> Location:
     if not runs:
         raise ConfigError("only: nothing is left to run; with several budgets, all but the largest run with_few_labels")
     require_folder(path, "run.dir")
-    models = [config.model_of(config.contenders[name]) for name in {run.name for run in runs} - {*BASELINES}]
+    models = [config.model_of(name) for name in {run.name for run in runs} - {*BASELINES}]
     config = device.decide(config, *models, cluster_gpus=cluster.check(config.train))
     histories, label_set = Histories.open(config.data.path), labels(locate(config.data.path), config.task)
     if any(config.point_of(contender).get("early_fraction") for contender in config.contenders.values()):
@@ -153,7 +153,7 @@ def _contender(
 ) -> tuple[np.ndarray, np.ndarray, int]:
     """As `_baseline`, and how many parameters the model has."""
     contender, vocabulary = config.contenders[run.name], read_vocabulary(config.data)
-    start = Bundle("pretrained", config.model_of(contender), config.data, [], vocabulary, state or {})
+    start = Bundle("pretrained", config.model_of(run.name), config.data, [], vocabulary, state or {})
     trial = trial_of(config, contender, start, run.seed, own.fraction)
     fitting = own.fitting
     if trial.teacher_fraction:
@@ -185,7 +185,7 @@ def trial_of(config: BenchmarkConfig, contender: Contender, start: Bundle, seed:
         warmup_steps=min(round(fraction**0.5 * config.train.warmup_steps), steps - 1),
         eval_every=math.ceil(steps / candidates),
     )
-    return trial_config([config.task], train, start, config.point_of(contender))
+    return trial_config([config.task], train, start, config.point_of(contender), "point")
 
 
 def pretrain(config: BenchmarkConfig, name: str, seed: int) -> tuple[dict[str, Tensor], float]:
@@ -193,7 +193,7 @@ def pretrain(config: BenchmarkConfig, name: str, seed: int) -> tuple[dict[str, T
     torch.set_num_threads(config.train.cpus_per_worker)
     path = run_folder(config.run) / PRETRAINED / f"{name}-seed{seed}.safetensors"
     if not path.with_suffix(".json").is_file():  # it comes last
-        model = config.model_of(config.contenders[name])
+        model = config.model_of(name)
         settings = PretrainConfig(
             config.data,
             model,

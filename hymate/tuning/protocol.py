@@ -97,21 +97,23 @@ class BenchmarkConfig:
                 raise ConfigError(f"{key}: {', '.join(sorted(unknown))} is no contender")
         if clash := set(BASELINES) & set(self.contenders):
             raise ConfigError(f"contenders.{sorted(clash)[0]} is a baseline's name: choose another")
-        for contender in self.contenders.values():
-            point = self.point_of(contender)
-            space.check(point)
+        points = {f"contenders.{name}.point": contender.point for name, contender in self.contenders.items()}
+        for where, point in {"point": self.point, **points}.items():
+            space.check(point, where)
             if ranges := sorted(name for name, value in point.items() if isinstance(value, Mapping)):
-                raise ConfigError(f"point: {ranges[0]} must be one value here, not a distribution")
-            space.check_point(point)
-            self.model_of(contender)
+                raise ConfigError(f"{where}.{ranges[0]} must be one value here, not a distribution")
+            space.check_point(point, where)
+        for name in self.contenders:
+            self.model_of(name)
 
     def point_of(self, contender: Contender) -> dict[str, Any]:
         """The contender's settings, and where it has none of its own those of all."""
         return {**self.point, **contender.point}
 
-    def model_of(self, contender: Contender) -> ModelConfig:
-        """The contender's model. Raises ConfigError where a setting is impossible."""
-        return build(ModelConfig, {**to_tree(self.model), **contender.model}, "contenders.model.")
+    def model_of(self, name: str) -> ModelConfig:
+        """A contender's model. Raises ConfigError where a setting is impossible."""
+        tree = {**to_tree(self.model), **self.contenders[name].model}
+        return build(ModelConfig, tree, f"contenders.{name}.model.")
 
     @property
     def names(self) -> list[str]:
@@ -130,7 +132,7 @@ class BenchmarkConfig:
 
     def pretraining(self, run: Run) -> str | None:
         """Whose pretrained weights the run starts from: the first contender's of the same model. None: from scratch."""
-        pretrained = {name: self.model_of(each) for name, each in self.contenders.items() if each.pretrained}
+        pretrained = {name: self.model_of(name) for name, each in self.contenders.items() if each.pretrained}
         model = pretrained.get(run.name)
         return None if model is None else next(name for name, other in pretrained.items() if other == model)
 

@@ -68,7 +68,7 @@ class TuneConfig:
         names = [task.name for task in self.tasks]
         if len(set(names)) < len(names):
             raise ConfigError(f"task: {', '.join(names)} must have different names")
-        space.check(self.search.space)
+        space.check(self.search.space, "search.space")
 
     @property
     def tasks(self) -> list[TaskConfig]:

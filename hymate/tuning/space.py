@@ -41,12 +41,12 @@ def for_model(space: Mapping[str, Any], pooling: str) -> dict[str, Any]:
     return {**space, "pooling": given or {"choice": spec["ours"]}}
 
 
-def check(space: Mapping[str, Any]) -> None:
-    """Raises ConfigError for an unknown parameter or a malformed distribution."""
+def check(space: Mapping[str, Any], where: str) -> None:
+    """Raises ConfigError for an unknown parameter or a malformed distribution of the space at the key `where`."""
     for name, spec in for_model(space, pooling="").items():
-        key = f"search.space.{name}"
+        key = f"{where}.{name}"
         if name not in PARAMETERS:
-            raise unknown_key(name, PARAMETERS, "search.space.")
+            raise unknown_key(name, PARAMETERS, f"{where}.")
         if not isinstance(spec, Mapping):
             continue
         kind, values = next(iter(spec.items()), ("", None))
@@ -65,16 +65,19 @@ def check(space: Mapping[str, Any]) -> None:
             raise ConfigError(f"{key}.loguniform needs positive bounds, got {list(values)}")
 
 
-def check_point(point: Mapping[str, Any]) -> None:
-    """Raises ConfigError for an impossible value, of those that the model's and the training's sections don't check."""
+def check_point(point: Mapping[str, Any], where: str) -> None:
+    """Raises ConfigError for an impossible value, of those that the model's and the training's sections don't check.
+
+    where: the key at which the point, or the space that it is from, is set.
+    """
     for name in ("backbone_lr", "head_lr"):
         if name in point and not (is_number(point[name]) and point[name] > 0):
-            raise ConfigError(f"search.space.{name} must be a finite positive number, got {point[name]!r}")
+            raise ConfigError(f"{where}.{name} must be a finite positive number, got {point[name]!r}")
     for name in ("early_fraction", "teacher_fraction"):
         if name in point and not (is_number(point[name]) and 0 <= point[name] <= 1):
-            raise ConfigError(f"search.space.{name} must be a number between 0 and 1, got {point[name]!r}")
+            raise ConfigError(f"{where}.{name} must be a number between 0 and 1, got {point[name]!r}")
     if not isinstance(point.get("frozen", False), bool):
-        raise ConfigError(f"search.space.frozen must be true or false, got {point['frozen']!r}")
+        raise ConfigError(f"{where}.frozen must be true or false, got {point['frozen']!r}")
 
 
 def draw(space: Mapping[str, Any], num_trials: int, seed: int) -> list[dict[str, Any]]:

@@ -125,9 +125,13 @@ def draw_trials(
 
 
 def trial_config(
-    tasks: Sequence[TaskConfig], train: TrainConfig, start: Bundle, point: Mapping[str, Any]
+    tasks: Sequence[TaskConfig],
+    train: TrainConfig,
+    start: Bundle,
+    point: Mapping[str, Any],
+    where: str = "search.space",
 ) -> TrialConfig:
-    """The trial at a point of the space; what the point leaves out comes from the other sections.
+    """The trial at a point of the space at the key `where`; what it leaves out comes from the other sections.
 
     Raises ConfigError where a value is impossible.
     """
@@ -135,11 +139,11 @@ def trial_config(
     settings = {**rates, "frozen": False, "early_fraction": 0.0, "teacher_fraction": 0.0, **point}
     if not start.state:
         settings["frozen"] = False  # nothing pretrained to keep
-    space.check_point(settings)
+    space.check_point(settings, where)
 
     def replaced(section: Any, *names: str) -> Any:
         tree = {**to_tree(section), **{name: settings[name] for name in names if name in settings}}
-        return build(type(section), tree, "search.space: ")
+        return build(type(section), tree, f"{where}: ")
 
     return TrialConfig(
         tasks=[task.name for task in tasks],

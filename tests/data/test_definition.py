@@ -162,7 +162,7 @@ def test_a_label_whose_window_is_over_at_the_prediction_is_none(tmp_path: Path) 
     late = "task.definition.windows.{}"
     added = "{start: target.end, end: start + 7d, start_inclusive: true, end_inclusive: true, index_timestamp: end}"
     config = task("readmission", f"+{late.format('later')}={added}", f"~{late.format('input.index_timestamp')}")
-    excluded = r"excluded: 3 by target \(over before the prediction time\)"
+    excluded = r"excluded: 3 because of window target \(over before the prediction time\)"
     with pytest.raises(UserError, match=rf"no trigger gets a label \(.*; {excluded};"):
         labelled(tmp_path, [*stay(0, 3), (20, ADMITTED), (80, LAB)], config)
 
@@ -172,7 +172,9 @@ def test_a_label_whose_event_has_been_seen_at_the_prediction_is_none(tmp_path: P
     target = "task.definition.windows.target"
     config = task("readmission", f"{target}.start='trigger - 30d'", f"{target}.end='start + 60d'")
     history: History = [*stay(0, 3), *stay(80, 83), (120, LAB)]
-    with pytest.raises(UserError, match=r"excluded: 4 by target \(its event is at or before the prediction time\)"):
+    with pytest.raises(
+        UserError, match=r"excluded: 4 because of window target \(its event is at or before the prediction time\)"
+    ):
         labelled(tmp_path, history, config)
     late = KnownConfig({"coded": KnownRule("^HOSPITAL_ADMISSION", delay_hours=24.0 * 60)})
     parsed = definition.parse(config)

@@ -256,7 +256,7 @@ def test_the_command_exits_2_with_one_line_when_files_cannot_grow(tmp_path: Path
 
 
 def test_settings_that_cannot_be(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="splits must be shares that add up to 1"):
+    with pytest.raises(ConfigError, match="held_out must be fractions that add up to 1"):
         SplitsConfig(train=1)
     with pytest.raises(ConfigError, match="workers must be at least 1"):
         config(tmp_path, tmp_path, workers=0)

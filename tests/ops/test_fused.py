@@ -226,7 +226,7 @@ def test_which_torch_has_windowed_attention() -> None:
 def test_states_that_mamba1s_kernel_refuses_are_refused() -> None:
     """Mamba-2's takes any, in parts: its source has no bound, and 300 was right in Triton's interpreter."""
     assert ModelConfig(d_state=512).d_state == 512
-    with pytest.raises(ConfigError, match=r"model.d_state must be at most 256 with mixer=mamba1"):
+    with pytest.raises(ConfigError, match=r"d_state must be at most 256 with mixer=mamba1"):
         ModelConfig(d_state=512, mixer="mamba1")
 
 

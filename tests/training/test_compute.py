@@ -70,7 +70,7 @@ def test_compiling_changes_no_result_and_the_first_graphs_serve_all_rows() -> No
     assert graphs[2] == 0 < graphs[3] == graphs[5]
     for found in results[1:]:
         torch.testing.assert_close(found, results[0], rtol=1e-5, atol=1e-7)
-    with pytest.raises(ConfigError, match=r"^train.compile needs train.zero_stage=0, 1 or 2"):
+    with pytest.raises(ConfigError, match=r"^compile needs zero_stage=0, 1 or 2"):
         TrainConfig(compile=True, zero_stage=3)
 
 

@@ -243,7 +243,7 @@ def test_encoders_have_the_same_pooling_views_and_candidates_and_the_papers_mode
     for pooling in ("variables", "attention"):
         settings = ["task=mortality", f"data.path={small_data}", f"model.pooling={pooling}", "point.early_fraction=0.5"]
         config = load("benchmark", [*settings, "data.min_count=1"], BenchmarkConfig)
-        models = {name: config.model_of(contender) for name, contender in config.contenders.items()}
+        models = {name: config.model_of(name) for name in config.contenders}
         trials = {
             name: trial_of(
                 config,
@@ -350,10 +350,12 @@ def test_runs_of_other_labels_are_not_compared(tmp_path: Path) -> None:
         ("budgets=[-1]", "budgets must be different numbers of labels, 0 for all there are; got [-1]"),
         ("choosing_fraction=1", "choosing_fraction must be between 0 and 1"),
         ("folds=1", "folds must be at least 2"),
-        ("+contenders.gru.point.depth=3", "search.space.depth is not a known key: known keys are backbone_lr,"),
-        ("+contenders.gru.model.heads=3", "contenders.model.heads is not a known key"),
-        ("point.head_lr={choice: [1e-3]}", "point: head_lr must be one value here, not a distribution"),
-        ("point.head_lr=fast", "search.space.head_lr must be a finite positive number, got 'fast'"),
+        ("+contenders.gru.point.depth=3", "contenders.gru.point.depth is not a known key: known keys are backbone_lr,"),
+        ("+contenders.gru.model.heads=3", "contenders.gru.model.heads is not a known key"),
+        ("contenders.gru.model.layers=Z", "contenders.gru.model.layers takes the letters"),
+        ("pretrain.warmup_steps=9999", "pretrain.warmup_steps must be at least 0 and below max_steps=300"),
+        ("point.head_lr={choice: [1e-3]}", "point.head_lr must be one value here, not a distribution"),
+        ("point.head_lr=fast", "point.head_lr must be a finite positive number, got 'fast'"),
     ],
 )
 def test_a_mistake_is_one_line(wrong: str, line: str) -> None:

@@ -65,14 +65,13 @@ class SyntheticConfig:
     def __post_init__(self) -> None:
         for name, least in (("subjects", 1), ("mean_events", MIN_MEAN_EVENTS), ("seed", 0), ("shard_events", 1)):
             if getattr(self, name) < least:
-                raise ConfigError(f"synthetic.{name} must be at least {least}, got {getattr(self, name)}")
+                raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}")
         farthest = self.driver_distance
         if farthest != 0 and farthest <= law.NEAREST:
-            raise ConfigError(f"synthetic.driver_distance must be 0 or more than {law.NEAREST}, got {farthest}")
+            raise ConfigError(f"driver_distance must be 0 or more than {law.NEAREST}, got {farthest}")
         if self.mean_events < 4 * farthest:
             raise ConfigError(
-                f"synthetic.mean_events must be at least four times synthetic.driver_distance={farthest}, "
-                f"got {self.mean_events}"
+                f"mean_events must be at least four times driver_distance={farthest}, got {self.mean_events}"
             )
 
     @property
