@@ -18,14 +18,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
-import yaml
 from meds_evaluation.schema import PredictionSchema
 from scipy.special import expit, logit
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from hymate import baselines
 from hymate.baselines import BaselinesConfig, run
-from hymate.command import CONFIGS, load
+from hymate.command import load
 from hymate.data.examples import Examples, labelled_examples
 from hymate.data.histories import Histories
 from hymate.data.label_files import LABEL_SCHEMA, read_labels
@@ -39,7 +38,6 @@ from hymate.errors import UserError
 from hymate.evaluation import baseline_models, calibration, metrics
 from hymate.evaluation.baseline_models import compare, cross_fitted, fit, importance
 from hymate.evaluation.features import Column, FeatureConfig, FeatureSpec, FeatureTable, choose, features
-from hymate.trees import to_tree
 
 pytestmark = pytest.mark.slow
 
@@ -336,14 +334,6 @@ def test_importance_leaves_the_table_as_it_was() -> None:
 
 
 # ------------------------------------------------------------------------------------------------------ mistakes
-
-
-def test_the_file_names_every_setting_with_the_default_of_the_code() -> None:
-    written = yaml.safe_load((CONFIGS / "baselines.yaml").read_text())
-    assert {**written["features"], "windows_hours": tuple(written["features"]["windows_hours"])} == to_tree(
-        FeatureConfig()
-    )
-    assert written["baseline"] == BaselinesConfig.baseline and written["seed"] == BaselinesConfig.seed
 
 
 @pytest.mark.parametrize(

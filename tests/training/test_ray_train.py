@@ -118,9 +118,10 @@ def test_a_cluster_that_is_gone_or_silent_is_refused(monkeypatch: pytest.MonkeyP
 @pytest.mark.slow
 def test_sigterm_ends_the_wait_for_a_cluster() -> None:
     script = "from hymate import ending\nending.watch()\nwith ending.command():\n"
-    script += "    from hymate.config import TrainConfig\n    from hymate.training import cluster\n"
+    script += "    from hymate.config import TrainConfig\n    from hymate import cluster\n"
     script += "    cluster.check(TrainConfig())"
     with socket.create_server(("", 0)) as silent:
+        silent.settimeout(PATIENCE_S)
         environment = {**os.environ, "RAY_ADDRESS": f"127.0.0.1:{silent.getsockname()[1]}"}
         with subprocess.Popen(
             [sys.executable, "-c", script], env=environment, cwd=ROOT, stderr=subprocess.PIPE, text=True
