@@ -193,6 +193,7 @@ class TrainConfig:
     compile: torch.compile for the embedding and the MLPs; not with ZeRO 3.
     eval_every: steps between evaluations on the tuning split, each followed by a checkpoint.
     eval_rows: packed rows that an evaluation of pretraining reads, about.
+    eval_labels: labels that an evaluation of a trial scores, about; of more, a sample stands for all.
     log_every: steps between points on TensorBoard.
     keep: best checkpoints kept, besides the last.
     patience: evaluations without improvement before the run stops early; 0 is never.
@@ -218,6 +219,7 @@ class TrainConfig:
     compile: bool = False
     eval_every: int = 100
     eval_rows: int = 64
+    eval_labels: int = 20_000
     log_every: int = 10
     keep: int = 2
     patience: int = 0
@@ -228,7 +230,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "num_workers", "rows_per_step", "max_steps", "learning_rate", "clip_norm")
-        _positive(self, "eval_every", "eval_rows", "log_every", "keep", "cpus_per_worker")
+        _positive(self, "eval_every", "eval_rows", "eval_labels", "log_every", "keep", "cpus_per_worker")
         _not_negative(self, "weight_decay", "patience", "max_failures", "max_skipped", "seed")
         workers, steps = self.num_workers, self.max_steps
         _check(

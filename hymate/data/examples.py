@@ -56,6 +56,28 @@ class Examples:
         arrays = {name: value[kept_E] for name, value in vars(self).items() if isinstance(value, np.ndarray)}
         return replace(self, **arrays)
 
+    def sample_weights(self, about: int, seed: int) -> np.ndarray:
+        """How much each example counts (E,) in a sample that stands for all, 0 where it is not drawn.
+
+        Both classes of each task are drawn as often, as far as there are so many, so that a rare outcome costs little
+        precision; a weight is one over the probability of being drawn (Horvitz & Thompson 1952).
+        """
+        if len(self) <= about:
+            return np.ones(len(self))
+        drawn_E = np.zeros(len(self))
+        for label_E in self.label_ET.T:
+            for class_E in (label_E > 0.5, label_E <= 0.5):
+                fair = about / (2 * self.label_ET.shape[1] * max(1, int(class_E.sum())))
+                drawn_E[class_E] = np.maximum(drawn_E[class_E], min(1.0, fair))
+        in_sample = np.random.default_rng(seed).random(len(self)) < drawn_E
+        return np.divide(in_sample, drawn_E, out=np.zeros(len(self)), where=in_sample)
+
+    def sampled(self, about: int, seed: int) -> Examples:
+        """The examples of the sample, their labels with its weights."""
+        weight_E = self.sample_weights(about, seed)
+        weighed = replace(self, weight_ET=(self.weight_ET * weight_E[:, None]).astype(np.float32))
+        return weighed.only(weight_E > 0)
+
     @property
     def label_E(self) -> np.ndarray:
         """The labels of the only task."""

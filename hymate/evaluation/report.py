@@ -108,6 +108,7 @@ def _details(found: Mapping[str, Any]) -> list[str]:
         markdown(_recalibration_rows(found)),
         markdown(score_rows(found)),
     ]
+    parts += [_compared_on(part) for part in parts_of(found) if "compared_on" in part]
     if found["initial_weights"] == "same split":
         parts.append(f"Here {SENTENCES['same split']}.")
     if len(days) > 1:
@@ -159,6 +160,15 @@ def _notes(found: Mapping[str, Any]) -> list[str]:
 def _scored_once(found: Mapping[str, Any]) -> str:
     held_out = any(part["split"] == "held_out" for part in parts_of(found))
     return "The held-out split was scored once," if held_out else "The tuning split was scored"
+
+
+def _compared_on(part: Mapping[str, Any]) -> str:
+    sample = part["compared_on"]
+    errors = " and ".join(f"{error:.3f} in {name.upper()}" for name, error in sample["standard_error"].items())
+    return (
+        f"Trials were compared on {sample['labels']:,} of the {sample['of']:,} tuning labels of {part['task']}, each "
+        f"weighed by how many it stands for (`train.eval_labels`). The standard error from this is {errors}."
+    )
 
 
 def _criterion(found: Mapping[str, Any]) -> str:

@@ -166,7 +166,7 @@ def _searched(
     bundle, parts = winner.bundle_of(start, trials[best.index], best), []
     device = winner.scoring_device(config.device, bundle)
     for task in tasks:
-        bundle, part = winner.score(bundle, histories, task, run_path, config.report, config.train.seed, device)
+        bundle, part = winner.score(bundle, histories, task, run_path, config.report, config.train, device)
         parts.append(part)
     found = results.collect(parts, metric, outcomes, best)
     found |= {"bundle": str(run_path / "bundle"), "init": config.init, "initial_weights": initial_weights}

@@ -247,7 +247,8 @@ def trial_job(
     metric: str,
     device: torch.device,
 ) -> loop.Job:
-    """Train on the one, evaluate on the other examples; metric: one of `tuning_scores`."""
+    """Train on the one, evaluate on `train.eval_labels` of the other examples; metric: one of `tuning_scores`."""
+    tuning = tuning.sampled(trial.train.eval_labels, trial.train.seed)
     tuning_rows = labelled_rows(start, trial, histories, tuning)
 
     def evaluate(model: Any) -> dict[str, float]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hymate.config import ReportConfig, TaskConfig
+from hymate.config import ReportConfig, TaskConfig, TrainConfig
 from hymate.data.examples import Examples
 from hymate.data.histories import Histories
 from hymate.data.synthetic.source import ceiling
@@ -75,12 +75,12 @@ def score(
     task: LabelledTask,
     run_path: Location,
     settings: ReportConfig,
-    seed: int,
+    train: TrainConfig,
     device: torch.device,
 ) -> tuple[Bundle, dict[str, Any]]:
     """The model with the task's head recalibrated, and the task's part of results.json.
 
-    Its predictions and its picture are in the run's folder. seed: of gradient boosting.
+    Its predictions and its picture are in the run's folder.
     """
     name, split, tuning = task.config.name, task.scored_split, task.examples["tuning"]
     winner, recalibration, tuning_probability_E = _recalibrated(winner, histories, name, tuning, device)
@@ -96,6 +96,12 @@ def score(
         scores["days"] = metrics.day_scores(days_N, predicted_N, subject_id_E[timed_E], weight_E[timed_E])
     part = results.of_task(task.config, scores, task.labels, task.examples, split)
     part["recalibration"] = recalibration.record(label_E, recalibration.undo(probability_E), weight_E)
+    drawn_E = tuning.sample_weights(train.eval_labels, train.seed)
+    if (at := np.flatnonzero(drawn_E)).size < len(tuning):
+        weight_N = (tuning.weight_E * drawn_E)[at]
+        areas = metrics.areas(tuning.label_E[at], tuning_probability_E[at], tuning.subject_id_E[at], weight_N)
+        errors = {name: np.ptp(area["ci"]) / (2 * 1.96) for name, area in areas.items() if area["ci"]}
+        part["compared_on"] = {"labels": len(at), "of": len(tuning), "standard_error": errors}
     part["boosting"], part["picture"] = None, None
     if split == "held_out":
         part |= decisions.assess(
@@ -112,7 +118,9 @@ def score(
             part["boosting"], boosting_E = {"left_out": "report.boosting=false"}, None
             if settings.boosting:
                 print(f"fitting gradient boosting for {name} to compare; report.boosting=false skips it", flush=True)
-                part["boosting"], boosting_E = baseline_models.compare(histories, task.examples, probability_E, seed)
+                part["boosting"], boosting_E = baseline_models.compare(
+                    histories, task.examples, probability_E, train.seed
+                )
             part["picture"] = f"{name}.png"
             figures.draw_task(run_path / part["picture"], label_E, probability_E, weight_E, part, boosting_E)
     if (best := ceiling(histories.path, name, split)) is not None:

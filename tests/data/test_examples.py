@@ -9,7 +9,7 @@ import pytest
 from prepared_rows import HOUR, YEAR, day_table, label_table
 
 from hymate.config import TaskConfig
-from hymate.data.examples import labelled_examples, pretraining_examples, require_both_classes, united
+from hymate.data.examples import Examples, labelled_examples, pretraining_examples, require_both_classes, united
 from hymate.data.histories import Histories
 from hymate.errors import UserError
 
@@ -101,3 +101,24 @@ def test_a_split_without_histories_is_one_clear_line(histories: Histories) -> No
 def test_a_history_without_events_is_left_out(histories: Histories) -> None:
     examples = pretraining_examples(histories, "train")
     assert len(examples) == 30 and examples.dropped == {"without_events": 1}
+
+
+def test_a_sample_stands_for_all() -> None:
+    """Of two tasks, one with a rare outcome and one that half of the examples have."""
+    rng, E = np.random.default_rng(0), 40_000
+    label_ET = (rng.random((E, 2)) < [0.005, 0.4]).astype(np.float32)
+    label_ET[rng.random(E) < 0.5, 1] = np.nan
+    nothing = np.zeros(E, np.int64)
+    examples = Examples(
+        np.arange(E), nothing, nothing, nothing, label_ET, np.full((E, 2), np.nan), np.ones((E, 2), np.float32), nothing
+    )
+    sample = examples.sampled(4000, seed=1)
+    assert len(sample) <= 4400 and np.all(np.diff(sample.position_E) > 0)
+    assert (sample.label_ET[:, 0] == 1).sum() == (label_ET[:, 0] == 1).sum()  # the rare ones are all there
+    for task in range(2):
+        has, had = ~np.isnan(sample.label_ET[:, task]), ~np.isnan(label_ET[:, task])
+        estimate = np.average(sample.label_ET[has, task], weights=sample.weight_ET[has, task])
+        assert estimate == pytest.approx(label_ET[had, task].mean(), rel=0.08)
+        assert sample.weight_ET[has, task].sum() == pytest.approx(had.sum(), rel=0.05)
+    assert examples.sampled(4000, seed=1).position_E.tolist() == sample.position_E.tolist()
+    assert examples.sampled(E, seed=1).position_E.tolist() == examples.position_E.tolist()

@@ -198,6 +198,7 @@ def _table(rows: list[dict], schema: object) -> object:
 def command(data: Path, init: Path, runs: Path, head_lrs: str, *overrides: str) -> list[str]:
     """Two short trials with head learning rates `head_lrs`."""
     short = ["train.max_steps=8", "train.eval_every=2", "train.warmup_steps=1", "train.patience=0", "train.log_every=2"]
+    short += [f"train.eval_labels={SIZES['tuning']}"]
     short += ["search.num_trials=2", "search.grace_steps=8", "search.max_failures=0"]
     given = ["task=readmission", f"data.path={data}", f"init={init}", f"run.dir={runs}", "run.name=r"]
     lrs = ["~search.space.head_lr", f"+search.space.head_lr={{choice:{head_lrs}}}", "search.space.frozen=false"]
@@ -293,6 +294,8 @@ def test_a_finished_search_leaves_everything_it_promises(run: Path, small_data: 
     assert "only 12 patients with a positive label (100 are needed), only 24 patients (" in found["note"]
     assert found["labels"]["labels"] == 2 * sum(SIZES.values())
     assert found["splits"]["tuning"]["positives"] == SIZES["tuning"]
+    assert 0 < found["compared_on"]["labels"] < found["compared_on"]["of"] == 2 * SIZES["tuning"]
+    assert found["compared_on"]["standard_error"]["auroc"] > 0
     assert found["splits"]["train"]["subjects"] == SIZES["train"]
 
     good = found["trials"][found["best_trial"]]
