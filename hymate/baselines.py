@@ -30,7 +30,7 @@ from hymate.data.examples import Examples, labelled_examples, require_both_class
 from hymate.data.histories import Histories
 from hymate.data.meds import SPLITS, write_parquet
 from hymate.data.synthetic.source import ceiling
-from hymate.data.tasks import LabelSet, labels
+from hymate.data.tasks import LabelSet, read_or_extract_labels
 from hymate.errors import ConfigError
 from hymate.evaluation import metrics, tables
 from hymate.evaluation.baseline_models import Baseline, Kind, fit, importance, lightgbm, recalibrated
@@ -73,7 +73,7 @@ def run(config: BaselinesConfig) -> None:
     root, out = locate(config.data.path), locate(config.out)
     require_folder(out, "out")
     histories = Histories.open(root)
-    label_set = labels(root, config.task)
+    label_set = read_or_extract_labels(root, config.task)
     examples = {
         split: labelled_examples(histories, label_set.table, split, required=split != "held_out") for split in SPLITS
     }

@@ -62,10 +62,10 @@ except Exception as error:
 SOCKET, LONGEST_SOCKET = "/session_2026-12-31_23-59-59_999999_4194304/sockets/plasma_store", 107
 
 
-def check(train: TrainConfig) -> int | None:
-    """Whether the run's workers find a place, before anything is computed. Raises UserError where they don't.
+def available_gpus(train: TrainConfig) -> int | None:
+    """How many GPUs the cluster at RAY_ADDRESS has; None where the run has this machine alone.
 
-    Returns how many GPUs the cluster at RAY_ADDRESS has; None where the run has this machine alone.
+    Raises UserError, before anything is computed, where the run's workers find no place.
     """
     address = os.environ.get("RAY_ADDRESS")
     if address:

@@ -229,14 +229,14 @@ def _kinds(hint: Any, parts: Sequence[str], tree: Any, new: bool, where: str = "
     if section and not (table and trees.holds_sections(inside)):
         known = trees.hints(section)
         if part not in known:
-            raise trees.unknown_key(part, known, where)
+            raise trees.unknown_key_error(part, known, where)
         if tree is None and type(None) in allowed:
             raise ConfigError(f"{path} cannot be set while {where[:-1]} is null: choose {where[:-1]}=FILE, too")
         return _kinds(known[part], parts[1:], inside.get(part), new, f"{path}.")
     if not table or not (inside or new):
         raise ConfigError(f"{path} is not a known key: {where[:-1]} is one value")
     if part not in inside and not new:
-        raise ConfigError(f"{trees.unknown_key(part, inside, where)}; +{where}{'.'.join(parts)}=VALUE adds one")
+        raise ConfigError(f"{trees.unknown_key_error(part, inside, where)}; +{where}{'.'.join(parts)}=VALUE adds one")
     below = Any if table is Any else typing.get_args(table)[1]
     return _kinds(below, parts[1:], inside.get(part), new, f"{path}.")
 
@@ -296,7 +296,7 @@ def _refuse_a_group_without_use(setting: str, folders: Sequence[Path], schema: t
     if group not in _groups(folders):
         return
     if group not in known:
-        raise trees.unknown_key(group, known, "")
+        raise trees.unknown_key_error(group, known, "")
     if key.startswith("+"):
         raise ConfigError(f"{setting}: {group} takes one file: write {setting[1:]}")
 

@@ -119,7 +119,7 @@ def _shapes(config: PlanConfig) -> tuple[Shapes, float]:
         num_events_P = histories.index["num_events"][np.asarray(histories.positions(TRAIN_SPLIT), np.int64)]
         seen_P = np.minimum(num_events_P[num_events_P > 0], data.context)
         if not len(seen_P):
-            raise histories.without_subjects(TRAIN_SPLIT)
+            raise histories.without_subjects_error(TRAIN_SPLIT)
         vocab_size, events = read_vocabulary(config.prepared(data.path)).size, float(seen_P.sum())
         history_events = max(1, round(float(seen_P.mean())))
     length = min(history_events, data.context, data.tokens_per_row)

@@ -39,7 +39,7 @@ from hymate.data.histories import Histories, read_metadata
 from hymate.data.known import KnownConfig, differing
 from hymate.data.label_files import read_labels
 from hymate.data.prepare import PrepareConfig, prepare
-from hymate.data.tasks import labels
+from hymate.data.tasks import read_or_extract_labels
 from hymate.device import Wanted, choose
 from hymate.errors import ConfigError, UserError
 from hymate.inference.bundle import Bundle, build_model, read_bundle
@@ -148,7 +148,11 @@ def prepared(path: Location, known: KnownConfig) -> Iterator[Location]:
 
 def _prediction_times(root: Location, task: TaskConfig) -> pa.Table:
     """The task's labels; labels handed in as a folder need no boolean_value, for prediction needs only the times."""
-    return read_labels(locate(task.labels)) if task.labels is not None else labels(root, task, times_only=True).table
+    return (
+        read_labels(locate(task.labels))
+        if task.labels is not None
+        else read_or_extract_labels(root, task, times_only=True).table
+    )
 
 
 def _examples(histories: Histories, table: pa.Table, split: str) -> Examples:

@@ -118,30 +118,40 @@ def read_record(run: Location) -> dict[str, Any] | None:
     return record
 
 
-def check_same_run(
-    run: Location, config: Any, inputs: Mapping[str, str], changeable: Set[str]
-) -> dict[str, Any] | None:
-    """Whether the run that a folder holds, if any, has this configuration, but for `changeable` keys, and these inputs.
+def check_same_run(run: Location, config: Any, inputs: Mapping[str, str], changeable: Set[str]) -> None:
+    """Raises ConfigError where the run that a folder holds has another configuration or other inputs.
 
-    inputs: digests of what settings of the configuration name, by the settings' names. Returns what the run found where
-    it is finished, on whatever device, with all of this configuration, else None. Raises ConfigError naming the first
-    key that differs.
+    inputs: digests of what settings of the configuration name, by the settings' names. changeable: keys that may
+    differ. The message names the first key that must not.
     """
     record = read_record(run)
     if record is None:
-        return None
+        return
     remedy = f"choose another run.name, or delete {run}"
     if record.get("format") != FORMAT:
         raise ConfigError(f"{run} was begun by another version of HyMaTE, and only that can continue it; {remedy}")
-    old, new = flattened(record["config"]), flattened(to_tree(config))
-    differing = {key for key in old.keys() | new.keys() if old.get(key) != new.get(key)}
-    for key in sorted(differing - changeable):
-        was = f"{key} was {old.get(key)}, now {new.get(key)}"
-        raise ConfigError(f"{run} holds a run with another configuration: {was}; {remedy}")
+    for key, (old, new) in sorted(_differing(record, config).items()):
+        if key not in changeable:
+            was = f"{key} was {old}, now {new}"
+            raise ConfigError(f"{run} holds a run with another configuration: {was}; {remedy}")
     for key in sorted(record["inputs"].keys() | inputs.keys()):
         if record["inputs"].get(key) != inputs.get(key):
             raise ConfigError(f"{run} holds a run of another content of {key}; {remedy}")
-    return record["outcome"] if differing <= {"device"} and record["outcome"].get("state") == "finished" else None
+
+
+def finished_outcome(run: Location, config: Any) -> dict[str, Any] | None:
+    """What the run found, where it is finished and had this configuration, on whatever device; else None."""
+    record = read_record(run)
+    if record is None or record["outcome"].get("state") != "finished" or _differing(record, config).keys() - {"device"}:
+        return None
+    return record["outcome"]
+
+
+def _differing(record: Mapping[str, Any], config: Any) -> dict[str, tuple[Any, Any]]:
+    """Each key whose value in the record is not that of the configuration, with both values."""
+    old, new = flattened(record["config"]), flattened(to_tree(config))
+    both = {key: (old.get(key), new.get(key)) for key in old.keys() | new.keys()}
+    return {key: values for key, values in both.items() if values[0] != values[1]}
 
 
 class Superseded(UserError):

@@ -114,7 +114,7 @@ def build(schema: type[T], tree: Mapping[str, Any], where: str = "") -> T:
     known = hints(schema)
     for key in tree:
         if key not in known:
-            raise unknown_key(str(key), known, where)
+            raise unknown_key_error(str(key), known, where)
     values = {key: _convert(known[key], value, f"{where}{key}") for key, value in tree.items()}
     for name in known:
         if name not in values and _default(schema, name) is REQUIRED:
@@ -202,7 +202,7 @@ def parse_yaml(text: str) -> Any:
         raise ValueError(first_line(error)) from error
 
 
-def unknown_key(key: str, known: Collection[str], where: str) -> ConfigError:
+def unknown_key_error(key: str, known: Collection[str], where: str) -> ConfigError:
     """What to raise for a key that is none of `known`, below `where`."""
     close = [RENAMED[key]] if RENAMED.get(key) in known else difflib.get_close_matches(key, known, n=1)
     hint = f"did you mean {where}{close[0]}?" if close else f"known keys are {', '.join(known)}"

@@ -31,7 +31,7 @@ import pyarrow as pa
 
 from hymate.config import TaskConfig
 from hymate.data.known import KnownConfig
-from hymate.data.meds import UNREADABLE, DataError, open_parquet, unreadable
+from hymate.data.meds import UNREADABLE, DataError, open_parquet, unreadable_error
 from hymate.errors import ConfigError, UserError, first_line
 from hymate.storage.paths import Location
 
@@ -248,7 +248,7 @@ def _read(path: Location, columns: list[str]) -> pl.DataFrame:
     except KeyError as error:
         raise UserError(f"{path} lacks a column that task.definition names: {_fault(error)}") from error
     except UNREADABLE as error:
-        raise unreadable(path) from error
+        raise unreadable_error(path) from error
     except pl.exceptions.PolarsError as error:
         fault = _fault(error).partition("[")[0]  # where Polars quotes values
         raise DataError(f"{path}: task.definition cannot be evaluated on it: {fault}") from error

@@ -97,7 +97,7 @@ class Examples:
 def pretraining_examples(histories: Histories, split: str) -> Examples:
     """Every history of `split` that has events, whole and without tasks. UserError when there is none."""
     if not len(histories.positions(split)):
-        raise histories.without_subjects(split)
+        raise histories.without_subjects_error(split)
     position_E = np.asarray(histories.positions(split), dtype=np.int64)
     stop_E = histories.index["num_events"][position_E].astype(np.int64)
     has_events = stop_E > 0
@@ -167,7 +167,7 @@ def _no_example(histories: Histories, subject_id_N: np.ndarray, split: str, drop
     """The error where no label of a split can be used: its cause and the remedy."""
     total = len(subject_id_N)
     if histories.odd_splits and not len(histories.positions(split)):
-        return histories.without_subjects(split)
+        return histories.without_subjects_error(split)
     if dropped["without_events"]:
         return UserError(
             f"all {dropped['without_events']} labels of split {split!r} have prediction times before the first event "

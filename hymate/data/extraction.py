@@ -138,7 +138,7 @@ def _never(config: Any, name: str, without: Mapping[str, str]) -> list[str]:
     return sorted({other for each in inputs for other in _never(config, each, without)}) or [name]
 
 
-def no_event(task: TaskConfig, role: str, names: list[str], without: Mapping[str, str]) -> UserError:
+def no_event_error(task: TaskConfig, role: str, names: list[str], without: Mapping[str, str]) -> UserError:
     assert task.definition is not None
     keys = [
         f"task.definition.{'predicates' if name in task.definition['predicates'] else 'patient_demographics'}.{name}"
@@ -167,7 +167,7 @@ def _require_labels(task: TaskConfig, config: Any, counts: Mapping[str, int], de
     if not counts["triggers"]:
         never = _never(config, config.trigger.predicate, without)
         if never or static:
-            raise no_event(task, "trigger" if never else "static predicate", never or static, without)
+            raise no_event_error(task, "trigger" if never else "static predicate", never or static, without)
     if not counts["labels"]:
         why = ", ".join(f"{value} {name}" for name, value in counts.items())
         left_out = [f"{value} because of window {name}" for name, value in details.excluded.items() if value]

@@ -263,7 +263,7 @@ class Histories:
         """The splits with other names than MEDS's."""
         return sorted(set(self.index["split"].tolist()) - set(SPLITS))
 
-    def without_subjects(self, split: str) -> UserError:
+    def without_subjects_error(self, split: str) -> UserError:
         """The error where a split is needed and holds nobody."""
         remedy = "prepare the dataset with subjects in this split"
         if self.odd_splits:

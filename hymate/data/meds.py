@@ -228,7 +228,7 @@ def read_whole(path: Location) -> pa.Table:
     try:
         return read_parquet(path)
     except UNREADABLE as error:
-        raise unreadable(path) from error
+        raise unreadable_error(path) from error
 
 
 def read_batches(path: Location, columns: Sequence[str], named: Location) -> Iterator[pa.RecordBatch]:
@@ -241,10 +241,10 @@ def read_batches(path: Location, columns: Sequence[str], named: Location) -> Ite
                 if batch.num_rows:
                     yield batch
     except UNREADABLE as error:
-        raise unreadable(named) from error
+        raise unreadable_error(named) from error
 
 
-def unreadable(path: Location) -> DataError:
+def unreadable_error(path: Location) -> DataError:
     """The error for a file whose reading raises UNREADABLE."""
     return DataError(f"{path}: not a readable Parquet file (truncated or damaged): fetch or write it again")
 

@@ -7,7 +7,7 @@ here, and every outcome is counted:
     triggers            times at which the definition's trigger matches (several codes at one time are one trigger)
     excluded            its windows do not hold there (e.g. discharged before the prediction time), or nothing is left
                         to predict: the label window is over before the prediction time, or its event has been seen
-    died_in_hospital    the competing event, death, came at or before the prediction time: not at risk, no label
+    died_before    the competing event, death, came at or before the prediction time: not at risk, no label
     competing_deaths    death after it, before the label window ends and without the label's event: no label under
                         `competing_rule: exclude`, a negative one under `negative`
     censored            the record ends inside the window, without a death there: no label. Under `censoring_rule:
@@ -15,7 +15,7 @@ here, and every outcome is counted:
     positives_unseen    with the label's event, and the record ends inside the window, without a death there
     labels, positives, subjects     what remains
 
-so triggers = excluded + died_in_hospital + censored + labels, + competing_deaths under `exclude`.
+so triggers = excluded + died_before + censored + labels, + competing_deaths under `exclude`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def settled(rows: pl.DataFrame, task: TaskConfig) -> pl.DataFrame:
     """What becomes of each trigger, by the rules above, as further columns.
 
     dead: before the prediction time. dies: in the label window. competing: that, without the label's event. unseen: the
-    record ends in the window, without a death there. label: whether there is one.
+    record ends in the window, without a death there. labelled: whether it gets a label, whose value is `event`.
     """
     dead = (pl.col("died") <= pl.col("prediction_time")).fill_null(False)
     rows = rows.with_columns(dead=dead, dies=~dead & (pl.col("died") <= pl.col("end")).fill_null(False))
@@ -49,7 +49,7 @@ def settled(rows: pl.DataFrame, task: TaskConfig) -> pl.DataFrame:
     lost = pl.col("dead") | censored
     if task.competing_rule == "exclude":
         lost |= pl.col("competing")
-    return rows.with_columns(label=~lost)
+    return rows.with_columns(labelled=~lost)
 
 
 def outcomes(found: Found, triggers: pl.DataFrame, task: TaskConfig) -> dict[str, int]:
@@ -57,9 +57,9 @@ def outcomes(found: Found, triggers: pl.DataFrame, task: TaskConfig) -> dict[str
     return {
         "triggers": found.num_triggers,
         "excluded": found.num_triggers - triggers.height,
-        "died_in_hospital": int(triggers["dead"].sum()),
+        "died_before": int(triggers["dead"].sum()),
         "competing_deaths": int(triggers["competing"].sum()),
-        "censored": int((triggers["unseen"] & ~triggers["label"]).sum()),
+        "censored": int((triggers["unseen"] & ~triggers["labelled"]).sum()),
         "positives_unseen": int((triggers["unseen"] & triggers["event"]).sum()),
         **sizes(label_table(triggers, task)),
     }
@@ -73,7 +73,7 @@ def label_table(rows: pl.DataFrame, task: TaskConfig) -> pa.Table:
         values = {"boolean_value": days > task.longer_than_days, "float_value": days.cast(pl.Float32)}
     extra = ["start"] if task.start is not None else []
     extra += ["weight"] if "weight" in rows.columns else []
-    return rows.filter("label").select("subject_id", "prediction_time", *extra, **values).to_arrow()
+    return rows.filter("labelled").select("subject_id", "prediction_time", *extra, **values).to_arrow()
 
 
 def weighed(shards: Sequence[pl.DataFrame], splits: pa.Table) -> list[pl.DataFrame]:

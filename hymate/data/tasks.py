@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from hymate.config import TaskConfig
-from hymate.data.extraction import SUMMARY, Details, extract, no_event
+from hymate.data.extraction import SUMMARY, Details, extract, no_event_error
 from hymate.data.histories import read_metadata
 from hymate.data.known import KnownConfig
 from hymate.data.label_files import read_labels, sizes
@@ -20,7 +20,7 @@ from hymate.data.meds import FIRST_TIME, read_splits
 from hymate.errors import UserError
 from hymate.storage.paths import Location, files_below, locate, present
 
-RULES_VERSION = 5  # of definition.py and outcomes.py: a new one has labels that were kept extracted again
+RULES_VERSION = 6  # of definition.py and outcomes.py: a new one has labels that were kept extracted again
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class LabelSet:
         return {"labels": self.counts, "label_details": asdict(self.details) if self.details else {}}
 
 
-def labels(root: Location, task: TaskConfig, times_only: bool = False) -> LabelSet:
+def read_or_extract_labels(root: Location, task: TaskConfig, times_only: bool = False) -> LabelSet:
     """The labels of `task` in the dataset at `root`, extracted and kept in `root`/labels/<name> if need be.
 
     In this order: the folder `task.labels`; `root`/labels/<name> that came with the dataset; what `task.definition`
@@ -72,7 +72,7 @@ def labels(root: Location, task: TaskConfig, times_only: bool = False) -> LabelS
         summary = extract(task, shards, splits, known, folder, fingerprint)
     details = Details(summary["excluded"], summary["kinds"], summary["predicates"])
     if summary["never_positive"] and not times_only:
-        raise no_event(task, "label's predicate", summary["never_positive"], details.unmatched())
+        raise no_event_error(task, "label's predicate", summary["never_positive"], details.unmatched())
     return LabelSet(read_labels(folder), summary["counts"], details)
 
 

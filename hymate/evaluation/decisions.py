@@ -193,9 +193,9 @@ def group_scores(
     subject_N: ArrayLike,
     weight_N: ArrayLike | None = None,
 ) -> dict[str, Any]:
-    """One group's line; of a group of fewer than FEWEST_SUBJECTS nothing but that (`few`).
+    """One group's line; of a group of fewer than FEWEST_SUBJECTS nothing but `hidden`.
 
-    Sensitivity and specificity are those at `threshold`. `enough`: whether the group alone could bear a judgement.
+    Sensitivity and specificity are those at `threshold`. `judged`: whether it has the patients that a judgement needs.
     `wrong`: "too high" or "too low" where the mean probability is outside the interval of the observed share, and
     `ranked_worse` whether the interval of the AUROC lies below `overall`, of groups with FEWEST_EACH patients of both
     kinds: of fewer a bootstrap knows too little. Both intervals reach `z` errors to each side, as many groups ask for.
@@ -204,7 +204,7 @@ def group_scores(
     weight_N = metrics.weights(weight_N, label_N)
     subjects = len(np.unique(subject_N))
     if subjects < FEWEST_SUBJECTS:
-        return {"few": True}
+        return {"hidden": True}
     observed, predicted = metrics.share(label_N, subject_N, weight_N), metrics.mean(prob_N, weight_N)
     assert predicted is not None, "there are patients"
     low, high = metrics.share(label_N, subject_N, weight_N, z)["ci"]
@@ -214,7 +214,7 @@ def group_scores(
     point = operating_point(threshold, label_N, prob_N, subject_N, weight_N)
     positives = int((label_N > 0.5).sum())
     return {
-        "few": False,
+        "hidden": False,
         "labels": len(label_N),
         "subjects": subjects,
         "positives": positives,
@@ -226,7 +226,7 @@ def group_scores(
         "ranked_worse": bool(known and auroc + z / metrics.Z * (ci[1] - auroc) < overall),
         "sensitivity": point["sensitivity"],
         "specificity": point["specificity"],
-        "enough": len(np.unique(subject_N[label_N > 0.5])) >= ENOUGH_POSITIVES and subjects >= ENOUGH_SUBJECTS,
+        "judged": len(np.unique(subject_N[label_N > 0.5])) >= ENOUGH_POSITIVES and subjects >= ENOUGH_SUBJECTS,
     }
 
 

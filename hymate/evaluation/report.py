@@ -32,7 +32,7 @@ WEIGHTED = (
 MEANING = {
     "triggers": "times at which the task's trigger occurs",
     "excluded": "a window's condition does not hold there, or nothing is left to predict",
-    "died_in_hospital": "death at or before the prediction time: not at risk, no label",
+    "died_before": "death at or before the prediction time: not at risk, no label",
     "competing_deaths": "death inside the label window without the event: {rule}",
     "censored": "the record ends inside the label window, without a death there: no label{censoring}",
     "positives_unseen": "with the event, and the record ends inside the label window: {unseen}",
@@ -284,7 +284,7 @@ def _worth(part: Mapping[str, Any]) -> str:
 
 
 def _groups(part: Mapping[str, Any]) -> str:
-    groups = [group for group in part["subgroups"] if not group["few"]]
+    groups = [group for group in part["subgroups"] if not group["hidden"]]
     if not groups:
         return f"There are no groups of {FEWEST_SUBJECTS} patients: neither ages nor sexes are recorded."
     texts = []
@@ -303,7 +303,7 @@ def _groups(part: Mapping[str, Any]) -> str:
         texts.append(
             f"In none of {len(groups)} groups are risks detectably wrong on average, or ranked worse than overall."
         )
-    small = sum(not group["enough"] for group in groups)
+    small = sum(not group["judged"] for group in groups)
     if small:
         texts.append(f"{small} of {len(groups)} groups are too small to judge.")
     return " ".join(texts)
@@ -334,9 +334,9 @@ def _sections(part: Mapping[str, Any]) -> list[str]:
         "whether the model helps at the prevalence, where treat-all equals treat-none, and then around it.",
         markdown(_benefit_rows(part)),
         "## Groups",
-        f"Sensitivity is measured at the threshold for {percent(VERDICT_AIM)} specificity. (few): under "
-        f"{ENOUGH_POSITIVES} patients with a positive label or {ENOUGH_SUBJECTS} in all, too few to judge the group. "
-        f"Groups under {FEWEST_SUBJECTS} patients are not shown. Each interval holds for its group alone; whether "
+        f"Sensitivity is measured at the threshold for {percent(VERDICT_AIM)} specificity. Too few to judge: "
+        f"under {ENOUGH_POSITIVES} patients with a positive label or {ENOUGH_SUBJECTS} in all. Groups under "
+        f"{FEWEST_SUBJECTS} patients are not shown. Each interval holds for its group alone; whether "
         "risks are too high or too low, or patients ranked worse, allows for the number of groups.",
         markdown(_group_rows(part)),
     ]
@@ -371,10 +371,10 @@ def _group_rows(part: Mapping[str, Any]) -> list[list[str]]:
 
 
 def _group_row(group: Mapping[str, Any]) -> list[str]:
-    if group["few"]:
+    if group["hidden"]:
         return [_name(group), f"below {FEWEST_SUBJECTS} patients", *[""] * 5]
     return [
-        _name(group) + ("" if group["enough"] else " (few)"),
+        _name(group) + ("" if group["judged"] else " (too few to judge)"),
         f"{group['labels']:,}",
         f"{group['positives']:,}",
         percent_with_interval(group["observed"]),

@@ -24,7 +24,7 @@ from hymate.inference.bundle import write_bundle
 from hymate.inference.provenance import provenance
 from hymate.model.encoder import decay_groups
 from hymate.model.pretrain_model import PretrainModel
-from hymate.runs import absolute, check_same_run, claimed, run_folder
+from hymate.runs import absolute, check_same_run, claimed, finished_outcome, run_folder
 from hymate.storage.paths import Location, locate, require_folder
 from hymate.training import checkpoint
 from hymate.training.keeper import Kept
@@ -98,10 +98,11 @@ def pretrain(config: PretrainConfig) -> Location:
     does where training ends before its time.
     """
     config = absolute(config)
-    histories = check(config)
-    cluster_gpus = cluster.check(config.train)
+    histories = open_checked(config.data)
+    cluster_gpus = cluster.available_gpus(config.train)
     folder, inputs = run_folder(config.run), {"data.path": histories.fingerprint}
-    found = check_same_run(folder, config, inputs, CHANGEABLE)
+    check_same_run(folder, config, inputs, CHANGEABLE)
+    found = finished_outcome(folder, config)
     if found is None or not (folder / BUNDLE).is_dir():
         kept = Kept(folder / CHECKPOINTS, config.train.keep, MODE)
         kept.require_any_left()
@@ -120,12 +121,12 @@ def pretrain(config: PretrainConfig) -> Location:
     return folder / BUNDLE
 
 
-def check(config: PretrainConfig) -> Histories:
-    """Everything that can be known before a worker starts; UserError in one line. Returns the opened dataset."""
-    histories = Histories.open(config.data.path)
+def open_checked(data: DataConfig) -> Histories:
+    """The dataset. Raises UserError where it can't be read, or has no subjects to train on or to evaluate on."""
+    histories = Histories.open(data.path)
     for split in (TRAIN_SPLIT, TUNING_SPLIT):
         if not len(histories.positions(split)):
-            raise histories.without_subjects(split)
+            raise histories.without_subjects_error(split)
     return histories
 
 
@@ -233,6 +234,6 @@ for validation. Histories are cut to {config.data.context} events.
 ## Limits
 
 Not a medical device. The model knows only the codes, units and practices of the dataset it was trained on; on
-another site's data check the share of unknown codes and validate locally before any use. Weights trained on patient
+another site's data check the fraction of unknown codes and validate locally before any use. Weights trained on patient
 data may carry traces of it: share them under the same terms as the data.
 """

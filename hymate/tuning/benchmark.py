@@ -27,7 +27,7 @@ from torch import Tensor
 from hymate import cluster, device
 from hymate.cluster import Task
 from hymate.data.histories import Histories
-from hymate.data.tasks import labels
+from hymate.data.tasks import read_or_extract_labels
 from hymate.errors import ConfigError
 from hymate.evaluation import baseline_models, calibration
 from hymate.evaluation.features import FeatureConfig, choose, features
@@ -76,8 +76,11 @@ def benchmark(config: BenchmarkConfig) -> Location:
         raise ConfigError("only: nothing is left to run; with several budgets, all but the largest run with_few_labels")
     require_folder(path, "run.dir")
     models = [config.model_of(name) for name in {run.name for run in runs} - {*BASELINES}]
-    config = device.decide(config, *models, cluster_gpus=cluster.check(config.train))
-    histories, label_set = Histories.open(config.data.path), labels(locate(config.data.path), config.task)
+    config = device.decide(config, *models, cluster_gpus=cluster.available_gpus(config.train))
+    histories, label_set = (
+        Histories.open(config.data.path),
+        read_or_extract_labels(locate(config.data.path), config.task),
+    )
     if any(config.point_of(contender).get("early_fraction") for contender in config.contenders.values()):
         require_starts(config.task, label_set, "point.early_fraction")
     there = Labelled.of(histories, label_set.table, config.split)
@@ -116,7 +119,10 @@ def train_and_score(
 ) -> None:
     """One run's training, recalibration and predictions; pretrained: what `pretrain` returned."""
     torch.set_num_threads(config.train.cpus_per_worker)
-    histories, table = Histories.open(config.data.path), labels(locate(config.data.path), config.task).table
+    histories, table = (
+        Histories.open(config.data.path),
+        read_or_extract_labels(locate(config.data.path), config.task).table,
+    )
     own = Labelled.of(histories, table, config.split).allotted(config, run)
     state, pretraining_seconds = pretrained or (None, 0.0)
     started = time.monotonic()

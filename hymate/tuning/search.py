@@ -14,7 +14,7 @@ from hymate.data.examples import labelled_examples, require_both_classes
 from hymate.data.histories import Histories
 from hymate.data.known import differing, sentences
 from hymate.data.meds import SPLITS
-from hymate.data.tasks import labels
+from hymate.data.tasks import read_or_extract_labels
 from hymate.device import Wanted, decide
 from hymate.errors import ConfigError, UserError
 from hymate.evaluation import report, results
@@ -88,7 +88,7 @@ def search(config: TuneConfig) -> Location:
     found, cluster_gpus = results.read(run_path), None
     if found is None:
         require_folder(run_path, "run.dir")
-        cluster_gpus = cluster.check(config.train)
+        cluster_gpus = cluster.available_gpus(config.train)
     histories = Histories.open(config.data.path)
     start = starting_point(config.data, config.model, config.init)
     if found is None:
@@ -116,7 +116,7 @@ def search(config: TuneConfig) -> Location:
 
 
 def _labelled(task: TaskConfig, config: TuneConfig, histories: Histories) -> LabelledTask:
-    label_set = labels(locate(config.data.path), task)
+    label_set = read_or_extract_labels(locate(config.data.path), task)
     examples = {
         split: labelled_examples(histories, label_set.table, split, required=split != "held_out") for split in SPLITS
     }

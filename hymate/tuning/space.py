@@ -10,7 +10,7 @@ import numpy as np
 
 from hymate.config import is_number
 from hymate.errors import ConfigError
-from hymate.trees import unknown_key
+from hymate.trees import unknown_key_error
 
 PARAMETERS = (
     "backbone_lr",
@@ -46,7 +46,7 @@ def check(space: Mapping[str, Any], where: str) -> None:
     for name, spec in for_model(space, pooling="").items():
         key = f"{where}.{name}"
         if name not in PARAMETERS:
-            raise unknown_key(name, PARAMETERS, f"{where}.")
+            raise unknown_key_error(name, PARAMETERS, f"{where}.")
         if not isinstance(spec, Mapping):
             continue
         kind, values = next(iter(spec.items()), ("", None))

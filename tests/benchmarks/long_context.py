@@ -38,7 +38,7 @@ from hymate.data.histories import Histories
 from hymate.data.loader import Rows
 from hymate.data.meds import SPLITS, write_text
 from hymate.data.synthetic.source import ceiling as ceiling_of
-from hymate.data.tasks import labels
+from hymate.data.tasks import read_or_extract_labels
 from hymate.evaluation import metrics
 from hymate.evaluation.features import FeatureConfig, choose, features
 from hymate.evaluation.figures import BLUE, DPI, GREY, ORANGE
@@ -100,7 +100,7 @@ class Point:
     @classmethod
     def of(cls, options: argparse.Namespace, context: int) -> Point:
         config = configured(options, context)
-        histories, table = Histories.open(options.data), labels(options.data, config.tasks[0]).table
+        histories, table = Histories.open(options.data), read_or_extract_labels(options.data, config.tasks[0]).table
         examples = {split: labelled_examples(histories, table, split) for split in SPLITS}
         start = starting_point(config.data, config.model, None)
         trial = trial_config(config.tasks, config.train, start, {})

@@ -33,7 +33,7 @@ from hymate.data.prepare import PrepareConfig, prepare
 from hymate.data.synthetic import law as law
 from hymate.data.synthetic.codes import DISTRACTORS
 from hymate.data.synthetic.course import SyntheticConfig
-from hymate.data.tasks import labels
+from hymate.data.tasks import read_or_extract_labels
 from hymate.errors import UserError
 from hymate.evaluation import baseline_models, calibration, metrics
 from hymate.evaluation.baseline_models import compare, cross_fitted, fit, importance
@@ -133,7 +133,9 @@ def test_without_a_held_out_split_the_tuning_split_is_scored(data: Path, tmp_pat
 def test_labels_without_held_out_patients_are_scored_on_the_tuning_split(data: Path, tmp_path: Path) -> None:
     splits = read_splits(data)
     held_out = splits.filter(pc.equal(splits["split"], "held_out"))["subject_id"]
-    table = labels(data, load("baselines", ["task=readmission", "data.path=D", "out=O"], BaselinesConfig).task).table
+    table = read_or_extract_labels(
+        data, load("baselines", ["task=readmission", "data.path=D", "out=O"], BaselinesConfig).task
+    ).table
     table = table.filter(pc.invert(pc.is_in(table["subject_id"], held_out))).select(LABEL_SCHEMA.names[:3])
     write_parquet(table, tmp_path / "labels" / "0.parquet")
     found, _ = scored(data, tmp_path / "out", "baseline=logistic_regression", f"task.labels={tmp_path / 'labels'}")
@@ -200,7 +202,7 @@ def test_a_model_is_compared_with_what_the_command_says(
 def test_a_comparison_counts_labels_by_their_weights(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     task = load("baselines", ["task=readmission", f"data.path={data}", "out=OUT"], BaselinesConfig).task
     monkeypatch.setattr(baseline_models, "FeatureConfig", lambda: FeatureConfig((48.0,), max_features=100))
-    histories, made = Histories.open(data), labels(data, task).table
+    histories, made = Histories.open(data), read_or_extract_labels(data, task).table
     examples = {split: labelled_examples(histories, made, split) for split in SPLITS}
     rng = np.random.default_rng(0)
     examples = {

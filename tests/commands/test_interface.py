@@ -30,7 +30,7 @@ from hymate.data.known import KnownConfig, KnownRule
 from hymate.data.meds import write_parquet
 from hymate.data.prepare import PrepareConfig, prepare
 from hymate.data.tables import events_of, histories_of
-from hymate.data.tasks import labels
+from hymate.data.tasks import read_or_extract_labels
 from hymate.data.vocabulary import Vocabulary
 from hymate.errors import UserError
 from hymate.evaluation.attribution import Explainer, event_table
@@ -110,7 +110,7 @@ def test_predictions_are_those_of_the_command(
     given = load("predict", [*overrides, f"out={tmp_path / 'bundle.parquet'}"], predict.PredictConfig)
     predict.run(given)
     predict.run(load("predict", [*overrides, "context=all", f"out={tmp_path / 'all.parquet'}"], predict.PredictConfig))
-    at = labels(data, given.task).table
+    at = read_or_extract_labels(data, given.task).table
     patients = model.append(None, events)
     for context, asked in (("bundle", events), ("all", patients)):
         table, expected = model.predict(asked, at, task), pq.read_table(tmp_path / f"{context}.parquet")

@@ -142,7 +142,7 @@ def test_windows_are_what_the_definition_says(windows: dict[str, dict[str, Any]]
 
 def labelled(root: Path, history: History, config: TaskConfig) -> Labels:
     write_histories(root, [history, [*stay(0, 2), *stay(10, 12), (200, DEATH)]])
-    rows = [row for row in tasks.labels(root, config).table.to_pylist() if row["subject_id"] == 1]
+    rows = [row for row in tasks.read_or_extract_labels(root, config).table.to_pylist() if row["subject_id"] == 1]
     return {days(row["prediction_time"]): row["boolean_value"] for row in rows}
 
 
@@ -236,7 +236,7 @@ def test_every_predicate_s_events_are_counted(tmp_path: Path, capsys: pytest.Cap
         "+task.definition.predicates.at_b={code: LAB//50912//mg/dL, ward: b}",
         "+task.definition.patient_demographics={female: {code: GENDER//F}}",
     )
-    found = tasks.labels(tmp_path, config)
+    found = tasks.read_or_extract_labels(tmp_path, config)
     assert found.counts["labels"] == 1
     counted = {"hospital_admission": 2, "hospital_discharge": 1, "died": 0, "high": 1, "at_b": 1, "female": 1}
     assert {name: found.details.predicates[name] for name in counted} == counted
@@ -268,7 +268,7 @@ def test_every_predicate_s_events_are_counted(tmp_path: Path, capsys: pytest.Cap
 def test_a_predicate_that_never_holds_is_named(override: str, message: str, tmp_path: Path) -> None:
     with_values(tmp_path, STAY)
     with pytest.raises(UserError) as error:
-        tasks.labels(tmp_path, task("readmission", override))
+        tasks.read_or_extract_labels(tmp_path, task("readmission", override))
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
@@ -287,8 +287,8 @@ def test_prediction_needs_no_event_that_a_label_could_come_of(tmp_path: Path) ->
     with_values(tmp_path, STAY)
     mortality = task("mortality")
     with pytest.raises(UserError, match="label's predicate died: set"):
-        tasks.labels(tmp_path, mortality)
-    assert tasks.labels(tmp_path, mortality, times_only=True).counts["labels"] == 1
+        tasks.read_or_extract_labels(tmp_path, mortality)
+    assert tasks.read_or_extract_labels(tmp_path, mortality, times_only=True).counts["labels"] == 1
 
 
 def test_a_derived_predicate_may_read_a_static_one(tmp_path: Path) -> None:
@@ -301,10 +301,10 @@ def test_a_derived_predicate_may_read_a_static_one(tmp_path: Path) -> None:
             "task.definition.trigger=her_discharge",
         )
         if labels:
-            assert tasks.labels(tmp_path, config).counts["triggers"] == 1
+            assert tasks.read_or_extract_labels(tmp_path, config).counts["triggers"] == 1
         else:
             with pytest.raises(UserError, match="its trigger her: set"):
-                tasks.labels(tmp_path, config)
+                tasks.read_or_extract_labels(tmp_path, config)
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ from hymate.data.known import KnownConfig, KnownRule, differing, ends_of_stays, 
 from hymate.data.meds import US_PER_DAY, US_PER_HOUR
 from hymate.data.prepare import PrepareConfig, prepare
 from hymate.data.synthetic.course import SyntheticConfig
-from hymate.data.tasks import labels
+from hymate.data.tasks import read_or_extract_labels
 from hymate.errors import ConfigError, UserError
 from hymate.inference.bundle import read_bundle
 from hymate.predict import PredictConfig, run
@@ -280,7 +280,7 @@ def test_no_prediction_on_the_mimic_demo_sees_codes_before_they_are_known(tmp_pa
         for task, codes in (("mortality", "^PROCEDURE//ICD"), ("readmission", "^(DIAGNOSIS//ICD|DRG)//")):
             chosen = np.array([bool(re.search(codes, code)) for code in histories.codes])
             given = [f"task={task}", "bundle=B", "data.path=D", "out=O"]
-            table = labels(tmp_path / name, load("predict", given, PredictConfig).task).table
+            table = read_or_extract_labels(tmp_path / name, load("predict", given, PredictConfig).task).table
             early = 0
             for split in ("train", "tuning", "held_out"):
                 examples = labelled_examples(histories, table, split)

@@ -34,7 +34,7 @@ def test_shards_are_labelled_alike_and_written_as_meds(tmp_path: Path, caplog: p
     write_histories(tmp_path, histories, "held_out/0", 11)
     write_histories(tmp_path, [[(0, LAB)]], "train/1", 21)  # a shard without a trigger
     caplog.set_level(logging.WARNING)
-    result = tasks.labels(tmp_path, task("mortality"))
+    result = tasks.read_or_extract_labels(tmp_path, task("mortality"))
     assert not caplog.records
     one, other = (pq.read_table(tmp_path / "labels/mortality" / f"{s}.parquet") for s in ("train/0", "held_out/0"))
     assert one.drop_columns("subject_id").equals(other.drop_columns("subject_id"))
@@ -50,16 +50,16 @@ def test_shards_are_labelled_alike_and_written_as_meds(tmp_path: Path, caplog: p
 
 def test_extraction_happens_once_and_again_when_definition_or_data_change(tmp_path: Path) -> None:
     write_histories(tmp_path, [[*stay(0, 3), (20, ADMITTED), (80, LAB)]])
-    first = tasks.labels(tmp_path, task("readmission"))
+    first = tasks.read_or_extract_labels(tmp_path, task("readmission"))
     written = tmp_path / "labels/readmission/train/0.parquet"
     stamp = written.stat().st_mtime_ns
-    assert tasks.labels(tmp_path, task("readmission")) == first
+    assert tasks.read_or_extract_labels(tmp_path, task("readmission")) == first
     assert written.stat().st_mtime_ns == stamp
     shorter = task("readmission", "task.definition.windows.target.end='start + 10d'")
-    assert tasks.labels(tmp_path, shorter).counts["positives"] == 0
-    assert tasks.labels(tmp_path, task("readmission")) == first
+    assert tasks.read_or_extract_labels(tmp_path, shorter).counts["positives"] == 0
+    assert tasks.read_or_extract_labels(tmp_path, task("readmission")) == first
     write_histories(tmp_path, [[*stay(0, 3), (80, LAB)], [*stay(0, 3), (80, LAB)]])
-    assert tasks.labels(tmp_path, task("readmission")).counts["labels"] == 2
+    assert tasks.read_or_extract_labels(tmp_path, task("readmission")).counts["labels"] == 2
     assert [path.name for path in (tmp_path / "labels").iterdir()] == ["readmission"]
 
 
@@ -67,20 +67,20 @@ def test_an_interrupted_extraction_leaves_nothing(tmp_path: Path) -> None:
     write_histories(tmp_path, [[*stay(0, 3), (80, LAB)]], "train/0")
     (tmp_path / "data/train/1.parquet").write_bytes(b"PAR1 not a table")
     with pytest.raises(UserError, match=r"train/1\.parquet"):
-        tasks.labels(tmp_path, task("readmission"))
+        tasks.read_or_extract_labels(tmp_path, task("readmission"))
     assert list((tmp_path / "labels").iterdir()) == []
 
 
 def test_predicates_are_overridden_from_the_command_line(tmp_path: Path) -> None:
     write_histories(tmp_path, [[(0, "ADM-1"), (3, "DIS-1"), (9, "ADM-2"), (80, LAB)]])
     with pytest.raises(UserError, match=r"matches its trigger hospital_discharge: .*predicates\.hospital_discharge"):
-        tasks.labels(tmp_path, task("readmission"))
+        tasks.read_or_extract_labels(tmp_path, task("readmission"))
     config = task(
         "readmission",
         "task.definition.predicates.hospital_admission.code.regex='^ADM.*'",
         "task.definition.predicates.hospital_discharge.code=DIS-1",
     )
-    assert tasks.labels(tmp_path, config).table["boolean_value"].to_pylist() == [True]
+    assert tasks.read_or_extract_labels(tmp_path, config).table["boolean_value"].to_pylist() == [True]
 
 
 def test_label_folders_are_taken_as_they_are(tmp_path: Path) -> None:
@@ -97,11 +97,11 @@ def test_label_folders_are_taken_as_they_are(tmp_path: Path) -> None:
     for folder in (tmp_path / "mine", tmp_path / "labels" / "readmission"):
         (folder / "train").mkdir(parents=True)
         pq.write_table(pa.table(columns), folder / "train" / "0.parquet")
-    given = tasks.labels(tmp_path, task("readmission", f"task.labels={tmp_path / 'mine'}"))
+    given = tasks.read_or_extract_labels(tmp_path, task("readmission", f"task.labels={tmp_path / 'mine'}"))
     assert given.counts == counts
     assert given.table.column_names == ["subject_id", "prediction_time", "boolean_value"]
     # labels that came with the dataset go before the definition, and are never overwritten
-    assert tasks.labels(tmp_path, task("readmission")) == given
+    assert tasks.read_or_extract_labels(tmp_path, task("readmission")) == given
 
 
 def test_times_of_labels_in_utc_stand_as_they_are_with_a_note_and_other_zones_are_refused(
@@ -112,7 +112,7 @@ def test_times_of_labels_in_utc_stand_as_they_are_with_a_note_and_other_zones_ar
         columns = {"subject_id": pa.array([1, 2], pa.int64()), "prediction_time": time, "boolean_value": [True, False]}
         (tmp_path / "mine").mkdir(exist_ok=True)
         pq.write_table(pa.table(columns), tmp_path / "mine" / "0.parquet")
-        return tasks.labels(tmp_path, task("readmission", f"task.labels={tmp_path / 'mine'}")).table
+        return tasks.read_or_extract_labels(tmp_path, task("readmission", f"task.labels={tmp_path / 'mine'}")).table
 
     plain = given(None)
     assert capsys.readouterr().out == ""
@@ -141,7 +141,9 @@ def test_days_of_given_labels_are_kept_where_the_task_has_them(tmp_path: Path) -
             columns["float_value"] = pa.array(days, pa.float32())
         (tmp_path / "mine").mkdir(exist_ok=True)
         pq.write_table(pa.table(columns), tmp_path / "mine" / "0.parquet")
-        return tasks.labels(tmp_path, task("length_of_stay", f"task.labels={tmp_path / 'mine'}", *overrides)).table
+        return tasks.read_or_extract_labels(
+            tmp_path, task("length_of_stay", f"task.labels={tmp_path / 'mine'}", *overrides)
+        ).table
 
     assert given([8.5, None])["float_value"].to_pylist() == [8.5, None]
     assert "float_value" not in given([8.5, 2.0], "task.longer_than_days=null").column_names
@@ -156,7 +158,7 @@ def test_labels_know_when_what_they_are_about_began(tmp_path: Path) -> None:
     write_histories(tmp_path, [[*stay(0, 3), (19.5, LAB), *stay(20, 25, DIED)], [*stay(0, 3), (80, LAB)]])
 
     def starts(config: TaskConfig) -> list[float | None] | None:
-        table = tasks.labels(tmp_path, config).table
+        table = tasks.read_or_extract_labels(tmp_path, config).table
         if "start" not in table.column_names:
             return None
         return [None if start is None else days(start) for start in table["start"].to_pylist()]
@@ -191,7 +193,7 @@ def test_label_folders_may_bring_start_and_weight(tmp_path: Path) -> None:
     def given(subjects: list[int], **extra: pa.Array) -> tasks.LabelSet:
         (tmp_path / "mine" / "0.extra.pq").unlink(missing_ok=True)
         given_labels(tmp_path / "mine", subjects, **extra)
-        return tasks.labels(tmp_path, task("readmission", f"task.labels={tmp_path / 'mine'}"))
+        return tasks.read_or_extract_labels(tmp_path, task("readmission", f"task.labels={tmp_path / 'mine'}"))
 
     before = pa.array([START - timedelta(days=1), None], pa.timestamp("us"))
     found = given([1, 1], start=before, weight=pa.array([1.5, 1.0], pa.float64()))
@@ -218,7 +220,7 @@ def test_label_folders_may_bring_start_and_weight(tmp_path: Path) -> None:
             given([1, 2], **columns)
     (tmp_path / "mine" / "0.parquet").unlink()
     with pytest.raises(UserError, match=r"0\.extra\.pq: there are no labels 0\.parquet beside it"):
-        tasks.labels(tmp_path, task("readmission", f"task.labels={tmp_path / 'mine'}"))
+        tasks.read_or_extract_labels(tmp_path, task("readmission", f"task.labels={tmp_path / 'mine'}"))
 
 
 @pytest.mark.parametrize(
@@ -236,17 +238,17 @@ def test_label_folders_may_bring_start_and_weight(tmp_path: Path) -> None:
         (["task.definition.trigger=discharge"], "not an ACES task: .*discharge"),
         (["task.definition.predicates.died.code.regex='(['"], "not an ACES task: .*regex"),
         (["+task.definition.windoes=1"], "not an ACES task: .*windoes"),
-        (["task.definition.predicates.died.code.regex='.'"], "no trigger gets a label .*1 died_in_hospital"),
+        (["task.definition.predicates.died.code.regex='.'"], "no trigger gets a label .*1 died_before"),
     ],
 )
 def test_mistakes_are_one_clear_line(overrides: list[str], message: str, tmp_path: Path) -> None:
     write_histories(tmp_path, [[*stay(0, 3), (80, LAB)]])
     with pytest.raises(UserError, match=message) as error:
-        tasks.labels(tmp_path, task("readmission", *overrides))
+        tasks.read_or_extract_labels(tmp_path, task("readmission", *overrides))
     assert "\n" not in str(error.value)
     assert not (tmp_path / "labels" / "readmission").exists()
 
 
 def test_a_folder_without_data_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"holds no MEDS shards: .*hymate\.data\.prepare"):
-        tasks.labels(tmp_path, task("mortality"))
+        tasks.read_or_extract_labels(tmp_path, task("mortality"))

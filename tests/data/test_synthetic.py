@@ -313,14 +313,14 @@ def test_task_extraction_finds_the_oracle_s_discharges(tmp_path: Path) -> None:
     tasks = pytest.importorskip("hymate.data.tasks")
     out = write(tmp_path, SyntheticConfig(subjects=80, mean_events=150, seed=2))
     task = build(TaskConfig, yaml.safe_load((ROOT / "configs/task/readmission.yaml").read_text()))
-    found = tasks.labels(out, task)
+    found = tasks.read_or_extract_labels(out, task)
     expected = Reference.of(out)
     times = found.table["prediction_time"].cast(pa.int64()).to_pylist()
     keys = zip(found.table["subject_id"].to_pylist(), times, strict=True)
     labels = dict(zip(keys, found.table["boolean_value"].to_pylist(), strict=True))
     assert labels == expected.label
     assert set(labels) == set(oracle(out)[0])
-    assert found.counts["died_in_hospital"] == expected.died
+    assert found.counts["died_before"] == expected.died
     assert found.counts["competing_deaths"] == expected.competing
     assert found.counts["censored"] == expected.censored
 

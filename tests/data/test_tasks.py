@@ -40,11 +40,11 @@ READMISSION: dict[str, tuple[History, Labels, dict[str, int]]] = {
     "record ends at the discharge": (stay(0, 3), {}, {"censored": 1}),
     "record ends early after a readmission": ([*stay(0, 3), (20, ADMITTED), (21, LAB)], {}, {"censored": 1}),
     "positive although death follows": ([*stay(0, 3), (20, ADMITTED), (25, DEATH)], {3: True}, {}),
-    "discharge coded as death": ([*stay(0, 3, DIED), (3.5, LAB)], {}, {"died_in_hospital": 1}),
-    "death stamped after the discharge": ([*stay(0, 3, DIED), (3.3, DEATH)], {}, {"died_in_hospital": 1}),
-    "death stamped at the discharge": ([(0, ADMITTED), (3, HOME), (3, DEATH)], {}, {"died_in_hospital": 1}),
-    "death stamped before the discharge": ([(0, ADMITTED), (2.9, DEATH), (3, HOME)], {}, {"died_in_hospital": 1}),
-    "dead, yet admitted again": ([*stay(0, 3, DIED), (9, ADMITTED), (80, LAB)], {}, {"died_in_hospital": 1}),
+    "discharge coded as death": ([*stay(0, 3, DIED), (3.5, LAB)], {}, {"died_before": 1}),
+    "death stamped after the discharge": ([*stay(0, 3, DIED), (3.3, DEATH)], {}, {"died_before": 1}),
+    "death stamped at the discharge": ([(0, ADMITTED), (3, HOME), (3, DEATH)], {}, {"died_before": 1}),
+    "death stamped before the discharge": ([(0, ADMITTED), (2.9, DEATH), (3, HOME)], {}, {"died_before": 1}),
+    "dead, yet admitted again": ([*stay(0, 3, DIED), (9, ADMITTED), (80, LAB)], {}, {"died_before": 1}),
     "death at home": ([*stay(0, 3), (3.3, DEATH)], {3: False}, {"competing_deaths": 1}),
     "death on day 30": ([*stay(0, 3), (33, DEATH), (33, LAB)], {3: False}, {"competing_deaths": 1}),
     "death after the window": ([*stay(0, 3), (34, DEATH)], {3: False}, {}),
@@ -74,12 +74,12 @@ READMISSION: dict[str, tuple[History, Labels, dict[str, int]]] = {
     "dated death on the day of a discharge coded as death": (
         [*stay(0, 3, DIED), (2.625, DEATH)],
         {},
-        {"died_in_hospital": 1},
+        {"died_before": 1},
     ),
     "dated death before the day of the discharge": (
         [*stay(0, 3), (1.625, DEATH)],
         {},
-        {"died_in_hospital": 1},
+        {"died_before": 1},
     ),
     "dated death at a discharge at midnight": (
         [(0, ADMITTED), (2.625, HOME), (2.625, DEATH)],
@@ -112,7 +112,7 @@ def test_readmission_rules(case: str, tmp_path: Path) -> None:
     history, expected, added = READMISSION[case]
     found, counts = extract(tmp_path, history, task("readmission"))
     assert found == expected
-    base = {"triggers": 3, "excluded": 0, "died_in_hospital": 0, "competing_deaths": 0, "censored": 0}
+    base = {"triggers": 3, "excluded": 0, "died_before": 0, "competing_deaths": 0, "censored": 0}
     base["triggers"] += added.get("triggers", 0)
     assert {name: counts[name] for name in base} == {**base, **added, "triggers": base["triggers"]}
     assert counts["labels"] == 2 + len(expected)
@@ -148,7 +148,7 @@ def test_weights_are_one_over_the_probability_of_being_followed(tmp_path: Path) 
     ]
 
     def weights() -> dict[int, float]:
-        table = tasks.labels(tmp_path, task("readmission", "task.censoring_rule=weights")).table
+        table = tasks.read_or_extract_labels(tmp_path, task("readmission", "task.censoring_rule=weights")).table
         return dict(zip(table["subject_id"].to_pylist(), table["weight"].to_pylist(), strict=True))
 
     # MEDS names shards as it likes: a split is in several, and one shard holds several, or no label at all
@@ -165,7 +165,7 @@ def test_weights_are_one_over_the_probability_of_being_followed(tmp_path: Path) 
     write_splits(tmp_path, {**splits, 2: "tuning"})
     assert weights()[3] == pytest.approx(7 / 6)
     assert sum(w for subject, w in weight.items() if subject < 10) == pytest.approx(8)
-    assert "weight" not in tasks.labels(tmp_path, task("readmission")).table.column_names
+    assert "weight" not in tasks.read_or_extract_labels(tmp_path, task("readmission")).table.column_names
 
 
 def test_of_a_risk_of_20_percent_two_rules_say_20_and_one_23(tmp_path: Path) -> None:
@@ -182,7 +182,7 @@ def test_of_a_risk_of_20_percent_two_rules_say_20_and_one_23(tmp_path: Path) -> 
     write_splits(tmp_path, dict.fromkeys(range(1, size + 1), "train"))
     risk = {}
     for rule in ("exclude", "exclude_negatives", "weights"):
-        table = tasks.labels(tmp_path, task("readmission", f"task.censoring_rule={rule}")).table
+        table = tasks.read_or_extract_labels(tmp_path, task("readmission", f"task.censoring_rule={rule}")).table
         weight = table["weight"].to_numpy() if rule == "weights" else None
         risk[rule] = np.average(table["boolean_value"].to_numpy(), weights=weight)
     truth, error = back.mean(), np.sqrt(0.16 / size)
@@ -202,7 +202,7 @@ def test_kinds_of_admissions_are_counted_and_can_be_left_out(tmp_path: Path) -> 
     write_histories(tmp_path, histories)
 
     def values(*overrides: str) -> list[bool]:
-        found = tasks.labels(tmp_path, task("readmission", *overrides))
+        found = tasks.read_or_extract_labels(tmp_path, task("readmission", *overrides))
         assert found.details.kinds == {"observation": 2, "planned": 1}
         return found.table["boolean_value"].to_pylist()
 
@@ -276,7 +276,11 @@ def test_the_gap_before_the_target_can_be_widened(tmp_path: Path) -> None:
 def test_length_of_stay_rules(history: History, expected: Labels, stayed: float | None, tmp_path: Path) -> None:
     found, _ = extract(tmp_path, history, task("length_of_stay"))
     assert found == expected
-    rows = [row for row in tasks.labels(tmp_path, task("length_of_stay")).table.to_pylist() if row["subject_id"] == 1]
+    rows = [
+        row
+        for row in tasks.read_or_extract_labels(tmp_path, task("length_of_stay")).table.to_pylist()
+        if row["subject_id"] == 1
+    ]
     assert [row["float_value"] for row in rows] == ([] if stayed is None else [pytest.approx(stayed)])
 
 
@@ -324,7 +328,7 @@ def readmission_by_hand(t: datetime, admissions: list[datetime], deaths: list[da
     if any(t <= a <= t + timedelta(hours=6) for a in admissions):
         return "excluded"
     if any(d <= t for d in deaths):
-        return "died_in_hospital"
+        return "died_before"
     dies, readmitted = any(d <= end for d in deaths), any(t < a <= end for a in admissions)
     if last < end and not dies:
         return "censored"
@@ -339,14 +343,14 @@ def test_mimic_counts_equal_a_count_by_hand(shared_data: Path, tmp_path: Path) -
         for name, counts in counted_by_hand(path).items():
             by_hand.setdefault(name, Counter()).update(counts)
     for name, expected in by_hand.items():
-        result = tasks.labels(tmp_path, task(name))
+        result = tasks.read_or_extract_labels(tmp_path, task(name))
         told = [key for key in expected if key != "negatives"]
         assert {key: result.counts[key] for key in told} == {key: expected[key] for key in told}, name
         assert result.counts["labels"] == len(result.table)
     assert by_hand["readmission"] == {
         "triggers": 214,
         "excluded": 3,
-        "died_in_hospital": 11,
+        "died_before": 11,
         "positives": 39,
         "negatives": 128,
         "competing_deaths": 5,
@@ -354,6 +358,9 @@ def test_mimic_counts_equal_a_count_by_hand(shared_data: Path, tmp_path: Path) -
         "labels": 172,
         "subjects": 56,
     }
-    assert tasks.labels(tmp_path, task("readmission")).details.kinds == {"observation": 16, "planned": 3}
+    assert tasks.read_or_extract_labels(tmp_path, task("readmission")).details.kinds == {
+        "observation": 16,
+        "planned": 3,
+    }
     assert by_hand["mortality"] == {"labels": 188, "positives": 10}
     assert by_hand["length_of_stay"] == {"labels": 188, "positives": 70}

@@ -251,8 +251,8 @@ def test_a_group_whose_risks_are_wrong_is_told_and_a_tiny_one_is_not_shown() -> 
     assert json.loads(json.dumps(found)) == found
     wrong, fine, tiny = found["subgroups"]
     assert (wrong["group"], wrong["wrong"], fine["wrong"]) == ("off", "too high", None)
-    assert tiny == {"kind": "kind", "group": "tiny", "few": True}
-    assert wrong["auroc"]["value"] == metrics.auroc(label[off], prob[off]) and wrong["enough"]
+    assert tiny == {"kind": "kind", "group": "tiny", "hidden": True}
+    assert wrong["auroc"]["value"] == metrics.auroc(label[off], prob[off]) and wrong["judged"]
     assert wrong["observed"]["value"] == pytest.approx(label[off].mean())
     # the same threshold catches more, and alarms more, where risks are too high
     assert wrong["sensitivity"]["value"] > fine["sensitivity"]["value"]
@@ -264,8 +264,8 @@ def test_a_group_whose_risks_are_wrong_is_told_and_a_tiny_one_is_not_shown() -> 
 def test_many_labels_of_few_patients_are_not_enough() -> None:
     label, subject = np.repeat([1.0, 0.0], [5 * 40, 260]), np.r_[np.repeat(np.arange(40), 5), np.arange(40, 300)]
     few = decisions.group_scores(0.5, metrics.Z, 0.5, label, np.full(460, 0.4), subject)
-    assert few["positives"] == 200 and few["subjects"] == 300 and not few["enough"]
-    assert decisions.group_scores(0.5, metrics.Z, 0.5, label, np.full(460, 0.4), np.arange(460))["enough"]
+    assert few["positives"] == 200 and few["subjects"] == 300 and not few["judged"]
+    assert decisions.group_scores(0.5, metrics.Z, 0.5, label, np.full(460, 0.4), np.arange(460))["judged"]
 
 
 def test_groups_are_rarely_accused_by_chance() -> None:
@@ -284,7 +284,7 @@ def test_weights_count_as_repeated_labels() -> None:
     expected = decisions.assess(label[again], prob[again], subject[again], repeated, label[again], prob[again])
     for assessed in (found, expected):
         assessed["calibration"].pop("curve")  # of as many labels each, whatever they weigh
-        for count in ("labels", "positives", "enough"):
+        for count in ("labels", "positives", "judged"):
             assessed["subgroups"][0].pop(count)
     # repeated labels pass for independent ones in the binomial error, a weighted one does not
     assert found.pop("useful") == pytest.approx(expected.pop("useful"), abs=0.03)

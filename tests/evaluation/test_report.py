@@ -12,7 +12,7 @@ from small_cohort import SIZES
 from stays import LAB, task, write_histories
 
 from hymate.data.examples import Examples
-from hymate.data.tasks import labels
+from hymate.data.tasks import read_or_extract_labels
 from hymate.evaluation import decisions, metrics, report, results
 from hymate.evaluation.report import verdict
 
@@ -83,7 +83,7 @@ def test_the_report_says_how_labels_came_about(tmp_path: Path) -> None:
         tmp_path, [[(0, home), (9, back), (80, LAB)], [(0, home), (0.1, back), (80, LAB)], [(0, home), (9, LAB)]]
     )
     config = task("readmission")
-    found = labels(tmp_path, config)
+    found = read_or_extract_labels(tmp_path, config)
     label, subject = np.array([1.0, 0.0]), np.array([1, 2])
     nobody = Examples(
         position_E=subject,

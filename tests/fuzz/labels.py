@@ -53,7 +53,7 @@ class Labels(Reader):
         return {name: mutated_parquet(rng, self.files[name], list(self.files.values()))}
 
     def check(self, folder: Path, rng: random.Random, program: str) -> None:
-        from hymate.data.tasks import labels
+        from hymate.data.tasks import read_or_extract_labels
 
         table = read_labels(folder)
         frames = [frame_of(path, program) for path in sorted(folder.glob("*.parquet"))]
@@ -73,7 +73,7 @@ class Labels(Reader):
             require(found == expected, f"{name} differs")
             require(name != "boolean_value" or all(value in (True, False, None) for value in expected), "no boolean")
         require(None not in table["subject_id"].to_pylist() + table["prediction_time"].to_pylist(), "nulls")
-        table = labels(folder, TaskConfig("stay", labels=str(folder), longer_than_days=1.0)).table
+        table = read_or_extract_labels(folder, TaskConfig("stay", labels=str(folder), longer_than_days=1.0)).table
         days = table["float_value"].to_pylist()
         require(all(value is None or 0 <= value < math.inf for value in days), "impossible days")
         if "weight" in table.column_names:

@@ -29,7 +29,7 @@ from hymate.data.meds import SplitsConfig
 from hymate.data.sources import physionet2012
 from hymate.data.sources.meds import MedsSource
 from hymate.data.sources.physionet2012 import PhysioNet2012Source
-from hymate.data.tasks import labels
+from hymate.data.tasks import read_or_extract_labels
 from hymate.data.vocabulary import Vocabulary
 from hymate.errors import ConfigError, UserError
 from hymate.inference.bundle import build_model, read_bundle
@@ -371,7 +371,7 @@ def test_absurd_sizes_of_tables_are_refused(small_data: Path, tmp_path: Path, ro
         MedsSource(damaged("data/train/0.parquet"), SplitsConfig(), 0).write_shard("train/0", tmp_path / "out")
     with refused("not a readable Parquet file"):
         root = damaged("labels/readmission/train/0.parquet")
-        labels(root, TaskConfig("readmission"))
+        read_or_extract_labels(root, TaskConfig("readmission"))
 
 
 def test_a_table_of_millions_of_rows_in_a_kilobyte_is_refused(tmp_path: Path) -> None:

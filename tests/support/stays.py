@@ -65,6 +65,6 @@ def extract(root: Path, history: History, config: TaskConfig) -> tuple[Labels, d
     """Labels and counts of one history; a second subject makes sure that there is a label at all."""
     other = [*stay(0, 2), *stay(10, 12), (100, LAB), (200, DEATH)]
     write_histories(root, [history, other])
-    result = tasks.labels(root, config)
+    result = tasks.read_or_extract_labels(root, config)
     rows = [row for row in result.table.to_pylist() if row["subject_id"] == 1]
     return {days(row["prediction_time"]): row["boolean_value"] for row in rows}, result.counts

@@ -12,7 +12,7 @@ from hymate.config import DataConfig, ModelConfig, TrainConfig
 from hymate.data.examples import labelled_examples
 from hymate.data.histories import Histories
 from hymate.data.prepare import PrepareConfig, prepare
-from hymate.data.tasks import labels
+from hymate.data.tasks import read_or_extract_labels
 from hymate.inference.bundle import Bundle
 from hymate.predict import PredictConfig
 from hymate.training import loop
@@ -34,7 +34,7 @@ def synthetic_cohort(folder: Path, subjects: int) -> Path:
 def trained_bundle(data: Path, steps: int) -> Bundle:
     """The last checkpoint of a training run on `data`."""
     given = ["task=readmission", "bundle=none", f"data.path={data}", "out=none"]
-    table = labels(data, load("predict", given, PredictConfig).task).table
+    table = read_or_extract_labels(data, load("predict", given, PredictConfig).task).table
     start = starting_point(DataConfig(str(data), context=256, tokens_per_row=4096), MODEL, None)
     schedule = TrainConfig(rows_per_step=1, max_steps=steps, warmup_steps=30, eval_every=steps, zero_stage=0)
     rates = {"backbone_lr": LEARNING_RATE, "head_lr": LEARNING_RATE}

@@ -98,7 +98,7 @@ def test_a_ray_of_our_own_refuses_strangers(
 def test_an_address_of_no_cluster_is_refused(address: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", address)
     with pytest.raises(UserError, match=f"^RAY_ADDRESS={re.escape(address)}.*{reason}") as caught:
-        cluster.check(TrainConfig())
+        cluster.available_gpus(TrainConfig())
     assert "\n" not in str(caught.value)
 
 
@@ -108,18 +108,18 @@ def test_a_cluster_that_is_gone_or_silent_is_refused(monkeypatch: pytest.MonkeyP
         monkeypatch.setenv("RAY_ADDRESS", address)
         monkeypatch.setattr(cluster, "ANSWER_S", 2.0)
         with pytest.raises(UserError, match=rf"^RAY_ADDRESS={address}: .*\(no answer for 2 s\)"):
-            cluster.check(TrainConfig())
+            cluster.available_gpus(TrainConfig())
     monkeypatch.undo()
     monkeypatch.setenv("RAY_ADDRESS", address)
     with pytest.raises(UserError, match=rf"^RAY_ADDRESS={address}: .*\(Connection refused\)"):
-        cluster.check(TrainConfig())
+        cluster.available_gpus(TrainConfig())
 
 
 @pytest.mark.slow
 def test_sigterm_ends_the_wait_for_a_cluster() -> None:
     script = "from hymate import ending\nending.watch()\nwith ending.command():\n"
     script += "    from hymate.config import TrainConfig\n    from hymate import cluster\n"
-    script += "    cluster.check(TrainConfig())"
+    script += "    cluster.available_gpus(TrainConfig())"
     with socket.create_server(("", 0)) as silent:
         silent.settimeout(PATIENCE_S)
         environment = {**os.environ, "RAY_ADDRESS": f"127.0.0.1:{silent.getsockname()[1]}"}

@@ -32,7 +32,7 @@ from hymate.data.meds import (
     read_batches,
     read_small,
     read_splits,
-    unreadable,
+    unreadable_error,
     write_metadata,
 )
 from hymate.hashing import seeded_hash
@@ -203,7 +203,7 @@ def _check_schema(path: Location) -> bool:
         with open_parquet(path) as file:
             schema = file.schema_arrow
     except UNREADABLE as error:
-        raise unreadable(path) from error
+        raise unreadable_error(path) from error
     check_events(schema, path)
     try:
         meds.DataSchema.validate(schema.empty_table())
