@@ -157,17 +157,17 @@ def _take_code() -> Callable[[], None]:
 
 
 @dataclass(frozen=True, eq=False)
-class Task:
-    """A call in a process of its own. needs: the name of an earlier task, whose result is the call's last argument."""
+class RemoteCall:
+    """A call in a process of its own. needs: the name of an earlier one, whose result is the call's last argument."""
 
     name: str
-    call: Callable[..., Any]
+    function: Callable[..., Any]
     arguments: tuple[Any, ...]
     gpu: bool = False
     needs: str | None = None
 
 
-def run_tasks(tasks: Sequence[Task], cpus: int, max_concurrent: int = 0) -> None:
+def run_calls(calls: Sequence[RemoteCall], cpus: int, max_concurrent: int = 0) -> None:
     """Each on so many CPUs, in their order; `max_concurrent` at once, or as many as the machine or cluster holds.
 
     After the first failure what is running ends, nothing else begins, and the failure is raised. Ray must be running.
@@ -177,22 +177,22 @@ def run_tasks(tasks: Sequence[Task], cpus: int, max_concurrent: int = 0) -> None
 
     if not max_concurrent:
         there = ray.cluster_resources()
-        slots = [int(there.get("CPU", 0)) // cpus] + [int(there.get("GPU", 0))] * any(task.gpu for task in tasks)
+        slots = [int(there.get("CPU", 0)) // cpus] + [int(there.get("GPU", 0))] * any(call.gpu for call in calls)
         max_concurrent = max(1, min(slots))
-    started, queue = time.monotonic(), list(tasks)
-    running: dict[Any, Task] = {}
+    started, queue = time.monotonic(), list(calls)
+    running: dict[Any, RemoteCall] = {}
     results: dict[str | None, Any] = {None: None}
     failure: Exception | None = None
     while queue or running:
-        ready = (task for task in tuple(queue) if task.needs in results)
-        while len(running) < max_concurrent and (task := next(ready, None)):
-            queue.remove(task)
-            remote = ray.remote(max_calls=1, max_retries=0, num_cpus=cpus, num_gpus=float(task.gpu))(task.call)
-            needed = [] if task.needs is None else [results[task.needs]]
-            running[remote.remote(*task.arguments, *needed)] = task
+        ready = (call for call in tuple(queue) if call.needs in results)
+        while len(running) < max_concurrent and (call := next(ready, None)):
+            queue.remove(call)
+            remote = ray.remote(max_calls=1, max_retries=0, num_cpus=cpus, num_gpus=float(call.gpu))(call.function)
+            needed = [] if call.needs is None else [results[call.needs]]
+            running[remote.remote(*call.arguments, *needed)] = call
         (done,), _ = ray.wait(list(running), num_returns=1)
-        task = running.pop(done)
-        results[task.name], outcome = done, task.name
+        call = running.pop(done)
+        results[call.name], outcome = done, call.name
         try:
             ray.get(done)
         except Exception as error:

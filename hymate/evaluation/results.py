@@ -27,7 +27,7 @@ Status = Literal["finished", "stopped early", "failed"]
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TrialEnd:
     """How a trial ended. best: scores on the tuning split of its best checkpoint, and their step; may be empty."""
 
     index: int
@@ -71,14 +71,13 @@ def _sizes(examples: Examples) -> dict[str, int]:
     }
 
 
-def collect(parts: Sequence[dict[str, Any]], metric: str, outcomes: Sequence[Outcome], best: Outcome) -> dict[str, Any]:
+def collect(parts: Sequence[dict[str, Any]], metric: str, ends: Sequence[TrialEnd], best: TrialEnd) -> dict[str, Any]:
     """The content of results.json: each task's part, several as a list under "tasks", and the trials."""
     return (parts[0] if len(parts) == 1 else {"tasks": list(parts)}) | {
         "metric": metric,
         "best_trial": best.index,
         "trials": [
-            {**asdict(outcome), "checkpoint": None if outcome.checkpoint is None else str(outcome.checkpoint)}
-            for outcome in outcomes
+            {**asdict(end), "checkpoint": None if end.checkpoint is None else str(end.checkpoint)} for end in ends
         ],
     }
 

@@ -71,14 +71,14 @@ class Job:
 
     groups: AdamW parameter groups, each with its own "lr" (the schedule multiplies it).
     evaluate: takes the DeepSpeed engine, returns metrics; collective, every rank gets the same values.
-    score, mode: which of these metrics picks the best checkpoint, and whether small or large is good.
+    metric, mode: which of these metrics picks the best checkpoint, and whether small or large is good.
     """
 
     module: LossModel
     groups: list[dict[str, Any]]
     rows: TrainingRows
     evaluate: Callable[[Any], dict[str, float]]
-    score: str
+    metric: str
     mode: Literal["min", "max"]
 
 
@@ -171,7 +171,7 @@ def train(
     def evaluate_and_save() -> None:
         nonlocal saved_step, saved_at
         metrics = evaluate(engine, job, standing, telemetry)
-        stalled_s = save(engine, standing, config, metrics, job.score, report=report, telemetry=telemetry)
+        stalled_s = save(engine, standing, config, metrics, job.metric, report=report, telemetry=telemetry)
         stalls = {"stall_s": stalled_s, "stall_share": stalled_s / (time.monotonic() - saved_at)}
         telemetry.scalars("checkpoint", stalls, standing.step)
         saved_step, saved_at = standing.step, time.monotonic()
@@ -206,7 +206,7 @@ def train(
         if standing.finished(config) and not standing.evaluated():
             evaluate_and_save()  # it was stopped between two evaluations, and max_steps then lowered to where it stood
         elif stopping and standing.step > saved_step:
-            save(engine, standing, config, standing.place(), job.score, report=report, telemetry=telemetry)
+            save(engine, standing, config, standing.place(), job.metric, report=report, telemetry=telemetry)
         telemetry.progress(force=True, **_progress(meter, standing, job, config))
     finally:
         steps.close()  # stops the loader's threads
@@ -288,7 +288,7 @@ def evaluate(engine: Any, job: Job, standing: Standing, telemetry: Telemetry) ->
                 f"{name} at step {standing.step} is {value}, so the model has diverged: lower its learning rate and "
                 "start again under another run.name"
             )
-    standing.judge(metrics[job.score], job.mode)
+    standing.judge(metrics[job.metric], job.mode)
     telemetry.scalars("validation", metrics, standing.step)
     standing.evaluations.append({**metrics, **standing.place()})
     return dict(standing.evaluations[-1])
@@ -299,7 +299,7 @@ def save(
     standing: Standing,
     config: TrainConfig,
     metrics: dict[str, float],
-    score: str,
+    metric: str,
     *,
     report: Report,
     telemetry: Telemetry,
@@ -309,7 +309,7 @@ def save(
     telemetry.flush()
     folder = Path(tempfile.mkdtemp(prefix=f"hymate-step-{standing.step}-"))
     try:
-        checkpoint.save(engine, folder, {**asdict(standing), "score": metrics.get(score), "config": asdict(config)})
+        checkpoint.save(engine, folder, {**asdict(standing), "score": metrics.get(metric), "config": asdict(config)})
         report(metrics, folder)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)  # the disk may be full of them
@@ -536,7 +536,7 @@ def _progress(meter: Meter, standing: Standing, job: Job, config: TrainConfig) -
         "step": standing.step,
         "max_steps": config.max_steps,
         "loss": meter.loss,
-        "score_name": job.score,
+        "score_name": job.metric,
         "score": standing.best,
         "skipped": standing.skipped,
         "events_per_second": meter.events_per_second,

@@ -153,7 +153,7 @@ def pretraining_job(config: PretrainConfig, worker: Worker) -> Job:
         groups=[{**group, "lr": config.train.learning_rate} for group in groups],
         rows=training,
         evaluate=evaluate,
-        score=SCORE,
+        metric=SCORE,
         mode=MODE,
     )
 

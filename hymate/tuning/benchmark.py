@@ -5,7 +5,7 @@ scratch and pretrained, and the paper's model. They are scored by cross-validati
 or on the held-out ones. A budget of labels counts every label that a run sees: most are fitted to, the others choose
 among the run's candidates and recalibrate it, by the same rule for everyone.
 
-Each (contender, budget, seed, fold) is one task that leaves its predictions in the run's folder; what is there already
+Each (contender, budget, seed, fold) is one call that leaves its predictions in the run's folder; what is there already
 is not run again. `hymate.tuning.protocol` says who has which labels, `hymate.tuning.comparison` compares.
 """
 
@@ -25,7 +25,7 @@ from scipy.special import expit
 from torch import Tensor
 
 from hymate import cluster, device
-from hymate.cluster import Task
+from hymate.cluster import RemoteCall
 from hymate.data.histories import Histories
 from hymate.data.tasks import read_or_extract_labels
 from hymate.errors import ConfigError
@@ -47,8 +47,8 @@ from hymate.tuning.protocol import (
     Allotment,
     BenchmarkConfig,
     Contender,
+    ContenderRun,
     Labelled,
-    Run,
     runs_of,
 )
 from hymate.tuning.trial import TrialConfig, distilled, require_starts, trial_config, trial_job
@@ -89,10 +89,10 @@ def benchmark(config: BenchmarkConfig) -> Location:
     inputs = {"data.path": histories.fingerprint, "task.labels": label_set.digest()}
     check_same_run(path, config, inputs, CHANGEABLE)
     with claimed(path, "benchmark", config, inputs) as claim:
-        tasks = _tasks(config, [run for run in runs if not run.results(comparison.folder_of(config)).is_file()])
-        if tasks:
+        calls = _calls(config, [run for run in runs if not run.results_path(comparison.folder_of(config)).is_file()])
+        if calls:
             with cluster.ray_session(config.train, config.device):
-                cluster.run_tasks(tasks, config.train.cpus_per_worker, config.max_concurrent)
+                cluster.run_calls(calls, config.train.cpus_per_worker, config.max_concurrent)
         found = comparison.write(config)
         if config.split == HELD_OUT:
             claim.found["looks"] = len(found["looks"])
@@ -101,21 +101,21 @@ def benchmark(config: BenchmarkConfig) -> Location:
     return path
 
 
-def _tasks(config: BenchmarkConfig, waiting: Sequence[Run]) -> list[Task]:
+def _calls(config: BenchmarkConfig, waiting: Sequence[ContenderRun]) -> list[RemoteCall]:
     """The runs, each after the pretraining that it needs."""
     gpu = config.device == "cuda"
-    tasks: dict[str, Task] = {}
+    calls: dict[str, RemoteCall] = {}
     for run in waiting:
         needs, pretrained = None, config.pretraining(run)
         if pretrained is not None:
             needs = f"pretraining of {pretrained}, seed {run.seed}"
-            tasks.setdefault(needs, Task(needs, pretrain, (config, pretrained, run.seed), gpu))
-        tasks[str(run)] = Task(str(run), train_and_score, (config, run), gpu and run.name not in BASELINES, needs)
-    return list(tasks.values())
+            calls.setdefault(needs, RemoteCall(needs, pretrain, (config, pretrained, run.seed), gpu))
+        calls[str(run)] = RemoteCall(str(run), train_and_score, (config, run), gpu and run.name not in BASELINES, needs)
+    return list(calls.values())
 
 
 def train_and_score(
-    config: BenchmarkConfig, run: Run, pretrained: tuple[dict[str, Tensor], float] | None = None
+    config: BenchmarkConfig, run: ContenderRun, pretrained: tuple[dict[str, Tensor], float] | None = None
 ) -> None:
     """One run's training, recalibration and predictions; pretrained: what `pretrain` returned."""
     torch.set_num_threads(config.train.cpus_per_worker)
@@ -144,7 +144,7 @@ def train_and_score(
     )
 
 
-def _baseline(run: Run, histories: Histories, own: Allotment) -> tuple[np.ndarray, np.ndarray, None]:
+def _baseline(run: ContenderRun, histories: Histories, own: Allotment) -> tuple[np.ndarray, np.ndarray, None]:
     """Logits of the examples to choose by and of the test examples."""
     kind = next(name for name in BASELINES if name == run.name)
     spec = choose(histories, own.fitting, FeatureConfig())
@@ -155,7 +155,7 @@ def _baseline(run: Run, histories: Histories, own: Allotment) -> tuple[np.ndarra
 
 
 def _contender(
-    config: BenchmarkConfig, run: Run, histories: Histories, own: Allotment, state: dict[str, Tensor] | None
+    config: BenchmarkConfig, run: ContenderRun, histories: Histories, own: Allotment, state: dict[str, Tensor] | None
 ) -> tuple[np.ndarray, np.ndarray, int]:
     """As `_baseline`, and how many parameters the model has."""
     contender, vocabulary = config.contenders[run.name], read_vocabulary(config.data)

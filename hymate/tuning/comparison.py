@@ -23,7 +23,7 @@ from hymate.errors import UserError
 from hymate.evaluation import figures, metrics, tables
 from hymate.runs import run_folder
 from hymate.storage.paths import Location, write_text
-from hymate.tuning.protocol import HELD_OUT, REFERENCE, BenchmarkConfig, Run
+from hymate.tuning.protocol import HELD_OUT, REFERENCE, BenchmarkConfig, ContenderRun
 
 LOOKS = "looks.json"
 Array = NDArray[Any]
@@ -34,7 +34,7 @@ def folder_of(config: BenchmarkConfig) -> Location:
     return run_folder(config.run) / "runs"
 
 
-def write_run(run: Run, folder: Location, test: Examples, probability_E: Array, **known: Any) -> None:
+def write_run(run: ContenderRun, folder: Location, test: Examples, probability_E: Array, **known: Any) -> None:
     """Write the run's predictions and its other results."""
     columns = {
         "subject_id": test.subject_id_E,
@@ -43,8 +43,8 @@ def write_run(run: Run, folder: Location, test: Examples, probability_E: Array, 
         "weight": test.weight_E,
         "probability": probability_E,
     }
-    write_parquet(pa.table(columns), run.predictions(folder))
-    write_text(json.dumps({**dataclasses.asdict(run), **known}) + "\n", run.results(folder))
+    write_parquet(pa.table(columns), run.predictions_path(folder))
+    write_text(json.dumps({**dataclasses.asdict(run), **known}) + "\n", run.results_path(folder))
 
 
 def write(config: BenchmarkConfig) -> dict[str, Any]:
@@ -80,17 +80,17 @@ class Scored:
 def _read(config: BenchmarkConfig, name: str, budget: int) -> Scored | None:
     """The seeds that have all folds. Raises UserError where they were not scored on the same labels."""
     folder = folder_of(config)
-    seeds = [[Run(name, budget, seed, fold) for fold in config.folds_of_split] for seed in range(config.seeds)]
-    seeds = [runs for runs in seeds if all(run.results(folder).is_file() for run in runs)]
+    seeds = [[ContenderRun(name, budget, seed, fold) for fold in config.folds_of_split] for seed in range(config.seeds)]
+    seeds = [runs for runs in seeds if all(run.results_path(folder).is_file() for run in runs)]
     if not seeds:
         return None
-    scored = [_by_subject_and_time([read_parquet(run.predictions(folder)) for run in runs]) for runs in seeds]
+    scored = [_by_subject_and_time([read_parquet(run.predictions_path(folder)) for run in runs]) for runs in seeds]
     labels = [table.drop_columns(["fold", "probability"]) for table in scored]
     if any(not labels[0].equals(other) for other in labels):
         raise UserError(f"{folder}: runs of {name} have different labels: delete those files")
     fold_F1 = np.arange(len(config.folds_of_split))[:, None]
     probability_RN = [np.where(table["fold"].to_numpy() == fold_F1, table["probability"], np.nan) for table in scored]
-    known = [json.loads(run.results(folder).read_text()) for runs in seeds for run in runs]
+    known = [json.loads(run.results_path(folder).read_text()) for runs in seeds for run in runs]
     subject_N, label_N, weight_N = (labels[0][name].to_numpy() for name in ("subject_id", "label", "weight"))
     return Scored(known, len(seeds), subject_N, label_N, weight_N, np.concatenate(probability_RN))
 

@@ -130,7 +130,7 @@ class BenchmarkConfig:
         """The budgets; all labels are the largest."""
         return sorted(self.budgets, key=lambda budget: budget or math.inf, reverse=True)
 
-    def pretraining(self, run: Run) -> str | None:
+    def pretraining(self, run: ContenderRun) -> str | None:
         """Whose pretrained weights the run starts from: the first contender's of the same model. None: from scratch."""
         pretrained = {name: self.model_of(name) for name, each in self.contenders.items() if each.pretrained}
         model = pretrained.get(run.name)
@@ -141,7 +141,7 @@ class BenchmarkConfig:
 
 
 @dataclass(frozen=True)
-class Run:
+class ContenderRun:
     """One training: a contender, `budget` labels (0: all there are), a seed, and the fold that it is scored on.
 
     name: a baseline's or a contender's. fold: None for the held-out split.
@@ -159,27 +159,27 @@ class Run:
         return f"{self.name}-{self.budget or 'all'}-seed{self.seed}-{scored_on}"
 
     @property
-    def labels(self) -> str:
+    def labels_in_words(self) -> str:
         """In words, which labels it has: the same for every contender."""
         scored_on = "" if self.fold is None else f", fold {self.fold}"
         return f"{self.budget or 'all'} labels, seed {self.seed}{scored_on}"
 
     def __str__(self) -> str:
-        return f"{self.name} on {self.labels}"
+        return f"{self.name} on {self.labels_in_words}"
 
-    def results(self, folder: Location) -> Location:
-        """The run's results; this file is written last, so where it is the run is complete."""
+    def results_path(self, folder: Location) -> Location:
+        """Of the run's results; this file is written last, so where it is the run is complete."""
         return folder / f"{self.stem}.json"
 
-    def predictions(self, folder: Location) -> Location:
-        """Subjects, prediction times, labels, their weights and recalibrated probabilities."""
+    def predictions_path(self, folder: Location) -> Location:
+        """Of the run's subjects, prediction times, labels, their weights and recalibrated probabilities."""
         return folder / f"{self.stem}.parquet"
 
 
-def runs_of(config: BenchmarkConfig) -> list[Run]:
+def runs_of(config: BenchmarkConfig) -> list[ContenderRun]:
     """In the order in which they are started: every contender once, then the next fold and seed; few labels last."""
     return [
-        Run(name, budget, seed, fold)
+        ContenderRun(name, budget, seed, fold)
         for budget in config.largest_first
         for seed in range(config.seeds)
         for fold in config.folds_of_split
@@ -202,17 +202,18 @@ class Allotment:
     test: Examples
     fraction: float
 
-    def check(self, config: BenchmarkConfig, run: Run) -> None:
+    def check(self, config: BenchmarkConfig, run: ContenderRun) -> None:
         """Raises UserError where a part is smaller than the budget wants it, or has one class only."""
         there = len(self.fitting) + len(self.choosing)
         if there < run.budget:
-            raise UserError(f"budgets={config.budgets}: {run.labels}: there are only {there} labels")
+            raise UserError(f"budgets={config.budgets}: {run.labels_in_words}: there are only {there} labels")
         for purpose, examples in (("fit", self.fitting), ("choose by", self.choosing), ("score on", self.test)):
             positives = int((examples.label_E > 0.5).sum())
             if positives in (0, len(examples)):
                 raise UserError(
-                    f"task {config.task.name}: {run.labels}: {positives} positive and {len(examples) - positives} "
-                    f"negative labels to {purpose}, but both are needed: take a larger budget or fewer folds"
+                    f"task {config.task.name}: {run.labels_in_words}: {positives} positive and "
+                    f"{len(examples) - positives} negative labels to {purpose}, but both are needed: take a larger "
+                    "budget or fewer folds"
                 )
 
 
@@ -233,7 +234,7 @@ class Labelled:
         development, *held_out = [examples.only(~np.isnan(examples.label_E)) for examples in found]
         return cls(development, held_out[0] if held_out else None)
 
-    def allotted(self, config: BenchmarkConfig, run: Run) -> Allotment:
+    def allotted(self, config: BenchmarkConfig, run: ContenderRun) -> Allotment:
         """The labels of a run: each seed draws its own folds, and its own patients until the budget is reached.
 
         Smaller budgets are parts of larger ones. Those to choose by are every so many of the patients in the order of

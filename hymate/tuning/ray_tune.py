@@ -19,7 +19,7 @@ from hymate.config import SearchConfig, TrainConfig
 from hymate.data.histories import Histories
 from hymate.device import choose
 from hymate.errors import UserError
-from hymate.evaluation.results import Outcome, Status
+from hymate.evaluation.results import Status, TrialEnd
 from hymate.runs import Run
 from hymate.storage.paths import Location, remove_tree, require_room, write_text
 from hymate.training import checkpoint, loop
@@ -45,7 +45,7 @@ SCORES = ("step", "mean", "auroc", "auprc", "concordance", "loss")
 SECONDS_BETWEEN_LINES = 15.0
 
 
-def run_trials(study: Study, search: SearchConfig, train: TrainConfig, run: Run) -> list[Outcome]:
+def run_trials(study: Study, search: SearchConfig, train: TrainConfig, run: Run) -> list[TrialEnd]:
     """All trials of the study, as many at once as the machine or cluster holds, or what a killed search left of them.
 
     Tune starts trials and stops them, and knows nothing of a killed search: each trial continues from its own
@@ -64,7 +64,7 @@ def run_trials(study: Study, search: SearchConfig, train: TrainConfig, run: Run)
     finally:
         if not run.superseded():
             remove_tree(study.run_path / TUNE)
-    return sorted((_outcome(result, study) for result in grid), key=lambda outcome: outcome.index)
+    return sorted((_trial_end(result, study) for result in grid), key=lambda end: end.index)
 
 
 def _tuner(study: Study, search: SearchConfig, train: TrainConfig, run: Run) -> tune.Tuner:
@@ -153,14 +153,14 @@ def _kept(study: Study, index: int) -> Kept:
     return Kept(study.run_path / TRIALS / f"trial-{index}", study.trials[index].train.keep)
 
 
-def _outcome(result: tune.Result, study: Study) -> Outcome:
+def _trial_end(result: tune.Result, study: Study) -> TrialEnd:
     index = result.config["index"]
     kept = _kept(study, index)
     best, step = checkpoint.first_whole(kept.best_first()), kept.last_step()
     ended: Status = "finished" if step == study.trials[index].train.max_steps else "stopped early"
     failed = study.run_path / TRIALS / f"trial-{index}" / TRACEBACK
     error = str(result.error or "") or (failed.read_text() if failed.is_file() else None)
-    return Outcome(
+    return TrialEnd(
         index=index,
         parameters=_parameters(study.trials[index]),
         status=ended if error is None else "failed",

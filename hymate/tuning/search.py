@@ -161,18 +161,18 @@ def _searched(
     with cluster.ray_session(config.train, config.device):
         from hymate.tuning.ray_tune import run_trials  # late: Ray takes its settings when it is imported
 
-        outcomes = run_trials(study, config.search, config.train, run)
-    best = winner.best_of(outcomes, metric, run_path)
+        ends = run_trials(study, config.search, config.train, run)
+    best = winner.best_of(ends, metric, run_path)
     bundle, parts = winner.bundle_of(start, trials[best.index], best), []
     device = winner.scoring_device(config.device, bundle)
     for task in tasks:
-        bundle, part = winner.score(bundle, histories, task, run_path, config.report, config.train, device)
+        bundle, part = winner.judge_task(bundle, histories, task, run_path, config.report, config.train, device)
         parts.append(part)
-    found = results.collect(parts, metric, outcomes, best)
+    found = results.collect(parts, metric, ends, best)
     found |= {"bundle": str(run_path / "bundle"), "init": config.init, "initial_weights": initial_weights}
     found["known"] = sentences(histories.known, histories.known_events) + _other_rules(start, histories)
     _export(bundle, histories, found, run_path)
-    _write_hyperparameters(run_path, outcomes)
+    _write_hyperparameters(run_path, ends)
     write_text(report.report(found), run_path / report.REPORT)
     results.write(found, run_path)
     return found
@@ -209,12 +209,12 @@ def _export(bundle: Bundle, histories: Histories, found: dict[str, Any], run_pat
     )
 
 
-def _write_hyperparameters(run_path: Location, outcomes: Sequence[results.Outcome]) -> None:
+def _write_hyperparameters(run_path: Location, ends: Sequence[results.TrialEnd]) -> None:
     """TensorBoard's HPARAMS tab: each trial's point of the space and best scores."""
     from torch.utils.tensorboard import SummaryWriter
 
-    for outcome in outcomes:
-        scores = {f"best/{name}": value for name, value in outcome.best.items()}
-        folder = run_path / "tb" / f"trial-{outcome.index}" / "tb"
+    for end in ends:
+        scores = {f"best/{name}": value for name, value in end.best.items()}
+        folder = run_path / "tb" / f"trial-{end.index}" / "tb"
         with filling(folder) as events, SummaryWriter(str(events)) as writer:
-            writer.add_hparams(outcome.parameters, scores, run_name=".")
+            writer.add_hparams(end.parameters, scores, run_name=".")

@@ -260,6 +260,6 @@ def trial_job(
         groups=parameter_groups(model, trial),
         rows=labelled_rows(start, trial, histories, training),
         evaluate=evaluate,
-        score=metric,
+        metric=metric,
         mode="min" if metric == "loss" else "max",
     )

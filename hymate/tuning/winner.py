@@ -42,19 +42,19 @@ class LabelledTask:
         return "held_out" if len(self.examples["held_out"]) else "tuning"
 
 
-def best_of(outcomes: Sequence[results.Outcome], metric: str, run_path: Location) -> results.Outcome:
+def best_of(ends: Sequence[results.TrialEnd], metric: str, run_path: Location) -> results.TrialEnd:
     """The trial with the best checkpoint. Raises UserError where every trial failed."""
-    scored = [outcome for outcome in outcomes if outcome.status != "failed" and outcome.checkpoint is not None]
+    scored = [end for end in ends if end.status != "failed" and end.checkpoint is not None]
     if not scored:
         raise UserError(
-            f"all {len(outcomes)} trials failed, the first with {outcomes[0].error} "
+            f"all {len(ends)} trials failed, the first with {ends[0].error} "
             f"(tracebacks: {run_path}/trials/trial-*/error.txt); if training diverged, lower the learning rates of "
             "search.space and choose another run.name; otherwise the same command tries again"
         )
-    return max(scored, key=lambda outcome: outcome.best[metric])
+    return max(scored, key=lambda end: end.best[metric])
 
 
-def bundle_of(start: Bundle, trial: TrialConfig, best: results.Outcome) -> Bundle:
+def bundle_of(start: Bundle, trial: TrialConfig, best: results.TrialEnd) -> Bundle:
     """The best checkpoint, not yet recalibrated."""
     assert best.checkpoint is not None
     state = checkpoint.read_verified_weights(best.checkpoint)
@@ -69,7 +69,7 @@ def scoring_device(wanted: Wanted, winner: Bundle) -> torch.device:
     return device
 
 
-def score(
+def judge_task(
     winner: Bundle,
     histories: Histories,
     task: LabelledTask,

@@ -149,7 +149,7 @@ def fine_tuned(point: Point, worker: loop.Worker) -> dict[str, Any]:
 
     point.weights.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
-    job = loop.Job(model, parameter_groups(model, trial), point.rows("train"), evaluate, score="auroc", mode="max")
+    job = loop.Job(model, parameter_groups(model, trial), point.rows("train"), evaluate, metric="auroc", mode="max")
     silent = Telemetry(point.weights, enabled=False)
     loop.train(job, trial.train, worker, report=report, telemetry=silent, resume=None)
     trained = time.monotonic()

@@ -98,7 +98,7 @@ def test_the_report_says_how_labels_came_about(tmp_path: Path) -> None:
     scores = metrics.scores(label, label, subject)
     part = results.of_task(config, scores, found, dict.fromkeys(SIZES, nobody), "tuning")
     part |= {"recalibration": {"temperature": 1.0, "shift": 0.0, "ece_before": 0.0}, "boosting": None, "picture": None}
-    outcome = results.Outcome(0, {}, "finished", 2, {"mean": 1.0, "step": 2}, None, None)
+    outcome = results.TrialEnd(0, {}, "finished", 2, {"mean": 1.0, "step": 2}, None, None)
     more = {"known": ["billing: 3 events moved to the end of their stay"], "initial_weights": "new"}
     written = report.report(results.collect([part], "mean", [outcome], outcome) | more)
     for text in (

@@ -34,7 +34,7 @@ from hymate.runs import run_folder
 from hymate.training.pretraining import PretrainConfig, read_vocabulary
 from hymate.tuning.benchmark import benchmark, train_and_score, trial_of
 from hymate.tuning.comparison import compare, write_run
-from hymate.tuning.protocol import BenchmarkConfig, Labelled, Run
+from hymate.tuning.protocol import BenchmarkConfig, ContenderRun, Labelled
 
 pytestmark = pytest.mark.slow
 
@@ -165,7 +165,7 @@ def test_folds_hold_every_development_patient_once_and_no_held_out_one(small_dat
     config, (_, there) = configured(small_data, "runs", "folds=3"), labelled(small_data)
     by_seed = []
     for seed in (0, 1):
-        folds = [there.allotted(config, Run("any", 0, seed, fold)) for fold in range(3)]
+        folds = [there.allotted(config, ContenderRun("any", 0, seed, fold)) for fold in range(3)]
         for own in folds:
             patients = [set(part.subject_id_E) for part in (own.fitting, own.choosing, own.test)]
             assert sum(map(len, patients)) == len(set.union(*patients)) == DEVELOPMENT
@@ -175,14 +175,14 @@ def test_folds_hold_every_development_patient_once_and_no_held_out_one(small_dat
         by_seed.append(set(folds[0].test.subject_id_E))
     assert by_seed[0] != by_seed[1]
     _, with_held_out = labelled(small_data, "held_out")
-    own = with_held_out.allotted(config, Run("any", 0, 0, None))
+    own = with_held_out.allotted(config, ContenderRun("any", 0, 0, None))
     assert own.test.subject_id_E.min() > DEVELOPMENT >= own.fitting.subject_id_E.max()
 
 
 def test_a_budget_counts_every_label_and_both_parts_have_the_same_prevalence(small_data: Path) -> None:
     config, (_, there) = configured(small_data, "runs", "budgets=[40,41,80]"), labelled(small_data, "held_out")
     for seed in range(5):
-        allotted = {budget: there.allotted(config, Run("any", budget, seed, None)) for budget in (40, 41, 80)}
+        allotted = {budget: there.allotted(config, ContenderRun("any", budget, seed, None)) for budget in (40, 41, 80)}
         seen = {}
         for budget, own in allotted.items():
             assert len(own.fitting) + len(own.choosing) == budget
@@ -195,7 +195,7 @@ def test_a_budget_counts_every_label_and_both_parts_have_the_same_prevalence(sma
 @pytest.mark.parametrize("name", ["logistic_regression", "distilled"])
 def test_a_run_learns_nothing_from_labels_beyond_its_budget(small_data: Path, tmp_path: Path, name: str) -> None:
     config = configured(small_data, tmp_path, "budgets=[60,0]", "split=held_out")
-    one = Run(name, 60, 0, None)
+    one = ContenderRun(name, 60, 0, None)
     own = labelled(small_data, "held_out")[1].allotted(config, one)
     seen = {*own.fitting.subject_id_E, *own.choosing.subject_id_E}
     table = read_labels(small_data / "labels" / "readmission")
@@ -215,7 +215,7 @@ def test_a_run_learns_nothing_from_labels_beyond_its_budget(small_data: Path, tm
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as processes:  # DeepSpeed trains once in one
         processes.starmap(train_and_score, [(each, one, None) for each in (config, other)], chunksize=1)
     as_labelled, as_flipped = (
-        pq.read_table(one.predictions(run_folder(each.run) / "runs")).to_pandas() for each in (config, other)
+        pq.read_table(one.predictions_path(run_folder(each.run) / "runs")).to_pandas() for each in (config, other)
     )
     assert (as_labelled["label"] != as_flipped["label"]).all()
     assert as_labelled["probability"].tolist() == as_flipped["probability"].tolist()
@@ -223,7 +223,7 @@ def test_a_run_learns_nothing_from_labels_beyond_its_budget(small_data: Path, tm
 
 @pytest.mark.usefixtures("one_thread")  # a run sets the number of threads
 def test_boosting_is_recalibrated_by_the_labels_that_it_chose_by(small_data: Path, tmp_path: Path) -> None:
-    config, one = configured(small_data, tmp_path), Run("gradient_boosting", 0, 0, 1)
+    config, one = configured(small_data, tmp_path), ContenderRun("gradient_boosting", 0, 0, 1)
     train_and_score(config, one, None)
     histories, there = labelled(small_data)
     own = there.allotted(config, one)
@@ -232,7 +232,7 @@ def test_boosting_is_recalibrated_by_the_labels_that_it_chose_by(small_data: Pat
     model = baseline_models.fit("gradient_boosting", fitting, choosing, seed=0)
     logit, test_logit = (calibration.logit(model.probability(part.value_EX)) for part in (choosing, test))
     expected = expit(calibration.recalibrate(own.choosing.label_E, logit)(test_logit))
-    written = pq.read_table(one.predictions(run_folder(config.run) / "runs")).to_pandas()
+    written = pq.read_table(one.predictions_path(run_folder(config.run) / "runs")).to_pandas()
     assert written["probability"].to_numpy() == pytest.approx(expected)
     assert np.abs(expected - expit(test_logit)).max() > 0.01
 
@@ -268,7 +268,10 @@ def test_encoders_have_the_same_pooling_views_and_candidates_and_the_papers_mode
 
 def test_contenders_of_one_model_are_pretrained_once() -> None:
     config = configured("DATA", "runs", "+contenders.other={pretrained: true, model: {layers: MM}, point: {}}")
-    needed = [config.pretraining(Run(name, 0, 1, 0)) for name in ("pretrained", "distilled", "other", "scratch", "gru")]
+    needed = [
+        config.pretraining(ContenderRun(name, 0, 1, 0))
+        for name in ("pretrained", "distilled", "other", "scratch", "gru")
+    ]
     assert needed[0] == needed[1] != needed[2] and needed[2] is not None and needed[3:] == [None, None]
 
 
@@ -286,7 +289,7 @@ def written(folder: Path, name: str, label: np.ndarray, probability: np.ndarray,
             weight_E=weight_of(label)[at],
         )
         known = {"fitting": 8, "choosing": 2, "parameters": None, "seconds": 1.0, "pretraining_seconds": 0.0}
-        write_run(Run(name, 0, seed, int(fold)), folder, test, probability[at], **known)
+        write_run(ContenderRun(name, 0, seed, int(fold)), folder, test, probability[at], **known)
 
 
 def weight_of(label: np.ndarray) -> np.ndarray:
@@ -328,7 +331,7 @@ def test_areas_are_means_over_the_folds_of_each_seed(tmp_path: Path) -> None:
         assert row[name]["difference"]["ci"][0] < row[name]["difference"]["value"] < row[name]["difference"]["ci"][1]
 
     # a seed that lacks a fold does not count
-    Run("scratch", 0, 1, 1).results(tmp_path / "b/runs").unlink()
+    ContenderRun("scratch", 0, 1, 1).results_path(tmp_path / "b/runs").unlink()
     _, row = compared(tmp_path)
     assert row["seeds"] == 1 and row["auroc"]["sd"] is None
 
