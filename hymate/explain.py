@@ -40,7 +40,7 @@ from hymate.data.meds import US_PER_HOUR, write_parquet
 from hymate.device import Wanted, choose
 from hymate.errors import ConfigError, UserError
 from hymate.evaluation import figures
-from hymate.evaluation.attribution import SHARES, Attribution, Case, Explainer, deletion_and_insertion, event_table
+from hymate.evaluation.attribution import FRACTIONS, Attribution, Case, Explainer, deletion_and_insertion, event_table
 from hymate.evaluation.tables import markdown
 from hymate.inference.bundle import read_bundle
 from hymate.inference.scoring import predict
@@ -116,9 +116,9 @@ def run(config: ExplainConfig) -> None:
         np.array(shown["mean_abs_attribution"], dtype=float),
         np.array(shown["mean_abs_change"], dtype=float),
     )
-    figures.draw_faithfulness(out / "faithfulness.png", SHARES, curves)
+    figures.draw_faithfulness(out / "faithfulness.png", FRACTIONS, curves)
     write_text(explanation(config, variables, curves, attributions), out / "explanation.md")
-    print(f"{rows.unknown_share:.1%} of the events read have codes that the bundle does not know")
+    print(f"{rows.unknown_fraction:.1%} of the events read have codes that the bundle does not know")
     print(f"{len(cohort)} predictions explained in {out / 'explanation.md'}")
     print(f"{len(patients)} patients drawn in {out / 'patients'}: protect it like the records")
 
@@ -295,7 +295,7 @@ model, not causes in the patient: of two variables that carry the same informati
 ## Faithfulness
 
 Events are deleted from a history, or it is built up from them alone, and what is left is scored again; means over
-{SHARES[0]:.0%} to {SHARES[-1]:.0%} of the events. {VERDICT[faithful]}
+{FRACTIONS[0]:.0%} to {FRACTIONS[-1]:.0%} of the events. {VERDICT[faithful]}
 
 {markdown(measured)}
 

@@ -100,13 +100,13 @@ def _run(config: PredictConfig) -> None:
         histories, examples = stack.enter_context(opened)
         if config.context == "all":
             model = build_model(bundle).to(device)
-            outputs, num_read, unknown_share = predict_whole(model, bundle, histories, examples, device, states)
+            outputs, num_read, unknown_fraction = predict_whole(model, bundle, histories, examples, device, states)
         else:
             outputs, rows = predict(bundle, histories, examples, device)
-            unknown_share = rows.unknown_share
+            unknown_fraction = rows.unknown_fraction
     written = write_predictions(examples, outputs, locate(config.out))
     dropped = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in examples.dropped.items() if count)
-    print(f"{unknown_share:.1%} of the events read have codes that the bundle does not know")
+    print(f"{unknown_fraction:.1%} of the events read have codes that the bundle does not know")
     if states is not None:
         counts = ", ".join(f"{count} {outcome}" for outcome, count in sorted(states.counts.items()))
         print(f"{num_read} events read; states in {states.path}: {counts}")

@@ -130,12 +130,12 @@ class Rows:
 
     @property
     def packing_efficiency(self) -> float:
-        """Share of the rows' token budget that holds events."""
+        """Fraction of the rows' token budget that holds events."""
         return self.num_events / (self.rows_per_epoch * self.tokens_per_row)
 
     @property
-    def unknown_share(self) -> float:
-        """Share of the events read so far whose code the vocabulary does not have; NaN before the first row."""
+    def unknown_fraction(self) -> float:
+        """Fraction of the events read so far whose code the vocabulary does not have; NaN before the first row."""
         return self._events_unknown / self._events_seen if self._events_seen else math.nan
 
     # ---------------------------------------------------------------------------------------------------- order

@@ -12,9 +12,9 @@ Removal. A variable's effect is the logit less the logit of the same history wit
 score it: shorter, with its times and its count of events changed. Such a history may be unlike any of the training's.
 
 Faithfulness. Events are deleted, or alone inserted, in an order of importance, and the shortened history is scored
-(Petsiuk et al. 2018; the mean over growing shares is Samek et al. 2017's area over the perturbation curve).
+(Petsiuk et al. 2018; the mean over growing fractions is Samek et al. 2017's area over the perturbation curve).
 
-Shape legend, besides that of `hymate.model.batch`: N cases, G shares of events; L and F are one case's.
+Shape legend, besides that of `hymate.model.batch`: N cases, G fractions of events; L and F are one case's.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from hymate.model.encoder import RiskModel
 from hymate.model.pooling import segment_count
 
 NUM_STEPS = 32  # points of the Gauss-Legendre rule; measured gaps are in tests/benchmarks/RESULTS.md
-SHARES = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64)  # of a history's events; at least one is deleted, one is left
+FRACTIONS = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64)  # of a history's events; at least one is deleted, one is left
 
 
 @dataclass(frozen=True)
@@ -212,9 +212,9 @@ def _split(x_N: Tensor, lengths: list[int]) -> list[np.ndarray]:
 
 
 def _logits_on_the_way(
-    model: RiskModel, row: Batch, share: float
+    model: RiskModel, row: Batch, fraction: float
 ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-    """Logits (S,) with all embeddings at a share of their way from the baseline; where they are, and their ways.
+    """Logits (S,) with all embeddings at a fraction of their way from the baseline; where they are, and their ways.
 
     These of the "events" (L, D), of the "static" events (F, D), and where the pooling is over variables of what it is
     known of the "variables" (G, M, D), whose baseline is an unknown code with no event.
@@ -224,7 +224,7 @@ def _logits_on_the_way(
 
     def moved(name: str, start_ND: Tensor, end_ND: Tensor) -> Tensor:
         ways[name] = (end_ND - start_ND).detach()
-        points[name] = (start_ND + share * ways[name]).detach().requires_grad_(torch.is_grad_enabled())
+        points[name] = (start_ND + fraction * ways[name]).detach().requires_grad_(torch.is_grad_enabled())
         return points[name]
 
     def move_events(embedding: nn.Module, inputs: tuple[Tensor, ...], end_ND: Tensor) -> Tensor:
@@ -260,18 +260,18 @@ def _logit(model: RiskModel, patient_SME: Tensor) -> Tensor:
 def deletion_and_insertion(
     explainer: Explainer, cases: Sequence[Case], importance: Sequence[np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Logits (G, N) of each case without the most important share of its events, and of that share alone.
+    """Logits (G, N) of each case without the most important fraction of its events, and of that fraction alone.
 
-    importance: (L,) of each case, the largest first. G goes over SHARES. A history of one event is never shortened.
+    importance: (L,) of each case, the largest first. G goes over FRACTIONS. A history of one event is never shortened.
     """
     order = [np.argsort(-of_case, kind="stable") for of_case in importance]
-    deleted_GN, inserted_GN = np.empty((2, len(SHARES), len(cases)))
-    for g, share in enumerate(SHARES):
+    deleted_GN, inserted_GN = np.empty((2, len(FRACTIONS), len(cases)))
+    for g, fraction in enumerate(FRACTIONS):
         for logit_GN, insert in ((deleted_GN, False), (inserted_GN, True)):
             shortened = []
             for case, first in zip(cases, order, strict=True):
                 L = len(first)
-                count = max(1, round(share * L))
+                count = max(1, round(fraction * L))
                 if not insert:
                     count = min(count, L - 1)
                 kept_L = np.full(L, not insert)

@@ -29,7 +29,7 @@ from hymate.machine import available_cpus
 Kind = Literal["gradient_boosting", "logistic_regression", "lightgbm"]
 
 # Of both kinds of boosting; chosen on the train and tuning splits of PhysioNet 2012, sets b + c.
-LEARNING_RATE, NUM_LEAVES, LEAF_LABELS, L2, FEATURE_SHARE, ROW_SHARE = 0.02, 15, 20, 1.0, 0.1, 0.8
+LEARNING_RATE, NUM_LEAVES, LEAF_LABELS, L2, FEATURE_FRACTION, ROW_FRACTION = 0.02, 15, 20, 1.0, 0.1, 0.8
 FOLDS = 5  # of cross-fitting
 NUM_TREES = (150, 600)  # 600 where many variables matter; where few do they learn noise
 STRENGTHS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)  # of logistic regression: 1 / penalty
@@ -99,7 +99,7 @@ def _fitted(
             max_leaf_nodes=NUM_LEAVES,
             min_samples_leaf=LEAF_LABELS,
             l2_regularization=L2,
-            max_features=FEATURE_SHARE,
+            max_features=FEATURE_FRACTION,
             early_stopping=False,
             random_state=seed,
         ).fit(value_EX, positive_E, sample_weight=weight_E)
@@ -110,8 +110,8 @@ def _fitted(
             num_leaves=NUM_LEAVES,
             min_child_samples=LEAF_LABELS,
             reg_lambda=L2,
-            colsample_bytree=FEATURE_SHARE,
-            subsample=ROW_SHARE,
+            colsample_bytree=FEATURE_FRACTION,
+            subsample=ROW_FRACTION,
             subsample_freq=1,
             n_jobs=1,
             deterministic=True,

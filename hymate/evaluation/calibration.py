@@ -94,7 +94,7 @@ def calibration_slope(
 
 def _slopes(label_N: Array, logit_N: Array, weight_BN: Array) -> Array:
     """(B,): Newton's method for slope and intercept, from a flat line; NaN where it does not converge."""
-    share_B = weight_BN @ label_N / weight_BN.sum(axis=1)
+    fraction_B = weight_BN @ label_N / weight_BN.sum(axis=1)
     slope_B, intercept_B = np.zeros(len(weight_BN)), np.zeros(len(weight_BN))
     change_B = np.full(len(weight_BN), np.inf)
     with np.errstate(all="ignore"):
@@ -109,7 +109,7 @@ def _slopes(label_N: Array, logit_N: Array, weight_BN: Array) -> Array:
             intercept_B = intercept_B + (c_B * up_B - b_B * along_B) / determinant_B
             if (np.abs(change_B) < CONVERGED).all():
                 break
-        found_B = (np.abs(change_B) < CONVERGED) & (np.abs(slope_B) < STEEPEST) & (share_B > 0) & (share_B < 1)
+        found_B = (np.abs(change_B) < CONVERGED) & (np.abs(slope_B) < STEEPEST) & (fraction_B > 0) & (fraction_B < 1)
     return np.where(found_B, slope_B, np.nan)
 
 
@@ -118,8 +118,8 @@ def calibration_error(
 ) -> dict[str, float | None]:
     """`metrics.ece` and how much of it is chance.
 
-    With few labels the share of positives in a bin differs from the mean probability of even a perfect model: 0.024 is
-    usual with 800 labels. "by_chance" is the mean error where the residuals of each patient, all together, have a
+    With few labels the fraction of positives in a bin differs from the mean probability of even a perfect model: 0.024
+    is usual with 800 labels. "by_chance" is the mean error where the residuals of each patient, all together, have a
     random sign, as those of a perfect model might have (a wild bootstrap, Wu 1986, of clusters); "beyond_chance" is
     what remains, errors of the two kinds adding in squares (Broecker & Smith 2007), 0 where nothing does.
     """
@@ -142,14 +142,14 @@ def calibration_error(
 def calibration_curve(
     label_N: ArrayLike, prob_N: ArrayLike, subject_N: ArrayLike, weight_N: ArrayLike | None = None
 ) -> list[dict[str, Any]]:
-    """Mean probability and observed share in groups of as many labels each, from the lowest probabilities on."""
+    """Mean probability and observed fraction in groups of as many labels each, from the lowest probabilities on."""
     label_N, prob_N, subject_N = np.asarray(label_N), np.asarray(prob_N), np.asarray(subject_N)
     weight_N = metrics.weights(weight_N, label_N)
     groups = np.clip(len(label_N) // LABELS_A_GROUP, 1, CURVE_GROUPS)
     return [
         {
             "predicted": metrics.mean(prob_N[own], weight_N[own]),
-            "observed": metrics.share(label_N[own], subject_N[own], weight_N[own]),
+            "observed": metrics.proportion(label_N[own], subject_N[own], weight_N[own]),
             "labels": len(own),
         }
         for own in np.array_split(np.argsort(prob_N, kind="stable"), groups)

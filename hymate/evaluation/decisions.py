@@ -61,9 +61,9 @@ def operating_point(
     alerts = metrics.mean(alert_N, weight_N)
     return {
         "threshold": threshold,
-        "sensitivity": metrics.share(alert_N[positive_N], subject_N[positive_N], weight_N[positive_N]),
-        "specificity": metrics.share(~alert_N[~positive_N], subject_N[~positive_N], weight_N[~positive_N]),
-        "ppv": metrics.share(positive_N[alert_N], subject_N[alert_N], weight_N[alert_N]),
+        "sensitivity": metrics.proportion(alert_N[positive_N], subject_N[positive_N], weight_N[positive_N]),
+        "specificity": metrics.proportion(~alert_N[~positive_N], subject_N[~positive_N], weight_N[~positive_N]),
+        "ppv": metrics.proportion(positive_N[alert_N], subject_N[alert_N], weight_N[alert_N]),
         "alerts_per_100": None if alerts is None else 100 * alerts,
     }
 
@@ -196,7 +196,7 @@ def group_scores(
     """One group's line; of a group of fewer than FEWEST_SUBJECTS nothing but `hidden`.
 
     Sensitivity and specificity are those at `threshold`. `judged`: whether it has the patients that a judgement needs.
-    `wrong`: "too high" or "too low" where the mean probability is outside the interval of the observed share, and
+    `wrong`: "too high" or "too low" where the mean probability is outside the interval of the observed fraction, and
     `ranked_worse` whether the interval of the AUROC lies below `overall`, of groups with FEWEST_EACH patients of both
     kinds: of fewer a bootstrap knows too little. Both intervals reach `z` errors to each side, as many groups ask for.
     """
@@ -205,9 +205,9 @@ def group_scores(
     subjects = len(np.unique(subject_N))
     if subjects < FEWEST_SUBJECTS:
         return {"hidden": True}
-    observed, predicted = metrics.share(label_N, subject_N, weight_N), metrics.mean(prob_N, weight_N)
+    observed, predicted = metrics.proportion(label_N, subject_N, weight_N), metrics.mean(prob_N, weight_N)
     assert predicted is not None, "there are patients"
-    low, high = metrics.share(label_N, subject_N, weight_N, z)["ci"]
+    low, high = metrics.proportion(label_N, subject_N, weight_N, z)["ci"]
     areas = metrics.areas(label_N, prob_N, subject_N, weight_N)
     auroc, ci = areas["auroc"]["value"], areas["auroc"]["ci"]
     known = min(len(np.unique(subject_N[of_class])) for of_class in (label_N > 0.5, label_N < 0.5)) >= FEWEST_EACH
@@ -259,7 +259,7 @@ def assess(
         "calibration": {
             **calibration.calibration_error(*every),
             "predicted": metrics.mean(prob_N, weight_N),
-            "observed": metrics.share(label_N, subject_N, weight_N),
+            "observed": metrics.proportion(label_N, subject_N, weight_N),
             "slope": calibration.calibration_slope(*every),
             "curve": calibration.calibration_curve(*every),
         },

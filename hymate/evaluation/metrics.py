@@ -51,7 +51,7 @@ def brier(label_N: ArrayLike, prob_N: ArrayLike, weight_N: ArrayLike | None = No
 
 
 def ece(label_N: ArrayLike, prob_N: ArrayLike, weight_N: ArrayLike | None = None, bins: int = 10) -> float | None:
-    """Expected calibration error (Naeini et al. 2015): |mean probability - share of positives| in equally wide
+    """Expected calibration error (Naeini et al. 2015): |mean probability - fraction of positives| in equally wide
     bins of the probability, averaged over the labels; 0 is best.
     """
     label_N, prob_N = _checked(label_N, prob_N)
@@ -81,8 +81,10 @@ def weights(weight_N: ArrayLike | None, label_N: ArrayLike) -> Array:
     return weight_N
 
 
-def share(flag_N: ArrayLike, subject_N: ArrayLike, weight_N: ArrayLike | None = None, z: float = Z) -> dict[str, Any]:
-    """`value`, the share of labels with the flag (None without labels), and its `ci`; z: its half width, in errors."""
+def proportion(
+    flag_N: ArrayLike, subject_N: ArrayLike, weight_N: ArrayLike | None = None, z: float = Z
+) -> dict[str, Any]:
+    """`value`, the fraction of labels with the flag (None without labels), and `ci`; z: its half width, in errors."""
     value = mean(flag_N, weight_N)
     if value is None:
         return {"value": None, "ci": None}
@@ -94,7 +96,7 @@ def wilson(value: float, n: float, z: float = Z) -> list[float]:
     middle = (value + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * np.sqrt(value * (1 - value) / n + z**2 / (4 * n**2))
     low, high = max(0.0, middle - half), min(1.0, middle + half)
-    # of a share of 0 or 1 the bounds touch it but for rounding, which must not leave it outside
+    # of a proportion of 0 or 1 the bounds touch it but for rounding, which must not leave it outside
     return [float(min(low, value)), float(max(high, value))]
 
 
@@ -232,10 +234,10 @@ def resampled(
     values = [np.empty((num_statistics, 0))]
     if len(subject_P) > 1:
         rng = np.random.default_rng(seed)
-        share_P = np.full(len(subject_P), 1 / len(subject_P))
+        fraction_P = np.full(len(subject_P), 1 / len(subject_P))
         at_once = max(1, ELEMENTS_AT_ONCE // len(patient_N))
         for start in range(0, num_samples, at_once):
-            times_BP = rng.multinomial(len(subject_P), share_P, size=min(at_once, num_samples - start))
+            times_BP = rng.multinomial(len(subject_P), fraction_P, size=min(at_once, num_samples - start))
             values.append(statistics(times_BP[:, patient_N] * weight_N))
     return np.concatenate(values, axis=1)
 

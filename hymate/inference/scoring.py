@@ -126,7 +126,7 @@ def predict_whole(
     device: torch.device,
     states: States | None = None,
 ) -> tuple[Outputs, int, float]:
-    """As `predict`, from all events up to each example's time; also how many were read, and the share of unknown ones.
+    """As `predict`, from all events up to each example's time; also how many were read, and which fraction is unknown.
 
     model: the bundle's, on `device`.
 

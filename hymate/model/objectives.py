@@ -232,7 +232,7 @@ def huber(error: Tensor) -> Tensor:
 def mean_loss(terms: Mapping[str, float], sum_K: Tensor, count_K: Tensor) -> tuple[Tensor, Tensor]:
     """The loss, and each term's mean (K,): its sum over count_K targets; 0 where there is none.
 
-    With the count of a whole step and the sum of a part of it: that part's share in both, which add up.
+    With the count of a whole step and the sum of a part of it: what that part adds to both.
     """
     mean_K = sum_K / torch.where(count_K > 0, count_K, 1.0).to(sum_K.dtype)
     parts = [weight * mean for weight, mean in zip(terms.values(), mean_K, strict=True) if weight]

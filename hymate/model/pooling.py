@@ -19,7 +19,7 @@ from hymate.model.batch import Batch, Variables
 from hymate.model.embedding import EventEmbedding
 
 HORIZONS_HOURS = (8766.0, 168.0, 24.0, 4.0)  # a year to the last few events: how far pooling looks back
-STATES_DROPPED = 0.5  # share of the patients that VariablePooling is trained on without contextual states
+STATES_DROPPED = 0.5  # fraction of the patients that VariablePooling is trained on without contextual states
 
 
 class MemberLinear(nn.Module):

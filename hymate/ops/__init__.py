@@ -161,7 +161,7 @@ def mamba1(
 
 
 def add_dropout(x: Tensor, branch: Tensor, p: float) -> Tensor:
-    """x + branch, a share p of whose elements is zero and the rest 1 / (1 - p) times as large.
+    """x + branch, a fraction p of whose elements is zero and the rest 1 / (1 - p) times as large.
 
     Which ones follows from torch's generator, but differs between implementations.
     """

@@ -6,7 +6,7 @@ A checkpoint is a folder:
     optimizer-RANK-of-WORLD.safetensors Adam's moments of every WORLD-th parameter
     sha256-RANK-of-WORLD.txt            checksums of what worker RANK wrote, as `sha256sum --check` reads them
 
-Each worker writes one share of the optimiser state, and its checksums last: a checkpoint that lacks a worker's part, or
+Each worker writes one part of the optimiser state, and its checksums last: a checkpoint that lacks a worker's part, or
 of which a byte has changed, is known by them. The state is keyed by parameter and not by worker, so it carries no trace
 of how ZeRO had cut it, and nothing is pickled.
 """
@@ -42,7 +42,7 @@ class Damaged(UserError):
 
 
 def save(engine: Any, folder: Path, state: dict[str, Any]) -> None:
-    """Write this worker's share of a checkpoint; collective: every rank calls it with a folder of its own."""
+    """Write this worker's part of a checkpoint; collective: every rank calls it with a folder of its own."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     moments = {}
     for index, (name, parameter) in enumerate(_trained(engine.module)):
@@ -247,9 +247,9 @@ def _set_moment(engine: Any, parameter: nn.Parameter, key: str, value: Tensor) -
     if engine.zero_optimization_stage() == 3:
         from deepspeed.utils import safe_set_local_optimizer_state
 
-        share = math.ceil(flat.numel() / dist.get_world_size())
-        padded = F.pad(flat, (0, share * dist.get_world_size() - flat.numel()))
-        safe_set_local_optimizer_state(parameter, padded.narrow(0, share * dist.get_rank(), share), key)
+        size = math.ceil(flat.numel() / dist.get_world_size())
+        padded = F.pad(flat, (0, size * dist.get_world_size() - flat.numel()))
+        safe_set_local_optimizer_state(parameter, padded.narrow(0, size * dist.get_rank(), size), key)
     elif engine.zero_optimization():
         part = _own_part(engine, parameter, key)
         if part is not None:

@@ -18,7 +18,7 @@ def reduce_bucket_size(num_parameters: int) -> int:
 def deepspeed_config(train: TrainConfig, world_size: int, num_parameters: int) -> dict[str, Any]:
     """The DeepSpeed configuration of one run; the optimiser itself (torch AdamW) is passed to the engine.
 
-    A worker computes one packed row at a time and accumulates the gradients of its share of `rows_per_step`.
+    A worker computes one packed row at a time and accumulates the gradients of its part of `rows_per_step`.
     bf16 is autocast around float32 parameters: weights, A_log, dt_bias, gradients and what ZeRO moves between
     workers stay float32, and only the arithmetic inside a step is bf16.
 

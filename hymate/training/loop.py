@@ -35,7 +35,7 @@ from hymate.model.objectives import LossModel, mean_loss
 from hymate.training import checkpoint
 from hymate.training.deepspeed import deepspeed_config
 from hymate.training.memory import keep_freed_memory
-from hymate.training.stragglers import Clock, Share, curves, trouble
+from hymate.training.stragglers import Clock, WorkerTimes, curves, trouble
 from hymate.training.telemetry import Telemetry
 
 if TYPE_CHECKING:
@@ -172,7 +172,7 @@ def train(
         nonlocal saved_step, saved_at
         metrics = evaluate(engine, job, standing, telemetry)
         stalled_s = save(engine, standing, config, metrics, job.metric, report=report, telemetry=telemetry)
-        stalls = {"stall_s": stalled_s, "stall_share": stalled_s / (time.monotonic() - saved_at)}
+        stalls = {"stall_s": stalled_s, "stall_fraction": stalled_s / (time.monotonic() - saved_at)}
         telemetry.scalars("checkpoint", stalls, standing.step)
         saved_step, saved_at = standing.step, time.monotonic()
 
@@ -186,8 +186,8 @@ def train(
     try:
         while not (stopping := anyone_by_now(stop(), worker, flags)) and not standing.finished(config):
             rows, cursor = next(timed_steps)
-            share = schedule(standing.step, config)
-            set_learning_rates(engine, [lr * share for lr in base_lrs])
+            fraction = schedule(standing.step, config)
+            set_learning_rates(engine, [lr * fraction for lr in base_lrs])
             sums = train_step(engine, rows, worker.device)
             standing.step, standing.cursor = standing.step + 1, asdict(cursor)
             outcomes.put(meter.add(sums), (standing.step, rows))
@@ -195,9 +195,9 @@ def train(
             due = standing.step % config.eval_every == 0 or standing.step == config.max_steps
             take_in(every=logged or due)
             if logged:
-                values = {"learning_rate": base_lrs[0] * share, "skipped_steps": standing.skipped}
+                values = {"learning_rate": base_lrs[0] * fraction, "skipped_steps": standing.skipped}
                 telemetry.scalars("train", {**meter.mean(), **values}, standing.step)
-                for name, by_rank in curves(meter.shares).items():
+                for name, by_rank in curves(meter.times).items():
                     telemetry.scalars(name, by_rank, standing.step)
             telemetry.progress(force=due, **_progress(meter, standing, job, config))
             if due:
@@ -401,7 +401,7 @@ def single_process(device: torch.device = CPU) -> Iterator[Worker]:
 
 
 def schedule(step: int, config: TrainConfig) -> float:
-    """Share of the base learning rate at the step after `step` steps: linear warm-up, then cosine decay.
+    """Fraction of the base learning rate at the step after `step` steps: linear warm-up, then cosine decay.
 
     >>> config = TrainConfig(max_steps=10, warmup_steps=2, eval_every=1, min_lr_fraction=0.1)
     >>> [round(schedule(step, config), 2) for step in (0, 1, 2, 6, 10)]
@@ -434,7 +434,7 @@ def set_learning_rates(engine: Any, lrs: list[float]) -> None:
 class Meter:
     """Sums the outputs of steps until they are read, and the time they took.
 
-    shares: what part each worker had in the steps before the last reading.
+    times: of each worker, in the steps before the last reading.
     """
 
     def __init__(self, worker: Worker, tokens_per_row: int) -> None:
@@ -442,7 +442,7 @@ class Meter:
         self.loss: float | None = None
         self.events_per_second = 0.0
         self.steps_per_second = 0.0
-        self.shares: list[Share] = []
+        self.times: list[WorkerTimes] = []
         self.clock = Clock(worker.device)
         self._reset()
 
@@ -474,13 +474,13 @@ class Meter:
         """Means over the steps since the last call, of all ranks' rows; none if all were skipped; collective."""
         if not self._steps:
             return {}
-        shares = torch.zeros(self.worker.world_size, len(Share._fields))  # one row a rank: their sum has them all
-        shares[self.worker.rank] = torch.tensor(self.clock.read(self._events))
-        own = torch.cat([torch.stack(list(self._sums.values())).cpu(), shares.flatten()])
+        times = torch.zeros(self.worker.world_size, len(WorkerTimes._fields))  # one row a rank: their sum has them all
+        times[self.worker.rank] = torch.tensor(self.clock.read(self._events))
+        own = torch.cat([torch.stack(list(self._sums.values())).cpu(), times.flatten()])
         total = _all_reduced(torch.cat([torch.tensor([self._rows, self._events]), own.double()]), self.worker.device)
         (num_rows, num_events), numbers = total[:2].tolist(), total[2:].tolist()
         values = dict(zip(self._sums, numbers, strict=False))
-        self.shares = [Share(*row) for row in total[2 + len(values) :].view_as(shares).tolist()]
+        self.times = [WorkerTimes(*row) for row in total[2 + len(values) :].view_as(times).tolist()]
         elapsed = time.monotonic() - self._started
         norm = values.pop("gradient_norm") / (self._steps * self.worker.world_size)
         means = {name: value / self._steps for name, value in values.items()}
@@ -541,5 +541,5 @@ def _progress(meter: Meter, standing: Standing, job: Job, config: TrainConfig) -
         "skipped": standing.skipped,
         "events_per_second": meter.events_per_second,
         "eta_s": left / meter.steps_per_second if meter.steps_per_second else None,
-        "trouble": trouble(meter.shares) if meter.shares else None,
+        "trouble": trouble(meter.times) if meter.times else None,
     }

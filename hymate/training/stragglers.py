@@ -33,7 +33,7 @@ SLOW = 1.5  # times the median
 HUNGRY = 0.2  # of the time
 
 
-class Share(NamedTuple):
+class WorkerTimes(NamedTuple):
     """A worker's part in some steps: events computed; seconds in all, waiting for data, in collectives; peak memory."""
 
     events: float = 0.0
@@ -92,12 +92,12 @@ class Clock:
         self._spans += self._step.spans
         self._step = None
 
-    def read(self, events: float) -> Share:
-        """This worker's share since the last call."""
-        share = Share(events, self._step_s, self._data_s, self._collective_s(), peak_memory_gib(self.device))
+    def read(self, events: float) -> WorkerTimes:
+        """This worker's times since the last call."""
+        own = WorkerTimes(events, self._step_s, self._data_s, self._collective_s(), peak_memory_gib(self.device))
         self._step_s = self._data_s = 0.0
         self._spans.clear()
-        return share
+        return own
 
     def _collective_s(self) -> float:
         if self.device.type != "cuda":
@@ -162,37 +162,35 @@ def peak_memory_gib(device: torch.device) -> float:
     return peak / (2**30 if sys.platform == "darwin" else 2**20)
 
 
-def curves(shares: Sequence[Share]) -> dict[str, dict[str, float]]:
+def curves(times: Sequence[WorkerTimes]) -> dict[str, dict[str, float]]:
     """What TensorBoard shows of each worker, by its rank: one chart for each measure."""
-    measures: dict[str, Callable[[Share], float]] = {
-        "worker_events_per_second": lambda share: share.events / share.own_s,
-        "worker_data_share": lambda share: share.data_s / share.step_s,
-        "worker_collective_share": lambda share: share.collective_s / share.step_s,
-        "worker_memory_gib": lambda share: share.memory_gib,
+    measures: dict[str, Callable[[WorkerTimes], float]] = {
+        "worker_events_per_second": lambda own: own.events / own.own_s,
+        "worker_data_fraction": lambda own: own.data_s / own.step_s,
+        "worker_collective_fraction": lambda own: own.collective_s / own.step_s,
+        "worker_memory_gib": lambda own: own.memory_gib,
     }
-    return {
-        name: {str(rank): measure(share) for rank, share in enumerate(shares)} for name, measure in measures.items()
-    }
+    return {name: {str(rank): measure(own) for rank, own in enumerate(times)} for name, measure in measures.items()}
 
 
-def trouble(shares: Sequence[Share]) -> str | None:
+def trouble(times: Sequence[WorkerTimes]) -> str | None:
     """What keeps the workers from going faster, where it is one of them or the data.
 
-    >>> trouble([Share(step_s=9, collective_s=6)] * 2 + [Share(step_s=9, collective_s=2)])
+    >>> trouble([WorkerTimes(step_s=9, collective_s=6)] * 2 + [WorkerTimes(step_s=9, collective_s=2)])
     'worker 2 is 2.3x slower than the median'
-    >>> trouble([Share(step_s=9, collective_s=6)] * 2 + [Share(step_s=9, data_s=5)])
+    >>> trouble([WorkerTimes(step_s=9, collective_s=6)] * 2 + [WorkerTimes(step_s=9, data_s=5)])
     'worker 2 is 3.0x slower than the median: it waits for data'
-    >>> trouble([Share(step_s=9, data_s=3)] * 2)
+    >>> trouble([WorkerTimes(step_s=9, data_s=3)] * 2)
     'waiting for data 33 % of the time'
-    >>> trouble([Share(step_s=9, data_s=1)] * 2)
+    >>> trouble([WorkerTimes(step_s=9, data_s=1)] * 2)
     """
-    usual = statistics.median_low(share.own_s for share in shares)
-    usual_data_s = statistics.median_low(share.data_s for share in shares)
-    rank = max(range(len(shares)), key=lambda rank: shares[rank].own_s)
-    slowest = shares[rank]
+    usual = statistics.median_low(own.own_s for own in times)
+    usual_data_s = statistics.median_low(own.data_s for own in times)
+    rank = max(range(len(times)), key=lambda rank: times[rank].own_s)
+    slowest = times[rank]
     if slowest.own_s >= SLOW * usual:
         hungry = slowest.data_s - usual_data_s > (slowest.own_s - usual) / 2
         why = ": it waits for data" if hungry else ""
         return f"worker {rank} is {slowest.own_s / usual:.1f}x slower than the median{why}"
-    waiting = sum(share.data_s for share in shares) / sum(share.step_s for share in shares)
+    waiting = sum(own.data_s for own in times) / sum(own.step_s for own in times)
     return f"waiting for data {100 * waiting:.0f} % of the time" if waiting >= HUNGRY else None

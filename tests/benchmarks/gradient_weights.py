@@ -47,10 +47,10 @@ def main() -> None:
     for step, _ in islice(rows.steps(Cursor(), options.rows, 0, 1), options.steps):
         count_RK = torch.stack([model.count_targets(row) for row in step])
         total_K, events_R = count_RK.sum(dim=0), np.array([row.num_events for row in step])
-        for count_K, share in zip(count_RK, events_R / events_R.sum(), strict=True):
+        for count_K, fraction in zip(count_RK, events_R / events_R.sum(), strict=True):
             sum_K = torch.zeros_like(count_K, requires_grad=True)
             loss, _ = mean_loss(dict.fromkeys(model.terms, 1.0), sum_K, total_K)
-            by_rows.append(torch.where(count_K > 0, share * total_K / count_K, torch.nan))
+            by_rows.append(torch.where(count_K > 0, fraction * total_K / count_K, torch.nan))
             by_targets.append(torch.autograd.grad(loss, sum_K)[0] * total_K)
     print("| term | by rows | by targets |\n|---|---|---|")
     for number, (name, weight) in enumerate(model.terms.items()):

@@ -7,11 +7,11 @@ epoch; events per second of a first epoch (files are decoded) and of a later one
 it holds them), beside what a training step of `small` takes; resident memory over the first epoch; how often
 neighbours in the order come from one row group, beside chance; and, per token budget,
 
-    filled    share of the rows' budget that holds events: an epoch's last rows are shorter, not padded, so what is
+    filled    fraction of the rows' budget that holds events: an epoch's last rows are shorter, not padded, so what is
               unfilled is not computed either
-    computed  share of the positions computed that are events: an epoch's rows go through attention (whole
+    computed  fraction of the positions computed that are events: an epoch's rows go through attention (whole
               histories and a window of 512), and the queries that its kernels are given are counted
-    padded    the same share for batches of as many histories as a packed row holds on average, in random order,
+    padded    the same fraction for batches of as many histories as a packed row holds on average, in random order,
               padded to their longest
 
 --feed instead asks how many cores feed one H100: CPU seconds an event from Parquet through the row, what the loss asks
@@ -141,7 +141,7 @@ def consumption(rows: Rows) -> float:
 
 
 def neighbours(rows: Rows) -> tuple[float, float]:
-    """Share of consecutive examples of epoch 0 that lie in one row group, and what chance would give."""
+    """Fraction of consecutive examples of epoch 0 that lie in one row group, and what chance would give."""
     order_E = np.concatenate([place.examples for place in rows._order(0)])
     index = rows.histories.index
     key_P = np.char.add(index["shard"].astype(str), index["row_group"].astype(str))
@@ -152,7 +152,7 @@ def neighbours(rows: Rows) -> tuple[float, float]:
 
 
 def padding_efficiency(length_E: np.ndarray, num_rows: int) -> float:
-    """Share of real events in batches of len(length_E) / num_rows histories padded to their longest."""
+    """Fraction of real events in batches of len(length_E) / num_rows histories padded to their longest."""
     shuffled = np.random.default_rng(0).permutation(length_E)
     per_batch = max(1, round(len(shuffled) / num_rows))
     batches = [shuffled[at : at + per_batch] for at in range(0, len(shuffled), per_batch)]
@@ -171,8 +171,8 @@ class CountQueries(TorchFunctionMode):
 
 
 def computed_efficiency(rows: Rows) -> float:
-    """Share of attention's query positions that are events, over epoch 0; the lower of whole and windowed."""
-    shares = []
+    """Fraction of attention's query positions that are events, over epoch 0; the lower of whole and windowed."""
+    fractions = []
     for window in (None, WINDOW):
         events, count = 0, CountQueries()
         for place in rows._order(0):
@@ -181,8 +181,8 @@ def computed_efficiency(rows: Rows) -> float:
             with count, torch.no_grad():
                 packed_attention(q_LHE, q_LHE, q_LHE, cu_seqlens, window=window, causal=True)
             events += len(q_LHE)
-        shares.append(events / count.total)
-    return min(shares)
+        fractions.append(events / count.total)
+    return min(fractions)
 
 
 def measure(path: Path, split: str, context: int) -> None:
@@ -208,8 +208,8 @@ def measure(path: Path, split: str, context: int) -> None:
     for budget in BUDGETS:
         packed = open_rows(path, split, min(context, budget), budget)
         padded = padding_efficiency(np.minimum(lengths, min(context, budget)), packed.rows_per_epoch)
-        shares = f"{packed.packing_efficiency:.1%} | {computed_efficiency(packed):.1%} | {padded:.1%}"
-        print(f"| {budget:,} | {min(context, budget):,} | {packed.rows_per_epoch:,} | {shares} |")
+        fractions = f"{packed.packing_efficiency:.1%} | {computed_efficiency(packed):.1%} | {padded:.1%}"
+        print(f"| {budget:,} | {min(context, budget):,} | {packed.rows_per_epoch:,} | {fractions} |")
 
 
 def prepared(out: Path, *overrides: str) -> Path:

@@ -1,4 +1,4 @@
-"""Where a pretraining step spends its time on the CPU: the share of each operator, forward + backward of some rows.
+"""Where a pretraining step spends its time on the CPU: the fraction of each operator, forward + backward of some rows.
 
 python tests/benchmarks/step_profile.py DATA_DIR [--model physionet] [--rows 4] [--tokens-per-row 8192]
 """
@@ -58,7 +58,7 @@ def main() -> None:
     print(f"{events / seconds:,.0f} events/s with {torch.get_num_threads()} threads, {options.model}, {events} events")
     averages = sorted(measured.key_averages(), key=lambda row: -row.self_cpu_time_total)
     total = sum(row.self_cpu_time_total for row in averages)
-    print("| operator | share of the time |\n|---|---|")
+    print("| operator | fraction of the time |\n|---|---|")
     for row in averages[:12]:
         print(f"| `{row.key}` | {row.self_cpu_time_total / total:.1%} |")
 

@@ -138,7 +138,7 @@ def ray_cores(settings: list[str], steps: int) -> float:
         command = [sys.executable, str(ROOT / "pretrain" / "run.py"), *settings, "train=zero2", "train.num_workers=2"]
         command += [f"train.max_steps={steps}", f"train.eval_every={steps}", f"run.dir={folder}/runs"]
         run = subprocess.Popen(command, env={**os.environ, "RAY_TMPDIR": folder}, stdout=subprocess.DEVNULL)
-        shares = []
+        fractions = []
         before = cpu_seconds(run.pid)
         while run.poll() is None:
             start = time.perf_counter()
@@ -148,10 +148,10 @@ def ray_cores(settings: list[str], steps: int) -> float:
             spent = {pid: used - before.get(pid, (name, 0.0))[1] for pid, (name, used) in now.items()}
             training = [spent[pid] for pid, (name, _) in now.items() if "RayTrainWorker" in name]
             if len(training) == 2 and min(training) > 0.7 * seconds:
-                shares.append((sum(spent.values()) - sum(training)) / seconds)
+                fractions.append((sum(spent.values()) - sum(training)) / seconds)
             before = now
         assert run.returncode == 0, f"the command ended with {run.returncode}"
-    return statistics.median(shares)
+    return statistics.median(fractions)
 
 
 def cpu_seconds(root: int) -> dict[int, tuple[str, float]]:

@@ -28,7 +28,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 MEMBERS = 400  # stays of PhysioNet 2012
-TIMED = re.compile(r"(seconds|_s\b|per_second|_share|memory|gib|wait|slow|time/|worker|throughput)", re.IGNORECASE)
+TIMED = re.compile(
+    r"(seconds|_s\b|per_second|(data|collective|stall)_(share|fraction)|memory|gib|wait|slow|time/|worker|throughput)",
+    re.IGNORECASE,
+)
 LEFT_OUT = re.compile(r"^raw/|checkpoints/|progress\.json$|(attempt|claim)\.json$|results\.png$")
 SECONDS = re.compile(r"\"(seconds|features|fit)\": \d+\.\d+|in \d+\.\d s")
 SMALL = "model=debug data.context=256 data.tokens_per_row=2048"

@@ -3,9 +3,9 @@
     python tests/benchmarks/uploads.py DATA_DIR [--checkpoints N] [--every STEPS] [key=value ...]
 
 Runs pretrain/run.py with its runs at the server; key=value are its further settings. Prints a Markdown row: the size of
-a checkpoint, seconds between two, the share of them that training stood still, that share if it waited for the upload
-(the last checkpoint is sent once more, with nothing else going on), and the checksums' milliseconds a megabyte, of
-checking that checkpoint. The first stall is left out: it has no checkpoint before it that may still be on its way.
+a checkpoint, seconds between two, the fraction of them that training stood still, that fraction if it waited for the
+upload (the last checkpoint is sent once more, with nothing else going on), and the checksums' milliseconds a megabyte,
+of checking that checkpoint. The first stall is left out: it has no checkpoint before it that may still be on its way.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def main() -> None:
         subprocess.run(command, check=True, env={"DS_ACCELERATOR": "cpu", **os.environ}, stdout=subprocess.DEVNULL)
         run = locate(runs) / "uploads"
         with local_copy(run / "tb") as events:
-            stalls = [(point.wall_time, point.value) for point in points(events.parent, "checkpoint/stall_share")]
+            stalls = [(point.wall_time, point.value) for point in points(events.parent, "checkpoint/stall_fraction")]
         with local_copy(run / "checkpoints" / Kept(run / "checkpoints", 1).names()[0]) as newest:
             megabytes = sum(file.stat().st_size for file in newest.rglob("*") if file.is_file()) / 1e6
             started = time.perf_counter()
@@ -54,11 +54,11 @@ def main() -> None:
             upload_files(newest, again)
             sent_s = time.perf_counter() - checked
     apart_s = (stalls[-1][0] - stalls[0][0]) / (len(stalls) - 1)
-    shares = [share for _, share in stalls[1:]]
-    print("| checkpoint, MB | s between two | stall share, mean and largest | if it waited | checksums, ms a MB |")
+    fractions = [fraction for _, fraction in stalls[1:]]
+    print("| checkpoint, MB | s between two | stall fraction, mean and largest | if it waited | checksums, ms a MB |")
     print("| --- | --- | --- | --- | --- |")
     print(
-        f"| {megabytes:.1f} | {apart_s:.1f} | {statistics.mean(shares):.2%}, {max(shares):.2%} "
+        f"| {megabytes:.1f} | {apart_s:.1f} | {statistics.mean(fractions):.2%}, {max(fractions):.2%} "
         f"| {sent_s / (apart_s + sent_s):.1%} | {(checked - started) * 1e3 / megabytes:.2f} |"
     )
 

@@ -144,7 +144,7 @@ def share_coverage(num_labels: int, spread: float, cohorts: int) -> tuple[float,
         subject_N = np.repeat(np.arange(num_labels), count_P)[:num_labels]
         own_P = norm.cdf((norm.ppf(risk) + np.sqrt(0.9) * rng.normal(size=num_labels)) / np.sqrt(0.1))
         flag_N = rng.random(num_labels) < own_P[subject_N]
-        ends = metrics.wilson(flag_N.mean(), len(np.unique(subject_N))), metrics.share(flag_N, subject_N)["ci"]
+        ends = metrics.wilson(flag_N.mean(), len(np.unique(subject_N))), metrics.proportion(flag_N, subject_N)["ci"]
         within.append([low <= risk <= high for low, high in ends])
     before, after = np.mean(within, axis=0)
     return float(before), float(after)

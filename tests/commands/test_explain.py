@@ -27,7 +27,7 @@ from hymate.data.prepare import PrepareConfig, prepare
 from hymate.data.synthetic.codes import DISTRACTORS
 from hymate.data.synthetic.law import CREATININE, HAEMOGLOBIN, HEART_FAILURE
 from hymate.errors import ConfigError, UserError
-from hymate.evaluation.attribution import SHARES, Explainer, deletion_and_insertion, integrated_gradients
+from hymate.evaluation.attribution import FRACTIONS, Explainer, deletion_and_insertion, integrated_gradients
 from hymate.inference.bundle import read_bundle
 from hymate.inference.scoring import predict
 from hymate.model.batch import UNKNOWN_ID
@@ -164,8 +164,8 @@ def test_curves_score_what_is_left_of_the_history(small_data: Path, bundle: Path
     L = len(case.history)
     importance = np.arange(L)[::-1].astype(float)  # the first event is the most important
     deleted_GN, inserted_GN = deletion_and_insertion(explainer, [case], [importance])
-    for share, (deleted,), (inserted,) in zip(SHARES, deleted_GN, inserted_GN, strict=True):
-        count = max(1, round(share * L))
+    for fraction, (deleted,), (inserted,) in zip(FRACTIONS, deleted_GN, inserted_GN, strict=True):
+        count = max(1, round(fraction * L))
         parts = [replace(case, history=case.history.keep(part)) for part in (slice(count, L), slice(0, count))]
         np.testing.assert_allclose([deleted, inserted], explainer.logits(parts), atol=1e-5)
 

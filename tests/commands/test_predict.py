@@ -87,8 +87,8 @@ def test_the_share_of_unknown_codes_is_told(
     small_data: Path, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     predicted(bundle, small_data, tmp_path / "p.parquet")
-    share = float(capsys.readouterr().out.split("%")[0])
-    assert 28 < share < 38  # one of three equally frequent codes
+    fraction = float(capsys.readouterr().out.split("%")[0])
+    assert 28 < fraction < 38  # one of three equally frequent codes
 
 
 @pytest.mark.slow

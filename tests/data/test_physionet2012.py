@@ -146,18 +146,18 @@ def test_codes_are_described(tmp_path: Path) -> None:
 
 @settings(deadline=None, max_examples=30)
 @given(st.integers(0, 2**32), st.sampled_from([(0.8, 0.1, 0.1), (0.5, 0.25, 0.25), (1, 0, 0), (0, 0, 1), (0, 1, 0)]))
-def test_splits_are_stratified_and_seeded(seed: int, shares: tuple[float, float, float]) -> None:
-    made = source(Path(), SplitsConfig(*shares), seed)
+def test_splits_are_stratified_and_seeded(seed: int, fractions: tuple[float, float, float]) -> None:
+    made = source(Path(), SplitsConfig(*fractions), seed)
     death = np.arange(400) % 10 == 0
     stays = physionet2012._Stays(np.arange(1000, 1400), np.full(400, "b"), death, np.zeros(400, np.float32))
     made.__dict__["_stays"] = stays  # cached_property: no files
-    for split, share in zip(("train", "tuning", "held_out"), shares, strict=True):
+    for split, fraction in zip(("train", "tuning", "held_out"), fractions, strict=True):
         chosen = made._split_N == split
-        assert abs(chosen[death].sum() - share * 40) <= 1
-        assert abs(chosen[~death].sum() - share * 360) <= 1
-    other = source(Path(), SplitsConfig(*shares), seed + 1)
+        assert abs(chosen[death].sum() - fraction * 40) <= 1
+        assert abs(chosen[~death].sum() - fraction * 360) <= 1
+    other = source(Path(), SplitsConfig(*fractions), seed + 1)
     other.__dict__["_stays"] = stays
-    assert 1 in shares or (other._split_N != made._split_N).any()
+    assert 1 in fractions or (other._split_N != made._split_N).any()
 
 
 def test_shards_hold_one_split_and_at_most_so_many_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

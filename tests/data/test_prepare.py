@@ -178,8 +178,8 @@ def test_subjects_without_splits_are_split_by_hash(tmp_path: Path) -> None:
     raw = write_raw(tmp_path / "raw", rows, with_splits=False)
     prepare(config(raw, tmp_path / "a", splits=SplitsConfig(0.5, 0.3, 0.2)))
     splits = read_splits(tmp_path / "a")
-    shares = {s: pc.sum(pc.equal(splits["split"], s)).as_py() / 2000 for s in ("train", "tuning", "held_out")}
-    assert shares == pytest.approx({"train": 0.5, "tuning": 0.3, "held_out": 0.2}, abs=0.04)
+    fractions = {s: pc.sum(pc.equal(splits["split"], s)).as_py() / 2000 for s in ("train", "tuning", "held_out")}
+    assert fractions == pytest.approx({"train": 0.5, "tuning": 0.3, "held_out": 0.2}, abs=0.04)
     prepare(config(raw, tmp_path / "b", splits=SplitsConfig(0, 0, 1)))
     assert set(read_splits(tmp_path / "b")["split"].to_pylist()) == {"held_out"}
     prepare(config(raw, tmp_path / "c", splits=SplitsConfig(0.5, 0.3, 0.2), seed=1))

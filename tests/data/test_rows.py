@@ -100,9 +100,9 @@ def test_gaps_keep_microseconds_over_decades(tmp_path: Path, vocabulary: Vocabul
 
 
 def test_rare_codes_become_unknown_and_are_counted(rows: Rows, vocabulary: Vocabulary) -> None:
-    assert np.isnan(rows.unknown_share)
+    assert np.isnan(rows.unknown_fraction)
     codes = torch.cat([batch.code_L for batch, _ in rows.once(0, 1)])
-    assert 0 < rows.unknown_share == (codes == UNKNOWN_ID).double().mean().item() < 0.2
+    assert 0 < rows.unknown_fraction == (codes == UNKNOWN_ID).double().mean().item() < 0.2
     assert codes.max() < vocabulary.size
 
 

@@ -370,7 +370,7 @@ def test_distant_driver_lies_where_the_oracle_says(distant: Distant) -> None:
 def test_each_doubling_brings_as_many_drivers_into_view(distant: Distant) -> None:
     has_driver = ~np.isnan(distant.distance_N)
     size = len(has_driver)
-    assert abs(has_driver.mean() - law.DISTANT_SHARE) < 4 * math.sqrt(0.25 / size)
+    assert abs(has_driver.mean() - law.DISTANT_FRACTION) < 4 * math.sqrt(0.25 / size)
     first, second = np.histogram(distant.distance_N[has_driver], bins=[law.NEAREST, 512, FARTHEST])[0]
     assert first + second == has_driver.sum()
     assert abs(first - second) < 4 * math.sqrt(first + second)

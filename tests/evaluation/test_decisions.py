@@ -109,14 +109,14 @@ def test_the_calibration_curve_holds_every_label_once_in_order() -> None:
 @given(st.integers(1, 3000), st.data())
 def test_shares_have_wilsons_interval(num: int, data: st.DataObject) -> None:
     count = data.draw(st.sampled_from([0, num]) | st.integers(0, num))
-    found = metrics.share(np.arange(num) < count, np.arange(num))
+    found = metrics.proportion(np.arange(num) < count, np.arange(num))
     peer = binomtest(count, num).proportion_ci(method="wilson")
     assert found["value"] == count / num
     assert found["ci"] == pytest.approx([peer.low, peer.high], abs=1e-6)
     assert 0 <= found["ci"][0] <= found["value"] <= found["ci"][1] <= 1  # a picture's bars have no negative length
-    repeated = metrics.share(np.repeat(np.arange(num) < count, 3), np.repeat(np.arange(num), 3))
+    repeated = metrics.proportion(np.repeat(np.arange(num) < count, 3), np.repeat(np.arange(num), 3))
     assert repeated["ci"] == pytest.approx(found["ci"])  # three equal labels of a patient tell no more than one
-    tripled = metrics.share(np.arange(num) < count, np.arange(num), np.full(num, 3.0))
+    tripled = metrics.proportion(np.arange(num) < count, np.arange(num), np.full(num, 3.0))
     assert tripled["ci"] == pytest.approx(found["ci"])
 
 

@@ -277,7 +277,7 @@ def test_a_run_waits_where_it_logs_and_skips_what_a_cpu_skips(elsewhere: Callabl
         if name.split("/")[1] not in ("events_per_second",):
             assert there["points"][name] == pytest.approx(curve, rel=1e-3), name
     logs = MAX_STEPS // LOG_EVERY + 4 // LOG_EVERY
-    assert sum(waits.values()) == 3 * logs, waits  # the sums come, and the workers' shares go and come
+    assert sum(waits.values()) == 3 * logs, waits  # the sums come, and the workers' times go and come
 
 
 # ------------------------------------------------------------------------------ evaluation, prediction, explanation

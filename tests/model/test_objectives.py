@@ -18,15 +18,15 @@ from hymate.model.pretrain_model import PretrainModel
 
 @given(
     lengths=st.lists(st.integers(1, 40), min_size=1, max_size=6),
-    share=st.floats(0.05, 0.9),
+    fraction=st.floats(0.05, 0.9),
     span=st.floats(0, 1),
     seed=st.integers(0, 2**62),
 )
 @settings(max_examples=40, deadline=None)
-def test_hidden_events_are_reproducible_and_leave_the_rest_alone(lengths, share, span, seed) -> None:
+def test_hidden_events_are_reproducible_and_leave_the_rest_alone(lengths, fraction, span, seed) -> None:
     row = random_row(lengths)
     row = replace(row, seed_S=(row.seed_S + seed) % 2**62)
-    objective = ObjectiveConfig(mask_fraction=share, span_fraction=span)
+    objective = ObjectiveConfig(mask_fraction=fraction, span_fraction=span)
     hidden, again = hide_events(row, objective), hide_events(row, objective)
     assert torch.equal(hidden.code_L, again.code_L) and torch.equal(hidden.value_L, again.value_L)
     assert (hidden.batch.code_L[hidden.code_L] == MASK_ID).all()
@@ -66,8 +66,8 @@ def test_share_of_hidden_events_is_as_configured() -> None:
     row = random_row([4000, 4000])
     for span_fraction in (0.0, 0.5):
         hidden = hide_events(row, ObjectiveConfig(mask_fraction=0.2, span_fraction=span_fraction))
-        share = float((hidden.code_L | hidden.value_L).float().mean())
-        assert 0.17 < share < 0.23
+        fraction = float((hidden.code_L | hidden.value_L).float().mean())
+        assert 0.17 < fraction < 0.23
 
 
 def test_forecast_targets_equal_a_plain_loop() -> None:

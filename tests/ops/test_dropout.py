@@ -1,4 +1,4 @@
-"""Dropout on the residual stream: share and scale, one mask forward and backward, torch's generator governs it."""
+"""Dropout on the residual stream: fraction and scale, one mask forward and backward, torch's generator governs it."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_activation_checkpointing_recomputes_the_same_mask() -> None:
     torch.testing.assert_close(gradient, 2 * y.detach())  # y = (2 kept)^2, its gradient 2 * 2 * 2 kept
 
 
-def test_other_implementations_drop_the_same_share() -> None:
+def test_other_implementations_drop_the_same_fraction() -> None:
     torch.manual_seed(0)
     with ops.forced("reference"):
         y = ops.add_dropout(torch.zeros(400, 100), torch.ones(400, 100), 0.25)

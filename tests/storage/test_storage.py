@@ -381,7 +381,7 @@ def test_the_documented_commands_keep_all_at_a_url(data: str, settings: dict[str
     assert read_bundle(folder, kind="pretrained").model.d_model == 32
     assert max(_checkpoints(folder).values()) == steps
     with paths.local_copy(folder) as copy:
-        losses, stalls = (points(copy, name) for name in ("train/loss", "checkpoint/stall_share"))
+        losses, stalls = (points(copy, name) for name in ("train/loss", "checkpoint/stall_fraction"))
     assert [point.step for point in losses] == [*range(1, steps + 1)], "steps are missing or doubled"
     # how long the last checkpoint before the kill took was known, and to be stored, only after it
     due = [*range(EVAL_EVERY, steps + 1, EVAL_EVERY)]

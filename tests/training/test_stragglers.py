@@ -74,10 +74,10 @@ def test_a_slow_worker_shows(trained: Path, slow: str, stage: int) -> None:
         assert all(list(curve) == ["2", "4"] for curve in curves)
         return [curve["4"] for curve in curves]
 
-    speed, data, collective = (by_rank(name) for name in ("events_per_second", "data_share", "collective_share"))
+    speed, data, collective = (by_rank(name) for name in ("events_per_second", "data_fraction", "collective_fraction"))
     assert min(speed) == speed[SLOW] and min(collective) == collective[SLOW]
-    assert all(0 <= share <= 1 for share in data + collective)
+    assert all(0 <= fraction <= 1 for fraction in data + collective)
     assert all(a + b <= 1 for a, b in zip(data, collective, strict=True))
     assert (data[SLOW] > 0.5) == (slow == "data")
     assert all(0.05 < gib < 100 for gib in by_rank("memory_gib"))
-    assert "trouble" in told["last"]  # what it says of such shares is in the doctest: a busy machine slows all of them
+    assert "trouble" in told["last"]  # what it says of such times is in the doctest: a busy machine slows all of them

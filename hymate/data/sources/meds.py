@@ -46,7 +46,7 @@ class MedsSource:
     """A MEDS 0.4 or 0.3.3 dataset: checked, then linked (copied where linking is impossible).
 
     Subjects keep the splits of metadata/subject_splits.parquet; without that file they are split by a seeded hash
-    of their ids into the shares of `splits`. Label folders (labels/<task>/) come along.
+    of their ids into the fractions of `splits`. Label folders (labels/<task>/) come along.
     """
 
     raw: Location

@@ -33,7 +33,7 @@ HOUR = 60
 FIRST_ADMISSION = (20_000_000, 24_000_000)  # 2008 to 2015, in minutes since 1970
 MAX_STAYS = 60
 LOST, DEATH_IN_WINDOW, RETURN, LATE_DEATH = 0.08, 0.06, 0.8, 0.25
-MISSING, ERRORS = 0.02, 0.01  # share of measurements with no value, and with a wrong one
+MISSING, ERRORS = 0.02, 0.01  # fractions of the measurements with no value, and with a wrong one
 NULL_MINUTE = -(2**31)  # static events: no time, sorted before all others
 
 # What the cohort's size is planned with (means over many subjects).
@@ -92,10 +92,10 @@ class Patients:
 Stays = dict[str, np.ndarray]  # columns (S,) or (S, M); ordered by patient and time where complete
 
 
-def _draw(rng: np.random.Generator, shares: Mapping[str, float], prefix: str, size: int) -> np.ndarray:
-    """Code ids (size,) of `prefix + name`, by the names' shares."""
-    ids = np.array([ID[prefix + name] for name in shares])
-    return ids[rng.choice(len(ids), size=size, p=list(shares.values()))]
+def _draw(rng: np.random.Generator, fractions: Mapping[str, float], prefix: str, size: int) -> np.ndarray:
+    """Code ids (size,) of `prefix + name`, by the names' fractions."""
+    ids = np.array([ID[prefix + name] for name in fractions])
+    return ids[rng.choice(len(ids), size=size, p=list(fractions.values()))]
 
 
 def record(rng: np.random.Generator, value: np.ndarray) -> np.ndarray:
@@ -210,15 +210,15 @@ def _stay(
         "haemoglobin": record(rng, haemoglobin_AM),
     }
     if config.driver_distance:
-        stay["heart_failure"] = rng.random(size) < law.DISTANT_SHARE
+        stay["heart_failure"] = rng.random(size) < law.DISTANT_FRACTION
         stay["distance"] = law.distances(rng, size, config.driver_distance)
     return stay
 
 
 def _times(rng: np.random.Generator, start_A: np.ndarray, end_A: np.ndarray, slots: int) -> np.ndarray:
     """Irregular increasing times (A, slots) in [start, end), one in each of `slots` equal parts."""
-    share_AM = (np.arange(slots) + rng.random((len(start_A), slots))) / slots
-    return start_A[:, None] + (share_AM * (end_A - start_A)[:, None]).astype(np.int64)
+    fraction_AM = (np.arange(slots) + rng.random((len(start_A), slots))) / slots
+    return start_A[:, None] + (fraction_AM * (end_A - start_A)[:, None]).astype(np.int64)
 
 
 def _aftermath(

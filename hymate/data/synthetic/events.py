@@ -19,7 +19,7 @@ _MEAN, _SD, _LOG, _DECIMALS = (np.array([m[i] for m in MEASUREMENTS]) for i in (
 
 
 def _code_shares() -> np.ndarray:
-    """Cumulative shares (6, C) of the codes recorded in the acute and the ward part of three kinds of patients.
+    """Cumulative fractions (6, C) of the codes recorded in the acute and the ward part of three kinds of patients.
 
     Row 2 * kind + 1 (ward) leaves out the two driver labs: the law's own measurements are the only ones there.
     """
@@ -28,8 +28,8 @@ def _code_shares() -> np.ndarray:
     weight_KC = np.repeat(weight_C[None] * rng.lognormal(0, 0.8, (3, len(weight_C))), 2, axis=0)
     weight_KC[:, ID["LAB//glucose//mg/dL"]] = 1.3 * weight_C.max()
     weight_KC[1::2, [ID[law.CREATININE], ID[law.HAEMOGLOBIN]]] = 0
-    share_KC = weight_KC.cumsum(axis=1)
-    return share_KC / share_KC[:, -1:]
+    fraction_KC = weight_KC.cumsum(axis=1)
+    return fraction_KC / fraction_KC[:, -1:]
 
 
 _SHARES_KC = _code_shares()

@@ -6,8 +6,8 @@ far from any value a patient can have, so a model can see it, too.
 
 The distant law, for cohorts whose driver lies thousands of events before the prediction, is logistic in one driver: a
 diagnosis recorded once in the stay or not at all. How many events back it lies is spread log-uniformly, so each
-doubling of a model's context brings the same share of the drivers into view. Nothing else in the record shows whether
-there is one: the best score at a context is that of "the driver is in view".
+doubling of a model's context brings the same fraction of the drivers into view. Nothing else in the record shows
+whether there is one: the best score at a context is that of "the driver is in view".
 
 Shapes: A stays, M measurements of one lab during a stay, in time order.
 """
@@ -53,12 +53,12 @@ LAW = {
 
 # p is 0.80 with the driver and 0.06 without it, PREVALENCE on average
 DISTANT_COEFFICIENTS = {"intercept": -2.75, "heart_failure": 4.15}
-DISTANT_SHARE = 0.3  # of the stays have the driver
+DISTANT_FRACTION = 0.3  # of the stays have the driver
 NEAREST = 256  # events before the prediction, at least
 DISTANT_LAW = {
     "outcome": LAW["outcome"],
-    "heart_failure": f"1 if {HEART_FAILURE} is recorded in this stay: with probability {DISTANT_SHARE:g}, as the n-th "
-    f"last event up to the discharge, log n uniform from log {NEAREST} to log driver_distance",
+    "heart_failure": f"1 if {HEART_FAILURE} is recorded in this stay: with probability {DISTANT_FRACTION:g}, as the "
+    f"n-th last event up to the discharge, log n uniform from log {NEAREST} to log driver_distance",
 }
 
 
