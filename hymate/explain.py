@@ -2,7 +2,7 @@
 
     python -m hymate.explain bundle=BUNDLE data.path=DATA_DIR task=readmission out=DIR
 
-For a cohort of predictions drawn at random, DIR holds
+For predictions drawn at random, DIR holds
     explanation.md       what to read: variables by importance, and the measured faithfulness
     variables.parquet    every variable: mean attribution and, of the most important, change of the logit without it
     importance.png, faithfulness.png
@@ -67,9 +67,9 @@ class ExplainConfig:
     bundle: a risk bundle, or the folder of a search.
     out: folder of the explanation; its patients/ holds patient data.
     split: "all" or one of the dataset's splits.
-    subjects: ids of the patients to draw; without any, those at the highest risk.
-    patients: how many of those at the highest risk are drawn.
-    cohort: most predictions behind the tables of variables and of faithfulness.
+    subjects: ids of the subjects to show; without any, those at the highest risk.
+    num_subjects: how many of those at the highest risk are shown.
+    num_predictions: most predictions behind the tables of variables and of faithfulness.
     device: "auto" takes a GPU where all is there that the model needs, else the CPU; or "cpu", "cuda".
     """
 
@@ -79,12 +79,12 @@ class ExplainConfig:
     out: Place
     split: Literal["all", "train", "tuning", "held_out"] = "held_out"
     subjects: list[int] = field(default_factory=list)
-    patients: int = 3
-    cohort: int = 200
+    num_subjects: int = 3
+    num_predictions: int = 200
     device: Wanted = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("patients", "cohort"):
+        for name in ("num_subjects", "num_predictions"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
 
@@ -100,27 +100,27 @@ def run(config: ExplainConfig) -> None:
         outputs, rows = predict(bundle, histories, examples, device)
         prob_E = outputs.probability_ET[:, 0]
         explainer = Explainer(bundle, histories, device)
-        patients = chosen_patients(examples, prob_E, config.subjects, config.patients)
+        patients = chosen_patients(examples, prob_E, config.subjects, config.num_subjects)
         explain_patients(explainer, examples, prob_E, patients, out / "patients")
-        drawn = np.random.default_rng(0).permutation(len(examples))[: config.cohort]
-        cohort = explainer.cases(examples, np.sort(drawn))
-        blocks = [cohort[start : start + BLOCK] for start in range(0, len(cohort), BLOCK)]
+        drawn = np.random.default_rng(0).permutation(len(examples))[: config.num_predictions]
+        cases = explainer.cases(examples, np.sort(drawn))
+        blocks = [cases[start : start + BLOCK] for start in range(0, len(cases), BLOCK)]
         attributions = [a for block in _track(blocks, "Attributions") for a in explainer.attributions(block)]
-        variables = variable_table(explainer, cohort, attributions)
-        curves = faithfulness(explainer, cohort, attributions)
+        variables = variable_table(explainer, cases, attributions)
+        curves = faithfulness(explainer, cases, attributions)
     write_parquet(variables, out / "variables.parquet")
     shown = variables.slice(0, SHOWN).to_pydict()
-    figures.draw_importance(
+    figures.plot_importance(
         out / "importance.png",
         shown["code"],
         np.array(shown["mean_abs_attribution"], dtype=float),
         np.array(shown["mean_abs_change"], dtype=float),
     )
-    figures.draw_faithfulness(out / "faithfulness.png", FRACTIONS, curves)
+    figures.plot_faithfulness(out / "faithfulness.png", FRACTIONS, curves)
     write_text(explanation(config, variables, curves, attributions), out / "explanation.md")
     print(f"{rows.unknown_fraction:.1%} of the events read have codes that the bundle does not know")
-    print(f"{len(cohort)} predictions explained in {out / 'explanation.md'}")
-    print(f"{len(patients)} patients drawn in {out / 'patients'}: protect it like the records")
+    print(f"{len(cases)} predictions explained in {out / 'explanation.md'}")
+    print(f"{len(patients)} patients shown in {out / 'patients'}: protect it like the records")
 
 
 # ----------------------------------------------------------------------------------------------------- patients
@@ -159,8 +159,8 @@ def explain_patients(
         )
         row_L, labels = _timeline_rows(explainer.histories.codes, case, attribution)
         hours_L = (case.time_us - case.history.time) / US_PER_HOUR
-        drawn = (hours_L, row_L, attribution.event_L, attribution.attention_L, labels)
-        figures.draw_timeline(folder / f"patient-{number}.png", title, *drawn)
+        plotted = (hours_L, row_L, attribution.event_L, attribution.attention_L, labels)
+        figures.plot_timeline(folder / f"patient-{number}.png", title, *plotted)
     write_parquet(pa.concat_tables(tables), folder / "events.parquet")
 
 
@@ -187,7 +187,7 @@ def _check_subjects(subjects: Sequence[int], examples: Examples, split: str) -> 
             )
 
 
-# ------------------------------------------------------------------------------------------------------- cohort
+# ------------------------------------------------------------------------------------------------------- predictions
 
 
 def variable_table(explainer: Explainer, cases: Sequence[Case], attributions: Sequence[Attribution]) -> pa.Table:

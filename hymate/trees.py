@@ -26,6 +26,7 @@ T = TypeVar("T")
 REQUIRED = "required"
 KINDS = {int: "a whole number", bool: "true or false"}
 RENAMED = {f"{name}_share": f"{name}_fraction" for name in ("mask", "span", "min_lr", "early", "teacher")}
+RENAMED_IN_EXPLAIN = {"cohort": "num_predictions", "patients": "num_subjects"}
 
 
 def keys(schema: type, tree: Any = None, where: str = "") -> Iterator[tuple[str, Any, Any, str]]:
@@ -204,7 +205,8 @@ def parse_yaml(text: str) -> Any:
 
 def unknown_key_error(key: str, known: Collection[str], where: str) -> ConfigError:
     """What to raise for a key that is none of `known`, below `where`."""
-    close = [RENAMED[key]] if RENAMED.get(key) in known else difflib.get_close_matches(key, known, n=1)
+    today = (RENAMED | RENAMED_IN_EXPLAIN).get(key)
+    close = [today] if today in known else difflib.get_close_matches(key, known, n=1)
     hint = f"did you mean {where}{close[0]}?" if close else f"known keys are {', '.join(known)}"
     return ConfigError(f"{where + key or repr(key)} is not a known key: {hint}")
 

@@ -114,7 +114,9 @@ class Rows:
         for position in sorted(set(positions.tolist())):
             group = (index["shard"][position], int(index["row_group"][position]))
             records_of.setdefault(group, []).append(int(index["row"][position]))
-        return ", ".join(f"shard {shard} row group {group} rows {rows}" for (shard, group), rows in records_of.items())
+        return ", ".join(
+            f"shard {shard} row group {group} records {records}" for (shard, group), records in records_of.items()
+        )
 
     # ----------------------------------------------------------------------------------------------- statistics
 

@@ -1,4 +1,4 @@
-"""Pictures, drawn without a display: of a report, of a benchmark, of an explanation.
+"""Pictures, made without a display: of a report, of a benchmark, of an explanation.
 
 Shape legend: N labels, T thresholds; L events of one case, R rows of a picture (the last is all variables without a
 row), G fractions of the events.
@@ -26,7 +26,7 @@ BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#6E6E6E"
 RAISES, LOWERS, DULL, FAINT = "#b2182b", "#2166ac", "#8a8a8a", "#e6e6e6"  # the first two end the colour map RdBu_r
 ORDERS = {"attribution": RAISES, "attention": "#e08214", "random": DULL}
 DPI, EXPLANATION_DPI = 110, 130
-REACHED = 0.01  # fraction of the probabilities that must reach a threshold for it to be drawn
+REACHED = 0.01  # fraction of the probabilities that must reach a threshold for it to be plotted
 LABEL_WIDTH = 34
 TICKS_HOURS = {
     "0": 0,
@@ -64,7 +64,7 @@ def _four_panels(path: Location) -> Iterator[Sequence[Axes]]:
 # ------------------------------------------------------------------------------------------------------- report
 
 
-def draw_task(
+def plot_task(
     path: Location, label_N: Array, prob_N: Array, weight_N: Array, found: Mapping[str, Any], boosting_N: Array | None
 ) -> None:
     """A task's ROC, precision-recall, calibration and decision curves.
@@ -83,8 +83,8 @@ def draw_task(
         )
         for name, p_N, scores, style in models:
             labels = [f"{name}, area {scores[area]['value']:.3f}" for area in ("auroc", "auprc")]
-            _draw_roc(roc, label_N, p_N, weight_N, drop_intermediate=False, label=labels[0], **style)
-            _draw_precision_recall(precision_recall, label_N, p_N, weight_N, label=labels[1], **style)
+            _plot_roc(roc, label_N, p_N, weight_N, drop_intermediate=False, label=labels[0], **style)
+            _plot_precision_recall(precision_recall, label_N, p_N, weight_N, label=labels[1], **style)
         roc.plot(
             [1 - point["specificity"]["value"] for point in points],
             [point["sensitivity"]["value"] for point in points],
@@ -97,11 +97,11 @@ def draw_task(
         precision_recall.plot(sensitivity, ppv, "o", color=ORANGE)
         roc.legend(loc="lower right", frameon=False)
         precision_recall.legend(loc="upper right", frameon=False)
-        _draw_calibration(calibration, prob_N, found["calibration"]["curve"])
-        _draw_decision(decision, label_N, prob_N, weight_N)
+        _plot_calibration(calibration, prob_N, found["calibration"]["curve"])
+        _plot_decision(decision, label_N, prob_N, weight_N)
 
 
-def _draw_roc(
+def _plot_roc(
     axes: Axes, label_N: Array, prob_N: Array, weight_N: Array, drop_intermediate: bool = True, **style: Any
 ) -> None:
     false_positive, true_positive, _ = roc_curve(
@@ -111,14 +111,14 @@ def _draw_roc(
     axes.set(title="ROC", xlabel="1 - specificity", ylabel="sensitivity", xlim=(0, 1), ylim=(0, 1.01))
 
 
-def _draw_precision_recall(axes: Axes, label_N: Array, prob_N: Array, weight_N: Array, **style: Any) -> None:
+def _plot_precision_recall(axes: Axes, label_N: Array, prob_N: Array, weight_N: Array, **style: Any) -> None:
     precision, recall, _ = precision_recall_curve(label_N, prob_N, sample_weight=weight_N)
     axes.step(recall[:-1], precision[:-1], **style)  # the last point is (0, 1) by convention, not a threshold
     axes.set(title="Precision and recall", xlabel="recall (sensitivity)", ylabel="precision (PPV)")
     axes.set(xlim=(0, 1), ylim=(0, 1.01))
 
 
-def _draw_calibration(axes: Axes, prob_N: Array, curve: Sequence[Mapping[str, Any]]) -> None:
+def _plot_calibration(axes: Axes, prob_N: Array, curve: Sequence[Mapping[str, Any]]) -> None:
     predicted = np.array([group["predicted"] for group in curve])
     observed = np.array([group["observed"]["value"] for group in curve])
     low, high = np.array([group["observed"]["ci"] for group in curve]).T
@@ -139,7 +139,7 @@ def _draw_calibration(axes: Axes, prob_N: Array, curve: Sequence[Mapping[str, An
     axes.patch.set_visible(False)
 
 
-def _draw_decision(axes: Axes, label_N: Array, prob_N: Array, weight_N: Array) -> None:
+def _plot_decision(axes: Axes, label_N: Array, prob_N: Array, weight_N: Array) -> None:
     reached = [threshold for threshold in GRID if np.average(prob_N >= threshold, weights=weight_N) >= REACHED]
     threshold_T = np.array(reached or GRID[:1])
     model_T, all_T = (
@@ -157,7 +157,7 @@ def _draw_decision(axes: Axes, label_N: Array, prob_N: Array, weight_N: Array) -
 # ---------------------------------------------------------------------------------------------------- benchmark
 
 
-def draw_benchmark(
+def plot_benchmark(
     path: Location,
     rows: Sequence[Mapping[str, Any]],
     curves: Mapping[str, tuple[Array, Array, Array]],
@@ -171,15 +171,15 @@ def draw_benchmark(
     colours = {name: f"C{number}" for number, name in enumerate(dict.fromkeys(row["name"] for row in rows))}
     with _four_panels(path) as (compared, roc, precision_recall, calibration):
         if len({row["budget"] for row in rows}) > 1:
-            _draw_budgets(compared, rows, colours)
+            _plot_budgets(compared, rows, colours)
         else:
-            _draw_differences(compared, rows, reference)
+            _plot_differences(compared, rows, reference)
         roc.plot([0, 1], [0, 1], color=GREY, linestyle=":")
         for name, (label_N, prob_N, weight_N) in curves.items():
             chance = np.average(label_N, weights=weight_N)  # the same for all
             precision_recall.axhline(chance, color=GREY, linestyle=":")
-            _draw_roc(roc, label_N, prob_N, weight_N, color=colours[name], label=name.replace("_", " "))
-            _draw_precision_recall(precision_recall, label_N, prob_N, weight_N, color=colours[name])
+            _plot_roc(roc, label_N, prob_N, weight_N, color=colours[name], label=name.replace("_", " "))
+            _plot_precision_recall(precision_recall, label_N, prob_N, weight_N, color=colours[name])
             groups = np.array_split(np.argsort(prob_N), 10)
             predicted, observed = (
                 [np.average(x_N[at], weights=weight_N[at]) for at in groups] for x_N in (prob_N, label_N)
@@ -191,7 +191,7 @@ def draw_benchmark(
         calibration.set(title="Calibration, tenths", xlabel="predicted probability", ylabel="observed risk")
 
 
-def _draw_budgets(axes: Axes, rows: Sequence[Mapping[str, Any]], colours: Mapping[str, str]) -> None:
+def _plot_budgets(axes: Axes, rows: Sequence[Mapping[str, Any]], colours: Mapping[str, str]) -> None:
     labels = {row["budget"]: row["fitting"] + row["choosing"] for row in rows}
     for name, colour in colours.items():
         areas = [(labels[row["budget"]], row["auprc"]) for row in rows if row["name"] == name]
@@ -207,7 +207,7 @@ def _draw_budgets(axes: Axes, rows: Sequence[Mapping[str, Any]], colours: Mappin
     axes.legend(loc="lower right", frameon=False, fontsize="small")
 
 
-def _draw_differences(axes: Axes, rows: Sequence[Mapping[str, Any]], reference: str) -> None:
+def _plot_differences(axes: Axes, rows: Sequence[Mapping[str, Any]], reference: str) -> None:
     others = [row for row in rows if row["name"] != reference]
     axes.axvline(0, color=GREY, linestyle=":")
     for shift, metric in ((-0.12, "auroc"), (0.12, "auprc")):
@@ -228,7 +228,7 @@ def _draw_differences(axes: Axes, rows: Sequence[Mapping[str, Any]], reference: 
 # -------------------------------------------------------------------------------------------------- explanation
 
 
-def draw_timeline(
+def plot_timeline(
     path: Location,
     title: str,
     hours_before_L: Array,
@@ -282,7 +282,7 @@ def draw_timeline(
             events.tick_params(axis="x", labelbottom=False)
 
 
-def draw_importance(path: Location, codes: Sequence[str], attribution_R: Array, change_R: Array) -> None:
+def plot_importance(path: Location, codes: Sequence[str], attribution_R: Array, change_R: Array) -> None:
     """Variables by importance, the first on top: mean size of attribution, and of the change on removal."""
     R = len(codes)
     with _figure(path, 10, 1.2 + 0.27 * R, EXPLANATION_DPI) as figure:
@@ -296,7 +296,7 @@ def draw_importance(path: Location, codes: Sequence[str], attribution_R: Array, 
             _list_variables(axes, [short(code) for code in codes])
 
 
-def draw_faithfulness(path: Location, fractions: Sequence[float], curves: Mapping[str, Mapping[str, Array]]) -> None:
+def plot_faithfulness(path: Location, fractions: Sequence[float], curves: Mapping[str, Mapping[str, Array]]) -> None:
     """A panel for each measure: its curve (G,) for each order of the events."""
     with _figure(path, 10, 6.4, EXPLANATION_DPI) as figure:
         for axes, (measure, orders) in zip(figure.subplots(2, 2).flat, curves.items(), strict=True):

@@ -249,4 +249,4 @@ def _draw(config: BenchmarkConfig, found: Mapping[str, Any], path: Location) -> 
         scored = _read(config, name, config.largest_first[0])
         if scored is not None:
             curves[name] = (scored.label_N, np.nanmean(scored.probability_RN, axis=0), scored.weight_N)
-    figures.draw_benchmark(path, found["rows"], curves, REFERENCE)
+    figures.plot_benchmark(path, found["rows"], curves, REFERENCE)

@@ -122,7 +122,7 @@ def judge_task(
                     histories, task.examples, probability_E, train.seed
                 )
             part["picture"] = f"{name}.png"
-            figures.draw_task(run_path / part["picture"], label_E, probability_E, weight_E, part, boosting_E)
+            figures.plot_task(run_path / part["picture"], label_E, probability_E, weight_E, part, boosting_E)
     if (best := ceiling(histories.path, name, split)) is not None:
         part["ceiling"] = best
     return winner, part

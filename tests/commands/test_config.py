@@ -92,6 +92,8 @@ def test_a_mistake_is_one_line_that_names_the_key(override: str, message: str) -
         ("tune", "search.space.early_share", "search.space.early_fraction"),
         ("tune", "+search.space.teacher_share", "search.space.teacher_fraction"),
         ("benchmark", "point.early_share", "point.early_fraction"),
+        ("explain", "cohort", "num_predictions"),
+        ("explain", "patients", "num_subjects"),
         ("benchmark", "contenders.distilled.point.teacher_share", "contenders.distilled.point.teacher_fraction"),
     ],
 )

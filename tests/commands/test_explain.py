@@ -183,7 +183,7 @@ def test_the_command_leaves_tables_pictures_and_a_report(
 ) -> None:
     (tmp_path / "out" / "patients").mkdir(mode=0o700, parents=True)
     (tmp_path / "out" / "patients" / "patient-3.png").write_text("of an earlier command")
-    explained(bundle, small_data, tmp_path / "out", "cohort=10", "patients=2")
+    explained(bundle, small_data, tmp_path / "out", "num_predictions=10", "num_subjects=2")
     pictures = ["faithfulness.png", "importance.png", "patients/patient-1.png", "patients/patient-2.png"]
     tables = ["explanation.md", "patients/events.parquet", "variables.parquet"]
     files = [str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()]
@@ -225,7 +225,7 @@ def test_a_birth_with_a_suffix_is_the_birth(small_data: Path, bundle: Path) -> N
 def test_patients_can_be_asked_for(small_data: Path, bundle: Path, tmp_path: Path) -> None:
     _, examples = held_out(small_data)
     wanted = sorted(set(examples.subject_id_E.tolist()))[5:7]
-    explained(bundle, small_data, tmp_path / "out", "cohort=2", f"subjects={wanted}")
+    explained(bundle, small_data, tmp_path / "out", "num_predictions=2", f"subjects={wanted}")
     events = pq.read_table(tmp_path / "out" / "patients" / "events.parquet")
     assert set(events["subject_id"].to_pylist()) == set(wanted)
 
@@ -235,7 +235,7 @@ def test_patients_can_be_asked_for(small_data: Path, bundle: Path, tmp_path: Pat
     [
         (["subjects=[85,77777]"], r"subjects\[1\] has no prediction in split=held_out"),
         (["task=mortality"], "the bundle predicts readmission, not task=mortality"),
-        (["cohort=0"], "cohort must be positive"),
+        (["num_predictions=0"], "num_predictions must be positive"),
     ],
 )
 def test_what_cannot_be_explained_is_refused(

@@ -233,7 +233,7 @@ def test_a_rows_place_leads_to_its_histories_and_names_no_subject(
     rows = make_rows(histories, vocabulary)
     (batch, *_), _ = next(rows.steps(Cursor(), 1, 0, 1))
     found = set()
-    for shard, group, places in re.findall(r"shard (\S+) row group (\d+) rows \[([\d, ]+)\]", rows.place_of(batch)):
+    for shard, group, places in re.findall(r"shard (\S+) row group (\d+) records \[([\d, ]+)\]", rows.place_of(batch)):
         table = pq.ParquetFile(dataset / "histories" / f"{shard}.parquet").read_row_group(int(group))
         found |= {table["subject_id"][int(place)].as_py() for place in places.split(",")}
     assert found == set(rows.examples.subject_id_E[batch.example_S.numpy()].tolist())

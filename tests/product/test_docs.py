@@ -55,7 +55,7 @@ SMALL = {
     "train.warmup_steps=1 train.rows_per_step=2 train.eval_rows=2",
     "finetune/tune.py": "data.context=64 data.tokens_per_row=256 data.min_count=1 train.max_steps=4 "
     "train.eval_every=2 train.warmup_steps=1 search.num_trials=2 search.grace_steps=2",
-    "hymate.explain": "cohort=4 patients=1",
+    "hymate.explain": "num_predictions=4 num_subjects=1",
 }
 
 

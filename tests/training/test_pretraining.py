@@ -204,9 +204,9 @@ def test_a_run_that_diverges_ends_at_once_and_names_the_rows(
     assert failed.returncode == 1
     (line,) = failed.stderr.splitlines()
     assert re.match(r"error: 4 steps in a row, up to step \d, had a loss or gradient that is not finite", line), line
-    shard, rows = re.search(r"The last one's rows: shard (\S+) row group \d+ rows \[([\d, ]+)\]", line).groups()
+    shard, records = re.search(r"The last one's rows: shard (\S+) row group \d+ records \[([\d, ]+)\]", line).groups()
     length = pq.read_metadata(data / "histories" / f"{shard}.parquet").num_rows
-    assert all(0 <= int(row) < length for row in rows.split(","))
+    assert all(0 <= int(record) < length for record in records.split(","))
     assert not (tmp_path / "pretrain" / "bundle").exists()
     assert len(list((tmp_path / "pretrain" / "tb").glob("events.*"))) == 1, "it was tried again"
     outcome = recorded(tmp_path / "pretrain")["outcome"]
