@@ -48,7 +48,9 @@ until grep -q "Ray runtime started" "$log"; do # no machine can join before
 done
 if [ "${#machines[@]}" -gt 1 ]; then
     others=$(IFS=, && echo "${machines[*]:1}") num_others=$((${#machines[@]} - 1))
-    "${step[@]}" --nodes $num_others --ntasks $num_others --nodelist "$others" "${ray[@]}" --address "$head:$port" &
+    # Ray ends on a machine that was cut off for a minute: it starts again
+    "${step[@]}" --nodes $num_others --ntasks $num_others --nodelist "$others" \
+        bash -c 'while true; do "$@"; sleep 5; done' join "${ray[@]}" --address "$head:$port" &
 fi
 
 RAY_ADDRESS=$head:$port python pretrain/run.py "${settings[@]}" "$@" &

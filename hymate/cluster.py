@@ -7,11 +7,13 @@ import importlib
 import logging
 import os
 import secrets
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,7 +116,8 @@ def ray_session(train: TrainConfig, device: Wanted) -> Iterator[None]:
         try:
             if address:
                 _connect(address, quiet)
-                _note_missing_machines(train, device, ray.cluster_resources())
+                if missing := _missing(train, device, ray.cluster_resources()):
+                    print(f"waiting for machines: {missing}")  # Ray waits for them to join
             else:
                 ray.init(
                     address="local",
@@ -285,13 +288,53 @@ def _unfit(folder: Path) -> str | None:
         return error.strerror or type(error).__name__
 
 
-def _note_missing_machines(train: TrainConfig, device: Wanted, resources: Mapping[str, float]) -> None:
-    """Ray waits for machines to join; the user should know what it waits for."""
-    for kind, wanted in {
-        "CPU": train.num_workers * train.cpus_per_worker,
-        "GPU": train.num_workers if device == "cuda" else 0,
-    }.items():
-        if wanted > resources.get(kind, 0):
-            print(
-                f"waiting for machines: the run needs {wanted} {kind}s, the cluster has {int(resources.get(kind, 0))}"
-            )
+def hindrance(train: TrainConfig, device: Wanted) -> str | None:
+    """What keeps workers from beginning or going on, and what would help, in a line; None where all hosts are there."""
+    import ray
+
+    head = ray.get_runtime_context().gcs_address
+    if not _answers(head):
+        return f"no answer from the head ({head}): is its network cut, or is it overloaded? Without it a run ends"
+    nodes = ray.nodes()
+    alive = [node for node in nodes if node["Alive"]]
+    there = {node["NodeManagerAddress"] for node in alive}
+    lost = {_named(node) for node in nodes if not node["Alive"] and node["NodeManagerAddress"] not in there}
+    total = {kind: sum(node["Resources"].get(kind, 0) for node in alive) for kind in ("CPU", "GPU")}
+    if missing := _missing(train, device, total):
+        again = (
+            f". {' and '.join(sorted(lost))} no longer belongs to it: start Ray there again, or"
+            if lost
+            else ": start Ray"
+        )
+        return f"waiting for machines: {missing}{again} on another host"
+    with ThreadPoolExecutor(16) as pool:
+        addresses = [f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}" for node in alive]
+        silent = [_named(node) for node, heard in zip(alive, pool.map(_answers, addresses), strict=True) if not heard]
+    if silent:
+        return (
+            f"no answer from {' and '.join(sorted(silent))}: is its network cut, or is it overloaded? After a "
+            "minute Ray gives it up, and the run goes on from its last checkpoint where there are hosts enough"
+        )
+    return None
+
+
+def _named(node: Mapping[str, Any]) -> str:
+    return f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})"
+
+
+def _answers(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), 3).close()
+    except OSError:
+        return False
+    return True
+
+
+def _missing(train: TrainConfig, device: Wanted, resources: Mapping[str, float]) -> str | None:
+    """What the cluster lacks for all workers to have a place."""
+    wanted = {"CPU": train.num_workers * train.cpus_per_worker, "GPU": train.num_workers if device == "cuda" else 0}
+    for kind, number in wanted.items():
+        if number > resources.get(kind, 0):
+            return f"the run needs {number} {kind}s, the cluster has {int(resources.get(kind, 0))}"
+    return None

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import fcntl
 import getpass
 import os
+import shutil
 import stat
 import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from hymate.errors import UserError
+
+LOCK = ".lock"  # beside a held folder
 
 
 def settle() -> None:
@@ -51,6 +58,44 @@ def own_folder() -> Path:
     except OSError:
         pass
     return Path(tempfile.mkdtemp(prefix="hymate-"))
+
+
+@contextmanager
+def held_folder(folder: Path) -> Iterator[None]:
+    """A new folder for temporary files. It goes with the block; after a kill, when another process of ours begins."""
+    lock = folder.with_suffix(LOCK)
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        folder.mkdir(mode=0o700)
+        try:
+            yield
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+            lock.unlink(missing_ok=True)
+
+
+@contextmanager
+def own_temporary_files() -> Iterator[None]:
+    """While the block runs, all of this process's temporary files are in a held folder; those of killed ones go."""
+    common = shared_temporary_folder()
+    for lock in common.glob(f"hymate-*{LOCK}"):
+        with suppress(OSError), lock.open() as file:  # not another user's, nor one that somebody holds
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
+            lock.unlink()
+    folder = common / f"hymate-{uuid.uuid4().hex}"
+    with held_folder(folder):
+        tempfile.tempdir = str(folder)
+        try:
+            yield
+        finally:
+            tempfile.tempdir = str(common)
+
+
+def shared_temporary_folder() -> Path:
+    """Where processes of this machine find each other's temporary files."""
+    folder = Path(tempfile.gettempdir())
+    return folder.parent if folder.with_suffix(LOCK).exists() else folder
 
 
 def _name() -> str:

@@ -33,6 +33,7 @@ import platform
 import shutil
 import subprocess
 import threading
+import time
 import typing
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Set
@@ -344,5 +345,16 @@ def _write(run: Location, record: Mapping[str, Any]) -> None:
     write_text(json.dumps(record, indent=1) + "\n", run / RECORD)
 
 
+def keep_time_of(driver_s: float) -> None:
+    """From now on this process notes times by the driver's clock, which showed `driver_s` a moment ago."""
+    _Clock.ahead_s = driver_s - time.time()
+
+
+class _Clock:
+    """ahead_s: of this machine's is the clock by which a run's times are noted."""
+
+    ahead_s = 0.0
+
+
 def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
+    return datetime.fromtimestamp(time.time() + _Clock.ahead_s, UTC).isoformat(timespec="seconds")

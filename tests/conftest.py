@@ -32,6 +32,7 @@ LONGEST = (
     "test_privacy.py",
     "test_storage.py",
     "test_jobs.py",
+    "test_hosts.py",
     "test_gpu.py",
     "test_from_raw_tables.py",
     "test_code_of_workers.py",

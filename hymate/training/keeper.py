@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from hymate import machine
 from hymate.errors import UserError
 from hymate.storage.paths import Location, UrlPath, download, hand_over, naming_a_full_disk, remove_tree, write_text
 from hymate.training import checkpoint
@@ -214,13 +214,9 @@ def _on_this_machine(place: Location, worker: Worker) -> Iterator[Path]:
     if isinstance(place, Path):
         yield place
         return
-    scratch = Path(tempfile.gettempdir()) / f"hymate-{agreed(uuid.uuid4().hex, worker)}"
-    try:
+    scratch = machine.shared_temporary_folder() / f"hymate-{agreed(uuid.uuid4().hex, worker)}"
+    with machine.held_folder(scratch) if worker.local_rank == 0 else nullcontext():
         if worker.local_rank == 0:
-            scratch.mkdir(mode=0o700)
             download(place, scratch / place.name)
         anyone(False, worker)  # all are there
         yield scratch / place.name
-    finally:
-        if worker.local_rank == 0:
-            remove_tree(scratch)

@@ -199,7 +199,7 @@ def train(
                 telemetry.scalars("train", {**meter.mean(), **values}, standing.step)
                 for name, by_rank in curves(meter.times).items():
                     telemetry.scalars(name, by_rank, standing.step)
-            telemetry.progress(force=due, **_progress(meter, standing, job, config))
+            telemetry.progress(force=due, evaluating=due, **_progress(meter, standing, job, config))
             if due:
                 evaluate_and_save()
         take_in(every=True)
@@ -540,6 +540,7 @@ def _progress(meter: Meter, standing: Standing, job: Job, config: TrainConfig) -
         "score": standing.best,
         "skipped": standing.skipped,
         "events_per_second": meter.events_per_second,
+        "step_s": 1 / meter.steps_per_second if meter.steps_per_second else None,
         "eta_s": left / meter.steps_per_second if meter.steps_per_second else None,
         "trouble": trouble(meter.times) if meter.times else None,
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import traceback
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from hymate import cluster, ending
+from hymate import cluster, ending, machine
 from hymate.config import ModelConfig, TrainConfig
 from hymate.device import CPU, Wanted, obstacle
 from hymate.errors import UserError
@@ -44,7 +45,8 @@ def fit(training: Training) -> Standing:
     the training is saved where it stands; exits with status 1 and the failing worker's own error for others.
     """
     run = training.run
-    with cluster.ray_session(training.train, training.device), progress_line(run.folder):
+    hindrance = functools.partial(cluster.hindrance, training.train, training.device)
+    with cluster.ray_session(training.train, training.device), progress_line(run.folder, hindrance):
         from ray.train.v2.api.exceptions import TrainingFailedError
 
         try:
@@ -64,6 +66,8 @@ def _trainer(training: Training) -> Any:
     from ray import train
     from ray.train.torch import TorchTrainer
 
+    from hymate.training.meeting import Meeting
+
     class Trainer(TorchTrainer):
         def _register_sigint_handler(self, controller: Any) -> None:
             """Ray's own would drop what has not been saved."""
@@ -72,6 +76,7 @@ def _trainer(training: Training) -> Any:
     return Trainer(
         train_worker,
         train_loop_config={"training": training},
+        torch_config=Meeting(),
         scaling_config=train.ScalingConfig(
             num_workers=settings.num_workers,
             use_gpu=on_gpu,
@@ -100,7 +105,7 @@ def train_worker(given: dict[str, Training]) -> Standing | str:
     """
     training = given["training"]
     try:
-        with naming_a_full_disk(training.run.folder):
+        with machine.own_temporary_files(), naming_a_full_disk(training.run.folder):
             return _train_worker(training)
     except Unrecoverable as error:
         return str(error)
@@ -164,6 +169,8 @@ def _num_nodes() -> int:
 
 def _explain(error: Any) -> NoReturn:
     """Print the error that stopped training, not those it caused on other workers, and exit with status 1."""
+    from hymate.training.meeting import NotTogether
+
     failures = getattr(error, "worker_failures", {})
     followed = ("Connection closed by peer", "Connection reset by peer", "DistBackendError", "Broken pipe")
     causes = {rank: cause for rank, cause in failures.items() if not any(text in str(cause) for text in followed)}
@@ -173,5 +180,8 @@ def _explain(error: Any) -> NoReturn:
         raise cause
     if ending.asked():  # whoever ends a command may end its workers, too
         raise ending.Stopped from error
+    if isinstance(cause, NotTogether):
+        print(f"error: {cause}", file=sys.stderr)
+        raise SystemExit(1) from cause
     ending.print_error(cause, "training failed: " if rank is None else f"training failed on worker {rank}: ")
     raise SystemExit(1) from cause

@@ -12,7 +12,7 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -28,6 +28,8 @@ PROGRESS = "progress.json"
 WRITE_EVERY_S = 0.5
 WRITE_URL_EVERY_S = 5.0
 PRINT_EVERY_S = 10.0
+ASK_AFTER_S = 4.0  # without anything new, and again
+SILENT_S, USUAL = 8.0, 3.0  # what is not usual: so many seconds more than so many usual steps
 
 
 class Telemetry:
@@ -117,13 +119,18 @@ def _interval_s(path: Location) -> float:
 
 
 @contextmanager
-def progress_line(run_path: Location, console: Console | None = None) -> Iterator[None]:
-    """Show the run's progress file while the block runs: one live line, or on a plain stream a line now and then."""
+def progress_line(
+    run_path: Location, hindrance: Callable[[], str | None] = lambda: None, console: Console | None = None
+) -> Iterator[None]:
+    """Show the run's progress file while the block runs: one live line, or on a plain stream a line now and then.
+
+    hindrance: says what keeps the workers from going on, where it knows; asked while the file stays as it is.
+    """
     console = console or Console()
     (run_path / PROGRESS).unlink(missing_ok=True)
     stop = threading.Event()
     show = _live if console.is_terminal else _printed
-    thread = threading.Thread(target=show, args=(run_path / PROGRESS, console, stop), daemon=True)
+    thread = threading.Thread(target=show, args=(_News(run_path, hindrance), console, stop), daemon=True)
     thread.start()
     try:
         yield
@@ -132,31 +139,65 @@ def progress_line(run_path: Location, console: Console | None = None) -> Iterato
         thread.join()
 
 
-def _live(path: Location, console: Console, stop: threading.Event) -> None:
+class _News:
+    """What the driver knows of its workers. state: the newest progress; trouble: why there is nothing newer."""
+
+    def __init__(self, run_path: Location, hindrance: Callable[[], str | None]) -> None:
+        self.path, self.interval_s = run_path / PROGRESS, _interval_s(run_path)
+        self.state: dict[str, Any] = {}
+        self.trouble: str | None = None
+        self._hindrance = hindrance
+        self._since = self._asked_at = time.monotonic()
+
+    def read(self) -> None:
+        state, now = read_progress(self.path), time.monotonic()
+        if state and state != self.state:
+            self.state, self.trouble, self._since = state, None, now
+        elif min(now - self._since, now - self._asked_at) >= ASK_AFTER_S:
+            self.trouble = self._hindrance() or self._silence(now - self._since)
+            self._asked_at = time.monotonic()
+
+    def _silence(self, seconds: float) -> str | None:
+        """Where all hosts answer."""
+        if not self.state or seconds < SILENT_S + USUAL * (self.state.get("step_s") or 0):
+            return None
+        busy = "evaluating and saving" if self.state.get("evaluating") else "a step"
+        return f"{busy} takes long: every host answers, so the storage, a worker or the network between them is slow"
+
+
+def _live(news: _News, console: Console, stop: threading.Event) -> None:
     columns = (SpinnerColumn(), BarColumn(24), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("starting workers", total=None)
         printed: set[str] = set()
-        while not stop.wait(_interval_s(path)):
-            state = read_progress(path)
-            _print_notes(state, printed, console)
-            if state:
-                bar.update(task, completed=state["step"], total=state["max_steps"], description=describe(state))
+        while not stop.wait(news.interval_s):
+            news.read()
+            _print_notes(news.state, printed, console)
+            if state := news.state:
+                bar.update(task, completed=state["step"], total=state["max_steps"])
+            if state or news.trouble:
+                bar.update(task, description=news.trouble or describe(state))
 
 
-def _printed(path: Location, console: Console, stop: threading.Event) -> None:
+def _printed(news: _News, console: Console, stop: threading.Event) -> None:
     console.print("starting workers")
     shown: dict[str, Any] = {}
+    shown_trouble: str | None = None
     shown_at = time.monotonic()
     printed: set[str] = set()
     while True:
-        ending = stop.wait(_interval_s(path))
-        state = read_progress(path)
+        ending = stop.wait(news.interval_s)
+        news.read()
+        state, due = news.state, time.monotonic() - shown_at >= PRINT_EVERY_S
         _print_notes(state, printed, console)
         evaluated = state.get("score") != shown.get("score")
-        if state and state != shown and (ending or evaluated or time.monotonic() - shown_at >= PRINT_EVERY_S):
+        if state and state != shown and (ending or evaluated or due):
             console.print(describe(state), highlight=False, soft_wrap=True)
             shown, shown_at = state, time.monotonic()
+        if news.trouble != shown_trouble:
+            if news.trouble:
+                console.print(news.trouble, highlight=False, markup=False, soft_wrap=True)
+            shown_trouble = news.trouble
         if ending:
             return
 

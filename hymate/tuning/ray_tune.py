@@ -15,6 +15,7 @@ from ray import tune
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler
 
+from hymate import machine
 from hymate.config import SearchConfig, TrainConfig
 from hymate.data.histories import Histories
 from hymate.device import choose
@@ -106,7 +107,8 @@ def _trial(parameters: dict[str, Any], study: Study, run: Run) -> None:
     run.check()
     failed.unlink(missing_ok=True)
     try:
-        _run(parameters["index"], study, run)
+        with machine.own_temporary_files():
+            _run(parameters["index"], study, run)
     except (loop.Unrecoverable, FloatingPointError):
         run.check()
         write_text(traceback.format_exc(), failed)

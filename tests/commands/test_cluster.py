@@ -230,7 +230,7 @@ def test_the_kernels_are_those_of_the_pytorch_beside_them() -> None:
 
 @pytest.mark.parametrize("kind", VARIANTS)
 def test_shells_take_the_scripts(kind: str, tmp_path: Path) -> None:
-    for name in ("slurm.sh", "local.sh")[: 2 if kind == "cpu" else 1]:
+    for name in ("slurm.sh", "local.sh", "join.sh")[: 3 if kind == "cpu" else 1]:
         script = tmp_path / name
         script.write_text(variant(name, kind))
         checked = run(["bash", "-n", str(script)], dict(os.environ), tmp_path)

@@ -135,3 +135,26 @@ def test_a_run_trains_without_a_home_or_a_name_and_with_a_long_path_to_temporary
     environment["HYMATE_OPS"] = "reference"  # compiling takes longer than all the rest
     done = subprocess.run(line, env=environment, cwd=folder, capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 0 and not done.stderr, done.stdout + done.stderr
+
+
+def test_temporary_files_of_a_killed_process_go_with_the_next_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    hold = "import sys, tempfile, time\nfrom hymate import machine\nwith machine.own_temporary_files():\n"
+    hold += "    print(tempfile.mkdtemp(), flush=True)\n    time.sleep(600)"
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    with subprocess.Popen(
+        [sys.executable, "-c", hold], env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout is not None
+        folder = Path(other.stdout.readline().strip())
+        with machine.own_temporary_files():
+            assert folder.is_dir(), "its process is alive"
+            assert machine.shared_temporary_folder() == tmp_path == Path(tempfile.gettempdir()).parent
+        other.kill()
+        other.wait()
+    assert folder.is_dir()
+    with machine.own_temporary_files():
+        assert not folder.parent.exists()
+    assert not list(tmp_path.iterdir())

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from datetime import datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +15,7 @@ from typing import Any
 import pytest
 from commands import wait_until
 
+from hymate import runs
 from hymate.command import load
 from hymate.config import RunConfig, TaskConfig
 from hymate.ending import Stopped
@@ -204,6 +207,18 @@ def test_the_workers_are_asked_to_stop(tmp_path: Path) -> None:
         wait_until(stop, "the workers see it")
     with claim(tmp_path) as run, run.watched() as stop:
         assert not stop(), "the next command would stop at once"
+
+
+def test_all_times_are_by_the_drivers_clock(tmp_path: Path) -> None:
+    with claim(tmp_path) as run:
+        try:
+            runs.keep_time_of(time.time() - 3600)  # as a worker whose host is an hour ahead
+            run.workers_started(0, num_workers=2, num_nodes=2)
+        finally:
+            runs.keep_time_of(time.time())
+    (attempt,) = json.loads((tmp_path / "run.json").read_text())["attempts"]
+    began, worked = (datetime.fromisoformat(at) for at in (attempt["started"], attempt["starts"][0]["at"]))
+    assert timedelta(minutes=-61) < worked - began < timedelta(minutes=-59)
 
 
 def test_a_command_does_not_stop_the_one_that_took_the_run_over(tmp_path: Path) -> None:

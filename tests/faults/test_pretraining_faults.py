@@ -19,18 +19,27 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-import torch
 from commands import PATIENCE_S, ROOT, processes, ray_processes, run, starts, step_of, wait_until
-from pretraining_runs import EVAL_EVERY, STEPS, command, flip_a_bit, saved_steps, scalars, started, train_workers
+from pretraining_runs import (
+    EVAL_EVERY,
+    STEPS,
+    assert_same,
+    command,
+    flip_a_bit,
+    known_checkpoints,
+    last_checkpoint,
+    saved_steps,
+    scalars,
+    started,
+    train_workers,
+)
 from s3 import BUCKET, Server, serving
 from s3 import environment as s3_environment
-from safetensors.torch import load_file
 from small_disk import fill, small_disk
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 from hymate.storage import paths, remote
 from hymate.training.checkpoint import verify
-from hymate.training.keeper import Kept
 
 LONG_EVALUATION = "train.eval_rows=200"
 
@@ -96,22 +105,6 @@ def disturbed(data: Path, environment: dict[str, str], tmp_path: Path) -> Distur
     return Disturbed(tmp_path / "pretrain", command(data, tmp_path), {**environment, "TMPDIR": temporary})
 
 
-def assert_same(folder: Path, whole: Path) -> None:
-    """Every step once, with the same loss; the same last checkpoint; no checkpoint that is not whole."""
-    assert scalars(folder, "train/loss") == scalars(whole, "train/loss"), "steps are missing, doubled or different"
-    expected, actual = (last_checkpoint(path) for path in (whole, folder))
-    for file in sorted(expected.glob("*.safetensors")):
-        ours, theirs = load_file(actual / file.name), load_file(file)
-        assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    for checkpoint in (folder / "checkpoints").glob("step-*"):
-        verify(checkpoint)
-
-
-def last_checkpoint(folder: Path) -> Path:
-    kept = Kept(folder / "checkpoints", 1)
-    return folder / "checkpoints" / kept.names()[0]
-
-
 def finish(driver: subprocess.Popen[bytes]) -> None:
     assert driver.wait(PATIENCE_S) == 0
 
@@ -131,7 +124,7 @@ def test_a_worker_is_killed(when: str, disturbed: Disturbed, undisturbed: Path, 
     moments: dict[str, Callable[[], object]] = {
         "at a random step": lambda: step_of(disturbed.folder) >= moment,
         "during an evaluation": lambda: step_of(disturbed.folder) == evaluation,
-        "while saving a checkpoint": lambda: any(temporary.glob(f"hymate-step-{evaluation}-*")),
+        "while saving a checkpoint": lambda: any(temporary.glob(f"hymate-*/hymate-step-{evaluation}-*")),
     }
     with disturbed.running() as driver:
         disturbed.until(moments[when], driver, 0.002)
@@ -317,10 +310,5 @@ def test_the_storage_is_out_of_reach_for_too_long(
 
 def last_point(temporary: Path) -> int:
     """The last step of the curves that wait in a temporary folder; they are sent with each checkpoint."""
-    files = temporary.glob("hymate-*/events.*")
+    files = temporary.glob("hymate-*/hymate-*/events.*")
     return max((event.step for file in files for event in EventFileLoader(str(file)).Load()), default=0)
-
-
-def known_checkpoints(runs: str) -> int:
-    """How many checkpoints count."""
-    return len(Kept(paths.locate(f"{runs}/pretrain/checkpoints"), 1).names())

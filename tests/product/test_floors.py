@@ -33,7 +33,7 @@ FLOORS = (
 ROOMS = [room for floor in FLOORS for room in floor]
 # What a library may be imported by; where a name is not here, everyone may.
 LIBRARIES = {
-    "ray": {"cluster", "training.ray_train", "tuning.ray_tune"},
+    "ray": {"cluster", "training.ray_train", "training.meeting", "tuning.ray_tune"},
     "deepspeed": {
         "training.deepspeed",
         "training.loop",

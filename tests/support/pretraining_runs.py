@@ -9,7 +9,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from commands import ROOT, points, processes
+from safetensors.torch import load_file
+
+from hymate.storage import paths
+from hymate.training.checkpoint import verify
+from hymate.training.keeper import Kept
 
 STEPS, EVAL_EVERY = 60, 10
 
@@ -66,3 +72,24 @@ def flip_a_bit(file: Path) -> None:
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
+
+
+def assert_same(folder: Path, whole: Path) -> None:
+    """Every step once, with the same loss; the same last checkpoint; no checkpoint that is not whole."""
+    assert scalars(folder, "train/loss") == scalars(whole, "train/loss"), "steps are missing, doubled or different"
+    expected, actual = (last_checkpoint(path) for path in (whole, folder))
+    for file in sorted(expected.glob("*.safetensors")):
+        ours, theirs = load_file(actual / file.name), load_file(file)
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    for checkpoint in (folder / "checkpoints").glob("step-*"):
+        verify(checkpoint)
+
+
+def last_checkpoint(folder: Path) -> Path:
+    kept = Kept(folder / "checkpoints", 1)
+    return folder / "checkpoints" / kept.names()[0]
+
+
+def known_checkpoints(runs: str) -> int:
+    """How many checkpoints count."""
+    return len(Kept(paths.locate(f"{runs}/pretrain/checkpoints"), 1).names())

@@ -1,4 +1,4 @@
-"""An S3-compatible server on the loopback interface: a real process that can be stopped for a while."""
+"""An S3-compatible server, on the loopback interface or a given one: a real process that can be stopped for a while."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ class Server:
 
 
 @contextmanager
-def serving(folder: Path) -> Iterator[Server]:
-    """A server with an empty bucket; its log is in `folder`."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
+def serving(folder: Path, host: str = "127.0.0.1") -> Iterator[Server]:
+    """A server with an empty bucket at an address of this machine; its log is in `folder`."""
+    with socket.create_server((host, 0)) as free:
         port = free.getsockname()[1]
-    address = f"http://127.0.0.1:{port}"
-    arguments = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    address = f"http://{host}:{port}"
+    arguments = [sys.executable, "-m", "moto.server", "-H", host, "-p", str(port)]
     with (folder / "server.log").open("wb") as log, subprocess.Popen(arguments, stdout=log, stderr=log) as process:
         try:
             wait_until(lambda: process.poll() is not None or _answers(address), "the server answers")
