@@ -164,7 +164,7 @@ def _contender(
     fitting = own.fitting
     if trial.teacher_fraction:
         teacher_E = baseline_models.cross_fitted(histories, fitting, own.choosing, run.seed)
-        fitting = distilled(fitting, teacher_E, trial.teacher_fraction)
+        fitting = distilled(fitting, teacher_E[:, None], trial.teacher_fraction)
     chosen = device.choose(config.device, start.model)
     telemetry = Telemetry(run_folder(config.run) / "tb" / run.stem, enabled=True)
 

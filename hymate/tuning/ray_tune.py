@@ -144,8 +144,7 @@ def _run(index: int, study: Study, run: Run) -> None:
             if ended.is_file():
                 return
         histories = Histories.open(trial.data.path)
-        examples = study.examples(trial, histories)
-        job = trial_job(study.start, trial, histories, *examples, study.metric, worker.device)
+        job = trial_job(study.start, trial, histories, *study.examples(trial), study.metric, worker.device)
         settings, text = trial.train, trial.description
         loop.train(job, settings, worker, report=report, telemetry=telemetry, resume=resume, description=text)
     write_text("", ended)

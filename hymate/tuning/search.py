@@ -10,7 +10,7 @@ import numpy as np
 
 from hymate import cluster
 from hymate.config import DataConfig, ModelConfig, Place, ReportConfig, RunConfig, SearchConfig, TaskConfig, TrainConfig
-from hymate.data.examples import labelled_examples, require_both_classes
+from hymate.data.examples import labelled_examples, require_both_classes, united
 from hymate.data.histories import Histories
 from hymate.data.known import differing, sentences
 from hymate.data.meds import SPLITS
@@ -25,7 +25,7 @@ from hymate.inference.provenance import SENTENCES, Seen, provenance, seen
 from hymate.runs import Run, absolute, check_same_run, claimed, run_folder
 from hymate.storage.paths import Location, filling, locate, require_folder, write_text
 from hymate.tuning import space, winner
-from hymate.tuning.trial import Study, TrialConfig, draw_trials, require_starts, starting_point
+from hymate.tuning.trial import Study, TrialConfig, distilled, draw_trials, require_starts, starting_point
 from hymate.tuning.winner import LabelledTask
 
 # keys that a search may change when it is continued: they move it to other machines or spare these what is too large
@@ -154,10 +154,9 @@ def _searched(
     initial_weights: Seen = seen(start.extra, histories) if start.state else "new"
     if initial_weights not in ("new", "same split"):
         print(f"Note: {SENTENCES[initial_weights]}", flush=True)
-    distilled = any(trial.teacher_fraction for trial in trials)
-    teacher = [_teacher(task, histories, config.train.seed) for task in tasks] if distilled else []
-    tables = [task.labels.table for task in tasks]
-    study = Study(start, tables, metric, trials, run_path, teacher, config.device)
+    training, tuning = (united([task.examples[split] for task in tasks]) for split in ("train", "tuning"))
+    teacher_ET = _teacher(tasks, histories, config.train.seed) if any(t.teacher_fraction for t in trials) else None
+    study = Study(start, training, tuning, metric, trials, run_path, teacher_ET, config.device)
     with cluster.ray_session(config.train, config.device):
         from hymate.tuning.ray_tune import run_trials  # late: Ray takes its settings when it is imported
 
@@ -178,15 +177,20 @@ def _searched(
     return found
 
 
-def _teacher(task: LabelledTask, histories: Histories, seed: int) -> np.ndarray:
-    name, examples = task.config.name, task.examples
-    print(f"fitting gradient boosting for {name} to distil; search.space.teacher_fraction=0 skips it", flush=True)
-    try:
-        return cross_fitted(histories, examples["train"], examples["tuning"], seed)
-    except (UserError, MemoryError) as error:
-        raise UserError(
-            f"search.space.teacher_fraction: no gradient boosting for {name} ({error}); set it to 0"
-        ) from error
+def _teacher(tasks: Sequence[LabelledTask], histories: Histories, seed: int) -> np.ndarray:
+    """`Study.teacher_ET`."""
+    parts = []
+    for task in tasks:
+        name, examples = task.config.name, task.examples
+        print(f"fitting gradient boosting for {name} to distil; search.space.teacher_fraction=0 skips it", flush=True)
+        try:
+            teacher_E = cross_fitted(histories, examples["train"], examples["tuning"], seed)
+        except (UserError, MemoryError) as error:
+            raise UserError(
+                f"search.space.teacher_fraction: no gradient boosting for {name} ({error}); set it to 0"
+            ) from error
+        parts.append(distilled(examples["train"], teacher_E[:, None], 1.0))
+    return united(parts).label_ET
 
 
 def _export(bundle: Bundle, histories: Histories, found: dict[str, Any], run_path: Location) -> None:

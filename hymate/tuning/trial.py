@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
 import yaml
 
 from hymate.config import DataConfig, ModelConfig, SearchConfig, TaskConfig, TrainConfig
-from hymate.data.examples import Examples, labelled_examples, united
+from hymate.data.examples import Examples
 from hymate.data.histories import Histories
 from hymate.data.loader import Rows
 from hymate.data.tasks import LabelSet
@@ -62,30 +61,29 @@ class TrialConfig:
 
 @dataclass(frozen=True)
 class Study:
-    """Shared by all trials; labels: a table for each task; metric: one of `tuning_scores`; device: where
-    each trial computes.
+    """Shared by all trials, in one copy for the processes of a host.
 
-    teacher: for each task boosting's out-of-fold probability of each training example, by
-    `baseline_models.cross_fitted`, if any trial learns from it: knowledge distillation (Hinton et al. 2015).
+    training, tuning: the examples of all tasks, found once for all trials.
+    metric: one of `tuning_scores`. device: where each trial computes.
+    teacher_ET: boosting's out-of-fold probability of each training example (`baseline_models.cross_fitted`), NaN where
+        a task has no label; None where no trial learns from it: knowledge distillation (Hinton et al. 2015).
     """
 
     start: Bundle
-    labels: list[pa.Table]
+    training: Examples
+    tuning: Examples
     metric: str
     trials: list[TrialConfig]
     run_path: Location
-    teacher: list[np.ndarray] = dataclasses.field(default_factory=list)
+    teacher_ET: np.ndarray | None = None
     device: Wanted = "cpu"
 
-    def examples(self, trial: TrialConfig, histories: Histories) -> tuple[Examples, Examples]:
-        """Those to train on and those to tune on, of all tasks."""
-        training, tuning = (
-            [labelled_examples(histories, table, split) for table in self.labels] for split in ("train", "tuning")
-        )
-        if trial.teacher_fraction:
-            pairs = zip(training, self.teacher, strict=True)
-            training = [distilled(part, teacher_E, trial.teacher_fraction) for part, teacher_E in pairs]
-        return united(training), united(tuning)
+    def examples(self, trial: TrialConfig) -> tuple[Examples, Examples]:
+        """Those that a trial trains on, and those that it tunes on."""
+        if not trial.teacher_fraction:
+            return self.training, self.tuning
+        assert self.teacher_ET is not None
+        return distilled(self.training, self.teacher_ET, trial.teacher_fraction), self.tuning
 
 
 def starting_point(data: DataConfig, model: ModelConfig | None, init: str | None) -> Bundle:
@@ -187,10 +185,10 @@ def parameter_groups(model: RiskModel, trial: TrialConfig) -> list[dict[str, Any
     return groups
 
 
-def distilled(examples: Examples, teacher_E: np.ndarray, fraction: float) -> Examples:
+def distilled(examples: Examples, teacher_ET: np.ndarray, fraction: float) -> Examples:
     """With this fraction of each label replaced by the teacher's probability."""
-    label_E = (1 - fraction) * examples.label_E + fraction * teacher_E
-    return dataclasses.replace(examples, label_ET=label_E[:, None].astype(np.float32))
+    label_ET = (1 - fraction) * examples.label_ET + fraction * teacher_ET
+    return dataclasses.replace(examples, label_ET=label_ET.astype(np.float32))
 
 
 def labelled_rows(start: Bundle, trial: TrialConfig, histories: Histories, examples: Examples) -> Rows:

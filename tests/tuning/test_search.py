@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import pickle
 import signal
 import subprocess
 import sys
@@ -38,7 +39,15 @@ from hymate.inference.scoring import predict, prediction_table
 from hymate.model.pretrain_model import PretrainModel
 from hymate.tuning import space
 from hymate.tuning.search import TuneConfig, search
-from hymate.tuning.trial import TrialConfig, draw_trials, parameter_groups, risk_model, starting_point, trial_config
+from hymate.tuning.trial import (
+    Study,
+    TrialConfig,
+    draw_trials,
+    parameter_groups,
+    risk_model,
+    starting_point,
+    trial_config,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -237,6 +246,30 @@ def _steps(run_path: Path) -> list[int]:
     """Steps at which the good trials were evaluated, in order, as their newest checkpoints have them."""
     newest = (max(trial.glob("step-*/state.json"), default=None) for trial in (run_path / "trials").glob("trial-*"))
     return [scores["step"] for file in newest if file for scores in json.loads(file.read_text())["evaluations"]]
+
+
+def test_trials_share_the_examples_that_the_search_found(small_data: Path, tmp_path: Path) -> None:
+    """What Ray keeps once for all processes of a host are the buffers of a pickle: every array must be one."""
+    config = configured(small_data, None, "model=debug", "search.num_trials=2")
+    start = starting_point(config.data, config.model, None)
+    first, second = draw_trials(config.tasks, config.search, config.train, start)
+    trials = [replace(first, teacher_fraction=0.0), replace(second, teacher_fraction=0.25)]
+    histories, table = Histories.open(small_data), read_labels(small_data / "labels" / "readmission")
+    training, tuning = (labelled_examples(histories, table, split) for split in ("train", "tuning"))
+    teacher_ET = np.linspace(0, 1, len(training), dtype=np.float32)[:, None]
+    buffers: list[pickle.PickleBuffer] = []
+    study = Study(start, training, tuning, "mean", trials, tmp_path, teacher_ET)
+    pickled = pickle.dumps(study, protocol=5, buffer_callback=buffers.append)
+    shared = [memoryview(buffer).toreadonly() for buffer in buffers]
+    received = pickle.loads(pickled, buffers=shared)
+    for examples, expected in zip(received.examples(trials[0]), (training, tuning), strict=True):
+        for name, values in dataclasses.asdict(expected).items():
+            got = getattr(examples, name)
+            assert name == "dropped" or not got.flags.owndata
+            np.testing.assert_array_equal(got, values)
+    distilled, _ = received.examples(trials[1])
+    np.testing.assert_allclose(distilled.label_ET, 0.75 * training.label_ET + 0.25 * teacher_ET, rtol=1e-6)
+    assert distilled.stop_E is received.training.stop_E
 
 
 @pytest.mark.slow
