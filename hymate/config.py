@@ -74,10 +74,10 @@ class ModelConfig:
         (causal=false or bidirectional=true); 0 is the whole history.
     mlp_ratio: width of each block's gated MLP over d_model; 0 is none (the paper's).
     dropout: fraction of a block's output that is dropped in training.
-    pooling: how events become a patient: "attention" (the paper's: additive attention over the events, and a dense
-        network of the static features), "fusion" (attention that forgets at learned rates and knows trends),
-        "variables" (over variables, which also know their counts, extremes and trends), "last" (the last event's state)
-        or "mean".
+    pooling: how events become one vector for a patient: "attention" (the paper's: additive attention over the events,
+        and a dense network of the static features), "fusion" (attention that forgets at learned rates and sees trends),
+        "variables" (over variables, with their counts, extremes and trends), "last" (the last event's state) or
+        "mean".
     num_queries: attention queries of the first three poolings; their results are concatenated.
     members: poolings and heads over the one encoder; each learns as if it were alone, and their logits are averaged.
     """
@@ -317,9 +317,9 @@ class TaskConfig:
 class SearchConfig:
     """The fine-tuning search.
 
-    num_trials: settings that are tried.
+    num_trials: how many settings are tried.
     metric: what picks the best checkpoint on the tuning split: "mean" of AUROC, AUPRC and, where a task has days,
-        concordance; or one of the first two. Of several tasks the mean counts.
+        concordance; or one of the first two. With several tasks, the mean over them counts.
     max_concurrent: trials at the same time; 0 is as many as the machine or cluster holds.
     grace_steps: steps before ASHA may stop a trial.
     reduction_factor: ASHA lets one in so many trials go on to the next rung.
@@ -350,7 +350,7 @@ class SearchConfig:
 class ReportConfig:
     """What report.md shows besides the model's scores.
 
-    boosting: whether gradient boosting is fitted, too, to compare with.
+    boosting: whether gradient boosting is fitted for comparison.
     subgroups: regular expressions of static codes; each code that one matches is a group, besides the sexes.
     age_bands: where a new band of ages at the prediction time begins, in years.
     """

@@ -56,7 +56,7 @@ AWAY, SHORT = "deletion: the logit moves by", "insertion: the logit is still off
 VERDICT = {
     True: "The attributions find what raises the risk better than attention and chance do.",
     False: "**On these predictions the attributions find what raises the risk no better than attention or chance: do "
-    "not lean on them.**",
+    "not rely on them.**",
 }
 
 
@@ -70,7 +70,7 @@ class ExplainConfig:
     subjects: ids of the subjects to show; without any, those at the highest risk.
     num_subjects: how many of those at the highest risk are shown.
     num_predictions: most predictions behind the tables of variables and of faithfulness.
-    device: "auto" takes a GPU where all is there that the model needs, else the CPU; or "cpu", "cuda".
+    device: "auto" takes a GPU if what the model needs for it is installed, else the CPU; or "cpu", "cuda".
     """
 
     bundle: Place

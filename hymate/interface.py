@@ -48,7 +48,7 @@ def load(bundle: str | os.PathLike[str], device: Wanted = "auto") -> Model:
     """The model of a bundle.
 
     bundle: a risk bundle or the folder of a search, a local path or a URL.
-    device: "auto" takes a GPU where all is there that the model needs, else the CPU; or "cpu", "cuda".
+    device: "auto" takes a GPU if what the model needs for it is installed, else the CPU; or "cpu", "cuda".
 
     Raises UserError where there is no bundle, where it is damaged, and where it holds no risk model.
     """

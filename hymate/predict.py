@@ -59,7 +59,7 @@ class PredictConfig:
     context: the events read before a prediction time: "bundle" (as many as in fine-tuning) or "all".
     states: with context=all, the folder that keeps each subject's state (patient data), so that only new events are
         read.
-    device: "auto" takes a GPU where all is there that the model needs, else the CPU; or "cpu", "cuda".
+    device: "auto" takes a GPU if what the model needs for it is installed, else the CPU; or "cpu", "cuda".
     """
 
     bundle: Place

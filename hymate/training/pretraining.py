@@ -65,7 +65,7 @@ CHANGEABLE = {
 class PretrainConfig:
     """Everything of a pretraining run.
 
-    device: "auto" takes a GPU for each worker where all is there that the model needs, else CPUs; or "cpu", "cuda".
+    device: "auto" takes a GPU for each worker if what the model needs for it is installed, else CPUs; or "cpu", "cuda".
     """
 
     data: DataConfig

@@ -62,7 +62,7 @@ class BenchmarkConfig:
     contenders: by name, what each changes in `model` (`model`) and in `point` (`point`), and whether it starts from
         pretrained weights (`pretrained`).
     point: settings of every contender, as of a search's space.
-    device: "auto" takes a GPU for each run where all is there that the model needs, else CPUs; or "cpu", "cuda".
+    device: "auto" takes a GPU for each run if what the model needs for it is installed, else CPUs; or "cpu", "cuda".
     """
 
     data: DataConfig

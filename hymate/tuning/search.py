@@ -46,7 +46,7 @@ class TuneConfig:
     task: one task, or several by their names: one model with a head for each.
     init: run folder or bundle of a pretrained model; null trains from scratch.
     model: needed when init is null; with init it may be left out.
-    device: "auto" takes a GPU for each trial where all is there that the model needs, else CPUs; or "cpu", "cuda".
+    device: "auto" takes a GPU for each trial if what the model needs for it is installed, else CPUs; or "cpu", "cuda".
     """
 
     data: DataConfig

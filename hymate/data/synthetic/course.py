@@ -51,8 +51,9 @@ class SyntheticConfig:
     seed: the cohort is a function of this configuration alone.
     shard_events: events of one shard, about.
     shuffled_labels: readmission depends on nothing: a negative control.
-    driver_distance: 0, or the law's only driver lies up to so many events before the discharge (the distant
-        law in law.py); mean_events must be four times that, because a stay is about a quarter of a history.
+    driver_distance: 0, or readmission has one cause alone, which lies up to so many events before the discharge
+        (the distant law in law.py); mean_events must be four times that, because a stay is about a quarter of a
+        history.
     """
 
     subjects: int = 500
