@@ -77,7 +77,8 @@ wheels:
 	DS_BUILD_OPS=0 MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE $(ANY_PY) -m pip wheel --quiet --no-deps \
 		--no-build-isolation --wheel-dir wheels "deepspeed>=0.19,<0.20" antlr4-python3-runtime==4.9.3 mamba-ssm==2.3.2.post1
 
-# processes killed, disks filled, servers stopped: some twenty minutes; ends in a table of what each fault costs
+# processes and hosts killed, networks cut, disks filled, servers stopped: some forty minutes; ends in a table of what each
+# fault costs. Hosts and small disks need root
 test-faults: $(VENV)/.installed
 	$(PY) -m pytest -q -o addopts="-ra --strict-markers -p no:cacheprovider" tests/faults
 

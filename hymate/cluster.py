@@ -11,10 +11,11 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -38,6 +39,7 @@ SETTINGS = {
     "RAY_get_check_signal_interval_milliseconds": "100",  # how soon a waiting driver sees a signal
 }
 OBJECT_STORE_BYTES = 128 << 20  # Ray's minimum is 75 MB; workers exchange nothing through it
+LOOK_EVERY_S, HEADLESS_S = 5.0, 40.0  # Ray ends a process that has lost the head for 60 s
 ANSWER_S = 22.0  # of a cluster, the start of a Python included
 # Ray itself tries for minutes, deaf to signals: another process asks
 ASK = """
@@ -112,10 +114,12 @@ def ray_session(train: TrainConfig, device: Wanted) -> Iterator[None]:
     workers: dict[str, Any] = {"env_vars": {"OMP_NUM_THREADS": str(train.cpus_per_worker)}}
     workers |= {"py_modules": [str(PACKAGE)], "excludes": ["**/__pycache__"], "worker_process_setup_hook": _take_code()}
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "runtime_env": workers}
-    with nullcontext("") if address else ray_folder() as folder:
+    with ExitStack() as stack:
+        folder = "" if address else stack.enter_context(ray_folder())
         try:
             if address:
                 _connect(address, quiet)
+                stack.enter_context(_watched_head(ray.get_runtime_context().gcs_address))
                 if missing := _missing(train, device, ray.cluster_resources()):
                     print(f"waiting for machines: {missing}")  # Ray waits for them to join
             else:
@@ -289,33 +293,63 @@ def _unfit(folder: Path) -> str | None:
 
 
 def hindrance(train: TrainConfig, device: Wanted) -> str | None:
-    """What keeps workers from beginning or going on, and what would help, in a line; None where all hosts are there."""
+    """What keeps workers from beginning or going on, and what would help, in a line.
+
+    None where all hosts are there; empty where it is said already.
+    """
     import ray
 
-    head = ray.get_runtime_context().gcs_address
-    if not _answers(head):
-        return f"no answer from the head ({head}): is its network cut, or is it overloaded? Without it a run ends"
+    if not _answers(ray.get_runtime_context().gcs_address):
+        return ""  # by `_watched_head`
     nodes = ray.nodes()
     alive = [node for node in nodes if node["Alive"]]
     there = {node["NodeManagerAddress"] for node in alive}
     lost = {_named(node) for node in nodes if not node["Alive"] and node["NodeManagerAddress"] not in there}
     total = {kind: sum(node["Resources"].get(kind, 0) for node in alive) for kind in ("CPU", "GPU")}
     if missing := _missing(train, device, total):
-        again = (
-            f". {' and '.join(sorted(lost))} no longer belongs to it: start Ray there again, or"
-            if lost
-            else ": start Ray"
-        )
-        return f"waiting for machines: {missing}{again} on another host"
+        gone = f". Ray has given up {' and '.join(sorted(lost))}" if lost else ""
+        return f"waiting for machines: {missing}{gone}. Start Ray there again or on another host (cluster/join.sh)"
     with ThreadPoolExecutor(16) as pool:
         addresses = [f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}" for node in alive]
         silent = [_named(node) for node, heard in zip(alive, pool.map(_answers, addresses), strict=True) if not heard]
     if silent:
         return (
             f"no answer from {' and '.join(sorted(silent))}: is its network cut, or is it overloaded? After a "
-            "minute Ray gives it up, and the run goes on from its last checkpoint where there are hosts enough"
+            "minute Ray gives it up; what ran there goes on from its last checkpoint, once there are hosts enough"
         )
     return None
+
+
+@contextmanager
+def _watched_head(address: str) -> Iterator[None]:
+    """While the block runs, it is said when the cluster's head does not answer; the command ends in a line where it
+    goes on not to, before Ray would end it without one.
+    """
+    over = threading.Event()
+
+    def watch() -> None:
+        answered_at, said = time.monotonic(), False
+        while not over.wait(LOOK_EVERY_S):
+            if _answers(address):
+                answered_at, said = time.monotonic(), False
+                continue
+            silent_s = time.monotonic() - answered_at
+            if silent_s > HEADLESS_S:
+                ending.give_up(
+                    f"no answer from the cluster's head ({address}) for {silent_s:.0f} s: give the same command again "
+                    "once there is a cluster; it continues"
+                )
+            if not said:
+                print(
+                    f"no answer from the cluster's head ({address}): is its network cut, or has it ended?", flush=True
+                )
+            said = True
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
 
 
 def _named(node: Mapping[str, Any]) -> str:

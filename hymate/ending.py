@@ -183,12 +183,21 @@ def _follow(receiver: socket.socket) -> None:
 def _leave(number: int) -> None:
     """End at once."""
     _Watch.asked = _Watch.asked or number
+    _end_at_once(f"stopped by {_name()}", 128 + number)
+
+
+def give_up(line: str) -> None:
+    """End at once with an error, from a thread: where the main one would wait for ever."""
+    _end_at_once(f"error: {line}", 1)
+
+
+def _end_at_once(line: str, status: int) -> None:
     last = threading.Thread(target=_act_at_the_latest, daemon=True)
     last.start()
     last.join(2.0)  # at a URL it may take longer
     with contextlib.suppress(OSError):
-        os.write(2, f"stopped by {_name()}\n".encode())
-    os._exit(128 + number)
+        os.write(2, f"{line}\n".encode())
+    os._exit(status)
 
 
 def _act_at_the_latest() -> None:

@@ -76,7 +76,7 @@ def _take_interface() -> tuple[str, str, str]:
         if any(each.address.partition("%")[0] == address for each in addresses):
             os.environ.setdefault(GLOO, name)
             os.environ.setdefault(NCCL, f"={name}")  # without = also those whose names begin so
-    _ask_dns(patiently=False)
+    ask_dns(patiently=False)
     return socket.gethostname(), address, os.environ.get(GLOO, "no interface that it has")
 
 
@@ -84,10 +84,10 @@ def _meet(now_s: float) -> None:
     """Each worker hears from all, NCCL's in their first collective. now_s: by the clock of the driver's host."""
     runs.keep_time_of(now_s)
     dist.all_reduce(torch.zeros(1, device=get_device()))
-    _ask_dns(patiently=True)
+    ask_dns(patiently=True)
 
 
-def _ask_dns(patiently: bool) -> None:
+def ask_dns(patiently: bool) -> None:
     """PyTorch asks DNS for the name of each address that it connects to, for its log only.
 
     Patiently is as the host is set up: where no server answers, a start would take 10 to 20 s more.

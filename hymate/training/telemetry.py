@@ -28,6 +28,7 @@ PROGRESS = "progress.json"
 WRITE_EVERY_S = 0.5
 WRITE_URL_EVERY_S = 5.0
 PRINT_EVERY_S = 10.0
+ANSWER_S = 8.0  # of the storage
 ASK_AFTER_S = 4.0  # without anything new, and again
 SILENT_S, USUAL = 8.0, 3.0  # what is not usual: so many seconds more than so many usual steps
 
@@ -124,7 +125,8 @@ def progress_line(
 ) -> Iterator[None]:
     """Show the run's progress file while the block runs: one live line, or on a plain stream a line now and then.
 
-    hindrance: says what keeps the workers from going on, where it knows; asked while the file stays as it is.
+    hindrance: says what keeps the workers from going on, None where it doesn't know, nothing where it is said already;
+    asked while the file stays as it is.
     """
     console = console or Console()
     (run_path / PROGRESS).unlink(missing_ok=True)
@@ -147,14 +149,23 @@ class _News:
         self.state: dict[str, Any] = {}
         self.trouble: str | None = None
         self._hindrance = hindrance
+        self._reader = ThreadPoolExecutor(1)
+        self._reading: Future[dict[str, Any]] | None = None
         self._since = self._asked_at = time.monotonic()
 
     def read(self) -> None:
-        state, now = read_progress(self.path), time.monotonic()
+        self._reading = self._reading or self._reader.submit(read_progress, self.path)
+        try:
+            state = self._reading.result(ANSWER_S)
+        except TimeoutError:
+            self.trouble = f"no answer from {self.path.parent}: the workers may wait for it, too"
+            return
+        self._reading, now = None, time.monotonic()
         if state and state != self.state:
             self.state, self.trouble, self._since = state, None, now
         elif min(now - self._since, now - self._asked_at) >= ASK_AFTER_S:
-            self.trouble = self._hindrance() or self._silence(now - self._since)
+            known = self._hindrance()
+            self.trouble = self._silence(now - self._since) if known is None else known
             self._asked_at = time.monotonic()
 
     def _silence(self, seconds: float) -> str | None:

@@ -6,7 +6,9 @@ import logging
 import os
 import time
 import traceback
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from ray import tune
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler
 
-from hymate import machine
+from hymate import cluster, machine
 from hymate.config import SearchConfig, TrainConfig
 from hymate.data.histories import Histories
 from hymate.device import choose
@@ -43,7 +45,7 @@ SILENCED = (
     "ray.tune.execution.experiment_state",  # prints a traceback for Tune's own record where the disk is full
 )
 SCORES = ("step", "mean", "auroc", "auprc", "concordance", "loss")
-SECONDS_BETWEEN_LINES = 15.0
+SECONDS_BETWEEN_LINES = 10.0
 
 
 def run_trials(study: Study, search: SearchConfig, train: TrainConfig, run: Run) -> list[TrialEnd]:
@@ -91,7 +93,7 @@ def _tuner(study: Study, search: SearchConfig, train: TrainConfig, run: Run) -> 
             name=TUNE,
             **ray_storage(study.run_path),
             verbose=0,
-            callbacks=[Progress(study.metric, study.run_path, run)],
+            callbacks=[Progress(study.metric, study.run_path, run, partial(cluster.hindrance, train, study.device))],
             failure_config=tune.FailureConfig(max_failures=search.max_failures),
         ),
     )
@@ -186,10 +188,14 @@ def _cause(traceback: str) -> str:
 class Progress(tune.Callback):
     """A line on the console at each evaluation, and every few seconds where something has changed."""
 
-    def __init__(self, metric: str, run_path: Location, run: Run) -> None:
-        self.metric, self.run_path, self.run = metric, run_path, run
+    def __init__(
+        self, metric: str, run_path: Location, run: Run, hindrance: Callable[[], str | None] = lambda: None
+    ) -> None:
+        """hindrance: says what keeps trials from going on, where it knows; asked while nothing changes."""
+        self.metric, self.run_path, self.run, self.hindrance = metric, run_path, run, hindrance
         self.started = self.printed = time.monotonic()
         self.line = ""
+        self.news: str | None = None
         self.shown: set[str] = set()
         self.failed: set[str] = set()
 
@@ -229,10 +235,11 @@ class Progress(tune.Callback):
 
     def _print(self, trials: list[Trial]) -> None:
         line = self._describe(trials)
-        if line != self.line:
+        news = line if line != self.line else self.hindrance()
+        if news and news != self.news:
             minutes, seconds = divmod(int(time.monotonic() - self.started), 60)
-            print(f"{minutes}:{seconds:02d}  {line}", flush=True)
-        self.line, self.printed = line, time.monotonic()
+            print(f"{minutes}:{seconds:02d}  {news}", flush=True)
+        self.line, self.news, self.printed = line, news, time.monotonic()
 
     def _describe(self, trials: list[Trial]) -> str:
         named = {Trial.TERMINATED: "done", Trial.RUNNING: "running", Trial.PENDING: "waiting"}

@@ -120,8 +120,8 @@ class Network:
     def add(self, own_name: str | None = "127.0.1.1", delay_s: float = 0.0) -> Host:
         """A new host.
 
-        own_name: what its name means to itself, an address or nothing; other hosts don't know it. delay_s: of its
-        cable, each way.
+        own_name: what its name means to itself: an address, on an interface that leads nowhere, or nothing. Other hosts
+        don't know it. delay_s: of its cable, each way.
         """
         number = FIRST + len(self.hosts)
         name, address = f"host{number}", f"{self.prefix}.{number}"
@@ -146,6 +146,8 @@ class Network:
             _ip(self.switch, f"link add {link} type veth peer name eth0 netns {init}")
         _ip(self.switch, f"link set {link} master bridge up")
         _ip(init, "link set lo up", f"addr add {address}/24 dev eth0", "link set eth0 up")
+        if own_name and not own_name.startswith("127."):
+            _ip(init, "link add nowhere type bridge", f"addr add {own_name}/24 dev nowhere", "link set nowhere up")
         # without a way out Ray takes the address that the host's name has
         _ip(init, f"route add default via {self.outside}")
         host = Host(name, address, folder, init, self.switch, link, processes)
