@@ -364,7 +364,7 @@ class ReportConfig:
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise ConfigError(f"subgroups: {pattern!r} is no regular expression: {error}") from error
+                raise ConfigError(f"subgroups: {pattern!r} is not a regular expression: {error}") from error
         rise = bool(self.age_bands) and self.age_bands == sorted(set(self.age_bands))
         _check(self, age_bands=(rise, "must rise, e.g. [18, 65]"))
 

@@ -81,7 +81,7 @@ def _parse_url(scheme: str, slashes: str, authority: str, path: str, options: st
     if not (scheme == kind and slashes and named):
         raise UserError(f"{text}: write {kind}://{SCHEMES[kind]}/FOLDER, or ./{text} for a local path of that name")
     if ".." in path.split("/"):
-        raise UserError(f"{text}: a URL leads down only: write it without ..")
+        raise UserError(f"{text}: a URL can't go up: write it without ..")
     if "#" in options:
         raise UserError(f"{text}: the options after the ? cannot hold a #: leave it and what follows it out")
     if options and (kind == "file" or not _OPTIONS.fullmatch(options)):

@@ -125,7 +125,7 @@ def asked_of(bundle: Bundle, path: Location, task: TaskConfig, split: str) -> It
         histories = Histories.open(root)
         if codes := differing(bundle.known, histories.known, histories.codes):
             raise UserError(
-                f"{path}: prepared under other rules of when events become known than the bundle's ({len(codes)} codes "
+                f"{path}: prepared under other rules than the bundle's of when events become known ({len(codes)} codes "
                 f"differ, {codes[0]!r} for one): give data.path the MEDS folder that it was prepared from"
             )
         examples = _examples(histories, _prediction_times(root, task), split)

@@ -137,7 +137,7 @@ def check_same_run(run: Location, config: Any, inputs: Mapping[str, str], change
             raise ConfigError(f"{run} holds a run with another configuration: {was}; {remedy}")
     for key in sorted(record["inputs"].keys() | inputs.keys()):
         if record["inputs"].get(key) != inputs.get(key):
-            raise ConfigError(f"{run} holds a run of another content of {key}; {remedy}")
+            raise ConfigError(f"{run} holds a run in which {key} had other content; {remedy}")
 
 
 def finished_outcome(run: Location, config: Any) -> dict[str, Any] | None:

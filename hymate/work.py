@@ -65,8 +65,8 @@ class Stages:
                 yield futures.pop(future)
         except BrokenProcessPool as error:
             raise UserError(
-                "a worker process was killed, perhaps for want of memory: run the same command with fewer workers=, "
-                "it continues"
+                "a worker process was killed, perhaps because memory ran out: run the same command with fewer "
+                "workers=; it continues"
             ) from error
 
 

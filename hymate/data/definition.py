@@ -95,7 +95,7 @@ def parse(task: TaskConfig) -> Any:
     ):
         if name not in (None, *others, *predicates):
             choices = ", ".join([*others, *predicates])
-            raise ConfigError(f"{setting} is no predicate of task.definition: choose one of {choices}")
+            raise ConfigError(f"{setting} is not a predicate of task.definition: choose one of {choices}")
     return config
 
 

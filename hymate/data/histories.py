@@ -309,8 +309,8 @@ def read_metadata(path: Location) -> dict | None:
         raise UserError(f"{file}: damaged: delete {path} and prepare the dataset again") from error
     if version != FORMAT_VERSION:
         raise UserError(
-            f"{file}: format version {version}, this program reads {FORMAT_VERSION}: "
-            "run python -m hymate.data.prepare into a new folder, or use the program's other version"
+            f"{file}: format version {version}, this version reads {FORMAT_VERSION}: "
+            "run python -m hymate.data.prepare into a new folder, or use the version that wrote it"
         )
     return metadata
 

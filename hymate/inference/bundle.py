@@ -215,7 +215,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder} is not a bundle: {CONFIG} names no format_version (a run writes one at its end)")
     if version > FORMAT_VERSION:
         raise UserError(
-            f"{folder} has a newer bundle format than {FORMAT_VERSION}, up to which this version reads: update hymate"
+            f"{folder} has a newer bundle format than {FORMAT_VERSION}, the newest that is read here: update hymate"
         )
     tree = {"in_days": [], "extra": {}, "known": {}, **tree}  # bundles of before there were any
     sections = dict.fromkeys(("model", "data", "known", "extra", "sha256"), dict)

@@ -76,7 +76,7 @@ class StateFolder:
         marker = path / MARKER
         if not marker.exists():
             if any(path.iterdir()):
-                raise UserError(f"{path} holds other things than patient states: give states=DIR a folder of its own")
+                raise UserError(f"{path} holds files that are not patient states: give states=DIR a folder of its own")
             write_text(json.dumps(self._owner) + "\n", marker)
         if _json(marker) != self._owner:
             raise UserError(f"{path} holds the states of another bundle or version: give states=DIR another folder")

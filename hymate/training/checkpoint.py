@@ -92,7 +92,7 @@ def first_whole(kept: Iterable[tuple[Location, Mapping[str, Any]]]) -> Whole | N
         try:
             return Whole(folder, dict(metrics), read_verified_weights(folder))
         except UserError as error:
-            print(f"{folder.parent.name}: {error}; the next best checkpoint counts", flush=True)
+            print(f"{folder.parent.name}: {error}; the next best checkpoint is used", flush=True)
     return None
 
 
@@ -151,7 +151,7 @@ def _one_clear_line(folder: Path) -> Iterator[None]:
         yield
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         detail = " ".join(str(error).split())[:200].encode("unicode_escape").decode()
-        raise UserError(f"{folder} is damaged or no checkpoint of this model ({detail})") from error
+        raise UserError(f"{folder} is damaged, or is not a checkpoint of this model ({detail})") from error
 
 
 def load_weights(module: nn.Module, folder: Path) -> None:

@@ -94,7 +94,7 @@ class BenchmarkConfig:
                 raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}")
         for key in ("with_few_labels", "only"):
             if unknown := set(getattr(self, key)) - {*self.names}:
-                raise ConfigError(f"{key}: {', '.join(sorted(unknown))} is no contender")
+                raise ConfigError(f"{key}: {', '.join(sorted(unknown))} is not a contender")
         if clash := set(BASELINES) & set(self.contenders):
             raise ConfigError(f"contenders.{sorted(clash)[0]} is a baseline's name: choose another")
         points = {f"contenders.{name}.point": contender.point for name, contender in self.contenders.items()}

@@ -72,7 +72,7 @@ def test_attempts_add_up_and_a_killed_one_has_no_end(tmp_path: Path) -> None:
     after = attempt(tmp_path)
     assert [one["ended"] is None for one in after["attempts"]] == [True, False]
     check_same_run(tmp_path, CONFIG, INPUTS, set())
-    with pytest.raises(ConfigError, match=r"holds a run of another content of data\.path"):
+    with pytest.raises(ConfigError, match=r"holds a run in which data\.path had other content"):
         check_same_run(tmp_path, CONFIG, {"data.path": "g"}, set())
 
 

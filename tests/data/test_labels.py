@@ -226,14 +226,14 @@ def test_label_folders_may_bring_start_and_weight(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["+task.kinds.day_case=false"], "task.kinds.day_case is no predicate"),
+        (["+task.kinds.day_case=false"], "task.kinds.day_case is not a predicate"),
         (
             ["task.start=admission"],
-            "task.start=admission is no predicate .*: choose one of null, trigger, ",
+            "task.start=admission is not a predicate .*: choose one of null, trigger, ",
         ),
         (["task.labels=nowhere"], "task.labels: nowhere is not a folder"),
         (["task.definition=null"], "give task.labels=FOLDER or a task.definition"),
-        (["task.competing=dead"], "task.competing=dead is no predicate"),
+        (["task.competing=dead"], "task.competing=dead is not a predicate"),
         (["task.definition.windows.target.label=null"], "a window with a label"),
         (["task.definition.trigger=discharge"], "not an ACES task: .*discharge"),
         (["task.definition.predicates.died.code.regex='(['"], "not an ACES task: .*regex"),

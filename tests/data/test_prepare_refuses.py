@@ -271,5 +271,5 @@ def test_a_newer_format_is_refused(tmp_path: Path) -> None:
     prepare(config(write_raw(tmp_path / "raw"), out))
     path = out / "histories" / "metadata.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "format_version": 2}))
-    with pytest.raises(UserError, match="format version 2, this program reads 1"):
+    with pytest.raises(UserError, match="format version 2, this version reads 1"):
         Histories.open(out)

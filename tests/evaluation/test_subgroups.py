@@ -81,7 +81,7 @@ def test_a_pattern_that_matches_nothing_is_refused(data: tuple[Histories, Exampl
     assert "\n" not in str(refused.value)
     with pytest.raises(ConfigError, match=r"report\.subgroups"):
         subgroups(*data, ["VISIT"], [65])  # a code, but no static one
-    with pytest.raises(ConfigError, match=r"^subgroups: '\(' is no regular expression"):
+    with pytest.raises(ConfigError, match=r"^subgroups: '\(' is not a regular expression"):
         ReportConfig(subgroups=["("])
     with pytest.raises(ConfigError, match=r"^age_bands"):
         ReportConfig(age_bands=[65, 18])

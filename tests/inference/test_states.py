@@ -236,7 +236,7 @@ def test_a_folder_in_use_is_refused(small_data: Path, bundle: Path, tmp_path: Pa
 def test_a_folder_of_other_things_is_left_alone(small_data: Path, bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.txt").write_text("mine")
-    with pytest.raises(UserError, match="holds other things"):
+    with pytest.raises(UserError, match="holds files that are not patient states"):
         predicted(bundle, small_data, tmp_path, "context=all", f"states={tmp_path / 'home'}")
     assert [path.name for path in (tmp_path / "home").iterdir()] == ["thesis.txt"]
 

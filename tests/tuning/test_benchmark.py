@@ -349,7 +349,7 @@ def test_runs_of_other_labels_are_not_compared(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("wrong", "line"),
     [
-        ("only=[boosting]", "only: boosting is no contender"),
+        ("only=[boosting]", "only: boosting is not a contender"),
         ("budgets=[-1]", "budgets must be different numbers of labels, 0 for all there are; got [-1]"),
         ("choosing_fraction=1", "choosing_fraction must be between 0 and 1"),
         ("folds=1", "folds must be at least 2"),
