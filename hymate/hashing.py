@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 Integers = TypeVar("Integers", np.ndarray, "Tensor")
 
+FEISTEL_ROUNDS = 12  # of few numbers, fewer rounds leave some orders rarer than others
 SPLITMIX_STEP = 0x9E3779B97F4A7C15 - 2**64  # between the states of SplitMix64
 
 
@@ -31,6 +32,28 @@ def seeded_hash(key_N: np.ndarray, seed: int) -> np.ndarray:
     """Hashes (uint64) of integer keys, others for each seed."""
     start = np.uint64((seed + 1) * SPLITMIX_STEP % 2**64).astype(np.int64)
     return splitmix64(key_N.astype(np.int64) + start).view(np.uint64)
+
+
+def permuted(place_N: np.ndarray, size: int, key: int) -> np.ndarray:
+    """What a random order of range(size) has at some places, int64 (N,): computed for these, never held as a whole.
+
+    Each key (0 to 2^64 - 1) gives another order. A Feistel network permutes the 4^h numbers that `size` fits into; what
+    it sends outside goes through it again (cycle walking, Black and Rogaway 2002).
+    """
+    half, bits = max(1, ((size - 1).bit_length() + 1) // 2), np.array([key], np.uint64).view(np.int64)
+    is_odd = splitmix64(bits) & 1  # the network's own permutations are even, half of all
+    found_N = place_N.astype(np.int64)
+    outside_N = np.ones(len(found_N), dtype=bool)
+    while outside_N.any():
+        x = found_N[outside_N]
+        x = np.where(x < 2, x ^ is_odd, x)
+        left, right = x >> half, x & ((1 << half) - 1)
+        for number in range(FEISTEL_ROUNDS):
+            mixed = splitmix64(seeded_hash(right, number).view(np.int64) ^ bits)
+            left, right = right, left ^ shifted_right(mixed, 64 - half)
+        found_N[outside_N] = (left << half) | right
+        outside_N = found_N >= size
+    return found_N
 
 
 def shifted_right(x: Integers, bits: int) -> Integers:

@@ -199,7 +199,7 @@ class Model:
         histories = histories_of(events_of(events), self._bundle.known)
         if not self._bundle.vocabulary.ids_of(histories.codes).any():
             raise UserError("events: none has a code that the model knows: they are coded differently")
-        times = times_of(at, histories.index["subject_id"])
+        times = times_of(at, histories.index.subject_id_P)
         examples = labelled_examples(histories, times, "all", required=False)
         if not len(examples):
             raise UserError("at: nothing is known by then: give a time that is not before the first event, in UTC")

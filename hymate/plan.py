@@ -20,6 +20,7 @@ import numpy as np
 
 from hymate.command import main
 from hymate.config import DataConfig, ModelConfig, ObjectiveConfig, Place, TrainConfig
+from hymate.data.examples import pretraining_examples
 from hymate.data.histories import Histories
 from hymate.errors import ConfigError
 from hymate.evaluation.tables import markdown
@@ -116,10 +117,7 @@ def _shapes(config: PlanConfig) -> tuple[Shapes, float]:
     data, history_events, vocab_size, events = config.data, config.history_events, config.vocabulary, config.events
     if data.path is not None:
         histories = Histories.open(data.path)
-        num_events_P = histories.index["num_events"][np.asarray(histories.positions(TRAIN_SPLIT), np.int64)]
-        seen_P = np.minimum(num_events_P[num_events_P > 0], data.context)
-        if not len(seen_P):
-            raise histories.without_subjects_error(TRAIN_SPLIT)
+        seen_P = np.minimum(pretraining_examples(histories, TRAIN_SPLIT).stop_E, data.context)
         vocab_size, events = read_vocabulary(config.prepared(data.path)).size, float(seen_P.sum())
         history_events = max(1, round(float(seen_P.mean())))
     length = min(history_events, data.context, data.tokens_per_row)

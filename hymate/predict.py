@@ -29,7 +29,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import pyarrow as pa
 
 from hymate.command import main
@@ -157,7 +156,7 @@ def _prediction_times(root: Location, task: TaskConfig) -> pa.Table:
 
 def _examples(histories: Histories, table: pa.Table, split: str) -> Examples:
     if split == "all":
-        histories = histories.with_splits(np.full(len(histories), split, dtype=object))
+        histories = histories.with_splits(dict.fromkeys(histories.splits, split))
     return labelled_examples(histories, table, split)
 
 

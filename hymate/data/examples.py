@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -22,11 +22,31 @@ NO_TIME = -1  # prediction_time_E of pretraining examples
 
 
 @dataclass(frozen=True)
+class Consecutive:
+    """The integers from `start` on, as an array that takes no memory; as much of NumPy's interface as is needed."""
+
+    start: int
+    length: int
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, at_N: np.ndarray | Sequence[int]) -> np.ndarray:
+        return self.start + np.asarray(at_N, np.int64)
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
+        return np.arange(self.start, self.start + self.length, dtype=dtype or np.int64)
+
+    def searchsorted(self, values_N: np.ndarray) -> np.ndarray:
+        return np.clip(values_N - self.start, 0, self.length)
+
+
+@dataclass(frozen=True)
 class Examples:
     """What an epoch visits: histories, each up to a time.
 
-    position_E: int64, position of the history in the dataset's index.
-    stop_E: int64, how many of its events may be used: those at or before the prediction time.
+    position_E: int64, position of the history in the dataset's index; never decreasing.
+    stop_E: integers, how many of its events may be used: those at or before the prediction time.
     earliest_E: int64, the fewest of them that an earlier view with the same label may show (`Rows.early_fraction`):
         those up to the label's start; stop_E where there is no earlier view.
     prediction_time_E: int64, microseconds since 1970; NO_TIME in pretraining.
@@ -38,7 +58,7 @@ class Examples:
     dropped: how many labels were left out, by reason.
     """
 
-    position_E: np.ndarray
+    position_E: np.ndarray | Consecutive
     stop_E: np.ndarray
     earliest_E: np.ndarray
     prediction_time_E: np.ndarray
@@ -51,9 +71,10 @@ class Examples:
     def __len__(self) -> int:
         return len(self.position_E)
 
-    def only(self, kept_E: np.ndarray) -> Examples:
-        """Those where `kept_E` is true."""
-        arrays = {name: value[kept_E] for name, value in vars(self).items() if isinstance(value, np.ndarray)}
+    def only(self, kept: np.ndarray) -> Examples:
+        """Those where `kept` is true (E,), or whose numbers, which increase, it holds."""
+        kept = np.flatnonzero(kept) if kept.dtype == bool else kept
+        arrays = {name: value[kept] for name, value in vars(self).items() if name != "dropped"}
         return replace(self, **arrays)
 
     def sample_weights(self, about: int, seed: int) -> np.ndarray:
@@ -95,25 +116,28 @@ class Examples:
 
 
 def pretraining_examples(histories: Histories, split: str) -> Examples:
-    """Every history of `split` that has events, whole and without tasks. UserError when there is none."""
-    if not len(histories.positions(split)):
+    """Every history of `split` that has events, whole and without tasks. UserError when there is none.
+
+    They are views of the index: their number costs no memory.
+    """
+    index, of_split = histories.index, [segment for segment in histories.index.segments if segment.split == split]
+    if not of_split:
         raise histories.without_subjects_error(split)
-    position_E = np.asarray(histories.positions(split), dtype=np.int64)
-    stop_E = histories.index["num_events"][position_E].astype(np.int64)
-    has_events = stop_E > 0
-    if not has_events.any():
+    _, start, empty, stop = of_split[0]
+    own, count = slice(start, empty), empty - start
+    if not count:
         raise UserError(f"no history with events in split {split!r}: prepare the dataset with subjects in this split")
-    position_E, stop_E = position_E[has_events], stop_E[has_events]
+    nothing_ET = np.empty((count, 0), dtype=np.float32)
     return Examples(
-        position_E=position_E,
-        stop_E=stop_E,
-        earliest_E=stop_E,
-        prediction_time_E=np.full(len(position_E), NO_TIME),
-        label_ET=np.empty((len(position_E), 0), dtype=np.float32),
-        days_ET=np.empty((len(position_E), 0), dtype=np.float32),
-        weight_ET=np.empty((len(position_E), 0), dtype=np.float32),
-        subject_id_E=histories.index["subject_id"][position_E],
-        dropped={"without_events": int((~has_events).sum())},
+        position_E=Consecutive(start, count),
+        stop_E=index.num_events_P[own],
+        earliest_E=index.num_events_P[own],
+        prediction_time_E=np.broadcast_to(np.int64(NO_TIME), (count,)),
+        label_ET=nothing_ET,
+        days_ET=nothing_ET,
+        weight_ET=nothing_ET,
+        subject_id_E=index.subject_id_P[own],
+        dropped={"without_events": stop - empty},
     )
 
 
@@ -131,8 +155,9 @@ def labelled_examples(histories: Histories, labels: pa.Table, split: str, requir
     label_N, days_N = _values(labels, "boolean_value"), _values(labels, "float_value")
     weight_N = _values(labels, "weight") if "weight" in labels.column_names else np.ones_like(label_N)
 
-    known = np.isin(subject_id_N, histories.index["subject_id"])
-    position_N, in_split = _join(subject_id_N, histories, split)
+    position_N = histories.index.find(subject_id_N)
+    known = position_N >= 0
+    in_split = known & histories.index.is_in(position_N, split)
     order = np.lexsort((time_N, position_N))
     order = order[in_split[order]]
     position_E, time_E = position_N[order], time_N[order]
@@ -149,7 +174,7 @@ def labelled_examples(histories: Histories, labels: pa.Table, split: str, requir
         "positives_without_events": int((label_N[order][~kept] > 0.5).sum()),
     }
     if not kept.any() and required:
-        raise _no_example(histories, subject_id_N, split, dropped)
+        raise _no_example(histories, position_N, split, dropped)
     return Examples(
         position_E=position_E[kept],
         stop_E=stop_E[kept],
@@ -163,10 +188,10 @@ def labelled_examples(histories: Histories, labels: pa.Table, split: str, requir
     )
 
 
-def _no_example(histories: Histories, subject_id_N: np.ndarray, split: str, dropped: Mapping[str, int]) -> UserError:
+def _no_example(histories: Histories, position_N: np.ndarray, split: str, dropped: Mapping[str, int]) -> UserError:
     """The error where no label of a split can be used: its cause and the remedy."""
-    total = len(subject_id_N)
-    if histories.odd_splits and not len(histories.positions(split)):
+    total = len(position_N)
+    if histories.odd_splits and split not in histories.splits:
         return histories.without_subjects_error(split)
     if dropped["without_events"]:
         return UserError(
@@ -178,7 +203,7 @@ def _no_example(histories: Histories, subject_id_N: np.ndarray, split: str, drop
             f"none of the {total} labels is of a subject of the dataset (split {split!r} was asked for): check that "
             "labels and dataset hold the same subject ids"
         )
-    of_split = {other: int(_join(subject_id_N, histories, other)[1].sum()) for other in SPLITS}
+    of_split = {other: int(histories.index.is_in(position_N[position_N >= 0], other).sum()) for other in SPLITS}
     where = ", ".join(f"{count} in {other}" for other, count in of_split.items() if count)
     return UserError(
         f"no label is of a subject in split {split!r}: of {total} labels {where or 'none'} and "
@@ -266,18 +291,6 @@ def _keys(examples: Examples) -> np.ndarray:
     return np.column_stack([key_E2, place_E - np.repeat(start, np.diff(start, append=len(examples)))])
 
 
-def _join(subject_id_N: np.ndarray, histories: Histories, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """For each subject id: its position in the index, and whether it is in `split` (if not, the position is void)."""
-    position_P = np.asarray(histories.positions(split), dtype=np.int64)
-    if len(position_P) == 0:
-        return np.zeros(len(subject_id_N), dtype=np.int64), np.zeros(len(subject_id_N), dtype=bool)
-    subject_id_P = histories.index["subject_id"][position_P]
-    order_P = np.argsort(subject_id_P)
-    at_N = np.minimum(np.searchsorted(subject_id_P[order_P], subject_id_N), len(order_P) - 1)
-    position_N = position_P[order_P[at_N]]
-    return position_N, histories.index["subject_id"][position_N] == subject_id_N
-
-
 def _events_until(
     histories: Histories, position_E: np.ndarray, times: Sequence[tuple[np.ndarray, Literal["left", "right"]]]
 ) -> np.ndarray:
@@ -286,7 +299,7 @@ def _events_until(
     position_E must be sorted.
     """
     count_E = np.empty((len(times), len(position_E)), dtype=np.int64)
-    for block in blocks(histories.index["num_events"][position_E]):
+    for block in blocks(histories.index.num_events_P[position_E]):
         for example, history in zip(block.tolist(), histories.read(position_E[block]), strict=True):
             for number, (time_E, side) in enumerate(times):
                 count_E[number, example] = np.searchsorted(history.time, time_E[example], side=side)

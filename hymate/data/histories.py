@@ -9,16 +9,16 @@ import copy
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import meds
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from hymate.data.index import INDEX_SCHEMA, Index, open_index
 from hymate.data.known import NEVER, KnownConfig, KnownTimes
 from hymate.data.meds import (
     RENAME_SPLITS,
@@ -48,16 +48,6 @@ HISTORY_SCHEMA = pa.schema(
         ("value", pa.list_(pa.float32())),
     ],
     metadata={"hymate.format_version": str(FORMAT_VERSION), "time_unit": "us"},
-)
-INDEX_SCHEMA = pa.schema(
-    [
-        ("subject_id", pa.int64()),
-        ("split", pa.string()),
-        ("shard", pa.string()),
-        ("row_group", pa.int32()),
-        ("row", pa.int32()),
-        ("num_events", pa.int32()),
-    ]
 )
 # Times rise in small steps, so differences beat a dictionary in size and in speed.
 _ENCODING = {
@@ -112,21 +102,22 @@ def write_histories(
         for row_group, events in enumerate(iter_events(data, code_ids)):
             records = _records(known.apply(events, code_ids), births)
             writer.write_table(records, row_group_size=records.num_rows)
-            subject_id_N = records["subject_id"].to_numpy()
-            parts.append(
-                pa.table(
-                    [
-                        records["subject_id"],
-                        pa.array(splits.of(subject_id_N), pa.string()),
-                        pa.array([shard] * records.num_rows, pa.string()),
-                        np.full(records.num_rows, row_group, np.int32),
-                        np.arange(records.num_rows, dtype=np.int32),
-                        records["time"].combine_chunks().value_lengths(),
-                    ],
-                    schema=INDEX_SCHEMA,
-                )
-            )
+            parts.append(_index_of(records, shard, row_group, splits.of(records["subject_id"].to_numpy())))
     return pa.concat_tables(parts)
+
+
+def _index_of(records: pa.Table, shard: str, row_group: int, split_N: Sequence[str] | np.ndarray) -> pa.Table:
+    """The index of a row group."""
+    N = records.num_rows
+    columns = [
+        records["subject_id"],
+        pa.array(split_N, pa.string()),
+        pa.array([shard] * N, pa.string()),
+        np.full(N, row_group, np.int32),
+        np.arange(N, dtype=np.int32),
+        records["time"].combine_chunks().value_lengths(),
+    ]
+    return pa.table(columns, schema=INDEX_SCHEMA)
 
 
 class Splits:
@@ -187,8 +178,7 @@ class Histories:
     """The histories of a prepared dataset.
 
     codes: the dataset's codes; History.code holds positions in it.
-    index: arrays of one entry a subject: subject_id, split, shard, row_group, row, num_events (without the
-        static ones). A subject's place in these arrays is its position.
+    index: where each subject's history is; a subject's place in it is its position.
     fingerprint: a digest of what the dataset was prepared from.
     known: when events become known, as far as the histories go by that; known_events: by rule, how many events were
         "moved" and "left_out".
@@ -198,7 +188,7 @@ class Histories:
         self,
         path: Location,
         codes: list[str],
-        index: dict[str, np.ndarray],
+        index: Index,
         fingerprint: str,
         known: KnownConfig | None = None,
         known_events: dict[str, dict[str, int]] | None = None,
@@ -220,10 +210,11 @@ class Histories:
             raise UserError(f"{path}: not a prepared dataset: run python -m hymate.data.prepare source=... out={path}")
         try:
             vocabulary = read_parquet(path / FOLDER / "vocabulary.parquet", ["code", "id"])
-            table = read_parquet(path / FOLDER / "index.parquet", INDEX_SCHEMA.names)
-            _check_index(table, vocabulary, metadata)
+            _check_vocabulary(vocabulary)
             codes = vocabulary["code"].to_pylist()
-            index = {name: _array(table[name]) for name in INDEX_SCHEMA.names}
+            index = open_index(path / FOLDER)
+            if len(index) != sum(size["subjects"] for size in metadata["splits"].values()):
+                raise pa.ArrowInvalid("another number of subjects")
         except (*UNREADABLE, KeyError) as error:
             raise UserError(f"{path / FOLDER}: damaged: delete {path} and prepare the dataset again") from error
         return cls(path, codes, index, metadata["fingerprint"], metadata["known"], metadata["known_events"])
@@ -232,36 +223,34 @@ class Histories:
     def of_events(cls, events: Events, code_ids: dict[str, int], known: KnownConfig) -> Histories:
         """Those of events in memory (sorted as a shard is), as `write_histories` writes them; all in split "all"."""
         records = _records(KnownTimes(known).apply(events, code_ids), _birth_codes(code_ids))
-        N = records.num_rows
-        index = {
-            "subject_id": records["subject_id"].to_numpy(),
-            "split": np.full(N, "all", object),
-            "shard": np.full(N, "", object),
-            "row_group": np.zeros(N, np.int32),
-            "row": np.arange(N, dtype=np.int32),
-            "num_events": records["time"].combine_chunks().value_lengths().to_numpy(),
-        }
+        index = Index.of_table(_index_of(records, "", 0, ["all"] * records.num_rows))
         histories = cls(Path(), list(code_ids), index, fingerprint="", known=known)
         histories._cache.keep("", 0, _RowGroup(records, len(code_ids)))
         return histories
 
     def __len__(self) -> int:
-        return len(self.index["subject_id"])
+        return len(self.index)
 
-    def positions(self, split: str) -> np.ndarray:
-        """Positions (int64) of the subjects of a split."""
-        return np.flatnonzero(self.index["split"] == split)
+    def positions(self, split: str) -> range:
+        """Those of the subjects of a split."""
+        segments = [segment for segment in self.index.segments if segment.split == split]
+        assert len(segments) < 2, "several splits have been given this name"
+        return range(segments[0].start, segments[0].stop) if segments else range(0)
 
-    def with_splits(self, split_P: np.ndarray) -> Histories:
-        """The same histories with other splits: a name for each position."""
+    def with_splits(self, names: Mapping[str, str]) -> Histories:
+        """The same histories with other names for the splits."""
         other = copy.copy(self)
-        other.index = {**self.index, "split": split_P}
+        other.index = self.index.renamed(names)
         return other
+
+    @property
+    def splits(self) -> list[str]:
+        return sorted({segment.split for segment in self.index.segments})
 
     @property
     def odd_splits(self) -> list[str]:
         """The splits with other names than MEDS's."""
-        return sorted(set(self.index["split"].tolist()) - set(SPLITS))
+        return [split for split in self.splits if split not in SPLITS]
 
     def without_subjects_error(self, split: str) -> UserError:
         """The error where a split is needed and holds nobody."""
@@ -274,15 +263,14 @@ class Histories:
     def read(self, positions: Sequence[int] | np.ndarray) -> list[History]:
         """The histories at `positions`, in that order; each row group is decoded once."""
         positions = np.asarray(positions, np.int64)
-        shards, groups = self.index["shard"], self.index["row_group"]
-        keys = [(shards[p], int(groups[p])) for p in positions]
+        places = self.index.places(positions)
         histories: list[History | None] = [None] * len(positions)
-        for k in sorted(range(len(positions)), key=lambda k: keys[k]):
-            group, position = self._cache.get(*keys[k]), positions[k]
-            history = group.history(int(self.index["row"][position]))
-            known = self.index["subject_id"][position], self.index["num_events"][position]
+        for k in sorted(range(len(positions)), key=lambda k: places[k]):
+            shard, row_group, record = places[k]
+            history = self._cache.get(shard, row_group).history(record)
+            known = self.index.subject_id_P[positions[k]], self.index.num_events_P[positions[k]]
             if history is None or (history.subject_id, len(history)) != known:
-                raise _damaged(self.path / FOLDER / f"{keys[k][0]}.parquet")
+                raise _damaged(self.path / FOLDER / f"{shard}.parquet")
             histories[k] = history
         return [history for history in histories if history is not None]
 
@@ -319,32 +307,11 @@ def _damaged(path: Location) -> UserError:
     return UserError(f"{path}: missing or damaged: prepare the dataset again")
 
 
-def _check_index(index: pa.Table, vocabulary: pa.Table, metadata: dict) -> None:
-    """Raises pa.ArrowInvalid where these are not what `prepare` writes. What an index may say is also which files are
-    read, so their names must not lead out of the folder."""
-    columns = (*index.columns, *vocabulary.columns)
-    types = [pa.string(), pa.int32()]
-    if not index.schema.equals(INDEX_SCHEMA) or vocabulary.schema.types != types or any(c.null_count for c in columns):
+def _check_vocabulary(vocabulary: pa.Table) -> None:
+    """Raises pa.ArrowInvalid where it is not what `prepare` writes."""
+    sound = vocabulary.schema.types == [pa.string(), pa.int32()] and not any(c.null_count for c in vocabulary.columns)
+    if not sound or not np.array_equal(vocabulary["id"].to_numpy(), np.arange(vocabulary.num_rows)):
         raise pa.ArrowInvalid("not what prepare writes")
-    shards = [PurePosixPath(name) for name in index["shard"].unique().to_pylist()]
-    ids = vocabulary["id"].to_numpy()
-    sound = (
-        np.array_equal(ids, np.arange(len(ids)))
-        and all((pc.min(index[name]).as_py() or 0) >= 0 for name in ("row_group", "row", "num_events"))
-        and len(index["subject_id"].unique()) == index.num_rows
-        and all(str(s).isprintable() and not s.is_absolute() and ".." not in s.parts for s in shards)
-        and sum(size["subjects"] for size in metadata["splits"].values()) == index.num_rows
-    )
-    if not sound:
-        raise pa.ArrowInvalid("not what prepare writes")
-
-
-def _array(column: pa.ChunkedArray) -> np.ndarray:
-    """A column as an array; equal strings are one object, so that an entry costs 8 bytes."""
-    if not pa.types.is_string(column.type):
-        return column.to_numpy()
-    encoded = column.combine_chunks().dictionary_encode()
-    return np.array(encoded.dictionary.to_pylist(), dtype=object)[encoded.indices.to_numpy()]
 
 
 class _RowGroup:

@@ -4,11 +4,12 @@ The place of a row is (epoch, block, row). What stands there (which examples, wh
 is a pure function of the seed and the place: shuffling and random windows come from a counter-based hash, never from a
 generator with a state. A cursor is therefore enough to go on exactly, also on more or fewer workers.
 
-Shuffling keeps reads local. An epoch shuffles the row groups of the files, takes consecutive ones together as a
-block of about BLOCK_EVENTS events, and shuffles, packs and again shuffles inside the block. Going on in the middle of
-an epoch packs one block, not those before it.
+Shuffling keeps reads local. An epoch shuffles the row groups of the files, takes so many of them together as a block
+that it holds about BLOCK_EVENTS events, and shuffles, packs and again shuffles inside the block. The order of the row
+groups is computed for a block when it is asked for: going on in the middle of an epoch packs one block, not those
+before it, and nothing here grows with the patients but 8 bytes for each row group.
 
-Legend, besides that of `hymate.model.batch`: E examples, P subjects in the dataset's index, G row groups.
+Legend, besides that of `hymate.model.batch`: E examples, G row groups with examples, B row groups of a block.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ from hymate.data.examples import NO_TIME, Examples
 from hymate.data.feeding import prefetched
 from hymate.data.histories import Histories, History
 from hymate.data.meds import US_PER_HOUR
-from hymate.data.packing import BLOCK_EVENTS, blocks, pack
+from hymate.data.packing import BLOCK_EVENTS, pack
 from hymate.data.vocabulary import Vocabulary
-from hymate.hashing import SPLITMIX_STEP, splitmix64
+from hymate.hashing import SPLITMIX_STEP, permuted, splitmix64
 from hymate.model.batch import HOURS_PER_YEAR, UNKNOWN_ID, Batch
 
 ROWS_AHEAD = 8  # rows that the background thread keeps ready
@@ -79,7 +80,7 @@ class Rows:
         self.tokens_per_row, self.seed, self.crop = tokens_per_row, seed, crop
         self.context, self.early_fraction = context, early_fraction
         self._id_of_code = vocabulary.ids_of(histories.codes).astype(np.int64)
-        self._groups = _GroupedExamples(histories, examples.position_E)
+        self._first_G = _first_of_groups(histories, examples)
         self._events_seen = 0
         self._events_unknown = 0
 
@@ -109,11 +110,10 @@ class Rows:
 
     def place_of(self, row: Batch) -> str:
         """Where a row's histories are in the dataset's files: enough to look at them, and names no subject."""
-        index, positions = self.histories.index, self.examples.position_E[row.example_S.cpu().numpy()]
+        positions = self.examples.position_E[row.example_S.cpu().numpy()]
         records_of: dict[tuple[str, int], list[int]] = {}
-        for position in sorted(set(positions.tolist())):
-            group = (index["shard"][position], int(index["row_group"][position]))
-            records_of.setdefault(group, []).append(int(index["row"][position]))
+        for place in self.histories.index.places(np.unique(positions)):
+            records_of.setdefault(place[:2], []).append(place.record)
         return ", ".join(
             f"shard {shard} row group {group} records {records}" for (shard, group), records in records_of.items()
         )
@@ -144,14 +144,25 @@ class Rows:
 
     def _order(self, epoch: int, first_block: int = 0) -> Iterator[_Place]:
         """The rows of an epoch from a block on; packed block by block, as they are asked for."""
-        groups = self._permutation(epoch, _GROUP, np.arange(self._groups.num_groups))
-        for block, members_G in enumerate(self._groups.blocks(groups)[first_block:], start=first_block):
-            members = np.concatenate([self._groups.examples_of(group) for group in members_G])
+        num_groups = len(self._first_G) - 1
+        for block in range(first_block, math.ceil(num_groups / self._groups_per_block)):
+            start = block * self._groups_per_block
+            group_B = np.arange(start, min(start + self._groups_per_block, num_groups))
+            if epoch != EVALUATION:
+                group_B = permuted(group_B, num_groups, int(_hash(self.seed, epoch, _GROUP, np.zeros(1))[0]))
+            spans = zip(self._first_G[group_B].tolist(), self._first_G[group_B + 1].tolist(), strict=True)
+            members = np.concatenate([np.arange(*span) for span in spans])
             members = members[self._permutation(epoch, _EXAMPLE, members)]
             rows = [members[row] for row in pack(self._windows(epoch, members).length_S, self.tokens_per_row)]
             order = self._permutation(epoch, _ROW, np.array([row[0] for row in rows]))
             for place, row in enumerate(order):
                 yield _Place(epoch, block, place, rows[row])
+
+    @cached_property
+    def _groups_per_block(self) -> int:
+        index = self.histories.index
+        used_G = np.searchsorted(index.start_G, self.examples.position_E[self._first_G[:-1]], side="right") - 1
+        return max(1, round(BLOCK_EVENTS / max(1.0, float(index.events_G[used_G].mean()))))
 
     def _permutation(self, epoch: int, use: int, key: np.ndarray) -> np.ndarray:
         """A random order of things with distinct keys; the given order in evaluation."""
@@ -214,7 +225,7 @@ class Rows:
 
     def _windows(self, epoch: int, example_S: np.ndarray) -> _Windows:
         """Which events of its history each example shows in an epoch."""
-        stop_S = self.examples.stop_E[example_S]
+        stop_S = self.examples.stop_E[example_S].astype(np.int64)
         early_S = np.zeros(len(example_S), dtype=bool)
         if self.early_fraction and epoch != EVALUATION:
             draw_S = _hash(self.seed, epoch, _EARLY, example_S) / 2.0**64
@@ -290,27 +301,11 @@ class _Place(NamedTuple):
     examples: np.ndarray
 
 
-class _GroupedExamples:
-    """Which examples lie in which row group of the files, and how many events each group holds."""
-
-    def __init__(self, histories: Histories, position_E: np.ndarray) -> None:
-        shard_P, row_group_P = histories.index["shard"], histories.index["row_group"]
-        new_P = (shard_P[1:] != shard_P[:-1]) | (row_group_P[1:] != row_group_P[:-1])
-        group_P = np.concatenate([[0], np.cumsum(new_P)])
-        events_of_group = np.bincount(group_P, weights=histories.index["num_events"])
-        used, group_E, counts = np.unique(group_P[position_E], return_inverse=True, return_counts=True)
-        self.num_groups = len(used)
-        self._events_G = events_of_group[used]
-        self._order_E = np.argsort(group_E, kind="stable")
-        self._ends_G = np.cumsum(counts)
-
-    def examples_of(self, group: int) -> np.ndarray:
-        start = self._ends_G[group - 1] if group else 0
-        return self._order_E[start : self._ends_G[group]]
-
-    def blocks(self, group_G: np.ndarray) -> list[np.ndarray]:
-        """Consecutive groups, together about BLOCK_EVENTS events."""
-        return [group_G[block] for block in blocks(self._events_G[group_G], BLOCK_EVENTS)]
+def _first_of_groups(histories: Histories, examples: Examples) -> np.ndarray:
+    """The first example of each row group that has any, and the number of examples, int64 (G + 1,)."""
+    first = examples.position_E.searchsorted(histories.index.start_G)
+    first_G = first[np.diff(first, append=len(examples)) > 0]
+    return np.append(first_G, len(examples))
 
 
 def ages(birth_time: list[int | None], end_S: np.ndarray) -> torch.Tensor:

@@ -22,6 +22,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import meds
@@ -34,9 +35,11 @@ from rich.console import Console
 from hymate.command import main
 from hymate.config import Place
 from hymate.data.histories import FOLDER, FORMAT_VERSION, Splits, read_metadata, write_histories
+from hymate.data.index import INDEX, INDEX_SCHEMA, open_index
 from hymate.data.known import NEVER, KnownConfig, KnownTimes, sentences
 from hymate.data.meds import (
     RENAME_SPLITS,
+    ROWS,
     SPLITS,
     DataError,
     Source,
@@ -53,7 +56,17 @@ from hymate.data.synthetic.course import SyntheticConfig
 from hymate.data.synthetic.source import SyntheticSource
 from hymate.errors import ConfigError, UserError
 from hymate.runs import CONFIGS
-from hymate.storage.paths import Location, UrlPath, locate, locked, readable, remove_tree, require_folder, write_text
+from hymate.storage.paths import (
+    Location,
+    UrlPath,
+    atomic_path,
+    locate,
+    locked,
+    readable,
+    remove_tree,
+    require_folder,
+    write_text,
+)
 from hymate.trees import build, parse_yaml, to_tree
 from hymate.work import Journal, Stages, stages
 
@@ -228,18 +241,26 @@ def _write_vocabulary(out: Location, shards: Sequence[str]) -> None:
 
 
 def _write_index(out: Location, shards: Sequence[str], source: str, known: KnownConfig, fingerprint: str) -> None:
-    parts = (readable(out / FOLDER / WORK / "index" / f"{shard}.parquet") for shard in shards)
-    index = pa.concat_tables([pq.read_table(part) for part in parts])
-    write_parquet(index, out / FOLDER / "index.parquet")
-    sizes = index.group_by("split").aggregate([("subject_id", "count"), ("num_events", "sum")]).to_pylist()
+    sizes: dict[str, dict[str, int]] = {}
+    with (
+        atomic_path(out / FOLDER / INDEX) as temporary,
+        pq.ParquetWriter(temporary, INDEX_SCHEMA, compression="zstd", write_page_checksum=True) as writer,
+    ):
+        for shard in shards:
+            part = pq.read_table(readable(out / FOLDER / WORK / "index" / f"{shard}.parquet"))
+            writer.write_table(part, row_group_size=ROWS)
+            of_part = part.group_by("split").aggregate([("subject_id", "count"), ("num_events", "sum")])
+            for found in of_part.to_pylist():
+                size = sizes.setdefault(found["split"], {"subjects": 0, "events": 0})
+                size["subjects"] += found["subject_id_count"]
+                size["events"] += found["num_events_sum"]
+    if isinstance(out, Path):
+        open_index(out / FOLDER)  # makes its arrays
     metadata = {
         "format_version": FORMAT_VERSION,
         "source": source,
         "fingerprint": fingerprint,
-        "splits": {
-            size["split"]: {"subjects": size["subject_id_count"], "events": size["num_events_sum"]}
-            for size in sorted(sizes, key=lambda size: size["split"])
-        },
+        "splits": dict(sorted(sizes.items())),
     }
     if known.rules:
         of_shards = [json.loads((out / FOLDER / WORK / "known" / f"{shard}.json").read_text()) for shard in shards]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -11,6 +11,7 @@ import numpy as np
 from hymate.data.histories import Histories
 
 Seen = Literal["new", "same split", "another split", "other data", "not known"]
+CHUNK = 1 << 20  # patients at once
 LEARNED_FROM = ("train", "tuning")  # checkpoints are chosen on the tuning split
 SENTENCES: dict[Seen, str] = {
     "same split": "the initial weights come from training on this dataset and split, without the held-out patients",
@@ -33,11 +34,10 @@ def provenance(histories: Histories, initial_weights: Seen = "new") -> dict[str,
 
     initial_weights: `seen` of the weights that training started from; "new" where they were drawn.
     """
-    learned_P = np.isin(histories.index["split"].astype(str), LEARNED_FROM)
     return {
         "fingerprint": histories.fingerprint,
-        "patients": _digest(histories, np.ones_like(learned_P)),
-        "learned_from": _digest(histories, learned_P),
+        "patients": _digest(histories, histories.splits),
+        "learned_from": _digest(histories, LEARNED_FROM),
         "initial_weights": initial_weights,
     }
 
@@ -58,8 +58,12 @@ def seen(extra: Mapping[str, Any], histories: Histories) -> Seen:
     return "another split" if own["patients"] == recorded.get("patients") else "other data"
 
 
-def _digest(histories: Histories, chosen_P: np.ndarray) -> str:
-    """Hash of the chosen patients' ids and numbers of events: two datasets may use the same ids."""
-    columns = [histories.index[name][chosen_P].astype(np.int64) for name in ("subject_id", "num_events")]
-    rows_P2 = np.stack(columns, axis=1)
-    return hashlib.sha256(rows_P2[np.argsort(rows_P2[:, 0])].tobytes()).hexdigest()
+def _digest(histories: Histories, splits: Sequence[str]) -> str:
+    """Hash of the ids and numbers of events of some splits' patients, by id: two datasets may use the same ids."""
+    index, found = histories.index, hashlib.sha256()
+    for start in range(0, len(index), CHUNK):
+        position_N = index.by_subject_P[start : start + CHUNK]
+        position_N = position_N[np.any([index.is_in(position_N, split) for split in splits], axis=0)]
+        columns = [index.subject_id_P[position_N], index.num_events_P[position_N]]
+        found.update(np.stack(columns, axis=1, dtype=np.int64).tobytes())
+    return found.hexdigest()

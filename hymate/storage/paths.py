@@ -269,8 +269,9 @@ def _require_writable(place: Location, probe: Location, key: str) -> None:
 
 
 @contextlib.contextmanager
-def locked(file: Location, refusal: str) -> Iterator[None]:
-    """Hold the lock of a file, made where it is missing. Raises UserError(`refusal`) where another process holds it.
+def locked(file: Location, refusal: str | None = None) -> Iterator[None]:
+    """Hold the lock of a file, made where it is missing. Where another process holds it: UserError(`refusal`), or
+    without a refusal wait for it.
 
     A URL has no locks: there nothing is held.
     """
@@ -280,8 +281,10 @@ def locked(file: Location, refusal: str) -> Iterator[None]:
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | (fcntl.LOCK_NB if refusal else 0))
         except OSError as error:
+            if refusal is None:
+                raise
             raise UserError(refusal) from error
         yield
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from hymate.data.loader import Rows
 from hymate.data.vocabulary import Vocabulary
 from hymate.device import Wanted, decide
 from hymate.errors import ConfigError, UserError
+from hymate.hashing import permuted
 from hymate.inference.bundle import write_bundle
 from hymate.inference.provenance import provenance
 from hymate.model.encoder import decay_groups
@@ -125,7 +125,7 @@ def open_checked(data: DataConfig) -> Histories:
     """The dataset. Raises UserError where it can't be read, or has no subjects to train on or to evaluate on."""
     histories = Histories.open(data.path)
     for split in (TRAIN_SPLIT, TUNING_SPLIT):
-        if not len(histories.positions(split)):
+        if split not in histories.splits:
             raise histories.without_subjects_error(split)
     return histories
 
@@ -165,16 +165,11 @@ def read_vocabulary(data: DataConfig) -> Vocabulary:
 
 def some(examples: Examples, data: DataConfig, train: TrainConfig) -> Examples:
     """A seeded choice of examples that fills about `eval_rows` rows, in their own order; at least one."""
-    order = np.random.default_rng(train.seed).permutation(len(examples))
-    events = np.minimum(examples.stop_E, data.context)[order].cumsum()
-    count = max(1, int(np.searchsorted(events, train.eval_rows * data.tokens_per_row, side="right")))
-    chosen = np.sort(order[:count])
-    arrays = {
-        field.name: getattr(examples, field.name)[chosen]
-        for field in dataclasses.fields(examples)
-        if isinstance(getattr(examples, field.name), np.ndarray)
-    }
-    return dataclasses.replace(examples, **arrays)
+    most = train.eval_rows * data.tokens_per_row
+    order = permuted(np.arange(min(most, len(examples))), len(examples), train.seed)  # each has an event at least
+    events = np.minimum(examples.stop_E[order], data.context).cumsum()
+    count = max(1, int(np.searchsorted(events, most, side="right")))
+    return examples.only(np.sort(order[:count]))
 
 
 def _rows(config: PretrainConfig, histories: Histories, vocabulary: Vocabulary, examples: Examples) -> Rows:

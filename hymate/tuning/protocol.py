@@ -227,7 +227,7 @@ class Labelled:
     @classmethod
     def of(cls, histories: Histories, table: pa.Table, split: Split) -> Labelled:
         """table: the task's labels."""
-        parts = np.where(histories.index["split"] == HELD_OUT, HELD_OUT, DEVELOPMENT)
+        parts = {split: HELD_OUT if split == HELD_OUT else DEVELOPMENT for split in histories.splits}
         histories = histories.with_splits(parts)
         wanted = [DEVELOPMENT, HELD_OUT] if split == HELD_OUT else [DEVELOPMENT]
         found = [labelled_examples(histories, table, part) for part in wanted]

@@ -119,7 +119,7 @@ class Setting:
         if self.data is not None:
             from hymate.data.histories import Histories
 
-            drawn = np.random.default_rng(0).permutation(Histories.open(self.data).index["num_events"])
+            drawn = np.random.default_rng(0).permutation(Histories.open(self.data).index.num_events_P)
         else:
             drawn = np.random.default_rng(0).lognormal(-(LENGTH_SPREAD**2) / 2, LENGTH_SPREAD, events)
             drawn = drawn * (self.row_events / 16384 * MEAN_EVENTS)

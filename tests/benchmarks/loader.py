@@ -143,10 +143,8 @@ def consumption(rows: Rows) -> float:
 def neighbours(rows: Rows) -> tuple[float, float]:
     """Fraction of consecutive examples of epoch 0 that lie in one row group, and what chance would give."""
     order_E = np.concatenate([place.examples for place in rows._order(0)])
-    index = rows.histories.index
-    key_P = np.char.add(index["shard"].astype(str), index["row_group"].astype(str))
-    _, group_P = np.unique(key_P, return_inverse=True)
-    group_E = group_P[rows.examples.position_E[order_E]]
+    position_E = rows.examples.position_E[order_E]
+    group_E = np.searchsorted(rows.histories.index.start_G, position_E, side="right")
     chance = float(np.square(np.bincount(group_E) / len(group_E)).sum())
     return float((np.diff(group_E) == 0).mean()), chance
 
@@ -191,7 +189,7 @@ def measure(path: Path, split: str, context: int) -> None:
     places = list(rows._order(0))
     middle = places[len(places) // 2]
     resumed = seconds_to_first_row(path, split, context, Cursor(0, middle.block, middle.row))
-    lengths = rows.histories.index["num_events"][rows.examples.position_E]
+    lengths = rows.histories.index.num_events_P[rows.examples.position_E]
     print(f"\n{path} {split}: {len(lengths):,} histories of {lengths.mean():,.0f} events (at most {lengths.max():,})")
     print(f"first row after {first:.2f} s; after a stop in the middle of the epoch {resumed:.2f} s")
     for epoch, name in ((0, "first epoch"), (1, "second epoch")):

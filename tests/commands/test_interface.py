@@ -136,7 +136,7 @@ def assert_equal(table: pa.Table, expected: pa.Table) -> None:
 
 def test_histories_are_those_that_are_prepared(data: Path, events: pa.Table) -> None:
     prepared, own = Histories.open(data), histories_of(events_of(events), KNOWN)
-    order = np.argsort(prepared.index["subject_id"])
+    order = np.argsort(prepared.index.subject_id_P)
     assert prepared.known_events["billing"]["moved"] > 20 and prepared.known_events["hidden"]["left_out"] > 10
     for one, other in zip(prepared.read(order), own.read(np.arange(len(own))), strict=True):
         assert (one.subject_id, one.birth_time) == (other.subject_id, other.birth_time)
@@ -227,7 +227,7 @@ def test_explanations_are_those_of_the_command(data: Path, run: Path, model: hym
     table = model.explain(own, at, "readmission")
     prepared = Histories.open(data)
     times = pa.table({"subject_id": [7], "prediction_time": [at]})
-    examples = labelled_examples(prepared.with_splits(np.full(len(prepared), "all", object)), times, "all")
+    examples = labelled_examples(prepared.with_splits(dict.fromkeys(prepared.splits, "all")), times, "all")
     explainer = Explainer(read_bundle(run).for_task("readmission"), prepared, torch.device("cpu"))
     (case,) = explainer.cases(examples, np.array([0]))
     (attribution,) = explainer.attributions([case])

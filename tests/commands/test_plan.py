@@ -114,7 +114,7 @@ def test_the_page_has_what_the_command_prints(
 
 def test_a_dataset_brings_its_events_histories_and_codes(small_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     histories = Histories.open(str(small_data))
-    seen = [min(int(histories.index["num_events"][place]), 64) for place in histories.positions("train")]
+    seen = [min(int(histories.index.num_events_P[place]), 64) for place in histories.positions("train")]
     overrides = [f"data.path={small_data}", "data.context=64", "data.tokens_per_row=512", "data.min_count=1"]
     config = load("plan", ["model=debug", "gpus=1", "train.rows_per_step=2", *overrides], PlanConfig)
     plan(config)

@@ -15,8 +15,9 @@ from hymate.errors import UserError
 
 
 def test_labels_without_events_or_subject_are_dropped_and_counted(histories: Histories) -> None:
-    ids = histories.index["subject_id"].tolist()
-    labels = label_table([ids[0], 7, ids[0], ids[7], ids[40], ids[2]], [50, 50, -1e5, 50, 50, 60], [True] * 5 + [None])
+    ids = histories.index.subject_id_P.tolist()
+    (empty,) = histories.index.subject_id_P[histories.index.num_events_P == 0].tolist()
+    labels = label_table([ids[0], 7, ids[0], empty, ids[40], ids[2]], [50, 50, -1e5, 50, 50, 60], [True] * 5 + [None])
     examples = labelled_examples(histories, labels, "train")
     assert examples.dropped == {"unknown_subject": 1, "without_events": 2, "positives_without_events": 2}
     assert examples.subject_id_E.tolist() == [ids[0], ids[2]]
@@ -25,7 +26,7 @@ def test_labels_without_events_or_subject_are_dropped_and_counted(histories: His
 
 
 def test_examples_do_not_depend_on_the_order_of_labels(histories: Histories) -> None:
-    ids = histories.index["subject_id"][histories.positions("train")].tolist()
+    ids = histories.index.subject_id_P[histories.positions("train")].tolist()
     labels = label_table(ids * 2, [40] * len(ids) + [90] * len(ids), [True] * len(ids) + [False] * len(ids))
     shuffled = labels.take(np.random.default_rng(0).permutation(len(labels)))
     expected, got = (dataclasses.asdict(labelled_examples(histories, table, "train")) for table in (labels, shuffled))
@@ -35,12 +36,12 @@ def test_examples_do_not_depend_on_the_order_of_labels(histories: Histories) -> 
 
 
 def test_labels_without_truth_are_scored_too(histories: Histories) -> None:
-    examples = labelled_examples(histories, label_table([int(histories.index["subject_id"][0])], [50]), "train")
+    examples = labelled_examples(histories, label_table([int(histories.index.subject_id_P[0])], [50]), "train")
     assert np.isnan(examples.label_E).all()
 
 
 def test_examples_of_several_tasks_are_the_union_of_their_times(histories: Histories) -> None:
-    a, b = histories.index["subject_id"][histories.positions("train")][:2].tolist()
+    a, b = histories.index.subject_id_P[histories.positions("train")][:2].tolist()
     readmission = label_table([b, a, a], [60, 90, 50], [False, True, False])
     stay = day_table(label_table([a, b, b], [50, 40, 60], [True, False, True]), [8.5, 2.0, None])
     examples = united([labelled_examples(histories, table, "train") for table in (readmission, stay)])
@@ -56,7 +57,7 @@ def test_examples_of_several_tasks_are_the_union_of_their_times(histories: Histo
 
 
 def test_the_union_of_one_task_is_that_task(histories: Histories) -> None:
-    ids = histories.index["subject_id"][histories.positions("train")].tolist()
+    ids = histories.index.subject_id_P[histories.positions("train")].tolist()
     labels = label_table([*ids, ids[0], ids[0]], [50] * (len(ids) + 2), [True] * len(ids) + [False, True])
     one = labelled_examples(histories, labels, "train")
     assert (one.position_E == 0).sum() == 3  # several labels at one time are as many examples
@@ -67,7 +68,7 @@ def test_the_union_of_one_task_is_that_task(histories: Histories) -> None:
 
 @pytest.mark.parametrize("split", ["train", "no_such_split"])
 def test_nothing_left_is_one_line_that_names_the_cause(histories: Histories, split: str) -> None:
-    of = {name: histories.index["subject_id"][histories.positions(name)].tolist() for name in ("train", "tuning")}
+    of = {name: histories.index.subject_id_P[histories.positions(name)].tolist() for name in ("train", "tuning")}
     causes = {
         "none of the 2 labels is of a subject of the dataset": label_table([1, 2], [5, 5], [True, False]),
         f"no label is of a subject in split '{split}': of 2 labels 1 in tuning and 1 of unknown": label_table(
@@ -85,7 +86,7 @@ def test_nothing_left_is_one_line_that_names_the_cause(histories: Histories, spl
 
 
 def test_labels_that_are_alike_for_want_of_events_are_told_as_that(histories: Histories) -> None:
-    ids = histories.index["subject_id"][histories.positions("train")][:4].tolist()
+    ids = histories.index.subject_id_P[histories.positions("train")][:4].tolist()
     for early in (True, False):  # these lie before the first event
         labels = label_table(ids, [-1e5, -1e5, 50, 50], [early, early, not early, not early])
         examples = {"train": labelled_examples(histories, labels, "train")}

@@ -145,7 +145,7 @@ def test_reads_stay_in_a_block_of_row_groups(rows: Rows, histories: Histories, m
         visited: list[tuple[str, int]] = []
         for batch in take(rows, Cursor(epoch), rows.rows_per_epoch, 1, 1)[0]:
             position = rows.examples.position_E[batch.example_S.numpy()]
-            groups = {(str(histories.index["shard"][p]), int(histories.index["row_group"][p])) for p in position}
+            groups = {place[:2] for place in histories.index.places(position)}
             assert len(groups) == 1
             visited += [group for group in groups if visited[-1:] != [group]]
         assert len(visited) == len(set(visited)) == 7
@@ -177,7 +177,7 @@ def test_statistics_need_no_values(
 
     monkeypatch.setattr(Histories, "read", refuse)
     rows = make_rows(histories, vocabulary)
-    lengths = histories.index["num_events"][histories.positions("train")]
+    lengths = histories.index.num_events_P[histories.positions("train")]
     assert rows.num_events == np.minimum(lengths, CONTEXT).sum()
     assert rows.packing_efficiency == rows.num_events / (rows.rows_per_epoch * BUDGET) > 0.8
 

@@ -6,6 +6,7 @@ import csv
 import datetime
 import io
 import tarfile
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -168,11 +169,12 @@ def test_shards_hold_one_split_and_at_most_so_many_stays(tmp_path: Path, monkeyp
     prepare(PrepareConfig(**settings))  # type: ignore[arg-type]
     histories = Histories.open(out)
     assert len(histories) == 50
-    for shard in set(histories.index["shard"]):
-        rows = histories.index["shard"] == shard
-        assert rows.sum() <= 7 and set(histories.index["split"][rows]) == {shard.split("/")[0]}
-        labels = read_labels(out / "labels" / "mortality" / shard.split("/")[0])
-        assert set(histories.index["subject_id"][rows]) <= set(labels["subject_id"].to_pylist())
+    for split in histories.splits:
+        positions = np.array(histories.positions(split))
+        shard_N = [place.shard for place in histories.index.places(positions)]
+        assert max(Counter(shard_N).values()) <= 7 and {shard.split("/")[0] for shard in shard_N} == {split}
+        labels = read_labels(out / "labels" / "mortality" / split)
+        assert set(histories.index.subject_id_P[positions]) <= set(labels["subject_id"].to_pylist())
     found = dict(zip(read_splits(out)["split"].to_pylist(), read_splits(out)["subject_id"].to_pylist(), strict=True))
     assert set(found) == {"train", "tuning", "held_out"}
 

@@ -46,9 +46,9 @@ def test_everything_of_the_output_folder(tmp_path: Path) -> None:
     histories = Histories.open(out)
     assert read_back(out) == by_subject(ROWS)
     assert [h.birth_time for h in histories.read([0, 1])] == [None, BIRTH]  # shards go by name: held_out first
-    assert histories.index["subject_id"].tolist() == [5, 1, 2, 3, 4]
-    assert histories.index["num_events"].tolist() == [2, 3, 1, 1, 1]
-    assert [histories.index["subject_id"][p] for p in histories.positions("train")] == [1, 2, 3]
+    assert histories.index.subject_id_P.tolist() == [5, 1, 2, 3, 4]
+    assert histories.index.num_events_P.tolist() == [2, 3, 1, 1, 1]
+    assert [histories.index.subject_id_P[p] for p in histories.positions("train")] == [1, 2, 3]
     vocabulary = pq.read_table(out / "histories" / "vocabulary.parquet")
     assert set(vocabulary["code"].to_pylist()) == {row[2] for rows in ROWS.values() for row in rows}
     counts = dict(zip(vocabulary["code"].to_pylist(), vocabulary["count"].to_pylist(), strict=True))
@@ -138,7 +138,7 @@ def test_chunks_and_workers_change_nothing(tmp_path: Path, monkeypatch: pytest.M
     prepare(config(raw, tmp_path / "small"))
     one, small = (pq.read_table(tmp_path / name / "histories" / "vocabulary.parquet") for name in ("one", "small"))
     assert one.equals(small)
-    assert Histories.open(tmp_path / "small").index["row_group"].max() > 0
+    assert Histories.open(tmp_path / "small").index.row_group_G.max() > 0
     assert read_back(tmp_path / "small") == read_back(tmp_path / "one")
 
 
@@ -149,7 +149,7 @@ def test_reading_needs_few_decoded_row_groups(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr("hymate.data.histories._OPEN_FILES", 1)
     histories = Histories.open(tmp_path / "out")
     order = [4, 0, 2, 0, 1, 3]
-    assert [h.subject_id for h in histories.read(order)] == histories.index["subject_id"][order].tolist()
+    assert [h.subject_id for h in histories.read(order)] == histories.index.subject_id_P[order].tolist()
 
 
 @pytest.mark.parametrize("zone", [None, "UTC"])
@@ -214,7 +214,7 @@ def test_mimic_demo(tmp_path: Path, shared_data: Path) -> None:
     rows = pa.concat_tables([pq.read_table(path) for path in (raw / "data").rglob("*.parquet")])
     assert len(histories) == 80 and shards
     births = pc.sum(pc.equal(rows["code"], "MEDS_BIRTH")).as_py()
-    assert histories.index["num_events"].sum() == rows.num_rows - rows["time"].null_count - births
+    assert histories.index.num_events_P.sum() == rows.num_rows - rows["time"].null_count - births
     sizes = pa.concat_tables(shards.values()).group_by("code").aggregate([("code", "count")])
     expected = dict(zip(sizes["code"].to_pylist(), sizes["code_count"].to_pylist(), strict=True))
     vocabulary = pq.read_table(tmp_path / "histories" / "vocabulary.parquet")
@@ -339,7 +339,7 @@ def test_a_birth_may_have_a_suffix(tmp_path: Path) -> None:
     prepare(config(write_raw(tmp_path / "raw", rows), tmp_path / "out"))
     histories = Histories.open(tmp_path / "out")
     assert [h.birth_time for h in histories.read([0, 1, 2])] == [BIRTH, None, BIRTH]
-    assert histories.index["num_events"].tolist() == [1, 2, 0]
+    assert histories.index.num_events_P.tolist() == [1, 2, 0]
 
 
 def test_subjects_without_a_shard_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

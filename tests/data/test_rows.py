@@ -24,7 +24,7 @@ from hymate.model.batch import UNKNOWN_ID
 def test_a_row_holds_what_the_histories_say(histories: Histories, vocabulary: Vocabulary) -> None:
     labels = pa.table(
         {
-            "subject_id": histories.index["subject_id"],
+            "subject_id": histories.index.subject_id_P,
             "prediction_time": pa.array(np.full(43, 30 * YEAR + 70 * HOUR), pa.timestamp("us")),
             "boolean_value": [True, False, None] * 14 + [True],
         }
@@ -189,7 +189,7 @@ def test_no_event_after_the_prediction_time(tmp_path: Path, vocabulary: Vocabula
 
 
 def test_labels_bring_their_weights(histories: Histories, vocabulary: Vocabulary) -> None:
-    ids = histories.index["subject_id"][histories.positions("train")][:3].tolist()
+    ids = histories.index.subject_id_P[histories.positions("train")][:3].tolist()
     labels = label_table([ids[2], ids[0], ids[1]], [50, 50, 50], [True, False, True])
     assert labelled_examples(histories, labels, "train").weight_E.tolist() == [1, 1, 1]
     labels = labels.append_column("weight", pa.array([2.5, 1.0, 1.25], pa.float32()))
@@ -200,7 +200,7 @@ def test_labels_bring_their_weights(histories: Histories, vocabulary: Vocabulary
 
 
 def test_rows_carry_the_labels_of_all_tasks(histories: Histories, vocabulary: Vocabulary) -> None:
-    ids = histories.index["subject_id"][histories.positions("train")].tolist()
+    ids = histories.index.subject_id_P[histories.positions("train")].tolist()
     always = label_table(ids, [90] * len(ids), [True] * len(ids))
     often = day_table(label_table(ids[::3], [90] * len(ids[::3]), [False] * len(ids[::3])), list(range(len(ids[::3]))))
     parts = [labelled_examples(histories, table, "train") for table in (always, often)]

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from hymate.data.examples import labelled_examples
 from hymate.data.histories import HISTORY_SCHEMA, Histories
+from hymate.data.index import INDEX_SCHEMA, Index
 from hymate.errors import ConfigError, UserError
 from hymate.evaluation import features as module
 from hymate.evaluation.features import (
@@ -63,17 +64,17 @@ def write(root: Path, subjects: list[Subject]) -> tuple[Histories, pa.Table]:
     pq.write_table(pa.Table.from_pylist(rows, HISTORY_SCHEMA), root / "histories" / "0.parquet", row_group_size=2)
     row_P = np.arange(len(rows))
     index = {
-        "subject_id": np.array([row["subject_id"] for row in rows]),
-        "split": np.array(["train"] * len(rows), dtype=object),
-        "shard": np.array(["0"] * len(rows), dtype=object),
+        "subject_id": [row["subject_id"] for row in rows],
+        "split": ["train"] * len(rows),
+        "shard": ["0"] * len(rows),
         "row_group": row_P // 2,
         "row": row_P % 2,
-        "num_events": np.array([len(row["time"]) for row in rows]),
+        "num_events": [len(row["time"]) for row in rows],
     }
     labels = [(100 - i, START + quarter * QUARTER_US) for i, one in enumerate(subjects) for quarter in one["labels"]]
     ids, times = zip(*labels, strict=True)
     table = pa.table({"subject_id": ids, "prediction_time": pa.array(times, pa.timestamp("us"))})
-    return Histories(root, CODES, index, ""), table
+    return Histories(root, CODES, Index.of_table(pa.table(index, INDEX_SCHEMA)), ""), table
 
 
 def expected(subject: Subject, quarter: int, column: Column) -> float:

@@ -62,8 +62,9 @@ class Meds(Reader):
                 time_us = [None] * len(history.static_code) + history.time.tolist()
                 found[history.subject_id] = list(zip(time_us, code, value, strict=True))
                 require(history.time.tolist() == sorted(history.time.tolist()), "times decrease")
-                require(len(history) == histories.index["num_events"][position], "the index is wrong")
-            splits = dict(zip(histories.index["subject_id"].tolist(), histories.index["split"].tolist(), strict=True))
+                require(len(history) == histories.index.num_events_P[position], "the index is wrong")
+            ids = histories.index.subject_id_P
+            splits = {id: split for split in histories.splits for id in ids[histories.positions(split)].tolist()}
         else:
             source, codes = MedsSource(folder, SplitsConfig(), 0), {}
             require(source.fingerprint(), "no fingerprint")

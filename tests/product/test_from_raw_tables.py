@@ -15,7 +15,6 @@ import os
 import re
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,7 +34,8 @@ pytestmark = pytest.mark.slow
 def test_the_csv_recipe(tmp_path: Path) -> None:
     follow("CSV tables", tmp_path)
     histories = Histories.open(str(tmp_path / "data" / "hospital"))
-    assert Counter(histories.index["split"]) == {"train": 16, "tuning": 2, "held_out": 2}
+    sizes = {split: len(histories.positions(split)) for split in histories.splits}
+    assert sizes == {"train": 16, "tuning": 2, "held_out": 2}
     assert histories.known_events["billing"] == {"moved": 3 * COPIES, "left_out": 0}
     static, events = prepared(histories, subject=1)
     assert static == {"SEX//F"}
@@ -70,7 +70,7 @@ def test_the_omop_recipe(tmp_path: Path) -> None:
 
 def prepared(histories: Histories, subject: int) -> tuple[set[str], list[tuple[str, str, float | None]]]:
     """A subject's static codes, and the events by the time at which they became known: time, code, value."""
-    (history,) = histories.read(np.flatnonzero(histories.index["subject_id"] == subject))
+    (history,) = histories.read(np.flatnonzero(histories.index.subject_id_P == subject))
     times = history.time.astype("datetime64[us]").astype("datetime64[s]")
     values = [None if np.isnan(value) else round(float(value), 3) for value in history.value]
     codes = [histories.codes[code] for code in history.code]

@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hymate.data.examples import Examples, pretraining_examples
-from hymate.data.histories import HISTORY_SCHEMA, INDEX_SCHEMA, Histories
+from hymate.data.histories import HISTORY_SCHEMA, Histories
+from hymate.data.index import INDEX_SCHEMA
 from hymate.data.loader import Rows
 from hymate.data.statistics import NUM_KNOTS, VOCABULARY_SCHEMA
 from hymate.data.vocabulary import Vocabulary
