@@ -174,7 +174,7 @@ def labelled_examples(histories: Histories, labels: pa.Table, split: str, requir
         "positives_without_events": int((label_N[order][~kept] > 0.5).sum()),
     }
     if not kept.any() and required:
-        raise _no_example(histories, position_N, split, dropped)
+        raise _no_example_error(histories, position_N, split, dropped)
     return Examples(
         position_E=position_E[kept],
         stop_E=stop_E[kept],
@@ -188,7 +188,9 @@ def labelled_examples(histories: Histories, labels: pa.Table, split: str, requir
     )
 
 
-def _no_example(histories: Histories, position_N: np.ndarray, split: str, dropped: Mapping[str, int]) -> UserError:
+def _no_example_error(
+    histories: Histories, position_N: np.ndarray, split: str, dropped: Mapping[str, int]
+) -> UserError:
     """The error where no label of a split can be used: its cause and the remedy."""
     total = len(position_N)
     if histories.odd_splits and split not in histories.splits:

@@ -270,7 +270,7 @@ class Histories:
             history = self._cache.get(shard, row_group).history(record)
             known = self.index.subject_id_P[positions[k]], self.index.num_events_P[positions[k]]
             if history is None or (history.subject_id, len(history)) != known:
-                raise _damaged(self.path / FOLDER / f"{shard}.parquet")
+                raise _damaged_error(self.path / FOLDER / f"{shard}.parquet")
             histories[k] = history
         return [history for history in histories if history is not None]
 
@@ -303,7 +303,7 @@ def read_metadata(path: Location) -> dict | None:
     return metadata
 
 
-def _damaged(path: Location) -> UserError:
+def _damaged_error(path: Location) -> UserError:
     return UserError(f"{path}: missing or damaged: prepare the dataset again")
 
 
@@ -392,4 +392,4 @@ class _RowGroups:
                 raise pa.ArrowInvalid("no such row group")
             return _RowGroup(file.read_row_group(row_group, use_threads=False), self._num_codes)
         except UNREADABLE as error:
-            raise _damaged(path) from error
+            raise _damaged_error(path) from error

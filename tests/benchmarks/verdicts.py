@@ -133,7 +133,7 @@ def informed_rates(num_labels: int, patients: str, distortion: str, cohorts: int
     return np.array(rates)
 
 
-def share_coverage(num_labels: int, spread: float, cohorts: int) -> tuple[float, float]:
+def proportion_coverage(num_labels: int, spread: float, cohorts: int) -> tuple[float, float]:
     """How often Wilson's 95 % interval holds the truth, before and after; spread: of the logarithm of the number of
     labels a patient has; a patient's labels are mostly alike.
     """
@@ -239,7 +239,9 @@ def main() -> None:
         table(["labels", "a patient", *head], *rows)
     print("Wilson's intervals: how many hold the truth\n")
     spreads = {0.0: "one", 0.7: "1 to 10", 1.2: "1 to 40"}
-    covered = [(s, name, share_coverage(s, x, options.cohorts)) for s in options.sizes for x, name in spreads.items()]
+    covered = [
+        (s, name, proportion_coverage(s, x, options.cohorts)) for s in options.sizes for x, name in spreads.items()
+    ]
     table(
         ["labels", "a patient", "n = patients", "Kish's n"], *([f"{s:,}", name, *percent(*c)] for s, name, c in covered)
     )

@@ -107,7 +107,7 @@ def test_the_calibration_curve_holds_every_label_once_in_order() -> None:
 
 @settings(deadline=None)
 @given(st.integers(1, 3000), st.data())
-def test_shares_have_wilsons_interval(num: int, data: st.DataObject) -> None:
+def test_proportions_have_wilsons_interval(num: int, data: st.DataObject) -> None:
     count = data.draw(st.sampled_from([0, num]) | st.integers(0, num))
     found = metrics.proportion(np.arange(num) < count, np.arange(num))
     peer = binomtest(count, num).proportion_ci(method="wilson")
@@ -124,7 +124,7 @@ def test_patients_with_unequal_numbers_of_labels_tell_less() -> None:
     subject = np.repeat([1, 2, 3, 4], [1, 1, 1, 7])
     assert metrics.effective_patients(subject) == pytest.approx(100 / 52)  # Kish 1965: (1 + 1 + 1 + 7)^2 / (3 + 49)
     assert metrics.effective_patients([1, 2, 3, 4], [1, 1, 1, 7]) == pytest.approx(100 / 52)
-    before, after = verdicts.share_coverage(800, spread=1.2, cohorts=400)
+    before, after = verdicts.proportion_coverage(800, spread=1.2, cohorts=400)
     assert before < 0.9 and 0.94 < after < 0.99
 
 

@@ -344,7 +344,7 @@ def _events(texts: list[tuple[Location, int, bytes]]) -> pa.Table:
     """MEDS data of stays, in their order."""
     rows = _parse(texts)
     if rows is None:
-        raise _first_malformed(texts)
+        raise _first_malformed_error(texts)
     stay_R, minute_R, parameter_R, value_R = rows
 
     is_descriptor_R = np.isin(parameter_R, [_PARAMETERS.index(name) for name in DESCRIPTORS]) & (minute_R == 0)
@@ -438,7 +438,7 @@ def _are_float32(value_R: np.ndarray) -> np.ndarray:
         return np.isfinite(value_R.astype(np.float32))
 
 
-def _first_malformed(texts: list[tuple[Location, int, bytes]]) -> DataError:
+def _first_malformed_error(texts: list[tuple[Location, int, bytes]]) -> DataError:
     """The error for the first malformed line, by the rules of `_parse`."""
     for path, record, text in texts:
         header, *lines = text.decode(errors="replace").removesuffix("\n").split("\n")

@@ -18,7 +18,7 @@ WARD_EVENTS = 100  # most other events in a stay's last hours, so that the drive
 _MEAN, _SD, _LOG, _DECIMALS = (np.array([m[i] for m in MEASUREMENTS]) for i in (1, 2, 3, 4))
 
 
-def _code_shares() -> np.ndarray:
+def _code_fractions() -> np.ndarray:
     """Cumulative fractions (6, C) of the codes recorded in the acute and the ward part of three kinds of patients.
 
     Row 2 * kind + 1 (ward) leaves out the two driver labs: the law's own measurements are the only ones there.
@@ -32,7 +32,7 @@ def _code_shares() -> np.ndarray:
     return fraction_KC / fraction_KC[:, -1:]
 
 
-_SHARES_KC = _code_shares()
+_FRACTIONS_KC = _code_fractions()
 _ICD_SHARES = np.array([1 / (1 + i) for i in range(len(OTHER_DIAGNOSES))])
 _ICD_SHARES /= _ICD_SHARES.sum()
 
@@ -62,9 +62,9 @@ def _background(rng: np.random.Generator, patients: Patients, stays: Stays, conf
 
     kind_S = rng.integers(0, 3, size)
     row_E = 2 * kind_S[stay_E] + part_E
-    flat_KC = (_SHARES_KC + np.arange(6)[:, None]).ravel()
-    code_E = np.searchsorted(flat_KC, row_E + rng.random(len(stay_E)), side="right") - row_E * _SHARES_KC.shape[1]
-    code_E = np.minimum(code_E, _SHARES_KC.shape[1] - 1)
+    flat_KC = (_FRACTIONS_KC + np.arange(6)[:, None]).ravel()
+    code_E = np.searchsorted(flat_KC, row_E + rng.random(len(stay_E)), side="right") - row_E * _FRACTIONS_KC.shape[1]
+    code_E = np.minimum(code_E, _FRACTIONS_KC.shape[1] - 1)
     return stays["patient"][stay_E], minute_E, code_E, _values(rng, stays, stay_E, code_E)
 
 
