@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,7 +25,7 @@ import hymate
 from hymate import ending
 from hymate.config import TrainConfig
 from hymate.device import Wanted, num_gpus
-from hymate.errors import UserError
+from hymate.errors import UserError, first_line
 from hymate.machine import available_cpus
 
 PACKAGE = Path(hymate.__file__).resolve().parent
@@ -38,6 +39,7 @@ SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_get_check_signal_interval_milliseconds": "100",  # how soon a waiting driver sees a signal
 }
+MOST_RETRIES = 3  # of a shard whose process or machine was lost
 OBJECT_STORE_BYTES = 128 << 20  # Ray's minimum is 75 MB; workers exchange nothing through it
 LOOK_EVERY_S, HEADLESS_S = 5.0, 40.0  # Ray ends a process that has lost the head for 60 s
 ANSWER_S = 22.0  # of a cluster, the start of a Python included
@@ -66,6 +68,14 @@ except Exception as error:
 SOCKET, LONGEST_SOCKET = "/session_2026-12-31_23-59-59_999999_4194304/sockets/plasma_store", 107
 
 
+def named() -> bool:
+    """Whether RAY_ADDRESS names a cluster. Raises UserError where none answers there."""
+    address = os.environ.get("RAY_ADDRESS")
+    if address:
+        _ask(address)
+    return bool(address)
+
+
 def available_gpus(train: TrainConfig) -> int | None:
     """How many GPUs the cluster at RAY_ADDRESS has; None where the run has this machine alone.
 
@@ -90,7 +100,7 @@ def _check_machine(train: TrainConfig) -> None:
 
 
 @contextmanager
-def ray_session(train: TrainConfig, device: Wanted) -> Iterator[None]:
+def ray_session(cpus_per_worker: int, num_workers: int = 1, device: Wanted = "cpu") -> Iterator[None]:
     """The cluster at RAY_ADDRESS, or one of our own on this machine for the time of the run.
 
     device: where the workers compute; a cluster of our own has GPUs only where they are used.
@@ -111,7 +121,7 @@ def ray_session(train: TrainConfig, device: Wanted) -> Iterator[None]:
         return
     ray._private.utils.set_sigterm_handler = lambda handler: None  # Ray's would take the place of `ending`'s
     # Ray sets the number of threads for some kinds of processes only; more threads than CPUs stall each other
-    workers: dict[str, Any] = {"env_vars": {"OMP_NUM_THREADS": str(train.cpus_per_worker)}}
+    workers: dict[str, Any] = {"env_vars": {"OMP_NUM_THREADS": str(cpus_per_worker)}}
     workers |= {"py_modules": [str(PACKAGE)], "excludes": ["**/__pycache__"], "worker_process_setup_hook": _take_code()}
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "runtime_env": workers}
     with ExitStack() as stack:
@@ -120,7 +130,7 @@ def ray_session(train: TrainConfig, device: Wanted) -> Iterator[None]:
             if address:
                 _connect(address, quiet)
                 stack.enter_context(_watched_head(ray.get_runtime_context().gcs_address))
-                if missing := _missing(train, device, ray.cluster_resources()):
+                if missing := _missing(_needed(cpus_per_worker, num_workers, device), ray.cluster_resources()):
                     print(f"waiting for machines: {missing}")  # Ray waits for them to join
             else:
                 ray.init(
@@ -180,7 +190,6 @@ def run_calls(calls: Sequence[RemoteCall], cpus: int, max_concurrent: int = 0) -
     After the first failure what is running ends, nothing else begins, and the failure is raised. Ray must be running.
     """
     import ray
-    from ray.exceptions import RayTaskError
 
     if not max_concurrent:
         there = ray.cluster_resources()
@@ -203,16 +212,60 @@ def run_calls(calls: Sequence[RemoteCall], cpus: int, max_concurrent: int = 0) -
         try:
             ray.get(done)
         except Exception as error:
-            # one line is enough for a user's mistake or a run that diverged; for the rest Ray's traceback helps
-            cause = error.cause if isinstance(error, RayTaskError) else None
-            known = isinstance(cause, UserError | FloatingPointError)
-            failure = failure or (UserError(str(cause)) if known else error)
+            mistake = _mistake(error)  # for the rest Ray's traceback helps
+            failure = failure or (UserError(str(mistake)) if mistake else error)
             queue.clear()
             outcome += " failed"
         minutes, seconds = divmod(int(time.monotonic() - started), 60)
         print(f"{minutes}:{seconds:02d}  {outcome}; {len(queue) + len(running)} left", flush=True)
     if failure is not None:
         raise failure
+
+
+def each(call: Callable[[str], object], shards: Sequence[str]) -> Iterator[str]:
+    """Call it for every shard, each call a Ray task of one CPU; yields shards as they are done, in any order.
+
+    What a lost machine or a killed process was doing is done again. Ray must be running.
+    """
+    import ray
+
+    remote = ray.remote(num_cpus=1, max_retries=MOST_RETRIES, scheduling_strategy="SPREAD")(_call)
+    sent, todo = ray.put(call), iter(shards)
+    running: dict[Any, str] = {}
+    try:
+        while True:
+            at_once = 2 * int(ray.cluster_resources().get("CPU", 1))  # so that no CPU waits for its next shard
+            running |= {remote.remote(sent, shard): shard for shard in islice(todo, max(0, at_once - len(running)))}
+            if not running:
+                return
+            (done,), _ = ray.wait(list(running))
+            shard = running.pop(done)
+            try:
+                ray.get(done)
+            except ray.exceptions.RayTaskError as error:
+                raise _mistake(error) or error from None
+            except ray.exceptions.RayError as error:
+                raise UserError(
+                    f"{shard}: its process was killed {MOST_RETRIES + 1} times, perhaps for want of memory "
+                    f"({first_line(error)}): the same command continues"
+                ) from error
+            yield shard
+    finally:
+        for left in running:
+            ray.cancel(left, force=True)
+
+
+def _call(call: Callable[[str], object], shard: str) -> None:
+    import pyarrow
+
+    pyarrow.set_cpu_count(1)
+    call(shard)
+
+
+def _mistake(error: Exception) -> Exception | None:
+    """What went wrong inside a task where one line is enough: a user's mistake, or a run that diverged."""
+    cause = getattr(error, "cause", None)
+    return cause if isinstance(cause, UserError | FloatingPointError) else None
 
 
 def has_workers() -> bool:
@@ -306,7 +359,7 @@ def hindrance(train: TrainConfig, device: Wanted) -> str | None:
     there = {node["NodeManagerAddress"] for node in alive}
     lost = {_named(node) for node in nodes if not node["Alive"] and node["NodeManagerAddress"] not in there}
     total = {kind: sum(node["Resources"].get(kind, 0) for node in alive) for kind in ("CPU", "GPU")}
-    if missing := _missing(train, device, total):
+    if missing := _missing(_needed(train.cpus_per_worker, train.num_workers, device), total):
         gone = f". Ray has given up {' and '.join(sorted(lost))}" if lost else ""
         return f"waiting for machines: {missing}{gone}. Start Ray there again or on another host (cluster/join.sh)"
     with ThreadPoolExecutor(16) as pool:
@@ -365,10 +418,13 @@ def _answers(address: str) -> bool:
     return True
 
 
-def _missing(train: TrainConfig, device: Wanted, resources: Mapping[str, float]) -> str | None:
+def _needed(cpus_per_worker: int, num_workers: int, device: Wanted) -> dict[str, int]:
+    return {"CPU": num_workers * cpus_per_worker, "GPU": num_workers if device == "cuda" else 0}
+
+
+def _missing(needed: Mapping[str, int], resources: Mapping[str, float]) -> str | None:
     """What the cluster lacks for all workers to have a place."""
-    wanted = {"CPU": train.num_workers * train.cpus_per_worker, "GPU": train.num_workers if device == "cuda" else 0}
-    for kind, number in wanted.items():
+    for kind, number in needed.items():
         if number > resources.get(kind, 0):
             return f"the run needs {number} {kind}s, the cluster has {int(resources.get(kind, 0))}"
     return None

@@ -141,7 +141,7 @@ def prepared(path: Location, known: KnownConfig) -> Iterator[Location]:
         yield path
         return
     with tempfile.TemporaryDirectory(prefix="hymate-") as folder:
-        prepare(PrepareConfig(source="meds", raw=str(path), out=folder, known=known))
+        prepare(PrepareConfig(source="meds", raw=str(path), out=folder, known=known), here=True)
         yield Path(folder)
 
 

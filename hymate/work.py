@@ -1,4 +1,7 @@
-"""Work over shards, stage by stage, on this machine's processes; what was interrupted goes on where it was."""
+"""Work over shards, stage by stage, in this machine's processes or as tasks of a Ray cluster.
+
+What was interrupted goes on where it was.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +21,14 @@ import pyarrow as pa
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from hymate import cluster
 from hymate.ending import without_ctrl_c
 from hymate.errors import UserError
 from hymate.storage.paths import Location, UrlPath, write_text
 from hymate.storage.remote import StorageError
 
+# calls a task, which pickles, for every shard; yields shards as they are done, in any order
+Pool = Callable[[Callable[[str], None], Sequence[str]], Iterator[str]]
 JOURNAL_S = 10.0  # between two journals at a URL
 
 
@@ -32,14 +38,14 @@ class Stages:
 
     shards: Sequence[str]
     _journal: Journal
-    _pool: ProcessPoolExecutor | None
+    _pool: Pool
     _bar: Progress
 
     def each(self, stage: str, task: Callable[[str], None]) -> None:
         """Run `task(shard)`, which pickles, for every shard."""
         todo = [shard for shard in self.shards if not self._journal.is_done(stage, shard)]
         line = self._bar.add_task(stage, total=len(self.shards), completed=len(self.shards) - len(todo))
-        for shard in self._finished(task, todo):
+        for shard in self._pool(task, todo):
             self._journal.record(stage, shard)
             self._bar.advance(line)
 
@@ -51,14 +57,41 @@ class Stages:
             self._journal.record(stage, "")
         self._bar.advance(line)
 
-    def _finished(self, task: Callable[[str], None], todo: Sequence[str]) -> Iterator[str]:
-        if self._pool is None:
-            for shard in todo:
-                task(shard)
-                yield shard
-            return
+
+@contextlib.contextmanager
+def stages(shards: Sequence[str], journal: Journal, workers: int, here: bool) -> Iterator[Stages]:
+    """Stages over `shards`, with a progress bar: on the cluster at RAY_ADDRESS, unless all is to stay `here`; else in
+    so many processes, in this one where `workers` is 1."""
+    columns = (TextColumn("{task.description:15}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with contextlib.ExitStack() as stack:
+        pool: Pool = _in_this_process
+        if not here and cluster.named():
+            pool = stack.enter_context(_on_cluster())
+        elif workers > 1:
+            pool = stack.enter_context(_processes(workers))
+        bar = stack.enter_context(Progress(*columns, console=Console(stderr=True)))
+        yield Stages(shards, stack.enter_context(journal), pool, bar)
+
+
+def _in_this_process(task: Callable[[str], None], todo: Sequence[str]) -> Iterator[str]:
+    for shard in todo:
+        task(shard)
+        yield shard
+
+
+@contextlib.contextmanager
+def _on_cluster() -> Iterator[Pool]:
+    with cluster.ray_session(cpus_per_worker=1):
+        yield cluster.each
+
+
+@contextlib.contextmanager
+def _processes(workers: int) -> Iterator[Pool]:
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
+
+    def finished(task: Callable[[str], None], todo: Sequence[str]) -> Iterator[str]:
         with without_ctrl_c():
-            futures = {self._pool.submit(task, shard): shard for shard in todo}
+            futures = {pool.submit(task, shard): shard for shard in todo}
         try:
             for future in as_completed(futures):
                 future.result()
@@ -69,23 +102,8 @@ class Stages:
                 "workers=; it continues"
             ) from error
 
-
-@contextlib.contextmanager
-def stages(shards: Sequence[str], journal: Journal, workers: int) -> Iterator[Stages]:
-    """Stages over `shards` in so many processes, in this one where `workers` is 1; with a progress bar."""
-    columns = (TextColumn("{task.description:15}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar, journal, _pool(workers) as pool:
-        yield Stages(shards, journal, pool, bar)
-
-
-@contextlib.contextmanager
-def _pool(workers: int) -> Iterator[ProcessPoolExecutor | None]:
-    if workers == 1:
-        yield None
-        return
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
     try:
-        yield pool
+        yield finished
     except KeyboardInterrupt:
         for child in multiprocessing.active_children():
             child.kill()  # a shard may take minutes

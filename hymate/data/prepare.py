@@ -55,7 +55,7 @@ from hymate.data.statistics import CodeStatistics
 from hymate.data.synthetic.course import SyntheticConfig
 from hymate.data.synthetic.source import SyntheticSource
 from hymate.errors import ConfigError, UserError
-from hymate.runs import CONFIGS
+from hymate.runs import CONFIGS, absolute
 from hymate.storage.paths import (
     Location,
     UrlPath,
@@ -94,7 +94,7 @@ class PrepareConfig:
     splits: fractions of the subjects, where the source does not bring its own splits.
     known: when events become known, of source=meds; the events of the other sources are known at their stamps.
     seed: of everything random.
-    workers: processes; each holds some 0.3 GB, and 68 bytes a patient.
+    workers: processes; each holds some 0.3 GB, and 68 bytes a patient. On a cluster each of its CPUs is one.
     synthetic: the synthetic cohort, of source=synthetic.
     """
 
@@ -127,14 +127,16 @@ class PrepareConfig:
         return SOURCES[self.source](locate(str(self.raw)).absolute(), self.splits, self.seed)
 
 
-def prepare(config: PrepareConfig) -> None:
+def prepare(config: PrepareConfig, here: bool = False) -> None:
     """Write the prepared dataset to `config.out`, continuing what an earlier run left there.
+
+    here: on this machine, also where RAY_ADDRESS names a cluster.
 
     Raises DataError where the raw data are wrong (nothing is left in `out` then), UserError where `out` belongs
     to something else or the disk is full.
     """
-    console = Console(stderr=True)
-    source, rules, out = config.open_source(), config.rules, locate(config.out).absolute()
+    config, console = absolute(config), Console(stderr=True)
+    source, rules, out = config.open_source(), config.rules, locate(config.out)
     if read_metadata(out) is None:
         require_folder(out, "out")
     shards = source.shards()
@@ -150,7 +152,7 @@ def prepare(config: PrepareConfig) -> None:
         started = time.monotonic()
         journal = Journal(out / FOLDER / WORK / "journal.jsonl", fingerprint, other)
         try:
-            with stages(shards, journal, config.workers) as run:
+            with stages(shards, journal, config.workers, here) as run:
                 _run(source, out, rules, fingerprint, run)
         except DataError:
             _remove(out)

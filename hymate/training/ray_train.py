@@ -46,7 +46,8 @@ def fit(training: Training) -> Standing:
     """
     run = training.run
     hindrance = functools.partial(cluster.hindrance, training.train, training.device)
-    with cluster.ray_session(training.train, training.device), progress_line(run.folder, hindrance):
+    workers = (training.train.cpus_per_worker, training.train.num_workers, training.device)
+    with cluster.ray_session(*workers), progress_line(run.folder, hindrance):
         from ray.train.v2.api.exceptions import TrainingFailedError
 
         try:

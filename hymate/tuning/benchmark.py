@@ -91,7 +91,7 @@ def benchmark(config: BenchmarkConfig) -> Location:
     with claimed(path, "benchmark", config, inputs) as claim:
         calls = _calls(config, [run for run in runs if not run.results_path(comparison.folder_of(config)).is_file()])
         if calls:
-            with cluster.ray_session(config.train, config.device):
+            with cluster.ray_session(config.train.cpus_per_worker, device=config.device):
                 cluster.run_calls(calls, config.train.cpus_per_worker, config.max_concurrent)
         found = comparison.write(config)
         if config.split == HELD_OUT:

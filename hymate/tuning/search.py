@@ -157,7 +157,7 @@ def _searched(
     training, tuning = (united([task.examples[split] for task in tasks]) for split in ("train", "tuning"))
     teacher_ET = _teacher(tasks, histories, config.train.seed) if any(t.teacher_fraction for t in trials) else None
     study = Study(start, training, tuning, metric, trials, run_path, teacher_ET, config.device)
-    with cluster.ray_session(config.train, config.device):
+    with cluster.ray_session(config.train.cpus_per_worker, device=config.device):
         from hymate.tuning.ray_tune import run_trials  # late: Ray takes its settings when it is imported
 
         ends = run_trials(study, config.search, config.train, run)

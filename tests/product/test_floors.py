@@ -22,7 +22,7 @@ FLOORS = (
     ("ops",),
     ("model",),
     ("storage",),
-    ("device", "runs", "work", "cluster", "command"),
+    ("device", "runs", "cluster", "work", "command"),
     ("data",),
     ("inference",),
     ("training",),

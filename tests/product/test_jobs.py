@@ -141,10 +141,10 @@ def submit(
     return run([*words[:3], "--submission-id", submission_id, *words[3:], *options], cluster.environment, checkout)
 
 
-def documented(file: str, script: str, address: str, data: Path, runs: Path) -> str:
-    """The documentation's job that runs `script`, with what its placeholders stand for."""
+def documented(file: str, script: str, address: str, **shared: Path) -> str:
+    """The documentation's job that runs `script`, with what its placeholders stand for; shared: folders in /shared."""
     (line,) = re.findall(rf"^ray job submit .* python {re.escape(script)} .*$", (ROOT / file).read_text(), flags=re.M)
-    for placeholder, actual in {"http://HEAD:8265": address, "/shared/data": data, "/shared/runs": runs}.items():
+    for placeholder, actual in {"http://HEAD:8265": address, **{f"/shared/{k}": v for k, v in shared.items()}}.items():
         assert placeholder in line
         line = line.replace(placeholder, str(actual))
     return line
@@ -181,7 +181,7 @@ def stopped(
 ) -> tuple[str, Path, list[Any]]:
     """The documented job, stopped in the middle: its command line, its run and the losses it had recorded."""
     runs = tmp_path_factory.mktemp("runs")
-    line = documented("docs/cluster.md", "pretrain/run.py", cluster.address, small_data, runs)
+    line = documented("docs/cluster.md", "pretrain/run.py", cluster.address, data=small_data, runs=runs)
     line = f"{line.replace(' -- ', ' --no-wait -- ')} {shlex.join(PRETRAIN)}"
     submitted = submit(cluster, checkout, line, NEVER_ENDING, submission_id="first")
     assert submitted.returncode == 0, submitted.stderr
@@ -230,13 +230,48 @@ def test_the_upload_is_the_code_and_nothing_else(cluster: Cluster, checkout: Pat
 
 def test_a_search_runs_as_a_job(cluster: Cluster, checkout: Path, small_data: Path, pretrained: Path) -> None:
     runs = pretrained.parent
-    line = f"{documented('docs/cluster.md', 'finetune/tune.py', cluster.address, small_data, runs)} {shlex.join(TUNE)}"
+    line = documented("docs/cluster.md", "finetune/tune.py", cluster.address, data=small_data, runs=runs)
+    line = f"{line} {shlex.join(TUNE)}"
     tuned = submit(cluster, checkout, line, submission_id="search")
     assert tuned.returncode == 0, tuned.stdout + tuned.stderr
     found = json.loads((runs / "tune-readmission" / "results.json").read_text())
     assert len(found["trials"]) == 2 and found["init"] == str(pretrained)
     assert found["boosting"] == {"left_out": "report.boosting=false"}
     assert read_bundle(runs / "tune-readmission", kind="risk").tasks == ["readmission"]
+
+
+def test_preparing_as_a_job_survives_a_killed_process(cluster: Cluster, checkout: Path, tmp_path: Path) -> None:
+    """And writes what it writes in processes of this machine."""
+    meds = [sys.executable, "-m", "hymate.data.prepare", "source=synthetic", "synthetic.subjects=400"]
+    made = run(
+        [*meds, "synthetic.mean_events=200", "synthetic.shard_events=2000", f"out={tmp_path}/raw"],
+        dict(os.environ),
+        ROOT,
+    )
+    assert made.returncode == 0, made.stderr
+    settings = ["known=none"]
+    here = [sys.executable, "-m", "hymate.data.prepare", "source=meds", f"raw={tmp_path}/raw", f"out={tmp_path}/here"]
+    made = run([*here, *settings], dict(os.environ), ROOT)
+    assert made.returncode == 0, made.stderr
+    line = documented(
+        "docs/cluster.md", "-m hymate.data.prepare", cluster.address, meds=tmp_path / "raw", data=tmp_path / "data"
+    )
+    line = f"{line.replace(' -- ', ' --no-wait -- ')} {shlex.join(settings)}"
+    submitted = submit(cluster, checkout, line, submission_id="prepare")
+    assert submitted.returncode == 0, submitted.stderr
+
+    def tasks() -> list[psutil.Process]:
+        return [p for p in cluster.process.children(recursive=True) if p.name().startswith("ray::_call")]
+
+    wait_until(lambda: tasks() or cluster.job("prepare")["status"] == "FAILED", "a task runs")
+    for task in tasks():
+        task.kill()
+    wait_until(lambda: cluster.job("prepare")["status"] not in ("PENDING", "RUNNING"), "the job ends")
+    assert cluster.job("prepare")["status"] == "SUCCEEDED", cluster.job("prepare")
+    files = {file.relative_to(tmp_path / "here") for file in (tmp_path / "here").rglob("*.parquet")}
+    assert len(files) > 40
+    for file in files:
+        assert (tmp_path / "data" / file).read_bytes() == (tmp_path / "here" / file).read_bytes(), file
 
 
 def test_a_job_whose_results_would_be_lost_is_refused(cluster: Cluster, checkout: Path, small_data: Path) -> None:

@@ -22,9 +22,8 @@ from hymate.errors import UserError
 
 SESSION = """
 import sys
-from hymate.config import TrainConfig
 from hymate.cluster import ray_session
-with ray_session(TrainConfig(), "cpu"):
+with ray_session(cpus_per_worker=1):
     import ray
     print(ray.get_runtime_context().gcs_address, flush=True)
     sys.stdin.read()
