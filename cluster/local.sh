@@ -21,7 +21,7 @@ fail() {
 }
 
 running() {
-    [ -f "$folder/pid" ] && ps -p "$(cat "$folder/pid")" -o args= | grep -qF -- "--temp-dir $folder/ray "
+    [ -f "$folder/pid" ] && ps -ww -p "$(cat "$folder/pid")" -o args= | grep -qF -- "--temp-dir $folder/ray "
 }
 
 start() {

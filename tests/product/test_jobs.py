@@ -72,6 +72,7 @@ def cluster() -> Iterator[Cluster]:
         "HYMATE_CLUSTER": str(folder),
         "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
         "RAY_AUTH_MODE": "token",
+        "COLUMNS": "80",  # ps would cut lines there
         "RAY_worker_niceness": "0",  # else whatever runs on this machine goes first
         "HYMATE_OPS": "reference",  # a new upload compiles its kernels, which takes longer than all the rest
         "TORCHDYNAMO_DISABLE": "1",
