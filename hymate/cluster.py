@@ -222,19 +222,20 @@ def run_calls(calls: Sequence[RemoteCall], cpus: int, max_concurrent: int = 0) -
         raise failure
 
 
-def each(call: Callable[[str], object], shards: Sequence[str]) -> Iterator[str]:
-    """Call it for every shard, each call a Ray task of one CPU; yields shards as they are done, in any order.
+def each(call: Callable[[str], object], shards: Sequence[str], gpu: bool = False) -> Iterator[str]:
+    """Call it for every shard, each call a Ray task of one CPU, or GPU; yields shards as they are done, in any order.
 
     What a lost machine or a killed process was doing is done again. Ray must be running.
     """
     import ray
 
-    remote = ray.remote(num_cpus=1, max_retries=MOST_RETRIES, scheduling_strategy="SPREAD")(_call)
+    remote = ray.remote(num_cpus=1, num_gpus=float(gpu), max_retries=MOST_RETRIES, scheduling_strategy="SPREAD")(_call)
     sent, todo = ray.put(call), iter(shards)
     running: dict[Any, str] = {}
     try:
         while True:
-            at_once = 2 * int(ray.cluster_resources().get("CPU", 1))  # so that no CPU waits for its next shard
+            slots = int(ray.cluster_resources().get("GPU" if gpu else "CPU", 1))
+            at_once = 2 * slots  # so that none waits for its next shard
             running |= {remote.remote(sent, shard): shard for shard in islice(todo, max(0, at_once - len(running)))}
             if not running:
                 return

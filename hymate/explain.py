@@ -23,9 +23,12 @@ if __name__ == "__main__":
 
     ending.watch()  # the imports take seconds
 
+import contextlib
 import sys
-from collections.abc import Iterable, Sequence
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal, TypeVar
 
 import numpy as np
@@ -36,15 +39,18 @@ from rich.progress import track
 from hymate.command import main
 from hymate.config import DataPath, Place, TaskConfig
 from hymate.data.examples import Examples
+from hymate.data.histories import read_metadata
+from hymate.data.known import KnownConfig
 from hymate.data.meds import US_PER_HOUR, write_parquet
+from hymate.data.prepare import PrepareConfig, prepare
 from hymate.device import Wanted, choose
 from hymate.errors import ConfigError, UserError
 from hymate.evaluation import figures
 from hymate.evaluation.attribution import FRACTIONS, Attribution, Case, Explainer, deletion_and_insertion, event_table
 from hymate.evaluation.tables import markdown
 from hymate.inference.bundle import read_bundle
+from hymate.inference.dataset import asked_of, open_for
 from hymate.inference.scoring import predict
-from hymate.predict import asked_of
 from hymate.storage.paths import Location, locate, require_folder, write_text
 
 T = TypeVar("T")
@@ -95,7 +101,9 @@ def run(config: ExplainConfig) -> None:
     out = locate(config.out)
     require_folder(out, "out")
     device = choose(config.device, bundle.model)
-    with asked_of(bundle, locate(config.data.path), config.task, config.split) as (histories, examples):
+    with prepared(locate(config.data.path), bundle.known) as root:
+        histories = open_for(bundle, root)
+        examples = asked_of(histories, config.task, config.split)
         _check_subjects(config.subjects, examples, config.split)
         outputs, rows = predict(bundle, histories, examples, device)
         prob_E = outputs.probability_ET[:, 0]
@@ -121,6 +129,18 @@ def run(config: ExplainConfig) -> None:
     print(f"{rows.unknown_fraction:.1%} of the events read have codes that the bundle does not know")
     print(f"{len(cases)} predictions explained in {out / 'explanation.md'}")
     print(f"{len(patients)} patients shown in {out / 'patients'}: protect it like the records")
+
+
+@contextlib.contextmanager
+def prepared(path: Location, known: KnownConfig) -> Iterator[Location]:
+    """`path` if it is a prepared dataset, else a temporary one prepared from the MEDS folder at `path`, whose events
+    become known by the rules of `known`."""
+    if read_metadata(path) is not None or not (path / "data").is_dir():
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="hymate-") as folder:
+        prepare(PrepareConfig(source="meds", raw=str(path), out=folder, known=known), here=True)
+        yield Path(folder)
 
 
 # ----------------------------------------------------------------------------------------------------- patients

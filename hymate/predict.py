@@ -22,30 +22,18 @@ if __name__ == "__main__":
 
     ending.watch()  # the imports take seconds
 
-import contextlib
-import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
-
-import pyarrow as pa
 
 from hymate.command import main
 from hymate.config import DataPath, Place, TaskConfig
-from hymate.data.examples import Examples, labelled_examples
-from hymate.data.histories import Histories, read_metadata
-from hymate.data.known import KnownConfig, differing
-from hymate.data.label_files import read_labels
-from hymate.data.prepare import PrepareConfig, prepare
-from hymate.data.tasks import read_or_extract_labels
 from hymate.device import Wanted, choose
 from hymate.errors import ConfigError, UserError
-from hymate.inference.bundle import Bundle, build_model, read_bundle
-from hymate.inference.scoring import predict, predict_whole, write_predictions
-from hymate.inference.states import StateFolder
+from hymate.inference.bundle import read_bundle
+from hymate.inference.dataset import Request, predict_dataset
 from hymate.inference.streaming import check_streamable
-from hymate.storage.paths import Location, locate, require_file, require_folder
+from hymate.runs import absolute
+from hymate.storage.paths import locate, require_file, require_folder
 
 
 @dataclass(frozen=True)
@@ -53,11 +41,12 @@ class PredictConfig:
     """`python -m hymate.predict`'s configuration.
 
     bundle: a risk bundle, or the folder of a search.
-    out: Parquet file of the predictions.
+    out: Parquet file of the predictions; or a folder that gets one for each part of the dataset.
     split: "all" or one of the dataset's splits.
     context: the events read before a prediction time: "bundle" (as many as in fine-tuning) or "all".
     states: with context=all, the folder that keeps each subject's state (patient data), so that only new events are
         read.
+    workers: processes; 0 is as many as CPUs or GPUs have enough to do. On a cluster each of its CPUs or GPUs is one.
     device: "auto" takes a GPU if what the model needs for it is installed, else the CPU; or "cpu", "cuda".
     """
 
@@ -68,96 +57,42 @@ class PredictConfig:
     split: Literal["all", "train", "tuning", "held_out"] = "all"
     context: Literal["bundle", "all"] = "bundle"
     states: Place | None = None
+    workers: int = 0
     device: Wanted = "auto"
 
     def __post_init__(self) -> None:
         if self.states is not None and self.context != "all":
             raise ConfigError("states=DIR needs context=all: a state stands for the whole history before it")
+        if self.workers < 0:
+            raise ConfigError(f"workers must not be negative, got {self.workers}")
 
 
 def run(config: PredictConfig) -> None:
     """The command."""
     try:
-        _run(config)
+        _run(absolute(config))
     except FloatingPointError as error:  # weights that are finite can still be too large
         raise UserError(f"bundle={config.bundle}: {error}") from error
 
 
 def _run(config: PredictConfig) -> None:
-    bundle = read_bundle(locate(config.bundle), kind="risk").for_task(config.task.name)
-    require_file(locate(config.out), "out")
-    if config.states is not None:
-        require_folder(locate(config.states), "states")
+    bundle, out = read_bundle(locate(config.bundle), kind="risk").for_task(config.task.name), locate(config.out)
+    (require_file if out.name.endswith(".parquet") else require_folder)(out, "out")
+    states = None if config.states is None else locate(config.states)
+    if states is not None:
+        require_folder(states, "states")
     if config.context == "all":
         check_streamable(bundle.model)
     device = choose(config.device, bundle.model)
-    with contextlib.ExitStack() as stack:
-        states = None
-        if config.states is not None:
-            states = stack.enter_context(StateFolder(locate(config.states), bundle.fingerprint))
-        opened = asked_of(bundle, locate(config.data.path), config.task, config.split)
-        histories, examples = stack.enter_context(opened)
-        if config.context == "all":
-            model = build_model(bundle).to(device)
-            outputs, num_read, unknown_fraction = predict_whole(model, bundle, histories, examples, device, states)
-        else:
-            outputs, rows = predict(bundle, histories, examples, device)
-            unknown_fraction = rows.unknown_fraction
-    written = write_predictions(examples, outputs, locate(config.out))
-    dropped = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in examples.dropped.items() if count)
-    print(f"{unknown_fraction:.1%} of the events read have codes that the bundle does not know")
+    asked = (locate(config.bundle), locate(config.data.path), config.task, config.split, config.context, device.type)
+    written, found = predict_dataset(Request(*asked, states), out, config.workers)
+    left_out = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in found.left_out.items() if count)
+    print(f"{found.unknown / max(found.read, 1):.1%} of the events read have codes that the bundle does not know")
     if states is not None:
-        counts = ", ".join(f"{count} {outcome}" for outcome, count in sorted(states.counts.items()))
-        print(f"{num_read} events read; states in {states.path}: {counts}")
+        counts = ", ".join(f"{count} {outcome}" for outcome, count in sorted(found.states.items()))
+        print(f"{found.read} events read; states in {states}: {counts}")
     files = " and ".join(map(str, written))
-    print(f"{len(examples)} predictions in {files}" + (f" (left out: {dropped})" if dropped else ""))
-
-
-@contextlib.contextmanager
-def asked_of(bundle: Bundle, path: Location, task: TaskConfig, split: str) -> Iterator[tuple[Histories, Examples]]:
-    """The dataset at `path`, prepared or not, and what of it the bundle is to predict: the task's times in `split`.
-
-    Raises UserError where the bundle knows none of the dataset's codes, and where the dataset was prepared under rules
-    of when events become known that treat it in another way than the bundle's.
-    """
-    with prepared(path, bundle.known) as root:
-        histories = Histories.open(root)
-        if codes := differing(bundle.known, histories.known, histories.codes):
-            raise UserError(
-                f"{path}: prepared under other rules than the bundle's of when events become known ({len(codes)} codes "
-                f"differ, {codes[0]!r} for one): give data.path the MEDS folder that it was prepared from"
-            )
-        examples = _examples(histories, _prediction_times(root, task), split)
-        if not bundle.vocabulary.ids_of(histories.codes).any():
-            raise UserError(f"{path} has none of the codes that the bundle knows: it is coded differently")
-        yield histories, examples
-
-
-@contextlib.contextmanager
-def prepared(path: Location, known: KnownConfig) -> Iterator[Location]:
-    """`path` if it is a prepared dataset, else a temporary one prepared from the MEDS folder at `path`, whose events
-    become known by the rules of `known`."""
-    if read_metadata(path) is not None or not (path / "data").is_dir():
-        yield path
-        return
-    with tempfile.TemporaryDirectory(prefix="hymate-") as folder:
-        prepare(PrepareConfig(source="meds", raw=str(path), out=folder, known=known), here=True)
-        yield Path(folder)
-
-
-def _prediction_times(root: Location, task: TaskConfig) -> pa.Table:
-    """The task's labels; labels handed in as a folder need no boolean_value, for prediction needs only the times."""
-    return (
-        read_labels(locate(task.labels))
-        if task.labels is not None
-        else read_or_extract_labels(root, task, times_only=True).table
-    )
-
-
-def _examples(histories: Histories, table: pa.Table, split: str) -> Examples:
-    if split == "all":
-        histories = histories.with_splits(dict.fromkeys(histories.splits, split))
-    return labelled_examples(histories, table, split)
+    print(f"{found.predictions} predictions in {files}" + (f" (left out: {left_out})" if left_out else ""))
 
 
 if __name__ == "__main__":

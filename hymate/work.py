@@ -6,6 +6,7 @@ What was interrupted goes on where it was.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import multiprocessing
 import os
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 
 import pyarrow as pa
@@ -59,16 +61,19 @@ class Stages:
 
 
 @contextlib.contextmanager
-def stages(shards: Sequence[str], journal: Journal, workers: int, here: bool) -> Iterator[Stages]:
+def stages(
+    shards: Sequence[str], journal: Journal, workers: int, here: bool = False, gpus: bool = False
+) -> Iterator[Stages]:
     """Stages over `shards`, with a progress bar: on the cluster at RAY_ADDRESS, unless all is to stay `here`; else in
-    so many processes, in this one where `workers` is 1."""
+    so many processes, in this one where `workers` is 1. gpus: each has a GPU of its own.
+    """
     columns = (TextColumn("{task.description:15}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with contextlib.ExitStack() as stack:
         pool: Pool = _in_this_process
         if not here and cluster.named():
-            pool = stack.enter_context(_on_cluster())
+            pool = stack.enter_context(_on_cluster(gpus))
         elif workers > 1:
-            pool = stack.enter_context(_processes(workers))
+            pool = stack.enter_context(_processes(workers, gpus))
         bar = stack.enter_context(Progress(*columns, console=Console(stderr=True)))
         yield Stages(shards, stack.enter_context(journal), pool, bar)
 
@@ -80,14 +85,18 @@ def _in_this_process(task: Callable[[str], None], todo: Sequence[str]) -> Iterat
 
 
 @contextlib.contextmanager
-def _on_cluster() -> Iterator[Pool]:
-    with cluster.ray_session(cpus_per_worker=1):
-        yield cluster.each
+def _on_cluster(gpus: bool) -> Iterator[Pool]:
+    with cluster.ray_session(cpus_per_worker=1, device="cuda" if gpus else "cpu"):
+        yield functools.partial(cluster.each, gpu=gpus)
 
 
 @contextlib.contextmanager
-def _processes(workers: int) -> Iterator[Pool]:
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
+def _processes(workers: int, gpus: bool) -> Iterator[Pool]:
+    context = multiprocessing.get_context("spawn")
+    numbers = context.SimpleQueue()
+    for number in range(workers):
+        numbers.put(number)
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (numbers if gpus else None,))
 
     def finished(task: Callable[[str], None], todo: Sequence[str]) -> Iterator[str]:
         with without_ctrl_c():
@@ -112,8 +121,10 @@ def _processes(workers: int) -> Iterator[Pool]:
         pool.shutdown(cancel_futures=True)
 
 
-def _start_worker() -> None:
+def _start_worker(gpu_numbers: SimpleQueue | None) -> None:
     pa.set_cpu_count(1)
+    if gpu_numbers is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(gpu_numbers.get())
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -140,6 +151,11 @@ class Journal:
         self._done = {tuple(json.loads(line)) for line in lines[1:]}
         self._path, self._lines = path, lines
         self._write()
+
+    @staticmethod
+    def is_of(path: Location, fingerprint: str) -> bool:
+        """Whether the journal there, if any, is that of this work."""
+        return not path.is_file() or json.loads(path.read_text().partition("\n")[0]) == {"fingerprint": fingerprint}
 
     def __enter__(self) -> Journal:
         return self

@@ -5,6 +5,7 @@ Legend, besides that of `hymate.model.batch`: E examples, N labels, P subjects i
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -71,11 +72,34 @@ class Examples:
     def __len__(self) -> int:
         return len(self.position_E)
 
+    def _arrays(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "dropped"}
+
     def only(self, kept: np.ndarray) -> Examples:
         """Those where `kept` is true (E,), or whose numbers, which increase, it holds."""
         kept = np.flatnonzero(kept) if kept.dtype == bool else kept
-        arrays = {name: value[kept] for name, value in vars(self).items() if name != "dropped"}
-        return replace(self, **arrays)
+        return replace(self, **{name: value[kept] for name, value in self._arrays().items()})
+
+    def without_labels(self) -> Examples:
+        """The same times, as if nothing were known of their labels."""
+        return replace(self, label_ET=np.full_like(self.label_ET, np.nan), days_ET=np.full_like(self.days_ET, np.nan))
+
+    def table(self) -> pa.Table:
+        """The examples of one task as a table, which `of_table` reads; without `dropped`."""
+        return pa.table({name: np.asarray(value).ravel() for name, value in self._arrays().items()})
+
+    @classmethod
+    def of_table(cls, table: pa.Table) -> Examples:
+        """What `table` made."""
+        arrays = {name: table[name].to_numpy() for name in table.column_names}
+        return cls(**{name: value[:, None] if name.endswith("_ET") else value for name, value in arrays.items()})
+
+    def digest(self) -> str:
+        """Of all arrays."""
+        found = hashlib.sha256()
+        for value in self._arrays().values():
+            found.update(np.ascontiguousarray(value).tobytes())
+        return found.hexdigest()
 
     def sample_weights(self, about: int, seed: int) -> np.ndarray:
         """How much each example counts (E,) in a sample that stands for all, 0 where it is not drawn.

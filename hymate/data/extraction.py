@@ -103,6 +103,11 @@ def extract(
     return summary
 
 
+def labels_of_shard(path: Location, task: TaskConfig, known: KnownConfig) -> pa.Table:
+    """The labels of one MEDS shard, without weights, which need all of them."""
+    return label_table(_extract_shard(path, task, parse(task), known).triggers, task)
+
+
 def _extract_shard(path: Location, task: TaskConfig, config: Any, known: KnownConfig) -> Extracted:
     predicates = read_predicates(path, config, known)
     found = find(config, predicates.events, task.start, task.kinds)

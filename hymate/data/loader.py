@@ -81,8 +81,8 @@ class Rows:
         self.context, self.early_fraction = context, early_fraction
         self._id_of_code = vocabulary.ids_of(histories.codes).astype(np.int64)
         self._first_G = _first_of_groups(histories, examples)
-        self._events_seen = 0
-        self._events_unknown = 0
+        self.events_read = 0
+        self.events_unknown = 0
 
     # -------------------------------------------------------------------------------------------- public passes
 
@@ -138,7 +138,7 @@ class Rows:
     @property
     def unknown_fraction(self) -> float:
         """Fraction of the events read so far whose code the vocabulary does not have; NaN before the first row."""
-        return self._events_unknown / self._events_seen if self._events_seen else math.nan
+        return self.events_unknown / self.events_read if self.events_read else math.nan
 
     # ---------------------------------------------------------------------------------------------------- order
 
@@ -211,8 +211,8 @@ class Rows:
             self.vocabulary,
             self._id_of_code,
         )
-        self._events_seen += row.num_events
-        self._events_unknown += int((row.code_L == UNKNOWN_ID).sum())
+        self.events_read += row.num_events
+        self.events_unknown += int((row.code_L == UNKNOWN_ID).sum())
         return replace(
             row,
             example_S=torch.from_numpy(example_S),

@@ -125,8 +125,8 @@ def predict_whole(
     examples: Examples,
     device: torch.device,
     states: States | None = None,
-) -> tuple[Outputs, int, float]:
-    """As `predict`, from all events up to each example's time; also how many were read, and which fraction is unknown.
+) -> tuple[Outputs, int, int]:
+    """As `predict`, from all events up to each example's time; also how many were read, and how many of them unknown.
 
     model: the bundle's, on `device`.
 
@@ -154,7 +154,7 @@ def predict_whole(
         Outputs(outputs.logit_ET[own_E], outputs.log_days_ET[own_E]).check()
         if states is not None and state and (kept is None or kept.num_events < state.num_events):
             states.save(history.subject_id, state, events_L)
-    return outputs, read, unknown / max(read, 1)
+    return outputs, read, unknown
 
 
 def write_predictions(examples: Examples, outputs: Outputs, path: Location) -> list[Location]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,12 +14,15 @@ from meds_evaluation.schema import PredictionSchema
 from small_cohort import SIZES, write_meds
 from small_models import SMALL, write_risk_bundle
 
+from hymate import ending
 from hymate.command import load
 from hymate.data.label_files import read_labels
 from hymate.data.meds import write_parquet
 from hymate.data.vocabulary import Vocabulary
 from hymate.errors import UserError
+from hymate.inference import dataset
 from hymate.inference.bundle import read_bundle, write_bundle
+from hymate.inference.dataset import predict_part
 from hymate.model.encoder import RiskModel
 from hymate.predict import PredictConfig, run
 
@@ -57,8 +61,48 @@ def test_an_unprepared_meds_folder_gives_the_same(small_data: Path, bundle: Path
     raw = write_meds(tmp_path / "raw")
     before = sorted(tmp_path.rglob("*"))
     prepared = predicted(bundle, small_data, tmp_path / "a.parquet")
-    assert predicted(bundle, raw, tmp_path / "b.parquet").equals(prepared)
+    assert_alike(predicted(bundle, raw, tmp_path / "b.parquet"), prepared)
     assert sorted(tmp_path.rglob("*")) == sorted([*before, tmp_path / "a.parquet", tmp_path / "b.parquet"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("given", ["prepared", "MEDS"])
+def test_predicting_in_parts_goes_on_after_a_kill(
+    given: str, small_data: Path, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In several processes, into a folder; and gives what one process gives into one file."""
+    data = small_data if given == "prepared" else write_meds(tmp_path / "raw")
+    together = predicted(bundle, data, tmp_path / "together.parquet")
+    monkeypatch.setattr(dataset, "PART", 50)
+    monkeypatch.setattr(dataset, "WORTH_BYTES", 1)
+    calls = []
+
+    def dies_at_the_third(part: str, **given: Any) -> None:
+        calls.append(part)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        predict_part(part, **given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dataset, "predict_part", dies_at_the_third)
+        with pytest.raises(SystemExit, match="130"), ending.command():
+            predicted(bundle, data, tmp_path / "parts", "workers=1")
+    done = list((tmp_path / "parts").rglob("*.parquet"))
+    written = {file: file.stat().st_mtime_ns for file in done if ".work" not in file.parts}
+    assert len(written) == 2
+    in_parts = predicted(bundle, data, tmp_path / "parts", "workers=2")
+    assert_alike(in_parts.sort_by([("subject_id", "ascending"), ("prediction_time", "ascending")]), together)
+    assert {file: file.stat().st_mtime_ns for file in written} == written, "what was done is done again"
+    assert not (tmp_path / "parts" / ".work").exists()
+    with pytest.raises(UserError, match="parts: holds other files: choose a new folder for out"):
+        predicted(bundle, data, tmp_path / "parts")
+
+
+def assert_alike(one: pa.Table, other: pa.Table) -> None:
+    """The same predictions, up to the rounding that the company in a row makes."""
+    name = "predicted_boolean_probability"
+    assert one.drop_columns([name]).equals(other.drop_columns([name]))
+    np.testing.assert_allclose(one[name].to_numpy(), other[name].to_numpy(), atol=1e-6)
 
 
 def test_a_split_can_be_chosen(small_data: Path, bundle: Path, tmp_path: Path) -> None:

@@ -1,0 +1,308 @@
+"""A bundle's predictions of a whole dataset: part by part, on every CPU, GPU or machine, and continued after a kill.
+
+A part is a range of a prepared dataset's examples, or a shard of a MEDS folder, which is read in pieces of whole
+subjects and never copied. Each part leaves a file of predictions; they are joined at the end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import multiprocessing
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Literal
+
+import meds
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+
+from hymate.config import TaskConfig
+from hymate.data.examples import Examples, labelled_examples
+from hymate.data.extraction import labels_of_shard
+from hymate.data.histories import Histories, Splits, read_metadata
+from hymate.data.known import differing
+from hymate.data.label_files import read_labels
+from hymate.data.meds import SplitsConfig, iter_events, read_splits, write_parquet
+from hymate.data.sources.meds import MedsSource, check_shard
+from hymate.data.tasks import read_or_extract_labels
+from hymate.device import num_gpus
+from hymate.errors import UserError
+from hymate.inference.bundle import Bundle, build_model, read_bundle
+from hymate.inference.scoring import Outputs, day_table, last_rows, predict_whole, prediction_table, score
+from hymate.inference.states import StateFolder
+from hymate.machine import available_cpus
+from hymate.model.encoder import RiskModel
+from hymate.storage.paths import Location, files_below, locate, present, readable, remove_tree, write_text
+from hymate.work import Journal, stages
+
+PART = 20_000  # labels of a part of a prepared dataset, about
+WORTH_BYTES = 32 << 20  # of MEDS files: as many take longer to read than another process takes to start
+WORK = ".work"  # in the folder of the parts: the journal, and what parts are asked and count
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is predicted; it pickles.
+
+    split: "all" or one of the dataset's splits. context: as in `PredictConfig`. states: with context="all", where each
+    subject's state is kept.
+    """
+
+    bundle: Location
+    data: Location
+    task: TaskConfig
+    split: str
+    context: Literal["bundle", "all"]
+    device: str
+    states: Location | None = None
+
+
+@dataclass(frozen=True)
+class Counts:
+    """predictions: how many there are. labels: how many were found. read, unknown: events, and those of them with
+    codes that the bundle does not know. left_out: labels, by reason. states: by how they were found.
+    """
+
+    predictions: int = 0
+    labels: int = 0
+    read: int = 0
+    unknown: int = 0
+    left_out: dict[str, int] = field(default_factory=dict)
+    states: dict[str, int] = field(default_factory=dict)
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(
+            self.predictions + other.predictions,
+            self.labels + other.labels,
+            self.read + other.read,
+            self.unknown + other.unknown,
+            dict(Counter(self.left_out) + Counter(other.left_out)),
+            dict(Counter(self.states) + Counter(other.states)),
+        )
+
+
+def open_for(bundle: Bundle, data: Location) -> Histories:
+    """A prepared dataset that the bundle can predict.
+
+    Raises UserError where the bundle knows none of its codes, and where it was prepared under rules of when events
+    become known that treat it in another way than the bundle's.
+    """
+    histories = Histories.open(data)
+    if codes := differing(bundle.known, histories.known, histories.codes):
+        raise UserError(
+            f"{data}: prepared under other rules than the bundle's of when events become known ({len(codes)} codes "
+            f"differ, {codes[0]!r} for one): give data.path the MEDS folder that it was prepared from"
+        )
+    if not bundle.vocabulary.ids_of(histories.codes).any():
+        raise _other_codes(data)
+    return histories
+
+
+def asked_of(histories: Histories, task: TaskConfig, split: str) -> Examples:
+    """The task's prediction times in a split of a prepared dataset; a folder of labels needs no boolean_value."""
+    labels = read_labels(locate(task.labels)) if task.labels is not None else None
+    if labels is None:
+        labels = read_or_extract_labels(histories.path, task, times_only=True).table
+    if split == "all":
+        histories = histories.with_splits(dict.fromkeys(histories.splits, split))
+    return labelled_examples(histories, labels, split)
+
+
+def predict_dataset(request: Request, out: Location, workers: int) -> tuple[list[Location], Counts]:
+    """Predict, and write a Parquet file `out`, by subject and time; or one file a part, where `out` is a folder.
+
+    workers: processes, at most; 0 is as many as CPUs or GPUs have enough to do.
+
+    Where the task has days, theirs are beside `out`. The same call continues one that was killed. Returns the paths.
+    Raises UserError where nothing can be predicted, FloatingPointError where the model predicts what is no number.
+    """
+    bundle = read_bundle(request.bundle, kind="risk").for_task(request.task.name)
+    targets = [out] + [out.with_stem(f"{out.stem}-days")] * bool(bundle.in_days)
+    joined = out.name.endswith(".parquet")
+    folder = out.parent / f"{out.name}.parts" if joined else out
+    folders = [folder / target.stem for target in targets] if joined else targets
+    work = folder / WORK
+    is_prepared = read_metadata(request.data) is not None or not (request.data / "data").is_dir()
+    asked = _ranges(request, bundle) if is_prepared else _shards(request)
+    made_of = f"{bundle.fingerprint} {request.context} {request.split} {asked.made_of}"
+    fingerprint = hashlib.sha256(made_of.encode()).hexdigest()
+    if not joined and present(folder) and not present(work) and any(folder.iterdir()):
+        raise UserError(f"{folder}: holds other files: choose a new folder for out=")
+    if joined and not Journal.is_of(work / "journal.jsonl", fingerprint):
+        remove_tree(folder)  # of other predictions, which were killed
+    journal = Journal(work / "journal.jsonl", fingerprint, f"{folder}: holds other predictions: choose another out=")
+    for part, examples in asked.examples.items():
+        write_parquet(examples.table(), work / f"{part}.parquet")
+    call = functools.partial(predict_part, request=request, folders=folders, work=work, labelled=asked.labelled)
+    most = workers or (num_gpus() if request.device == "cuda" else available_cpus())
+    processes = 1 if request.states else min(most, asked.worth, len(asked.parts))
+    with stages(asked.parts, journal, processes, request.states is not None, request.device == "cuda") as run:
+        run.each("predict", call)
+    counts = [Counts(**json.loads((work / f"{part}.json").read_text())) for part in asked.parts]
+    found = functools.reduce(Counts.__add__, counts, Counts(left_out=asked.left_out))
+    if found.unknown == found.read > 0:
+        raise _other_codes(request.data)
+    if asked.num_labels and (unknown := asked.num_labels - found.labels):
+        found.left_out["unknown_subject"] = unknown
+    if not found.predictions:
+        left_out = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in found.left_out.items() if count)
+        raise UserError(f"{request.data}: nothing to predict in split {request.split!r} ({left_out or 'no label'})")
+    if joined:
+        for target, source in zip(targets, folders, strict=True):
+            tables = [pq.read_table(readable(source / f"{part}.parquet")) for part in asked.parts]
+            table = pa.concat_tables(tables, promote_options="default")
+            write_parquet(table.sort_by([("subject_id", "ascending"), ("prediction_time", "ascending")]), target)
+    remove_tree(folder if joined else work)
+    return targets, found
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What is predicted, in parts. examples: of each part of a prepared dataset. labelled: whether all have a label.
+    left_out: labels, by reason. num_labels: how many there are, where subjects may be unknown. made_of: a digest.
+    worth: how many processes have enough to do.
+    """
+
+    parts: list[str]
+    labelled: bool
+    made_of: str
+    worth: int
+    examples: dict[str, Examples] = field(default_factory=dict)
+    left_out: dict[str, int] = field(default_factory=dict)
+    num_labels: int = 0
+
+
+def _ranges(request: Request, bundle: Bundle) -> _Asked:
+    """The parts of a prepared dataset: ranges of its examples, none of which cuts a subject in two."""
+    histories = open_for(bundle, request.data)
+    examples = asked_of(histories, request.task, request.split)
+    starts = np.flatnonzero(np.diff(examples.position_E, prepend=-1))
+    cuts = np.unique(starts[np.searchsorted(starts, np.arange(0, len(examples), PART))])
+    ranges = zip(cuts, [*cuts[1:], len(examples)], strict=True)
+    parts = {f"{number:06d}": examples.only(np.arange(lo, hi)) for number, (lo, hi) in enumerate(ranges)}
+    labelled = not np.isnan(examples.label_E).any()
+    made_of = f"{histories.fingerprint} {examples.digest()}"
+    return _Asked(list(parts), labelled, made_of, len(parts), parts, examples.dropped)
+
+
+def _shards(request: Request) -> _Asked:
+    """The parts of a MEDS folder: its shards."""
+    source = MedsSource(request.data, SplitsConfig(), 0)
+    shards, labels = source.shards(), _labels_of(request)
+    if request.split != "all" and not present(request.data / meds.subject_splits_filepath):
+        raise UserError(f"{request.data}: has no {meds.subject_splits_filepath}: predict split=all")
+    files = files_below(request.data / meds.data_subdirectory, ".parquet").values()
+    worth = 1 + sum(file.stat().st_size for file in files) // WORTH_BYTES
+    if labels is None:
+        return _Asked(shards, True, f"{source.fingerprint()} {request.task.definition}", worth)
+    labelled = "boolean_value" in labels.column_names and not labels["boolean_value"].null_count
+    made_of = hashlib.sha256()
+    for name in labels.column_names:
+        made_of.update(np.ascontiguousarray(labels[name].to_numpy()).tobytes())
+    digest = f"{source.fingerprint()} {made_of.hexdigest()}"
+    return _Asked(shards, labelled, digest, worth, num_labels=labels.num_rows)
+
+
+def _labels_of(request: Request) -> pa.Table | None:
+    """The labels given for a MEDS folder, None where they are to be extracted."""
+    given, task = request.data / "labels" / request.task.name, request.task
+    if task.labels is not None:
+        return read_labels(locate(task.labels))
+    if present(given):
+        return read_labels(given)
+    if task.definition is None:
+        raise UserError(f"task {task.name} has no labels in {given}: give task.labels=FOLDER or a task.definition")
+    return None
+
+
+# -------------------------------------------------------------------------------------------------------- a part
+
+
+def predict_part(part: str, request: Request, folders: list[Location], work: Location, labelled: bool) -> None:
+    """Write the predictions of one part into each of the folders (the second one's are days), and what it counted."""
+    if multiprocessing.parent_process() is not None:
+        torch.set_num_threads(1)  # the other CPUs have parts of their own
+    bundle, model = _model(str(request.bundle), request.task.name, request.device)
+    total = Counts()
+    tables: list[list[pa.Table]] = [[] for _ in folders]
+    with StateFolder(request.states, bundle.fingerprint) if request.states else contextlib.nullcontext() as states:
+        for histories, examples, counts in _pieces(part, request, bundle, work / f"{part}.parquet"):
+            outputs, read, unknown = _predicted(model, bundle, histories, examples, request, states)
+            total += counts + Counts(predictions=len(examples), read=read, unknown=unknown)
+            known = examples if labelled else examples.without_labels()
+            tables[0].append(prediction_table(known, outputs.probability_ET[:, 0]))
+            if bundle.in_days:
+                tables[1].append(day_table(known, outputs.days_ET[:, 0]))
+        total += Counts(states=dict(states.counts) if states else {})
+    for folder, found in zip(folders, tables, strict=True):
+        write_parquet(pa.concat_tables(found, promote_options="default"), folder / f"{part}.parquet")
+    write_text(json.dumps(asdict(total)), work / f"{part}.json")
+
+
+def _predicted(
+    model: RiskModel,
+    bundle: Bundle,
+    histories: Histories,
+    examples: Examples,
+    request: Request,
+    states: StateFolder | None,
+) -> tuple[Outputs, int, int]:
+    """Predictions, how many events were read for them, and how many of these have unknown codes."""
+    device = torch.device(request.device)
+    if not len(examples):
+        return Outputs.empty(0, 1), 0, 0
+    if request.context == "all":
+        return predict_whole(model, bundle, histories, examples, device, states)
+    rows = last_rows(bundle, histories, examples)
+    outputs = score(model, rows, device)
+    return outputs, rows.events_read, rows.events_unknown
+
+
+def _pieces(
+    part: str, request: Request, bundle: Bundle, asked: Location
+) -> Iterator[tuple[Histories, Examples, Counts]]:
+    """What is predicted at a time: all that is asked of a prepared dataset in a part; of a MEDS shard whole subjects,
+    some at a time, with what of the labels is theirs.
+    """
+    if asked.is_file():
+        yield _histories(str(request.data)), Examples.of_table(pq.read_table(readable(asked))), Counts()
+        return
+    path = request.data / meds.data_subdirectory / f"{part}.parquet"
+    check_shard(path, path)
+    labels = _labels_of(request)
+    if labels is None:
+        labels = labels_of_shard(path, request.task, bundle.known)
+    splits = None if request.split == "all" else Splits(read_splits(request.data))
+    code_ids: dict[str, int] = {}
+    for events in iter_events(path, code_ids):
+        histories = Histories.of_events(events, code_ids, bundle.known)
+        subject_id_N = np.unique(events.subject_id_R)
+        own = labels.filter(pc.is_in(labels["subject_id"], pa.array(subject_id_N)))
+        counts = Counts(labels=own.num_rows)
+        if splits is not None:
+            asked_N = subject_id_N[splits.of(subject_id_N) == request.split]
+            own = own.filter(pc.is_in(own["subject_id"], pa.array(asked_N)))
+        examples = labelled_examples(histories, own, "all", required=False)
+        yield histories, examples, counts + Counts(left_out=examples.dropped)
+
+
+@functools.lru_cache(maxsize=1)
+def _histories(data: str) -> Histories:
+    return Histories.open(data)
+
+
+@functools.lru_cache(maxsize=1)
+def _model(bundle: str, task: str, device: str) -> tuple[Bundle, RiskModel]:
+    found = read_bundle(locate(bundle), kind="risk").for_task(task)
+    return found, build_model(found).to(device)
+
+
+def _other_codes(data: Location) -> UserError:
+    return UserError(f"{data} has none of the codes that the bundle knows: it is coded differently")
