@@ -20,9 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
+import pyarrow.parquet as pq
 import pytest
 from commands import ROOT, points, run, step_of, wait_until
+from small_cohort import SIZES
 
 from hymate.inference.bundle import read_bundle
 
@@ -239,6 +242,12 @@ def test_a_search_runs_as_a_job(cluster: Cluster, checkout: Path, small_data: Pa
     assert len(found["trials"]) == 2 and found["init"] == str(pretrained)
     assert found["boosting"] == {"left_out": "report.boosting=false"}
     assert read_bundle(runs / "tune-readmission", kind="risk").tasks == ["readmission"]
+    shared = {"data": small_data, "runs": runs, "predictions": runs / "predictions"}
+    line = documented("docs/cluster.md", "-m hymate.predict", cluster.address, **shared)
+    done = submit(cluster, checkout, line, submission_id="predict")
+    assert done.returncode == 0, done.stdout + done.stderr
+    probability = pq.read_table(runs / "predictions")["predicted_boolean_probability"].to_numpy()
+    assert len(probability) == 2 * sum(SIZES.values()) and np.isfinite(probability).all()
 
 
 def test_preparing_as_a_job_survives_a_killed_process(cluster: Cluster, checkout: Path, tmp_path: Path) -> None:
