@@ -33,8 +33,16 @@ from hymate.data.synthetic.source import ceiling
 from hymate.data.tasks import LabelSet, read_or_extract_labels
 from hymate.errors import ConfigError
 from hymate.evaluation import metrics, tables
-from hymate.evaluation.baseline_models import Baseline, Kind, fit, importance, lightgbm, recalibrated
-from hymate.evaluation.features import FeatureConfig, FeatureTable, choose, features
+from hymate.evaluation.baseline_models import (
+    IMPORTANCE_LABELS,
+    Fitted,
+    Kind,
+    fit_to,
+    importance,
+    lightgbm,
+    recalibrated,
+)
+from hymate.evaluation.features import FeatureConfig, features
 from hymate.evaluation.report import score_rows
 from hymate.evaluation.results import NO_HELD_OUT, RESULTS
 from hymate.inference.scoring import prediction_table
@@ -95,13 +103,11 @@ def _scored(
     """The content of results.json; the predictions are in the folder."""
     root, out = locate(config.data.path), locate(config.out)
     started = time.monotonic()
-    spec = choose(histories, examples["train"], config.features)
     scored = "held_out" if "held_out" in examples else "tuning"
-    table = {split: features(histories, part, spec) for split, part in examples.items()}
-    computed = time.monotonic()
-    model = fit(config.baseline, table["train"], table["tuning"], config.seed)
-    fitted = time.monotonic()
-    probability, recalibration = recalibrated(model, table, scored)
+    parts = (examples["train"], examples["tuning"])
+    fitted = fit_to(config.baseline, histories, *parts, config.features, config.seed)
+    seconds = time.monotonic() - started
+    probability, recalibration = recalibrated(fitted, histories, examples, scored)
     scores = {
         split: metrics.scores(examples[split].label_E, p_E, examples[split].subject_id_E, examples[split].weight_E)
         for split, p_E in probability.items()
@@ -116,10 +122,11 @@ def _scored(
         # of the labels that it was recalibrated on a calibration error would say nothing
         "tuning": {"task": config.task.name, "split": "tuning", **scores["tuning"], "ece": None},
         "recalibration": recalibration,
-        "chosen": model.chosen,
-        "num_features": len(spec.columns),
-        "seconds": {"features": computed - started, "fit": fitted - computed},
-        "importance": _importances(model, table["tuning"], config.seed),
+        "chosen": fitted.model.chosen,
+        "num_features": len(fitted.spec.columns),
+        "num_fitted": fitted.num_labels,
+        "seconds": seconds,
+        "importance": _importances(fitted, histories, examples["tuning"], config.seed),
         **label_set.summary(),
     }
     if (best := ceiling(root, config.task.name, scored)) is not None:
@@ -127,8 +134,9 @@ def _scored(
     return found
 
 
-def _importances(model: Baseline, tuning: FeatureTable, seed: int) -> dict[str, dict[str, float]]:
+def _importances(fitted: Fitted, histories: Histories, examples: Examples, seed: int) -> dict[str, dict[str, float]]:
     """Of all variables, and of the features of the most important ones."""
+    model, tuning = fitted.model, features(histories, examples.sampled(2 * IMPORTANCE_LABELS, seed), fitted.spec)
     variable_X = [column.variable for column in tuning.spec.columns]
     variables = importance(model, tuning, variable_X, seed)
     detailed = set(list(variables)[:DETAILED_VARIABLES])

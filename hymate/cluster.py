@@ -257,9 +257,6 @@ def each(call: Callable[[str], object], shards: Sequence[str], gpu: bool = False
 
 
 def _call(call: Callable[[str], object], shard: str) -> None:
-    import pyarrow
-
-    pyarrow.set_cpu_count(1)
     call(shard)
 
 

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
+
 from hymate.errors import UserError
 
 LOCK = ".lock"  # beside a held folder
@@ -103,6 +105,15 @@ def _name() -> str:
         return getpass.getuser()
     except (KeyError, OSError, ImportError):
         return ""
+
+
+def available_memory() -> int:
+    """Bytes of memory that this process may still take: what the machine has free, or the container it is in."""
+    free = psutil.virtual_memory().available
+    group = Path("/sys/fs/cgroup")
+    with suppress(OSError, ValueError):  # "max" where there is no limit
+        free = min(free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    return max(0, free)
 
 
 def available_cpus() -> int:

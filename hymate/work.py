@@ -87,7 +87,7 @@ def _in_this_process(task: Callable[[str], None], todo: Sequence[str]) -> Iterat
 @contextlib.contextmanager
 def _on_cluster(gpus: bool) -> Iterator[Pool]:
     with cluster.ray_session(cpus_per_worker=1, device="cuda" if gpus else "cpu"):
-        yield functools.partial(cluster.each, gpu=gpus)
+        yield lambda task, todo: cluster.each(functools.partial(_with_one_thread, task), todo, gpus)
 
 
 @contextlib.contextmanager
@@ -119,6 +119,11 @@ def _processes(workers: int, gpus: bool) -> Iterator[Pool]:
         raise
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _with_one_thread(task: Callable[[str], None], shard: str) -> None:
+    pa.set_cpu_count(1)
+    task(shard)
 
 
 def _start_worker(gpu_numbers: SimpleQueue | None) -> None:

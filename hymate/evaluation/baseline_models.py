@@ -23,8 +23,8 @@ from hymate.data.examples import Examples
 from hymate.data.histories import Histories
 from hymate.errors import UserError
 from hymate.evaluation import calibration, metrics
-from hymate.evaluation.features import FeatureConfig, FeatureTable, choose, features
-from hymate.machine import available_cpus
+from hymate.evaluation.features import FeatureConfig, FeatureSpec, FeatureTable, choose, features
+from hymate.machine import available_cpus, available_memory
 
 Kind = Literal["gradient_boosting", "logistic_regression", "lightgbm"]
 
@@ -37,6 +37,9 @@ MOST_ITERATIONS = 2000
 CLIP = (0.01, 0.99)  # quantiles of a feature in training: recording errors would otherwise set its scale
 
 IMPORTANCE_LABELS, REPEATS = 2000, 3
+BYTES_A_CELL = 13  # of a feature table while a model is fitted: float32, scikit-learn's float64 copy, its bins
+FEWEST_SAMPLED = 2_000  # labels that are worth fitting to, where there are more
+ROWS_AT_ONCE = 20_000  # of a feature table that is only predicted for
 
 
 class Classifier(Protocol):
@@ -60,6 +63,45 @@ class Baseline:
 
 
 # ------------------------------------------------------------------------------------------------------- models
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A baseline, the columns that it reads, and how many training labels it was fitted to."""
+
+    model: Baseline
+    spec: FeatureSpec
+    num_labels: int
+
+    def probability(self, histories: Histories, examples: Examples) -> np.ndarray:
+        """Of each example, float64 (E,); never the whole table at once."""
+        starts = range(0, len(examples), ROWS_AT_ONCE)
+        parts = [examples.only(np.arange(start, min(start + ROWS_AT_ONCE, len(examples)))) for start in starts]
+        return np.concatenate([self.model.probability(features(histories, p, self.spec).value_EX) for p in parts])
+
+
+def _most_labels(spec: FeatureSpec) -> int:
+    """To how many labels a model can be fitted in half of the memory that is free."""
+    return available_memory() // (2 * BYTES_A_CELL * len(spec.columns))
+
+
+def fit_to(
+    kind: Kind, histories: Histories, train: Examples, tuning: Examples, config: FeatureConfig, seed: int
+) -> Fitted:
+    """Choose features and fit; where there are more labels than memory for them, on a sample that stands for all.
+
+    Raises UserError where the memory does not suffice for a sample either.
+    """
+    spec = choose(histories, train, config)
+    most = _most_labels(spec)
+    if most < min(len(train), FEWEST_SAMPLED):
+        raise UserError(
+            f"{len(spec.columns)} features of {FEWEST_SAMPLED} labels need more memory than is free "
+            f"({available_memory() >> 20} MiB)"
+        )
+    train, tuning = train.sampled(most, seed), tuning.sampled(most // 4, seed)
+    model = fit(kind, features(histories, train, spec), features(histories, tuning, spec), seed)
+    return Fitted(model, spec, len(train))
 
 
 def fit(kind: Kind, train: FeatureTable, tuning: FeatureTable, seed: int) -> Baseline:
@@ -233,11 +275,9 @@ def compare(
     """
     started = time.monotonic()
     try:
-        spec = choose(histories, examples["train"], FeatureConfig())
-        train, tuning = (features(histories, examples[split], spec) for split in ("train", "tuning"))
-        model = fit("gradient_boosting", train, tuning, seed)
-        held_out = features(histories, examples["held_out"], spec)
-        boosting, recalibration = recalibrated(model, {"tuning": tuning, "held_out": held_out})
+        parts = (examples["train"], examples["tuning"])
+        fitted = fit_to("gradient_boosting", histories, *parts, FeatureConfig(), seed)
+        boosting, recalibration = recalibrated(fitted, histories, examples, "held_out")
     except (UserError, MemoryError) as error:
         return {"left_out": str(error)}, None
     seconds = time.monotonic() - started
@@ -249,19 +289,20 @@ def compare(
             label_E, probability_E, boosting_E, subject_id_E, weight_E, metrics.LEVEL_OF_BOTH
         ),
         "recalibration": recalibration,
-        "chosen": model.chosen,
-        "num_features": len(spec.columns),
+        "chosen": fitted.model.chosen,
+        "num_features": len(fitted.spec.columns),
+        "num_fitted": fitted.num_labels,
         "seconds": seconds,
     }
     return found, boosting_E
 
 
 def recalibrated(
-    model: Baseline, tables: Mapping[str, FeatureTable], scored: str = "held_out"
+    fitted: Fitted, histories: Histories, examples: Mapping[str, Examples], scored: str
 ) -> tuple[dict[str, np.ndarray], dict[str, float | None]]:
     """Probabilities of the tuning and `scored` examples, recalibrated on the tuning split; `Recalibration.record`."""
-    raw = {split: model.probability(tables[split].value_EX) for split in {"tuning", scored}}
-    tuning, asked = (tables[split].examples for split in ("tuning", scored))
+    raw = {split: fitted.probability(histories, examples[split]) for split in {"tuning", scored}}
+    tuning, asked = examples["tuning"], examples[scored]
     recalibration = calibration.recalibrate(tuning.label_E, calibration.logit(raw["tuning"]), tuning.weight_E)
     probability = {split: recalibration.probability(raw_E) for split, raw_E in raw.items()}
     return probability, recalibration.record(asked.label_E, raw[scored], asked.weight_E)
@@ -271,9 +312,12 @@ def cross_fitted(histories: Histories, train: Examples, tuning: Examples, seed: 
     """Gradient boosting's probability of each training example (E,), by a model that learned from no example of the
     same subject: the folds are of subjects. The tuning split chooses each model's number of trees.
 
-    Raises UserError where there are too few labels to do without a fold.
+    Raises UserError where there are too few labels to do without a fold, and where the memory does not suffice.
     """
     spec = choose(histories, train, FeatureConfig())
+    if _most_labels(spec) < len(train):
+        needed = 2 * BYTES_A_CELL * len(spec.columns) * len(train)
+        raise UserError(f"it needs {needed >> 20} MiB of free memory, and {available_memory() >> 20} MiB are free")
     table, tuning_table = (features(histories, examples, spec) for examples in (train, tuning))
     subject_S, subject_E = np.unique(train.subject_id_E, return_inverse=True)
     fold_E = (np.random.default_rng(seed).permutation(len(subject_S)) % FOLDS)[subject_E]

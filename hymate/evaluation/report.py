@@ -244,8 +244,10 @@ def _boosting(part: Mapping[str, Any]) -> str:
         answer = "Unclear: no difference can be shown, and with so few patients only a large one could be."
     else:
         answer = "Yes, as far as these patients show: no difference can be shown, and boosting is simpler."
+    of_all, fitted_to = part["splits"]["train"]["labels"], boosting["num_fitted"]
+    sample = f" (a sample of {fitted_to:,} of {of_all:,}, for want of memory)" if fitted_to < of_all else ""
     return (
-        f"{answer} On {boosting['num_features']:,} aggregate features of the same histories and labels, in "
+        f"{answer} On {boosting['num_features']:,} aggregate features of the same histories and labels{sample}, in "
         f"{boosting['seconds']:.1f} s, boosting reaches AUROC {with_interval(boosting['auroc'])} and AUPRC "
         f"{with_interval(boosting['auprc'])} on the same held-out predictions. This model minus boosting: AUROC "
         f"{with_interval(difference['auroc'])}, AUPRC {with_interval(difference['auprc'])} (95 % for "

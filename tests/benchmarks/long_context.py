@@ -31,7 +31,7 @@ import torch
 from matplotlib.figure import Figure
 from safetensors.torch import load_file, save_file
 
-from hymate import baselines, device
+from hymate import device
 from hymate.command import load
 from hymate.data.examples import Examples, labelled_examples
 from hymate.data.histories import Histories
@@ -40,7 +40,8 @@ from hymate.data.meds import SPLITS, write_text
 from hymate.data.synthetic.source import ceiling as ceiling_of
 from hymate.data.tasks import read_or_extract_labels
 from hymate.evaluation import metrics
-from hymate.evaluation.features import FeatureConfig, choose, features
+from hymate.evaluation.baseline_models import fit_to
+from hymate.evaluation.features import FeatureConfig
 from hymate.evaluation.figures import BLUE, DPI, GREY, ORANGE
 from hymate.inference.bundle import Bundle
 from hymate.inference.scoring import score
@@ -179,11 +180,10 @@ def cut(point: Point, worker: loop.Worker) -> dict[str, Any]:
 def boosted(point: Point) -> dict[str, Any]:
     """Gradient boosting on aggregate features of whole histories."""
     started = time.monotonic()
-    spec = choose(point.histories, point.examples["train"], FeatureConfig())
-    tables = {split: features(point.histories, part, spec) for split, part in point.examples.items()}
-    model = baselines.fit("gradient_boosting", tables["train"], tables["tuning"], seed=0)
+    parts = (point.examples["train"], point.examples["tuning"])
+    model = fit_to("gradient_boosting", point.histories, *parts, FeatureConfig(), seed=0)
     fitted = time.monotonic()
-    probability = {split: model.probability(tables[split].value_EX) for split in ("tuning", "held_out")}
+    probability = {split: model.probability(point.histories, point.examples[split]) for split in ("tuning", "held_out")}
     return {
         "model": "gradient boosting",
         "context": None,

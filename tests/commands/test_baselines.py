@@ -27,7 +27,7 @@ from hymate.baselines import BaselinesConfig, run
 from hymate.command import load
 from hymate.data.examples import Examples, labelled_examples
 from hymate.data.histories import Histories
-from hymate.data.label_files import LABEL_SCHEMA, read_labels
+from hymate.data.label_files import LABEL_SCHEMA
 from hymate.data.meds import SPLITS, read_splits, write_parquet
 from hymate.data.prepare import PrepareConfig, prepare
 from hymate.data.synthetic import law as law
@@ -43,6 +43,12 @@ pytestmark = pytest.mark.slow
 
 KINDS = ["gradient_boosting", "logistic_regression", "lightgbm"]
 SETTINGS = ["features.max_features=400", "features.windows_hours=[48]"]
+
+
+def readmissions(data: Path) -> pa.Table:
+    """The cohort's labels."""
+    config = load("baselines", ["task=readmission", f"data.path={data}", "out=OUT"], BaselinesConfig)
+    return read_or_extract_labels(data, config.task).table
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +156,7 @@ def test_a_seed_gives_the_same_predictions(data: Path, finished: Callable[[str],
 
 
 def test_the_held_out_labels_are_only_scored(data: Path, finished: Callable[[str], Finished], tmp_path: Path) -> None:
-    labels = read_labels(data / "labels" / "readmission")
+    labels = readmissions(data)
     index = pq.read_table(data / "histories" / "index.parquet")
     held_out = index.filter(pc.field("split") == "held_out")["subject_id"]
     turned = pc.xor(labels["boolean_value"], pc.is_in(labels["subject_id"], held_out.combine_chunks()))
@@ -173,7 +179,7 @@ def test_a_model_is_compared_with_what_the_command_says(
 ) -> None:
     scores, predictions = finished("gradient_boosting").found, finished("gradient_boosting").predictions
     monkeypatch.setattr(baseline_models, "FeatureConfig", lambda: FeatureConfig((48.0,), max_features=400))
-    histories, labels = Histories.open(data), read_labels(data / "labels" / "readmission")
+    histories, labels = Histories.open(data), readmissions(data)
     examples = {split: labelled_examples(histories, labels, split) for split in SPLITS}
     model = np.random.default_rng(0).random(len(examples["held_out"]))
     found, boosting_E = compare(histories, examples, model, seed=0)
@@ -199,10 +205,28 @@ def test_a_model_is_compared_with_what_the_command_says(
         assert low < pair["ci"][0] < pair["ci"][1] < high
 
 
-def test_a_comparison_counts_labels_by_their_weights(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    task = load("baselines", ["task=readmission", f"data.path={data}", "out=OUT"], BaselinesConfig).task
+def test_boosting_takes_a_sample_where_memory_is_short(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or is left out in a line; the held-out labels are all scored."""
+    histories, made = Histories.open(data), readmissions(data)
+    examples = {split: labelled_examples(histories, made, split) for split in SPLITS}
     monkeypatch.setattr(baseline_models, "FeatureConfig", lambda: FeatureConfig((48.0,), max_features=100))
-    histories, made = Histories.open(data), read_or_extract_labels(data, task).table
+    monkeypatch.setattr(baseline_models, "FEWEST_SAMPLED", 100)
+    model = np.full(len(examples["held_out"]), 0.5)
+    monkeypatch.setattr(baseline_models, "available_memory", lambda: 300 * 100 * 2 * baseline_models.BYTES_A_CELL)
+    found, boosting_E = compare(histories, examples, model, seed=0)
+    assert boosting_E is not None and len(boosting_E) == len(examples["held_out"])
+    assert 200 < found["num_fitted"] < 400 < len(examples["train"]) and found["auroc"]["value"] > 0.6
+    monkeypatch.setattr(baseline_models, "available_memory", lambda: 1 << 20)
+    monkeypatch.setattr(baseline_models, "FEWEST_SAMPLED", 1000)
+    found, boosting_E = compare(histories, examples, model, seed=0)
+    assert boosting_E is None and "need more memory than is free (1 MiB)" in found["left_out"]
+    with pytest.raises(UserError, match=r"needs [0-9]+ MiB of free memory, and 1 MiB are free"):
+        cross_fitted(histories, examples["train"], examples["tuning"], seed=0)
+
+
+def test_a_comparison_counts_labels_by_their_weights(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(baseline_models, "FeatureConfig", lambda: FeatureConfig((48.0,), max_features=100))
+    histories, made = Histories.open(data), readmissions(data)
     examples = {split: labelled_examples(histories, made, split) for split in SPLITS}
     rng = np.random.default_rng(0)
     examples = {
@@ -222,7 +246,7 @@ def test_a_cross_fitted_probability_knows_nothing_of_the_subjects_own_labels(
     data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(baseline_models, "FeatureConfig", lambda: FeatureConfig((48.0,), max_features=100))
-    histories, labels = Histories.open(data), read_labels(data / "labels" / "readmission")
+    histories, labels = Histories.open(data), readmissions(data)
     train, tuning = (labelled_examples(histories, labels, split) for split in ("train", "tuning"))
     subject_id, count = np.unique(train.subject_id_E, return_counts=True)
     own_E = train.subject_id_E == subject_id[count.argmax()]
@@ -238,10 +262,11 @@ def test_a_cross_fitted_probability_knows_nothing_of_the_subjects_own_labels(
 
 
 def test_what_cannot_be_compared_is_told_and_is_no_error(data: Path) -> None:
-    histories, labels = Histories.open(data), read_labels(data / "labels" / "readmission")
+    histories, labels = Histories.open(data), readmissions(data)
     train = labelled_examples(histories, labels, "train")
     arrays = {name: value[:5] for name, value in vars(train).items() if name != "dropped"}
-    found, boosting_E = compare(histories, {"train": Examples(**arrays)}, np.zeros(0), seed=0)
+    few = Examples(**arrays)
+    found, boosting_E = compare(histories, {"train": few, "tuning": few}, np.zeros(0), seed=0)
     assert found["left_out"].startswith("features.min_labels=10") and boosting_E is None
 
 
@@ -363,7 +388,7 @@ def test_lightgbm_has_to_be_installed(data: Path, tmp_path: Path, monkeypatch: p
 
 @pytest.mark.parametrize("split", ["train", "tuning"])
 def test_labels_that_are_all_alike_are_refused(data: Path, tmp_path: Path, split: str) -> None:
-    labels = read_labels(data / "labels" / "readmission")
+    labels = readmissions(data)
     index = pq.read_table(data / "histories" / "index.parquet")
     of_split = index.filter(pc.field("split") == split)["subject_id"].combine_chunks()
     kept = pc.or_(pc.invert(pc.is_in(labels["subject_id"], of_split)), labels["boolean_value"])
