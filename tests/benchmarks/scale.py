@@ -4,27 +4,24 @@
 
 raw: a synthetic cohort, written as MEDS and prepared, for its MEDS files; prepare: these files prepared as a user's
 are (source=meds); stream: the loader gives one epoch of the prepared dataset's training split, in one process. Prints
-for each its wall and processor time, bytes and the peak resident memory of its processes. subjects: what the parts that
-hold something of every subject need for half a million and for 2 million, whose index and splits are made of copies of
-the prepared ones. DIR keeps the data: delete it yourself. 80,000 subjects are 163 million events, of which an epoch
-shows 104 million, and 4 GB. Needs Linux (/proc).
+for each its wall and processor time, bytes and the peak resident memory of its processes. subjects: what the splits,
+of which a preparing process holds every subject's, need for half a million and for 2 million; what the index costs a
+worker is measured by patients.py. DIR keeps the data: delete it yourself. 80,000 subjects are 163 million events, of
+which an epoch shows 104 million, and 4 GB. Needs Linux (/proc).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import multiprocessing
 import os
-import shutil
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from loader import epoch_speed, open_rows, resident_mib
@@ -69,43 +66,30 @@ def stream(results: Connection, prepared: Path) -> None:
     results.send((rows.num_events, *speed, before, opened, memory, peak_mib(os.getpid())))
 
 
-def copies(prepared: Path, out: Path, num_subjects: int) -> Path:
-    """A dataset's index, vocabulary and splits for more subjects than it has; without their histories."""
-    index = pq.read_table(prepared / "histories" / "index.parquet")
-    parts = []
-    for copy in range(math.ceil(num_subjects / len(index))):
-        shards = pc.binary_join_element_wise(index["shard"], str(copy), "-")
-        part = index.set_column(2, "shard", shards)
-        parts.append(part.set_column(0, "subject_id", [range(copy * len(index), (copy + 1) * len(index))]))
-    index = pa.concat_tables(parts)[:num_subjects]
-    (out / "histories").mkdir(parents=True)
-    (out / "metadata").mkdir()
-    pq.write_table(index, out / "histories" / "index.parquet")
-    pq.write_table(index.select(["subject_id", "split"]), out / "metadata" / "subject_splits.parquet")
-    shutil.copy(prepared / "histories" / "vocabulary.parquet", out / "histories")
-    metadata = json.loads((prepared / "histories" / "metadata.json").read_text())
-    metadata["splits"] = {"train": {"subjects": num_subjects, "events": 0}}
-    (out / "histories" / "metadata.json").write_text(json.dumps(metadata))
+def splits_of(out: Path, num_subjects: int) -> Path:
+    """A dataset's splits, of so many subjects, and nothing else."""
+    ids = pa.array(range(num_subjects), pa.int64())
+    split = pa.array(["train"] * num_subjects, pa.string())
+    (out / "metadata").mkdir(parents=True)
+    pq.write_table(pa.table({"subject_id": ids, "split": split}), out / "metadata" / "subject_splits.parquet")
     return out
 
 
-def hold(results: Connection, folder: Path, part: str) -> None:
-    """What a part needs: resident MiB in the end and at most, without those before."""
+def hold(results: Connection, folder: Path) -> None:
+    """Resident MiB in the end and at most, without those before."""
     before = resident_mib()
-    kept = open_rows(folder, "train", 8192, 16384) if part == "loader" else Splits(read_splits(folder))
+    kept = Splits(read_splits(folder))
     results.send((resident_mib() - before, peak_mib(os.getpid()) - before))
     del kept
 
 
-def subjects(folder: Path, prepared: Path) -> None:
+def subjects(folder: Path) -> None:
     sizes = (500_000, 2_000_000)
-    datasets = [copies(prepared, folder / f"copies-{size}", size) for size in sizes]
-    for part in ("loader", "splits"):
-        needed = [answer(hold, dataset, part) for dataset in datasets]
-        for size, (held, peak) in zip(sizes, needed, strict=True):
-            print(f"{part}, {size:,} subjects: {held:.0f} MiB held, {peak:.0f} at most")
-        held, peak = ((more - less) * 2**20 / (sizes[1] - sizes[0]) for less, more in zip(*needed, strict=True))
-        print(f"  {held:.0f} bytes a subject held, {peak:.0f} at most", flush=True)
+    needed = [answer(hold, splits_of(folder / f"splits-{size}", size)) for size in sizes]
+    for size, (held, peak) in zip(sizes, needed, strict=True):
+        print(f"splits, {size:,} subjects: {held:.0f} MiB held, {peak:.0f} at most")
+    held, peak = ((more - less) * 2**20 / (sizes[1] - sizes[0]) for less, more in zip(*needed, strict=True))
+    print(f"  {held:.0f} bytes a subject held, {peak:.0f} at most", flush=True)
 
 
 def answer(function: Callable[..., None], *arguments: Any) -> Any:
@@ -142,7 +126,7 @@ def main() -> None:
         )
 
     if "subjects" in options.steps:
-        subjects(options.folder, prepared)
+        subjects(options.folder)
 
 
 if __name__ == "__main__":

@@ -80,16 +80,37 @@ def test_rows_run_on_across_epochs(rows: Rows, monkeypatch: pytest.MonkeyPatch, 
 
 
 @settings(max_examples=15, deadline=None)
-@given(world_size=st.sampled_from([1, 2, 4]), resumed=st.sampled_from([1, 2, 4]), cut=st.integers(1, 7))
+@given(
+    world_size=st.sampled_from([1, 2, 4]),
+    resumed=st.sampled_from([1, 2, 4]),
+    cut=st.integers(1, 7),
+    block_events=st.sampled_from([1, 300, 4_000_000]),
+)
 def test_resuming_anywhere_on_any_world_size_goes_on_exactly(
-    histories: Histories, vocabulary: Vocabulary, world_size: int, resumed: int, cut: int
+    histories: Histories, vocabulary: Vocabulary, world_size: int, resumed: int, cut: int, block_events: int
 ) -> None:
-    expected, end = take(make_rows(histories, vocabulary), Cursor(), 8, 4, 1)
-    before, cursor = take(make_rows(histories, vocabulary), Cursor(), cut, 4, world_size)
-    cursor = Cursor(**json.loads(json.dumps(dataclasses.asdict(cursor))))
-    after, end_resumed = take(make_rows(histories, vocabulary), cursor, 8 - cut, 4, resumed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loader, "BLOCK_EVENTS", block_events)
+        expected, end = take(make_rows(histories, vocabulary), Cursor(), 8, 4, 1)
+        before, cursor = take(make_rows(histories, vocabulary), Cursor(), cut, 4, world_size)
+        cursor = Cursor(**json.loads(json.dumps(dataclasses.asdict(cursor))))
+        after, end_resumed = take(make_rows(histories, vocabulary), cursor, 8 - cut, 4, resumed)
     assert_same(before + after, expected)
     assert end == end_resumed
+
+
+@pytest.mark.parametrize("block_events", [1, 300])
+def test_row_groups_come_in_any_order_in_any_block(
+    histories: Histories, vocabulary: Vocabulary, block_events: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over many epochs each history is in each place of the order as often."""
+    monkeypatch.setattr(loader, "BLOCK_EVENTS", block_events)
+    rows = make_rows(histories, vocabulary, tokens_per_row=CONTEXT)  # a history a row, or a few short ones
+    orders = [np.concatenate([place.examples for place in rows._order(epoch)]) for epoch in range(300)]
+    mean_place_E = np.mean([np.argsort(order) for order in orders], axis=0)
+    count = len(rows.examples)
+    error = np.sqrt((count**2 - 1) / 12 / len(orders))
+    assert abs(mean_place_E - (count - 1) / 2).max() < 5 * error
 
 
 def test_resuming_packs_no_block_before_the_cursors(
