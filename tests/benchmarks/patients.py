@@ -7,7 +7,7 @@ open it at once. Prints the sizes of the files; for making the arrays, seconds a
 and for the worker that needs most of each, in MiB beyond what importing the libraries took, memory of its own (no other
 process has it: Private_Clean + Private_Dirty of /proc/self/smaps_rollup) and memory that is in no file (Anonymous),
 and seconds: when the dataset is open, when the rows of its training split are there, when the first block of an epoch
-is in order, and one in the middle of a later epoch, as after a stop. The last line is the formula's: bytes a patient in
+is in order, one in the middle of a later epoch, as after a stop, and the subjects of labels are found. The last line is the formula's: bytes a patient in
 no file. Needs Linux (/proc); DIR needs 30 bytes a patient. Delete it yourself.
 """
 
@@ -32,7 +32,13 @@ from hymate.data.examples import pretraining_examples
 from hymate.data.histories import Histories
 from hymate.data.loader import Rows
 
-STAGES = ("open", "rows of the training split", "first block in order", "a block in the middle of epoch 3")
+STAGES = (
+    "open",
+    "rows of the training split",
+    "first block in order",
+    "a block in the middle of epoch 3",
+    "100,000 labels found",
+)
 
 
 class NoVocabulary:
@@ -84,6 +90,10 @@ def work(results: Connection, root: Path, barrier: Any) -> None:
     next(rows._order(0))
     reached()
     next(rows._order(3, len(rows._first_G) // rows._groups_per_block // 2))
+    reached()
+    asked_N = np.random.default_rng(0).integers(0, len(histories), 100_000)
+    labelled_N = histories.index.subject_id_P[asked_N]
+    assert np.array_equal(histories.index.find(labelled_N), asked_N)
     reached()
     results.send((found, own, len(examples)))
 
