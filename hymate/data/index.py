@@ -33,6 +33,7 @@ from hymate.storage.paths import Location, Stat, locked, naming_a_full_disk, new
 
 INDEX, ARRAYS, ABOUT = "index.parquet", ".index", "about.json"
 VERSION = 1  # of the arrays
+SORTED_AT_ONCE = 1 << 21  # subjects
 INDEX_SCHEMA = pa.schema(
     [
         ("subject_id", pa.int64()),
@@ -115,7 +116,9 @@ class Index:
         """The positions (int64) of subject ids, -1 for those that are not here."""
         if not len(self):
             return np.full(len(subject_id_N), -1)
-        at_N = np.searchsorted(self.subject_id_P, subject_id_N.astype(np.int64), sorter=self.by_subject_P)
+        order_N = np.argsort(subject_id_N)  # sorted ids are next to each other in the arrays, too
+        wanted_N, at_N = subject_id_N[order_N].astype(np.int64), np.empty(len(order_N), np.int64)
+        at_N[order_N] = np.searchsorted(self.subject_id_P, wanted_N, sorter=self.by_subject_P)
         position_N = self.by_subject_P[np.minimum(at_N, len(self) - 1)]
         return np.where(self.subject_id_P[position_N] == subject_id_N, position_N, -1)
 
@@ -129,8 +132,8 @@ class Index:
 def open_index(folder: Location) -> Index:
     """The index of a folder of histories, mapped; where need be, its arrays are made.
 
-    That takes 8 bytes a subject of memory, once on a host. Raises pa.ArrowInvalid and what `open_parquet` raises where
-    the file is not what `prepare` writes.
+    That takes memory for SORTED_AT_ONCE subjects and a few batches, however many there are. Raises pa.ArrowInvalid and
+    what `open_parquet` raises where the file is not what `prepare` writes.
     """
     source = folder / INDEX
     made_of = source.stat()
@@ -244,12 +247,39 @@ def _filled(batches: Callable[[], Iterable[pa.RecordBatch]], new: Callable[[str,
         arrays[f"{name}_G"] = new(f"{name}_G", len(start_G))
         arrays[f"{name}_G"][:] = values_G
 
-    subject_id_P, by_subject_P = arrays["subject_id_P"], arrays["by_subject_P"]
-    by_subject_P[:] = np.argsort(subject_id_P)
-    for first in range(0, stop, ROWS):
-        if (np.diff(subject_id_P[by_subject_P[first : first + ROWS + 1]]) == 0).any():
-            raise pa.ArrowInvalid("a subject twice")
+    _sort_by_subject(arrays["subject_id_P"], arrays["by_subject_P"])
     return Index(**arrays, shards=list(shards), segments=segments)
+
+
+def _sort_by_subject(subject_id_P: np.ndarray, by_subject_P: np.ndarray) -> None:
+    """Fill by_subject_P. Raises pa.ArrowInvalid where a subject is there twice.
+
+    The subjects are dealt out into parts (Q) that follow one another, so that one part at a time is sorted and held.
+    """
+    P = len(subject_id_P)
+    num_parts = P // SORTED_AT_ONCE + 1
+    sample = np.sort(subject_id_P[:: P // (1000 * num_parts) + 1])
+    first_Q = sample[len(sample) * np.arange(1, num_parts) // num_parts]  # ids; those below the first are a part, too
+    starts = range(0, P, ROWS)
+
+    def part_of(start: int) -> np.ndarray:
+        return np.searchsorted(first_Q, subject_id_P[start : start + ROWS], side="right")
+
+    count_Q = sum((np.bincount(part_of(start), minlength=num_parts) for start in starts), np.zeros(num_parts, np.int64))
+    next_Q = np.cumsum(count_Q) - count_Q
+    for start in starts:
+        part_N = part_of(start)
+        for part in np.unique(part_N):
+            own_N = start + np.flatnonzero(part_N == part)
+            by_subject_P[next_Q[part] : next_Q[part] + len(own_N)] = own_N
+            next_Q[part] += len(own_N)
+    for stop, count in zip(next_Q.tolist(), count_Q.tolist(), strict=True):
+        part_P = by_subject_P[stop - count : stop]
+        subject_id_N = subject_id_P[part_P]
+        order_N = np.argsort(subject_id_N)
+        part_P[:] = part_P[order_N]
+        if (np.diff(subject_id_N[order_N]) == 0).any():
+            raise pa.ArrowInvalid("a subject twice")
 
 
 def _check(batch: pa.RecordBatch) -> None:

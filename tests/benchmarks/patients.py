@@ -7,8 +7,9 @@ open it at once. Prints the sizes of the files; for making the arrays, seconds a
 and for the worker that needs most of each, in MiB beyond what importing the libraries took, memory of its own (no other
 process has it: Private_Clean + Private_Dirty of /proc/self/smaps_rollup) and memory that is in no file (Anonymous),
 and seconds: when the dataset is open, when the rows of its training split are there, when the first block of an epoch
-is in order, one in the middle of a later epoch, as after a stop, and the subjects of labels are found. The last line is the formula's: bytes a patient in
-no file. Needs Linux (/proc); DIR needs 30 bytes a patient. Delete it yourself.
+is in order, one in the middle of a later epoch, as after a stop, and when the subjects of labels are found. The last
+line is the formula's: bytes a patient in no file. Needs Linux (/proc); DIR needs 34 bytes a patient. Delete it
+yourself.
 """
 
 from __future__ import annotations

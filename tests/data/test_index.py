@@ -51,6 +51,7 @@ def tables(draw: st.DrawFn) -> list[dict[str, Any]]:
 def test_an_index_says_what_the_file_says(rows: list[dict[str, Any]], rows_at_once: int) -> None:
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "ROWS", rows_at_once)
+        patch.setattr(module, "SORTED_AT_ONCE", rows_at_once)
         pq.write_table(pa.Table.from_pylist(rows, INDEX_SCHEMA), Path(folder) / "index.parquet")
         index, again = open_index(Path(folder)), open_index(Path(folder))
         in_memory = Index.of_table(pa.Table.from_pylist(rows, INDEX_SCHEMA))
@@ -83,6 +84,20 @@ def test_unknown_subjects_are_nowhere() -> None:
     index = Index.of_table(pa.Table.from_pylist(rows, INDEX_SCHEMA))
     assert index.find(np.array([9, 4, 2, 3, 10])).tolist() == [1, -1, -1, 0, -1]
     assert Index.of_table(INDEX_SCHEMA.empty_table()).find(np.array([1])).tolist() == [-1]
+
+
+@settings(deadline=None)
+@given(ids=st.lists(st.integers(-5, 5), max_size=9), at_once=st.integers(1, 4))
+def test_a_subject_is_there_once(ids: list[int], at_once: int) -> None:
+    rows = [{"subject_id": id, "split": "train", "shard": "0", "row_group": 0, "row": 0, "num_events": 1} for id in ids]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "SORTED_AT_ONCE", at_once)
+        if len(set(ids)) == len(ids):
+            index = Index.of_table(pa.Table.from_pylist(rows, INDEX_SCHEMA))
+            assert index.subject_id_P[index.by_subject_P].tolist() == sorted(ids)
+        else:
+            with pytest.raises(pa.ArrowInvalid, match="a subject twice"):
+                Index.of_table(pa.Table.from_pylist(rows, INDEX_SCHEMA))
 
 
 # ------------------------------------------------------------------------------------------------ when it is made
