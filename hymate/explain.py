@@ -103,7 +103,7 @@ def run(config: ExplainConfig) -> None:
     device = choose(config.device, bundle.model)
     with prepared(locate(config.data.path), bundle.known) as root:
         histories = open_for(bundle, root)
-        examples = asked_of(histories, config.task, config.split)
+        examples = asked_of(histories, config.task, config.split, here=True)
         _check_subjects(config.subjects, examples, config.split)
         outputs, rows = predict(bundle, histories, examples, device)
         prob_E = outputs.probability_ET[:, 0]

@@ -26,11 +26,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from hymate import cluster
 from hymate.ending import without_ctrl_c
 from hymate.errors import UserError
+from hymate.machine import available_cpus
 from hymate.storage.paths import Location, UrlPath, write_text
 from hymate.storage.remote import StorageError
 
 # calls a task, which pickles, for every shard; yields shards as they are done, in any order
 Pool = Callable[[Callable[[str], None], Sequence[str]], Iterator[str]]
+WORTH_BYTES = 32 << 20  # take longer to read than another process takes to start
 JOURNAL_S = 10.0  # between two journals at a URL
 
 
@@ -60,12 +62,22 @@ class Stages:
         self._bar.advance(line)
 
 
+def worth(num_bytes: int) -> int:
+    """How many processes have enough to do with so many bytes of MEDS files."""
+    return min(available_cpus(), 1 + num_bytes // WORTH_BYTES)
+
+
 @contextlib.contextmanager
 def stages(
-    shards: Sequence[str], journal: Journal, workers: int, here: bool = False, gpus: bool = False
+    shards: Sequence[str],
+    journal: Journal,
+    workers: int,
+    here: bool = False,
+    gpus: bool = False,
+    quiet: bool = False,
 ) -> Iterator[Stages]:
     """Stages over `shards`, with a progress bar: on the cluster at RAY_ADDRESS, unless all is to stay `here`; else in
-    so many processes, in this one where `workers` is 1. gpus: each has a GPU of its own.
+    so many processes, in this one where `workers` is 1. gpus: each has a GPU of its own. quiet: without the bar.
     """
     columns = (TextColumn("{task.description:15}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with contextlib.ExitStack() as stack:
@@ -74,7 +86,7 @@ def stages(
             pool = stack.enter_context(_on_cluster(gpus))
         elif workers > 1:
             pool = stack.enter_context(_processes(workers, gpus))
-        bar = stack.enter_context(Progress(*columns, console=Console(stderr=True)))
+        bar = stack.enter_context(Progress(*columns, console=Console(stderr=True, quiet=quiet)))
         yield Stages(shards, stack.enter_context(journal), pool, bar)
 
 

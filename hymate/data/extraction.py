@@ -8,20 +8,21 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from typing import Any, NamedTuple
 
 import polars as pl
 import pyarrow as pa
-from rich.console import Console
-from rich.progress import track
 
 from hymate.config import TaskConfig
 from hymate.data.definition import CODE_ALONE, find, parse, read_predicates
 from hymate.data.known import KnownConfig
 from hymate.data.label_files import write_labels
+from hymate.data.meds import read_parquet, write_parquet
 from hymate.data.outcomes import label_table, outcomes, settled, weighed
 from hymate.errors import UserError
-from hymate.storage.paths import Location, new_folder, write_text
+from hymate.storage.paths import Location, locked, new_folder, remove_tree, write_text
+from hymate.work import Journal, stages, worth
 
 SUMMARY = "counts.json"
 
@@ -64,19 +65,24 @@ def extract(
     known: KnownConfig,
     folder: Location,
     fingerprint: str,
+    here: bool,
 ) -> dict[str, Any]:
     """Write the labels of every shard and a summary to `folder`, in one move, and return the summary.
 
-    splits: of the subjects, where the labels have weights. Raises UserError where no trigger gets a label.
+    Shards are read in processes, or on a cluster unless all is to stay `here`; after a kill those that were read are
+    there. splits: of the subjects, where the labels have weights. Raises UserError where no trigger gets a label.
     """
-    config = parse(task)
+    config, work = parse(task), folder.parent / f".{folder.name}"
     try:
-        with new_folder(folder, SUMMARY) as new:
-            progress = Console(stderr=True, quiet=not sys.stderr.isatty())
-            extracted = {
-                shard: _extract_shard(shards[shard], task, config, known)
-                for shard in track(shards, f"Labels of {task.name}", console=progress, transient=True)
-            }
+        with locked(work / "lock"), new_folder(folder, SUMMARY) as new:
+            if not Journal.is_of(work / "journal.jsonl", fingerprint):
+                remove_tree(work)  # what a kill left of other labels
+            journal = Journal(work / "journal.jsonl", fingerprint, "")
+            workers = worth(sum(path.stat().st_size for path in shards.values()))
+            keep = partial(_keep_shard, shards=shards, task=task, known=known, work=work)
+            with stages(list(shards), journal, workers, here, quiet=not sys.stderr.isatty()) as run:
+                run.each(f"labels of {task.name}", keep)
+            extracted = {shard: _kept_shard(shard, work) for shard in shards}
             triggers = [each.triggers for each in extracted.values()]
             for shard, rows in zip(shards, triggers if splits is None else weighed(triggers, splits), strict=True):
                 write_labels(label_table(rows, task), new / f"{shard}.parquet")
@@ -93,6 +99,10 @@ def extract(
                 "shards": {shard: each.counts for shard, each in extracted.items()},
             }
             write_text(json.dumps(summary, indent=2) + "\n", new / SUMMARY)
+            remove_tree(work)
+    except UserError:
+        remove_tree(work)
+        raise
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise
@@ -101,6 +111,20 @@ def extract(
             "task.labels=FOLDER"
         ) from error
     return summary
+
+
+def _keep_shard(
+    shard: str, shards: Mapping[str, Location], task: TaskConfig, known: KnownConfig, work: Location
+) -> None:
+    found = _extract_shard(shards[shard], task, parse(task), known)
+    write_parquet(found.triggers.to_arrow(), work / f"{shard}.parquet")
+    write_text(json.dumps({"counts": found.counts, "details": asdict(found.details)}), work / f"{shard}.json")
+
+
+def _kept_shard(shard: str, work: Location) -> Extracted:
+    found = json.loads((work / f"{shard}.json").read_text())
+    triggers = pl.DataFrame(pl.from_arrow(read_parquet(work / f"{shard}.parquet")))
+    return Extracted(triggers, found["counts"], Details(**found["details"]))
 
 
 def labels_of_shard(path: Location, task: TaskConfig, known: KnownConfig) -> pa.Table:

@@ -40,10 +40,9 @@ from hymate.inference.states import StateFolder
 from hymate.machine import available_cpus
 from hymate.model.encoder import RiskModel
 from hymate.storage.paths import Location, files_below, locate, present, readable, remove_tree, write_text
-from hymate.work import Journal, stages
+from hymate.work import Journal, stages, worth
 
 PART = 20_000  # labels of a part of a prepared dataset, about
-WORTH_BYTES = 32 << 20  # of MEDS files: as many take longer to read than another process takes to start
 WORK = ".work"  # in the folder of the parts: the journal, and what parts are asked and count
 
 
@@ -105,11 +104,11 @@ def open_for(bundle: Bundle, data: Location) -> Histories:
     return histories
 
 
-def asked_of(histories: Histories, task: TaskConfig, split: str) -> Examples:
+def asked_of(histories: Histories, task: TaskConfig, split: str, here: bool = False) -> Examples:
     """The task's prediction times in a split of a prepared dataset; a folder of labels needs no boolean_value."""
     labels = read_labels(locate(task.labels)) if task.labels is not None else None
     if labels is None:
-        labels = read_or_extract_labels(histories.path, task, times_only=True).table
+        labels = read_or_extract_labels(histories.path, task, times_only=True, here=here).table
     if split == "all":
         histories = histories.with_splits(dict.fromkeys(histories.splits, split))
     return labelled_examples(histories, labels, split)
@@ -199,15 +198,15 @@ def _shards(request: Request) -> _Asked:
     if request.split != "all" and not present(request.data / meds.subject_splits_filepath):
         raise UserError(f"{request.data}: has no {meds.subject_splits_filepath}: predict split=all")
     files = files_below(request.data / meds.data_subdirectory, ".parquet").values()
-    worth = 1 + sum(file.stat().st_size for file in files) // WORTH_BYTES
+    processes = worth(sum(file.stat().st_size for file in files))
     if labels is None:
-        return _Asked(shards, True, f"{source.fingerprint()} {request.task.definition}", worth)
+        return _Asked(shards, True, f"{source.fingerprint()} {request.task.definition}", processes)
     labelled = "boolean_value" in labels.column_names and not labels["boolean_value"].null_count
     made_of = hashlib.sha256()
     for name in labels.column_names:
         made_of.update(np.ascontiguousarray(labels[name].to_numpy()).tobytes())
     digest = f"{source.fingerprint()} {made_of.hexdigest()}"
-    return _Asked(shards, labelled, digest, worth, num_labels=labels.num_rows)
+    return _Asked(shards, labelled, digest, processes, num_labels=labels.num_rows)
 
 
 def _labels_of(request: Request) -> pa.Table | None:

@@ -14,6 +14,7 @@ from meds_evaluation.schema import PredictionSchema
 from small_cohort import SIZES, write_meds
 from small_models import SMALL, write_risk_bundle
 
+from hymate import work
 from hymate.command import load
 from hymate.data.label_files import read_labels
 from hymate.data.meds import write_parquet
@@ -73,7 +74,7 @@ def test_predicting_in_parts_goes_on_after_a_kill(
     data = small_data if given == "prepared" else write_meds(tmp_path / "raw")
     together = predicted(bundle, data, tmp_path / "together.parquet")
     monkeypatch.setattr(dataset, "PART", 50)
-    monkeypatch.setattr(dataset, "WORTH_BYTES", 1)
+    monkeypatch.setattr(work, "WORTH_BYTES", 1)
     calls = []
 
     def dies_at_the_third(part: str, **given: Any) -> None:

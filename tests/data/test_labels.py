@@ -6,6 +6,7 @@ import json
 import logging
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,7 +24,7 @@ from stays import (
 )
 
 from hymate.config import TaskConfig
-from hymate.data import tasks
+from hymate.data import extraction, tasks
 from hymate.data.meds import FIRST_TIME
 from hymate.errors import UserError
 
@@ -69,6 +70,25 @@ def test_an_interrupted_extraction_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"train/1\.parquet"):
         tasks.read_or_extract_labels(tmp_path, task("readmission"))
     assert list((tmp_path / "labels").iterdir()) == []
+
+
+def test_an_extraction_that_was_killed_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for shard in ("train/0", "train/1", "tuning/0"):
+        write_histories(tmp_path, [[*stay(0, 3), (80, LAB)]], shard)
+    extracted, read = [], extraction._extract_shard
+
+    def dies_at_the_third(path: Path, *given: Any) -> Any:
+        extracted.append(path.relative_to(tmp_path / "data").as_posix())
+        if len(extracted) == 3:
+            raise KeyboardInterrupt
+        return read(path, *given)
+
+    monkeypatch.setattr(extraction, "_extract_shard", dies_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        tasks.read_or_extract_labels(tmp_path, task("readmission"))
+    assert tasks.read_or_extract_labels(tmp_path, task("readmission")).counts["labels"] == 3
+    assert extracted == ["train/0.parquet", "train/1.parquet", "tuning/0.parquet", "tuning/0.parquet"]
+    assert [path.name for path in (tmp_path / "labels").iterdir()] == ["readmission"]
 
 
 def test_predicates_are_overridden_from_the_command_line(tmp_path: Path) -> None:
