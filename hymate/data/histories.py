@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import meds
 import numpy as np
@@ -20,6 +21,7 @@ import pyarrow.parquet as pq
 
 from hymate.data.index import INDEX_SCHEMA, Index, open_index
 from hymate.data.known import NEVER, KnownConfig, KnownTimes
+from hymate.data.mapped import New, argsort, find, mapped, numbered
 from hymate.data.meds import (
     RENAME_SPLITS,
     SPLITS,
@@ -30,6 +32,7 @@ from hymate.data.meds import (
     iter_events,
     open_parquet,
     read_parquet,
+    read_splits,
 )
 from hymate.errors import ConfigError, UserError
 from hymate.storage.paths import Location, atomic_path, locate
@@ -121,20 +124,30 @@ def _index_of(records: pa.Table, shard: str, row_group: int, split_N: Sequence[s
 
 
 class Splits:
-    """The split of each subject."""
+    """The split of each subject of a MEDS folder: arrays in the folder `beside`, which the processes of a host share.
 
-    def __init__(self, table: pa.Table) -> None:
-        table = table.sort_by("subject_id")
-        self._subject_id_N = table["subject_id"].to_numpy()
-        splits = table["split"].combine_chunks().dictionary_encode()
-        self._names = np.array(splits.dictionary.to_pylist(), dtype=object)
-        self._split_N = splits.indices.to_numpy()
+    Raises as `read_splits` does.
+    """
 
-    def of(self, subject_id_N: np.ndarray) -> np.ndarray:
+    def __init__(self, root: Location, beside: Location) -> None:
+        def fill(new: New) -> dict[str, Any]:
+            table = read_splits(root)
+            names: dict[str, int] = {}
+            subject_id_N = new("subject_id_N", len(table))
+            subject_id_N[:] = table["subject_id"].to_numpy()
+            new("split_N", len(table))[:] = numbered(table["split"].combine_chunks(), names)
+            argsort(subject_id_N, new("order_N", len(table)))
+            return {"names": list(names)}
+
+        types = {"subject_id_N": np.int64, "split_N": np.int32, "order_N": np.int64}
+        self._arrays, known = mapped(root / meds.subject_splits_filepath, beside, types, fill)
+        self._names = np.array(known["names"], dtype=object)
+
+    def of(self, subject_id_S: np.ndarray) -> np.ndarray:
         """Split names (object array) of subjects, every one of which has one."""
-        position_N = np.searchsorted(self._subject_id_N, subject_id_N)
-        assert np.array_equal(self._subject_id_N[position_N], subject_id_N), "a subject without a split"
-        return self._names[self._split_N[position_N]]
+        place_S = find(self._arrays["subject_id_N"], self._arrays["order_N"], subject_id_S)
+        assert (place_S >= 0).all(), "a subject without a split"
+        return self._names[self._arrays["split_N"][place_S]]
 
 
 def _birth_codes(code_ids: dict[str, int]) -> np.ndarray:

@@ -1,8 +1,4 @@
-"""Where each subject's history is: arrays mapped from files, which the processes of a host share.
-
-`prepare` writes histories/index.parquet, which moves between machines. Whoever opens it first makes the arrays of it:
-beside it, or, where it lies at a URL or may not be written to, in the host's folder of temporary files. A process holds
-no more of them than the pages that it looks at.
+"""Where each subject's history is: arrays of histories/index.parquet, which the processes of a host share.
 
 A subject's position is its place in these arrays. They are sorted by split, in each split by whether there are events
 (subjects without come last), and then as in the files. So a split is a range of positions, and a row group's subjects
@@ -13,27 +9,20 @@ Legend: P subjects; G groups, each the subjects of one split in one row group; R
 
 from __future__ import annotations
 
-import errno
-import hashlib
-import json
-import os
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from pathlib import PurePosixPath
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from hymate.data.mapped import New, argsort, find, mapped, numbered
 from hymate.data.meds import ROWS, open_parquet
-from hymate.errors import UserError
-from hymate.storage.paths import Location, Stat, locked, naming_a_full_disk, new_folder
+from hymate.storage.paths import Location
 
-INDEX, ARRAYS, ABOUT = "index.parquet", ".index", "about.json"
-VERSION = 1  # of the arrays
-SORTED_AT_ONCE = 1 << 21  # subjects
+INDEX, ARRAYS = "index.parquet", ".index"
 INDEX_SCHEMA = pa.schema(
     [
         ("subject_id", pa.int64()),
@@ -114,13 +103,7 @@ class Index:
 
     def find(self, subject_id_N: np.ndarray) -> np.ndarray:
         """The positions (int64) of subject ids, -1 for those that are not here."""
-        if not len(self):
-            return np.full(len(subject_id_N), -1)
-        order_N = np.argsort(subject_id_N)  # sorted ids are next to each other in the arrays, too
-        wanted_N, at_N = subject_id_N[order_N].astype(np.int64), np.empty(len(order_N), np.int64)
-        at_N[order_N] = np.searchsorted(self.subject_id_P, wanted_N, sorter=self.by_subject_P)
-        position_N = self.by_subject_P[np.minimum(at_N, len(self) - 1)]
-        return np.where(self.subject_id_P[position_N] == subject_id_N, position_N, -1)
+        return find(self.subject_id_P, self.by_subject_P, subject_id_N)
 
     def places(self, position_N: np.ndarray) -> list[Place]:
         """Where the histories at positions are."""
@@ -130,79 +113,24 @@ class Index:
 
 
 def open_index(folder: Location) -> Index:
-    """The index of a folder of histories, mapped; where need be, its arrays are made.
+    """The index of a folder of histories, mapped; where need be, its arrays are made, in memory that doesn't grow.
 
-    That takes memory for SORTED_AT_ONCE subjects and a few batches, however many there are. Raises pa.ArrowInvalid and
-    what `open_parquet` raises where the file is not what `prepare` writes.
+    Raises pa.ArrowInvalid and what `open_parquet` raises where the file is not what `prepare` writes.
     """
-    source = folder / INDEX
-    made_of = source.stat()
-    if isinstance(folder, Path):
-        try:
-            return _made(folder / ARRAYS, source, made_of)
-        except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
-                raise
-    name = hashlib.sha256(str(source.absolute()).encode()).hexdigest()[:32]
-    return _made(_host_folder() / name, source, made_of)
+
+    def fill(new: New) -> dict[str, Any]:
+        with open_parquet(folder / INDEX) as file:
+            if not file.schema_arrow.equals(INDEX_SCHEMA):
+                raise pa.ArrowInvalid("not what prepare writes")
+            index = _filled(lambda: file.iter_batches(batch_size=ROWS, use_threads=False), new)
+        return {"shards": index.shards, "segments": index.segments}
+
+    arrays, known = mapped(folder / INDEX, folder / ARRAYS, _TYPES, fill)
+    _check_shards(known["shards"])
+    return Index(**arrays, shards=known["shards"], segments=[Segment(*segment) for segment in known["segments"]])
 
 
-def _host_folder() -> Path:
-    """Of this user alone: subject ids are in it."""
-    folder = Path(tempfile.gettempdir()) / f"hymate-{os.geteuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    if folder.is_symlink() or folder.stat().st_uid != os.geteuid():
-        raise UserError(f"{folder}: belongs to another user: set TMPDIR to a folder of your own")
-    return folder
-
-
-def _made(place: Path, source: Location, made_of: Stat | os.stat_result) -> Index:
-    """The arrays of `source` in a folder; the first process makes them, others wait for it."""
-    if (index := _mapped(place, made_of)) is None:
-        with naming_a_full_disk(place), locked(place.with_name(f"{place.name}.lock")):
-            if _mapped(place, made_of) is None:
-                with new_folder(place, ABOUT) as new:
-                    _write(source, new, made_of)
-        index = _mapped(place, made_of)
-        assert index is not None
-    return index
-
-
-def _mapped(folder: Path, made_of: Stat | os.stat_result) -> Index | None:
-    """The arrays in a folder, None where they are missing or were made of another file."""
-    try:
-        about = json.loads((folder / ABOUT).read_text())
-        if about["version"] != VERSION or about["bytes"] != made_of.st_size:
-            return None
-        if (folder / ABOUT).stat().st_mtime_ns != made_of.st_mtime_ns:
-            return None
-        # np.load unpickles nothing unless it is asked to; np.asarray: indexing a plain array is faster
-        arrays = {name: np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in _TYPES}
-        index = Index(**arrays, shards=about["shards"], segments=[Segment(*segment) for segment in about["segments"]])
-        _check_shards(index.shards)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowInvalid):
-        return None
-    lengths = {name[-1]: len(array) for name, array in arrays.items()}
-    sound = all(a.dtype == _TYPES[name] and a.shape == (lengths[name[-1]],) for name, a in arrays.items())
-    return index if sound else None
-
-
-def _write(source: Location, folder: Path, made_of: Stat | os.stat_result) -> None:
-    """Make the arrays of an index in a new folder, with the file's own time."""
-    with open_parquet(source) as file:
-        if not file.schema_arrow.equals(INDEX_SCHEMA):
-            raise pa.ArrowInvalid("not what prepare writes")
-
-        def new(name: str, length: int) -> np.ndarray:
-            return np.lib.format.open_memmap(folder / f"{name}.npy", "w+", _TYPES[name], (length,))
-
-        index = _filled(lambda: file.iter_batches(batch_size=ROWS, use_threads=False), new)
-    about = {"version": VERSION, "bytes": made_of.st_size, "shards": index.shards, "segments": index.segments}
-    (folder / ABOUT).write_text(json.dumps(about))
-    os.utime(folder / ABOUT, ns=(made_of.st_mtime_ns, made_of.st_mtime_ns))
-
-
-def _filled(batches: Callable[[], Iterable[pa.RecordBatch]], new: Callable[[str, int], np.ndarray]) -> Index:
+def _filled(batches: Callable[[], Iterable[pa.RecordBatch]], new: New) -> Index:
     """An index of two passes over `batches`, its arrays made by new(name, length)."""
     splits: dict[str, int] = {}
     count_S = np.zeros(0, np.int64)  # segment 2 s holds the subjects of split s with events, 2 s + 1 those without
@@ -225,7 +153,7 @@ def _filled(batches: Callable[[], Iterable[pa.RecordBatch]], new: Callable[[str,
     groups: list[tuple[np.ndarray, np.ndarray]] = [(np.zeros(0, np.int64), np.zeros(0, np.int64))]
     for batch in batches():
         segment_R = _segments(batch, splits)
-        row_group_R = (_numbered(batch["shard"], shards) << 32) + batch["row_group"].to_numpy()
+        row_group_R = (numbered(batch["shard"], shards) << 32) + batch["row_group"].to_numpy()
         for segment in np.unique(segment_R):
             own = np.flatnonzero(segment_R == segment)
             start = next_S[segment]
@@ -247,39 +175,9 @@ def _filled(batches: Callable[[], Iterable[pa.RecordBatch]], new: Callable[[str,
         arrays[f"{name}_G"] = new(f"{name}_G", len(start_G))
         arrays[f"{name}_G"][:] = values_G
 
-    _sort_by_subject(arrays["subject_id_P"], arrays["by_subject_P"])
+    if not argsort(arrays["subject_id_P"], arrays["by_subject_P"]):
+        raise pa.ArrowInvalid("a subject twice")
     return Index(**arrays, shards=list(shards), segments=segments)
-
-
-def _sort_by_subject(subject_id_P: np.ndarray, by_subject_P: np.ndarray) -> None:
-    """Fill by_subject_P. Raises pa.ArrowInvalid where a subject is there twice.
-
-    The subjects are dealt out into parts (Q) that follow one another, so that one part at a time is sorted and held.
-    """
-    P = len(subject_id_P)
-    num_parts = P // SORTED_AT_ONCE + 1
-    sample = np.sort(subject_id_P[:: P // (1000 * num_parts) + 1])
-    first_Q = sample[len(sample) * np.arange(1, num_parts) // num_parts]  # ids; those below the first are a part, too
-    starts = range(0, P, ROWS)
-
-    def part_of(start: int) -> np.ndarray:
-        return np.searchsorted(first_Q, subject_id_P[start : start + ROWS], side="right")
-
-    count_Q = sum((np.bincount(part_of(start), minlength=num_parts) for start in starts), np.zeros(num_parts, np.int64))
-    next_Q = np.cumsum(count_Q) - count_Q
-    for start in starts:
-        part_N = part_of(start)
-        for part in np.unique(part_N):
-            own_N = start + np.flatnonzero(part_N == part)
-            by_subject_P[next_Q[part] : next_Q[part] + len(own_N)] = own_N
-            next_Q[part] += len(own_N)
-    for stop, count in zip(next_Q.tolist(), count_Q.tolist(), strict=True):
-        part_P = by_subject_P[stop - count : stop]
-        subject_id_N = subject_id_P[part_P]
-        order_N = np.argsort(subject_id_N)
-        part_P[:] = part_P[order_N]
-        if (np.diff(subject_id_N[order_N]) == 0).any():
-            raise pa.ArrowInvalid("a subject twice")
 
 
 def _check(batch: pa.RecordBatch) -> None:
@@ -297,11 +195,4 @@ def _check_shards(shards: list[str]) -> None:
 
 
 def _segments(batch: pa.RecordBatch, splits: dict[str, int]) -> np.ndarray:
-    return 2 * _numbered(batch["split"], splits) + (batch["num_events"].to_numpy() == 0)
-
-
-def _numbered(names_R: pa.Array, numbers: dict[str, int]) -> np.ndarray:
-    """The numbers (int64) of names; new ones get the next."""
-    encoded = names_R.dictionary_encode()
-    number_D = np.array([numbers.setdefault(name, len(numbers)) for name in encoded.dictionary.to_pylist()], np.int64)
-    return number_D[encoded.indices.to_numpy()]
+    return 2 * numbered(batch["split"], splits) + (batch["num_events"].to_numpy() == 0)

@@ -46,7 +46,7 @@ from hymate.data.meds import (
     SplitsConfig,
     codes_table,
     iter_events,
-    read_splits,
+    open_parquet,
     write_parquet,
 )
 from hymate.data.sources.meds import MedsSource
@@ -94,7 +94,7 @@ class PrepareConfig:
     splits: fractions of the subjects, where the source does not bring its own splits.
     known: when events become known, of source=meds; the events of the other sources are known at their stamps.
     seed: of everything random.
-    workers: processes; each holds some 0.3 GB, and 68 bytes a patient. On a cluster each of its CPUs is one.
+    workers: processes; each holds some 0.3 GB. On a cluster each of its CPUs is one.
     synthetic: the synthetic cohort, of source=synthetic.
     """
 
@@ -179,7 +179,9 @@ def _summarise(out: Location, console: Console) -> None:
     if others := [split for split in metadata["splits"] if split not in SPLITS]:
         names = ", ".join(map(repr, others))[:200]
         lines.append(f"warning: no training or scoring uses the splits {names}: {RENAME_SPLITS}")
-    if missing := read_splits(out).num_rows - sum(size["subjects"] for size in metadata["splits"].values()):
+    with open_parquet(out / meds.subject_splits_filepath) as splits:
+        missing = splits.metadata.num_rows - sum(size["subjects"] for size in metadata["splits"].values())
+    if missing:
         lines.append(
             f"warning: {missing:,} subjects of {meds.subject_splits_filepath} have no events: is a shard missing, or "
             "is its name without .parquet?"
@@ -218,12 +220,7 @@ def encode_shard(shard: str, out: Location, known: KnownConfig) -> None:
 
 
 def _splits(out: Location) -> Splits:
-    return _splits_of(out, (out / meds.subject_splits_filepath).stat().st_mtime_ns)
-
-
-@functools.lru_cache(maxsize=1)
-def _splits_of(out: Location, version: int) -> Splits:
-    return Splits(read_splits(out))
+    return Splits(out, beside=out / FOLDER / WORK / "splits")
 
 
 def _write_vocabulary(out: Location, shards: Sequence[str]) -> None:

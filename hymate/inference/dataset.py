@@ -29,7 +29,7 @@ from hymate.data.extraction import labels_of_shard
 from hymate.data.histories import Histories, Splits, read_metadata
 from hymate.data.known import differing
 from hymate.data.label_files import read_labels
-from hymate.data.meds import SplitsConfig, iter_events, read_splits, write_parquet
+from hymate.data.meds import SplitsConfig, iter_events, write_parquet
 from hymate.data.sources.meds import MedsSource, check_shard
 from hymate.data.tasks import read_or_extract_labels
 from hymate.device import num_gpus
@@ -232,7 +232,7 @@ def predict_part(part: str, request: Request, folders: list[Location], work: Loc
     total = Counts()
     tables: list[list[pa.Table]] = [[] for _ in folders]
     with StateFolder(request.states, bundle.fingerprint) if request.states else contextlib.nullcontext() as states:
-        for histories, examples, counts in _pieces(part, request, bundle, work / f"{part}.parquet"):
+        for histories, examples, counts in _pieces(part, request, bundle, work):
             outputs, read, unknown = _predicted(model, bundle, histories, examples, request, states)
             total += counts + Counts(predictions=len(examples), read=read, unknown=unknown)
             known = examples if labelled else examples.without_labels()
@@ -265,12 +265,12 @@ def _predicted(
 
 
 def _pieces(
-    part: str, request: Request, bundle: Bundle, asked: Location
+    part: str, request: Request, bundle: Bundle, work: Location
 ) -> Iterator[tuple[Histories, Examples, Counts]]:
     """What is predicted at a time: all that is asked of a prepared dataset in a part; of a MEDS shard whole subjects,
     some at a time, with what of the labels is theirs.
     """
-    if asked.is_file():
+    if (asked := work / f"{part}.parquet").is_file():
         yield _histories(str(request.data)), Examples.of_table(pq.read_table(readable(asked))), Counts()
         return
     path = request.data / meds.data_subdirectory / f"{part}.parquet"
@@ -278,7 +278,7 @@ def _pieces(
     labels = _labels_of(request)
     if labels is None:
         labels = labels_of_shard(path, request.task, bundle.known)
-    splits = None if request.split == "all" else Splits(read_splits(request.data))
+    splits = None if request.split == "all" else Splits(request.data, beside=work / ".splits")
     code_ids: dict[str, int] = {}
     for events in iter_events(path, code_ids):
         histories = Histories.of_events(events, code_ids, bundle.known)

@@ -4,9 +4,9 @@
 
 raw: a synthetic cohort, written as MEDS and prepared, for its MEDS files; prepare: these files prepared as a user's
 are (source=meds); stream: the loader gives one epoch of the prepared dataset's training split, in one process. Prints
-for each its wall and processor time, bytes and the peak resident memory of its processes. subjects: what the splits,
-of which a preparing process holds every subject's, need for half a million and for 2 million; what the index costs a
-worker is measured by patients.py. DIR keeps the data: delete it yourself. 80,000 subjects are 163 million events, of
+for each its wall and processor time, bytes and the peak resident memory of its processes. subjects: what the splits
+of half a million subjects and of 2 million take in the process that makes arrays of them, and in the others; what the
+index takes is measured by patients.py. DIR keeps the data: delete it yourself. 80,000 subjects are 163 million events, of
 which an epoch shows 104 million, and 4 GB. Needs Linux (/proc).
 """
 
@@ -28,7 +28,6 @@ from loader import epoch_speed, open_rows, resident_mib
 from prepare_memory import measure, peak_mib
 
 from hymate.data.histories import Splits
-from hymate.data.meds import read_splits
 
 
 def num_bytes(folder: Path) -> int:
@@ -78,18 +77,20 @@ def splits_of(out: Path, num_subjects: int) -> Path:
 def hold(results: Connection, folder: Path) -> None:
     """Resident MiB in the end and at most, without those before."""
     before = resident_mib()
-    kept = Splits(read_splits(folder))
+    kept = Splits(folder, beside=folder / "made")
     results.send((resident_mib() - before, peak_mib(os.getpid()) - before))
     del kept
 
 
 def subjects(folder: Path) -> None:
     sizes = (500_000, 2_000_000)
-    needed = [answer(hold, splits_of(folder / f"splits-{size}", size)) for size in sizes]
-    for size, (held, peak) in zip(sizes, needed, strict=True):
-        print(f"splits, {size:,} subjects: {held:.0f} MiB held, {peak:.0f} at most")
-    held, peak = ((more - less) * 2**20 / (sizes[1] - sizes[0]) for less, more in zip(*needed, strict=True))
-    print(f"  {held:.0f} bytes a subject held, {peak:.0f} at most", flush=True)
+    datasets = [splits_of(folder / f"splits-{size}", size) for size in sizes]
+    for process in ("the first process of a host", "another process"):
+        needed = [answer(hold, dataset) for dataset in datasets]
+        for size, (held, peak) in zip(sizes, needed, strict=True):
+            print(f"splits in {process}, {size:,} subjects: {held:.0f} MiB held, {peak:.0f} at most")
+        held, peak = ((more - less) * 2**20 / (sizes[1] - sizes[0]) for less, more in zip(*needed, strict=True))
+        print(f"  {held:.0f} bytes a subject held, {peak:.0f} at most", flush=True)
 
 
 def answer(function: Callable[..., None], *arguments: Any) -> Any:

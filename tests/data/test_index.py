@@ -23,7 +23,7 @@ from prepared_rows import subject, write_prepared
 from s3 import BUCKET, environment, serving
 from synthetic_index import write_index
 
-from hymate.data import index as module
+from hymate.data import mapped as module
 from hymate.data.histories import Histories
 from hymate.data.index import INDEX_SCHEMA, Index, open_index
 from hymate.errors import UserError
@@ -50,6 +50,7 @@ def tables(draw: st.DrawFn) -> list[dict[str, Any]]:
 @given(rows=tables(), rows_at_once=st.integers(1, 5))
 def test_an_index_says_what_the_file_says(rows: list[dict[str, Any]], rows_at_once: int) -> None:
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hymate.data.index.ROWS", rows_at_once)
         patch.setattr(module, "ROWS", rows_at_once)
         patch.setattr(module, "SORTED_AT_ONCE", rows_at_once)
         pq.write_table(pa.Table.from_pylist(rows, INDEX_SCHEMA), Path(folder) / "index.parquet")
@@ -115,9 +116,9 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The folders in which arrays are made."""
     folders, write = [], module._write
 
-    def noted(source: Any, folder: Path, made_of: Any) -> None:
+    def noted(folder: Path, *arguments: Any) -> None:
         folders.append(folder.parent)
-        write(source, folder, made_of)
+        write(folder, *arguments)
 
     monkeypatch.setattr(module, "_write", noted)
     return folders
@@ -147,12 +148,10 @@ def test_another_index_has_other_arrays(data: Path, made: list[Path]) -> None:
     assert len(Histories.open(data).positions("train")) == 4 and len(made) == 2
 
 
-@pytest.mark.parametrize("damage", ["short", "other type", "pickle", "no numbers", "outside", "missing"])
+@pytest.mark.parametrize("damage", ["short", "other type", "pickle", "no numbers", "missing"])
 def test_damaged_arrays_are_made_again(data: Path, made: list[Path], damage: str) -> None:
     expected = Histories.open(data).read(range(8))
-    folder = data / "histories" / ".index"
-    about, array = folder / "about.json", folder / "num_events_P.npy"
-    time_ns = about.stat().st_mtime_ns
+    array = data / "histories" / ".index" / "num_events_P.npy"
     if damage == "short":
         array.write_bytes(array.read_bytes()[:-4])
     elif damage == "other type":
@@ -161,14 +160,21 @@ def test_damaged_arrays_are_made_again(data: Path, made: list[Path], damage: str
         np.save(array, np.array([None] * 8), allow_pickle=True)
     elif damage == "no numbers":
         np.save(array, np.zeros(7, np.int32))
-    elif damage == "outside":
-        about.write_text(about.read_text().replace("train/0", "../data"))
-        os.utime(about, ns=(time_ns, time_ns))
     else:
         array.unlink()
     got = Histories.open(data).read(range(8))
     assert len(made) == 2
     assert [history.subject_id for history in got] == [history.subject_id for history in expected]
+
+
+def test_arrays_of_others_lead_nowhere_else(data: Path) -> None:
+    Histories.open(data)
+    about = data / "histories" / ".index" / "about.json"
+    time_ns = about.stat().st_mtime_ns
+    about.write_text(about.read_text().replace("train/0", "../data"))
+    os.utime(about, ns=(time_ns, time_ns))
+    with pytest.raises(UserError, match="damaged"):
+        Histories.open(data)
 
 
 @pytest.fixture
