@@ -3,9 +3,10 @@
     python -m hymate.data.prepare source=meds raw=RAW_DIR out=DATA_DIR workers=4
 
 Each stage goes over the shards in parallel processes and streams through a shard: a process holds about ROWS
-events, one subject, the splits of all subjects (68 bytes each, measured) and per code at most SAMPLE_SIZE values,
-whatever the size of the dataset. Files appear whole or not at all, and a journal under histories/.work says which
-are done, so that a killed preparation continues when the command is given again.
+events, one subject and per code at most SAMPLE_SIZE values, whatever the size of the dataset. The splits of all
+subjects are read by the first process of a host (83 bytes each, measured), for all of them. Files appear whole or not
+at all, and a journal under histories/.work says which are done, so that a killed preparation continues when the command
+is given again.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ raw: a synthetic cohort, written as MEDS and prepared, for its MEDS files; prepa
 are (source=meds); stream: the loader gives one epoch of the prepared dataset's training split, in one process. Prints
 for each its wall and processor time, bytes and the peak resident memory of its processes. subjects: what the splits
 of half a million subjects and of 2 million take in the process that makes arrays of them, and in the others; what the
-index takes is measured by patients.py. DIR keeps the data: delete it yourself. 80,000 subjects are 163 million events, of
-which an epoch shows 104 million, and 4 GB. Needs Linux (/proc).
+index takes is measured by patients.py. DIR keeps the data: delete it yourself. 80,000 subjects are 163 million events,
+of which an epoch shows 104 million, and 4 GB. Needs Linux (/proc).
 """
 
 from __future__ import annotations
