@@ -4,6 +4,7 @@
 # Ray gives up a machine that it hears nothing of for a minute, and Ray on that machine then ends: here it starts again.
 set -u
 
+command -v ray >/dev/null || PATH=$(cd "$(dirname "$0")/.." && pwd)/.venv/bin:$PATH
 export RAY_AUTH_MODE=token # whoever reaches an open Ray can run code as you
 trap 'kill $child; wait; exit' TERM INT HUP
 while true; do

@@ -120,6 +120,7 @@ def ray_session(cpus_per_worker: int, num_workers: int = 1, device: Wanted = "cp
         yield
         return
     ray._private.utils.set_sigterm_handler = lambda handler: None  # Ray's would take the place of `ending`'s
+    ray._private.worker.listen_error_messages = lambda *_: None  # it prints the stack traces of hosts that are lost
     # Ray sets the number of threads for some kinds of processes only; more threads than CPUs stall each other
     workers: dict[str, Any] = {"env_vars": {"OMP_NUM_THREADS": str(cpus_per_worker)}}
     workers |= {"py_modules": [str(PACKAGE)], "excludes": ["**/__pycache__"], "worker_process_setup_hook": _take_code()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -53,11 +54,20 @@ class _Meeting(_TorchBackend):
             left_s = TOGETHER_S - (time.monotonic() - began)
             with suppress(GetTimeoutError):  # of those that still wait; Ray needs a minute to see that a host is gone
                 ray.get(worker_group.execute_async(socket.gethostname), timeout=max(left_s, ANSWER_S))
-            cause = first_line(error.cause)[:100] if isinstance(error, RayTaskError) else "they don't get an answer"
+            cause = _plain(first_line(error.cause)) if isinstance(error, RayTaskError) else "they don't get an answer"
             raise NotTogether(
                 f"the workers don't reach each other ({cause}). {_named(hosts)}. Set {GLOO} and {NCCL}, "
                 "where Ray is started on each host, to the interface that the others reach"
             ) from error
+
+
+def _plain(reason: str) -> str:
+    """Without places in C++ sources.
+
+    >>> _plain("Gloo connectFullMesh failed with [/gloo/transport/tcp/pair.cc:144] timed out")
+    'Gloo connectFullMesh failed with timed out'
+    """
+    return re.sub(r"\[?/\S+\.\w+:\d+\]?\s*", "", reason)[:100]
 
 
 def _named(hosts: list[tuple[str, str, str]]) -> str:

@@ -19,7 +19,7 @@ from hymate.storage.paths import Location, UrlPath, naming_a_full_disk
 from hymate.training import checkpoint, loop
 from hymate.training.keeper import Kept, Sender, newest_whole
 from hymate.training.loop import Job, Standing, Unrecoverable, Worker, anyone
-from hymate.training.telemetry import Telemetry, progress_line
+from hymate.training.telemetry import STARTING, Telemetry, progress_line
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def fit(training: Training) -> Standing:
     the training is saved where it stands; exits with status 1 and the failing worker's own error for others.
     """
     run = training.run
-    hindrance = functools.partial(cluster.hindrance, training.train, training.device)
+    hindrance = functools.partial(_hindrance, training)
     workers = (training.train.cpus_per_worker, training.train.num_workers, training.device)
     with cluster.ray_session(*workers), progress_line(run.folder, hindrance):
         from ray.train.v2.api.exceptions import TrainingFailedError
@@ -90,6 +90,11 @@ def _trainer(training: Training) -> Any:
             logging_config=train.LoggingConfig(log_level="ERROR"),
         ),
     )
+
+
+def _hindrance(training: Training) -> str | None:
+    known = cluster.hindrance(training.train, training.device)
+    return known if known is not None or cluster.has_workers() else STARTING
 
 
 def ray_storage(path: Location) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from hymate.errors import UserError
 from hymate.storage.paths import Location, UrlPath, upload_files, write_text
 
 PROGRESS = "progress.json"
+STARTING = "starting workers"
 WRITE_EVERY_S = 0.5
 WRITE_URL_EVERY_S = 5.0
 PRINT_EVERY_S = 10.0
@@ -179,7 +180,7 @@ class _News:
 def _live(news: _News, console: Console, stop: threading.Event) -> None:
     columns = (SpinnerColumn(), BarColumn(24), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=console) as bar:
-        task = bar.add_task("starting workers", total=None)
+        task = bar.add_task(STARTING, total=None)
         printed: set[str] = set()
         while not stop.wait(news.interval_s):
             news.read()
@@ -191,9 +192,9 @@ def _live(news: _News, console: Console, stop: threading.Event) -> None:
 
 
 def _printed(news: _News, console: Console, stop: threading.Event) -> None:
-    console.print("starting workers")
+    console.print(STARTING)
     shown: dict[str, Any] = {}
-    shown_trouble: str | None = None
+    shown_trouble: str | None = STARTING
     shown_at = time.monotonic()
     printed: set[str] = set()
     while True:

@@ -271,11 +271,13 @@ def test_the_storage_is_out_of_reach_for_a_while(
 ) -> None:
     environment = {**disturbed.environment, **server.environment, remote.PATIENCE: "120"}
     temporary, runs = Path(environment["TMPDIR"]), f"s3://{BUCKET}/a-while"
-    with started(command(data, tmp_path, f"run.dir={runs}"), environment, tmp_path) as driver:
+    arguments, said = command(data, tmp_path, f"run.dir={runs}"), tmp_path / "said.txt"
+    with said.open("wb") as file, started(arguments, environment, tmp_path, stdout=file) as driver:
         disturbed.until(lambda: known_checkpoints(runs) >= 1, driver)
         due = (last_point(temporary) // EVAL_EVERY + 1) * EVAL_EVERY
         with server.silent():  # until the next checkpoint is to be sent
             disturbed.until(lambda: last_point(temporary) >= due, driver)
+            disturbed.until(lambda: f"no answer from {runs}/pretrain" in said.read_text(), driver)
             began = time.monotonic()
         disturbed.until(lambda: known_checkpoints(runs) >= 2, driver)
         seconds = time.monotonic() - began

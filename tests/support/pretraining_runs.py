@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import torch
 from commands import ROOT, points, processes
@@ -50,9 +51,13 @@ def train_workers(folder: str) -> set[int]:
 
 @contextmanager
 def started(
-    arguments: list[str], environment: dict[str, str], cwd: Path, stderr: int | None = None
+    arguments: list[str],
+    environment: dict[str, str],
+    cwd: Path,
+    stdout: int | IO[bytes] = subprocess.DEVNULL,
+    stderr: int | None = None,
 ) -> Iterator[subprocess.Popen[bytes]]:
-    process = subprocess.Popen(arguments, env=environment, cwd=cwd, stdout=subprocess.DEVNULL, stderr=stderr)
+    process = subprocess.Popen(arguments, env=environment, cwd=cwd, stdout=stdout, stderr=stderr)
     try:
         yield process
     finally:
