@@ -8,6 +8,7 @@ process, whatever ends that.
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -184,6 +185,8 @@ def network(folder: Path) -> Iterator[Network]:
     """A network without hosts; their files are in `folder`. Skips the test where namespaces can't be had."""
     if os.geteuid() != 0:
         pytest.skip("hosts of their own need root")
+    if missing := [tool for tool in ("ip", "nsenter", "setpriv", "tc", "unshare") if not shutil.which(tool)]:
+        pytest.skip(f"hosts of their own need {' and '.join(missing)}")
     with subprocess.Popen([*ENDS_WITH_US, "unshare", "--net", "sleep", "infinity"], stderr=subprocess.PIPE) as switch:
         try:
             wait_until(lambda: switch.poll() is not None or _has_own_network(switch.pid), "there is a network")
