@@ -24,7 +24,7 @@ from s3 import BUCKET, environment, serving
 from synthetic_index import write_index
 
 from hymate.data import mapped as module
-from hymate.data.histories import Histories
+from hymate.data.histories import Histories, Splits
 from hymate.data.index import INDEX_SCHEMA, Index, open_index
 from hymate.errors import UserError
 from hymate.storage.paths import UrlPath, locate, upload_files
@@ -146,6 +146,19 @@ def test_another_index_has_other_arrays(data: Path, made: list[Path]) -> None:
     pq.write_table(mixed, path)
     os.utime(path, ns=(1, 1))
     assert len(Histories.open(data).positions("train")) == 4 and len(made) == 2
+
+
+def test_the_splits_are_read_once_for_all(tmp_path: Path, made: list[Path]) -> None:
+    ids = np.random.default_rng(0).permutation(1000)
+    split_N = np.array(["tuning", "train", "held_out"])[ids % 3]
+    (tmp_path / "metadata").mkdir()
+    table = pa.table({"subject_id": ids, "split": split_N.astype(object)})
+    pq.write_table(table, tmp_path / "metadata" / "subject_splits.parquet")
+    with ThreadPoolExecutor(4) as pool:
+        of_all = list(pool.map(lambda _: Splits(tmp_path, beside=tmp_path / "made").of(ids), range(4)))
+    assert len(made) == 1 and all(found.tolist() == split_N.tolist() for found in of_all)
+    with pytest.raises(AssertionError, match="without a split"):
+        Splits(tmp_path, beside=tmp_path / "made").of(np.array([5, 1000]))
 
 
 @pytest.mark.parametrize("damage", ["short", "other type", "pickle", "no numbers", "missing"])
