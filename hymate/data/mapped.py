@@ -42,7 +42,7 @@ def mapped(
         try:
             return _made(beside, made_of, types, fill)
         except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOLCK, errno.EOPNOTSUPP):
                 raise
     name = hashlib.sha256(str(source.absolute()).encode()).hexdigest()[:32]
     return _made(_host_folder() / name, made_of, types, fill)
