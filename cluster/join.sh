@@ -8,7 +8,9 @@ command -v ray >/dev/null || PATH=$(cd "$(dirname "$0")/.." && pwd)/.venv/bin:$P
 export RAY_AUTH_MODE=token # whoever reaches an open Ray can run code as you
 trap 'kill $child; wait; exit' TERM INT HUP
 while true; do
-    ray start --block --address "$@" --dashboard-agent-listen-port 0 --disable-usage-stats --log-color false &
+    # without the stack traces; they stay in the file of exits that Ray names
+    ray start --block --address "$@" --dashboard-agent-listen-port 0 --disable-usage-stats --log-color false \
+        > >(sed -u '/----- BEGIN/,/----- END/d') 2>&1 &
     child=$!
     wait $child
     echo "Ray has ended; it starts again in 5 seconds"

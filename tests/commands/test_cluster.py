@@ -241,6 +241,32 @@ def test_shells_take_the_scripts(kind: str, tmp_path: Path) -> None:
         assert checked.returncode == 0, checked.stdout
 
 
+FAKE_RAY = """#!/usr/bin/env bash
+printf '%s\\n' "Ray runtime started" "----- BEGIN raylet.err tail" "*** StackTrace" "----- END raylet.err tail"
+echo "$*" >>started
+[ "$(wc -l <started)" -lt 3 ] || exec tail -f /dev/null
+"""
+
+
+def test_a_machine_joins_again_when_its_ray_has_ended(tmp_path: Path) -> None:
+    for name, text in {"ray": FAKE_RAY, "sleep": "#!/usr/bin/env bash\n"}.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    environment, started = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}, tmp_path / "started"
+    arguments = [str(CLUSTER / "join.sh"), "head:6379", "--num-cpus", "1"]
+    with subprocess.Popen(
+        arguments, env=environment, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as joining:
+        wait_until(lambda: started.exists() and started.read_text().count("\n") == 3, "Ray has started three times")
+        joining.terminate()
+        said, _ = joining.communicate(timeout=60)
+    assert said.count("Ray has ended; it starts again") == 2 and "StackTrace" not in said
+    assert set(started.read_text().splitlines()) == {
+        "start --block --address head:6379 --num-cpus 1 --dashboard-agent-listen-port 0 --disable-usage-stats "
+        "--log-color false"
+    }
+
+
 FAKE_SRUN = """#!/usr/bin/env bash
 while [[ $1 == --* ]]; do [[ $1 == --overlap ]] && shift || shift 2; done
 exec "$@"
