@@ -207,7 +207,6 @@ def _table(rows: list[dict], schema: object) -> object:
 def command(data: Path, init: Path, runs: Path, head_lrs: str, *overrides: str) -> list[str]:
     """Two short trials with head learning rates `head_lrs`."""
     short = ["train.max_steps=8", "train.eval_every=2", "train.warmup_steps=1", "train.patience=0", "train.log_every=2"]
-    short += [f"train.eval_labels={SIZES['tuning']}"]
     short += ["search.num_trials=2", "search.grace_steps=8", "search.max_failures=0"]
     given = ["task=readmission", f"data.path={data}", f"init={init}", f"run.dir={runs}", "run.name=r"]
     lrs = ["~search.space.head_lr", f"+search.space.head_lr={{choice:{head_lrs}}}", "search.space.frozen=false"]
@@ -224,7 +223,8 @@ def run(
     """
     runs = tmp_path_factory.mktemp("tuned")
     environment = with_pretended_gpu(environment, tmp_path_factory.mktemp("pretended"))
-    line = command(small_data, pretrained, runs, f"[1e-3,{DIVERGING}]")
+    sample = f"train.eval_labels={SIZES['tuning']}"  # half of them
+    line = command(small_data, pretrained, runs, f"[1e-3,{DIVERGING}]", sample)
     with subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as killed:
         assert killed.stdout is not None
         said = []
