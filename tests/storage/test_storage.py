@@ -228,7 +228,7 @@ def test_what_names_no_place_is_refused_in_one_line(text: str, message: str) -> 
     assert "\n" not in str(caught.value)
 
 
-def test_names_are_kept_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_are_kept_as_they_are(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("exp#1", "a b", " a ", "100%", "%20", "é", "a;b&c=d", "[1]*", "a:b", "(x)", "'\"", "~", "\\", "{$x}"):
         url = locate(f"s3://bucket/x/{name}/data")
