@@ -197,7 +197,9 @@ def test_explanations_come_from_the_cpu_where_a_gpu_lacks_its_kernels(
     machine: Machine, small_data: Path, bundle: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     machine(1)
-    explain.run(load("explain", given(bundle, small_data, tmp_path, "cohort=2", "patients=1"), ExplainConfig))
+    explain.run(
+        load("explain", given(bundle, small_data, tmp_path, "num_predictions=2", "num_subjects=1"), ExplainConfig)
+    )
     assert ["mamba-ssm is not installed" in text for text in caplog.messages] == [True]
     assert (tmp_path / "explanation.md").is_file()
 
