@@ -126,7 +126,7 @@ def test_a_pickle_in_a_bundle_is_not_unpickled(bundle: Path, trace: Path, file: 
 @pytest.mark.parametrize("file", ["state.json", "model.safetensors"])
 def test_a_pickle_in_a_checkpoint_is_not_unpickled(tmp_path: Path, trace: Path, file: str, name: str) -> None:
     (tmp_path / file).write_bytes(pickles(trace)[name])
-    with refused(r"no checkpoint of this model|damaged"):
+    with refused(r"not a checkpoint of this model|damaged"):
         checkpoint.read_state(tmp_path) if file == "state.json" else checkpoint.load_weights(risk_model(), tmp_path)
 
 
@@ -145,7 +145,7 @@ def test_a_pickle_in_a_checkpoints_optimizer_is_not_unpickled(tmp_path: Path, tr
     }
     (tmp_path / "state.json").write_text(json.dumps(state))
     (tmp_path / "optimizer-00000-of-00001.safetensors").write_bytes(pickles(trace)[name])
-    with refused(r"no checkpoint of this model"):
+    with refused(r"not a checkpoint of this model"):
         checkpoint.load_optimizer(_Engine(), tmp_path)
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from commands import wait_until
 
 from hymate.storage import remote
+from hymate.storage.remote import connect
 
 BUCKET = "bucket"
 
@@ -57,14 +58,16 @@ def serving(folder: Path, host: str = "127.0.0.1") -> Iterator[Server]:
 
 @contextmanager
 def environment(settings: dict[str, str]) -> Iterator[None]:
-    """os.environ with `settings` while the block runs."""
+    """os.environ with `settings` while the block runs; filesystems are what it says where they are first used."""
     before = dict(os.environ)
     os.environ.update(settings)
+    connect.cache_clear()
     try:
         yield
     finally:
         os.environ.clear()
         os.environ.update(before)
+        connect.cache_clear()
 
 
 def _answers(address: str) -> bool:
