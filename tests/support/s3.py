@@ -61,13 +61,13 @@ def environment(settings: dict[str, str]) -> Iterator[None]:
     """os.environ with `settings` while the block runs; filesystems are what it says where they are first used."""
     before = dict(os.environ)
     os.environ.update(settings)
-    connect.cache_clear()
+    remote.connect.cache_clear()
     try:
         yield
     finally:
         os.environ.clear()
         os.environ.update(before)
-        connect.cache_clear()
+        remote.connect.cache_clear()
 
 
 def _answers(address: str) -> bool:

@@ -204,6 +204,9 @@ def _table(rows: list[dict], schema: object) -> object:
 # ------------------------------------------------------------------------------------------------------- search
 
 
+SAMPLE = f"train.eval_labels={SIZES['tuning']}"  # half of them
+
+
 def command(data: Path, init: Path, runs: Path, head_lrs: str, *overrides: str) -> list[str]:
     """Two short trials with head learning rates `head_lrs`."""
     short = ["train.max_steps=8", "train.eval_every=2", "train.warmup_steps=1", "train.patience=0", "train.log_every=2"]
@@ -223,8 +226,7 @@ def run(
     """
     runs = tmp_path_factory.mktemp("tuned")
     environment = with_pretended_gpu(environment, tmp_path_factory.mktemp("pretended"))
-    sample = f"train.eval_labels={SIZES['tuning']}"  # half of them
-    line = command(small_data, pretrained, runs, f"[1e-3,{DIVERGING}]", sample)
+    line = command(small_data, pretrained, runs, f"[1e-3,{DIVERGING}]", SAMPLE)
     with subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as killed:
         assert killed.stdout is not None
         said = []
@@ -464,7 +466,8 @@ def test_a_finished_search_only_shows_its_results_again(run: Path, environment: 
     record = json.loads((run / "run.json").read_text())
     assert set(record["inputs"]) == {"data.path", "init", "task.labels"}
     config = record["config"]
-    line = command(Path(config["data"]["path"]), Path(config["init"]), run.parent, f"[1e-3,{DIVERGING}]")
+    trials = f"[1e-3,{DIVERGING}]"
+    line = command(Path(config["data"]["path"]), Path(config["init"]), run.parent, trials, SAMPLE)
     smaller = [*line, "report.boosting=false"]  # on a machine that cannot hold its features
     again = subprocess.run(smaller, env=environment, capture_output=True, text=True, timeout=120)
     assert again.returncode == 0 and str(run / "bundle") in again.stdout, again.stderr
