@@ -17,7 +17,6 @@ from pathlib import Path
 from commands import wait_until
 
 from hymate.storage import remote
-from hymate.storage.remote import connect
 
 BUCKET = "bucket"
 
