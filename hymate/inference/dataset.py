@@ -151,8 +151,10 @@ def predict_dataset(request: Request, out: Location, workers: int) -> tuple[list
     if asked.num_labels and (unknown := asked.num_labels - found.labels):
         found.left_out["unknown_subject"] = unknown
     if not found.predictions:
-        left_out = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in found.left_out.items() if count)
-        raise UserError(f"{request.data}: nothing to predict in split {request.split!r} ({left_out or 'no label'})")
+        why = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in found.left_out.items() if count)
+        if not asked.num_labels and not found.labels:
+            why = "no event matches task.definition: set its predicates to the codes of this dataset"
+        raise UserError(f"{request.data}: nothing to predict in split {request.split!r} ({why or 'no label'})")
     if joined:
         for target, source in zip(targets, folders, strict=True):
             tables = [pq.read_table(readable(source / f"{part}.parquet")) for part in asked.parts]

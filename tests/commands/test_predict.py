@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,14 @@ def test_the_task_names_the_head_and_days_have_a_file_of_their_own(
         predicted_days = table["predicted_float_value"].to_numpy()
         assert (predicted_days >= 0).all() and len(np.unique(predicted_days)) > 100
         assert not np.allclose(stay["predicted_boolean_probability"], same["predicted_boolean_probability"])
+
+
+def test_a_meds_folder_whose_events_no_definition_matches_is_refused(bundle: Path, tmp_path: Path) -> None:
+    raw = write_meds(tmp_path / "raw")
+    shutil.rmtree(raw / "labels")
+    with pytest.raises(UserError, match=r"no event matches task\.definition: set its predicates to the codes of this"):
+        predicted(bundle, raw, tmp_path / "p.parquet")
+    assert not (tmp_path / "p.parquet").exists()
 
 
 @pytest.mark.parametrize(
