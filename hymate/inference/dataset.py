@@ -31,7 +31,7 @@ from hymate.data.known import differing
 from hymate.data.label_files import read_labels
 from hymate.data.meds import SplitsConfig, iter_events, write_parquet
 from hymate.data.sources.meds import MedsSource, check_shard
-from hymate.data.tasks import read_or_extract_labels
+from hymate.data.tasks import LabelSet, read_or_extract_labels
 from hymate.device import num_gpus
 from hymate.errors import UserError
 from hymate.inference.bundle import Bundle, build_model, read_bundle
@@ -196,31 +196,26 @@ def _ranges(request: Request, bundle: Bundle) -> _Asked:
 def _shards(request: Request) -> _Asked:
     """The parts of a MEDS folder: its shards."""
     source = MedsSource(request.data, SplitsConfig(), 0)
-    shards, labels = source.shards(), _labels_of(request)
+    shards, labels = source.shards(), _given(str(request.data), request.task.name, request.task.labels)
     if request.split != "all" and not present(request.data / meds.subject_splits_filepath):
         raise UserError(f"{request.data}: has no {meds.subject_splits_filepath}: predict split=all")
     files = files_below(request.data / meds.data_subdirectory, ".parquet").values()
     processes = worth(sum(file.stat().st_size for file in files))
     if labels is None:
+        if request.task.definition is None:
+            where = request.data / "labels" / request.task.name
+            raise UserError(f"{where}: no labels: give task.labels=FOLDER or a task.definition")
         return _Asked(shards, True, f"{source.fingerprint()} {request.task.definition}", processes)
     labelled = "boolean_value" in labels.column_names and not labels["boolean_value"].null_count
-    made_of = hashlib.sha256()
-    for name in labels.column_names:
-        made_of.update(np.ascontiguousarray(labels[name].to_numpy()).tobytes())
-    digest = f"{source.fingerprint()} {made_of.hexdigest()}"
+    digest = f"{source.fingerprint()} {LabelSet(labels, {}).digest()}"
     return _Asked(shards, labelled, digest, processes, num_labels=labels.num_rows)
 
 
-def _labels_of(request: Request) -> pa.Table | None:
-    """The labels given for a MEDS folder, None where they are to be extracted."""
-    given, task = request.data / "labels" / request.task.name, request.task
-    if task.labels is not None:
-        return read_labels(locate(task.labels))
-    if present(given):
-        return read_labels(given)
-    if task.definition is None:
-        raise UserError(f"task {task.name} has no labels in {given}: give task.labels=FOLDER or a task.definition")
-    return None
+@functools.lru_cache(maxsize=1)
+def _given(data: str, task: str, labels: str | None) -> pa.Table | None:
+    """The labels given for a MEDS folder, by subject; None where they are to be extracted."""
+    folder = locate(data) / "labels" / task if labels is None else locate(labels)
+    return read_labels(folder).sort_by("subject_id") if labels is not None or present(folder) else None
 
 
 # -------------------------------------------------------------------------------------------------------- a part
@@ -277,15 +272,17 @@ def _pieces(
         return
     path = request.data / meds.data_subdirectory / f"{part}.parquet"
     check_shard(path, path)
-    labels = _labels_of(request)
-    if labels is None:
-        labels = labels_of_shard(path, request.task, bundle.known)
+    given = _given(str(request.data), request.task.name, request.task.labels)
+    labels = given if given is not None else labels_of_shard(path, request.task, bundle.known).sort_by("subject_id")
+    label_subject_N = labels["subject_id"].to_numpy()
     splits = None if request.split == "all" else Splits(request.data, beside=work / ".splits")
     code_ids: dict[str, int] = {}
     for events in iter_events(path, code_ids):
         histories = Histories.of_events(events, code_ids, bundle.known)
         subject_id_N = np.unique(events.subject_id_R)
-        own = labels.filter(pc.is_in(labels["subject_id"], pa.array(subject_id_N)))
+        first_M, stop_M = (np.searchsorted(label_subject_N, subject_id_N, side) for side in ("left", "right"))
+        rows = [np.arange(0), *(np.arange(first, stop) for first, stop in zip(first_M, stop_M, strict=True))]
+        own = labels.take(np.concatenate(rows))
         counts = Counts(labels=own.num_rows)
         if splits is not None:
             asked_N = subject_id_N[splits.of(subject_id_N) == request.split]

@@ -34,9 +34,9 @@ Split = Literal["cross_validation", "held_out"]
 
 @dataclass(frozen=True)
 class Contender:
-    """A model that is fine-tuned. model: what it changes of the configuration's; point: its settings, as of a search's
-    space; pretrained: whether it starts from weights that were pretrained with the same seed, once for all contenders
-    of the same model.
+    """A model that is fine-tuned. model: what it changes of the configuration's; point: its settings, by the names that
+    `search.space` has; pretrained: whether it starts from weights that were pretrained with the same seed, once
+    for all contenders of the same model.
     """
 
     point: dict[str, Any]
@@ -61,7 +61,7 @@ class BenchmarkConfig:
     train: each contender's fine-tuning.
     contenders: by name, what each changes in `model` (`model`) and in `point` (`point`), and whether it starts from
         pretrained weights (`pretrained`).
-    point: settings of every contender, as of a search's space.
+    point: settings of every contender, by the names that `search.space` has.
     device: "auto" takes a GPU for each run if what the model needs for it is installed, else CPUs; or "cpu", "cuda".
     """
 

@@ -167,8 +167,8 @@ def group_accusations(num_labels: int, patients: str, groups: int, cohorts: int)
         overall = metrics.auroc(label_N, prob_N)
         pairs = []
         for z in (metrics.Z, decisions.group_z(groups)):
-            told = [decisions.group_scores(0.1, z, overall, label_N[at], prob_N[at], subject_N[at]) for at in own]
-            pairs.append([any(not g["hidden"] and g[flag] for g in told) for flag in ("wrong", "ranked_worse")])
+            scored = [decisions.group_scores(0.1, z, overall, label_N[at], prob_N[at], subject_N[at]) for at in own]
+            pairs.append([any(not g["hidden"] and g[flag] for g in scored) for flag in ("wrong", "ranked_worse")])
         accused.append(pairs)
     return np.mean(np.array(accused), axis=0)
 

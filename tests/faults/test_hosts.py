@@ -256,7 +256,7 @@ def test_a_host_of_a_search_is_killed(machines: Machines, runs: str, table: list
         trials = [{key: trial[key] for key in ("index", "status", "step", "best")} for trial in results["trials"]]
         found[name] = trials, [results[key] for key in ("best_trial", "auroc", "auprc", "brier")]
     assert found["disturbed"] == found["undisturbed"]
-    table.append(("a host of a search is killed", "its trials go on elsewhere", "below 4 a trial", seconds))
+    table.append(("a host on which trials run is killed", "they go on elsewhere", "below 4 a trial", seconds))
 
 
 # ------------------------------------------------------------------------------------------------------ network
