@@ -122,6 +122,8 @@ def predict_dataset(request: Request, out: Location, workers: int) -> tuple[list
     Where the task has days, theirs are beside `out`. The same call continues one that was killed. Returns the paths.
     Raises UserError where nothing can be predicted, FloatingPointError where the model predicts what is no number.
     """
+    for cached in (_given, _histories, _model):
+        cached.cache_clear()  # an earlier call in this process may have found something else in the same place
     bundle = read_bundle(request.bundle, kind="risk").for_task(request.task.name)
     targets = [out] + [out.with_stem(f"{out.stem}-days")] * bool(bundle.in_days)
     joined = out.name.endswith(".parquet")
@@ -146,15 +148,11 @@ def predict_dataset(request: Request, out: Location, workers: int) -> tuple[list
         run.each("predict", call)
     counts = [Counts(**json.loads((work / f"{part}.json").read_text())) for part in asked.parts]
     found = functools.reduce(Counts.__add__, counts, Counts(left_out=asked.left_out))
-    if found.unknown == found.read > 0:
-        raise _other_codes(request.data)
     if asked.num_labels and (unknown := asked.num_labels - found.labels):
         found.left_out["unknown_subject"] = unknown
-    if not found.predictions:
-        why = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in found.left_out.items() if count)
-        if not asked.num_labels and not found.labels:
-            why = "no event matches task.definition: set its predicates to the codes of this dataset"
-        raise UserError(f"{request.data}: nothing to predict in split {request.split!r} ({why or 'no label'})")
+    if not found.predictions or found.unknown == found.read > 0:
+        remove_tree(folder if joined else work)
+        raise _other_codes(request.data) if found.predictions else _nothing(request, asked, found)
     if joined:
         for target, source in zip(targets, folders, strict=True):
             tables = [pq.read_table(readable(source / f"{part}.parquet")) for part in asked.parts]
@@ -300,6 +298,13 @@ def _histories(data: str) -> Histories:
 def _model(bundle: str, task: str, device: str) -> tuple[Bundle, RiskModel]:
     found = read_bundle(locate(bundle), kind="risk").for_task(task)
     return found, build_model(found).to(device)
+
+
+def _nothing(request: Request, asked: _Asked, found: Counts) -> UserError:
+    why = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in found.left_out.items() if count)
+    if not asked.num_labels and not found.labels:
+        why = "no event matches task.definition: set its predicates to the codes of this dataset"
+    return UserError(f"{request.data}: nothing to predict in split {request.split!r} ({why or 'no label'})")
 
 
 def _other_codes(data: Location) -> UserError:

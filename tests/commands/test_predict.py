@@ -172,7 +172,16 @@ def test_a_meds_folder_whose_events_no_definition_matches_is_refused(bundle: Pat
     shutil.rmtree(raw / "labels")
     with pytest.raises(UserError, match=r"no event matches task\.definition: set its predicates to the codes of this"):
         predicted(bundle, raw, tmp_path / "p.parquet")
-    assert not (tmp_path / "p.parquet").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["raw"]
+
+
+def test_what_another_call_finds_in_the_same_place_is_read_again(bundle: Path, tmp_path: Path) -> None:
+    raw = write_meds(tmp_path / "raw")
+    before = predicted(bundle, raw, tmp_path / "p.parquet")
+    shutil.rmtree(raw)
+    after = predicted(bundle, write_meds(raw, seed=1), tmp_path / "p.parquet")
+    name = "predicted_boolean_probability"
+    assert not np.allclose(before[name].to_numpy(), after[name].to_numpy())
 
 
 @pytest.mark.parametrize(
