@@ -29,6 +29,7 @@ from hymate.errors import UserError, first_line
 from hymate.machine import available_cpus
 
 PACKAGE = Path(hymate.__file__).resolve().parent
+MOST_RETRIES = 3  # of a shard whose process or machine was lost
 SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.3",  # how soon a dead worker is noticed
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # it only logs that it cannot start
@@ -38,8 +39,8 @@ SETTINGS = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_get_check_signal_interval_milliseconds": "100",  # how soon a waiting driver sees a signal
+    "RAY_task_oom_retries": str(MOST_RETRIES),  # Ray would try for ever what a machine's memory can never hold
 }
-MOST_RETRIES = 3  # of a shard whose process or machine was lost
 OBJECT_STORE_BYTES = 128 << 20  # Ray's minimum is 75 MB; workers exchange nothing through it
 LOOK_EVERY_S, HEADLESS_S = 5.0, 40.0  # Ray ends a process that has lost the head for 60 s
 ANSWER_S = 22.0  # of a cluster, the start of a Python included
@@ -246,6 +247,11 @@ def each(call: Callable[[str], object], shards: Sequence[str], gpu: bool = False
                 ray.get(done)
             except ray.exceptions.RayTaskError as error:
                 raise _mistake(error) or error from None
+            except ray.exceptions.OutOfMemoryError as error:
+                raise UserError(
+                    f"{shard}: {MOST_RETRIES + 1} times its process was killed because its machine ran out of memory: "
+                    "give the cluster machines with more memory for each CPU; the same command continues"
+                ) from error
             except ray.exceptions.RayError as error:
                 raise UserError(
                     f"{shard}: its process was killed {MOST_RETRIES + 1} times, perhaps for want of memory "

@@ -78,6 +78,35 @@ def test_a_ray_of_our_own_refuses_strangers(
     assert refused.returncode != 0 and "Unauthenticated" in refused.stdout + refused.stderr, refused.stderr
 
 
+TOO_LARGE = """
+import time
+from hymate import cluster
+with cluster.ray_session(cpus_per_worker=1):
+    try:
+        list(cluster.each(lambda shard: time.sleep(600), ["train/7"]))
+    except Exception as error:
+        print(type(error).__name__, error)
+"""
+
+
+@pytest.mark.slow
+def test_a_task_that_no_memory_holds_ends_in_a_line() -> None:
+    """On a machine whose memory counts as full as soon as anything is in it."""
+    with tempfile.TemporaryDirectory(prefix="hy", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        full = {"RAY_memory_usage_threshold": "0.0001", "RAY_memory_monitor_refresh_ms": "100"}
+        full |= {"RAY_task_oom_retry_delay_base_ms": "10", "RAY_TMPDIR": folder}
+        done = subprocess.run(
+            [sys.executable, "-c", TOO_LARGE],
+            env=os.environ | full,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE_S,
+        )
+    (line,) = done.stdout.splitlines()
+    assert line.startswith("UserError train/7: 4 times its process was killed because its machine ran out"), done
+
+
 # ---------------------------------------------------------------------------------------------- what can't be had
 
 
