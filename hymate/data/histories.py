@@ -297,12 +297,13 @@ def read_metadata(path: Location) -> dict | None:
     if not file.is_file():
         return None
     try:
-        # datasets of before there were rules have none
-        metadata = {"known": {}, "known_events": {}, **json.loads(file.read_text())}
+        # datasets of before there were rules, and counts, have none
+        metadata = {"known": {}, "known_events": {}, "source_counts": {}, **json.loads(file.read_text())}
         version = metadata["format_version"]
         numbers = [version, *(size["subjects"] for size in metadata["splits"].values())]
         metadata["known"] = build(KnownConfig, metadata["known"], "known.")
         numbers += [of[count] for of in metadata["known_events"].values() for count in ("moved", "left_out")]
+        numbers += metadata["source_counts"].values()
         odd = set(metadata["known_events"]) - set(metadata["known"].rules)
         if type(metadata["fingerprint"]) is not str or odd or any(type(number) is not int for number in numbers):
             raise ValueError("malformed")

@@ -64,6 +64,9 @@ class Source(Protocol):
     def shards(self) -> list[str]:
         """Names such as "train/0"; raises DataError where the raw data are visibly wrong."""
 
+    def counts(self) -> dict[str, int]:
+        """What reading the raw data left out or mended, in words, and how often."""
+
     def write_shard(self, shard: str, out: Location) -> None:
         """Write data/<shard>.parquet and labels/<task>/<shard>.parquet, atomically."""
 

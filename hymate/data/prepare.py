@@ -52,6 +52,7 @@ from hymate.data.meds import (
 )
 from hymate.data.sources.meds import MedsSource
 from hymate.data.sources.physionet2012 import PhysioNet2012Source
+from hymate.data.sources.physionet2019 import PhysioNet2019Source
 from hymate.data.statistics import CodeStatistics
 from hymate.data.synthetic.course import SyntheticConfig
 from hymate.data.synthetic.source import SyntheticSource
@@ -75,6 +76,7 @@ from hymate.work import Journal, Stages, stages
 SOURCES: dict[str, Callable[[Location, SplitsConfig, int], Source]] = {
     "meds": MedsSource,
     "physionet2012": PhysioNet2012Source,
+    "physionet2019": PhysioNet2019Source,
 }
 WORK = ".work"  # inside histories/: the journal and what later stages need
 
@@ -99,7 +101,7 @@ class PrepareConfig:
     synthetic: the synthetic cohort, of source=synthetic.
     """
 
-    source: Literal["physionet2012", "meds", "synthetic"]
+    source: Literal["physionet2012", "physionet2019", "meds", "synthetic"]
     out: Place
     raw: Place | None = None
     splits: SplitsConfig = field(default_factory=SplitsConfig)
@@ -169,7 +171,7 @@ def _run(source: Source, out: Location, known: KnownConfig, fingerprint: str, ru
     run.each("count codes", functools.partial(count_shard, out=out, known=known))
     run.once("vocabulary", functools.partial(_write_vocabulary, out, run.shards))
     run.each("write histories", functools.partial(encode_shard, out=out, known=known))
-    _write_index(out, run.shards, source.name, known, fingerprint)
+    _write_index(out, run.shards, source, known, fingerprint)
 
 
 def _summarise(out: Location, console: Console) -> None:
@@ -189,6 +191,7 @@ def _summarise(out: Location, console: Console) -> None:
         )
     for split, size in metadata["splits"].items():
         lines.append(f"{split}: {size['subjects']:,} subjects, {size['events']:,} events")
+    lines += [f"{times:,} {what}" for what, times in metadata["source_counts"].items()]
     for line in lines + sentences(metadata["known"], metadata["known_events"]):
         console.print(line, markup=False, soft_wrap=True)
 
@@ -240,7 +243,7 @@ def _write_vocabulary(out: Location, shards: Sequence[str]) -> None:
     )
 
 
-def _write_index(out: Location, shards: Sequence[str], source: str, known: KnownConfig, fingerprint: str) -> None:
+def _write_index(out: Location, shards: Sequence[str], source: Source, known: KnownConfig, fingerprint: str) -> None:
     sizes: dict[str, dict[str, int]] = {}
     with (
         atomic_path(out / FOLDER / INDEX) as temporary,
@@ -258,9 +261,10 @@ def _write_index(out: Location, shards: Sequence[str], source: str, known: Known
         open_index(out / FOLDER)  # makes its arrays
     metadata = {
         "format_version": FORMAT_VERSION,
-        "source": source,
+        "source": source.name,
         "fingerprint": fingerprint,
         "splits": dict(sorted(sizes.items())),
+        "source_counts": source.counts(),
     }
     if known.rules:
         of_shards = [json.loads((out / FOLDER / WORK / "known" / f"{shard}.json").read_text()) for shard in shards]

@@ -11,16 +11,11 @@ Shape legend: R rows of a shard's text files, E events made of them, N stays.
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import functools
 import hashlib
 import io
-import lzma
 import re
-import tarfile
-import zlib
-from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,7 +24,6 @@ import pyarrow.compute as pc
 from pyarrow import csv
 
 from hymate.data.meds import (
-    DATA_SCHEMA,
     STATIC_TIME,
     DataError,
     SplitsConfig,
@@ -37,8 +31,8 @@ from hymate.data.meds import (
     write_metadata,
     write_parquet,
 )
-from hymate.hashing import seeded_hash
-from hymate.storage.paths import Location, files_below, local_copy
+from hymate.data.sources.challenges import StayFiles, events_table, shards_of, stratified_splits
+from hymate.storage.paths import Location
 
 ORIGIN = datetime.datetime(2012, 1, 1)  # admission time of every stay; only differences mean anything
 PREDICTION_TIME = ORIGIN + datetime.timedelta(hours=48)
@@ -46,9 +40,6 @@ LONG_STAY_DAYS = 7
 STAYS_PER_SHARD = 1000
 SETS = ("a", "b", "c")
 CONVERSION = 2  # what is made of the files; another number has them prepared again
-MAX_STAY_BYTES = (
-    16 << 20
-)  # of one stay's text; the challenge's have a few kilobytes, and an archive can declare any size
 
 ADMISSION = "ICU_ADMISSION"
 VARIABLES = {  # parameter -> (unit, description), as the challenge lists them
@@ -125,65 +116,10 @@ _MINUTE_US = 60_000_000
 
 @dataclass(frozen=True)
 class _Set:
-    """One set of the challenge: its stays (a folder or a tar archive) and its outcomes."""
+    """One set of the challenge: its stays and its outcomes."""
 
-    stays: Location
+    stays: StayFiles
     outcomes: Location
-
-    def records(self) -> set[int]:
-        """The RecordIDs of all stays."""
-        with self._reading():
-            return {record for _, record, _ in self._files()}
-
-    def texts(self, wanted: Collection[int]) -> Iterator[tuple[Location, int, bytes]]:
-        """(path, RecordID, text) of the stays in `wanted`."""
-        with self._reading():
-            for path, record, read in self._files():
-                if record in wanted:
-                    yield path, record, read()
-
-    @contextlib.contextmanager
-    def _reading(self) -> Iterator[None]:
-        try:
-            yield
-        except (tarfile.TarError, lzma.LZMAError, zlib.error, EOFError, OSError, ValueError, MemoryError) as error:
-            raise DataError(f"{self.stays}: not readable (truncated or damaged): fetch it again") from error
-
-    def _files(self) -> Iterator[tuple[Location, int, Callable[[], bytes]]]:
-        if self.stays.is_dir():
-            for name, path in files_below(self.stays, ".txt").items():
-                if "/" not in name:
-                    yield path, _record(path), functools.partial(_read_stay, path)
-            return
-        with local_copy(self.stays) as stays, tarfile.open(stays, "r|*", tarinfo=_Member) as archive:
-            for member in archive:
-                file = archive.extractfile(member) if member.isfile() else None
-                if file is not None and member.name.endswith(".txt"):
-                    if member.size > MAX_STAY_BYTES:  # a sparse one's true size
-                        raise tarfile.ReadError("a member is too large for a stay")
-                    path = self.stays / member.name
-                    yield path, _record(path), file.read
-
-
-class _Member(tarfile.TarInfo):
-    """A member that is not read where it is larger than a stay can be, whatever kind it is."""
-
-    def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
-        if not 0 <= self.size <= MAX_STAY_BYTES:
-            raise tarfile.ReadError("a member is too large for a stay")
-        return super()._proc_member(archive)  # type: ignore[misc]
-
-
-def _read_stay(path: Location) -> bytes:
-    if path.stat().st_size > MAX_STAY_BYTES:
-        raise DataError(f"{path}: too large for a stay: remove the file or fetch the set again")
-    return path.read_bytes()
-
-
-def _record(path: Location) -> int:
-    if not re.fullmatch(r"0|[1-9][0-9]{0,17}", path.stem):
-        raise DataError(f"{path}: not the name of a stay (<RecordID>.txt): remove the file")
-    return int(path.stem)
 
 
 @dataclass(frozen=True)
@@ -216,12 +152,15 @@ class PhysioNet2012Source:
         digest = hashlib.sha256(repr((CONVERSION, self.splits, self.seed, CODES)).encode())
         for letter, files in self._sets.items():
             digest.update(f"set {letter}\n".encode() + files.outcomes.read_bytes())
-            if files.stays.is_dir():
-                for path, _, text in files.texts(files.records()):
+            if files.stays.place.is_dir():
+                for path, _, text in files.stays.texts():
                     digest.update(path.name.encode() + text)
             else:
-                digest.update(files.stays.read_bytes())
+                digest.update(files.stays.place.read_bytes())
         return digest.hexdigest()
+
+    def counts(self) -> dict[str, int]:
+        return {}
 
     def write_shard(self, shard: str, out: Location) -> None:
         rows_N = self._shards[shard]
@@ -229,7 +168,7 @@ class PhysioNet2012Source:
         wanted = dict.fromkeys(stays.record_N[rows_N].tolist())
         texts: list[tuple[Location, int, bytes]] = []
         for letter in np.unique(stays.set_N[rows_N]):
-            texts += self._sets[letter].texts(wanted)
+            texts += self._sets[letter].stays.texts(wanted)
         if len(texts) != len(wanted):
             raise DataError(f"{self.raw}: a stay has several texts, or they changed meanwhile: fetch the sets again")
         write_parquet(_events(sorted(texts, key=lambda text: text[1])), out / "data" / f"{shard}.parquet")
@@ -275,14 +214,17 @@ class PhysioNet2012Source:
                 raise DataError(f"{stays[letter]}: stays without outcomes: put Outcomes-{letter}.txt beside it")
             if letter not in stays:
                 raise DataError(f"{outcomes[letter]}: outcomes without stays: put set-{letter}.tar.xz beside it")
-        return {letter: _Set(stays[letter], outcomes[letter]) for letter in sorted(stays)}
+        return {
+            letter: _Set(StayFiles(stays[letter], ".txt", "(0|[1-9][0-9]{0,17})", "<RecordID>"), outcomes[letter])
+            for letter in sorted(stays)
+        }
 
     @functools.cached_property
     def _stays(self) -> _Stays:
         columns: list[tuple[int, str, bool, float]] = []
         for letter, files in self._sets.items():
             outcomes = _read_outcomes(files.outcomes)
-            records = files.records()
+            records = set(files.stays.numbers())
             for first, second, lack in (
                 (records, outcomes, "no outcome"),
                 (outcomes, records, "an outcome but no stay"),
@@ -291,7 +233,7 @@ class PhysioNet2012Source:
                 if odd:
                     raise DataError(
                         f"{files.outcomes}: {len(odd)} of {len(first)} records have {lack}: "
-                        f"fetch {files.stays.name} and {files.outcomes.name} again"
+                        f"fetch {files.stays.place.name} and {files.outcomes.name} again"
                     )
             columns += [(record, letter, *outcome) for record, outcome in outcomes.items()]
         columns.sort()
@@ -302,23 +244,12 @@ class PhysioNet2012Source:
 
     @functools.cached_property
     def _split_N(self) -> np.ndarray:
-        split_N = np.empty(len(self._stays.record_N), dtype=object)
-        hash_N = seeded_hash(self._stays.record_N, self.seed)
-        for outcome in (False, True):
-            rows = np.flatnonzero(self._stays.death_N == outcome)
-            shuffled = rows[np.argsort(hash_N[rows])]
-            split_N[shuffled] = self.splits.assign((np.arange(len(rows)) + 0.5) / len(rows))
-        return split_N
+        return stratified_splits(self.splits, self.seed, self._stays.record_N, self._stays.death_N)
 
     @functools.cached_property
     def _shards(self) -> dict[str, np.ndarray]:
         """Shard -> rows of `_stays`."""
-        shards: dict[str, np.ndarray] = {}
-        for split in sorted(set(self._split_N)):
-            rows = np.flatnonzero(self._split_N == split)
-            parts = np.array_split(rows, -(-len(rows) // STAYS_PER_SHARD))
-            shards |= {f"{split}/{number}": part for number, part in enumerate(parts)}
-        return shards
+        return shards_of(self._split_N, STAYS_PER_SHARD)
 
 
 def _read_outcomes(path: Location) -> dict[int, tuple[bool, float]]:
@@ -374,18 +305,8 @@ def _events(texts: list[tuple[Location, int, bytes]]) -> pa.Table:
     time_E = np.concatenate([np.full(num_stays, origin_us), time_R[kept]])
     code_E = np.concatenate([np.full(num_stays, _CODE_ID[ADMISSION]), code_R[kept]])
     value_E = np.concatenate([np.full(num_stays, np.nan), np.where(has_value_R, value_R, np.nan)[kept]])
-    order = np.lexsort((time_E, stay_E))
-    time_E, value_E = time_E[order], value_E[order]
-    codes = pa.DictionaryArray.from_arrays(code_E[order].astype(np.int32), list(CODES))
-    return pa.table(
-        [
-            np.array([record for _, record, _ in texts])[stay_E[order]],
-            pa.array(time_E, mask=time_E == STATIC_TIME).cast(pa.timestamp("us")),
-            codes.cast(pa.string()),
-            pa.array(value_E.astype(np.float32), mask=np.isnan(value_E)),
-        ],
-        schema=DATA_SCHEMA,
-    )
+    record_N = np.array([record for _, record, _ in texts])
+    return events_table(record_N[stay_E], time_E, code_E, value_E, CODES)
 
 
 def _parse(texts: list[tuple[Location, int, bytes]]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray] | None:

@@ -96,6 +96,9 @@ class SyntheticSource:
     def _rng(self, number: int, stream: int) -> np.random.Generator:
         return np.random.default_rng(np.random.SeedSequence(self.config.seed, spawn_key=(number, stream)))
 
+    def counts(self) -> dict[str, int]:
+        return {}
+
     def write_shard(self, shard: str, out: Location) -> None:
         number, ids = self._shards()[shard]
         patients, stays = self._course(number, ids)

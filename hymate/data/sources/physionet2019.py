@@ -1,0 +1,323 @@
+"""PhysioNet/Computing in Cardiology Challenge 2019, early sepsis (Reyna et al. 2020) -> MEDS.
+
+A stay is a subject (subject_id = the number in pNNNNNN.psv), a line of its file an hour in the ICU. The challenge gives
+no dates, so every stay is placed at ORIGIN, with an ICU_ADMISSION event there. The line of hour h (ICULOS) holds what
+was measured up to the end of that hour: its events are at ORIGIN + h hours, and so is its prediction time, at which
+they may be used. A stay whose lines begin after hour 1 keeps its hours. NaN was not measured: no event. Recording
+errors are left as they are.
+
+Age, sex, unit and the hours since the hospital admission are static events, from the first line that has them.
+
+What cannot be used is left out and counted, so that one bad line does not cost a dataset: see `_Reading`.
+
+Shape legend: L lines of a file, C columns of a file, H hours of a stay, V VARIABLES, E events, N stays.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import chain
+
+import numpy as np
+import pyarrow as pa
+
+from hymate.data.meds import (
+    STATIC_TIME,
+    US_PER_HOUR,
+    DataError,
+    SplitsConfig,
+    codes_table,
+    write_metadata,
+    write_parquet,
+)
+from hymate.data.sources.challenges import StayFiles, events_table, shards_of, stratified_splits
+from hymate.storage.paths import Location
+
+ORIGIN = datetime.datetime(2019, 1, 1)  # ICU admission of every stay; only differences mean anything
+STAYS_PER_SHARD = 1000
+CONVERSION = 1  # what is made of the files; another number has them prepared again
+LAST_HOUR = 100_000  # an ICULOS above is none: eleven years
+
+ADMISSION = "ICU_ADMISSION"
+HOUR, LABEL = "ICULOS", "SepsisLabel"
+VARIABLES = {  # column -> (unit, description). Units are those of the values: the challenge lists others for lactate,
+    # magnesium and FiO2
+    "HR": ("bpm", "Heart rate"),
+    "O2Sat": ("%", "Pulse oximetry"),
+    "Temp": ("degC", "Temperature"),
+    "SBP": ("mmHg", "Systolic blood pressure"),
+    "MAP": ("mmHg", "Mean arterial pressure"),
+    "DBP": ("mmHg", "Diastolic blood pressure"),
+    "Resp": ("bpm", "Respiration rate"),
+    "EtCO2": ("mmHg", "End-tidal carbon dioxide"),
+    "BaseExcess": ("mmol/L", "Base excess"),
+    "HCO3": ("mmol/L", "Bicarbonate"),
+    "FiO2": ("", "Fraction of inspired oxygen, 0 to 1"),
+    "pH": ("", "pH"),
+    "PaCO2": ("mmHg", "Partial pressure of arterial carbon dioxide"),
+    "SaO2": ("%", "Oxygen saturation of arterial blood"),
+    "AST": ("IU/L", "Aspartate transaminase"),
+    "BUN": ("mg/dL", "Blood urea nitrogen"),
+    "Alkalinephos": ("IU/L", "Alkaline phosphatase"),
+    "Calcium": ("mg/dL", "Calcium"),
+    "Chloride": ("mmol/L", "Chloride"),
+    "Creatinine": ("mg/dL", "Creatinine"),
+    "Bilirubin_direct": ("mg/dL", "Direct bilirubin"),
+    "Glucose": ("mg/dL", "Serum glucose"),
+    "Lactate": ("mmol/L", "Lactate"),
+    "Magnesium": ("mg/dL", "Magnesium"),
+    "Phosphate": ("mg/dL", "Phosphate"),
+    "Potassium": ("mmol/L", "Potassium"),
+    "Bilirubin_total": ("mg/dL", "Total bilirubin"),
+    "TroponinI": ("ng/mL", "Troponin I"),
+    "Hct": ("%", "Haematocrit"),
+    "Hgb": ("g/dL", "Haemoglobin"),
+    "PTT": ("s", "Partial thromboplastin time"),
+    "WBC": ("cells/nL", "Leukocyte count"),
+    "Fibrinogen": ("mg/dL", "Fibrinogen"),
+    "Platelets": ("cells/nL", "Platelets"),
+}
+NUMBERS = {"Age": "Age, years", "HospAdmTime": "Hospital admission, hours after the ICU admission (before: negative)"}
+CATEGORIES = {  # column -> value -> code
+    "Gender": {0: "GENDER//F", 1: "GENDER//M"},
+    "Unit1": {1: "Unit//MICU"},
+    "Unit2": {1: "Unit//SICU"},
+}
+CODES = {
+    **{f"{name}//{unit}" if unit else name: text for name, (unit, text) in VARIABLES.items()},
+    ADMISSION: "Admission to the ICU",
+    **NUMBERS,
+    "GENDER//F": "Female",
+    "GENDER//M": "Male",
+    "Unit//MICU": "Medical ICU",
+    "Unit//SICU": "Surgical ICU",
+}
+COLUMNS = (*VARIABLES, *NUMBERS, *CATEGORIES, HOUR, LABEL)
+_CODE_ID = {code: id for id, code in enumerate(CODES)}
+_ADMITTED_US = int(ORIGIN.replace(tzinfo=datetime.UTC).timestamp()) * 1_000_000
+
+
+@dataclass(frozen=True)
+class _Stay:
+    """A file that could be read. hour_H: increasing; value_HV: NaN where not measured; label_H: 0, 1 or NaN for none;
+    static: code ids and values, NaN for none.
+    """
+
+    hour_H: np.ndarray
+    value_HV: np.ndarray
+    label_H: np.ndarray
+    static: list[tuple[int, float]]
+
+
+@dataclass
+class _Reading:
+    """Reads files. counts: how often what was found, in words that also say what becomes of it."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+
+    def stay(self, text: bytes) -> _Stay | None:
+        """A file's stay; None where it has no hour."""
+        header, *lines = text.splitlines() or [b""]
+        names = [name.strip().decode(errors="replace") for name in header.split(b"|")]
+        place = {name: names.index(name) for name in COLUMNS if name in names}
+        if HOUR not in place or sum(names.count(name) for name in place) > len(place):
+            self.counts[f"files left out: no header with {HOUR}, or with a column twice"] += 1
+            return None
+        for name in COLUMNS:
+            self._found(name not in place, f"files without the column {name}: nothing of it")
+        self._found(len(set(names) - set(place)), "columns that the challenge does not have: ignored")
+        value_LC = self._values([line.split(b"|") for line in lines if line.strip()], len(names))
+        hour_L = value_LC[:, place[HOUR]]
+        whole_L = (hour_L >= 0) & (hour_L <= LAST_HOUR) & (hour_L == np.floor(hour_L))
+        self._found((~whole_L).sum(), f"lines left out: {HOUR} is no whole number of hours")
+        value_LC, hour_L = value_LC[whole_L], hour_L[whole_L].astype(np.int64)
+        if not len(hour_L):
+            self.counts["files left out: no line with an hour"] += 1
+            return None
+        self._found((np.diff(hour_L) < 0).any(), "files whose lines were out of order: sorted by hour")
+        hour_H, first_H = np.unique(hour_L, return_index=True)
+        self._found(len(hour_L) - len(hour_H), "lines left out: an earlier line has their hour")
+        value_HC = value_LC[first_H]
+
+        def column(name: str) -> np.ndarray:
+            return value_HC[:, place[name]] if name in place else np.full(len(hour_H), np.nan)
+
+        value_HV = np.stack([column(name) for name in VARIABLES], axis=1)
+        label_H = self._labels(column(LABEL)) if LABEL in place else column(LABEL)
+        return _Stay(hour_H, value_HV, label_H, self._static({name: column(name) for name in (*NUMBERS, *CATEGORIES)}))
+
+    def _values(self, rows: list[list[bytes]], width: int) -> np.ndarray:
+        """(L, C) float64 of the lines with as many fields as the header; NaN where there is no finite float32."""
+        whole = [row for row in rows if len(row) == width]
+        self._found(len(rows) - len(whole), "lines left out: not as many fields as the header")
+        try:
+            flat = list(map(float, chain.from_iterable(whole)))
+        except ValueError:
+            flat = [self._number(text) for text in chain.from_iterable(whole)]
+        value_LC = np.array(flat, dtype=np.float64).reshape(len(whole), width)
+        with np.errstate(over="ignore"):
+            infinite_LC = np.isinf(value_LC.astype(np.float32))
+        self._found(infinite_LC.sum(), "values too large for float32: no event")
+        value_LC[infinite_LC] = np.nan
+        return value_LC
+
+    def _number(self, text: bytes) -> float:
+        try:
+            return float(text)
+        except ValueError:
+            self._found(bool(text.strip()), "values that are no number: no event")
+            return math.nan
+
+    def _labels(self, given_H: np.ndarray) -> np.ndarray:
+        """1 from the first 1 on, as the challenge defines its label; NaN where none was given."""
+        label_H = np.where(np.isin(given_H, (0, 1)), given_H, np.nan)
+        self._found(np.isnan(label_H).sum(), "lines whose label is neither 0 nor 1: no label, their events stay")
+        kept_H = np.where(np.isnan(label_H), np.nan, np.fmax.accumulate(label_H))
+        self._found((kept_H > label_H).sum(), "labels that went back from 1 to 0: kept at 1")
+        at_first = label_H[~np.isnan(label_H)][:1]
+        self._found(at_first.sum(), "stays labelled from the first line on, so with an unknown onset: kept")
+        return kept_H
+
+    def _static(self, columns: dict[str, np.ndarray]) -> list[tuple[int, float]]:
+        found = []
+        for name, value_H in columns.items():
+            for value in value_H[~np.isnan(value_H)][:1]:
+                if name in NUMBERS:
+                    found.append((_CODE_ID[name], float(value)))
+                elif value in CATEGORIES[name]:
+                    found.append((_CODE_ID[CATEGORIES[name][value]], math.nan))
+                else:
+                    self._found(value not in (0, 1), f"stays whose {name} is neither 0 nor 1: nothing of it")
+        return found
+
+    def _found(self, times: int, what: str) -> None:
+        if times:
+            self.counts[what] += int(times)
+
+
+@dataclass(frozen=True)
+class _Stays:
+    """What one look at all files found. number_N, of those that can be used, rising; septic_N: whether a label is 1."""
+
+    number_N: np.ndarray
+    septic_N: np.ndarray
+    counts: dict[str, int]
+    digest: str
+
+
+@dataclass(frozen=True)
+class PhysioNet2019Source:
+    """The challenge's `*.psv` files below a folder, `training_setA/` or `training_setA.tar.xz` there, for instance.
+
+    Splits are by stay and stratified on sepsis. Labels, at the end of each hour: `sepsis` (boolean), as the challenge
+    has them, so 1 from 6 hours before the onset on.
+    """
+
+    raw: Location
+    splits: SplitsConfig
+    seed: int
+    name: str = "physionet2019"
+
+    def shards(self) -> list[str]:
+        return list(self._shards)
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(
+            repr((CONVERSION, self.splits, self.seed, CODES, self._stays.digest)).encode()
+        ).hexdigest()
+
+    def counts(self) -> dict[str, int]:
+        return self._stays.counts
+
+    def write_shard(self, shard: str, out: Location) -> None:
+        wanted = set(self._stays.number_N[self._shards[shard]].tolist())
+        stays = {number: stay for number, text in self._texts(wanted) if (stay := _Reading().stay(text)) is not None}
+        if set(stays) != wanted:
+            raise DataError(f"{self.raw}: the files changed meanwhile: give the command again")
+        stays = dict(sorted(stays.items()))
+        write_parquet(_events(stays), out / "data" / f"{shard}.parquet")
+        write_parquet(_labels(stays), out / "labels" / "sepsis" / f"{shard}.parquet")
+
+    def finish(self, out: Location) -> None:
+        dataset = {
+            "dataset_name": "PhysioNet Challenge 2019",
+            "dataset_version": "1.0.0",
+            "license": "CC-BY-4.0",
+        }
+        splits = pa.table({"subject_id": self._stays.number_N, "split": self._split_N})
+        write_metadata(out, dataset, splits, codes_table(CODES))
+
+    def _texts(self, wanted: set[int] | None = None) -> Iterator[tuple[int, bytes]]:
+        """(number, text) of the stays in `wanted`, or of all: of the folder, and of archives not unpacked there."""
+        if not self.raw.is_dir():
+            raise DataError(f"{self.raw}: no such folder: raw=DIR must hold the challenge's *.psv files")
+        there: list[Location] = list(self.raw.iterdir())
+        unpacked = {path.name for path in there if path.is_dir()}
+        archives = [path for path in sorted(there, key=str) if ".tar" in path.name and not path.name.startswith(".")]
+        places = [self.raw, *(path for path in archives if path.name.split(".tar")[0] not in unpacked)]
+        for place in places:
+            for _, number, text in StayFiles(place, ".psv", "p?([0-9]{1,18})", "pNNNNNN", nested=True).texts(wanted):
+                yield number, text
+
+    @functools.cached_property
+    def _stays(self) -> _Stays:
+        reading, digest, septic = _Reading(), hashlib.sha256(), {}
+        seen: set[int] = set()
+        for number, text in self._texts():
+            if number in seen:
+                raise DataError(f"{self.raw}: two files are of stay {number}: remove one")
+            seen.add(number)
+            digest.update(f"{number} {len(text)}\n".encode() + text)
+            stay = reading.stay(text)
+            if stay is not None:
+                septic[number] = bool((stay.label_H == 1).any())
+        if not septic:
+            raise DataError(
+                f"{self.raw}: {len(seen)} files *.psv, and no stay in them: put the challenge's training_setA or "
+                "training_setA.tar.xz there"
+            )
+        number_N = np.array(sorted(septic))
+        septic_N = np.array([septic[number] for number in number_N.tolist()])
+        return _Stays(number_N, septic_N, dict(sorted(reading.counts.items())), digest.hexdigest())
+
+    @functools.cached_property
+    def _split_N(self) -> np.ndarray:
+        return stratified_splits(self.splits, self.seed, self._stays.number_N, self._stays.septic_N)
+
+    @functools.cached_property
+    def _shards(self) -> dict[str, np.ndarray]:
+        return shards_of(self._split_N, STAYS_PER_SHARD)
+
+
+def _events(stays: dict[int, _Stay]) -> pa.Table:
+    """MEDS data of stays; of one hour in the order of VARIABLES."""
+    numbers, times, codes, values = [], [], [], []  # of each stay, static events first
+    for number, stay in stays.items():
+        row_E, variable_E = np.nonzero(~np.isnan(stay.value_HV))
+        static = len(stay.static)
+        codes += [*(code for code, _ in stay.static), _CODE_ID[ADMISSION], *variable_E.tolist()]
+        values += [*(value for _, value in stay.static), math.nan, *stay.value_HV[row_E, variable_E].tolist()]
+        hours = (stay.hour_H[row_E] * US_PER_HOUR + _ADMITTED_US).tolist()
+        times += [*[STATIC_TIME] * static, _ADMITTED_US, *hours]
+        numbers += [number] * (static + 1 + len(hours))
+    return events_table(np.array(numbers), np.array(times), np.array(codes), np.array(values), CODES)
+
+
+def _labels(stays: dict[int, _Stay]) -> pa.Table:
+    """MEDS labels: one at each hour that has one."""
+    known = {number: ~np.isnan(stay.label_H) for number, stay in stays.items()}
+    hours = [stay.hour_H[known[number]] for number, stay in stays.items()]
+    labels = [stay.label_H[known[number]] > 0.5 for number, stay in stays.items()]
+    return pa.table(
+        {
+            "subject_id": np.repeat(np.array(list(stays)), [len(hour_H) for hour_H in hours]),
+            "prediction_time": pa.array(_ADMITTED_US + np.concatenate(hours) * US_PER_HOUR, pa.timestamp("us")),
+            "boolean_value": np.concatenate(labels),
+        }
+    )
