@@ -14,6 +14,7 @@ COMMANDS = {  # name: the module, the configuration that it has, and what runs i
     "tune": ("hymate.tuning.search", "TuneConfig", "search"),
     "benchmark": ("hymate.tuning.benchmark", "BenchmarkConfig", "benchmark"),
     "predict": ("hymate.predict", "PredictConfig", "run"),
+    "evaluate": ("hymate.evaluate", "EvaluateConfig", "run"),
     "explain": ("hymate.explain", "ExplainConfig", "run"),
     "baselines": ("hymate.baselines", "BaselinesConfig", "run"),
     "plan": ("hymate.plan", "PlanConfig", "plan"),

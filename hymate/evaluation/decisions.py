@@ -49,6 +49,11 @@ def threshold_at(specificity: float, label_N: ArrayLike, prob_N: ArrayLike, weig
     return float(prob_N[order_N][np.searchsorted(below_N, specificity * below_N[-1] * (1 - 1e-12))])
 
 
+def thresholds(label_M: ArrayLike, prob_M: ArrayLike, weight_M: ArrayLike | None = None) -> dict[float, float]:
+    """Aimed specificity -> threshold, for each of SPECIFICITIES, on labels that are not scored."""
+    return {aim: threshold_at(aim, label_M, prob_M, weight_M) for aim in SPECIFICITIES}
+
+
 def operating_point(
     threshold: float, label_N: ArrayLike, prob_N: ArrayLike, subject_N: ArrayLike, weight_N: ArrayLike | None = None
 ) -> dict[str, Any]:
@@ -238,20 +243,17 @@ def assess(
     prob_N: ArrayLike,
     subject_N: ArrayLike,
     groups: Mapping[str, Mapping[str, Array]],
-    tuning_label_M: ArrayLike,
-    tuning_prob_M: ArrayLike,
+    threshold_of: Mapping[float, float],
     weight_N: ArrayLike | None = None,
-    tuning_weight_M: ArrayLike | None = None,
 ) -> dict[str, Any]:
-    """All of the above for one task's held-out labels, as plain JSON values.
+    """All of the above for one task's labels, as plain JSON values.
 
-    groups: kind of group -> name -> which labels belong to it (N,). The thresholds come from the tuning split, so that
-    their sensitivity and specificity on held-out labels are no hindsight.
+    groups: kind of group -> name -> which labels belong to it (N,). threshold_of: `thresholds` of other patients, so
+    that their sensitivity and specificity on these labels are no hindsight.
     """
     label_N, prob_N, subject_N = np.asarray(label_N), np.asarray(prob_N), np.asarray(subject_N)
     weight_N = metrics.weights(weight_N, label_N)
     every = label_N, prob_N, subject_N, weight_N
-    threshold_of = {aim: threshold_at(aim, tuning_label_M, tuning_prob_M, tuning_weight_M) for aim in SPECIFICITIES}
     named = [(kind, name, own) for kind, groups_of in groups.items() for name, own in groups_of.items()]
     judged = sum(len(np.unique(subject_N[own])) >= FEWEST_SUBJECTS for _, _, own in named)
     z, overall = group_z(max(1, judged)), metrics.auroc(label_N, prob_N, weight_N)

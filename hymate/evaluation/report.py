@@ -19,6 +19,7 @@ from hymate.inference.provenance import SENTENCES
 from hymate.storage.paths import Location
 
 REPORT = "report.md"
+TUNED = "chosen on the tuning split"  # thresholds
 VERDICT_AIM = 0.9  # the specificity of the operating point in the verdict
 GROUPS_A_KIND = 8  # shown, the largest; results.json has all
 NAMED = 3  # groups that the verdict names of each kind of trouble
@@ -52,7 +53,7 @@ CENSORING = {
 COMPETING = {"negative": "a negative label", "exclude": "no label"}
 LIMITS = """\
 Not a medical device. The model knows the codes, units and practices of the dataset it was trained on. On another
-site's data, look at the fraction of unknown codes that `predict` prints, and validate locally before any use."""
+site's data validate it before any use: `python -m hymate.evaluate` reports how it does there, and what differs."""
 
 
 def show(found: Mapping[str, Any], run_path: Location) -> None:
@@ -115,7 +116,7 @@ def _details(found: Mapping[str, Any]) -> list[str]:
         parts += [DAYS, markdown(days)]
     for part in parts_of(found):
         if part["split"] == "held_out":
-            parts += [*_task_column(found, f"# {part['task']}"), *_sections(part)]
+            parts += [*_task_column(found, f"# {part['task']}"), *sections(part)]
     parts += ["## Labels", markdown(_split_rows(found))]
     for part in parts_of(found):
         if "triggers" in part["labels"]:
@@ -207,7 +208,7 @@ def verdict(part: Mapping[str, Any]) -> str:
         return "The held-out labels are all of one class, so the model can't be judged."
     sentences = {
         "How good.": _ranking(part),
-        "Would gradient boosting do?": _boosting(part),
+        **({"Would gradient boosting do?": _boosting(part)} if part.get("boosting") else {}),
         "Probabilities.": _probabilities(part),
         "Alerts.": _alerts(part),
         "Worth.": _worth(part),
@@ -218,11 +219,15 @@ def verdict(part: Mapping[str, Any]) -> str:
 
 def _ranking(part: Mapping[str, Any]) -> str:
     return (
-        f"Of {part['num_labels']:,} held-out predictions for {part['num_subjects']:,} patients "
+        f"Of {part['num_labels']:,} {_held_out(part)}predictions for {part['num_subjects']:,} patients "
         f"{part['num_positives']:,} are positive ({percent(part['prevalence'])}). AUROC is "
         f"{with_interval(part['auroc'])}: the chance that a positive is ranked above a negative; guessing gives 0.5. "
         f"AUPRC is {with_interval(part['auprc'])}; guessing gives {number(part['prevalence'])}."
     )
+
+
+def _held_out(part: Mapping[str, Any]) -> str:
+    return "held-out " if part.get("split", "held_out") == "held_out" else ""
 
 
 def _boosting(part: Mapping[str, Any]) -> str:
@@ -269,8 +274,8 @@ def _probabilities(part: Mapping[str, Any]) -> str:
 def _alerts(part: Mapping[str, Any]) -> str:
     point = next(point for point in part["operating_points"] if point["aim"] == VERDICT_AIM)
     return (
-        f"At a threshold of {percent(point['threshold'])}, chosen for {percent(VERDICT_AIM)} specificity on the tuning "
-        f"split, {point['alerts_per_100']:.0f} of 100 predictions are alerts. They find "
+        f"At a threshold of {percent(point['threshold'])}, for {percent(VERDICT_AIM)} specificity "
+        f"({part.get('thresholds', TUNED)}), {point['alerts_per_100']:.0f} of 100 predictions are alerts. They find "
         f"{percent_with_interval(point['sensitivity'])} of the positives (sensitivity), and "
         f"{percent_with_interval(point['ppv'])} of them are right (PPV). Specificity is "
         f"{percent_with_interval(point['specificity'])}."
@@ -324,11 +329,11 @@ def _name(group: Mapping[str, Any]) -> str:
 # ------------------------------------------------------------- tables: a header and a line for each thing in them
 
 
-def _sections(part: Mapping[str, Any]) -> list[str]:
+def sections(part: Mapping[str, Any]) -> list[str]:
     """The tables of operating points, net benefit, groups, as Markdown parts."""
     return [
         "## Operating points",
-        "Thresholds chosen on the tuning split; everything else measured on the held-out split.",
+        f"Thresholds {part.get('thresholds', TUNED)}; everything else is measured on other patients.",
         markdown(_operating_rows(part)),
         "## Net benefit",
         "True positives per 100 predictions, less false positives weighed by the odds of the threshold; treat-none is "
@@ -394,18 +399,18 @@ def score_rows(found: Mapping[str, Any]) -> list[list[str]]:
     rows = [[*_task_column(found, "task"), *header]]
     for part in parts_of(found):
         sizes = [part["split"], str(part["num_labels"]), str(part["num_subjects"]), number(part["prevalence"])]
-        rows.append([*_task_column(found, part["task"]), *sizes, *_score_cells(part)])
+        rows.append([*_task_column(found, part["task"]), *sizes, *score_cells(part)])
         below = [*_task_column(found, "")]
         boosting = part.get("boosting") or {}
         if "difference" in boosting:
-            rows.append([*below, "gradient boosting", "", "", "", *_score_cells(boosting)])
-            rows.append([*below, "difference [97.5 % CI]", "", "", "", *_score_cells(boosting["difference"])])
+            rows.append([*below, "gradient boosting", "", "", "", *score_cells(boosting)])
+            rows.append([*below, "difference [97.5 % CI]", "", "", "", *score_cells(boosting["difference"])])
         if "ceiling" in part:
-            rows.append([*below, "best possible", "", "", "", *_score_cells(part["ceiling"])])
+            rows.append([*below, "best possible", "", "", "", *score_cells(part["ceiling"])])
     return rows
 
 
-def _score_cells(scores: Mapping[str, Any]) -> list[str]:
+def score_cells(scores: Mapping[str, Any]) -> list[str]:
     """Nothing for a score that is not there."""
     found = [scores.get(name, "") for name in SHOWN]
     return [with_interval(x) if isinstance(x, dict) else x if x == "" else number(x) for x in found]

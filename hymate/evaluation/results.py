@@ -58,11 +58,12 @@ def of_task(
         **label_set.summary(),
         "competing_rule": task.competing_rule,
         "censoring_rule": task.censoring_rule,
-        "splits": {split: _sizes(part) for split, part in examples.items()},
+        "splits": {split: sizes(part) for split, part in examples.items()},
     }
 
 
-def _sizes(examples: Examples) -> dict[str, int]:
+def sizes(examples: Examples) -> dict[str, int]:
+    """Of the labels of one task."""
     return {
         "labels": len(examples),
         "positives": int((examples.label_E > 0.5).sum()),
@@ -95,6 +96,15 @@ def scores_of(found: Mapping[str, Any], split: str) -> dict[str, Any]:
         if part["split"] == split
     }
     return scores if "tasks" in found else scores.get(found["task"], {})
+
+
+def thresholds_of(found: Mapping[str, Any]) -> dict[str, list[list[float]]]:
+    """Each task's aimed specificities with their thresholds, for the bundle."""
+    return {
+        part["task"]: [[point["aim"], point["threshold"]] for point in part["operating_points"]]
+        for part in parts_of(found)
+        if "operating_points" in part
+    }
 
 
 def predictions_file(task: str, tasks: Sequence[str]) -> str:

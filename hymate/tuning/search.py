@@ -208,6 +208,7 @@ def _export(bundle: Bundle, histories: Histories, found: dict[str, Any], run_pat
         extra={
             **{split: scores for split in ("held_out", "tuning") if (scores := results.scores_of(found, split))},
             "recalibration": {part["task"]: part["recalibration"] for part in results.parts_of(found)},
+            "thresholds": results.thresholds_of(found),
             "provenance": provenance(histories, found["initial_weights"]),
         },
     )

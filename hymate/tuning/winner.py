@@ -109,10 +109,8 @@ def judge_task(
             probability_E,
             subject_id_E,
             task.held_out_groups,
-            tuning.label_E,
-            tuning_probability_E,
+            decisions.thresholds(tuning.label_E, tuning_probability_E, tuning.weight_E),
             weight_E,
-            tuning.weight_E,
         )
         if scores["auroc"]["value"] is not None:
             part["boosting"], boosting_E = {"left_out": "report.boosting=false"}, None

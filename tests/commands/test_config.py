@@ -20,6 +20,7 @@ from hymate.command import CONFIGS, load, main
 from hymate.config import RunConfig, TaskConfig
 from hymate.data.prepare import PrepareConfig
 from hymate.errors import ConfigError, UserError
+from hymate.evaluate import EvaluateConfig
 from hymate.explain import ExplainConfig
 from hymate.plan import PlanConfig
 from hymate.predict import PredictConfig
@@ -136,6 +137,7 @@ COMMANDS: dict[str, tuple[type, list[str], list[str]]] = {
         [PATH, "bundle=B", "out=o", "task=mortality", "context=all"],
         ["bundle", "out", "states"],
     ),
+    "evaluate": (EvaluateConfig, [PATH, "bundle=B", "out=o", "task=mortality"], ["data.path", "bundle", "out"]),
     "explain": (ExplainConfig, [PATH, "bundle=B", "out=o", "task=mortality"], ["data.path", "bundle", "task.labels"]),
     "baselines": (BaselinesConfig, [PATH, "out=o", "task=mortality"], ["data.path", "out", "task.labels"]),
     "plan": (PlanConfig, [], ["data.path"]),

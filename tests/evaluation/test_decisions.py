@@ -247,7 +247,7 @@ def test_a_group_whose_risks_are_wrong_is_told_and_a_tiny_one_is_not_shown() -> 
     off = np.arange(3000) % 3 == 0
     prob[off] = expit(true[off] + 1)
     groups = {"kind": {"off": off, "fine": ~off, "tiny": np.arange(3000) < decisions.FEWEST_SUBJECTS - 1}}
-    found = decisions.assess(label, prob, subject, groups, label, prob)
+    found = decisions.assess(label, prob, subject, groups, decisions.thresholds(label, prob))
     assert json.loads(json.dumps(found)) == found
     wrong, fine, tiny = found["subgroups"]
     assert (wrong["group"], wrong["wrong"], fine["wrong"]) == ("off", "too high", None)
@@ -280,8 +280,10 @@ def test_weights_count_as_repeated_labels() -> None:
     groups = {"kind": {"odd": subject % 2 == 1}}
     repeated = {"kind": {"odd": groups["kind"]["odd"][again]}}
     prob = expit(true + 0.3)
-    found = decisions.assess(label, prob, subject, groups, label, prob, weight, weight)
-    expected = decisions.assess(label[again], prob[again], subject[again], repeated, label[again], prob[again])
+    found = decisions.assess(label, prob, subject, groups, decisions.thresholds(label, prob, weight), weight)
+    expected = decisions.assess(
+        label[again], prob[again], subject[again], repeated, decisions.thresholds(label[again], prob[again])
+    )
     for assessed in (found, expected):
         assessed["calibration"].pop("curve")  # of as many labels each, whatever they weigh
         for count in ("labels", "positives", "judged"):
@@ -299,13 +301,12 @@ def test_weights_count_as_repeated_labels() -> None:
         calibration.recalibrate(label[again], logits[again]),
     )
     assert (fitted.temperature, fitted.shift) == pytest.approx((of_repeated.temperature, of_repeated.shift), rel=1e-4)
-    assert decisions.assess(label, prob, subject, groups, label, prob, np.ones(400)) == decisions.assess(
-        label, prob, subject, groups, label, prob
-    )
+    every = label, prob, subject, groups, decisions.thresholds(label, prob)
+    assert decisions.assess(*every, np.ones(400)) == decisions.assess(*every)
 
 
 def test_labels_of_one_class_are_no_error() -> None:
-    everyone = {"kind": {"all": np.ones(30, bool)}}
-    found = decisions.assess(np.zeros(30), np.linspace(0.1, 0.9, 30), np.arange(30), everyone, [0, 1], [0.4, 0.6])
+    everyone, chosen = {"kind": {"all": np.ones(30, bool)}}, decisions.thresholds([0, 1], [0.4, 0.6])
+    found = decisions.assess(np.zeros(30), np.linspace(0.1, 0.9, 30), np.arange(30), everyone, chosen)
     assert found["calibration"]["slope"]["value"] is None and found["subgroups"][0]["auroc"]["value"] is None
     assert found["operating_points"][0]["sensitivity"] == {"value": None, "ci": None}

@@ -23,7 +23,9 @@ def judged(model_noise: float, boosting_noise: float, num_labels: int = 600) -> 
     logit = rng.normal(-0.5, 2, num_labels)
     label, subject = (rng.random(num_labels) < expit(logit)).astype(float), np.arange(num_labels)
     model, boosting = (expit(logit + rng.normal(0, noise, num_labels)) for noise in (model_noise, boosting_noise))
-    found = metrics.scores(label, model, subject) | decisions.assess(label, model, subject, {}, label, model)
+    found = metrics.scores(label, model, subject) | decisions.assess(
+        label, model, subject, {}, decisions.thresholds(label, model)
+    )
     beside = {**metrics.scores(label, boosting, subject), "num_features": 1234, "seconds": 5.4, "num_fitted": 900}
     found |= {"splits": {"train": {"labels": 900}}}
     return found | {"boosting": beside | {"difference": metrics.paired_difference(label, model, boosting, subject)}}

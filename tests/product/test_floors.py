@@ -28,7 +28,7 @@ FLOORS = (
     ("training",),
     ("evaluation",),
     ("tuning",),
-    ("interface", "plan", "predict", "explain", "baselines", "scripts"),
+    ("interface", "plan", "predict", "evaluate", "explain", "baselines", "scripts"),
 )
 ROOMS = [room for floor in FLOORS for room in floor]
 # What a library may be imported by; where a name is not here, everyone may.
@@ -50,6 +50,7 @@ LIBRARIES = {
         "tuning",
         "training",
         "predict",
+        "evaluate",
         "explain",
         "baselines",
         "interface",

@@ -12,7 +12,7 @@ from unittest.mock import Mock
 
 import pytest
 
-from hymate import baselines, explain, predict
+from hymate import baselines, evaluate, explain, predict
 from hymate.command import load
 from hymate.data import prepare
 from hymate.errors import UserError
@@ -130,6 +130,7 @@ TASK = ["data.path={data}", "task=readmission"]
             [*TASK, "bundle=b", "out={free}", "context=all"],
         ),
         ("explain", explain.ExplainConfig, explain.run, "explain.prepared", "out", [*TASK, "bundle=b"]),
+        ("evaluate", evaluate.EvaluateConfig, evaluate.run, "evaluate.open_for", "out", [*TASK, "bundle=b"]),
         ("baselines", baselines.BaselinesConfig, baselines.run, "baselines.read_or_extract_labels", "out", TASK),
         (
             "prepare",
@@ -175,7 +176,7 @@ def test_a_command_refuses_before_it_computes(
     computing = Mock(side_effect=AssertionError("it computes"))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(f"hymate.{work}", computing)
-    for module in (predict, explain):
+    for module in (predict, evaluate, explain):
         monkeypatch.setattr(module, "read_bundle", Mock())
     monkeypatch.setattr(predict, "check_streamable", Mock())
     with pytest.raises(UserError, match=rf"^{key}=.*cannot be written to \({tmp_path}/file is a file, not a folder\)"):

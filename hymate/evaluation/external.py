@@ -1,0 +1,115 @@
+"""The report of a finished model on other data: `hymate.evaluate`'s results.json in sentences and tables.
+
+`found` is the content of results.json. "models" has for each name what `metrics.scores` and `decisions.assess` found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from hymate.evaluation import tables, transport
+from hymate.evaluation.decisions import ENOUGH_POSITIVES, ENOUGH_SUBJECTS
+from hymate.evaluation.metrics import SHOWN
+from hymate.evaluation.report import LIMITS, REPORT, score_cells, sections, verdict
+from hymate.evaluation.results import RESULTS, SCORES
+from hymate.evaluation.tables import markdown, number, percent, percent_with_interval, with_interval
+from hymate.storage.paths import Location
+
+__all__ = ["AS_IT_IS", "RECALIBRATED", "REPORT", "report", "scores_before", "show", "thresholds_of"]
+
+AS_IT_IS, RECALIBRATED = "as it is", "recalibrated"
+LEARNED_HERE = (
+    "The model learned from patients of this dataset, or was chosen on them, and split={split} may hold them, so its "
+    "scores may be too good. Give split=held_out, or data that it has never seen."
+)
+
+
+def thresholds_of(extra: Mapping[str, Any], task: str) -> dict[float, float]:
+    """Aimed specificity -> threshold, of a bundle's own report; empty where it names none."""
+    return dict(extra.get("thresholds", {}).get(task, []))
+
+
+def scores_before(extra: Mapping[str, Any], task: str) -> dict[str, Any] | None:
+    """A bundle's scores on its own held-out data, where it has any."""
+    found = extra.get("held_out", {})
+    found = found.get(task, found)
+    return {name: found[name] for name in SCORES if name in found} if "auroc" in found else None
+
+
+def show(found: Mapping[str, Any], out: Location) -> None:
+    """Print the scores, and where everything is."""
+    tables.show(_title(found), [row[:-3] for row in _score_rows(found)])  # the report has the rest
+    print(_changed(found))
+    for note in _notes(found):
+        print(f"Note: {note}")
+    for name, file in (("results", RESULTS), ("report", REPORT), ("predictions", "predictions.parquet")):
+        print(f"{name:<12} {out / file}", flush=True)
+
+
+def report(found: Mapping[str, Any]) -> str:
+    """report.md."""
+    parts = [f"# {_title(found)}", *(f"**Note:** {note}" for note in _notes(found))]
+    parts += [f"**What changed.** {_changed(found)}", _recalibrated(found), markdown(_score_rows(found))]
+    if "days" in found:
+        days = found["days"]
+        parts.append(
+            f"Days of {days['num_labels']:,} labels: mean absolute error {with_interval(days['mae'])}, that of the "
+            f"median {number(days['mae_of_median'])}; concordance {with_interval(days['concordance'])}."
+        )
+    for name, judged in found["models"].items():
+        picture = f"![ROC, precision-recall, calibration, decision curve]({judged['picture']})"
+        parts += [f"## The model {name}", verdict(judged), picture]
+    for name, judged in found["models"].items():
+        parts += [f"## Tables: the model {name}", *(part.replace("## ", "### ", 1) for part in sections(judged))]
+    return "\n\n".join([*parts, "## Limits", LIMITS]) + "\n"
+
+
+def _title(found: Mapping[str, Any]) -> str:
+    return f"Task {found['task']}: a finished model on split {found['split']} of {found['data']}"
+
+
+def _notes(found: Mapping[str, Any]) -> list[str]:
+    judged, notes = found["models"][AS_IT_IS], []
+    if found["learned_here"] and found["split"] != "held_out":
+        notes.append(LEARNED_HERE.format(split=found["split"]))
+    if judged["num_positive_subjects"] < ENOUGH_POSITIVES or judged["num_subjects"] < ENOUGH_SUBJECTS:
+        notes.append(
+            f"Too few patients to judge the AUROC: {judged['num_subjects']}, of whom {judged['num_positive_subjects']} "
+            f"have a positive label ({ENOUGH_SUBJECTS} and {ENOUGH_POSITIVES} are needed)."
+        )
+    return notes
+
+
+def _changed(found: Mapping[str, Any]) -> str:
+    before = found["before"] and found["before"]["prevalence"]
+    return transport.paragraph(found["transport"], found["models"][AS_IT_IS]["prevalence"], before)
+
+
+def _recalibrated(found: Mapping[str, Any]) -> str:
+    on, num_subjects = found["recalibrated_on"], found["models"][AS_IT_IS]["num_subjects"]
+    if on is None:
+        return f"The model is scored as it is, on all {num_subjects:,} patients."
+    return (
+        f"The model was recalibrated (temperature {on['temperature']:.2f}, shift {on['shift']:+.2f}) on "
+        f"{percent(on['fraction'])} of the patients, drawn at random: {on['subjects']:,} patients, {on['labels']:,} "
+        f"labels, {on['positives']:,} of them positive. The other {num_subjects:,} patients are scored, by the model "
+        "as it is and recalibrated. Recalibration does not change how patients are ranked."
+    )
+
+
+def _score_rows(found: Mapping[str, Any]) -> list[list[str]]:
+    """The models here, and below them the scores on the held-out part of their own data."""
+    header = ["model", "labels", "patients", "prevalence", *SHOWN.values(), "mean risk", "observed", "slope"]
+    rows = [header]
+    for name, judged in found["models"].items():
+        fit = judged["calibration"]
+        shown = percent(fit["predicted"]), percent_with_interval(fit["observed"]), with_interval(fit["slope"])
+        rows.append([name, *_sizes(judged), *score_cells(judged), *shown])
+    if (before := found["before"]) is not None:
+        rows.append(["on its own held-out data", *_sizes(before), *score_cells(before), "", "", ""])
+    return rows
+
+
+def _sizes(scores: Mapping[str, Any]) -> list[str]:
+    return [f"{scores['num_labels']:,}", f"{scores['num_subjects']:,}", number(scores["prevalence"])]
