@@ -34,10 +34,11 @@ from hymate.data.tasks import LabelSet, read_or_extract_labels
 from hymate.errors import ConfigError
 from hymate.evaluation import metrics, tables
 from hymate.evaluation.baseline_models import (
+    FEATURES,
     IMPORTANCE_LABELS,
     Fitted,
     Kind,
-    fit_to,
+    fitted_to,
     importance,
     lightgbm,
     recalibrated,
@@ -104,10 +105,9 @@ def _scored(
     root, out = locate(config.data.path), locate(config.out)
     started = time.monotonic()
     scored = "held_out" if "held_out" in examples else "tuning"
-    parts = (examples["train"], examples["tuning"])
-    fitted = fit_to(config.baseline, histories, *parts, config.features, config.seed)
-    seconds = time.monotonic() - started
-    probability, recalibration = recalibrated(fitted, histories, examples, scored)
+    with fitted_to(config.baseline, histories, examples, config.features, config.seed, out / FEATURES) as fitted:
+        seconds = time.monotonic() - started
+        probability, recalibration = recalibrated(fitted, scored)
     scores = {
         split: metrics.scores(examples[split].label_E, p_E, examples[split].subject_id_E, examples[split].weight_E)
         for split, p_E in probability.items()
@@ -125,6 +125,7 @@ def _scored(
         "chosen": fitted.model.chosen,
         "num_features": len(fitted.spec.columns),
         "num_fitted": fitted.num_labels,
+        "library": fitted.library,
         "seconds": seconds,
         "importance": _importances(fitted, histories, examples["tuning"], config.seed),
         **label_set.summary(),

@@ -80,6 +80,12 @@ class Examples:
         kept = np.flatnonzero(kept) if kept.dtype == bool else kept
         return replace(self, **{name: value[kept] for name, value in self._arrays().items()})
 
+    def in_parts(self, about: int) -> list[Examples]:
+        """Consecutive parts of about so many, none of which cuts a subject in two."""
+        starts = np.flatnonzero(np.diff(self.position_E, prepend=-1))
+        cuts = np.unique(starts[np.searchsorted(starts, np.arange(0, len(self), about)).clip(max=len(starts) - 1)])
+        return [self.only(np.arange(lo, hi)) for lo, hi in zip(cuts, np.append(cuts, len(self))[1:], strict=True)]
+
     def without_labels(self) -> Examples:
         """The same times, as if nothing were known of their labels."""
         return replace(self, label_ET=np.full_like(self.label_ET, np.nan), days_ET=np.full_like(self.days_ET, np.nan))

@@ -1,13 +1,17 @@
 """Gradient boosting and other plain models of aggregate features, and their comparison with another model.
 
+Gradient boosting is scikit-learn's, which needs the whole table in memory, as long as that is there; then LightGBM's,
+where it is installed, which reads the table from disk and holds a byte or two a cell; then that of a sample of labels.
+
 Shape legend: E examples, X features (see `hymate.evaluation.features`), M marks of what is missing.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal, Protocol
@@ -23,14 +27,22 @@ from hymate.data.examples import Examples
 from hymate.data.histories import Histories
 from hymate.errors import UserError
 from hymate.evaluation import calibration, metrics
-from hymate.evaluation.features import FeatureConfig, FeatureSpec, FeatureTable, choose, features
+from hymate.evaluation.features import FeatureConfig, FeatureSpec, FeatureTable, Rows
+from hymate.evaluation.stored import chosen_in_parts, stored_tables
 from hymate.machine import available_cpus, available_memory
+from hymate.storage.paths import Location, remove_tree
 
 Kind = Literal["gradient_boosting", "logistic_regression", "lightgbm"]
+LIBRARY: dict[Kind, str] = {
+    "gradient_boosting": "scikit-learn",
+    "logistic_regression": "scikit-learn",
+    "lightgbm": "LightGBM",
+}
 
 # Of both kinds of boosting; chosen on the train and tuning splits of PhysioNet 2012, sets b + c.
 LEARNING_RATE, NUM_LEAVES, LEAF_LABELS, L2, FEATURE_FRACTION, ROW_FRACTION = 0.02, 15, 20, 1.0, 0.1, 0.8
 FOLDS = 5  # of cross-fitting
+FEATURES = ".features"  # in a run's folder, while they are needed
 NUM_TREES = (150, 600)  # 600 where many variables matter; where few do they learn noise
 STRENGTHS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)  # of logistic regression: 1 / penalty
 MOST_ITERATIONS = 2000
@@ -38,6 +50,8 @@ CLIP = (0.01, 0.99)  # quantiles of a feature in training: recording errors woul
 
 IMPORTANCE_LABELS, REPEATS = 2000, 3
 BYTES_A_CELL = 13  # of a feature table while a model is fitted: float32, scikit-learn's float64 copy, its bins
+BINNED_BYTES_A_CELL = 2  # LightGBM's bins, and their copy by rows
+BINS_FROM, BINS_BYTES_A_CELL = 50_000, 16  # labels that LightGBM chooses bins from, and what it holds of them
 FEWEST_SAMPLED = 2_000  # labels that are worth fitting to, where there are more
 ROWS_AT_ONCE = 20_000  # of a feature table that is only predicted for
 
@@ -56,10 +70,17 @@ class Baseline:
     known_X: np.ndarray
     chosen: dict[str, float]
 
-    def probability(self, value_EX: np.ndarray) -> np.ndarray:
+    def probability(self, value_EX: np.ndarray | Rows) -> np.ndarray:
         """Probability of each row of a feature table, float64 (E,)."""
         with _one_thread():
-            return self.classifier.predict_proba(value_EX[:, self.known_X])[:, 1]
+            parts = [self.classifier.predict_proba(part_NX[:, self.known_X])[:, 1] for part_NX in _read(value_EX)]
+        return np.concatenate(parts)
+
+
+def _read(value_EX: np.ndarray | Rows) -> Iterator[np.ndarray]:
+    """The rows of a table, some at a time."""
+    for start in range(0, len(value_EX), ROWS_AT_ONCE):
+        yield value_EX[start : start + ROWS_AT_ONCE]
 
 
 # ------------------------------------------------------------------------------------------------------- models
@@ -67,41 +88,94 @@ class Baseline:
 
 @dataclass(frozen=True)
 class Fitted:
-    """A baseline, the columns that it reads, and how many training labels it was fitted to."""
+    """A baseline, the features that it was fitted to and is asked about, of each split, and of which library it is.
+
+    num_labels: how many training labels it was fitted to.
+    """
 
     model: Baseline
-    spec: FeatureSpec
-    num_labels: int
+    tables: Mapping[str, FeatureTable]
+    library: str
 
-    def probability(self, histories: Histories, examples: Examples) -> np.ndarray:
-        """Of each example, float64 (E,); never the whole table at once."""
-        starts = range(0, len(examples), ROWS_AT_ONCE)
-        parts = [examples.only(np.arange(start, min(start + ROWS_AT_ONCE, len(examples)))) for start in starts]
-        return np.concatenate([self.model.probability(features(histories, p, self.spec).value_EX) for p in parts])
+    @property
+    def spec(self) -> FeatureSpec:
+        return self.tables["train"].spec
+
+    @property
+    def num_labels(self) -> int:
+        return len(self.tables["train"].examples)
+
+    def probability(self, split: str) -> np.ndarray:
+        """Of each example of a split, float64 (E,); never the whole table at once."""
+        return self.model.probability(self.tables[split].value_EX)
 
 
-def _most_labels(spec: FeatureSpec) -> int:
-    """To how many labels a model can be fitted in half of the memory that is free."""
-    return available_memory() // (2 * BYTES_A_CELL * len(spec.columns))
+def _affordable(kind: Kind, num_labels: int, num_features: int) -> tuple[Kind, int]:
+    """How the labels are fitted in half of the memory that is free, and to how many of them."""
+    free = available_memory() // 2
+    in_memory = free // (BYTES_A_CELL * num_features)
+    if kind == "logistic_regression" or (kind == "gradient_boosting" and num_labels <= in_memory):
+        return kind, in_memory
+    try:
+        lightgbm()
+    except UserError:
+        if kind == "lightgbm":
+            raise
+        return kind, in_memory
+    most = (free - _binned_bytes(0, num_features)) // (BINNED_BYTES_A_CELL * num_features)
+    return ("lightgbm", most) if kind == "lightgbm" or most > in_memory else (kind, in_memory)
 
 
-def fit_to(
-    kind: Kind, histories: Histories, train: Examples, tuning: Examples, config: FeatureConfig, seed: int
-) -> Fitted:
-    """Choose features and fit; where there are more labels than memory for them, on a sample that stands for all.
+def _binned_bytes(num_labels: int, num_features: int) -> int:
+    """What LightGBM holds while it is fitted to labels whose features are on disk."""
+    return (BINNED_BYTES_A_CELL * num_labels + BINS_BYTES_A_CELL * BINS_FROM) * num_features
+
+
+@contextmanager
+def fitted_to(
+    kind: Kind,
+    histories: Histories,
+    examples: Mapping[str, Examples],
+    config: FeatureConfig,
+    seed: int,
+    folder: Location,
+    here: bool = False,
+) -> Iterator[Fitted]:
+    """A baseline that chose its features from the train split's examples, was fitted to them and chosen on the tuning
+    split's; where there are more labels than memory for them, to a sample that stands for all.
+
+    folder: holds the features of all `examples` while the block runs, and what a kill leaves of them. They are made by
+    processes, or on a cluster unless all is to stay `here`.
 
     Raises UserError where the memory does not suffice for a sample either.
     """
-    spec = choose(histories, train, config)
-    most = _most_labels(spec)
-    if most < min(len(train), FEWEST_SAMPLED):
-        raise UserError(
-            f"{len(spec.columns)} features of {FEWEST_SAMPLED} labels need more memory than is free "
-            f"({available_memory() >> 20} MiB)"
-        )
-    train, tuning = train.sampled(most, seed), tuning.sampled(most // 4, seed)
-    model = fit(kind, features(histories, train, spec), features(histories, tuning, spec), seed)
-    return Fitted(model, spec, len(train))
+    with _features_in(folder):
+        spec = chosen_in_parts(histories, examples["train"], config, folder, here)
+        num_labels, num_features = len(examples["train"]), len(spec.columns)
+        kind, most = _affordable(kind, num_labels, num_features)
+        if most < min(num_labels, FEWEST_SAMPLED):
+            raise UserError(
+                f"{num_features} features of {FEWEST_SAMPLED} labels need more memory than is free "
+                f"({available_memory() >> 20} MiB)"
+            )
+        train = examples["train"].sampled(most, seed)
+        if kind == "lightgbm":
+            needed = _binned_bytes(len(train), num_features) >> 20
+            print(f"LightGBM: {len(train):,} labels x {num_features:,} features, about {needed:,} MiB of memory")
+        examples = {**examples, "train": train}
+        with stored_tables(histories, examples, spec, folder, here) as tables:
+            yield Fitted(fit(kind, tables["train"], tables["tuning"], seed), tables, LIBRARY[kind])
+
+
+@contextmanager
+def _features_in(folder: Location) -> Iterator[None]:
+    """Features are kept in the folder while the block runs; a kill leaves them for the same command."""
+    try:
+        yield
+    except Exception:
+        remove_tree(folder)
+        raise
+    remove_tree(folder)
 
 
 def fit(kind: Kind, train: FeatureTable, tuning: FeatureTable, seed: int) -> Baseline:
@@ -110,10 +184,16 @@ def fit(kind: Kind, train: FeatureTable, tuning: FeatureTable, seed: int) -> Bas
 
     The same seed gives the same model. Raises UserError where the model's package is not installed.
     """
-    known_X = ~np.isnan(train.value_EX).all(axis=0)
+    known_X = np.zeros(len(train.spec.columns), bool)
+    for part_NX in _read(train.value_EX):
+        known_X |= ~np.isnan(part_NX).all(axis=0)
+    positive_E, weight_E = train.examples.label_E > 0.5, train.examples.weight_E
     with _one_thread():
-        value_EX, positive_E = train.value_EX[:, known_X], train.examples.label_E > 0.5
-        fitted = _fitted(kind, value_EX, positive_E, train.examples.weight_E, train.spec.is_count_X[known_X], seed)
+        if kind == "lightgbm":
+            fitted = _binned_boosting(train.value_EX, known_X, positive_E, weight_E, seed)
+        else:
+            value_EX, is_count_X = train.value_EX[:][:, known_X], train.spec.is_count_X[known_X]
+            fitted = _fitted(kind, value_EX, positive_E, weight_E, is_count_X, seed)
     models = [Baseline(classifier, known_X, chosen) for chosen, classifier in fitted]
     return min(models, key=lambda model: _cross_entropy(tuning.examples, model.probability(tuning.value_EX)))
 
@@ -146,31 +226,62 @@ def _fitted(
             random_state=seed,
         ).fit(value_EX, positive_E, sample_weight=weight_E)
         return [({"trees": n}, _FirstTrees(boosting, n)) for n in NUM_TREES]
-    if kind == "lightgbm":
-        settings = dict(
-            learning_rate=LEARNING_RATE,
-            num_leaves=NUM_LEAVES,
-            min_child_samples=LEAF_LABELS,
-            reg_lambda=L2,
-            colsample_bytree=FEATURE_FRACTION,
-            subsample=ROW_FRACTION,
-            subsample_freq=1,
-            n_jobs=1,
-            deterministic=True,
-            force_row_wise=True,
-            random_state=seed,
-            verbosity=-1,
-        )
-        candidates: list[tuple[dict[str, float], Any]] = [
-            ({"trees": n}, lightgbm().LGBMClassifier(n_estimators=n, **settings)) for n in NUM_TREES
-        ]
-    else:
-        candidates = [
-            ({"C": c}, make_pipeline(_Design(is_count_X), LogisticRegression(C=c, max_iter=MOST_ITERATIONS)))
-            for c in STRENGTHS
-        ]
-    weights = {("sample_weight" if kind == "lightgbm" else "logisticregression__sample_weight"): weight_E}
+    candidates = [
+        ({"C": c}, make_pipeline(_Design(is_count_X), LogisticRegression(C=c, max_iter=MOST_ITERATIONS)))
+        for c in STRENGTHS
+    ]
+    weights = {"logisticregression__sample_weight": weight_E}
     return [(chosen, classifier.fit(value_EX, positive_E, **weights)) for chosen, classifier in candidates]
+
+
+def _binned_boosting(
+    value_EX: np.ndarray | Rows, known_X: np.ndarray, positive_E: np.ndarray, weight_E: np.ndarray, seed: int
+) -> list[tuple[dict[str, float], Classifier]]:
+    """LightGBM's, which reads the rows twice, to choose bins and to bin them, and never holds more than their bins."""
+    package = lightgbm()
+
+    class Known(package.Sequence):  # type: ignore[name-defined]
+        batch_size = 4096
+
+        def __len__(self) -> int:
+            return len(value_EX)
+
+        def __getitem__(self, at: int | slice) -> np.ndarray:
+            if isinstance(at, slice):
+                return value_EX[at][:, known_X]
+            return value_EX[at : at + 1][0, known_X].astype(np.float64)  # it asks for no less of its sample
+
+    settings = dict(
+        objective="binary",
+        learning_rate=LEARNING_RATE,
+        num_leaves=NUM_LEAVES,
+        min_data_in_leaf=LEAF_LABELS,
+        lambda_l2=L2,
+        feature_fraction=FEATURE_FRACTION,
+        bagging_fraction=ROW_FRACTION,
+        bagging_freq=1,
+        bin_construct_sample_cnt=BINS_FROM,
+        num_threads=1,
+        deterministic=True,
+        force_row_wise=True,
+        seed=seed,
+        verbosity=-1,
+    )
+    data = package.Dataset(Known(), label=positive_E, weight=weight_E, params=settings)
+    booster = package.train(settings, data, num_boost_round=max(NUM_TREES))
+    return [({"trees": n}, _Booster(booster, n)) for n in NUM_TREES]
+
+
+@dataclass(frozen=True)
+class _Booster:
+    """The first trees of LightGBM's boosting."""
+
+    booster: Any
+    trees: int
+
+    def predict_proba(self, x: np.ndarray) -> np.ndarray:
+        positive_N = self.booster.predict(x, num_iteration=self.trees, num_threads=1)
+        return np.stack([1 - positive_N, positive_N], axis=1)
 
 
 @dataclass(frozen=True)
@@ -264,20 +375,19 @@ def importance(model: Baseline, table: FeatureTable, group_X: Sequence[str], see
 
 
 def compare(
-    histories: Histories, examples: Mapping[str, Examples], probability_E: np.ndarray, seed: int
+    histories: Histories, examples: Mapping[str, Examples], probability_E: np.ndarray, seed: int, folder: Location
 ) -> tuple[dict[str, Any], np.ndarray | None]:
     """Gradient boosting beside another model, whose probabilities of the held-out examples are `probability_E`.
 
-    examples: of each split; train and tuning have both classes. Returns boosting's held-out scores, recalibrated on the
-    tuning split as the other model is, and how they were come by, with the other model's AUROC and AUPRC less its own
-    as "difference", and its held-out probabilities; or why it could not be fitted as "left_out", and None: what is
-    compared with it has cost hours and must not be lost.
+    examples: of each split; train and tuning have both classes. folder: as in `fitted_to`. Returns boosting's held-out
+    scores, recalibrated on the tuning split as the other model is, and how they were come by, with the other model's
+    AUROC and AUPRC less its own as "difference", and its held-out probabilities; or why it could not be fitted as
+    "left_out", and None: what is compared with it has cost hours and must not be lost.
     """
     started = time.monotonic()
     try:
-        parts = (examples["train"], examples["tuning"])
-        fitted = fit_to("gradient_boosting", histories, *parts, FeatureConfig(), seed)
-        boosting, recalibration = recalibrated(fitted, histories, examples, "held_out")
+        with fitted_to("gradient_boosting", histories, examples, FeatureConfig(), seed, folder) as fitted:
+            boosting, recalibration = recalibrated(fitted, "held_out")
     except (UserError, MemoryError) as error:
         return {"left_out": str(error)}, None
     seconds = time.monotonic() - started
@@ -292,46 +402,54 @@ def compare(
         "chosen": fitted.model.chosen,
         "num_features": len(fitted.spec.columns),
         "num_fitted": fitted.num_labels,
+        "library": fitted.library,
         "seconds": seconds,
     }
     return found, boosting_E
 
 
-def recalibrated(
-    fitted: Fitted, histories: Histories, examples: Mapping[str, Examples], scored: str
-) -> tuple[dict[str, np.ndarray], dict[str, float | None]]:
+def recalibrated(fitted: Fitted, scored: str) -> tuple[dict[str, np.ndarray], dict[str, float | None]]:
     """Probabilities of the tuning and `scored` examples, recalibrated on the tuning split; `Recalibration.record`."""
-    raw = {split: fitted.probability(histories, examples[split]) for split in {"tuning", scored}}
-    tuning, asked = examples["tuning"], examples[scored]
+    raw = {split: fitted.probability(split) for split in {"tuning", scored}}
+    tuning, asked = fitted.tables["tuning"].examples, fitted.tables[scored].examples
     recalibration = calibration.recalibrate(tuning.label_E, calibration.logit(raw["tuning"]), tuning.weight_E)
     probability = {split: recalibration.probability(raw_E) for split, raw_E in raw.items()}
     return probability, recalibration.record(asked.label_E, raw[scored], asked.weight_E)
 
 
-def cross_fitted(histories: Histories, train: Examples, tuning: Examples, seed: int) -> np.ndarray:
+def cross_fitted(
+    histories: Histories, train: Examples, tuning: Examples, seed: int, folder: Location, here: bool = False
+) -> np.ndarray:
     """Gradient boosting's probability of each training example (E,), by a model that learned from no example of the
     same subject: the folds are of subjects. The tuning split chooses each model's number of trees.
 
-    Raises UserError where there are too few labels to do without a fold, and where the memory does not suffice.
+    folder, here: as in `fitted_to`. Raises UserError where there are too few labels to do without a fold, and where the
+    memory does not suffice.
     """
-    spec = choose(histories, train, FeatureConfig())
-    if _most_labels(spec) < len(train):
-        needed = 2 * BYTES_A_CELL * len(spec.columns) * len(train)
-        raise UserError(f"it needs {needed >> 20} MiB of free memory, and {available_memory() >> 20} MiB are free")
-    table, tuning_table = (features(histories, examples, spec) for examples in (train, tuning))
     subject_S, subject_E = np.unique(train.subject_id_E, return_inverse=True)
     fold_E = (np.random.default_rng(seed).permutation(len(subject_S)) % FOLDS)[subject_E]
     known_E = ~np.isnan(train.label_E)
-
-    def left_out(fold: int) -> np.ndarray:
-        model = fit("gradient_boosting", table.only(known_E & (fold_E != fold)), tuning_table, seed)
-        return model.probability(table.value_EX[fold_E == fold])
-
     for fold in range(FOLDS):
         if len(np.unique(train.label_E[known_E & (fold_E != fold)])) < 2:
             raise UserError(f"too few labels for {FOLDS} folds: without one of them there is only one class")
-    probability_E = np.empty(len(train))
-    with ThreadPoolExecutor(available_cpus()) as pool:
-        for fold, probability in enumerate(pool.map(left_out, range(FOLDS))):
-            probability_E[fold_E == fold] = probability
+
+    with _features_in(folder):
+        spec = chosen_in_parts(histories, train, FeatureConfig(), folder, here)
+        kind, most = _affordable("gradient_boosting", len(train), len(spec.columns))
+        if most < len(train):
+            needed = 2 * BYTES_A_CELL * len(spec.columns) * len(train)
+            if kind == "lightgbm":
+                needed = 2 * _binned_bytes(len(train), len(spec.columns))
+            raise UserError(f"it needs {needed >> 20} MiB of free memory, and {available_memory() >> 20} MiB are free")
+        with stored_tables(histories, {"train": train, "tuning": tuning}, spec, folder, here) as tables:
+
+            def left_out(fold: int) -> np.ndarray:
+                model = fit(kind, tables["train"].only(known_E & (fold_E != fold)), tables["tuning"], seed)
+                return model.probability(tables["train"].only(fold_E == fold).value_EX)
+
+            probability_E = np.empty(len(train))
+            # a model of a table on disk has the memory to itself
+            with ThreadPoolExecutor(available_cpus() if kind == "gradient_boosting" else 1) as pool:
+                for fold, probability in enumerate(pool.map(left_out, range(FOLDS))):
+                    probability_E[fold_E == fold] = probability
     return probability_E

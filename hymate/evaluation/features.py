@@ -6,12 +6,13 @@ the static codes, the age and the number of all events. The windows' default end
 month and a year, and columns that hardly any training label fills are left out: a stay of 48 hours is described day
 by day, a history of years in growing windows.
 
-Reading streams over the row groups: besides the features (4 bytes a label and column) it holds the cache of
-`Histories` and some 200 bytes for each of BLOCK_EVENTS events.
+A history is read once for all of its labels (`hymate.evaluation.sweep`), and reading streams over the row groups:
+besides the features (4 bytes a label and column) it holds the cache of `Histories` and some 200 bytes for each of
+BLOCK_EVENTS events.
 
 Shape legend, besides that of `hymate.data.loader`: X features (columns), W windows (the first is the whole history),
-C variables that have features, V codes of the dataset, L members of windows (an event is one of the whole history,
-and mostly one of another window), G groups of members with the same example, window and variable.
+C variables that have features, V codes of the dataset, B examples of a block, L its events, F its examples' static
+events, T statistics.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ import numpy as np
 from hymate.data.examples import NO_TIME, Examples
 from hymate.data.histories import Histories
 from hymate.data.loader import ages
-from hymate.data.meds import US_PER_HOUR
 from hymate.data.packing import blocks
 from hymate.errors import ConfigError, UserError
+from hymate.evaluation.sweep import STATISTICS, count_filled, windows_us, write_statistics
 
 BLOCK_EVENTS = 500_000
 WHOLE = 0  # the window that is the whole history
 AGE, EVENTS = "(age)", "(events)"  # variables that are no codes
-VALUE_STATISTICS = ("minimum", "maximum", "mean", "deviation", "first", "last", "slope")
+VALUE_STATISTICS = STATISTICS[2:]
 
 
 @dataclass(frozen=True)
@@ -96,19 +97,79 @@ class FeatureSpec:
 
 
 @dataclass(frozen=True)
+class Rows:
+    """Rows of float32 tables that lie one below the other, on disk mostly; as much of NumPy's interface as is needed.
+
+    row_E: the numbers of the rows, int64, among those of all parts.
+    """
+
+    parts: Sequence[np.ndarray]
+    row_E: np.ndarray
+
+    @classmethod
+    def of(cls, parts: Sequence[np.ndarray]) -> Rows:
+        """All rows of the parts."""
+        return cls(parts, np.arange(sum(map(len, parts))))
+
+    def __len__(self) -> int:
+        return len(self.row_E)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self.row_E), self.parts[0].shape[1]
+
+    def __getitem__(self, at_N: slice | np.ndarray) -> np.ndarray:
+        """Some of the rows, in memory."""
+        row_N = self.row_E[at_N]
+        stop_P = np.cumsum([len(part) for part in self.parts])
+        part_N = np.searchsorted(stop_P, row_N, side="right")
+        value_NX = np.empty((len(row_N), self.shape[1]), np.float32)
+        for part in np.unique(part_N).tolist():
+            own_N = part_N == part
+            value_NX[own_N] = self.parts[part][row_N[own_N] - (stop_P[part] - len(self.parts[part]))]
+        return value_NX
+
+    def only(self, kept_E: np.ndarray) -> Rows:
+        """The rows where `kept_E` is true; nothing is read."""
+        return Rows(self.parts, self.row_E[kept_E])
+
+
+@dataclass(frozen=True)
 class FeatureTable:
-    """value_EX: float32, a row for each of `examples`, a column for each of the specification's."""
+    """value_EX: float32, a row for each of `examples`, a column for each of the specification's; Rows of what is larger
+    than memory.
+    """
 
     spec: FeatureSpec
     examples: Examples
-    value_EX: np.ndarray
+    value_EX: np.ndarray | Rows
 
     def only(self, kept_E: np.ndarray) -> FeatureTable:
         """The rows where `kept_E` is true."""
-        return FeatureTable(self.spec, self.examples.only(kept_E), self.value_EX[kept_E])
+        value_EX = self.value_EX.only(kept_E) if isinstance(self.value_EX, Rows) else self.value_EX[kept_E]
+        return FeatureTable(self.spec, self.examples.only(kept_E), value_EX)
 
 
 # ----------------------------------------------------------------------------------------------------- choosing
+
+
+def filled(histories: Histories, examples: Examples, windows_hours: Sequence[float]) -> np.ndarray:
+    """How many of the labels fill a feature, int64 (2, W + 1, V + 1); counts of several parts may be added.
+
+    First those that have an event, then those that have one with a value. The last window stands for static codes; the
+    last code for all events, and among the static ones for an age.
+    """
+    num_codes = len(histories.codes)
+    near_W, far_W = windows_us(windows_hours)
+    found = np.zeros((2, len(near_W) + 1, num_codes + 1), np.int64)
+    for block in _blocks(histories, examples):
+        of_lists = block.lists(np.arange(num_codes), num_codes)
+        count_filled(*of_lists, block.time_B, block.stop_B, near_W, far_W, found)
+        for which, kept_F in enumerate((slice(None), ~np.isnan(block.static_value_F))):
+            key_F = block.static_row_F[kept_F] * num_codes + block.static_code_F[kept_F]
+            found[which, -1, :-1] += np.bincount(np.unique(key_F) % num_codes, minlength=num_codes)
+        found[0, -1, -1] += (~np.isnan(block.age_years_B)).sum()
+    return found
 
 
 def choose(histories: Histories, examples: Examples, config: FeatureConfig) -> FeatureSpec:
@@ -116,50 +177,33 @@ def choose(histories: Histories, examples: Examples, config: FeatureConfig) -> F
 
     Raises UserError where there is none.
     """
-    num_windows, num_codes = 1 + len(config.windows_hours), len(histories.codes)
-    count_WV, value_count_WV = np.zeros((2, num_windows, num_codes), np.int64)
-    static_V, static_value_V = np.zeros((2, num_codes), np.int64)
-    events_W = np.zeros(num_windows, np.int64)
-    num_births = 0
-    for block in _blocks(histories, examples, config.windows_hours):
-        key_L = block.window_L * num_codes + block.code_L
-        for count, key, example, value in (
-            (count_WV, key_L, block.example_L, None),
-            (value_count_WV, key_L, block.example_L, block.value_L),
-            (static_V, block.static_code_F, block.static_example_F, None),
-            (static_value_V, block.static_code_F, block.static_example_F, block.static_value_F),
-            (events_W, block.window_L, block.example_L, None),
-        ):
-            has_value = slice(None) if value is None else ~np.isnan(value)
-            count.reshape(-1)[:] += _labels_having(key[has_value], example[has_value], count.size)
-        num_births += int((~np.isnan(block.age_years_B)).sum())
+    return chosen(histories.codes, filled(histories, examples, config.windows_hours), len(examples), config)
 
-    enough = config.min_labels
-    variables = [[Column(EVENTS, "count", w) for w in np.flatnonzero(events_W >= enough).tolist()]]
-    variables += [[Column(AGE, "years")]] if num_births >= enough else []
-    for v in np.argsort(-np.maximum(static_V, count_WV[WHOLE]), kind="stable").tolist():
-        code, columns = histories.codes[v], []
-        if static_V[v] >= enough:
-            columns.append(Column(code, "static_value" if static_value_V[v] >= enough else "static"))
-        if count_WV[WHOLE, v] >= enough:
+
+def chosen(codes: Sequence[str], filled_2WV: np.ndarray, num_labels: int, config: FeatureConfig) -> FeatureSpec:
+    """`choose`, of what so many labels fill."""
+    enough_2WV = filled_2WV >= config.min_labels
+    windows = range(len(config.windows_hours) + 1)
+    variables = [[Column(EVENTS, "count", w) for w in windows if enough_2WV[0, w, -1]]]
+    variables += [[Column(AGE, "years")]] if enough_2WV[0, -1, -1] else []
+    for v in np.argsort(-np.maximum(filled_2WV[0, -1, :-1], filled_2WV[0, WHOLE, :-1]), kind="stable").tolist():
+        code, columns = codes[v], []
+        if enough_2WV[0, -1, v]:
+            columns.append(Column(code, "static_value" if enough_2WV[1, -1, v] else "static"))
+        if enough_2WV[0, WHOLE, v]:
             columns.append(Column(code, "hours_since"))
-        for w in range(num_windows):
-            columns += [Column(code, "count", w)] if count_WV[w, v] >= enough else []
-            columns += [Column(code, s, w) for s in VALUE_STATISTICS] if value_count_WV[w, v] >= enough else []
+        for w in windows:
+            columns += [Column(code, "count", w)] if enough_2WV[0, w, v] else []
+            columns += [Column(code, s, w) for s in VALUE_STATISTICS] if enough_2WV[1, w, v] else []
         variables.append(columns)
     fits = np.cumsum([len(columns) for columns in variables]) <= config.max_features
-    chosen = tuple(column for columns, kept in zip(variables, fits, strict=True) if kept for column in columns)
-    if not chosen:
+    fitting = tuple(column for columns, kept in zip(variables, fits, strict=True) if kept for column in columns)
+    if not fitting:
         raise UserError(
-            f"features.min_labels={enough} and features.max_features={config.max_features} leave no feature of "
-            f"{len(examples)} training labels: lower the one or raise the other"
+            f"features.min_labels={config.min_labels} and features.max_features={config.max_features} leave no feature "
+            f"of {num_labels} training labels: lower the one or raise the other"
         )
-    return FeatureSpec(config.windows_hours, chosen)
-
-
-def _labels_having(key_L: np.ndarray, example_L: np.ndarray, size: int) -> np.ndarray:
-    """(size,): in how many examples each key occurs."""
-    return np.bincount(np.unique(example_L * size + key_L) % size, minlength=size)
+    return FeatureSpec(config.windows_hours, fitting)
 
 
 # ---------------------------------------------------------------------------------------------------- computing
@@ -173,127 +217,103 @@ def features(histories: Histories, examples: Examples, spec: FeatureSpec) -> Fea
     variables = sorted({EVENTS, *(column.variable for column in spec.columns)})
     position = {variable: c for c, variable in enumerate(variables)}
     position_V = np.array([position.get(code, -1) for code in histories.codes], np.int64)
-    num_variables, num_windows = len(variables), 1 + len(spec.windows_hours)
-
-    def columns_of(statistic: str) -> np.ndarray:
-        """(W * C,): the column of each window's and variable's statistic, -1 where there is none."""
-        return np.array([place.get(Column(c, statistic, w), -1) for w in range(num_windows) for c in variables])
-
-    column_of = {statistic: columns_of(statistic) for statistic in ("count", "hours_since", *VALUE_STATISTICS)}
-    static_of = {statistic: columns_of(statistic)[:num_variables] for statistic in ("static", "static_value")}
-
-    def put(statistic: str, key_G: np.ndarray, result_G: np.ndarray) -> None:
-        example_G, cell_G = np.divmod(key_G, num_windows * num_variables)
-        _write(value_EX, example_G, column_of[statistic][cell_G], result_G)
-
-    for block in _blocks(histories, examples, spec.windows_hours):
+    windows = range(1 + len(spec.windows_hours))
+    column_WCT = np.array(
+        [[[place.get(Column(c, s, w), -1) for s in STATISTICS] for c in variables] for w in windows], np.int64
+    )
+    static_2C = np.array([[place.get(Column(c, s), -1) for c in variables] for s in ("static", "static_value")])
+    near_W, far_W = windows_us(spec.windows_hours)
+    for block in _blocks(histories, examples):
+        value_BX = value_EX[block.first : block.first + len(block.time_B)]
+        of_lists = block.lists(position_V, position[EVENTS])
+        write_statistics(*of_lists, block.time_B, block.stop_B, near_W, far_W, column_WCT, value_BX)
         if AGE in position:
-            value_EX[block.example_B, place[Column(AGE, "years")]] = block.age_years_B
+            value_BX[:, place[Column(AGE, "years")]] = block.age_years_B
         variable_F = position_V[block.static_code_F]
-        for statistic, value_F in (("static", np.ones(len(variable_F))), ("static_value", block.static_value_F)):
-            column_F = np.where(variable_F >= 0, static_of[statistic][variable_F], -1)
-            _write(value_EX, block.static_example_F, column_F, value_F)
-
-        cell_L = block.example_L * num_windows + block.window_L
-        put("count", *np.unique(cell_L * num_variables + position[EVENTS], return_counts=True))
-        variable_L = position_V[block.code_L]
-        key_L = np.where(variable_L >= 0, cell_L * num_variables + variable_L, -1)
-        events = _Groups(np.flatnonzero(key_L >= 0), key_L)
-        put("count", events.key_G, events.size_G)
-        put("hours_since", events.key_G, block.hours_before_L[events.last_G])
-        values = _Groups(np.flatnonzero((key_L >= 0) & ~np.isnan(block.value_L)), key_L)
-        for statistic, result_G in _value_statistics(values, block.value_L, -block.hours_before_L).items():
-            put(statistic, values.key_G, result_G)
+        for static_C, value_F in zip(static_2C, (np.ones(len(variable_F)), block.static_value_F), strict=True):
+            column_F = np.where(variable_F >= 0, static_C[variable_F], -1)
+            kept_F = column_F >= 0
+            value_BX[block.static_row_F[kept_F], column_F[kept_F]] = value_F[kept_F]
     return FeatureTable(spec, examples, value_EX)
-
-
-def _write(value_EX: np.ndarray, example_G: np.ndarray, column_G: np.ndarray, result_G: np.ndarray) -> None:
-    kept_G = column_G >= 0
-    value_EX[example_G[kept_G], column_G[kept_G]] = result_G[kept_G]
-
-
-class _Groups:
-    """Members (positions in the L arrays) by key, those of a key in the order of time."""
-
-    def __init__(self, member_L: np.ndarray, key_L: np.ndarray) -> None:
-        self.member_L = member_L[np.argsort(key_L[member_L], kind="stable")]
-        sorted_L = key_L[self.member_L]
-        self.start_G = np.flatnonzero(np.diff(sorted_L, prepend=-1))
-        self.size_G = np.diff(self.start_G, append=len(sorted_L))
-        self.key_G = sorted_L[self.start_G]
-        self.first_G = self.member_L[self.start_G]
-        self.last_G = self.member_L[self.start_G + self.size_G - 1]
-
-    def reduce(self, operation: np.ufunc, x_L: np.ndarray) -> np.ndarray:
-        """x_L is in the order of member_L."""
-        return operation.reduceat(x_L, self.start_G) if len(x_L) else np.zeros(0)
-
-    def centred(self, x_L: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The means (G,) and the members' distances from them, exactly 0 where all of a group are equal."""
-        shifted_L = x_L[self.member_L] - np.repeat(x_L[self.first_G], self.size_G)
-        mean_G = self.reduce(np.add, shifted_L) / self.size_G
-        return x_L[self.first_G] + mean_G, shifted_L - np.repeat(mean_G, self.size_G)
-
-
-def _value_statistics(groups: _Groups, value_L: np.ndarray, hour_L: np.ndarray) -> dict[str, np.ndarray]:
-    """VALUE_STATISTICS of each group (G,); a slope needs two times."""
-    mean_G, from_mean_L = groups.centred(value_L)
-    _, hour_from_mean_L = groups.centred(hour_L)
-    spread_G = groups.reduce(np.add, hour_from_mean_L**2)
-    return {
-        "minimum": groups.reduce(np.minimum, value_L[groups.member_L]),
-        "maximum": groups.reduce(np.maximum, value_L[groups.member_L]),
-        "mean": mean_G,
-        "deviation": np.sqrt(groups.reduce(np.add, from_mean_L**2) / groups.size_G),
-        "first": value_L[groups.first_G],
-        "last": value_L[groups.last_G],
-        "slope": groups.reduce(np.add, hour_from_mean_L * from_mean_L) / np.where(spread_G > 0, spread_G, np.nan),
-    }
 
 
 # ------------------------------------------------------------------------------------------------------ reading
 
 
 class _Block(NamedTuple):
-    """Some consecutive examples (B). Values are float64, NaN where there is none or it is not finite."""
+    """Consecutive examples of some histories, from the example `first` on.
 
-    example_B: np.ndarray
+    time_B, stop_B: their prediction times, and how many of the history's events are not later. row_H: each history's
+    first example in the block, and after the last one their number. The events are those of the histories one after
+    the other up to the last prediction time, place_L their place in the history. Values are float64, NaN where there is
+    none or it is not finite. static_row_F: the example.
+    """
+
+    first: int
+    time_B: np.ndarray
+    stop_B: np.ndarray
     age_years_B: np.ndarray
-    example_L: np.ndarray
-    window_L: np.ndarray
+    row_H: np.ndarray
+    history_L: np.ndarray
+    place_L: np.ndarray
+    event_time_L: np.ndarray
     code_L: np.ndarray
     value_L: np.ndarray
-    hours_before_L: np.ndarray  # the prediction time
-    static_example_F: np.ndarray
+    static_row_F: np.ndarray
     static_code_F: np.ndarray
     static_value_F: np.ndarray
 
+    def lists(self, variable_V: np.ndarray, of_all: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """The events by history and variable, as `hymate.evaluation.sweep` takes them: lists, time, place, value.
 
-def _blocks(histories: Histories, examples: Examples, windows_hours: Sequence[float]) -> Iterator[_Block]:
-    """The examples with their events up to and including the prediction time, about BLOCK_EVENTS at once."""
+        variable_V: of each code, -1 for none; of_all: the variable that every event belongs to, too.
+        """
+        variable_L = variable_V[self.code_L]
+        event_M = np.concatenate([np.flatnonzero(variable_L >= 0), np.arange(len(variable_L))])
+        variable_M = variable_L[event_M]
+        variable_M[len(event_M) - len(variable_L) :] = of_all
+        key_M = self.history_L[event_M] * (max(variable_V.max(initial=0), of_all) + 1) + variable_M
+        order_M = np.argsort(key_M, kind="stable")
+        event_M, variable_M, key_M = event_M[order_M], variable_M[order_M], key_M[order_M]
+        start_K = np.flatnonzero(np.diff(key_M, prepend=-1))
+        history_K = self.history_L[event_M[start_K]]
+        rows = (self.row_H[history_K], self.row_H[history_K + 1])
+        lists_K5 = np.stack([start_K, np.append(start_K[1:], len(key_M)), variable_M[start_K], *rows], axis=1)
+        return lists_K5, self.event_time_L[event_M], self.place_L[event_M], self.value_L[event_M]
+
+
+def _blocks(histories: Histories, examples: Examples) -> Iterator[_Block]:
+    """The examples with the events up to their prediction times, about BLOCK_EVENTS of them at once."""
     assert (examples.prediction_time_E != NO_TIME).all(), "features need prediction times"
-    end_us_W = np.round(np.array(windows_hours) * US_PER_HOUR).astype(np.int64)
-    for example_B in blocks(examples.stop_E, BLOCK_EVENTS):
-        read = histories.read(examples.position_E[example_B])
-        stop_B, time_B = examples.stop_E[example_B], examples.prediction_time_E[example_B]
-        cut = list(zip(read, stop_B.tolist(), strict=True))
-        before_us = np.repeat(time_B, stop_B) - np.concatenate([history.time[:stop] for history, stop in cut])
-        window = 1 + np.searchsorted(end_us_W, before_us, side="left")
-        # every event belongs to the whole history, and to a window where it is not older than all of them
-        member_L = np.concatenate([np.arange(len(window)), np.flatnonzero(window <= len(end_us_W))])
-        window_L = np.where(np.arange(len(member_L)) < len(window), WHOLE, window[member_L])
-        num_static_B = [len(history.static_code) for history in read]
+    position_E = np.asarray(examples.position_E)
+    first_H = np.flatnonzero(np.diff(position_E, prepend=-1))
+    last_H = np.append(first_H[1:], len(position_E)) - 1
+    for history_B in blocks(examples.stop_E[last_H], BLOCK_EVENTS) if len(first_H) else []:
+        first, stop = int(first_H[history_B[0]]), int(last_H[history_B[-1]]) + 1
+        read = histories.read(position_E[first_H[history_B]])
+        num_events = examples.stop_E[last_H[history_B]].astype(np.int64)
+        cut = list(zip(read, num_events.tolist(), strict=True))
+        row_H = np.append(first_H[history_B], stop) - first
+        history_B = np.repeat(np.arange(len(read)), np.diff(row_H))
+        own = [read[h] for h in history_B.tolist()]
+        time_B, stop_B = (x[first:stop].astype(np.int64) for x in (examples.prediction_time_E, examples.stop_E))
+        # one pass goes forward
+        assert all((np.diff(x_B)[np.diff(history_B) == 0] >= 0).all() for x_B in (time_B, stop_B)), "not sorted"
+        history_L = np.repeat(np.arange(len(read)), num_events)
         yield _Block(
-            example_B=example_B,
-            age_years_B=ages([history.birth_time for history in read], time_B).numpy(),
-            example_L=np.repeat(example_B, stop_B)[member_L],
-            window_L=window_L,
-            code_L=np.concatenate([history.code[:stop] for history, stop in cut]).astype(np.int64)[member_L],
-            value_L=_finite(np.concatenate([history.value[:stop] for history, stop in cut]))[member_L],
-            hours_before_L=(before_us / US_PER_HOUR)[member_L],
-            static_example_F=np.repeat(example_B, num_static_B),
-            static_code_F=np.concatenate([history.static_code for history in read]).astype(np.int64),
-            static_value_F=_finite(np.concatenate([history.static_value for history in read])),
+            first=first,
+            time_B=time_B,
+            stop_B=stop_B,
+            age_years_B=ages([history.birth_time for history in own], time_B).numpy(),
+            row_H=row_H,
+            history_L=history_L,
+            place_L=np.arange(len(history_L)) - np.repeat(np.cumsum(num_events) - num_events, num_events),
+            event_time_L=np.concatenate([history.time[:count] for history, count in cut]),
+            code_L=np.concatenate([history.code[:count] for history, count in cut]).astype(np.int64),
+            value_L=_finite(np.concatenate([history.value[:count] for history, count in cut])),
+            static_row_F=np.repeat(np.arange(len(own)), [len(history.static_code) for history in own]),
+            static_code_F=np.concatenate([history.static_code for history in own]).astype(np.int64),
+            static_value_F=_finite(np.concatenate([history.static_value for history in own])),
         )
 
 

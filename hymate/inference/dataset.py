@@ -182,10 +182,7 @@ def _ranges(request: Request, bundle: Bundle) -> _Asked:
     """The parts of a prepared dataset: ranges of its examples, none of which cuts a subject in two."""
     histories = open_for(bundle, request.data)
     examples = asked_of(histories, request.task, request.split)
-    starts = np.flatnonzero(np.diff(examples.position_E, prepend=-1))
-    cuts = np.unique(starts[np.searchsorted(starts, np.arange(0, len(examples), PART))])
-    ranges = zip(cuts, [*cuts[1:], len(examples)], strict=True)
-    parts = {f"{number:06d}": examples.only(np.arange(lo, hi)) for number, (lo, hi) in enumerate(ranges)}
+    parts = {f"{number:06d}": part for number, part in enumerate(examples.in_parts(PART))}
     labelled = not np.isnan(examples.label_E).any()
     made_of = f"{histories.fingerprint} {examples.digest()}"
     return _Asked(list(parts), labelled, made_of, len(parts), parts, examples.dropped)

@@ -163,7 +163,8 @@ def _contender(
     trial = trial_of(config, contender, start, run.seed, own.fraction)
     fitting = own.fitting
     if trial.teacher_fraction:
-        teacher_E = baseline_models.cross_fitted(histories, fitting, own.choosing, run.seed)
+        folder = run_folder(config.run) / baseline_models.FEATURES / run.stem
+        teacher_E = baseline_models.cross_fitted(histories, fitting, own.choosing, run.seed, folder, here=True)
         fitting = distilled(fitting, teacher_E[:, None], trial.teacher_fraction)
     chosen = device.choose(config.device, start.model)
     telemetry = Telemetry(run_folder(config.run) / "tb" / run.stem, enabled=True)

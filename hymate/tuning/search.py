@@ -18,7 +18,7 @@ from hymate.data.tasks import read_or_extract_labels
 from hymate.device import Wanted, decide
 from hymate.errors import ConfigError, UserError
 from hymate.evaluation import report, results
-from hymate.evaluation.baseline_models import cross_fitted
+from hymate.evaluation.baseline_models import FEATURES, cross_fitted
 from hymate.evaluation.subgroups import subgroups
 from hymate.inference.bundle import Bundle, write_bundle
 from hymate.inference.provenance import SENTENCES, Seen, provenance, seen
@@ -155,7 +155,9 @@ def _searched(
     if initial_weights not in ("new", "same split"):
         print(f"Note: {SENTENCES[initial_weights]}", flush=True)
     training, tuning = (united([task.examples[split] for task in tasks]) for split in ("train", "tuning"))
-    teacher_ET = _teacher(tasks, histories, config.train.seed) if any(t.teacher_fraction for t in trials) else None
+    teacher_ET = None
+    if any(trial.teacher_fraction for trial in trials):
+        teacher_ET = _teacher(tasks, histories, config.train.seed, run_path)
     study = Study(start, training, tuning, metric, trials, run_path, teacher_ET, config.device)
     with cluster.ray_session(config.train.cpus_per_worker, device=config.device):
         from hymate.tuning.ray_tune import run_trials  # late: Ray takes its settings when it is imported
@@ -177,14 +179,14 @@ def _searched(
     return found
 
 
-def _teacher(tasks: Sequence[LabelledTask], histories: Histories, seed: int) -> np.ndarray:
+def _teacher(tasks: Sequence[LabelledTask], histories: Histories, seed: int, run_path: Location) -> np.ndarray:
     """`Study.teacher_ET`."""
     parts = []
     for task in tasks:
         name, examples = task.config.name, task.examples
         print(f"fitting gradient boosting for {name} to distil; search.space.teacher_fraction=0 skips it", flush=True)
         try:
-            teacher_E = cross_fitted(histories, examples["train"], examples["tuning"], seed)
+            teacher_E = cross_fitted(histories, examples["train"], examples["tuning"], seed, run_path / FEATURES)
         except (UserError, MemoryError) as error:
             raise UserError(
                 f"search.space.teacher_fraction: no gradient boosting for {name} ({error}); set it to 0"

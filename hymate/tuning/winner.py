@@ -117,7 +117,7 @@ def judge_task(
             if settings.boosting:
                 print(f"fitting gradient boosting for {name} to compare; report.boosting=false skips it", flush=True)
                 part["boosting"], boosting_E = baseline_models.compare(
-                    histories, task.examples, probability_E, train.seed
+                    histories, task.examples, probability_E, train.seed, run_path / baseline_models.FEATURES
                 )
             part["picture"] = f"{name}.png"
             figures.plot_task(run_path / part["picture"], label_E, probability_E, weight_E, part, boosting_E)

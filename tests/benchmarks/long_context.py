@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ from hymate.data.meds import SPLITS, write_text
 from hymate.data.synthetic.source import ceiling as ceiling_of
 from hymate.data.tasks import read_or_extract_labels
 from hymate.evaluation import metrics
-from hymate.evaluation.baseline_models import fit_to
+from hymate.evaluation.baseline_models import fitted_to
 from hymate.evaluation.features import FeatureConfig
 from hymate.evaluation.figures import BLUE, DPI, GREY, ORANGE
 from hymate.inference.bundle import Bundle
@@ -180,10 +181,10 @@ def cut(point: Point, worker: loop.Worker) -> dict[str, Any]:
 def boosted(point: Point) -> dict[str, Any]:
     """Gradient boosting on aggregate features of whole histories."""
     started = time.monotonic()
-    parts = (point.examples["train"], point.examples["tuning"])
-    model = fit_to("gradient_boosting", point.histories, *parts, FeatureConfig(), seed=0)
-    fitted = time.monotonic()
-    probability = {split: model.probability(point.histories, point.examples[split]) for split in ("tuning", "held_out")}
+    asked = (point.histories, point.examples, FeatureConfig(), 0)
+    with tempfile.TemporaryDirectory() as folder, fitted_to("gradient_boosting", *asked, Path(folder) / "own") as model:
+        fitted = time.monotonic()
+        probability = {split: model.probability(split) for split in ("tuning", "held_out")}
     return {
         "model": "gradient boosting",
         "context": None,

@@ -35,7 +35,7 @@ from hymate.data.synthetic.codes import DISTRACTORS
 from hymate.data.synthetic.course import SyntheticConfig
 from hymate.data.tasks import read_or_extract_labels
 from hymate.errors import UserError
-from hymate.evaluation import baseline_models, calibration, metrics
+from hymate.evaluation import baseline_models, calibration, metrics, stored
 from hymate.evaluation.baseline_models import compare, cross_fitted, fit, importance
 from hymate.evaluation.features import Column, FeatureConfig, FeatureSpec, FeatureTable, choose, features
 
@@ -175,14 +175,15 @@ def test_the_held_out_labels_are_only_scored(data: Path, finished: Callable[[str
 
 
 def test_a_model_is_compared_with_what_the_command_says(
-    data: Path, finished: Callable[[str], Finished], monkeypatch: pytest.MonkeyPatch
+    data: Path, finished: Callable[[str], Finished], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scores, predictions = finished("gradient_boosting").found, finished("gradient_boosting").predictions
     monkeypatch.setattr(baseline_models, "FeatureConfig", lambda: FeatureConfig((48.0,), max_features=400))
     histories, labels = Histories.open(data), readmissions(data)
     examples = {split: labelled_examples(histories, labels, split) for split in SPLITS}
     model = np.random.default_rng(0).random(len(examples["held_out"]))
-    found, boosting_E = compare(histories, examples, model, seed=0)
+    found, boosting_E = compare(histories, examples, model, 0, tmp_path / "features")
+    assert not (tmp_path / "features").exists()
     assert json.loads(json.dumps(found)) == found
     assert boosting_E == pytest.approx(predictions["predicted_boolean_probability"].to_numpy(), abs=1e-6)
     for same in ("auroc", "auprc", "brier", "ece", "recalibration", "chosen", "num_features"):
@@ -205,26 +206,62 @@ def test_a_model_is_compared_with_what_the_command_says(
         assert low < pair["ci"][0] < pair["ci"][1] < high
 
 
-def test_boosting_takes_a_sample_where_memory_is_short(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_boosting_takes_a_sample_where_memory_is_short(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Or is left out in a line; the held-out labels are all scored."""
     histories, made = Histories.open(data), readmissions(data)
     examples = {split: labelled_examples(histories, made, split) for split in SPLITS}
     monkeypatch.setattr(baseline_models, "FeatureConfig", lambda: FeatureConfig((48.0,), max_features=100))
     monkeypatch.setattr(baseline_models, "FEWEST_SAMPLED", 100)
+    monkeypatch.setitem(sys.modules, "lightgbm", None)
     model = np.full(len(examples["held_out"]), 0.5)
     monkeypatch.setattr(baseline_models, "available_memory", lambda: 300 * 100 * 2 * baseline_models.BYTES_A_CELL)
-    found, boosting_E = compare(histories, examples, model, seed=0)
+    found, boosting_E = compare(histories, examples, model, 0, tmp_path)
     assert boosting_E is not None and len(boosting_E) == len(examples["held_out"])
     assert 200 < found["num_fitted"] < 400 < len(examples["train"]) and found["auroc"]["value"] > 0.6
     monkeypatch.setattr(baseline_models, "available_memory", lambda: 1 << 20)
     monkeypatch.setattr(baseline_models, "FEWEST_SAMPLED", 1000)
-    found, boosting_E = compare(histories, examples, model, seed=0)
+    found, boosting_E = compare(histories, examples, model, 0, tmp_path)
     assert boosting_E is None and "need more memory than is free (1 MiB)" in found["left_out"]
     with pytest.raises(UserError, match=r"needs [0-9]+ MiB of free memory, and 1 MiB are free"):
-        cross_fitted(histories, examples["train"], examples["tuning"], seed=0)
+        cross_fitted(histories, examples["train"], examples["tuning"], 0, tmp_path)
 
 
-def test_a_comparison_counts_labels_by_their_weights(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_boosting_is_fitted_from_disk_where_memory_is_short(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To all labels, and as well as LightGBM does it in memory."""
+    package = pytest.importorskip("lightgbm")
+    histories, made = Histories.open(data), readmissions(data)
+    examples = {split: labelled_examples(histories, made, split) for split in SPLITS}
+    config = FeatureConfig((48.0,), max_features=100)
+    monkeypatch.setattr(baseline_models, "FeatureConfig", lambda: config)
+    monkeypatch.setattr(baseline_models, "BINS_FROM", 10_000)
+    binned = baseline_models._binned_bytes(len(examples["train"]), 100)
+    monkeypatch.setattr(baseline_models, "available_memory", lambda: 2 * binned)
+    monkeypatch.setattr(baseline_models, "BYTES_A_CELL", 1 << 20)
+    monkeypatch.setattr(baseline_models, "NUM_TREES", (30,))
+    monkeypatch.setattr(stored, "PART_CELLS", 10_000)
+    found, boosting_E = compare(histories, examples, np.full(len(examples["held_out"]), 0.5), 0, tmp_path)
+    assert (found["library"], found["num_fitted"]) == ("LightGBM", len(examples["train"]))
+    spec = choose(histories, examples["train"], config)
+    table = {split: features(histories, examples[split], spec) for split in SPLITS}
+    trees = dict(n_estimators=30, learning_rate=0.1, num_leaves=15, min_child_samples=20, reg_lambda=1.0)
+    drawn = dict(colsample_bytree=0.1, subsample=0.8, subsample_freq=1, random_state=0)
+    alone = package.LGBMClassifier(
+        **trees, **drawn, n_jobs=1, deterministic=True, force_row_wise=True, verbosity=-1
+    ).fit(table["train"].value_EX, examples["train"].label_E > 0.5)
+    expected_E = alone.predict_proba(table["held_out"].value_EX)[:, 1]
+    assert boosting_E is not None
+    assert np.array_equal(np.argsort(boosting_E, kind="stable"), np.argsort(expected_E, kind="stable"))
+    teacher_E = cross_fitted(histories, examples["train"], examples["tuning"], 0, tmp_path)
+    assert roc_auc_score(examples["train"].label_E, teacher_E) > 0.6
+
+
+def test_a_comparison_counts_labels_by_their_weights(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(baseline_models, "FeatureConfig", lambda: FeatureConfig((48.0,), max_features=100))
     histories, made = Histories.open(data), readmissions(data)
     examples = {split: labelled_examples(histories, made, split) for split in SPLITS}
@@ -235,7 +272,7 @@ def test_a_comparison_counts_labels_by_their_weights(data: Path, monkeypatch: py
     }
     held_out = examples["held_out"]
     model = rng.random(len(held_out))
-    found, boosting_E = compare(histories, examples, model, seed=0)
+    found, boosting_E = compare(histories, examples, model, 0, tmp_path)
     area, of_model = (roc_auc_score(held_out.label_E, p, sample_weight=held_out.weight_E) for p in (boosting_E, model))
     assert found["auroc"]["value"] == pytest.approx(area)
     assert found["difference"]["auroc"]["value"] == pytest.approx(of_model - area)
@@ -243,7 +280,7 @@ def test_a_comparison_counts_labels_by_their_weights(data: Path, monkeypatch: py
 
 
 def test_a_cross_fitted_probability_knows_nothing_of_the_subjects_own_labels(
-    data: Path, monkeypatch: pytest.MonkeyPatch
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(baseline_models, "FeatureConfig", lambda: FeatureConfig((48.0,), max_features=100))
     histories, labels = Histories.open(data), readmissions(data)
@@ -252,21 +289,21 @@ def test_a_cross_fitted_probability_knows_nothing_of_the_subjects_own_labels(
     own_E = train.subject_id_E == subject_id[count.argmax()]
     assert own_E.sum() > 1
     turned = replace(train, label_ET=np.where(own_E[:, None], 1 - train.label_ET, train.label_ET))
-    told_E, other_E = (cross_fitted(histories, examples, tuning, seed=0) for examples in (train, turned))
+    told_E, other_E = (cross_fitted(histories, examples, tuning, 0, tmp_path) for examples in (train, turned))
     assert np.array_equal(told_E[own_E], other_E[own_E])
     assert not np.array_equal(told_E, other_E)
     assert roc_auc_score(train.label_E, told_E) > 0.6
     single = replace(train, label_ET=np.where(own_E[:, None], 1.0, 0.0))
     with pytest.raises(UserError, match="too few labels for 5 folds"):
-        cross_fitted(histories, single, tuning, seed=0)
+        cross_fitted(histories, single, tuning, 0, tmp_path)
 
 
-def test_what_cannot_be_compared_is_told_and_is_no_error(data: Path) -> None:
+def test_what_cannot_be_compared_is_told_and_is_no_error(data: Path, tmp_path: Path) -> None:
     histories, labels = Histories.open(data), readmissions(data)
     train = labelled_examples(histories, labels, "train")
     arrays = {name: value[:5] for name, value in vars(train).items() if name != "dropped"}
     few = Examples(**arrays)
-    found, boosting_E = compare(histories, {"train": few, "tuning": few}, np.zeros(0), seed=0)
+    found, boosting_E = compare(histories, {"train": few, "tuning": few}, np.zeros(0), 0, tmp_path)
     assert found["left_out"].startswith("features.min_labels=10") and boosting_E is None
 
 
