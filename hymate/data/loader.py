@@ -110,7 +110,7 @@ class Rows:
 
     def place_of(self, row: Batch) -> str:
         """Where a row's histories are in the dataset's files: enough to look at them, and names no subject."""
-        positions = self.examples.position_E[row.example_S.cpu().numpy()]
+        positions = self.examples.position_E[row.example_A.cpu().numpy()]
         records_of: dict[tuple[str, int], list[int]] = {}
         for place in self.histories.index.places(np.unique(positions)):
             records_of.setdefault(place[:2], []).append(place.record)
@@ -197,13 +197,13 @@ class Rows:
 
     def _batch(self, place: _Place) -> Batch:
         """Read, cut and join the histories of one row."""
-        example_S = place.examples
-        windows = self._windows(place.epoch, example_S)
-        read = self.histories.read(self.examples.position_E[example_S])
+        example_A = place.examples
+        windows = self._windows(place.epoch, example_A)
+        read = self.histories.read(self.examples.position_E[example_A])
         stop_S = windows.start_S + windows.length_S
         slices = map(slice, windows.start_S.tolist(), stop_S.tolist())
         cut = [history.keep(window) for history, window in zip(read, slices, strict=True)]
-        prediction_time_S = self.examples.prediction_time_E[example_S]
+        prediction_time_S = self.examples.prediction_time_E[example_A]
         last_time_S = np.array([history.time[-1] for history in cut])
         row = packed_row(
             cut,
@@ -215,28 +215,28 @@ class Rows:
         self.events_unknown += int((row.code_L == UNKNOWN_ID).sum())
         return replace(
             row,
-            example_S=torch.from_numpy(example_S),
-            label_ST=torch.from_numpy(self.examples.label_ET[example_S]),
-            days_ST=torch.from_numpy(self.examples.days_ET[example_S]),
-            label_weight_ST=torch.from_numpy(self.examples.weight_ET[example_S]),
-            seed_S=torch.from_numpy((_hash(self.seed, place.epoch, _DRAW, example_S) >> np.uint64(1)).astype(np.int64)),
+            example_A=torch.from_numpy(example_A),
+            label_AT=torch.from_numpy(self.examples.label_ET[example_A]),
+            days_AT=torch.from_numpy(self.examples.days_ET[example_A]),
+            label_weight_AT=torch.from_numpy(self.examples.weight_ET[example_A]),
+            seed_S=torch.from_numpy((_hash(self.seed, place.epoch, _DRAW, example_A) >> np.uint64(1)).astype(np.int64)),
             seed=int(_hash(self.seed, place.epoch, _SEED, place.block, np.array([place.row]))[0] >> np.uint64(1)),
         )
 
-    def _windows(self, epoch: int, example_S: np.ndarray) -> _Windows:
+    def _windows(self, epoch: int, example_A: np.ndarray) -> _Windows:
         """Which events of its history each example shows in an epoch."""
-        stop_S = self.examples.stop_E[example_S].astype(np.int64)
-        early_S = np.zeros(len(example_S), dtype=bool)
+        stop_S = self.examples.stop_E[example_A].astype(np.int64)
+        early_S = np.zeros(len(example_A), dtype=bool)
         if self.early_fraction and epoch != EVALUATION:
-            draw_S = _hash(self.seed, epoch, _EARLY, example_S) / 2.0**64
-            spare_S = stop_S - self.examples.earliest_E[example_S]
+            draw_S = _hash(self.seed, epoch, _EARLY, example_A) / 2.0**64
+            spare_S = stop_S - self.examples.earliest_E[example_A]
             early_S = (draw_S < self.early_fraction) & (spare_S > 0)
             cut_S = np.floor(spare_S * draw_S / self.early_fraction / 2).astype(np.int64)
             stop_S = np.where(early_S, stop_S - cut_S, stop_S)
         length_S = np.minimum(stop_S, self.context)
         spare_S = stop_S - length_S
         if self.crop == "random":
-            spare_S = (_hash(self.seed, epoch, _WINDOW, example_S) % (spare_S + 1).astype(np.uint64)).astype(np.int64)
+            spare_S = (_hash(self.seed, epoch, _WINDOW, example_A) % (spare_S + 1).astype(np.uint64)).astype(np.int64)
         return _Windows(spare_S, length_S, early_S)
 
 
@@ -274,12 +274,12 @@ def packed_row(windows: Sequence[History], end_S: np.ndarray, vocabulary: Vocabu
         static_value_F=torch.from_numpy(static_z_F),
         static_quantile_F=torch.from_numpy(static_quantile_F),
         static_segment_F=torch.from_numpy(np.repeat(segment_S, [len(window.static_code) for window in windows])),
-        age_years_S=ages([window.birth_time for window in windows], end_S),
-        lag_hours_S=ratio(end_S - time_L[last_S], US_PER_HOUR),
-        example_S=torch.arange(len(windows)),
-        label_ST=torch.empty(len(windows), 0),
-        days_ST=torch.empty(len(windows), 0),
-        label_weight_ST=torch.empty(len(windows), 0),
+        age_years_A=ages([window.birth_time for window in windows], end_S),
+        lag_hours_A=ratio(end_S - time_L[last_S], US_PER_HOUR),
+        example_A=torch.arange(len(windows)),
+        label_AT=torch.empty(len(windows), 0),
+        days_AT=torch.empty(len(windows), 0),
+        label_weight_AT=torch.empty(len(windows), 0),
         seed_S=torch.zeros(len(windows), dtype=torch.int64),
     )
 

@@ -35,7 +35,7 @@ from hymate.data.loader import packed_row
 from hymate.data.meds import is_code
 from hymate.data.packing import pack
 from hymate.inference.bundle import Bundle, build_model
-from hymate.model.batch import UNKNOWN_ID, Batch
+from hymate.model.batch import UNKNOWN_ID, Batch, Variables
 from hymate.model.encoder import RiskModel
 from hymate.model.pooling import segment_count
 
@@ -191,10 +191,10 @@ def integrated_gradients(model: RiskModel, row: Batch, num_steps: int = NUM_STEP
             parts[name] = parts.get(name, 0.0) + weight * change_N.double()
     with torch.no_grad():
         baseline_S, *_ = _logits_on_the_way(model, row, 0.0)
-        patient_SME, weight_LQ = model.patient(row)
-        logit_S = _logit(model, patient_SME)
+        patient_AME, weight_LQ = model.patient(row)
+        logit_S = _logit(model, patient_AME)
     if "variables" in parts:
-        assert row.variables is not None
+        assert isinstance(row.variables, Variables)
         variable_L = row.variables.variable_L
         count_G = segment_count(variable_L, len(row.variables.key_G))
         parts["events"] = parts["events"] + (parts["variables"] / count_G)[variable_L]
@@ -242,16 +242,16 @@ def _logits_on_the_way(
     if model.pooling.variables is not None:
         hooks.append(model.pooling.variables.vectors.register_forward_hook(move_variables))
     try:
-        patient_SME, _ = model.patient(row)
-        return _logit(model, patient_SME), points, ways
+        patient_AME, _ = model.patient(row)
+        return _logit(model, patient_AME), points, ways
     finally:
         for hook in hooks:
             hook.remove()
 
 
-def _logit(model: RiskModel, patient_SME: Tensor) -> Tensor:
+def _logit(model: RiskModel, patient_AME: Tensor) -> Tensor:
     """(S,) of the model's only task."""
-    return model.outputs(patient_SME)[0][:, 0]
+    return model.outputs(patient_AME)[0][:, 0]
 
 
 # ------------------------------------------------------------------------------------------------ faithfulness

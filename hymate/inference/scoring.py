@@ -68,7 +68,7 @@ def score(model: RiskModel, rows: Rows, device: torch.device) -> Outputs:
 
     def said(batch: Batch) -> tuple[Tensor, Tensor]:
         found = model(batch)
-        return found["logit_ST"].float(), found["log_days_ST"].float()
+        return found["logit_AT"].float(), found["log_days_AT"].float()
 
     outputs = Outputs(*_of_examples(model, rows, device, said))
     outputs.check()
@@ -91,7 +91,7 @@ def _of_examples(
     with torch.no_grad(), contextlib.closing(fed(rows.once(rank=0, world_size=1), device, model.ask)) as ready:
         for batch, counts in ready:
             assert counts, "one rank repeats no row"
-            parts.append((batch.example_S, *ask(batch)))
+            parts.append((batch.example_A, *ask(batch)))
     example_E, *found = (torch.cat(part).cpu().numpy() for part in zip(*parts, strict=True))  # the only wait
     order_E = np.argsort(example_E)
     return [of_examples[order_E] for of_examples in found]

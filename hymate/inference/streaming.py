@@ -20,7 +20,7 @@ from hymate.data.loader import ages, ratio
 from hymate.data.meds import US_PER_HOUR
 from hymate.data.vocabulary import Vocabulary
 from hymate.errors import UserError
-from hymate.model.batch import Batch
+from hymate.model.batch import Batch, Variables
 from hymate.model.encoder import BlockState, RiskModel
 from hymate.model.pooling import VariableSums
 
@@ -164,16 +164,16 @@ class StreamingModel:
         end_S = np.array([prediction_time_us])
         batch = self._batch(
             static_F=static_F,
-            age_years_S=ages([history.birth_time], end_S),
-            lag_hours_S=ratio(end_S - state.last_time_us, US_PER_HOUR),
+            age_years_A=ages([history.birth_time], end_S),
+            lag_hours_A=ratio(end_S - state.last_time_us, US_PER_HOUR),
         )
         count_S = torch.full((1,), float(state.num_events), device=self._like.device)
         embedding = self._model.backbone.embedding
         with torch.no_grad():
-            pooled = self._pooled(state.pooled, batch.lag_hours_S).to(self._like.dtype)
-            patient_SME = self._model.pooling.join(pooled, count_S, batch, embedding)
-            logit_ST, log_days_ST = self._model.outputs(patient_SME)
-        return logit_ST[0].cpu().numpy(), log_days_ST[0].cpu().numpy()
+            pooled = self._pooled(state.pooled, batch.lag_hours_A).to(self._like.dtype)
+            patient_AME = self._model.pooling.join(pooled, count_S, batch, embedding)
+            logit_AT, log_days_AT = self._model.outputs(patient_AME)
+        return logit_AT[0].cpu().numpy(), log_days_AT[0].cpu().numpy()
 
     def _append_chunk(self, state: PatientState | None, events_L: np.ndarray) -> PatientState:
         time_L = events_L["time_us"]
@@ -200,7 +200,7 @@ class StreamingModel:
         elapsed = (int(time_us_L[-1]) - before.last_time_us) / US_PER_HOUR if before else 0.0
         kept = before.pooled if before else None
         if pooling.variables is not None:
-            assert batch.variables is not None
+            assert isinstance(batch.variables, Variables)
             sums = VariableSums.of(h_LD, batch, self._vocabulary.size)
             sums = sums.grouped(batch.variables.key_G, batch.variables.variable_L)
             return kept.later(elapsed) + sums if isinstance(kept, VariableSums) else sums
@@ -215,7 +215,7 @@ class StreamingModel:
         new = PooledState.of(score_LQ.double(), hours_L, h_LD.double())
         return kept.later(elapsed, rate_Q.double()) + new if isinstance(kept, PooledState) else new
 
-    def _pooled(self, kept: PooledState | VariableSums, lag_hours_S: Tensor) -> Tensor:
+    def _pooled(self, kept: PooledState | VariableSums, lag_hours_A: Tensor) -> Tensor:
         """(1, M or 1, X) of what was kept. All poolings of events are one: for "mean" the scores are equal, for "last"
         nothing before the last event counts.
         """
@@ -223,7 +223,7 @@ class StreamingModel:
         if isinstance(kept, VariableSums):
             assert pooling.variables is not None
             code_VD = self._model.backbone.embedding.code.weight
-            return pooling.variables.pool(kept, [len(kept.key_R)], lag_hours_S, code_VD)[0]
+            return pooling.variables.pool(kept, [len(kept.key_R)], lag_hours_A, code_VD)[0]
         level_QD, trend_QD = kept.levels_and_trends()
         return level_QD[None] if pooling.fusion is None else pooling.fusion.pooled(level_QD[None], trend_QD[None])
 
@@ -233,8 +233,8 @@ class StreamingModel:
         static_F: np.ndarray = NO_EVENTS,
         time_hours_L: Tensor = NOTHING,
         gap_hours_L: Tensor = NOTHING,
-        age_years_S: Tensor = NOTHING,
-        lag_hours_S: Tensor = NOTHING,
+        age_years_A: Tensor = NOTHING,
+        lag_hours_A: Tensor = NOTHING,
     ) -> Batch:
         """One segment's events, or one patient's static part; in the model's dtype and on its device."""
         code_L, value_L, quantile_L = self._triplet(events_L)
@@ -252,12 +252,12 @@ class StreamingModel:
             static_value_F=static_value_F,
             static_quantile_F=static_quantile_F,
             static_segment_F=torch.zeros(len(static_F), dtype=torch.int32),
-            age_years_S=age_years_S,
-            lag_hours_S=lag_hours_S,
-            example_S=torch.zeros(1, dtype=torch.int64),
-            label_ST=torch.empty(1, 0),
-            days_ST=torch.empty(1, 0),
-            label_weight_ST=torch.empty(1, 0),
+            age_years_A=age_years_A,
+            lag_hours_A=lag_hours_A,
+            example_A=torch.zeros(1, dtype=torch.int64),
+            label_AT=torch.empty(1, 0),
+            days_AT=torch.empty(1, 0),
+            label_weight_AT=torch.empty(1, 0),
             seed_S=torch.zeros(1, dtype=torch.int64),
         )
         return self._model.ask(batch).to(self._like.device)

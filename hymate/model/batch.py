@@ -2,10 +2,11 @@
 
 Shape legend, used throughout the code base:
     L  events in the row, all patients one after the other, no padding
-    S  segments: one patient's window of events each (a patient may fill several rows, one segment in each)
+    S  segments: one patient's window of events each (a patient may have several)
+    A  answers: prediction times, each of which reads its segment's events up to one of them
     F  static events (sex, age at admission, ...) of all segments
     T  tasks
-    G  variables: pairs of a segment and a code that it holds
+    G  variables: pairs of a segment and a code that it holds, or of an answer and a code that it has read
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ UNKNOWN_ID = 0
 MASK_ID = 1
 FIRST_CODE_ID = 2
 HOURS_PER_YEAR = 8766.0  # of 365.25 days
+CHUNK = 64  # events over which `hymate.model.moments` computes at once
 
 
 def changed(item: Any, change: Callable[[Tensor], Tensor]) -> Any:
@@ -50,6 +52,48 @@ class Variables:
         """A row's."""
         key_G, variable_L = torch.unique(row.segment_L.long() * vocab_size + row.code_L, return_inverse=True)
         return cls(key_G, variable_L, torch.bincount(key_G // vocab_size, minlength=row.num_segments).tolist())
+
+
+@dataclass(frozen=True)
+class VariablesSoFar:
+    """Which variables each answer of a row has read, by answer and code, and what is known of them.
+
+    key_G: int64, answer * vocabulary size + code id; ascending.
+    lengths: A Python ints, how many variables each answer has read.
+    features_GX: as `hymate.model.pooling.VariablePooling.FEATURES`.
+    order_L: int64, the row's events by segment, code and place.
+    first_G, last_G: int64, the variable's first event and the last that the answer reads: places in `order_L`.
+    """
+
+    key_G: Tensor
+    lengths: list[int]
+    features_GX: Tensor
+    order_L: Tensor
+    first_G: Tensor
+    last_G: Tensor
+
+
+@dataclass(frozen=True)
+class Ends:
+    """The distinct last events that a row's answers read, by chunks of CHUNK events.
+
+    place_BR: int64, their places in their chunks, B of them; R is the most that any has, the others are filled with 0.
+    end_A: int64, each answer's among the B * R.
+    """
+
+    place_BR: Tensor
+    end_A: Tensor
+
+    @classmethod
+    def of(cls, row: Batch) -> Ends:
+        """A row's."""
+        last_N, number_A = torch.unique(row.last_of_answers, return_inverse=True)
+        chunk_N, num_chunks = last_N // CHUNK, -(-row.num_events // CHUNK)
+        count_B = torch.bincount(chunk_N, minlength=num_chunks)
+        among_N = torch.arange(len(last_N), device=last_N.device) - (count_B.cumsum(0) - count_B)[chunk_N]
+        place_BR = last_N.new_zeros(num_chunks, int(count_B.max()))
+        place_BR[chunk_N, among_N] = last_N % CHUNK
+        return cls(place_BR, (chunk_N * place_BR.shape[1] + among_N)[number_A])
 
 
 @dataclass(frozen=True)
@@ -99,17 +143,19 @@ class Batch:
     cu_seqlens: S+1 Python ints; segment s is events cu_seqlens[s]:cu_seqlens[s+1]. Never empty segments.
     bounds: int64 (S+1,), the same numbers where the tensors are.
     static_code_F, static_value_F, static_quantile_F, static_segment_F: as above, for events without a time.
-    age_years_S: float32, age at the prediction time (in pretraining the window's end); NaN where the birth is unknown.
-    lag_hours_S: float32, hours from the window's last event to the prediction time (0 in pretraining).
-    example_S: int64, the position of each segment's example in the loader's list (its subject, its label).
-    label_ST: float32, each task's label, 1 or 0; NaN where the task has none at this example. Pretraining has no tasks.
-    days_ST: float32, how long what each task is about lasts; NaN where it has no label or the task no days.
-    label_weight_ST: float32, how much each label counts in a mean over labels; 1 where nothing else is known.
+    age_years_A: float32, age at the prediction time (in pretraining the window's end); NaN where the birth is unknown.
+    lag_hours_A: float32, hours from the last event read to the prediction time (0 in pretraining).
+    example_A: int64, the position of each answer's example in the loader's list (its subject, its label).
+    label_AT: float32, each task's label, 1 or 0; NaN where the task has none at this example. Pretraining has no tasks.
+    days_AT: float32, how long what each task is about lasts; NaN where it has no label or the task no days.
+    label_weight_AT: float32, how much each label counts in a mean over labels; 1 where nothing else is known.
     seed_S: int64, not negative; it depends only on the run's seed, the epoch and the example. What is drawn for a
         segment (masks, anchors) starts from it, and so does not depend on the row that it stands in.
     seed: a number that depends only on the run's seed and the row's place in the data order; dropout starts from it.
-    variables, asked: what a model needs besides, and what its loss asks; None where it finds that itself, for which a
-        GPU would have to be waited for. `LossModel.ask` finds it where the row is made.
+    last_A: int64, the last event that each answer reads, never decreasing and in every segment; None where each
+        segment has one answer, at its end.
+    variables, ends, asked: what a model needs besides, and what its loss asks; None where it finds that itself, for
+        which a GPU would have to be waited for. `LossModel.ask` finds it where the row is made.
     """
 
     code_L: Tensor
@@ -124,15 +170,17 @@ class Batch:
     static_value_F: Tensor
     static_quantile_F: Tensor
     static_segment_F: Tensor
-    age_years_S: Tensor
-    lag_hours_S: Tensor
-    example_S: Tensor
-    label_ST: Tensor
-    days_ST: Tensor
-    label_weight_ST: Tensor
+    age_years_A: Tensor
+    lag_hours_A: Tensor
+    example_A: Tensor
+    label_AT: Tensor
+    days_AT: Tensor
+    label_weight_AT: Tensor
     seed_S: Tensor
     seed: int = 0
-    variables: Variables | None = None
+    last_A: Tensor | None = None
+    variables: Variables | VariablesSoFar | None = None
+    ends: Ends | None = None
     asked: Asked | None = None
 
     @property
@@ -150,6 +198,22 @@ class Batch:
         """Of each segment."""
         return [stop - start for start, stop in pairwise(self.cu_seqlens)]
 
+    @property
+    def last_of_answers(self) -> Tensor:
+        """The last event that each answer reads: int64 (A,)."""
+        return self.bounds[1:] - 1 if self.last_A is None else self.last_A
+
+    def by_answer(self, x_SX: Tensor) -> Tensor:
+        """What each segment has (S, ...), for each of its answers (A, ...)."""
+        return x_SX if self.last_A is None else x_SX[self.segment_L[self.last_A].long()]
+
     def to(self, device: torch.device | str) -> Batch:
         """The same row on `device`."""
         return changed(self, lambda x: x.to(device, non_blocking=True))
+
+
+def ranges(start_N: Tensor, length_N: Tensor) -> tuple[Tensor, Tensor]:
+    """start, start + 1, ... of each range one after the other, and the number of the range that each belongs to."""
+    range_M = torch.arange(len(start_N), device=start_N.device).repeat_interleave(length_N)
+    first_N = length_N.cumsum(0) - length_N
+    return torch.arange(len(range_M), device=start_N.device) + (start_N - first_N)[range_M], range_M

@@ -247,9 +247,9 @@ class PatientHead(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.out = MemberLinear(config.members, config.d_model, width_out)
 
-    def forward(self, patient_SME: Tensor) -> Tensor:
+    def forward(self, patient_AME: Tensor) -> Tensor:
         """(S, M, E) -> (S, M, O)."""
-        return self.out(self.dropout(F.gelu(self.hidden(self.norm(patient_SME)))))
+        return self.out(self.dropout(F.gelu(self.hidden(self.norm(patient_AME)))))
 
 
 class RiskModel(LossModel):
@@ -280,13 +280,13 @@ class RiskModel(LossModel):
         """Patient vectors (S, M, E) and attention weights (L, M * Q) or None."""
         return self.pooling(self.backbone(batch), batch, self.backbone.embedding)
 
-    def outputs(self, patient_SME: Tensor) -> tuple[Tensor, Tensor]:
+    def outputs(self, patient_AME: Tensor) -> tuple[Tensor, Tensor]:
         """Logits and log(1 + days), NaN for tasks without days: float32 (S, T) each."""
-        logit_STM, log_days_STM = self._of_members(patient_SME)
-        return logit_STM.mean(dim=2), log_days_STM.mean(dim=2)
+        logit_ATM, log_days_ATM = self._of_members(patient_AME)
+        return logit_ATM.mean(dim=2), log_days_ATM.mean(dim=2)
 
-    def _of_members(self, patient_SME: Tensor) -> tuple[Tensor, Tensor]:
-        out = [head(patient_SME).float() for head in self.heads.values()]
+    def _of_members(self, patient_AME: Tensor) -> tuple[Tensor, Tensor]:
+        out = [head(patient_AME).float() for head in self.heads.values()]
         days = [o_SMO[..., 1] if o_SMO.shape[2] == 2 else torch.full_like(o_SMO[..., 0], torch.nan) for o_SMO in out]
         return torch.stack([o_SMO[..., 0] for o_SMO in out], dim=1), torch.stack(days, dim=1)
 
@@ -295,10 +295,10 @@ class RiskModel(LossModel):
         return torch.cat([_weighed(target_SX, w_SX).sum(0) for target_SX, w_SX in self._targets(batch)]).double()
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """ "logit_ST", "log_days_ST" and "sum_K": the weighted sum over labels of the binary cross-entropy and, for
+        """ "logit_AT", "log_days_AT" and "sum_K": the weighted sum over labels of the binary cross-entropy and, for
         days, of the Huber loss of their logarithms; of members the mean of theirs.
         """
-        logit_STM, log_days_STM = self._of_members(self.patient(batch)[0])
+        logit_ATM, log_days_ATM = self._of_members(self.patient(batch)[0])
 
         def summed(error: Callable[..., Tensor], predicted_SXM: Tensor, target_SX: Tensor, weight_SX: Tensor) -> Tensor:
             target_SXM = torch.nan_to_num(target_SX)[:, :, None].expand_as(predicted_SXM)
@@ -306,17 +306,17 @@ class RiskModel(LossModel):
             return (error_SX * _weighed(target_SX, weight_SX)).sum(dim=0)
 
         labels, days = self._targets(batch)
-        risks = summed(F.binary_cross_entropy_with_logits, logit_STM, *labels)
-        sum_K = torch.cat([risks, summed(F.huber_loss, self._of_days(log_days_STM), *days)])
-        logit_ST, log_days_ST = logit_STM.mean(dim=2), log_days_STM.mean(dim=2)
+        risks = summed(F.binary_cross_entropy_with_logits, logit_ATM, *labels)
+        sum_K = torch.cat([risks, summed(F.huber_loss, self._of_days(log_days_ATM), *days)])
+        logit_AT, log_days_AT = logit_ATM.mean(dim=2), log_days_ATM.mean(dim=2)
         if not self.training:
-            logit_ST, log_days_ST = logit_ST.detach(), log_days_ST.detach()
-        return {"sum_K": sum_K, "logit_ST": logit_ST, "log_days_ST": log_days_ST}
+            logit_AT, log_days_AT = logit_AT.detach(), log_days_AT.detach()
+        return {"sum_K": sum_K, "logit_AT": logit_AT, "log_days_AT": log_days_AT}
 
     def _targets(self, batch: Batch) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """Labels and their weights; the logarithms of days and theirs, of the tasks that have them."""
-        log_days_SX = self._of_days(batch.days_ST).log1p()
-        return (batch.label_ST, batch.label_weight_ST), (log_days_SX, self._of_days(batch.label_weight_ST))
+        log_days_SX = self._of_days(batch.days_AT).log1p()
+        return (batch.label_AT, batch.label_weight_AT), (log_days_SX, self._of_days(batch.label_weight_AT))
 
     def _of_days(self, x_ST: Tensor) -> Tensor:
         """The columns of the tasks that have days; slices, for a list of indices would be sent to the device."""

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from hymate.config import ObjectiveConfig
 from hymate.hashing import SPLITMIX_STEP, shifted_right, splitmix64
-from hymate.model.batch import FIRST_CODE_ID, HOURS_PER_YEAR, MASK_ID, Ahead, Asked, Batch
+from hymate.model.batch import FIRST_CODE_ID, HOURS_PER_YEAR, MASK_ID, Ahead, Asked, Batch, ranges
 
 # What a random number is for: so that no two uses share numbers.
 EVENT_USES, ANCHOR_USE, NUM_USES = range(4), 4, 5
@@ -136,13 +136,13 @@ def histories_until(batch: Batch, anchor_A: Tensor, seen_L: Tensor) -> tuple[Bat
     """
     start_S = batch.bounds[:-1]
     of_A = torch.arange(len(start_S), device=anchor_A.device).repeat_interleave(len(anchor_A) // len(start_S))
-    at_L, segment_L = _ranges(start_S[of_A], anchor_A + 1 - start_S[of_A])
+    at_L, segment_L = ranges(start_S[of_A], anchor_A + 1 - start_S[of_A])
     kept_L = seen_L[at_L] | (at_L == anchor_A[segment_L])
     at_L, segment_L = at_L[kept_L], segment_L[kept_L]
     last_A = batch.bounds[1:][of_A] - 1
-    ahead_hours_A = batch.lag_hours_S[of_A] + batch.time_hours_L[last_A].double() - batch.time_hours_L[anchor_A]
+    ahead_hours_A = batch.lag_hours_A[of_A] + batch.time_hours_L[last_A].double() - batch.time_hours_L[anchor_A]
     count_S = torch.bincount(batch.static_segment_F.long(), minlength=len(start_S))
-    static_at_F, static_segment_F = _ranges((count_S.cumsum(0) - count_S)[of_A], count_S[of_A])
+    static_at_F, static_segment_F = ranges((count_S.cumsum(0) - count_S)[of_A], count_S[of_A])
     events, statics = (
         {name: getattr(batch, name)[at] for name in names}
         for at, names in (
@@ -159,22 +159,15 @@ def histories_until(batch: Batch, anchor_A: Tensor, seen_L: Tensor) -> tuple[Bat
         cu_seqlens=bounds.tolist(),
         bounds=bounds,
         static_segment_F=static_segment_F.int(),
-        age_years_S=(batch.age_years_S[of_A] - ahead_hours_A / HOURS_PER_YEAR).to(batch.age_years_S.dtype),
-        lag_hours_S=torch.zeros_like(batch.lag_hours_S[of_A]),
-        example_S=batch.example_S[of_A],
-        label_ST=batch.label_ST[of_A],
-        days_ST=batch.days_ST[of_A],
-        label_weight_ST=batch.label_weight_ST[of_A],
+        age_years_A=(batch.age_years_A[of_A] - ahead_hours_A / HOURS_PER_YEAR).to(batch.age_years_A.dtype),
+        lag_hours_A=torch.zeros_like(batch.lag_hours_A[of_A]),
+        example_A=batch.example_A[of_A],
+        label_AT=batch.label_AT[of_A],
+        days_AT=batch.days_AT[of_A],
+        label_weight_AT=batch.label_weight_AT[of_A],
         seed_S=batch.seed_S[of_A],
         variables=None,
     ), at_L
-
-
-def _ranges(start_A: Tensor, length_A: Tensor) -> tuple[Tensor, Tensor]:
-    """start, start + 1, ... of each range one after the other, and the number of the range that each belongs to."""
-    range_N = torch.arange(len(start_A), device=start_A.device).repeat_interleave(length_A)
-    first_A = length_A.cumsum(0) - length_A
-    return torch.arange(len(range_N), device=start_A.device) + (start_A - first_A)[range_N], range_N
 
 
 def ask(batch: Batch, objective: ObjectiveConfig, terms: Collection[str], members: int) -> Asked:

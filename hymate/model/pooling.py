@@ -1,5 +1,7 @@
 """Pooling: the contextual states of a segment's events -> the vector that a patient's risk is predicted from.
 
+Where a segment has several answers, each has its own vector, of the events up to the last that it reads.
+
 Shape legend, besides that of `hymate.model.encoder`:
     H  horizons      R  rows: events, or variables so far      G  variables: pairs of a segment and a code it holds
     M  members, each with weights of its own
@@ -9,14 +11,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 from itertools import cycle, islice
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hymate.config import ModelConfig
-from hymate.model.batch import Batch, Variables
+from hymate.model.batch import Batch, Ends, Variables, VariablesSoFar, ranges
 from hymate.model.embedding import EventEmbedding
+from hymate.model.moments import moments_of_answers
 
 HORIZONS_HOURS = (8766.0, 168.0, 24.0, 4.0)  # a year to the last few events: how far pooling looks back
 STATES_DROPPED = 0.5  # fraction of the patients that VariablePooling is trained on without contextual states
@@ -56,8 +60,12 @@ class FusionPooling(nn.Module):
             horizon_Q = torch.tensor(list(islice(cycle(HORIZONS_HOURS), num_queries)))
             self.log_rate_Q = nn.Parameter(-horizon_Q.log().repeat(members))
 
-    def forward(self, h_LD: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """(L, D) -> pooled (S, M, Q * D or, timed, twice that), weights (L, M * Q) that sum to 1 over each segment."""
+    def forward(self, h_LD: Tensor, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """(L, D) -> pooled (A, M, Q * D or, timed, twice that), weights (L, M * Q) that sum to 1 over each segment; no
+        weights where segments have several answers.
+        """
+        if batch.last_A is not None:
+            return self.of_answers(h_LD, batch), None
         segment_L, S = batch.segment_L.long(), batch.num_segments
         last_L = batch.bounds[1:][segment_L] - 1
         hours_L1 = (batch.time_hours_L - batch.time_hours_L[last_L])[:, None]  # 0 at the end, negative before
@@ -74,13 +82,22 @@ class FusionPooling(nn.Module):
             sums_SQD = torch.stack([basis.T @ h for basis, h in parts]).chunk(len(bases_LQ), dim=1)
         return self.pooled(*sums_SQD), weight_LQ
 
+    def of_answers(self, h_LD: Tensor, batch: Batch) -> Tensor:
+        """`forward`, of several answers a segment."""
+        score_LQ = wide(self.query(torch.tanh(self.key(h_LD)))).flatten(1)
+        with torch.autocast(h_LD.device.type, enabled=False):
+            rate_Q = score_LQ.new_zeros(score_LQ.shape[1]) if self.log_rate_Q is None else self.log_rate_Q.exp()
+            found = moments_of_answers(wide(h_LD), score_LQ, rate_Q, batch)
+            spread_NQ1 = (found.variance_NQ + 1.0).rsqrt()[:, :, None]
+        return self.pooled(found.level_NQD, found.covariance_NQD * spread_NQ1)
+
     def score(self, h_LD: Tensor, hours_L1: Tensor) -> Tensor:
         """(L, D), hours from the end (not positive) -> logarithms of the weights (L, M * Q), up to a constant."""
         score_LQ = wide(self.query(torch.tanh(self.key(h_LD)))).flatten(1)
         return score_LQ if self.log_rate_Q is None else score_LQ + hours_L1 * self.log_rate_Q.exp()
 
     def pooled(self, level_SQD: Tensor, trend_SQD: Tensor | None = None) -> Tensor:
-        """Levels and, where timed, trends (S, M * Q, D) -> (S, M, Q * D) or twice that."""
+        """Levels and, where timed, trends (A, M * Q, D) -> (A, M, Q * D) or twice that."""
         sums = [level_SQD] if self.log_rate_Q is None or trend_SQD is None else [level_SQD, trend_SQD]
         return torch.cat([x_SQD.unflatten(1, (self.members, -1)).flatten(2) for x_SQD in sums], dim=2)
 
@@ -89,8 +106,9 @@ class FusionPooling(nn.Module):
 class VariableSums:
     """What is known of each variable, as sums that can go on as events come; float64 but for the states.
 
-    Times are hours from the segment's last event (not positive); z is asinh of the normalised value and rank its rank
-    (`Batch.value_L`, `Batch.quantile_L`). Sums are over the variable's events, and over those with a value.
+    Times are hours from the event that they are seen from, in `of` the segment's last (not positive); z is asinh of
+    the normalised value and rank its rank (`Batch.value_L`, `Batch.quantile_L`). Sums are over the variable's events,
+    and over those with a value.
 
     key_R: int64, segment * vocabulary size + code; ascending once grouped.
     sum_RX: of the events 1; of the values 1, z, z**2, t, t**2, t z and rank.
@@ -114,10 +132,10 @@ class VariableSums:
     last_RD: Tensor
 
     @classmethod
-    def of(cls, h_LD: Tensor, batch: Batch, vocab_size: int) -> VariableSums:
-        """Of a row's events, in their order."""
+    def of(cls, h_LD: Tensor, batch: Batch, vocab_size: int, last_L: Tensor | None = None) -> VariableSums:
+        """Of a row's events, in their order; last_L: the event that each is seen from, if not its segment's last."""
         segment_L = batch.segment_L.long()
-        last_L = batch.bounds[1:][segment_L] - 1
+        last_L = batch.bounds[1:][segment_L] - 1 if last_L is None else last_L
         t_L = (batch.time_hours_L - batch.time_hours_L[last_L]).double()
         known_L = ~torch.isnan(batch.value_L)
         z_L, rank_L = (torch.nan_to_num(x_L).double() for x_L in (torch.asinh(batch.value_L), batch.quantile_L))
@@ -171,24 +189,71 @@ class VariableSums:
             last_RD=self.last_RD[extreme(at_R, "amax")],
         )
 
-    def later(self, hours: float) -> VariableSums:
-        """The same events seen from `hours` later."""
+    def later(self, hours: float | Tensor) -> VariableSums:
+        """The same events seen from `hours` later: a number, or one for each row."""
+        hours_R = self.near_RH.new_zeros(len(self.key_R)) + hours
         events, values, z, z2, t, t2, tz, rank = self.sum_RX.unbind(dim=1)
-        sums = (events, values, z, z2, t - hours * values, t2 - 2 * hours * t + hours**2 * values, tz - hours * z, rank)
-        ago_X = F.pad(self.least_RX.new_full((2,), hours), (0, 2))  # of times only
+        moved = (t - hours_R * values, t2 - 2 * hours_R * t + hours_R**2 * values, tz - hours_R * z)
+        ago_RX = F.pad(hours_R[:, None].expand(-1, 2), (0, 2))  # of times only
         return replace(
             self,
-            sum_RX=torch.stack(sums, dim=1),
-            near_RH=self.near_RH * _in_horizons(self.near_RH.new_full((), -hours)).exp(),
-            least_RX=self.least_RX - ago_X,
-            greatest_RX=self.greatest_RX - ago_X,
+            sum_RX=torch.stack((events, values, z, z2, *moved, rank), dim=1),
+            near_RH=self.near_RH * _in_horizons(-hours_R).exp(),
+            least_RX=self.least_RX - ago_RX,
+            greatest_RX=self.greatest_RX - ago_RX,
         )
+
+    def at(self, index: Any) -> VariableSums:
+        """Some of the rows."""
+        return VariableSums(*(getattr(self, field.name)[index] for field in fields(self)))
+
+    def then(self, other: VariableSums) -> VariableSums:
+        """Row by row, of both's events, the other's being later; both are seen from the same time."""
+        greatest_RX = torch.maximum(self.greatest_RX, other.greatest_RX)
+        valued_R, other_valued_R = self.sum_RX[:, 1] > 0, other.sum_RX[:, 1] > 0
+        fading = [
+            torch.nan_to_num(_in_horizons(part.greatest_RX[:, 1] - greatest_RX[:, 1]), nan=0.0).exp()
+            for part in (self, other)
+        ]
+        return VariableSums(
+            key_R=self.key_R,
+            sum_RX=self.sum_RX + other.sum_RX,
+            near_RH=self.near_RH + other.near_RH,
+            share_RH=self.share_RH * fading[0] + other.share_RH * fading[1],
+            shared_RH=self.shared_RH * fading[0] + other.shared_RH * fading[1],
+            least_RX=torch.minimum(self.least_RX, other.least_RX),
+            greatest_RX=greatest_RX,
+            first_R=self.first_R.where(valued_R, other.first_R),
+            last_RX=other.last_RX.where(other_valued_R[:, None], self.last_RX),
+            state_RD=self.state_RD + other.state_RD,
+            last_RD=other.last_RD,
+        )
+
+    def running(self, hours_R: Tensor, most: int) -> VariableSums:
+        """Of all rows of the same key up to each. They stand by key, then time, at most `most` of a key.
+
+        hours_R: the times from which they are, and will be, seen; on one clock for a key.
+        """
+        sums, step = self, 1
+        while step < most:
+            at_N = torch.nonzero(self.key_R[step:] == self.key_R[:-step])[:, 0]
+            next_N = at_N + step
+            both = sums.at(at_N).later(hours_R[next_N] - hours_R[at_N]).then(sums.at(next_N))
+            pairs = ((getattr(sums, field.name), getattr(both, field.name)) for field in fields(sums))
+            sums = VariableSums(*(x.index_copy(0, next_N, new) for x, new in pairs))
+            step *= 2
+        return sums
 
     def __add__(self, other: VariableSums) -> VariableSums:
         """Of both's events, the other's being later; both are seen from the same time."""
         pairs = ((getattr(self, field.name), getattr(other, field.name)) for field in fields(self))
         both = VariableSums(*(torch.cat(pair) for pair in pairs))
         return both.grouped(*torch.unique(both.key_R, return_inverse=True))
+
+    @property
+    def states(self) -> Tensor:
+        """The mean of the contextual states, and the last: (R, 2 * D)."""
+        return torch.cat([self.state_RD / self.sum_RX[:, :1].to(self.state_RD.dtype), self.last_RD], dim=1)
 
     def features(self, lag_hours_R: Tensor) -> Tensor:
         """VariablePooling.FEATURES (R, X) at prediction times that lie lag_hours_R after the last event."""
@@ -258,39 +323,97 @@ class VariablePooling(nn.Module):
         self.width = (num_queries + 1) * d_model
         nn.init.zeros_(self.states.weight)
 
-    def forward(self, h_LD: Tensor, batch: Batch, code_VD: Tensor) -> tuple[Tensor, Tensor]:
-        """(L, D), the embedding of codes -> pooled (S, M, (Q + 1) * D) and weights (L, M * Q) that sum to 1 over each
-        segment.
+    def forward(self, h_LD: Tensor, batch: Batch, code_VD: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(L, D), the embedding of codes -> pooled (A, M, (Q + 1) * D) and weights (L, M * Q) that sum to 1 over each
+        segment; no weights where segments have several answers.
         """
+        if batch.last_A is not None:
+            return self.of_answers(h_LD, batch, code_VD), None
         own = batch.variables or Variables.of(batch, len(code_VD))
+        assert isinstance(own, Variables)
         sums = VariableSums.of(h_LD, batch, len(code_VD)).grouped(own.key_G, own.variable_L)
-        pooled, weight_GQ = self.pool(sums, own.lengths, batch.lag_hours_S, code_VD)
+        pooled, weight_GQ = self.pool(sums, own.lengths, batch.lag_hours_A, code_VD)
         return pooled, (weight_GQ / wide(sums.sum_RX[:, :1].to(weight_GQ.dtype)))[own.variable_L]
 
     def pool(
-        self, sums: VariableSums, lengths: list[int], lag_hours_S: Tensor, code_VD: Tensor
+        self, sums: VariableSums, lengths: list[int], lag_hours_A: Tensor, code_VD: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Pooled (S, M, (Q + 1) * D) and the variables' weights (G, M * Q), which sum to 1 over each segment; lengths:
+        """Pooled (A, M, (Q + 1) * D) and the variables' weights (G, M * Q), which sum to 1 over each answer; lengths:
         of how many variables each has.
         """
-        S, segment_G = len(lag_hours_S), sums.key_R // len(code_VD)
-        events_G1 = sums.sum_RX[:, :1].to(sums.state_RD.dtype)
-        states_GMD = self.states(torch.cat([sums.state_RD / events_G1, sums.last_RD], dim=1))
-        if self.training:
-            kept_SM = torch.rand(S, states_GMD.shape[1], device=states_GMD.device) >= STATES_DROPPED
-            states_GMD = states_GMD * (kept_SM.to(states_GMD.dtype) / (1 - STATES_DROPPED))[segment_G, :, None]
-        vector_GMD = self.vectors(code_VD[sums.key_R % len(code_VD)], sums.features(lag_hours_S[segment_G]))
-        x_GMD = self.norm(vector_GMD + states_GMD)
-        score_GMQ = wide(self.query(torch.tanh(self.key(x_GMD))))
-        weight_GMQ = segment_softmax(score_GMQ.flatten(1), segment_G, S).view_as(score_GMQ)
-        # the sum adds up evidence, which a mean cannot; over the root of their number, to keep its size
-        number_S = segment_count(segment_G, S)
-        share_G11 = number_S.to(weight_GMQ.dtype).rsqrt()[segment_G, None, None]
-        part_GMQ = torch.cat([weight_GMQ, share_G11.expand(-1, weight_GMQ.shape[1], 1)], dim=2)
+        features_GX = sums.features(lag_hours_A[sums.key_R // len(code_VD)])
+        x_GMD, weight_GMQ, part_GMQ = self.weighed(sums.key_R, features_GX, sums.states, len(lengths), code_VD)
         parts = zip(part_GMQ.split(lengths), wide(x_GMD).split(lengths), strict=True)
         with torch.autocast(x_GMD.device.type, enabled=False):
-            pooled_SMQD = torch.stack([torch.einsum("gmq,gmd->mqd", part, x) for part, x in parts])
-        return pooled_SMQD.flatten(2), weight_GMQ.flatten(1)
+            pooled_AMQD = torch.stack([torch.einsum("gmq,gmd->mqd", part, x) for part, x in parts])
+        return pooled_AMQD.flatten(2), weight_GMQ.flatten(1)
+
+    def of_answers(self, h_LD: Tensor, batch: Batch, code_VD: Tensor) -> Tensor:
+        """`forward`, of several answers a segment."""
+        own = batch.variables or variables_so_far(batch, len(code_VD))
+        assert isinstance(own, VariablesSoFar)
+        h_LD = wide(h_LD)[own.order_L]
+        total_LD = F.pad(h_LD.double().cumsum(0), (0, 0, 1, 0))
+        mean_GD = (total_LD[own.last_G + 1] - total_LD[own.first_G]) / (own.last_G - own.first_G + 1)[:, None]
+        states_GD = torch.cat([mean_GD.to(h_LD.dtype), h_LD[own.last_G]], dim=1)
+        A, most = len(own.lengths), max(own.lengths)
+        x_GMD, _, part_GMQ = self.weighed(own.key_G, own.features_GX, states_GD, A, code_VD)
+        answer_G = own.key_G // len(code_VD)
+        count_A = segment_count(answer_G, A)
+        place_G = torch.arange(len(answer_G), device=answer_G.device) - (count_A.cumsum(0) - count_A)[answer_G]
+        at_G = answer_G * most + place_G
+        part_AV, x_AV = (
+            x.new_zeros(A * most, *x.shape[1:]).index_copy(0, at_G, x).unflatten(0, (A, most))
+            for x in (part_GMQ, wide(x_GMD))
+        )
+        with torch.autocast(h_LD.device.type, enabled=False):
+            return torch.einsum("avmq,avmd->amqd", part_AV, x_AV).flatten(2)
+
+    def weighed(
+        self, key_G: Tensor, features_GX: Tensor, states_GD: Tensor, num_answers: int, code_VD: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The variables' vectors (G, M, D); their weights (G, M, Q), which sum to 1 over each answer; and these with
+        another, by which they are added up (G, M, Q + 1).
+
+        key_G: int64, answer * vocabulary size + code; ascending. states_GD: the mean of the contextual states and the
+        last, (G, 2 * D).
+        """
+        answer_G, states_GMD = key_G // len(code_VD), self.states(states_GD)
+        if self.training:
+            kept_AM = torch.rand(num_answers, states_GMD.shape[1], device=states_GMD.device) >= STATES_DROPPED
+            states_GMD = states_GMD * (kept_AM.to(states_GMD.dtype) / (1 - STATES_DROPPED))[answer_G, :, None]
+        vector_GMD = self.vectors(code_VD[key_G % len(code_VD)], features_GX)
+        x_GMD = self.norm(vector_GMD + states_GMD)
+        score_GMQ = wide(self.query(torch.tanh(self.key(x_GMD))))
+        weight_GMQ = segment_softmax(score_GMQ.flatten(1), answer_G, num_answers).view_as(score_GMQ)
+        # the sum adds up evidence, which a mean cannot; over the root of their number, to keep its size
+        number_A = segment_count(answer_G, num_answers)
+        share_G11 = number_A.to(weight_GMQ.dtype).rsqrt()[answer_G, None, None]
+        return x_GMD, weight_GMQ, torch.cat([weight_GMQ, share_G11.expand(-1, weight_GMQ.shape[1], 1)], dim=2)
+
+
+def variables_so_far(row: Batch, vocab_size: int) -> VariablesSoFar:
+    """What each of a row's answers has read of each variable."""
+    assert row.last_A is not None
+    L, device = row.num_events, row.code_L.device
+    order_L = (row.segment_L.long() * vocab_size + row.code_L).argsort(stable=True)
+    row_sums = VariableSums.of(row.value_L.new_zeros(L, 0), row, vocab_size, torch.arange(L, device=device))
+    sums, hours_L = row_sums.at(order_L), row.time_hours_L[order_L].double()
+    key_U, variable_L, count_U = sums.key_R.unique_consecutive(return_inverse=True, return_counts=True)
+    sums = sums.running(hours_L, int(count_U.max()))
+    # each answer and each variable of its segment, and the variable's last event that it reads, if there is one
+    number_S = torch.bincount(key_U // vocab_size, minlength=row.num_segments)
+    segment_A = row.segment_L[row.last_A].long()
+    variable_N, answer_N = ranges((number_S.cumsum(0) - number_S)[segment_A], number_S[segment_A])
+    last_N = torch.searchsorted(variable_L * L + order_L, variable_N * L + row.last_A[answer_N], right=True) - 1
+    first_N = (count_U.cumsum(0) - count_U)[variable_N]
+    read_N = last_N >= first_N
+    first_G, last_G, answer_G = first_N[read_N], last_N[read_N], answer_N[read_N]
+    since_G = row.time_hours_L[row.last_A].double()[answer_G] - hours_L[last_G]
+    features_GX = sums.at(last_G).later(since_G).features(row.lag_hours_A[answer_G])
+    key_G = answer_G * vocab_size + key_U[variable_N[read_N]] % vocab_size
+    lengths = torch.bincount(answer_G, minlength=len(row.last_A)).tolist()
+    return VariablesSoFar(key_G, lengths, features_GX, order_L, first_G, last_G)
 
 
 def _in_horizons(hours: Tensor) -> Tensor:
@@ -368,35 +491,44 @@ class PatientPooling(nn.Module):
         self.width = (attention.width if attention else config.d_model) + config.d_model + scalars
 
     def ask(self, batch: Batch, embedding: EventEmbedding) -> Batch:
-        """The row with its variables, where they are what is pooled."""
-        if self.variables is None or batch.variables is not None:
-            return batch
-        return replace(batch, variables=Variables.of(batch, embedding.code.num_embeddings))
+        """The row with its variables, where they are what is pooled, or with where its answers end."""
+        vocab_size = embedding.code.num_embeddings
+        if self.variables is not None and batch.variables is None:
+            of_row = Variables.of if batch.last_A is None else variables_so_far
+            return replace(batch, variables=of_row(batch, vocab_size))
+        if self.kind != "last" and self.variables is None and batch.last_A is not None and batch.ends is None:
+            return replace(batch, ends=Ends.of(batch))
+        return batch
 
     def forward(self, h_LD: Tensor, batch: Batch, embedding: EventEmbedding) -> tuple[Tensor, Tensor | None]:
-        """(L, D) -> patient vectors (S, M, E) and the attention weights (L, M * Q), None for other poolings."""
+        """(L, D) -> patient vectors (A, M, E) and the attention weights (L, M * Q); None for other poolings, and where
+        segments have several answers.
+        """
         weight_LQ = None
-        count_S = batch.bounds.diff().float()
+        count_A = (batch.last_of_answers - batch.by_answer(batch.bounds[:-1]) + 1).float()
         if self.variables is not None:
             pooled, weight_LQ = self.variables(h_LD, batch, embedding.code.weight)
         elif self.fusion is not None:
             pooled, weight_LQ = self.fusion(h_LD, batch)
         elif self.kind == "last":
-            pooled = wide(h_LD[batch.bounds[1:] - 1])[:, None]
+            pooled = wide(h_LD[batch.last_of_answers])[:, None]
+        elif batch.last_A is not None:
+            equal_L1 = wide(h_LD).new_zeros(len(h_LD), 1)
+            pooled = moments_of_answers(wide(h_LD), equal_L1, equal_L1[0], batch).level_NQD
         else:
             pooled = segment_mean(h_LD, batch.segment_L, batch.num_segments)[:, None]
-        return self.join(pooled, count_S, batch, embedding), weight_LQ
+        return self.join(pooled, count_A, batch, embedding), weight_LQ
 
-    def join(self, pooled: Tensor, count_S: Tensor, batch: Batch, embedding: EventEmbedding) -> Tensor:
-        """Pooled events (S, M or 1, X), count_S of them, and the batch's static features and scalars -> (S, M, E)."""
+    def join(self, pooled: Tensor, count_A: Tensor, batch: Batch, embedding: EventEmbedding) -> Tensor:
+        """Pooled events (A, M or 1, X), count_A of them, and the batch's static features and scalars -> (A, M, E)."""
         static_FD = embedding(batch.static_code_F, batch.static_value_F, batch.static_quantile_F)
-        static_SD = segment_mean(static_FD, batch.static_segment_F, batch.num_segments)
-        known_S = ~torch.isnan(batch.age_years_S)
-        age_S2 = torch.stack([torch.nan_to_num(batch.age_years_S) / 100, known_S.float()], -1).to(pooled.dtype)
+        static_AD = batch.by_answer(segment_mean(static_FD, batch.static_segment_F, batch.num_segments))
+        known_A = ~torch.isnan(batch.age_years_A)
+        age_A2 = torch.stack([torch.nan_to_num(batch.age_years_A) / 100, known_A.float()], -1).to(pooled.dtype)
         parts: list[Tensor] = [pooled]
         if isinstance(self.static, StaticNetwork):
-            parts.append(wide(self.static(torch.cat([static_SD, age_S2], -1))))
+            parts.append(wide(self.static(torch.cat([static_AD, age_A2], -1))))
         else:
-            logs_S2 = torch.stack([torch.log1p(batch.lag_hours_S), torch.log(count_S) / 10], -1).to(pooled.dtype)
-            parts += [wide(F.gelu(self.static(static_SD))), age_S2[:, None], logs_S2[:, None]]
+            logs_A2 = torch.stack([torch.log1p(batch.lag_hours_A), torch.log(count_A) / 10], -1).to(pooled.dtype)
+            parts += [wide(F.gelu(self.static(static_AD))), age_A2[:, None], logs_A2[:, None]]
         return torch.cat([part.expand(-1, parts[1].shape[1], -1) for part in parts], dim=-1)

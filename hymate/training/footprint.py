@@ -264,12 +264,12 @@ def _row(shapes: Shapes) -> Batch:
         static_value_F=torch.zeros(S * STATICS),
         static_quantile_F=torch.zeros(S * STATICS),
         static_segment_F=static_segment_F,
-        age_years_S=torch.ones(S),
-        lag_hours_S=torch.zeros(S),
-        example_S=torch.arange(S),
-        label_ST=torch.zeros(S, 0),
-        days_ST=torch.zeros(S, 0),
-        label_weight_ST=torch.zeros(S, 0),
+        age_years_A=torch.ones(S),
+        lag_hours_A=torch.zeros(S),
+        example_A=torch.arange(S),
+        label_AT=torch.zeros(S, 0),
+        days_AT=torch.zeros(S, 0),
+        label_weight_AT=torch.zeros(S, 0),
         seed_S=torch.arange(S),
     )
     with torch.device("meta"):

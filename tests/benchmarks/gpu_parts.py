@@ -301,7 +301,7 @@ def inference(report: Report, setting: Setting) -> None:
 
             def step() -> None:
                 with torch.no_grad(), torch.autocast(setting.device.type, torch.bfloat16, enabled=rounded):
-                    there(next(ready))["logit_ST"].cpu()
+                    there(next(ready))["logit_AT"].cpu()
 
             measured = timed(setting, step)
         return {"events_per_second": 1000 * events / measured["ms"], **measured}
@@ -309,7 +309,7 @@ def inference(report: Report, setting: Setting) -> None:
     def same_as_cpu() -> Measures:
         batch = random_row([setting.row_events // 16, 1, 100], vocab_size=VOCABULARY)
         with torch.no_grad():
-            there, here = (model(d)(batch.to(d))["logit_ST"].cpu() for d in (setting.device, torch.device("cpu")))
+            there, here = (model(d)(batch.to(d))["logit_AT"].cpu() for d in (setting.device, torch.device("cpu")))
         return {"largest_difference_of_logits": float((there - here).abs().max())}
 
     def streaming() -> Measures:

@@ -72,7 +72,7 @@ def test_the_parts_sum_to_what_knowing_the_events_changes(
         static_value_F=nothing(row.static_value_F),
         static_quantile_F=nothing(row.static_quantile_F),
     )
-    logit_S, unknown_S = (model(of)["logit_ST"][:, 0].numpy() for of in (row, unknown))
+    logit_S, unknown_S = (model(of)["logit_AT"][:, 0].numpy() for of in (row, unknown))
     found = integrated_gradients(model, row)
     assert [len(a.event_L) for a in found] == lengths
     assert [len(a.static_F) for a in found] == [statics] * len(lengths)

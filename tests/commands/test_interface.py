@@ -211,9 +211,9 @@ def test_patient_vectors_are_what_the_heads_see(model: hymate.Model, events: pa.
     vector_X = model.embed(own, at)
     assert vector_X.dtype == np.float32 and vector_X.ndim == 1
     with torch.no_grad():
-        logit_ST, _ = model._model.outputs(torch.from_numpy(vector_X)[None, None])
+        logit_AT, _ = model._model.outputs(torch.from_numpy(vector_X)[None, None])
     expected = [model.predict(own, at, task) for task in TASKS]
-    np.testing.assert_allclose(torch.sigmoid(logit_ST[0]), expected, atol=1e-6)
+    np.testing.assert_allclose(torch.sigmoid(logit_AT[0]), expected, atol=1e-6)
     later = at + timedelta(days=30)
     table = model.embed(events, pa.table({"subject_id": [7, 7], "prediction_time": [later, at]}))
     assert table.column_names == ["subject_id", "prediction_time", "vector"]

@@ -63,7 +63,7 @@ def test_every_epoch_visits_every_example_once(rows: Rows) -> None:
     for epoch in range(3):
         batches, after = take(rows, Cursor(epoch), rows.rows_per_epoch, 1, 1)
         assert (after.epoch, after.row) == (epoch, rows.rows_per_epoch)
-        orders.append([tuple(sorted(batch.example_S.tolist())) for batch in batches])
+        orders.append([tuple(sorted(batch.example_A.tolist())) for batch in batches])
         assert sorted(example for row in orders[-1] for example in row) == list(range(len(rows.examples)))
     assert orders[0] != orders[1] != orders[2]
 
@@ -73,7 +73,7 @@ def test_rows_run_on_across_epochs(rows: Rows, monkeypatch: pytest.MonkeyPatch, 
     """With 8 rows a step the epochs' ends fall inside steps; no row is lost there."""
     monkeypatch.setattr(loader, "BLOCK_EVENTS", block_events)
     batches, _ = take(rows, Cursor(), 8, 8, 1)
-    visits = np.concatenate([batch.example_S.numpy() for batch in batches])
+    visits = np.concatenate([batch.example_A.numpy() for batch in batches])
     counts = np.bincount(visits, minlength=len(rows.examples))
     assert counts.min() >= 2 and counts.max() - counts.min() <= 1
     assert len({batch.seed for batch in batches}) == len(batches)
@@ -126,7 +126,7 @@ def test_resuming_packs_no_block_before_the_cursors(
     with contextlib.closing(make_rows(histories, vocabulary).steps(last, 1, 0, 1)) as steps:
         batches, after = next(steps)
     assert_same(batches, expected[-1:])
-    assert after == cursor and packed[0] == sum(len(batch.example_S) for batch in expected[-(cursor.row) :])
+    assert after == cursor and packed[0] == sum(len(batch.example_A) for batch in expected[-(cursor.row) :])
 
 
 def test_rows_per_step_changes_no_row(rows: Rows) -> None:
@@ -138,7 +138,7 @@ def test_what_is_drawn_for_an_example_does_not_depend_on_its_row(histories: Hist
     for budget in (CONTEXT, BUDGET, 2 * BUDGET):
         rows = make_rows(histories, vocabulary, tokens_per_row=budget)
         batches, _ = take(rows, Cursor(1), rows.rows_per_epoch, 1, 1)
-        pairs = [zip(batch.example_S.tolist(), batch.seed_S.tolist(), strict=True) for batch in batches]
+        pairs = [zip(batch.example_A.tolist(), batch.seed_S.tolist(), strict=True) for batch in batches]
         seeds.append(dict(pair for row in pairs for pair in row))
         assert len(set(seeds[-1].values())) == len(rows.examples) and min(seeds[-1].values()) >= 0
     assert seeds[0].keys() >= set(range(len(rows.examples)))
@@ -148,13 +148,13 @@ def test_what_is_drawn_for_an_example_does_not_depend_on_its_row(histories: Hist
 def test_the_order_is_the_same_on_every_machine(rows: Rows) -> None:
     """Values of another process: a change here breaks the resuming of everybody's runs."""
     ((batch,), _) = next(rows.steps(Cursor(epoch=2, row=5), 1, 0, 1))
-    assert (batch.seed, batch.example_S.tolist()) == (6544075218902629905, [10, 9])
+    assert (batch.seed, batch.example_A.tolist()) == (6544075218902629905, [10, 9])
     assert 0 <= batch.seed < 2**63
 
 
 def test_another_seed_is_another_order(histories: Histories, vocabulary: Vocabulary) -> None:
     first, second = (take(make_rows(histories, vocabulary, seed=seed), Cursor(), 4, 4, 1)[0] for seed in (0, 1))
-    assert [b.example_S.tolist() for b in first] != [b.example_S.tolist() for b in second]
+    assert [b.example_A.tolist() for b in first] != [b.example_A.tolist() for b in second]
     assert not {b.seed for b in first} & {b.seed for b in second}
 
 
@@ -165,7 +165,7 @@ def test_reads_stay_in_a_block_of_row_groups(rows: Rows, histories: Histories, m
     for epoch in range(2):
         visited: list[tuple[str, int]] = []
         for batch in take(rows, Cursor(epoch), rows.rows_per_epoch, 1, 1)[0]:
-            position = rows.examples.position_E[batch.example_S.numpy()]
+            position = rows.examples.position_E[batch.example_A.numpy()]
             groups = {place[:2] for place in histories.index.places(position)}
             assert len(groups) == 1
             visited += [group for group in groups if visited[-1:] != [group]]
@@ -182,7 +182,7 @@ def test_one_pass_is_even_over_ranks_and_counts_every_example_once(rows: Rows, w
     per_rank = [list(rows.once(rank, world_size)) for rank in range(world_size)]
     assert len({len(items) for items in per_rank}) == 1
     counted = [batch for items in per_rank for batch, counts in items if counts]
-    assert sorted(e for batch in counted for e in batch.example_S.tolist()) == list(range(len(rows.examples)))
+    assert sorted(e for batch in counted for e in batch.example_A.tolist()) == list(range(len(rows.examples)))
 
 
 def test_one_pass_is_the_same_every_time(rows: Rows) -> None:
@@ -257,5 +257,5 @@ def test_a_rows_place_leads_to_its_histories_and_names_no_subject(
     for shard, group, places in re.findall(r"shard (\S+) row group (\d+) records \[([\d, ]+)\]", rows.place_of(batch)):
         table = pq.ParquetFile(dataset / "histories" / f"{shard}.parquet").read_row_group(int(group))
         found |= {table["subject_id"][int(place)].as_py() for place in places.split(",")}
-    assert found == set(rows.examples.subject_id_E[batch.example_S.numpy()].tolist())
+    assert found == set(rows.examples.subject_id_E[batch.example_A.numpy()].tolist())
     assert not any(str(subject_id) in rows.place_of(batch) for subject_id in found)

@@ -34,7 +34,7 @@ def test_a_row_holds_what_the_histories_say(histories: Histories, vocabulary: Vo
     seen = []
     for batch, counts in make_rows(histories, vocabulary, examples, crop="last").once(rank=0, world_size=1):
         assert counts and batch.num_events == batch.cu_seqlens[-1] <= BUDGET
-        for s, example in enumerate(batch.example_S.tolist()):
+        for s, example in enumerate(batch.example_A.tolist()):
             seen.append(example)
             (history,) = histories.read(examples.position_E[[example]])
             assert history.subject_id == examples.subject_id_E[example]
@@ -65,31 +65,31 @@ def test_a_row_holds_what_the_histories_say(histories: Histories, vocabulary: Vo
             end = 30 * YEAR + 70 * HOUR
             age = np.nan if history.birth_time is None else (end - history.birth_time) / YEAR
             truth = truth_of[history.subject_id]
-            np.testing.assert_equal(batch.age_years_S[s].item(), np.float32(age))
-            np.testing.assert_equal(batch.lag_hours_S[s].item(), np.float32((end - time[-1]) / HOUR))
-            np.testing.assert_equal(batch.label_ST[s].item(), np.float32(np.nan if truth is None else truth))
+            np.testing.assert_equal(batch.age_years_A[s].item(), np.float32(age))
+            np.testing.assert_equal(batch.lag_hours_A[s].item(), np.float32((end - time[-1]) / HOUR))
+            np.testing.assert_equal(batch.label_AT[s].item(), np.float32(np.nan if truth is None else truth))
     assert sorted(seen) == list(range(len(examples)))
 
 
 def test_types_are_those_of_the_batch(rows: Rows) -> None:
     batch, _ = next(rows.once(0, 1))
-    for name in ("code_L", "static_code_F", "example_S"):
+    for name in ("code_L", "static_code_F", "example_A"):
         assert getattr(batch, name).dtype == torch.int64
     for name in ("segment_L", "static_segment_F"):
         assert getattr(batch, name).dtype == torch.int32
     floats = ("value_L", "quantile_L", "time_hours_L", "gap_hours_L", "static_value_F", "static_quantile_F")
-    for name in (*floats, "age_years_S", "lag_hours_S", "label_ST", "days_ST", "label_weight_ST"):
+    for name in (*floats, "age_years_A", "lag_hours_A", "label_AT", "days_AT", "label_weight_AT"):
         assert getattr(batch, name).dtype == torch.float32
 
 
 def test_pretraining_has_no_label_and_ends_with_the_last_event(histories: Histories, rows: Rows) -> None:
     for batch, _ in rows.once(0, 1):
-        assert batch.label_ST.shape == (batch.num_segments, 0) and not batch.lag_hours_S.any()
-        for s, example in enumerate(batch.example_S.tolist()):
+        assert batch.label_AT.shape == (batch.num_segments, 0) and not batch.lag_hours_A.any()
+        for s, example in enumerate(batch.example_A.tolist()):
             (history,) = histories.read(rows.examples.position_E[[example]])
             known = history.birth_time is not None
-            assert bool(batch.age_years_S[s].isnan()) != known
-            assert not known or 70 < batch.age_years_S[s] < 71
+            assert bool(batch.age_years_A[s].isnan()) != known
+            assert not known or 70 < batch.age_years_A[s] < 71
 
 
 def test_gaps_keep_microseconds_over_decades(tmp_path: Path, vocabulary: Vocabulary) -> None:
@@ -123,7 +123,7 @@ def test_every_window_start_is_equally_likely(tmp_path: Path, vocabulary: Vocabu
 def test_crop_last_takes_the_end(histories: Histories, vocabulary: Vocabulary) -> None:
     rows = make_rows(histories, vocabulary, crop="last", context=8)
     for batch, _ in rows.once(0, 1):
-        for s, history in enumerate(histories.read(rows.examples.position_E[batch.example_S.numpy()])):
+        for s, history in enumerate(histories.read(rows.examples.position_E[batch.example_A.numpy()])):
             code = batch.code_L[batch.cu_seqlens[s] : batch.cu_seqlens[s + 1]]
             assert code.tolist() == vocabulary.ids_of([CODES[c] for c in history.code[-8:]]).tolist()
 
@@ -153,7 +153,7 @@ def test_early_views_end_between_start_and_prediction_and_change_by_epoch(
         found = {}
         for (row,), _ in rows.steps(Cursor(number), rows_per_step=1, rank=0, world_size=1):
             lengths = np.diff(row.cu_seqlens).tolist()
-            for example, length, lag in zip(row.example_S.tolist(), lengths, row.lag_hours_S.tolist(), strict=True):
+            for example, length, lag in zip(row.example_A.tolist(), lengths, row.lag_hours_A.tolist(), strict=True):
                 if example in found:
                     return found
                 found[example] = (length, lag == 0)
@@ -172,7 +172,7 @@ def test_early_views_end_between_start_and_prediction_and_change_by_epoch(
     plain = make_rows(histories, vocabulary, examples, **settings)
     once, all_once = ([row for row, _ in each.once(rank=0, world_size=1)] for each in (rows, plain))
     for row, expected in zip(once, all_once, strict=True):
-        assert torch.equal(row.code_L, expected.code_L) and torch.equal(row.lag_hours_S, expected.lag_hours_S)
+        assert torch.equal(row.code_L, expected.code_L) and torch.equal(row.lag_hours_A, expected.lag_hours_A)
 
 
 @pytest.mark.parametrize("unit", ["us", "ns", "s"])
@@ -184,7 +184,7 @@ def test_no_event_after_the_prediction_time(tmp_path: Path, vocabulary: Vocabula
     labels = pa.table({"subject_id": [5], "prediction_time": time, "boolean_value": [True]})
     rows = make_rows(histories, vocabulary, labelled_examples(histories, labels, "held_out"), crop="last")
     batch, _ = next(rows.once(0, 1))
-    assert batch.num_events == 4 and batch.lag_hours_S.tolist() == [0.0]
+    assert batch.num_events == 4 and batch.lag_hours_A.tolist() == [0.0]
     assert batch.time_hours_L.tolist() == [0.0, np.float32((HOUR - 1) / HOUR), 1.0, 1.0]
 
 
@@ -196,7 +196,7 @@ def test_labels_bring_their_weights(histories: Histories, vocabulary: Vocabulary
     examples = labelled_examples(histories, labels, "train")
     assert examples.weight_E.tolist() == [1.0, 1.25, 2.5]
     for batch, _ in make_rows(histories, vocabulary, examples, crop="last").once(0, 1):
-        assert torch.equal(batch.label_weight_ST[:, 0], torch.from_numpy(examples.weight_E)[batch.example_S])
+        assert torch.equal(batch.label_weight_AT[:, 0], torch.from_numpy(examples.weight_E)[batch.example_A])
 
 
 def test_rows_carry_the_labels_of_all_tasks(histories: Histories, vocabulary: Vocabulary) -> None:
@@ -212,6 +212,6 @@ def test_rows_carry_the_labels_of_all_tasks(histories: Histories, vocabulary: Vo
         examples.weight_ET[~np.isnan(examples.label_ET[:, 1])], np.stack([weight_E**0, weight_E], 1)
     )
     for batch, _ in make_rows(histories, vocabulary, examples, crop="last").once(0, 1):
-        np.testing.assert_array_equal(batch.label_ST, examples.label_ET[batch.example_S])
-        np.testing.assert_array_equal(batch.days_ST, examples.days_ET[batch.example_S])
-        np.testing.assert_array_equal(batch.label_weight_ST, examples.weight_ET[batch.example_S])
+        np.testing.assert_array_equal(batch.label_AT, examples.label_ET[batch.example_A])
+        np.testing.assert_array_equal(batch.days_AT, examples.days_ET[batch.example_A])
+        np.testing.assert_array_equal(batch.label_weight_AT, examples.weight_ET[batch.example_A])

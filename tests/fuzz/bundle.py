@@ -107,7 +107,7 @@ class Bundles(Reader):
         if rng.random() < 0.1:
             with torch.no_grad(), ops.forced("reference"):
                 said = model(random_row((3, 2), vocab_size=bundle.vocabulary.size))
-            require(said["logit_ST"].shape == (2, len(bundle.tasks)), "another shape")
+            require(said["logit_AT"].shape == (2, len(bundle.tasks)), "another shape")
 
 
 def mutated_tree(rng: random.Random, data: bytes) -> bytes:

@@ -45,7 +45,7 @@ def test_a_bundle_read_back_predicts_the_same(bundle: Path) -> None:
     assert read.vocabulary.codes == small_vocabulary().codes
     assert "Some words." in (bundle / "README.md").read_text()
     row = random_row((5, 9), vocab_size=read.vocabulary.size)
-    torch.testing.assert_close(build_model(read)(row)["logit_ST"], risk_model()(row)["logit_ST"], rtol=0, atol=0)
+    torch.testing.assert_close(build_model(read)(row)["logit_AT"], risk_model()(row)["logit_AT"], rtol=0, atol=0)
 
 
 def test_a_bundle_of_before_an_option_has_its_default(bundle: Path) -> None:
@@ -166,14 +166,14 @@ def test_a_bundle_of_several_tasks_gives_each_alone(bundle: Path) -> None:
     write(bundle, tasks=list(model.heads), in_days=["length_of_stay"], state=model.state_dict())
     read = read_bundle(bundle)
     row = random_row((5, 9), vocab_size=read.vocabulary.size)
-    logit_ST, log_days_ST = model.outputs(model.patient(row)[0])
+    logit_AT, log_days_AT = model.outputs(model.patient(row)[0])
     for number, task in enumerate(model.heads):
         alone = read.for_task(task)
         assert alone.tasks == [task] and alone.fingerprint == read.fingerprint
         said = build_model(alone)(row)
-        torch.testing.assert_close(said["logit_ST"][:, 0], logit_ST[:, number], rtol=0, atol=0)
-        torch.testing.assert_close(said["log_days_ST"][:, 0], log_days_ST[:, number], rtol=0, atol=0, equal_nan=True)
-        assert said["log_days_ST"].isnan().all() == (task != "length_of_stay")
+        torch.testing.assert_close(said["logit_AT"][:, 0], logit_AT[:, number], rtol=0, atol=0)
+        torch.testing.assert_close(said["log_days_AT"][:, 0], log_days_AT[:, number], rtol=0, atol=0, equal_nan=True)
+        assert said["log_days_AT"].isnan().all() == (task != "length_of_stay")
     with pytest.raises(UserError, match=r"^the bundle predicts readmission, length_of_stay, stay, not task=mortality$"):
         read.for_task("mortality")
 

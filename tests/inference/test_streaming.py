@@ -94,17 +94,17 @@ def one_pass(model: RiskModel, vocabulary: Vocabulary, history: History, predict
         static_value_F=static_z,
         static_quantile_F=static_quantile,
         static_segment_F=torch.zeros(len(static_id_F), dtype=torch.int32),
-        age_years_S=torch.tensor([(prediction_time_us - history.birth_time) / US_PER_YEAR]),
-        lag_hours_S=torch.tensor([(prediction_time_us - time[-1]) / US_PER_HOUR]),
-        example_S=torch.zeros(1, dtype=torch.int64),
-        label_ST=torch.ones(1, 2),
-        days_ST=torch.full((1, 2), torch.nan),
-        label_weight_ST=torch.ones(1, 2),
+        age_years_A=torch.tensor([(prediction_time_us - history.birth_time) / US_PER_YEAR]),
+        lag_hours_A=torch.tensor([(prediction_time_us - time[-1]) / US_PER_HOUR]),
+        example_A=torch.zeros(1, dtype=torch.int64),
+        label_AT=torch.ones(1, 2),
+        days_AT=torch.full((1, 2), torch.nan),
+        label_weight_AT=torch.ones(1, 2),
         seed_S=torch.zeros(1, dtype=torch.int64),
     )
     with torch.no_grad():
         said = model(batch)
-    return [*said["logit_ST"][0].tolist(), float(said["log_days_ST"][0, 1])]
+    return [*said["logit_AT"][0].tolist(), float(said["log_days_AT"][0, 1])]
 
 
 def in_pieces(

@@ -170,11 +170,11 @@ def _patients() -> Batch:
     """Labels missing at random, with days."""
     row = random_row((7, 1, 16, 2, 5, 9), vocab_size=VOCAB, seed=5)
     g = torch.Generator().manual_seed(5)
-    label_ST = (torch.rand(6, 3, generator=g) < 0.5).float()
-    label_ST[torch.rand(6, 3, generator=g) < 0.4] = torch.nan
-    days_ST = torch.full((6, 3), torch.nan)
-    days_ST[:, 2] = torch.where(label_ST[:, 2].isnan(), torch.nan, 20 * torch.rand(6, generator=g))
-    return replace(row, label_ST=label_ST, days_ST=days_ST, label_weight_ST=0.2 + torch.rand(6, 3, generator=g))
+    label_AT = (torch.rand(6, 3, generator=g) < 0.5).float()
+    label_AT[torch.rand(6, 3, generator=g) < 0.4] = torch.nan
+    days_AT = torch.full((6, 3), torch.nan)
+    days_AT[:, 2] = torch.where(label_AT[:, 2].isnan(), torch.nan, 20 * torch.rand(6, generator=g))
+    return replace(row, label_AT=label_AT, days_AT=days_AT, label_weight_AT=0.2 + torch.rand(6, 3, generator=g))
 
 
 def _steps(built: Engine, device: str) -> list[Tensor]:

@@ -115,12 +115,12 @@ def test_variables_know_what_aggregate_features_would_say() -> None:
     row = in_double(random_row(LENGTHS, vocab_size=8))
     own = Variables.of(row, 8)
     sums = VariableSums.of(torch.zeros(row.num_events, 2).double(), row, 8).grouped(own.key_G, own.variable_L)
-    features_GX = sums.features(row.lag_hours_S[sums.key_R // 8])
+    features_GX = sums.features(row.lag_hours_A[sums.key_R // 8])
     assert len(features_GX) == len(set(zip(row.segment_L.tolist(), row.code_L.tolist(), strict=True)))
     for key, found in zip(sums.key_R.tolist(), features_GX, strict=True):
         own_L = (row.segment_L * 8 + row.code_L) == key
         assert own.variable_L[own_L].unique().numel() == 1
-        end = row.time_hours_L[row.cu_seqlens[key // 8 + 1] - 1] + row.lag_hours_S[key // 8]
+        end = row.time_hours_L[row.cu_seqlens[key // 8 + 1] - 1] + row.lag_hours_A[key // 8]
         t, z, rank = (x_L[own_L] for x_L in (row.time_hours_L, torch.asinh(row.value_L), row.quantile_L))
         expected = dict.fromkeys(VariablePooling.FEATURES, torch.zeros((), dtype=torch.float64))
         for hours in HORIZONS_HOURS:
@@ -174,15 +174,15 @@ def test_the_papers_model_is_the_published_one() -> None:
     later = replace(row, code_L=torch.cat([row.code_L[:-1], (row.code_L[-1:] - 1) % (VOCAB - 2) + 2]))
     assert not torch.allclose(model.backbone(row)[0], model.backbone(later)[0])
     # one attention over the events, and the static features through their network; no hand-made scalars
-    patient_SME, weight_LQ = model.patient(row)
-    assert patient_SME.shape == (1, 1, 2 * config.d_model) and weight_LQ.shape == (12, 1)
+    patient_AME, weight_LQ = model.patient(row)
+    assert patient_AME.shape == (1, 1, 2 * config.d_model) and weight_LQ.shape == (12, 1)
     pooled_D = weight_LQ[:, 0] @ model.backbone(row)
-    torch.testing.assert_close(patient_SME[0, 0, : config.d_model], pooled_D, rtol=1e-4, atol=1e-6)
-    unlike = replace(row, lag_hours_S=row.lag_hours_S + 100, gap_hours_L=row.gap_hours_L + 1)
-    torch.testing.assert_close(model.patient(unlike)[0], patient_SME)
-    for name, other in (("age_years_S", 30.0), ("static_code_F", 3)):
+    torch.testing.assert_close(patient_AME[0, 0, : config.d_model], pooled_D, rtol=1e-4, atol=1e-6)
+    unlike = replace(row, lag_hours_A=row.lag_hours_A + 100, gap_hours_L=row.gap_hours_L + 1)
+    torch.testing.assert_close(model.patient(unlike)[0], patient_AME)
+    for name, other in (("age_years_A", 30.0), ("static_code_F", 3)):
         changed = replace(row, **{name: torch.full_like(getattr(row, name), other)})
-        assert not torch.allclose(model.patient(changed)[0], patient_SME)
+        assert not torch.allclose(model.patient(changed)[0], patient_AME)
 
 
 def test_mixers_hold_the_parameter_names_and_shapes_of_mamba_ssm() -> None:
@@ -250,12 +250,12 @@ def several_tasks(row: Batch, seed: int = 0) -> Batch:
     """Labels of TASKS and their weights, some missing, the last in days."""
     g = torch.Generator().manual_seed(seed)
     shape = (row.num_segments, len(TASKS))
-    label_ST = (torch.rand(shape, generator=g) < 0.5).float()
-    label_ST[torch.rand(shape, generator=g) < 0.3] = torch.nan
-    days_ST = torch.full(shape, torch.nan)
-    days_ST[:, 2] = torch.where(label_ST[:, 2].isnan(), torch.nan, 20 * torch.rand(shape[0], generator=g))
+    label_AT = (torch.rand(shape, generator=g) < 0.5).float()
+    label_AT[torch.rand(shape, generator=g) < 0.3] = torch.nan
+    days_AT = torch.full(shape, torch.nan)
+    days_AT[:, 2] = torch.where(label_AT[:, 2].isnan(), torch.nan, 20 * torch.rand(shape[0], generator=g))
     weight_ST = 0.2 + torch.rand(shape, generator=g)
-    return replace(row, label_ST=label_ST, days_ST=days_ST, label_weight_ST=weight_ST)
+    return replace(row, label_AT=label_AT, days_AT=days_AT, label_weight_AT=weight_ST)
 
 
 def several_heads() -> RiskModel:
@@ -266,19 +266,19 @@ def several_heads() -> RiskModel:
 def test_the_loss_of_several_tasks_is_the_mean_of_their_own_weighted_ones() -> None:
     model = several_heads()
     row = several_tasks(random_row((7, 1, 23, 40, 9, 12, 5), vocab_size=VOCAB))
-    logit_ST, log_days_ST = model.outputs(model.patient(row)[0])
+    logit_AT, log_days_AT = model.outputs(model.patient(row)[0])
     losses = []
     for task in range(len(TASKS)):
-        at = ~row.label_ST[:, task].isnan()
+        at = ~row.label_AT[:, task].isnan()
         assert 0 < at.sum() < len(at)
-        loss_N = F.binary_cross_entropy_with_logits(logit_ST[at, task], row.label_ST[at, task], reduction="none")
+        loss_N = F.binary_cross_entropy_with_logits(logit_AT[at, task], row.label_AT[at, task], reduction="none")
         if task == 2:
-            days_N = F.smooth_l1_loss(log_days_ST[at, 2], torch.log(1 + row.days_ST[at, 2]), reduction="none")
+            days_N = F.smooth_l1_loss(log_days_AT[at, 2], torch.log(1 + row.days_AT[at, 2]), reduction="none")
             loss_N = loss_N + days_N
-        weight_N = row.label_weight_ST[at, task]
+        weight_N = row.label_weight_AT[at, task]
         losses.append((weight_N * loss_N).sum() / weight_N.sum())
     torch.testing.assert_close(model.loss(row), torch.stack(losses).mean())
-    assert log_days_ST[:, :2].isnan().all()
+    assert log_days_AT[:, :2].isnan().all()
 
 
 def test_one_task_of_several_is_the_model_of_that_task_alone() -> None:
@@ -288,20 +288,20 @@ def test_one_task_of_several_is_the_model_of_that_task_alone() -> None:
         alone = RiskModel(KINDS["mamba2"], VOCAB, [name], in_days=["length_of_stay"])
         state = {k: v for k, v in model.state_dict().items() if not k.startswith("heads.") or name in k}
         alone.load_state_dict(state)
-        torch.testing.assert_close(alone(row_of(row, task))["logit_ST"][:, 0], model(row)["logit_ST"][:, task])
+        torch.testing.assert_close(alone(row_of(row, task))["logit_AT"][:, 0], model(row)["logit_AT"][:, task])
 
 
 def row_of(row: Batch, task: int) -> Batch:
     only = slice(task, task + 1)
-    names = ("label_ST", "days_ST", "label_weight_ST")
+    names = ("label_AT", "days_AT", "label_weight_AT")
     return replace(row, **{name: getattr(row, name)[:, only] for name in names})
 
 
 def test_a_task_without_labels_in_a_row_gives_its_head_no_gradient() -> None:
     model = several_heads()
     row = several_tasks(random_row(LENGTHS, vocab_size=VOCAB))
-    row.label_ST[:, 1:] = row.days_ST[:, 1:] = torch.nan
-    row.label_ST[:, 0] = 1.0
+    row.label_AT[:, 1:] = row.days_AT[:, 1:] = torch.nan
+    row.label_AT[:, 0] = 1.0
     model.loss(row).backward()
     of_head = {name: torch.cat([p.grad.flatten() for p in model.heads[name].parameters()]) for name in TASKS}
     assert of_head["readmission"].abs().max() > 0
@@ -331,7 +331,7 @@ def test_members_learn_as_if_each_were_alone_and_are_averaged(pooling: str) -> N
             if name.startswith(("pooling.", "heads.")) and weight.grad is not None:
                 of_member = all_of_them.grad.chunk(3)[member] * 3
                 torch.testing.assert_close(of_member, weight.grad, rtol=1e-4, atol=1e-5)
-    for what in ("logit_ST", "log_days_ST", "sum_K"):
+    for what in ("logit_AT", "log_days_AT", "sum_K"):
         mean = torch.stack([of_one[what] for of_one in said]).mean(dim=0)
         torch.testing.assert_close(together[what], mean, equal_nan=True, rtol=1e-5, atol=1e-5)
 

@@ -112,15 +112,15 @@ def test_histories_until_an_anchor_hold_what_is_seen_up_to_it(lengths, points, s
         torch.testing.assert_close(past.value_L[own], row.value_L[expected], equal_nan=True)
         static, own_static = row.static_segment_F == of, past.static_segment_F == number
         assert torch.equal(past.static_code_F[own_static], row.static_code_F[static])
-        ahead_hours = row.time_hours_L[row.cu_seqlens[of + 1] - 1] + row.lag_hours_S[of] - row.time_hours_L[anchor]
-        expected_age = row.age_years_S[of] - ahead_hours / 8766
-        torch.testing.assert_close(past.age_years_S[number], expected_age, equal_nan=True)
+        ahead_hours = row.time_hours_L[row.cu_seqlens[of + 1] - 1] + row.lag_hours_A[of] - row.time_hours_L[anchor]
+        expected_age = row.age_years_A[of] - ahead_hours / 8766
+        torch.testing.assert_close(past.age_years_A[number], expected_age, equal_nan=True)
 
 
 def test_a_forecast_does_not_depend_on_what_comes_later() -> None:
     """The patient vectors that forecasts come from, when all later events are others, 20 years later or not there."""
     row = random_row([40], vocab_size=12, seed=1)
-    row = replace(row, age_years_S=torch.tensor([60.0]))
+    row = replace(row, age_years_A=torch.tensor([60.0]))
     torch.manual_seed(0)
     config = replace(SMALL, dropout=0.0, pooling="variables")
     model = PretrainModel(config, ObjectiveConfig(forecast_weight=1.0), vocab_size=12).eval()
@@ -136,12 +136,12 @@ def test_a_forecast_does_not_depend_on_what_comes_later() -> None:
     other = replace(row, code_L=torch.where(later, 3, row.code_L), value_L=torch.where(later, 9.0, row.value_L))
     torch.testing.assert_close(patient(other), patient(row))
     moved_L = torch.where(later, row.time_hours_L + 20 * 8766, row.time_hours_L)
-    much_later = replace(row, time_hours_L=moved_L, age_years_S=row.age_years_S + 20)
+    much_later = replace(row, time_hours_L=moved_L, age_years_A=row.age_years_A + 20)
     torch.testing.assert_close(patient(much_later), patient(row))
     events = {name: value[:21] for name, value in vars(row).items() if name.endswith("_L")}
     passed = (row.time_hours_L[39] - row.time_hours_L[20]) / 8766
     ended = replace(
-        row, **events, cu_seqlens=[0, 21], bounds=torch.tensor([0, 21]), age_years_S=row.age_years_S - passed
+        row, **events, cu_seqlens=[0, 21], bounds=torch.tensor([0, 21]), age_years_A=row.age_years_A - passed
     )
     torch.testing.assert_close(patient(ended), patient(row))
     assert not torch.allclose(patient(replace(row, code_L=torch.where(later, row.code_L, 3))), patient(row))

@@ -212,8 +212,8 @@ def test_predictions_do_not_depend_on_the_device(kind: str, device: str) -> None
 
     def outputs(model: RiskModel, row: Batch) -> torch.Tensor:
         with torch.no_grad():
-            logit_ST, log_days_ST = model.outputs(model.patient(row)[0])
-        return torch.stack([*logit_ST.T, log_days_ST[:, 1]]).cpu()
+            logit_AT, log_days_AT = model.outputs(model.patient(row)[0])
+        return torch.stack([*logit_AT.T, log_days_AT[:, 1]]).cpu()
 
     exact = outputs(risk_model(KINDS[kind]).double(), in_double(row))
     assert_same(outputs(risk_model(KINDS[kind]).to(device), row.to(torch.device(device))), exact, device)

@@ -45,12 +45,12 @@ def random_row(lengths: Sequence[int], *, vocab_size: int = 30, seed: int = 0, s
         static_value_F=static_value,
         static_quantile_F=static_quantile,
         static_segment_F=torch.arange(S, dtype=torch.int32).repeat_interleave(statics),
-        age_years_S=torch.where(torch.rand(S, generator=g) < 0.3, torch.nan, 60 + torch.randn(S, generator=g)),
-        lag_hours_S=torch.rand(S, generator=g),
-        example_S=torch.arange(S),
-        label_ST=(torch.rand(S, 1, generator=g) < 0.5).float(),
-        days_ST=torch.full((S, 1), torch.nan),
-        label_weight_ST=torch.ones(S, 1),
+        age_years_A=torch.where(torch.rand(S, generator=g) < 0.3, torch.nan, 60 + torch.randn(S, generator=g)),
+        lag_hours_A=torch.rand(S, generator=g),
+        example_A=torch.arange(S),
+        label_AT=(torch.rand(S, 1, generator=g) < 0.5).float(),
+        days_AT=torch.full((S, 1), torch.nan),
+        label_weight_AT=torch.ones(S, 1),
         seed_S=seed * S + torch.arange(S),
         seed=seed,
     )
@@ -73,12 +73,12 @@ def segment_of(batch: Batch, s: int) -> Batch:
         static_value_F=batch.static_value_F[own],
         static_quantile_F=batch.static_quantile_F[own],
         static_segment_F=torch.zeros(int(own.sum()), dtype=torch.int32),
-        age_years_S=batch.age_years_S[s : s + 1],
-        lag_hours_S=batch.lag_hours_S[s : s + 1],
-        example_S=batch.example_S[s : s + 1],
-        label_ST=batch.label_ST[s : s + 1],
-        days_ST=batch.days_ST[s : s + 1],
-        label_weight_ST=batch.label_weight_ST[s : s + 1],
+        age_years_A=batch.age_years_A[s : s + 1],
+        lag_hours_A=batch.lag_hours_A[s : s + 1],
+        example_A=batch.example_A[s : s + 1],
+        label_AT=batch.label_AT[s : s + 1],
+        days_AT=batch.days_AT[s : s + 1],
+        label_weight_AT=batch.label_weight_AT[s : s + 1],
         seed_S=batch.seed_S[s : s + 1],
         seed=batch.seed,
     )
@@ -115,3 +115,51 @@ def in_double(row: Batch) -> Batch:
         k: v.double() for k, v in vars(row).items() if isinstance(v, Tensor) and v.is_floating_point()
     }
     return replace(row, **floats)
+
+
+def answered_at(row: Batch, last_events: Sequence[Sequence[int]], seed: int = 0) -> Batch:
+    """The row with an answer after each of these events of each segment (places in it, never decreasing)."""
+    g = torch.Generator().manual_seed(seed)
+    A, T = sum(map(len, last_events)), row.label_AT.shape[1]
+    last = [start + place for start, places in zip(row.cu_seqlens, last_events, strict=False) for place in places]
+    label_AT = (torch.rand(A, T, generator=g) < 0.5).float()
+    label_AT[torch.rand(A, T, generator=g) < 0.2] = torch.nan
+    return replace(
+        row,
+        last_A=torch.tensor(last),
+        age_years_A=torch.where(torch.rand(A, generator=g) < 0.3, torch.nan, 60 + torch.randn(A, generator=g)),
+        lag_hours_A=torch.rand(A, generator=g),
+        example_A=torch.arange(A),
+        label_AT=label_AT,
+        days_AT=torch.where(label_AT.isnan(), torch.nan, 9 * torch.rand(A, T, generator=g)),
+        label_weight_AT=0.5 + torch.rand(A, T, generator=g),
+    )
+
+
+def answered_alone(row: Batch) -> Batch:
+    """The same answers, each at the end of a segment of its own, which holds what it reads."""
+    assert row.last_A is not None
+    of_A = row.segment_L[row.last_A].tolist()
+    start = [row.cu_seqlens[s] for s in of_A]
+    stop = (row.last_A + 1).tolist()
+    at_L = torch.cat([torch.arange(a, b) for a, b in zip(start, stop, strict=True)])
+    own = [torch.nonzero(row.static_segment_F == s)[:, 0] for s in of_A]
+    count = torch.tensor(stop) - torch.tensor(start)
+    segment = torch.arange(len(of_A), dtype=torch.int32)
+    bounds = F.pad(count.cumsum(0), (1, 0))
+    events = ("code_L", "value_L", "quantile_L", "time_hours_L", "gap_hours_L")
+    statics = ("static_code_F", "static_value_F", "static_quantile_F")
+    columns: dict[str, Any] = {name: getattr(row, name)[at_L] for name in events}
+    columns |= {name: getattr(row, name)[torch.cat(own)] for name in statics}
+    return replace(
+        row,
+        **columns,
+        segment_L=segment.repeat_interleave(count),
+        cu_seqlens=bounds.tolist(),
+        bounds=bounds,
+        static_segment_F=segment.repeat_interleave(torch.tensor([len(statics) for statics in own])),
+        seed_S=row.seed_S[of_A],
+        last_A=None,
+        variables=None,
+        ends=None,
+    )

@@ -86,12 +86,12 @@ def patients() -> Batch:
     """Of very unequal lengths, labels missing at random, with days and weights."""
     row = random_row((7, 1, 60, 23, 2, 40, 9, 12, 5, 30, 1, 3), vocab_size=VOCAB, seed=5)
     g = torch.Generator().manual_seed(5)
-    label_ST = (torch.rand(12, 3, generator=g) < 0.5).float()
-    label_ST[torch.rand(12, 3, generator=g) < 0.4] = torch.nan
-    days_ST = torch.full((12, 3), torch.nan)
-    days_ST[:, 2] = torch.where(label_ST[:, 2].isnan(), torch.nan, 20 * torch.rand(12, generator=g))
+    label_AT = (torch.rand(12, 3, generator=g) < 0.5).float()
+    label_AT[torch.rand(12, 3, generator=g) < 0.4] = torch.nan
+    days_AT = torch.full((12, 3), torch.nan)
+    days_AT[:, 2] = torch.where(label_AT[:, 2].isnan(), torch.nan, 20 * torch.rand(12, generator=g))
     weight_ST = 0.2 + 3 * torch.rand(12, 3, generator=g)
-    return replace(row, label_ST=label_ST, days_ST=days_ST, label_weight_ST=weight_ST)
+    return replace(row, label_AT=label_AT, days_AT=days_AT, label_weight_AT=weight_ST)
 
 
 def model_of(name: str) -> LossModel:
