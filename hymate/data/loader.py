@@ -9,7 +9,12 @@ that it holds about BLOCK_EVENTS events, and shuffles, packs and again shuffles 
 groups is computed for a block when it is asked for: going on in the middle of an epoch packs one block, not those
 before it, and nothing here grows with the patients but 8 bytes for each row group.
 
-Legend, besides that of `hymate.model.batch`: E examples, G row groups with examples, B row groups of a block.
+Labels of one history share segments (`hymate.data.packing.answered_together`): a segment answers consecutive examples,
+the last of them at its end. The segments are in the order of their examples, and what is drawn for one depends on its
+last example.
+
+Legend, besides that of `hymate.model.batch`: E examples, N segments of an epoch, G row groups with examples, B row
+groups of a block.
 """
 
 from __future__ import annotations
@@ -25,11 +30,11 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 
-from hymate.data.examples import NO_TIME, Examples
+from hymate.data.examples import NO_TIME, Consecutive, Examples
 from hymate.data.feeding import prefetched
 from hymate.data.histories import Histories, History
 from hymate.data.meds import US_PER_HOUR
-from hymate.data.packing import BLOCK_EVENTS, pack
+from hymate.data.packing import BLOCK_EVENTS, answered_together, pack
 from hymate.data.vocabulary import Vocabulary
 from hymate.hashing import SPLITMIX_STEP, permuted, splitmix64
 from hymate.model.batch import HOURS_PER_YEAR, UNKNOWN_ID, Batch
@@ -60,7 +65,9 @@ class Rows:
     early_fraction: of the examples of a training epoch, how many are shown as they were at an earlier time: the last
         events are left out, up to half of those since the start of what the label is about (`Examples.earliest_E`),
         and the time of the last one left is the prediction time. Each epoch draws other views. More views of few
-        patients, each with its own label; examples without an earlier view are always shown whole.
+        patients, each with its own label; examples without an earlier view are always shown whole, and so are those
+        that share a segment.
+    together: whether examples of one history may share segments, for a model that does not see ahead.
     """
 
     def __init__(
@@ -74,13 +81,23 @@ class Rows:
         seed: int,
         crop: Literal["random", "last"],
         early_fraction: float = 0.0,
+        together: bool = False,
     ) -> None:
         assert len(examples) > 0 and 0 < context <= tokens_per_row
         self.histories, self.vocabulary, self.examples = histories, vocabulary, examples
         self.tokens_per_row, self.seed, self.crop = tokens_per_row, seed, crop
         self.context, self.early_fraction = context, early_fraction
         self._id_of_code = vocabulary.ids_of(histories.codes).astype(np.int64)
-        self._first_G = _first_of_groups(histories, examples)
+        # each segment's examples
+        self._first_N: np.ndarray | Consecutive = Consecutive(0, len(examples))
+        self._last_N: np.ndarray | Consecutive = self._first_N
+        self._position_N = examples.position_E
+        if together:
+            assert crop == "last"
+            self._first_N = answered_together(np.asarray(examples.position_E), examples.stop_E, context)
+            self._last_N = np.append(self._first_N[1:], len(examples)) - 1
+            self._position_N = examples.position_E[self._first_N]
+        self._first_G = _first_of_groups(histories, self._position_N)
         self.events_read = 0
         self.events_unknown = 0
 
@@ -123,7 +140,9 @@ class Rows:
     @property
     def num_events(self) -> int:
         """Events of one epoch, after cutting to the context."""
-        return int(np.minimum(self.examples.stop_E, self.context).sum())
+        is_each = isinstance(self._last_N, Consecutive)
+        stop_N = self.examples.stop_E if is_each else self.examples.stop_E[self._last_N]
+        return int(np.minimum(stop_N, self.context).sum())
 
     @cached_property
     def rows_per_epoch(self) -> int:
@@ -152,16 +171,18 @@ class Rows:
                 group_B = permuted(group_B, num_groups, int(_hash(self.seed, epoch, _GROUP, np.zeros(1))[0]))
             spans = zip(self._first_G[group_B].tolist(), self._first_G[group_B + 1].tolist(), strict=True)
             members = np.concatenate([np.arange(*span) for span in spans])
-            members = members[self._permutation(epoch, _EXAMPLE, members)]
-            rows = [members[row] for row in pack(self._windows(epoch, members).length_S, self.tokens_per_row)]
-            order = self._permutation(epoch, _ROW, np.array([row[0] for row in rows]))
+            members = members[self._permutation(epoch, _EXAMPLE, self._last_N[members])]
+            # of answers, too, a row has at most as many as of events
+            size_S = np.maximum(self._windows(epoch, members).length_S, self._num_answers(members))
+            rows = [members[row] for row in pack(size_S, self.tokens_per_row)]
+            order = self._permutation(epoch, _ROW, self._last_N[[row[0] for row in rows]])
             for place, row in enumerate(order):
                 yield _Place(epoch, block, place, rows[row])
 
     @cached_property
     def _groups_per_block(self) -> int:
         index = self.histories.index
-        used_G = np.searchsorted(index.start_G, self.examples.position_E[self._first_G[:-1]], side="right") - 1
+        used_G = np.searchsorted(index.start_G, self._position_N[self._first_G[:-1]], side="right") - 1
         return max(1, round(BLOCK_EVENTS / max(1.0, float(index.events_G[used_G].mean()))))
 
     def _permutation(self, epoch: int, use: int, key: np.ndarray) -> np.ndarray:
@@ -197,56 +218,75 @@ class Rows:
 
     def _batch(self, place: _Place) -> Batch:
         """Read, cut and join the histories of one row."""
-        example_A = place.examples
-        windows = self._windows(place.epoch, example_A)
-        read = self.histories.read(self.examples.position_E[example_A])
+        examples, segment_S = self.examples, place.segments
+        windows = self._windows(place.epoch, segment_S)
         stop_S = windows.start_S + windows.length_S
         slices = map(slice, windows.start_S.tolist(), stop_S.tolist())
+        read = self.histories.read(self._position_N[segment_S])
         cut = [history.keep(window) for history, window in zip(read, slices, strict=True)]
-        prediction_time_S = self.examples.prediction_time_E[example_A]
-        last_time_S = np.array([history.time[-1] for history in cut])
+        of_S = zip(self._first_N[segment_S].tolist(), (self._last_N[segment_S] + 1).tolist(), strict=True)
+        example_A = np.concatenate([np.arange(*own) for own in of_S])
+        of_A = np.repeat(np.arange(len(segment_S)), self._num_answers(segment_S))
+        # an earlier view ends before its example does
+        stop_A = np.minimum(examples.stop_E[example_A].astype(np.int64), stop_S[of_A])
         row = packed_row(
             cut,
-            np.where((prediction_time_S == NO_TIME) | windows.early_S, last_time_S, prediction_time_S),
+            np.where(windows.early_S[of_A], NO_TIME, examples.prediction_time_E[example_A]),
             self.vocabulary,
             self._id_of_code,
+            last_A=(windows.length_S.cumsum() - stop_S)[of_A] + stop_A - 1,
         )
         self.events_read += row.num_events
         self.events_unknown += int((row.code_L == UNKNOWN_ID).sum())
+        seed_S = _hash(self.seed, place.epoch, _DRAW, self._last_N[segment_S]) >> np.uint64(1)
         return replace(
             row,
             example_A=torch.from_numpy(example_A),
-            label_AT=torch.from_numpy(self.examples.label_ET[example_A]),
-            days_AT=torch.from_numpy(self.examples.days_ET[example_A]),
-            label_weight_AT=torch.from_numpy(self.examples.weight_ET[example_A]),
-            seed_S=torch.from_numpy((_hash(self.seed, place.epoch, _DRAW, example_A) >> np.uint64(1)).astype(np.int64)),
+            label_AT=torch.from_numpy(examples.label_ET[example_A]),
+            days_AT=torch.from_numpy(examples.days_ET[example_A]),
+            label_weight_AT=torch.from_numpy(examples.weight_ET[example_A]),
+            seed_S=torch.from_numpy(seed_S.astype(np.int64)),
             seed=int(_hash(self.seed, place.epoch, _SEED, place.block, np.array([place.row]))[0] >> np.uint64(1)),
         )
 
-    def _windows(self, epoch: int, example_A: np.ndarray) -> _Windows:
-        """Which events of its history each example shows in an epoch."""
-        stop_S = self.examples.stop_E[example_A].astype(np.int64)
-        early_S = np.zeros(len(example_A), dtype=bool)
+    def _num_answers(self, segment_S: np.ndarray) -> np.ndarray:
+        return self._last_N[segment_S] - self._first_N[segment_S] + 1
+
+    def _windows(self, epoch: int, segment_S: np.ndarray) -> _Windows:
+        """Which events of its history each segment shows in an epoch."""
+        last_S = self._last_N[segment_S]
+        stop_S = self.examples.stop_E[last_S].astype(np.int64)
+        early_S = np.zeros(len(last_S), dtype=bool)
         if self.early_fraction and epoch != EVALUATION:
-            draw_S = _hash(self.seed, epoch, _EARLY, example_A) / 2.0**64
-            spare_S = stop_S - self.examples.earliest_E[example_A]
-            early_S = (draw_S < self.early_fraction) & (spare_S > 0)
+            draw_S = _hash(self.seed, epoch, _EARLY, last_S) / 2.0**64
+            spare_S = stop_S - self.examples.earliest_E[last_S]
+            early_S = (draw_S < self.early_fraction) & (spare_S > 0) & (self._num_answers(segment_S) == 1)
             cut_S = np.floor(spare_S * draw_S / self.early_fraction / 2).astype(np.int64)
             stop_S = np.where(early_S, stop_S - cut_S, stop_S)
         length_S = np.minimum(stop_S, self.context)
         spare_S = stop_S - length_S
         if self.crop == "random":
-            spare_S = (_hash(self.seed, epoch, _WINDOW, example_A) % (spare_S + 1).astype(np.uint64)).astype(np.int64)
+            spare_S = (_hash(self.seed, epoch, _WINDOW, last_S) % (spare_S + 1).astype(np.uint64)).astype(np.int64)
         return _Windows(spare_S, length_S, early_S)
 
 
 # ------------------------------------------------------------------------------------------------------- pieces
 
 
-def packed_row(windows: Sequence[History], end_S: np.ndarray, vocabulary: Vocabulary, id_of_code: np.ndarray) -> Batch:
-    """One row of windows, each of at least one event and seen from its time in end_S (int64, microseconds).
+def packed_row(
+    windows: Sequence[History],
+    end_A: np.ndarray,
+    vocabulary: Vocabulary,
+    id_of_code: np.ndarray,
+    last_A: np.ndarray | None = None,
+) -> Batch:
+    """One row of windows, each of at least one event.
 
-    id_of_code: `vocabulary`'s ids (int64) of the dataset's codes. Segments are numbered as examples, without tasks.
+    end_A: int64, microseconds, the time of each answer; NO_TIME for that of the last event that it reads.
+    id_of_code: `vocabulary`'s ids (int64) of the dataset's codes.
+    last_A: int64, the last event of the row that each answer reads; None for one answer at the end of each window.
+
+    Answers are numbered as examples, without tasks.
     """
     length_S = np.array([len(window) for window in windows])
     id_L = id_of_code[np.concatenate([window.code for window in windows])]
@@ -259,6 +299,9 @@ def packed_row(windows: Sequence[History], end_S: np.ndarray, vocabulary: Vocabu
     time_L = np.concatenate([window.time for window in windows])
     cu_seqlens = np.concatenate([[0], np.cumsum(length_S)])
     first_S, last_S = cu_seqlens[:-1], cu_seqlens[1:] - 1
+    last_A = last_S if last_A is None else last_A
+    last_time_A, segment_L = time_L[last_A], np.repeat(segment_S, length_S)
+    end_A = np.where(end_A == NO_TIME, last_time_A, end_A)
     gap_L = np.diff(time_L, prepend=time_L[:1])
     gap_L[first_S] = 0
     return Batch(
@@ -267,25 +310,26 @@ def packed_row(windows: Sequence[History], end_S: np.ndarray, vocabulary: Vocabu
         quantile_L=torch.from_numpy(quantile_L),
         time_hours_L=ratio(time_L - np.repeat(time_L[first_S], length_S), US_PER_HOUR),
         gap_hours_L=ratio(gap_L, US_PER_HOUR),
-        segment_L=torch.from_numpy(np.repeat(segment_S, length_S)),
+        segment_L=torch.from_numpy(segment_L),
         cu_seqlens=cu_seqlens.tolist(),
         bounds=torch.from_numpy(cu_seqlens),
         static_code_F=torch.from_numpy(static_id_F),
         static_value_F=torch.from_numpy(static_z_F),
         static_quantile_F=torch.from_numpy(static_quantile_F),
         static_segment_F=torch.from_numpy(np.repeat(segment_S, [len(window.static_code) for window in windows])),
-        age_years_A=ages([window.birth_time for window in windows], end_S),
-        lag_hours_A=ratio(end_S - time_L[last_S], US_PER_HOUR),
-        example_A=torch.arange(len(windows)),
-        label_AT=torch.empty(len(windows), 0),
-        days_AT=torch.empty(len(windows), 0),
-        label_weight_AT=torch.empty(len(windows), 0),
+        age_years_A=ages([windows[s].birth_time for s in segment_L[last_A]], end_A),
+        lag_hours_A=ratio(end_A - last_time_A, US_PER_HOUR),
+        example_A=torch.arange(len(end_A)),
+        label_AT=torch.empty(len(end_A), 0),
+        days_AT=torch.empty(len(end_A), 0),
+        label_weight_AT=torch.empty(len(end_A), 0),
         seed_S=torch.zeros(len(windows), dtype=torch.int64),
+        last_A=None if len(last_A) == len(windows) else torch.from_numpy(last_A),
     )
 
 
 class _Windows(NamedTuple):
-    """Each example's first event and number of events, and whether it is shown as it was earlier."""
+    """Each segment's first event and number of events, and whether it is shown as it was earlier."""
 
     start_S: np.ndarray
     length_S: np.ndarray
@@ -298,14 +342,14 @@ class _Place(NamedTuple):
     epoch: int
     block: int
     row: int
-    examples: np.ndarray
+    segments: np.ndarray
 
 
-def _first_of_groups(histories: Histories, examples: Examples) -> np.ndarray:
-    """The first example of each row group that has any, and the number of examples, int64 (G + 1,)."""
-    first = examples.position_E.searchsorted(histories.index.start_G)
-    first_G = first[np.diff(first, append=len(examples)) > 0]
-    return np.append(first_G, len(examples))
+def _first_of_groups(histories: Histories, position_N: np.ndarray | Consecutive) -> np.ndarray:
+    """The first segment of each row group that has any, and the number of segments, int64 (G + 1,)."""
+    first = position_N.searchsorted(histories.index.start_G)
+    first_G = first[np.diff(first, append=len(position_N)) > 0]
+    return np.append(first_G, len(position_N))
 
 
 def ages(birth_time: list[int | None], end_S: np.ndarray) -> torch.Tensor:

@@ -1,4 +1,5 @@
-"""Cutting a long list of histories into blocks, and packing those of a block into rows: by best fit decreasing.
+"""Cutting a long list of histories into blocks, and packing those of a block into rows: by best fit decreasing. Before
+that, which prediction times of a history are answered together.
 
 Johnson (1973): best fit decreasing uses at most 11/9 of the fewest possible rows (plus a constant); on patient
 histories, where short ones fill what long ones leave, all rows but the last are full to within a few events.
@@ -63,3 +64,39 @@ def pack(lengths: np.ndarray, budget: int) -> list[np.ndarray]:
     by_row = np.argsort(row_of, kind="stable")
     ends = np.cumsum(np.bincount(row_of, minlength=num_rows))
     return np.split(order[by_row], ends[:-1])
+
+
+def answered_together(position_E: np.ndarray, stop_E: np.ndarray, context: int) -> np.ndarray:
+    """Which examples one segment answers: the first of each segment's, int64 and ascending.
+
+    From a history's latest prediction time back, a segment is the last `context` events up to it. It answers each
+    earlier time that has at least half of the context before it in the segment, or its whole history; from the latest
+    of the others goes the next segment, and so on. A segment answers at most `context` times.
+
+    position_E: each example's history, never decreasing. stop_E: how many events it may use, never decreasing within a
+    history.
+
+    >>> answered_together(np.array([0, 0, 0, 0, 1]), np.array([3, 5, 7, 9, 2]), context=4)
+    array([0, 2, 4])
+    """
+    lo_H = np.flatnonzero(np.diff(position_E, prepend=-1))
+    hi_H = np.append(lo_H[1:], len(position_E))
+    number_H, most = np.arange(len(lo_H)), int(stop_E.max()) + 1
+    key_E = np.repeat(number_H, hi_H - lo_H) * most + stop_E
+    found = []
+    while len(lo_H):
+        start_H = np.maximum(stop_E[hi_H - 1].astype(np.int64) - context, 0)
+        least_H = np.where(start_H > 0, start_H + (context + 1) // 2, 0)
+        first_H = np.searchsorted(key_E, number_H * most + least_H)
+        first_H = np.maximum(first_H, np.maximum(lo_H, hi_H - context))
+        found.append(first_H)
+        on_H = first_H > lo_H
+        lo_H, hi_H, number_H = lo_H[on_H], first_H[on_H], number_H[on_H]
+    return np.sort(np.concatenate(found))
+
+
+def window_starts(position_E: np.ndarray, stop_E: np.ndarray, context: int) -> np.ndarray:
+    """The first event that each example reads in the segment which answers it: int64."""
+    first_N = answered_together(position_E, stop_E, context)
+    num_answers_N = np.diff(first_N, append=len(stop_E))
+    return np.repeat(np.maximum(stop_E[first_N + num_answers_N - 1].astype(np.int64) - context, 0), num_answers_N)

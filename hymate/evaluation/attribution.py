@@ -33,7 +33,7 @@ from hymate.data.examples import Examples
 from hymate.data.histories import Histories, History
 from hymate.data.loader import packed_row
 from hymate.data.meds import is_code
-from hymate.data.packing import pack
+from hymate.data.packing import pack, window_starts
 from hymate.inference.bundle import Bundle, build_model
 from hymate.model.batch import UNKNOWN_ID, Batch, Variables
 from hymate.model.encoder import RiskModel
@@ -88,13 +88,16 @@ class Explainer:
         self.birth_code = next(births, None)
 
     def cases(self, examples: Examples, chosen: np.ndarray) -> list[Case]:
-        """The cases of the `chosen` examples (int64), in that order."""
-        return [self._case(examples, example) for example in chosen.tolist()]
+        """The cases of the `chosen` examples (int64), in that order: what predicting all of them reads."""
+        context = self._bundle.data.context
+        start_E = np.maximum(examples.stop_E.astype(np.int64) - context, 0)
+        if not self._bundle.model.sees_ahead:
+            start_E = window_starts(np.asarray(examples.position_E), examples.stop_E, context)
+        return [self._case(examples, example, int(start_E[example])) for example in chosen.tolist()]
 
-    def _case(self, examples: Examples, example: int) -> Case:
+    def _case(self, examples: Examples, example: int, start: int) -> Case:
         (history,) = self.histories.read(examples.position_E[[example]])
-        stop = int(examples.stop_E[example])
-        seen = history.keep(slice(max(0, stop - self._bundle.data.context), stop))
+        seen = history.keep(slice(start, int(examples.stop_E[example])))
         # a view would keep the whole row group that it was read with
         own: dict[str, Any] = {
             name: array.copy() for name, array in vars(seen).items() if isinstance(array, np.ndarray)

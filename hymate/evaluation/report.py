@@ -131,6 +131,8 @@ def _details(found: Mapping[str, Any]) -> list[str]:
             parts += [f"How the labels{of_task} came about, in all splits:", markdown(rows)]
             if part.get("label_details"):
                 parts += _label_details(Details(**part["label_details"]))
+    if found.get("read_apart"):
+        parts.append(f"How they are read: {found['read_apart']}.")
     if found.get("known"):
         moved = "\n".join(f"- {sentence}" for sentence in found["known"])
         parts += [f"Some events became known later than their stamp. Histories hold them at that time:\n\n{moved}"]

@@ -86,7 +86,7 @@ def patient_vectors(model: RiskModel, rows: Rows, device: torch.device) -> np.nd
 def _of_examples(
     model: RiskModel, rows: Rows, device: torch.device, ask: Callable[[Batch], tuple[Tensor, ...]]
 ) -> list[np.ndarray]:
-    """What `ask` gives for each segment of a row, of each example of `rows`."""
+    """What `ask` gives for each answer of a row, of each example of `rows`."""
     parts = []
     with torch.no_grad(), contextlib.closing(fed(rows.once(rank=0, world_size=1), device, model.ask)) as ready:
         for batch, counts in ready:
@@ -106,7 +106,7 @@ def predict(bundle: Bundle, histories: Histories, examples: Examples, device: to
 
 
 def last_rows(bundle: Bundle, histories: Histories, examples: Examples) -> Rows:
-    """The rows that a bundle predicts examples from: the last events, as many as in its fine-tuning."""
+    """The rows that a bundle predicts examples from: the last events, as in its fine-tuning."""
     return Rows(
         histories,
         bundle.vocabulary,
@@ -115,6 +115,7 @@ def last_rows(bundle: Bundle, histories: Histories, examples: Examples) -> Rows:
         tokens_per_row=bundle.data.tokens_per_row,
         seed=0,
         crop="last",
+        together=not bundle.model.sees_ahead,
     )
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from hymate import cluster
 from hymate.config import DataConfig, ModelConfig, Place, ReportConfig, RunConfig, SearchConfig, TaskConfig, TrainConfig
-from hymate.data.examples import labelled_examples, require_both_classes, united
+from hymate.data.examples import Examples, labelled_examples, require_both_classes, united
 from hymate.data.histories import Histories
 from hymate.data.known import differing, sentences
 from hymate.data.meds import SPLITS
@@ -159,6 +159,9 @@ def _searched(
     if any(trial.teacher_fraction for trial in trials):
         teacher_ET = _teacher(tasks, histories, config.train.seed, run_path)
     study = Study(start, training, tuning, metric, trials, run_path, teacher_ET, config.device)
+    read_apart = _read_apart(trials, training)
+    if read_apart:
+        print(f"Note: {read_apart}", flush=True)
     with cluster.ray_session(config.train.cpus_per_worker, device=config.device):
         from hymate.tuning.ray_tune import run_trials  # late: Ray takes its settings when it is imported
 
@@ -171,12 +174,25 @@ def _searched(
         parts.append(part)
     found = results.collect(parts, metric, ends, best)
     found |= {"bundle": str(run_path / "bundle"), "init": config.init, "initial_weights": initial_weights}
+    if read_apart:
+        found["read_apart"] = read_apart
     found["known"] = sentences(histories.known, histories.known_events) + _other_rules(start, histories)
     _export(bundle, histories, found, run_path)
     _write_hyperparameters(run_path, ends)
     write_text(report.report(found), run_path / report.REPORT)
     results.write(found, run_path)
     return found
+
+
+def _read_apart(trials: Sequence[TrialConfig], training: Examples) -> str | None:
+    """A note where labels of one history cannot share a window."""
+    shared = len(training) - len(np.unique(training.position_E))
+    if not shared or not any(trial.model.sees_ahead for trial in trials):
+        return None
+    return (
+        f"the model sees ahead (model.bidirectional or model.causal=false), so the {len(training)} training labels are "
+        "read one by one; one that does not would read the labels of a history together"
+    )
 
 
 def _teacher(tasks: Sequence[LabelledTask], histories: Histories, seed: int, run_path: Location) -> np.ndarray:

@@ -202,6 +202,7 @@ def labelled_rows(start: Bundle, trial: TrialConfig, histories: Histories, examp
         seed=trial.train.seed,
         crop="last",
         early_fraction=trial.early_fraction,
+        together=not trial.model.sees_ahead,
     )
 
 

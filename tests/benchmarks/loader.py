@@ -142,7 +142,7 @@ def consumption(rows: Rows) -> float:
 
 def neighbours(rows: Rows) -> tuple[float, float]:
     """Fraction of consecutive examples of epoch 0 that lie in one row group, and what chance would give."""
-    order_E = np.concatenate([place.examples for place in rows._order(0)])
+    order_E = np.concatenate([place.segments for place in rows._order(0)])
     position_E = rows.examples.position_E[order_E]
     group_E = np.searchsorted(rows.histories.index.start_G, position_E, side="right")
     chance = float(np.square(np.bincount(group_E) / len(group_E)).sum())
@@ -174,7 +174,7 @@ def computed_efficiency(rows: Rows) -> float:
     for window in (None, WINDOW):
         events, count = 0, CountQueries()
         for place in rows._order(0):
-            cu_seqlens = [0, *np.cumsum(rows._windows(place.epoch, place.examples).length_S).tolist()]
+            cu_seqlens = [0, *np.cumsum(rows._windows(place.epoch, place.segments).length_S).tolist()]
             q_LHE = torch.zeros(cu_seqlens[-1], 1, 1)
             with count, torch.no_grad():
                 packed_attention(q_LHE, q_LHE, q_LHE, cu_seqlens, window=window, causal=True)

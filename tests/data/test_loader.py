@@ -14,10 +14,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from prepared_rows import BUDGET, CONTEXT, make_rows
+from prepared_rows import BUDGET, CONTEXT, assert_same, make_rows, take
 
 from hymate.data import loader
 from hymate.data.examples import pretraining_examples
@@ -26,29 +25,6 @@ from hymate.data.loader import Cursor, Rows
 from hymate.data.packing import pack
 from hymate.data.vocabulary import Vocabulary
 from hymate.model.batch import Batch
-
-
-def take(rows: Rows, cursor: Cursor, num_steps: int, rows_per_step: int, world_size: int) -> tuple[list[Batch], Cursor]:
-    """The global sequence of rows that `world_size` ranks see together, and the cursor behind it."""
-    ranks = [list(islice(rows.steps(cursor, rows_per_step, rank, world_size), num_steps)) for rank in range(world_size)]
-    sequence = []
-    for steps in zip(*ranks, strict=True):
-        assert len({after for _, after in steps}) == 1
-        assert all(len(batches) == rows_per_step // world_size for batches, _ in steps)
-        sequence += [batches[i] for i in range(rows_per_step // world_size) for batches, _ in steps]
-    return sequence, ranks[0][-1][1]
-
-
-def assert_same(left: list[Batch], right: list[Batch]) -> None:
-    assert len(left) == len(right)
-    for a, b in zip(left, right, strict=True):
-        for name, expected in dataclasses.asdict(a).items():
-            got = getattr(b, name)
-            if isinstance(expected, torch.Tensor):
-                assert got.dtype == expected.dtype
-                np.testing.assert_array_equal(got, expected)
-            else:
-                assert got == expected, name
 
 
 def threads() -> list[str]:
@@ -106,7 +82,7 @@ def test_row_groups_come_in_any_order_in_any_block(
     """Over many epochs each history is in each place of the order as often."""
     monkeypatch.setattr(loader, "BLOCK_EVENTS", block_events)
     rows = make_rows(histories, vocabulary, tokens_per_row=CONTEXT)  # a history a row, or a few short ones
-    orders = [np.concatenate([place.examples for place in rows._order(epoch)]) for epoch in range(300)]
+    orders = [np.concatenate([place.segments for place in rows._order(epoch)]) for epoch in range(300)]
     mean_place_E = np.mean([np.argsort(order) for order in orders], axis=0)
     count = len(rows.examples)
     error = np.sqrt((count**2 - 1) / 12 / len(orders))

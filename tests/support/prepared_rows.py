@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections import Counter
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 
 from hymate.data.examples import Examples, pretraining_examples
 from hymate.data.histories import HISTORY_SCHEMA, Histories
 from hymate.data.index import INDEX_SCHEMA
-from hymate.data.loader import Rows
+from hymate.data.loader import Cursor, Rows
 from hymate.data.statistics import NUM_KNOTS, VOCABULARY_SCHEMA
 from hymate.data.vocabulary import Vocabulary
+from hymate.model.batch import Batch
 
 CODES = [f"LAB//{i}" for i in range(12)] + ["SEX//F", "HEIGHT", "RARE"]
 
@@ -93,3 +97,26 @@ def label_table(subject_ids: list[int], hours: Sequence[float], truth: Sequence[
 
 def day_table(table: pa.Table, days: Sequence[float | None]) -> pa.Table:
     return table.append_column("float_value", pa.array(days, pa.float32()))
+
+
+def take(rows: Rows, cursor: Cursor, num_steps: int, rows_per_step: int, world_size: int) -> tuple[list[Batch], Cursor]:
+    """The global sequence of rows that `world_size` ranks see together, and the cursor behind it."""
+    ranks = [list(islice(rows.steps(cursor, rows_per_step, rank, world_size), num_steps)) for rank in range(world_size)]
+    sequence = []
+    for steps in zip(*ranks, strict=True):
+        assert len({after for _, after in steps}) == 1
+        assert all(len(batches) == rows_per_step // world_size for batches, _ in steps)
+        sequence += [batches[i] for i in range(rows_per_step // world_size) for batches, _ in steps]
+    return sequence, ranks[0][-1][1]
+
+
+def assert_same(left: list[Batch], right: list[Batch]) -> None:
+    assert len(left) == len(right)
+    for a, b in zip(left, right, strict=True):
+        for name, expected in dataclasses.asdict(a).items():
+            got = getattr(b, name)
+            if isinstance(expected, torch.Tensor):
+                assert got.dtype == expected.dtype
+                np.testing.assert_array_equal(got, expected)
+            else:
+                assert got == expected, name
