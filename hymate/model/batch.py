@@ -11,7 +11,7 @@ Shape legend, used throughout the code base:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -71,6 +71,23 @@ class VariablesSoFar:
     order_L: Tensor
     first_G: Tensor
     last_G: Tensor
+
+    def blocks(self, most: int, vocab_size: int) -> Iterator[VariablesSoFar]:
+        """Consecutive answers, numbered from 0 in each block, of at most so many variables or of one answer."""
+        start = first = held = 0
+        for answer, length in enumerate([*self.lengths, most + 1]):
+            if held and held + length > most:
+                own = slice(start, start + held)
+                yield VariablesSoFar(
+                    key_G=self.key_G[own] - first * vocab_size,
+                    lengths=self.lengths[first:answer],
+                    features_GX=self.features_GX[own],
+                    order_L=self.order_L,
+                    first_G=self.first_G[own],
+                    last_G=self.last_G[own],
+                )
+                start, first, held = start + held, answer, 0
+            held += length
 
 
 @dataclass(frozen=True)

@@ -80,61 +80,81 @@ def moments_of_answers(h_LD: Tensor, score_LQ: Tensor, rate_Q: Tensor, batch: Ba
     score_LQ: without what is forgotten, at rate_Q an hour (not negative). Both and h_LD are float32 or float64.
     """
     ends = batch.ends or Ends.of(batch)
-    B, R = ends.place_BR.shape
+    B = len(ends.place_BR)
 
     def chunks(x_LX: Tensor, fill: int = 0) -> Tensor:
         padding = [0, 0] * (x_LX.ndim - 1) + [0, B * CHUNK - len(x_LX)]
         return F.pad(x_LX, padding, value=fill).unflatten(0, (B, CHUNK))
 
-    hours_BC, segment_BC = chunks(batch.time_hours_L.to(h_LD.dtype)), chunks(batch.segment_L, fill=-1)
-    # each chunk's last event is read up to as well: for the chunks after it
-    place_BR = F.pad(ends.place_BR, (0, 1), value=CHUNK - 1)
-    segment_BR = segment_BC.gather(1, place_BR)
-    found = _within(chunks(h_LD), chunks(score_LQ), rate_Q, hours_BC, segment_BC, place_BR, segment_BR)
-    last_segment_B, before = segment_BR[:, -1], found.at((slice(None), -1))
-    step = 1
+    read = _Chunks(
+        h_BCD=chunks(h_LD),
+        score_BQC=chunks(score_LQ).transpose(1, 2),
+        hours_BC=chunks(batch.time_hours_L.to(h_LD.dtype)),
+        segment_BC=chunks(batch.segment_L, fill=-1),
+        rate_Q=rate_Q,
+    )
+    before = read.up_to(torch.full_like(ends.place_BR[:, :1], CHUNK - 1)).at((slice(None), 0))
+    segment_B, step = read.segment_BC[:, -1], 1
     while step * CHUNK < max(batch.lengths):
-        goes_on_B = last_segment_B[step:] == last_segment_B[:-step]
+        goes_on_B = segment_B[step:] == segment_B[:-step]
         joined = before.at(slice(step, None)).after(before.at(slice(None, -step)), goes_on_B, rate_Q)
         before = _one_after_the_other(before.at(slice(None, step)), joined)
         step *= 2
     # the state before a chunk is the one up to the last event of the chunk before it; the first has none
-    before = before.each(lambda x_BX: x_BX.roll(1, 0)[:, None].expand(-1, R, *x_BX.shape[1:]).flatten(0, 1))
-    goes_on_BR = segment_BR[:, :-1] == last_segment_B.roll(1, 0)[:, None]
-    goes_on_BR = goes_on_BR & (torch.arange(B, device=goes_on_BR.device) > 0)[:, None]
-    own = found.each(lambda x_BRX: x_BRX[:, :-1].flatten(0, 1))
-    return own.after(before, goes_on_BR.flatten(), rate_Q).at(ends.end_A)
-
-
-def _within(
-    h_BCD: Tensor,
-    score_BCQ: Tensor,
-    rate_Q: Tensor,
-    hours_BC: Tensor,
-    segment_BC: Tensor,
-    place_BR: Tensor,
-    segment_BR: Tensor,
-) -> Moments:
-    """Of the events of its own chunk and segment up to each of the places; N is (B, R)."""
-    R, Q = place_BR.shape[1], len(rate_Q)
-    hours_BR = hours_BC.gather(1, place_BR)
-    since_BRC = hours_BC[:, None] - hours_BR[:, :, None]
-    place_C = torch.arange(CHUNK, device=place_BR.device)
-    read_BRC = (segment_BC[:, None] == segment_BR[:, :, None]) & (place_C <= place_BR[:, :, None])
-    since_BRC = since_BRC.where(read_BRC, 0.0)
-    log_BQRC = score_BCQ.transpose(1, 2)[:, :, None] + since_BRC[:, None] * rate_Q[:, None, None]
-    log_BQRC = log_BQRC.masked_fill(~read_BRC[:, None], -torch.inf)
-    log_weight_BQR, weight_BQRC = log_BQRC.logsumexp(dim=3), log_BQRC.softmax(dim=3)
-    mean_BQR = (weight_BQRC * since_BRC[:, None]).sum(dim=3)
-    offset_BQRC = since_BRC[:, None] - mean_BQR[..., None]
-    timed_BQRC = weight_BQRC * offset_BQRC
-    sums_BND = torch.cat([weight_BQRC, timed_BQRC], dim=1).flatten(1, 2) @ h_BCD
-    level_BRQD, covariance_BRQD = sums_BND.unflatten(1, (2 * Q, R)).transpose(1, 2).chunk(2, dim=2)
-    variance_BQR = (timed_BQRC * offset_BQRC).sum(dim=3)
-    mean_BRQ, variance_BRQ, log_weight_BRQ = (
-        x_BQR.transpose(1, 2) for x_BQR in (mean_BQR, variance_BQR, log_weight_BQR)
+    first_B = torch.arange(B, device=segment_B.device) == 0
+    before_segment_B = segment_B.roll(1).masked_fill(first_B, -2)
+    return read.up_to(ends.place_BR, before.each(lambda x_BX: x_BX.roll(1, 0)), before_segment_B).at(
+        (ends.end_A // ends.place_BR.shape[1], ends.end_A % ends.place_BR.shape[1])
     )
-    return Moments(hours_BR, log_weight_BRQ, mean_BRQ, variance_BRQ, level_BRQD, covariance_BRQD)
+
+
+@dataclass(frozen=True)
+class _Chunks:
+    """A row's events by chunks."""
+
+    h_BCD: Tensor
+    score_BQC: Tensor
+    hours_BC: Tensor
+    segment_BC: Tensor
+    rate_Q: Tensor
+
+    def up_to(self, place_BR: Tensor, before: Moments | None = None, before_segment_B: Tensor | None = None) -> Moments:
+        """Of the events of its chunk and segment up to each of the places, N = (B, R); and of those before the chunk.
+
+        before, before_segment_B: what lies before each chunk, N = B, and of which segment it is.
+        """
+        (R, Q), segment_BR = (place_BR.shape[1], len(self.rate_Q)), self.segment_BC.gather(1, place_BR)
+        hours_BR = self.hours_BC.gather(1, place_BR)
+        place_C = torch.arange(CHUNK, device=place_BR.device)
+        read_BRC = (self.segment_BC[:, None] == segment_BR[:, :, None]) & (place_C <= place_BR[:, :, None])
+        # X: the chunk's events and, where there is one, the state before them
+        since_BQRX = (self.hours_BC[:, None] - hours_BR[:, :, None]).where(read_BRC, 0.0)[:, None]
+        log_BQRX = self.score_BQC[:, :, None] + since_BQRX * self.rate_Q[:, None, None]
+        log_BQRX = log_BQRX.masked_fill(~read_BRC[:, None], -torch.inf)
+        if before is not None and before_segment_B is not None:
+            goes_on_B1R = (segment_BR == before_segment_B[:, None])[:, None]
+            gap_B1R = (before.hours_N[:, None] - hours_BR).where(goes_on_B1R[:, 0], 0.0)[:, None]
+            log_BQR = before.log_weight_NQ[:, :, None] + gap_B1R * self.rate_Q[:, None]
+            log_BQR = log_BQR.masked_fill(~goes_on_B1R, -torch.inf)
+            log_BQRX = torch.cat([log_BQRX, log_BQR[..., None]], dim=3)
+            since_BQR = before.mean_NQ[:, :, None] + gap_B1R
+            since_BQRX = torch.cat([since_BQRX.expand(-1, Q, -1, -1), since_BQR[..., None]], dim=3)
+        weight_BQRX = log_BQRX.softmax(dim=3)
+        mean_BQR = (weight_BQRX * since_BQRX).sum(dim=3)
+        offset_BQRX = since_BQRX - mean_BQR[..., None]
+        timed_BQRX = weight_BQRX * offset_BQRX
+        variance_BQR = (timed_BQRX * offset_BQRX).sum(dim=3)
+        weights_BNC = torch.cat([weight_BQRX[..., :CHUNK], timed_BQRX[..., :CHUNK]], dim=1).flatten(1, 2)
+        level_BQRD, covariance_BQRD = (weights_BNC @ self.h_BCD).unflatten(1, (2 * Q, R)).chunk(2, dim=1)
+        if before is not None:
+            of_level_BQR1, of_trend_BQR1 = weight_BQRX[..., CHUNK:], timed_BQRX[..., CHUNK:]
+            before_BQ1D = before.level_NQD[:, :, None]
+            level_BQRD = torch.addcmul(level_BQRD, of_level_BQR1, before_BQ1D)
+            covariance_BQRD = torch.addcmul(covariance_BQRD, of_trend_BQR1, before_BQ1D)
+            covariance_BQRD = torch.addcmul(covariance_BQRD, of_level_BQR1, before.covariance_NQD[:, :, None])
+            variance_BQR = variance_BQR + of_level_BQR1[..., 0] * before.variance_NQ[:, :, None]
+        by_query = (log_BQRX.logsumexp(dim=3), mean_BQR, variance_BQR, level_BQRD, covariance_BQRD)
+        return Moments(hours_BR, *(x_BQRX.transpose(1, 2) for x_BQRX in by_query))
 
 
 def _one_after_the_other(first: Moments, second: Moments) -> Moments:

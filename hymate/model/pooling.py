@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from hymate.config import ModelConfig
 from hymate.model.batch import Batch, Ends, Variables, VariablesSoFar, ranges
@@ -23,6 +24,7 @@ from hymate.model.embedding import EventEmbedding
 from hymate.model.moments import moments_of_answers
 
 HORIZONS_HOURS = (8766.0, 168.0, 24.0, 4.0)  # a year to the last few events: how far pooling looks back
+AT_ONCE = 2**22  # numbers of the variables' vectors of a row's answers that are computed together
 STATES_DROPPED = 0.5  # fraction of the patients that VariablePooling is trained on without contextual states
 
 
@@ -320,7 +322,7 @@ class VariablePooling(nn.Module):
         self.norm = nn.RMSNorm(d_model, elementwise_affine=False)
         self.key = MemberLinear(members, d_model, d_model)
         self.query = MemberLinear(members, d_model, num_queries, bias=False)
-        self.width = (num_queries + 1) * d_model
+        self.members, self.width = members, (num_queries + 1) * d_model
         nn.init.zeros_(self.states.weight)
 
     def forward(self, h_LD: Tensor, batch: Batch, code_VD: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -349,11 +351,24 @@ class VariablePooling(nn.Module):
         return pooled_AMQD.flatten(2), weight_GMQ.flatten(1)
 
     def of_answers(self, h_LD: Tensor, batch: Batch, code_VD: Tensor) -> Tensor:
-        """`forward`, of several answers a segment."""
+        """`forward`, of several answers a segment; where that is much, block by block, and again in the backward."""
         own = batch.variables or variables_so_far(batch, len(code_VD))
         assert isinstance(own, VariablesSoFar)
         h_LD = wide(h_LD)[own.order_L]
         total_LD = F.pad(h_LD.double().cumsum(0), (0, 0, 1, 0))
+        blocks = list(own.blocks(AT_ONCE // (code_VD.shape[1] * self.members), len(code_VD)))
+        parts = []
+        for block in blocks:
+            inputs = (total_LD, h_LD, block, code_VD)
+            parts.append(
+                checkpoint(self.of_block, *inputs, use_reentrant=False)
+                if self.training and len(blocks) > 1
+                else self.of_block(*inputs)
+            )
+        return torch.cat(parts)
+
+    def of_block(self, total_LD: Tensor, h_LD: Tensor, own: VariablesSoFar, code_VD: Tensor) -> Tensor:
+        """Of some answers; total_LD: running sums of the contextual states h_LD, before each of them and at the end."""
         mean_GD = (total_LD[own.last_G + 1] - total_LD[own.first_G]) / (own.last_G - own.first_G + 1)[:, None]
         states_GD = torch.cat([mean_GD.to(h_LD.dtype), h_LD[own.last_G]], dim=1)
         A, most = len(own.lengths), max(own.lengths)

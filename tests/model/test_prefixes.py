@@ -13,6 +13,7 @@ from small_models import KINDS, PAPER
 from torch import Tensor
 
 from hymate.config import ModelConfig
+from hymate.model import pooling
 from hymate.model.batch import Batch
 from hymate.model.encoder import RiskModel
 from hymate.model.moments import moments_of_answers
@@ -135,8 +136,23 @@ def test_prefixes_are_exact_however_scores_rise_or_fall(
 
 def test_one_answer_at_each_end_is_the_same_either_way() -> None:
     torch.manual_seed(0)
-    pooling = FusionPooling(d_model=8, num_queries=3).double()
+    fusion = FusionPooling(d_model=8, num_queries=3).double()
     row = in_double(random_row((7, 90, 1), vocab_size=VOCAB))
     h_LD = torch.randn(98, 8, dtype=torch.float64)
-    either = pooling(h_LD, replace(row, last_A=row.bounds[1:] - 1))[0]
-    torch.testing.assert_close(either, pooling(h_LD, row)[0])
+    either = fusion(h_LD, replace(row, last_A=row.bounds[1:] - 1))[0]
+    torch.testing.assert_close(either, fusion(h_LD, row)[0])
+
+
+@pytest.mark.parametrize("at_once", [1, 500])
+def test_variables_of_many_answers_are_the_same_block_by_block(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of(CAUSAL["three of variables"])
+    model.train()  # without dropout, and with all states: blocks draw their own
+    monkeypatch.setattr(pooling, "STATES_DROPPED", 0.0)
+    row = answered_at(
+        several_tasks(in_double(random_row((70, 1, 20), vocab_size=VOCAB))), [[3, 9, 9, 69], [0], [4, 19]]
+    )
+    whole, of_whole = told(model, row)
+    monkeypatch.setattr(pooling, "AT_ONCE", at_once * 3 * 16)
+    blocks, of_blocks = told(model, row)
+    torch.testing.assert_close(blocks["logit_AT"], whole["logit_AT"])
+    torch.testing.assert_close(of_blocks, of_whole)
