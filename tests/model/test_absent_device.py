@@ -22,7 +22,7 @@ import pytest
 import torch
 from kernel_standins import standing_in
 from processes import MODEL, OBJECTIVES, TASKS, TRAIN, VOCAB, RandomRows, Recorder
-from rows import random_row, repacked
+from rows import answered_at, random_row, repacked
 from small_cohort import CODES, a_history
 from small_models import PAPER
 from torch import Tensor, nn
@@ -134,18 +134,20 @@ class Engine:
 
 @dataclass(frozen=True)
 class Case:
-    """What trains: of MODELS, one of OBJECTIVES or "fine-tuning"."""
+    """What trains: of MODELS, one of OBJECTIVES or "fine-tuning"; several_answers: of a segment."""
 
     model: str
     objective: str
     bf16: bool = False
     checkpointing: bool = False
+    several_answers: bool = False
 
 
 CASES = [
     *(Case(model, "both") for model in MODELS if model not in SEES_AHEAD),
     *(Case(model, "fine-tuning") for model in MODELS),
     *(Case(model, "masked_event") for model in SEES_AHEAD),
+    *(Case(model, "fine-tuning", several_answers=True) for model in MODELS if model not in SEES_AHEAD),
     Case("mamba2", "forecast"),
     Case("mamba2", "both", checkpointing=True),
     Case("mamba2", "both", bf16=True),
@@ -177,10 +179,14 @@ def _patients() -> Batch:
     return replace(row, label_AT=label_AT, days_AT=days_AT, label_weight_AT=0.2 + torch.rand(6, 3, generator=g))
 
 
-def _steps(built: Engine, device: str) -> list[Tensor]:
+def _answered(row: Batch) -> Batch:
+    return answered_at(row, [[*range(0, length - 1, 2), length - 1, length - 1] for length in row.lengths])
+
+
+def _steps(built: Engine, device: str, several_answers: bool) -> list[Tensor]:
     """What two steps of three rows tell."""
     told = []
-    steps = (repacked(_patients(), 3, seed=number) for number in range(2))
+    steps = ([_answered(row) if several_answers else row for row in repacked(_patients(), 3, seed=n)] for n in range(2))
     for rows in fed(steps, torch.device(device), built.ask):
         sums = loop.train_step(built, rows, torch.device(device))
         told.append(torch.stack([sums[name] for name in sorted(sums)]))
@@ -197,11 +203,11 @@ def steps_there(case: Case) -> dict[str, int]:
     from absent_device import NAME, watch
 
     here = _engine(case, "cpu")
-    expected = _steps(here, "cpu")
+    expected = _steps(here, "cpu", case.several_answers)
     with watch() as seen, ops.forced("fused"), standing_in():
         there = _engine(case, NAME)
         seen.waits.clear()
-        told = _steps(there, NAME)
+        told = _steps(there, NAME, case.several_answers)
         waits = dict(seen.waits)
         tolerance = {"rtol": 0.1, "atol": 0.1} if case.bf16 else {"rtol": 2e-3, "atol": 1e-5}
         torch.testing.assert_close([each.cpu() for each in told], expected, **tolerance)
