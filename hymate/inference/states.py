@@ -26,11 +26,12 @@ from torch import Tensor
 
 from hymate.errors import UserError
 from hymate.inference.bundle import write_weights
-from hymate.inference.streaming import PatientState, PooledState
+from hymate.inference.streaming import PatientState
+from hymate.model.moments import Moments
 from hymate.model.pooling import VariableSums
 from hymate.storage.paths import Location, atomic_path, local_copy, locked, write_text
 
-FORMAT_VERSION = 1  # another one where the same bundle would leave other states
+FORMAT_VERSION = 2  # another one where the same bundle would leave other states
 MARKER, HEADER = "states.json", "hymate"
 SCALARS = ("num_events", "first_time_us", "last_time_us")
 
@@ -128,7 +129,7 @@ class StateFolder:
             return None, "changed"
         tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
         blocks = [tensor for name, tensor in tensors.items() if name.startswith("block")]
-        pooled = VariableSums if "pooled.key_R" in tensors else PooledState
+        pooled = VariableSums if "pooled.key_R" in tensors else Moments
         return PatientState(
             blocks=tuple(zip(blocks[::2], blocks[1::2], strict=True)),
             pooled=pooled(**{name.removeprefix("pooled."): t for name, t in tensors.items() if "pooled" in name}),

@@ -8,7 +8,7 @@ number alone.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from hymate.data.vocabulary import Vocabulary
 from hymate.errors import UserError
 from hymate.model.batch import Batch, Variables
 from hymate.model.encoder import BlockState, RiskModel
+from hymate.model.moments import Moments, moments_of_answers
 from hymate.model.pooling import VariableSums
 
 CHUNK_EVENTS = 2048  # as fast as larger ones, at less memory
@@ -32,68 +33,11 @@ NOTHING = torch.empty(0)
 
 
 @dataclass(frozen=True)
-class PooledState:
-    """Weighted sums over the events so far, as a softmax that can go on (Milakov & Gimelshein 2018); float64.
-
-    top_Q: the largest score. The others are sums over the events of exp(score - top) times 1 (weight_Q), hours
-    (hours_Q), their square (squares_Q), h (state_QD) and hours * h (slope_QD), where hours are from the last event
-    (not positive). A later last event shifts the hours, and what was forgotten since is a shift of the scores: neither
-    needs the events themselves.
-    """
-
-    top_Q: Tensor
-    weight_Q: Tensor
-    hours_Q: Tensor
-    squares_Q: Tensor
-    state_QD: Tensor
-    slope_QD: Tensor
-
-    @classmethod
-    def of(cls, score_LQ: Tensor, hours_L: Tensor, h_LD: Tensor) -> PooledState:
-        """The state of some events."""
-        top_Q = score_LQ.amax(0)
-        weight_QL = (score_LQ - top_Q).exp().T
-        timed_QL = weight_QL * hours_L
-        return cls(top_Q, weight_QL.sum(1), timed_QL.sum(1), timed_QL @ hours_L, weight_QL @ h_LD, timed_QL @ h_LD)
-
-    def later(self, hours: float, rate_Q: Tensor) -> PooledState:
-        """The same events seen from `hours` later, when their scores have fallen by `rate_Q` an hour."""
-        return PooledState(
-            self.top_Q - rate_Q * hours,
-            self.weight_Q,
-            self.hours_Q - hours * self.weight_Q,
-            self.squares_Q - 2 * hours * self.hours_Q + hours**2 * self.weight_Q,
-            self.state_QD,
-            self.slope_QD - hours * self.state_QD,
-        )
-
-    def __add__(self, other: PooledState) -> PooledState:
-        """The state of both's events; both are seen from the same time."""
-        top_Q = torch.maximum(self.top_Q, other.top_Q)
-        own_Q, others_Q = (self.top_Q - top_Q).exp(), (other.top_Q - top_Q).exp()
-
-        def total(name: str) -> Tensor:
-            own, others = getattr(self, name), getattr(other, name)
-            shape = (-1, *[1] * (own.ndim - 1))
-            return own * own_Q.view(shape) + others * others_Q.view(shape)
-
-        return PooledState(top_Q, *(total(field.name) for field in fields(self)[1:]))
-
-    def levels_and_trends(self) -> tuple[Tensor, Tensor]:
-        """(Q, D) each, as `hymate.model.pooling.FusionPooling` defines them."""
-        mean_Q = self.hours_Q / self.weight_Q
-        level_QD = self.state_QD / self.weight_Q[:, None]
-        spread_Q = (self.squares_Q / self.weight_Q - mean_Q.square() + 1.0).sqrt()
-        trend_QD = self.slope_QD / self.weight_Q[:, None] - mean_Q[:, None] * level_QD
-        return level_QD, trend_QD / spread_Q[:, None]
-
-
-@dataclass(frozen=True)
 class PatientState:
     """What the model keeps of a patient's events so far. It is never changed: more events make a new one."""
 
     blocks: tuple[BlockState, ...]
-    pooled: PooledState | VariableSums
+    pooled: Moments | VariableSums
     num_events: int
     first_time_us: int
     last_time_us: int
@@ -194,38 +138,38 @@ class StreamingModel:
 
     def _pool(
         self, before: PatientState | None, h_LD: Tensor, batch: Batch, time_us_L: np.ndarray
-    ) -> PooledState | VariableSums:
+    ) -> Moments | VariableSums:
         """What to keep of all events so far; see `_pooled`."""
         pooling = self._model.pooling
-        elapsed = (int(time_us_L[-1]) - before.last_time_us) / US_PER_HOUR if before else 0.0
         kept = before.pooled if before else None
         if pooling.variables is not None:
             assert isinstance(batch.variables, Variables)
             sums = VariableSums.of(h_LD, batch, self._vocabulary.size)
             sums = sums.grouped(batch.variables.key_G, batch.variables.variable_L)
-            return kept.later(elapsed) + sums if isinstance(kept, VariableSums) else sums
-        hours_L = torch.from_numpy((time_us_L - time_us_L[-1]) / US_PER_HOUR).to(h_LD.device)
+            if not isinstance(kept, VariableSums):
+                return sums
+            assert before is not None
+            return kept.later((int(time_us_L[-1]) - before.last_time_us) / US_PER_HOUR) + sums
         if pooling.kind == "last":
-            kept, h_LD, hours_L = None, h_LD[-1:], hours_L[-1:]
-        score_LQ, rate_Q = h_LD.new_zeros(len(h_LD), 1), h_LD.new_zeros(1)
-        if pooling.fusion is not None:
-            score_LQ = pooling.fusion.score(h_LD, hours_L[:, None])
-            if pooling.fusion.log_rate_Q is not None:
-                rate_Q = pooling.fusion.log_rate_Q.exp()
-        new = PooledState.of(score_LQ.double(), hours_L, h_LD.double())
-        return kept.later(elapsed, rate_Q.double()) + new if isinstance(kept, PooledState) else new
+            last_1QD = h_LD[-1:, None].double()
+            nothing_1Q = last_1QD.new_zeros(1, 1)
+            hours_1 = batch.time_hours_L[-1:].double()
+            return Moments(hours_1, nothing_1Q, nothing_1Q, nothing_1Q, last_1QD, torch.zeros_like(last_1QD))
+        score_LQ = h_LD.new_zeros(len(h_LD), 1) if pooling.fusion is None else pooling.fusion.score(h_LD)
+        rate_Q = (score_LQ[0] if pooling.fusion is None else pooling.fusion.rates(score_LQ)).double()
+        at_end = replace(batch, last_A=batch.bounds[1:] - 1)
+        new = moments_of_answers(h_LD.double(), score_LQ.double(), rate_Q, at_end)
+        goes_on_1 = torch.ones(1, dtype=torch.bool, device=h_LD.device)
+        return new.after(kept, goes_on_1, rate_Q) if isinstance(kept, Moments) else new
 
-    def _pooled(self, kept: PooledState | VariableSums, lag_hours_A: Tensor) -> Tensor:
-        """(1, M or 1, X) of what was kept. All poolings of events are one: for "mean" the scores are equal, for "last"
-        nothing before the last event counts.
-        """
+    def _pooled(self, kept: Moments | VariableSums, lag_hours_A: Tensor) -> Tensor:
+        """(1, M or 1, X) of what was kept."""
         pooling = self._model.pooling
         if isinstance(kept, VariableSums):
             assert pooling.variables is not None
             code_VD = self._model.backbone.embedding.code.weight
             return pooling.variables.pool(kept, [len(kept.key_R)], lag_hours_A, code_VD)[0]
-        level_QD, trend_QD = kept.levels_and_trends()
-        return level_QD[None] if pooling.fusion is None else pooling.fusion.pooled(level_QD[None], trend_QD[None])
+        return kept.level_NQD if pooling.fusion is None else pooling.fusion.of_moments(kept)
 
     def _batch(
         self,

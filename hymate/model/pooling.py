@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from hymate.config import ModelConfig
 from hymate.model.batch import Batch, Ends, Variables, VariablesSoFar, ranges
 from hymate.model.embedding import EventEmbedding
-from hymate.model.moments import moments_of_answers
+from hymate.model.moments import Moments, moments_of_answers
 
 HORIZONS_HOURS = (8766.0, 168.0, 24.0, 4.0)  # a year to the last few events: how far pooling looks back
 AT_ONCE = 2**22  # numbers of the variables' vectors of a row's answers that are computed together
@@ -71,7 +71,9 @@ class FusionPooling(nn.Module):
         segment_L, S = batch.segment_L.long(), batch.num_segments
         last_L = batch.bounds[1:][segment_L] - 1
         hours_L1 = (batch.time_hours_L - batch.time_hours_L[last_L])[:, None]  # 0 at the end, negative before
-        score_LQ = self.score(h_LD, hours_L1)
+        score_LQ = self.score(h_LD)
+        if self.log_rate_Q is not None:
+            score_LQ = score_LQ + hours_L1 * self.log_rate_Q.exp()
         weight_LQ = segment_softmax(score_LQ, segment_L, S)
         bases_LQ = [weight_LQ]
         if self.log_rate_Q is not None:
@@ -86,17 +88,21 @@ class FusionPooling(nn.Module):
 
     def of_answers(self, h_LD: Tensor, batch: Batch) -> Tensor:
         """`forward`, of several answers a segment."""
-        score_LQ = wide(self.query(torch.tanh(self.key(h_LD)))).flatten(1)
+        score_LQ = self.score(h_LD)
         with torch.autocast(h_LD.device.type, enabled=False):
-            rate_Q = score_LQ.new_zeros(score_LQ.shape[1]) if self.log_rate_Q is None else self.log_rate_Q.exp()
-            found = moments_of_answers(wide(h_LD), score_LQ, rate_Q, batch)
-            spread_NQ1 = (found.variance_NQ + 1.0).rsqrt()[:, :, None]
-        return self.pooled(found.level_NQD, found.covariance_NQD * spread_NQ1)
+            return self.of_moments(moments_of_answers(wide(h_LD), score_LQ, self.rates(score_LQ), batch))
 
-    def score(self, h_LD: Tensor, hours_L1: Tensor) -> Tensor:
-        """(L, D), hours from the end (not positive) -> logarithms of the weights (L, M * Q), up to a constant."""
-        score_LQ = wide(self.query(torch.tanh(self.key(h_LD)))).flatten(1)
-        return score_LQ if self.log_rate_Q is None else score_LQ + hours_L1 * self.log_rate_Q.exp()
+    def score(self, h_LD: Tensor) -> Tensor:
+        """(L, D) -> logarithms of the weights (L, M * Q), up to a constant and without what is forgotten."""
+        return wide(self.query(torch.tanh(self.key(h_LD)))).flatten(1)
+
+    def rates(self, like_LQ: Tensor) -> Tensor:
+        """By how much the scores of each query fall in an hour: (M * Q,)."""
+        return like_LQ.new_zeros(like_LQ.shape[1]) if self.log_rate_Q is None else self.log_rate_Q.exp()
+
+    def of_moments(self, found: Moments) -> Tensor:
+        """Pooled (N, M, Q * D or, timed, twice that)."""
+        return self.pooled(found.level_NQD, found.covariance_NQD * (found.variance_NQ + 1.0).rsqrt()[:, :, None])
 
     def pooled(self, level_SQD: Tensor, trend_SQD: Tensor | None = None) -> Tensor:
         """Levels and, where timed, trends (A, M * Q, D) -> (A, M, Q * D) or twice that."""
