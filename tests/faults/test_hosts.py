@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,8 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
-from commands import PATIENCE_S, wait_until
+from commands import PATIENCE_S, ROOT, wait_until
 from hosts import PORT, Host, Network, joined, network, start_ray
 from pretraining_runs import assert_same, command, known_checkpoints, scalars
 from s3 import BUCKET, Server, serving
@@ -30,6 +32,8 @@ SHORT = ["data.context=64", "data.tokens_per_row=64", "data.min_count=1", "train
 SHORT += ["train.rows_per_step=6", "train.eval_rows=3", f"train.max_steps={STEPS}", f"train.eval_every={EVAL_EVERY}"]
 NAMES = ("127.0.1.1", None, "10.99.0.1")
 NO_DASHBOARD = ("--include-dashboard", "false")
+ORDER = [("subject_id", "ascending"), ("prediction_time", "ascending")]
+RISK = "predicted_boolean_probability"
 RAYS_OWN = re.compile(r"Traceback|\*\*\* SIG|ray::|core_worker|\.cc:\d+|\(raylet")
 
 
@@ -240,7 +244,7 @@ def test_a_host_of_a_search_is_killed(machines: Machines, runs: str, table: list
     settings += ["train.warmup_steps=1", "train.log_every=1", "search.num_trials=3", "search.grace_steps=40"]
     settings += ["report.boosting=false"]
     (python, _), found = pretraining(runs)[:2], {}
-    script = str(Path(pretraining(runs)[1]).parents[1] / "finetune" / "tune.py")
+    script = str(ROOT / "finetune" / "tune.py")
     for name in ("undisturbed", "disturbed"):
         head, other = machines.cluster(2)
         folder = f"{runs}/{name}"
@@ -313,3 +317,72 @@ def test_a_stopped_job_on_a_storage_loses_nothing(machines: Machines, runs: str,
     assert int(step) in {state["step"] for state in states(f"{runs}/pretrain")}
     assert int(step) % EVAL_EVERY, "it would have been saved then in any case"
     table.append(("`ray job stop`, runs on a storage", "saved where it stands", 0, seconds))
+
+
+# -------------------------------------------------------------------------------------------- from raw data to risks
+
+
+def test_a_host_is_killed_in_each_step_from_raw_data_to_predictions(
+    machines: Machines, runs: str, tmp_path: Path, table: list
+) -> None:
+    """Data, runs and predictions are what they are on one host."""
+    made = "source=synthetic synthetic.subjects=240 synthetic.mean_events=300 synthetic.shard_events=2000"
+    subprocess.run([*module("hymate.data.prepare"), *made.split(), f"out={tmp_path}/raw"], check=True)
+    here = ["source=meds", f"raw={tmp_path}/raw", f"out={tmp_path}/data", "known=none"]
+    subprocess.run([*module("hymate.data.prepare"), *here], check=True)
+    raw, data, risks = f"{runs}/raw", f"{runs}/data", f"{runs}/risks"
+    paths.upload_files(tmp_path / "raw", paths.locate(raw))
+    shards = len(list((tmp_path / "raw" / "data").rglob("*.parquet")))
+    assert shards > 20
+
+    prepare = [*module("hymate.data.prepare"), "source=meds", f"raw={raw}", f"out={data}", "known=none"]
+    seconds = loses_a_host(machines, prepare, lambda: len(parquets(f"{data}/data")) >= 3)
+    files = parquets(str(tmp_path / "data"))
+    assert len(files) > shards
+    for name in files:
+        assert (paths.locate(data) / name).read_bytes() == (tmp_path / "data" / name).read_bytes(), name
+    table.append(("a host is killed during a preparation", "its shards are prepared elsewhere", "its tasks", seconds))
+
+    settings = ["task=readmission", "init=null", "model=debug", "run.name=r", "data.context=64"]
+    settings += ["data.tokens_per_row=64", "data.min_count=1", "train.max_steps=4", "train.eval_every=2"]
+    settings += ["train.warmup_steps=1", "search.num_trials=2", "search.grace_steps=2", "report.boosting=false"]
+    tune = [pretraining(runs)[0], str(ROOT / "finetune" / "tune.py"), f"run.dir={tmp_path}/runs", *settings]
+    subprocess.run([*tune, f"data.path={tmp_path}/data"], check=True)
+    paths.upload_files(tmp_path / "runs" / "r" / "bundle", paths.locate(f"{runs}/bundle"))
+
+    task = "task=readmission"
+    predict = [*module("hymate.predict"), f"bundle={runs}/bundle", f"data.path={raw}", task, f"out={risks}"]
+    seconds = loses_a_host(machines, predict, lambda: parquets(risks))
+    alone = [*module("hymate.predict"), f"bundle={tmp_path}/runs/r", f"data.path={tmp_path}/raw", task]
+    subprocess.run([*alone, f"out={tmp_path}/risks", "workers=1"], check=True)
+    with paths.local_copy(paths.locate(risks)) as copy:
+        one, other = (pq.read_table(folder).sort_by(ORDER) for folder in (copy, tmp_path / "risks"))
+    assert one.num_rows == other.num_rows > 0
+    assert one.drop_columns([RISK]).equals(other.drop_columns([RISK]))
+    assert abs(one[RISK].to_numpy() - other[RISK].to_numpy()).max() < 1e-6
+    table.append(("a host is killed during a prediction", "its parts are predicted elsewhere", "its tasks", seconds))
+
+
+def module(name: str) -> list[str]:
+    return [sys.executable, "-m", name]
+
+
+def parquets(folder: str) -> list[str]:
+    """Names of the finished files below a folder."""
+    place = paths.locate(folder)
+    if not place.is_dir():
+        return []
+    names = [str(file).removeprefix(f"{place}/") for file in place.files()]
+    return [name for name in names if name.endswith(".parquet") and "/." not in f"/{name}"]
+
+
+def loses_a_host(machines: Machines, arguments: list[str], under_way: Callable[[], object]) -> float:
+    """A command on two hosts, one of which dies once its work is `under_way`; seconds from then to the end."""
+    head, other = machines.cluster(2)
+    with machines.running(arguments, head, head) as driver:
+        driver.until(under_way, "it is under way")
+        other.kill()
+        killed = time.monotonic()
+        driver.finish()
+    head.kill()
+    return time.monotonic() - killed
