@@ -197,7 +197,9 @@ def main() -> None:
         serving(Path(folder), net.outside) as server,
         environment(server.environment),
     ):
-        paths.upload_files(options.data, paths.locate(DATA))
+        place = paths.locate(DATA)
+        assert isinstance(place, paths.UrlPath)
+        paths.upload_files(options.data, place)
         for workers in WORKERS:
             settings = {**server.environment, "OMP_NUM_THREADS": "1"}
             settings |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "1" * 64}
