@@ -27,7 +27,7 @@ def is_number(value: object) -> bool:
 
 @dataclass(frozen=True)
 class DataPath:
-    """path: folder or URL of a prepared dataset; `predict` and `explain` first prepare any other MEDS dataset."""
+    """path: folder or URL of a prepared dataset; `predict` and `explain` read any other MEDS dataset, too."""
 
     path: Place
 

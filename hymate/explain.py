@@ -23,39 +23,28 @@ if __name__ == "__main__":
 
     ending.watch()  # the imports take seconds
 
-import contextlib
-import sys
-import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
-from rich.console import Console
-from rich.progress import track
+import pyarrow.parquet as pq
 
 from hymate.command import main
 from hymate.config import DataPath, Place, TaskConfig
-from hymate.data.examples import Examples
-from hymate.data.histories import read_metadata
-from hymate.data.known import KnownConfig
 from hymate.data.meds import US_PER_HOUR, write_parquet
-from hymate.data.prepare import PrepareConfig, prepare
 from hymate.device import Wanted, choose
 from hymate.errors import ConfigError, UserError
 from hymate.evaluation import figures
-from hymate.evaluation.attribution import FRACTIONS, Attribution, Case, Explainer, deletion_and_insertion, event_table
+from hymate.evaluation.attribution import FRACTIONS, Attribution, Case, Explainer, event_table
+from hymate.evaluation.explaining import Measured, Spread, work_beside
 from hymate.evaluation.tables import markdown
-from hymate.inference.bundle import read_bundle
-from hymate.inference.dataset import asked_of, open_for
-from hymate.inference.scoring import predict
-from hymate.storage.paths import Location, locate, require_folder, write_text
+from hymate.inference.bundle import Bundle, read_bundle
+from hymate.inference.dataset import Counts, Request, asked_of, is_prepared, most, open_for, predict_dataset
+from hymate.storage.paths import Location, locate, readable, require_folder, write_text
 
-T = TypeVar("T")
-REMOVED = 40  # variables whose removal is scored, those with the largest attributions; each costs a pass
-BLOCK = 16  # cases between two steps of the progress bar
+RISK = "predicted_boolean_probability"
 SHOWN, ROWS = 15, 12  # variables in explanation.md, and with a row of their own in a timeline
 FALL, RISE = "deletion: the logit falls by", "insertion: the logit rises by"
 AWAY, SHORT = "deletion: the logit moves by", "insertion: the logit is still off by"
@@ -76,6 +65,7 @@ class ExplainConfig:
     subjects: ids of the subjects to show; without any, those at the highest risk.
     num_subjects: how many of those at the highest risk are shown.
     num_predictions: most predictions behind the tables of variables and of faithfulness.
+    workers: processes; 0 is as many as CPUs or GPUs have enough to do. On a cluster each of its CPUs or GPUs is one.
     device: "auto" takes a GPU if what the model needs for it is installed, else the CPU; or "cpu", "cuda".
     """
 
@@ -87,12 +77,15 @@ class ExplainConfig:
     subjects: list[int] = field(default_factory=list)
     num_subjects: int = 3
     num_predictions: int = 200
+    workers: int = 0
     device: Wanted = "auto"
 
     def __post_init__(self) -> None:
         for name in ("num_subjects", "num_predictions"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.workers < 0:
+            raise ConfigError(f"workers must not be negative, got {self.workers}")
 
 
 def run(config: ExplainConfig) -> None:
@@ -101,21 +94,20 @@ def run(config: ExplainConfig) -> None:
     out = locate(config.out)
     require_folder(out, "out")
     device = choose(config.device, bundle.model)
-    with prepared(locate(config.data.path), bundle.known) as root:
-        histories = open_for(bundle, root)
-        examples = asked_of(histories, config.task, config.split, here=True)
-        _check_subjects(config.subjects, examples, config.split)
-        outputs, rows = predict(bundle, histories, examples, device)
-        prob_E = outputs.probability_ET[:, 0]
-        explainer = Explainer(bundle, histories, device)
-        patients = chosen_patients(examples, prob_E, config.subjects, config.num_subjects)
-        explain_patients(explainer, examples, prob_E, patients, out / "patients")
-        drawn = np.random.default_rng(0).permutation(len(examples))[: config.num_predictions]
-        cases = explainer.cases(examples, np.sort(drawn))
-        blocks = [cases[start : start + BLOCK] for start in range(0, len(cases), BLOCK)]
-        attributions = [a for block in _track(blocks, "Attributions") for a in explainer.attributions(block)]
-        variables = variable_table(explainer, cases, attributions)
-        curves = faithfulness(explainer, cases, attributions)
+    where = (locate(config.bundle), locate(config.data.path))
+    request = Request(*where, config.task, config.split, "bundle", device.type)
+    with work_beside(out) as work:
+        predictions, counts = _predictions(request, bundle, config, work)
+        patients = chosen_patients(predictions, config.subjects, config.num_subjects)
+        drawn = np.random.default_rng(0).permutation(len(predictions))[: config.num_predictions]
+        chosen = np.append(patients, np.sort(drawn))
+        spread = Spread(request, predictions, chosen, work, most(config.workers, device.type))
+        risk_N = predictions[RISK].to_numpy()[patients]
+        explain_patients(spread.explainer, spread.cases[: len(patients)], risk_N, out / "patients")
+        measured = spread.measured(len(patients))
+    cases = spread.cases[len(patients) :]
+    variables = variable_table(spread.explainer, cases, measured)
+    curves = faithfulness(measured)
     write_parquet(variables, out / "variables.parquet")
     shown = variables.slice(0, SHOWN).to_pydict()
     figures.plot_importance(
@@ -125,55 +117,57 @@ def run(config: ExplainConfig) -> None:
         np.array(shown["mean_abs_change"], dtype=float),
     )
     figures.plot_faithfulness(out / "faithfulness.png", FRACTIONS, curves)
-    write_text(explanation(config, variables, curves, attributions), out / "explanation.md")
-    print(f"{rows.unknown_fraction:.1%} of the events read have codes that the bundle does not know")
+    write_text(explanation(config, variables, curves, measured.attributions), out / "explanation.md")
+    print(f"{counts.unknown / max(counts.read, 1):.1%} of the events read have codes that the bundle does not know")
     print(f"{len(cases)} predictions explained in {out / 'explanation.md'}")
     print(f"{len(patients)} patients shown in {out / 'patients'}: protect it like the records")
 
 
-@contextlib.contextmanager
-def prepared(path: Location, known: KnownConfig) -> Iterator[Location]:
-    """`path` if it is a prepared dataset, else a temporary one prepared from the MEDS folder at `path`, whose events
-    become known by the rules of `known`."""
-    if read_metadata(path) is not None or not (path / "data").is_dir():
-        yield path
-        return
-    with tempfile.TemporaryDirectory(prefix="hymate-") as folder:
-        prepare(PrepareConfig(source="meds", raw=str(path), out=folder, known=known), here=True)
-        yield Path(folder)
+def _predictions(request: Request, bundle: Bundle, config: ExplainConfig, work: Location) -> tuple[pa.Table, Counts]:
+    """All predictions, in the order of a prepared dataset's examples, or by subject and time; and what was read."""
+    examples = None
+    if is_prepared(request.data):
+        examples = asked_of(open_for(bundle, request.data), config.task, config.split)
+        _check_subjects(config.subjects, examples.subject_id_E, config.split)
+    (path, *_), counts = predict_dataset(request, work / "predictions.parquet", config.workers)
+    predictions = pq.read_table(readable(path))
+    _check_subjects(config.subjects, predictions["subject_id"].to_numpy(), config.split)
+    if examples is not None:
+        order_E = np.lexsort((examples.prediction_time_E, examples.subject_id_E))
+        predictions = predictions.take(np.argsort(order_E, kind="stable"))
+    return predictions, counts
 
 
 # ----------------------------------------------------------------------------------------------------- patients
 
 
-def chosen_patients(examples: Examples, prob_E: np.ndarray, subjects: Sequence[int], count: int) -> np.ndarray:
-    """Examples, at most one a subject, that of its highest risk: those of `subjects`, or without any the `count` first.
+def chosen_patients(predictions: pa.Table, subjects: Sequence[int], count: int) -> np.ndarray:
+    """Rows of the predictions, at most one a subject, that of its highest risk: those of `subjects`, or without any the
+    `count` first.
 
     In order of risk, the highest first.
     """
-    order_E = np.argsort(-prob_E, kind="stable")
-    _, first = np.unique(examples.subject_id_E[order_E], return_index=True)
+    subject_id_E = predictions["subject_id"].to_numpy()
+    order_E = np.argsort(-predictions[RISK].to_numpy(), kind="stable")
+    _, first = np.unique(subject_id_E[order_E], return_index=True)
     highest = order_E[np.sort(first)]
-    return highest[np.isin(examples.subject_id_E[highest], subjects)] if subjects else highest[:count]
+    return highest[np.isin(subject_id_E[highest], subjects)] if subjects else highest[:count]
 
 
-def explain_patients(
-    explainer: Explainer, examples: Examples, prob_E: np.ndarray, chosen: np.ndarray, folder: Location
-) -> None:
-    """A timeline of each of the `chosen` examples, and the table of all their events."""
+def explain_patients(explainer: Explainer, cases: Sequence[Case], risk_N: np.ndarray, folder: Location) -> None:
+    """A timeline of each of the cases, whose risks are given, and the table of all their events."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     for path in folder.glob("patient-*.png"):
         path.unlink()  # of an earlier command, which may have shown others
     tables = []
-    cases = explainer.cases(examples, chosen)
-    for number, (example, case) in enumerate(zip(chosen.tolist(), cases, strict=True), start=1):
+    for number, (case, risk) in enumerate(zip(cases, risk_N.tolist(), strict=True), start=1):
         (attribution,) = explainer.attributions([case])
         table = event_table(explainer.histories.codes, case, attribution)
         tables.append(table.add_column(0, "patient", pa.array([number] * len(table), pa.int32())))
         static, events = attribution.static_F.sum(), attribution.event_L.sum()
         when = np.datetime64(case.time_us, "us").astype("datetime64[m]")
         title = (
-            f"patient {number} (subject {case.history.subject_id}) at {when}: risk {prob_E[example]:.2f}\n"
+            f"patient {number} (subject {case.history.subject_id}) at {when}: risk {risk:.2f}\n"
             f"logit {attribution.logit:.2f} = {attribution.baseline:.2f} without knowing the events "
             f"{events:+.2f} events {static:+.2f} static"
         )
@@ -199,8 +193,8 @@ def _timeline_rows(codes: Sequence[str], case: Case, attribution: Attribution) -
     return row_of[variable_L], [*labels, f"{others} other variables"] if others else labels
 
 
-def _check_subjects(subjects: Sequence[int], examples: Examples, split: str) -> None:
-    for place, known in enumerate(np.isin(subjects, examples.subject_id_E).tolist()):
+def _check_subjects(subjects: Sequence[int], subject_id_E: np.ndarray, split: str) -> None:
+    for place, known in enumerate(np.isin(subjects, subject_id_E).tolist()):
         if not known:
             raise UserError(
                 f"subjects[{place}] has no prediction in split={split}: choose split=all or another subject"
@@ -210,25 +204,20 @@ def _check_subjects(subjects: Sequence[int], examples: Examples, split: str) -> 
 # ------------------------------------------------------------------------------------------------------- predictions
 
 
-def variable_table(explainer: Explainer, cases: Sequence[Case], attributions: Sequence[Attribution]) -> pa.Table:
+def variable_table(explainer: Explainer, cases: Sequence[Case], measured: Measured) -> pa.Table:
     """All variables of the cases, the most important first.
 
     predictions: cases that have it. Means over all cases, 0 where a case doesn't have it, in units of the logit:
     mean_attribution, mean_abs_attribution: of the sum over its events; null for the birth (age), which has none.
-    mean_change, mean_abs_change: the logit less that without it; null but for the REMOVED variables and the birth.
+    mean_change, mean_abs_change: the logit less that without it; null but for the removed variables and the birth.
     """
-    codes = explainer.histories.codes
+    codes, removed = explainer.histories.codes, measured.removed
     count_C, attribution_2C, change_2C = np.zeros(len(codes), int), np.zeros((2, len(codes))), np.zeros((2, len(codes)))
-    for case, attribution in zip(cases, attributions, strict=True):
+    for case, attribution in zip(cases, measured.attributions, strict=True):
         count_C[explainer.variables(case)] += 1
-        code = np.concatenate([case.history.static_code, case.history.code])
-        total_C = np.bincount(code, np.append(attribution.static_F, attribution.event_L), minlength=len(codes))
+        total_C = attribution.by_code(case, len(codes))
         attribution_2C += total_C, np.abs(total_C)
-    removed = np.argsort(-attribution_2C[1], kind="stable")[:REMOVED].tolist()
-    removed += [] if explainer.birth_code is None else [explainer.birth_code]
-    for case in _track(cases, "Removing variables"):
-        for variable, change in explainer.effects(case, removed).items():
-            change_2C[:, variable] += change, abs(change)
+    change_2C[:, removed] = np.nansum([measured.change_NR, np.abs(measured.change_NR)], axis=1)
     no_change_C = ~np.isin(np.arange(len(codes)), removed)
     no_attribution_C = np.arange(len(codes)) == explainer.birth_code
     N = len(cases)
@@ -246,25 +235,14 @@ def variable_table(explainer: Explainer, cases: Sequence[Case], attributions: Se
     return table.filter(pa.array(count_C > 0)).sort_by(order)
 
 
-def faithfulness(
-    explainer: Explainer, cases: Sequence[Case], attributions: Sequence[Attribution]
-) -> dict[str, dict[str, np.ndarray]]:
+def faithfulness(measured: Measured) -> dict[str, dict[str, np.ndarray]]:
     """Measure -> order of the events -> curve (G,), the mean over the cases.
 
     FALL and RISE take what raised the risk most first; attention, which has no sign, can only take what it weighs
     most. AWAY and SHORT are fair to it: attributions are taken by size, and the sign of the change does not count.
     """
-    rng = np.random.default_rng(0)
-    logit_N = np.array([attribution.logit for attribution in attributions])
-    orders = {"attribution": [a.event_L for a in attributions], "size": [np.abs(a.event_L) for a in attributions]}
-    attention = [a.attention_L for a in attributions if a.attention_L is not None]
-    if attention:
-        orders["attention"] = attention
-    orders["random"] = [rng.random(len(a.event_L)) for a in attributions]
-    moved = {}
-    for order in _track(list(orders), "Deletion and insertion"):
-        deleted_GN, inserted_GN = deletion_and_insertion(explainer, cases, orders[order])
-        moved[order] = deleted_GN - logit_N, inserted_GN - logit_N
+    logit_N = np.array([attribution.logit for attribution in measured.attributions])
+    moved = {order: (deleted - logit_N, inserted - logit_N) for order, (deleted, inserted) in measured.moved.items()}
     signed = {order: change for order, change in moved.items() if order != "size"}
     sized = {order: moved["size" if order == "attribution" else order] for order in signed}
     return {
@@ -328,10 +306,6 @@ two take attributions by their size: there a larger deletion and a smaller inser
 
 def _cell(value: float | int | None) -> str:
     return "-" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
-
-
-def _track(items: Sequence[T], text: str) -> Iterable[T]:
-    return track(items, text, console=Console(stderr=True, quiet=not sys.stderr.isatty()), transient=True)
 
 
 if __name__ == "__main__":

@@ -65,12 +65,11 @@ def extract(
     known: KnownConfig,
     folder: Location,
     fingerprint: str,
-    here: bool,
 ) -> dict[str, Any]:
     """Write the labels of every shard and a summary to `folder`, in one move, and return the summary.
 
-    Shards are read in processes, or on a cluster unless all is to stay `here`; after a kill those that were read are
-    there. splits: of the subjects, where the labels have weights. Raises UserError where no trigger gets a label.
+    Shards are read in processes, or on a cluster; after a kill those that were read are there. splits: of the subjects,
+    where the labels have weights. Raises UserError where no trigger gets a label.
     """
     config, work = parse(task), folder.parent / f".{folder.name}"
     try:
@@ -80,7 +79,7 @@ def extract(
             journal = Journal(work / "journal.jsonl", fingerprint, "")
             workers = worth(sum(path.stat().st_size for path in shards.values()))
             keep = partial(_keep_shard, shards=shards, task=task, known=known, work=work)
-            with stages(list(shards), journal, workers, here, quiet=not sys.stderr.isatty()) as run:
+            with stages(list(shards), journal, workers, quiet=not sys.stderr.isatty()) as run:
                 run.each(f"labels of {task.name}", keep)
             extracted = {shard: _kept_shard(shard, work) for shard in shards}
             triggers = [each.triggers for each in extracted.values()]

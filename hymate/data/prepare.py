@@ -130,10 +130,8 @@ class PrepareConfig:
         return SOURCES[self.source](locate(str(self.raw)).absolute(), self.splits, self.seed)
 
 
-def prepare(config: PrepareConfig, here: bool = False) -> None:
+def prepare(config: PrepareConfig) -> None:
     """Write the prepared dataset to `config.out`, continuing what an earlier run left there.
-
-    here: on this machine, also where RAY_ADDRESS names a cluster.
 
     Raises DataError where the raw data are wrong (nothing is left in `out` then), UserError where `out` belongs
     to something else or the disk is full.
@@ -155,7 +153,7 @@ def prepare(config: PrepareConfig, here: bool = False) -> None:
         started = time.monotonic()
         journal = Journal(out / FOLDER / WORK / "journal.jsonl", fingerprint, other)
         try:
-            with stages(shards, journal, config.workers, here) as run:
+            with stages(shards, journal, config.workers) as run:
                 _run(source, out, rules, fingerprint, run)
         except DataError:
             _remove(out)

@@ -48,7 +48,7 @@ class LabelSet:
         return {"labels": self.counts, "label_details": asdict(self.details) if self.details else {}}
 
 
-def read_or_extract_labels(root: Location, task: TaskConfig, times_only: bool = False, here: bool = False) -> LabelSet:
+def read_or_extract_labels(root: Location, task: TaskConfig, times_only: bool = False) -> LabelSet:
     """The labels of `task` in the dataset at `root`, extracted and kept in `root`/labels/<name> if need be.
 
     In this order: the folder `task.labels`; `root`/labels/<name> that came with the dataset; what `task.definition`
@@ -69,7 +69,7 @@ def read_or_extract_labels(root: Location, task: TaskConfig, times_only: bool = 
     fingerprint = _fingerprint(task, shards, splits, known)
     summary = _summary(folder)
     if summary.get("fingerprint") != fingerprint:
-        summary = extract(task, shards, splits, known, folder, fingerprint, here)
+        summary = extract(task, shards, splits, known, folder, fingerprint)
     details = Details(summary["excluded"], summary["kinds"], summary["predicates"])
     if summary["never_positive"] and not times_only:
         raise no_event_error(task, "label's predicate", summary["never_positive"], details.unmatched())

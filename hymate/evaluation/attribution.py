@@ -66,6 +66,11 @@ class Attribution:
     static_F: np.ndarray
     attention_L: np.ndarray | None
 
+    def by_code(self, case: Case, num_codes: int) -> np.ndarray:
+        """The sum over each code's events of the case, float64 (num_codes,)."""
+        code = np.concatenate([case.history.static_code, case.history.code])
+        return np.bincount(code, np.append(self.static_F, self.event_L), minlength=num_codes)
+
     @property
     def gap(self) -> float:
         """By how much the parts miss the difference: the error of the integral."""
@@ -89,20 +94,34 @@ class Explainer:
 
     def cases(self, examples: Examples, chosen: np.ndarray) -> list[Case]:
         """The cases of the `chosen` examples (int64), in that order: what predicting all of them reads."""
+        return self.cases_at(self.places(examples, chosen))
+
+    def places(self, examples: Examples, chosen: np.ndarray) -> pa.Table:
+        """Where the cases of the `chosen` examples are: subject_id, time_us, and the events from start to stop."""
         context = self._bundle.data.context
         start_E = np.maximum(examples.stop_E.astype(np.int64) - context, 0)
         if not self._bundle.model.sees_ahead:
             start_E = window_starts(np.asarray(examples.position_E), examples.stop_E, context)
-        return [self._case(examples, example, int(start_E[example])) for example in chosen.tolist()]
+        columns = {
+            "subject_id": examples.subject_id_E,
+            "time_us": examples.prediction_time_E,
+            "start": start_E,
+            "stop": examples.stop_E,
+        }
+        return pa.table({name: column[chosen] for name, column in columns.items()})
 
-    def _case(self, examples: Examples, example: int, start: int) -> Case:
-        (history,) = self.histories.read(examples.position_E[[example]])
-        seen = history.keep(slice(start, int(examples.stop_E[example])))
+    def cases_at(self, places: pa.Table) -> list[Case]:
+        """The cases at `places`, in their order."""
+        return [self._case(**place) for place in places.to_pylist()]
+
+    def _case(self, subject_id: int, time_us: int, start: int, stop: int) -> Case:
+        (history,) = self.histories.read(self.histories.index.find(np.array([subject_id])))
+        seen = history.keep(slice(start, stop))
         # a view would keep the whole row group that it was read with
         own: dict[str, Any] = {
             name: array.copy() for name, array in vars(seen).items() if isinstance(array, np.ndarray)
         }
-        return Case(replace(seen, **own), int(examples.prediction_time_E[example]))
+        return Case(replace(seen, **own), time_us)
 
     def logits(self, cases: Sequence[Case]) -> np.ndarray:
         """The model's logits, float64 (N,)."""

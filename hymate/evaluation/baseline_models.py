@@ -8,6 +8,7 @@ Shape legend: E examples, X features (see `hymate.evaluation.features`), M marks
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -303,6 +304,9 @@ def lightgbm() -> Any:
         raise UserError(
             'baseline=lightgbm needs LightGBM: pip install "hymate[baselines]", or take baseline=gradient_boosting'
         ) from error
+    log = logging.getLogger("lightgbm")
+    log.setLevel(logging.ERROR)  # its parameter for this is not handed to the making of bins
+    lightgbm.register_logger(log)
     return lightgbm
 
 

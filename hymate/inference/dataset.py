@@ -87,6 +87,11 @@ class Counts:
         )
 
 
+def is_prepared(data: Location) -> bool:
+    """Whether a folder is to be read as a prepared dataset, and not as MEDS."""
+    return read_metadata(data) is not None or not (data / "data").is_dir()
+
+
 def open_for(bundle: Bundle, data: Location) -> Histories:
     """A prepared dataset that the bundle can predict.
 
@@ -104,11 +109,11 @@ def open_for(bundle: Bundle, data: Location) -> Histories:
     return histories
 
 
-def asked_of(histories: Histories, task: TaskConfig, split: str, here: bool = False) -> Examples:
+def asked_of(histories: Histories, task: TaskConfig, split: str) -> Examples:
     """The task's prediction times in a split of a prepared dataset; a folder of labels needs no boolean_value."""
     labels = read_labels(locate(task.labels)) if task.labels is not None else None
     if labels is None:
-        labels = read_or_extract_labels(histories.path, task, times_only=True, here=here).table
+        labels = read_or_extract_labels(histories.path, task, times_only=True).table
     if split == "all":
         histories = histories.with_splits(dict.fromkeys(histories.splits, split))
     return labelled_examples(histories, labels, split)
@@ -130,8 +135,7 @@ def predict_dataset(request: Request, out: Location, workers: int) -> tuple[list
     folder = out.parent / f"{out.name}.parts" if joined else out
     folders = [folder / target.stem for target in targets] if joined else targets
     work = folder / WORK
-    is_prepared = read_metadata(request.data) is not None or not (request.data / "data").is_dir()
-    asked = _ranges(request, bundle) if is_prepared else _shards(request)
+    asked = _ranges(request, bundle) if is_prepared(request.data) else _shards(request)
     made_of = f"{bundle.fingerprint} {request.context} {request.split} {asked.made_of}"
     fingerprint = hashlib.sha256(made_of.encode()).hexdigest()
     if not joined and present(folder) and not present(work) and any(folder.iterdir()):
@@ -142,8 +146,7 @@ def predict_dataset(request: Request, out: Location, workers: int) -> tuple[list
     for part, examples in asked.examples.items():
         write_parquet(examples.table(), work / f"{part}.parquet")
     call = functools.partial(predict_part, request=request, folders=folders, work=work, labelled=asked.labelled)
-    most = workers or (num_gpus() if request.device == "cuda" else available_cpus())
-    processes = 1 if request.states else min(most, asked.worth, len(asked.parts))
+    processes = 1 if request.states else min(most(workers, request.device), asked.worth, len(asked.parts))
     with stages(asked.parts, journal, processes, request.states is not None, request.device == "cuda") as run:
         run.each("predict", call)
     counts = [Counts(**json.loads((work / f"{part}.json").read_text())) for part in asked.parts]
@@ -160,6 +163,11 @@ def predict_dataset(request: Request, out: Location, workers: int) -> tuple[list
             write_parquet(table.sort_by([("subject_id", "ascending"), ("prediction_time", "ascending")]), target)
     remove_tree(folder if joined else work)
     return targets, found
+
+
+def most(workers: int, device: str) -> int:
+    """How many processes a user allows; 0 stands for as many as there are CPUs, or GPUs."""
+    return workers or (num_gpus() if device == "cuda" else available_cpus())
 
 
 @dataclass(frozen=True)

@@ -27,14 +27,22 @@ from hymate.data.synthetic.codes import DISTRACTORS
 from hymate.data.synthetic.law import COPD, CREATININE, HAEMOGLOBIN, HEART_FAILURE
 from hymate.device import choose
 from hymate.evaluation.attribution import Attribution, Case, Explainer, integrated_gradients
+from hymate.evaluation.explaining import Measured, changes, most_important, movements
 from hymate.inference.bundle import read_bundle
 
 DRIVERS = (CREATININE, HAEMOGLOBIN, HEART_FAILURE, COPD)
 STEPS = (8, 16, 32, 64, 128)
 
 
+def measured(explainer: Explainer, cases: list[Case], attributions: list[Attribution]) -> Measured:
+    removed = most_important(explainer, cases, attributions)
+    change_NR = changes(explainer, cases, removed)
+    moved = movements(explainer, cases, attributions, np.random.default_rng(0))
+    return Measured(attributions, removed, change_NR, moved)
+
+
 def ranking(explainer: Explainer, cases: list[Case], attributions: list[Attribution]) -> None:
-    table = explain.variable_table(explainer, cases, attributions).to_pandas()
+    table = explain.variable_table(explainer, cases, measured(explainer, cases, attributions)).to_pandas()
     by_attribution = table["mean_abs_attribution"].rank(ascending=False)
     print("| rank when removed | by attribution | variable | part in the law | change when removed | attribution |")
     print("|---|---|---|---|---|---|")
@@ -67,8 +75,8 @@ def orders(explainer: Explainer, cases: list[Case], attributions: list[Attributi
     start = time.perf_counter()
     removal = [replace(a, event_L=event_removal(explainer, c)) for c, a in zip(cases, attributions, strict=True)]
     elapsed = time.perf_counter() - start
-    curves = explain.faithfulness(explainer, cases, attributions)
-    by_removal = explain.faithfulness(explainer, cases, removal)
+    curves = explain.faithfulness(measured(explainer, cases, attributions))
+    by_removal = explain.faithfulness(measured(explainer, cases, removal))
     print(f"\n| {len(cases)} cases, events in order of | {' | '.join(curves)} |")
     print("|---|" + "---|" * len(curves))
     for order in curves[explain.FALL]:
@@ -94,7 +102,7 @@ def main() -> None:
     completeness(explainer, cases)
     orders(explainer, cases[: options.removed], attributions[: options.removed])
     if options.removed < len(cases):
-        curves = explain.faithfulness(explainer, cases, attributions)
+        curves = explain.faithfulness(measured(explainer, cases, attributions))
         print(f"\nall {len(cases)} cases")
         for order in curves[explain.FALL]:
             print(f"| {order} | {' | '.join(f'{curve[order].mean():.2f}' for curve in curves.values())} |")

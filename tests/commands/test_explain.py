@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,7 +28,9 @@ from hymate.data.prepare import PrepareConfig, prepare
 from hymate.data.synthetic.codes import DISTRACTORS
 from hymate.data.synthetic.law import CREATININE, HAEMOGLOBIN, HEART_FAILURE
 from hymate.errors import ConfigError, UserError
+from hymate.evaluation import explaining
 from hymate.evaluation.attribution import FRACTIONS, Explainer, deletion_and_insertion, integrated_gradients
+from hymate.evaluation.explaining import Measured, changes, most_important, movements
 from hymate.inference.bundle import read_bundle
 from hymate.inference.scoring import predict
 from hymate.model.batch import UNKNOWN_ID
@@ -230,6 +233,33 @@ def test_patients_can_be_asked_for(small_data: Path, bundle: Path, tmp_path: Pat
     assert set(events["subject_id"].to_pylist()) == set(wanted)
 
 
+def test_parts_and_a_meds_folder_change_nothing(
+    small_data: Path, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In two processes, of a folder that was never prepared: the tables of one process and prepared data."""
+    explained(bundle, small_data, tmp_path / "whole", "num_predictions=12", "workers=1")
+    monkeypatch.setattr(explaining, "PART", 2)
+    monkeypatch.setattr(explaining, "WORTH_PARTS", 3)
+    raw, labels = write_meds(tmp_path / "raw"), small_data / "labels" / "readmission"
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    explained(bundle, raw, tmp_path / "parts", "num_predictions=12", "workers=2", f"task.labels={labels}")
+    assert {path.name for path in tmp_path.iterdir()} == {"whole", "parts", "raw", "tmp"}
+    for name in ("variables.parquet", "patients/events.parquet"):
+        one, other = (pq.read_table(tmp_path / out / name).to_pydict() for out in ("whole", "parts"))
+        for column, values in one.items():
+            if column == "code" and name.startswith("variables"):  # as important as others, to the last digit
+                assert sorted(other[column]) == sorted(values)
+            elif isinstance(values[-1], float):
+                np.testing.assert_allclose(np.array(other[column], float), np.array(values, float), atol=1e-5)
+            else:
+                assert other[column] == values
+    (tmp_path / "again").mkdir()
+    with pytest.raises(UserError, match="has no prediction in split=held_out"):
+        explained(bundle, raw, tmp_path / "again" / "out", "subjects=[77777]", f"task.labels={labels}")
+    assert not list((tmp_path / "again").iterdir())
+
+
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
@@ -261,14 +291,17 @@ def test_planted_drivers_rank_before_planted_distractors_and_the_order_is_faithf
     cases = explainer.cases(examples, np.arange(0, len(examples), len(examples) // 80))
     attributions = explainer.attributions(cases)
 
-    table = explain.variable_table(explainer, cases, attributions).to_pandas().set_index("code")
+    removed = most_important(explainer, cases, attributions)
+    moved = movements(explainer, cases, attributions, np.random.default_rng(0))
+    measured = Measured(attributions, removed, changes(explainer, cases, removed), moved)
+    table = explain.variable_table(explainer, cases, measured).to_pandas().set_index("code")
     for measure in ("mean_abs_attribution", "mean_abs_change"):
         size = table[measure].fillna(0).sort_values(ascending=False)
         assert {CREATININE, HAEMOGLOBIN, HEART_FAILURE} <= set(size.index[:4]), size
         assert size[HEART_FAILURE] > 2 * size[list(DISTRACTORS)].max(), size
     assert table.loc[HEART_FAILURE, "mean_change"] > 0
 
-    curves = explain.faithfulness(explainer, cases, attributions)
+    curves = explain.faithfulness(measured)
     for measure in (explain.FALL, explain.RISE):
         others = max(curve.mean() for order, curve in curves[measure].items() if order != "attribution")
         assert curves[measure]["attribution"].mean() > others + 0.3, curves

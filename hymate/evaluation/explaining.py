@@ -1,0 +1,247 @@
+"""Explaining in parts: processes of this machine, or tasks of a cluster, each have some of the predictions.
+
+A part reads its histories where they are: in a prepared dataset, or in what was kept of a MEDS folder's shards, the
+events of the subjects that are explained.
+
+Shape legend: that of `hymate.evaluation.attribution`; R removed variables.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import multiprocessing
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import meds
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+
+from hymate.data.examples import labelled_examples
+from hymate.data.histories import Histories
+from hymate.data.meds import DATA_SCHEMA, iter_events, write_parquet
+from hymate.evaluation.attribution import Attribution, Case, Explainer, deletion_and_insertion
+from hymate.inference.bundle import read_bundle
+from hymate.inference.dataset import Request, is_prepared, open_for
+from hymate.storage.paths import Location, atomic_path, files_below, locate, readable, remove_tree
+from hymate.work import Journal, stages, worth
+
+PART = 16  # predictions, each of which costs hundreds of passes
+WORTH_PARTS = 4  # take longer than another process takes to start
+REMOVED = 40  # variables whose removal is scored, those with the largest attributions; each costs a pass
+ORDERS = ("attribution", "size", "attention", "random")  # in which events are deleted and inserted
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What is known of N cases. change_NR: the logit less that without each of the `removed` variables (code ids of the
+    dataset), NaN where a case does not have it. moved: by order, the logits of `deletion_and_insertion`, (2, G, N).
+    """
+
+    attributions: list[Attribution]
+    removed: list[int]
+    change_NR: np.ndarray
+    moved: dict[str, np.ndarray]
+
+
+@contextmanager
+def work_beside(out: Location) -> Iterator[Location]:
+    """A folder for the parts of what will be in `out`; it goes with the block, but for a kill."""
+    folder = out.parent / f".{out.name}.parts"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # patient data
+    try:
+        yield folder
+    except Exception:
+        remove_tree(folder)
+        raise
+    remove_tree(folder)
+
+
+class Spread:
+    """Explains those of all `predictions` (a table with subject_id and prediction_time) of a request whose rows are
+    `chosen`, in the folder `work` and in so many processes at most.
+    """
+
+    def __init__(
+        self, request: Request, predictions: pa.Table, chosen: np.ndarray, work: Location, workers: int
+    ) -> None:
+        self._request, self._work, self._workers = request, work, workers
+        for folder in ("shards", "cases"):
+            remove_tree(work / folder)  # of an explanation that was killed
+        _explainer.cache_clear()
+        asked = predictions.select(["subject_id", "prediction_time"]).take(chosen)
+        if not is_prepared(request.data):
+            files = files_below(request.data / meds.data_subdirectory, ".parquet")
+            keep = functools.partial(
+                _keep, data=request.data, subjects=asked["subject_id"].unique(), folder=work / "shards"
+            )
+            size = sum(file.stat().st_size for file in files.values())
+            names = sorted(name.removesuffix(".parquet") for name in files)
+            self._run("read", keep, names, min(workers, worth(size)), gpus=False)
+        self.explainer = _explainer(*self._key)
+        # what a case reads may depend on the subject's other predictions
+        of_subjects = predictions.filter(pc.is_in(predictions["subject_id"], asked["subject_id"].unique()))
+        histories = self.explainer.histories
+        histories = histories.with_splits(dict.fromkeys(histories.splits, "all"))
+        examples = labelled_examples(histories, of_subjects.select(asked.column_names), "all")
+        keys = zip(examples.subject_id_E.tolist(), examples.prediction_time_E.tolist(), strict=True)
+        place = {key: example for example, key in enumerate(keys)}
+        time_us = asked["prediction_time"].cast(pa.timestamp("us")).cast(pa.int64())
+        wanted = zip(asked["subject_id"].to_pylist(), time_us.to_pylist(), strict=True)
+        self._places = self.explainer.places(examples, np.array([place[key] for key in wanted]))
+        self.cases = self.explainer.cases_at(self._places)
+
+    @property
+    def _key(self) -> tuple[str, str, str, str, str]:
+        request = self._request
+        return str(request.bundle), str(request.data), request.task.name, request.device, str(self._work)
+
+    def _run(self, stage: str, call: Callable[[str], None], parts: Sequence[str], workers: int, gpus: bool) -> None:
+        journal = Journal(self._work / f"{stage}.jsonl", "", "")
+        remove_tree(self._work / f"{stage}.jsonl")
+        with stages(parts, journal, workers, gpus=gpus, quiet=not sys.stderr.isatty()) as run:
+            run.each(stage, call)
+
+    def measured(self, first: int) -> Measured:
+        """All that is known of the cases from `first` on."""
+        cases, folder = self.cases[first:], self._work / "cases"
+        starts = range(0, len(cases), PART)
+        parts = [f"{start // PART:06d}" for start in starts]
+        for part, start in zip(parts, starts, strict=True):
+            write_parquet(self._places.slice(first + start, PART), folder / f"{part}.parquet")
+        gpus = self._request.device == "cuda"
+        workers = min(self._workers, max(1, len(parts) // WORTH_PARTS))
+        self._run("attributions", functools.partial(_attribute, key=self._key, folder=folder), parts, workers, gpus)
+        attributions = [a for part in parts for a in _attributions(_load(folder / f"{part}-attributions.npz"))]
+        removed = most_important(self.explainer, cases, attributions)
+        # the random order of all events is one sequence, of which each part takes its own
+        before = np.cumsum([0, *(len(case.history) for case in cases)])
+        skipped = {part: int(before[start]) for part, start in zip(parts, starts, strict=True)}
+        move = functools.partial(_move, key=self._key, folder=folder, removed=removed, skipped=skipped)
+        self._run("removals", move, parts, workers, gpus)
+        found = [_load(folder / f"{part}-moved.npz") for part in parts]
+        moved = {
+            order: np.concatenate([of_part[order] for of_part in found], axis=2)
+            for order in ORDERS
+            if order in found[0]
+        }
+        return Measured(attributions, removed, np.concatenate([of_part["change"] for of_part in found]), moved)
+
+
+def most_important(explainer: Explainer, cases: Sequence[Case], attributions: Sequence[Attribution]) -> list[int]:
+    """The REMOVED variables with the largest attributions, and the birth, which has none."""
+    size_C = np.zeros(len(explainer.histories.codes))
+    for case, attribution in zip(cases, attributions, strict=True):
+        size_C += np.abs(attribution.by_code(case, len(size_C)))
+    removed = np.argsort(-size_C, kind="stable")[:REMOVED].tolist()
+    return removed + ([] if explainer.birth_code is None else [explainer.birth_code])
+
+
+def changes(explainer: Explainer, cases: Sequence[Case], removed: Sequence[int]) -> np.ndarray:
+    """`Measured.change_NR`."""
+    effects = [explainer.effects(case, removed) for case in cases]
+    return np.array([[of_case.get(code, np.nan) for code in removed] for of_case in effects]).reshape(-1, len(removed))
+
+
+def movements(
+    explainer: Explainer, cases: Sequence[Case], attributions: Sequence[Attribution], rng: np.random.Generator
+) -> dict[str, np.ndarray]:
+    """`Measured.moved`; attention only where the model has any."""
+    importance = {
+        "attribution": [a.event_L for a in attributions],
+        "size": [np.abs(a.event_L) for a in attributions],
+        "attention": [a.attention_L for a in attributions if a.attention_L is not None],
+        "random": [rng.random(len(a.event_L)) for a in attributions],
+    }
+    return {order: np.stack(deletion_and_insertion(explainer, cases, of)) for order, of in importance.items() if of}
+
+
+# -------------------------------------------------------------------------------------------------------- a part
+
+
+def _keep(shard: str, data: Location, subjects: pa.Array, folder: Location) -> None:
+    """Keep the events of the subjects that are in a shard."""
+    path = data / meds.data_subdirectory / f"{shard}.parquet"
+    columns = [name for name in pq.read_schema(readable(path)).names if name in DATA_SCHEMA.names]
+    own = pq.read_table(readable(path), columns=columns, filters=pc.field("subject_id").isin(subjects))
+    if len(own):
+        write_parquet(own, folder / f"{shard}.parquet")
+
+
+@functools.lru_cache(maxsize=1)
+def _explainer(bundle: str, data: str, task: str, device: str, work: str) -> Explainer:
+    if multiprocessing.parent_process() is not None:
+        torch.set_num_threads(1)  # the other CPUs have parts of their own
+    found = read_bundle(locate(bundle), kind="risk").for_task(task)
+    if is_prepared(locate(data)):
+        return Explainer(found, open_for(found, locate(data)), torch.device(device))
+    code_ids: dict[str, int] = {}
+    kept = files_below(locate(work) / "shards", ".parquet")
+    pieces = [piece for shard in sorted(kept) for piece in iter_events(kept[shard], code_ids)]
+    events = functools.reduce(lambda one, other: one.followed_by(other), pieces)
+    return Explainer(found, Histories.of_events(events, code_ids, found.known), torch.device(device))
+
+
+def _cases(part: str, key: tuple[str, str, str, str, str], folder: Location) -> tuple[Explainer, list[Case]]:
+    explainer = _explainer(*key)
+    return explainer, explainer.cases_at(pq.read_table(readable(folder / f"{part}.parquet")))
+
+
+def _attribute(part: str, key: tuple[str, str, str, str, str], folder: Location) -> None:
+    explainer, cases = _cases(part, key, folder)
+    found = explainer.attributions(cases)
+    arrays = {
+        "logit": np.array([a.logit for a in found]),
+        "baseline": np.array([a.baseline for a in found]),
+        "num_events": np.array([len(a.event_L) for a in found]),
+        "num_static": np.array([len(a.static_F) for a in found]),
+        "event": np.concatenate([a.event_L for a in found]),
+        "static": np.concatenate([a.static_F for a in found]),
+    }
+    attention = [a.attention_L for a in found if a.attention_L is not None]
+    _save(folder / f"{part}-attributions.npz", arrays | ({"attention": np.concatenate(attention)} if attention else {}))
+
+
+def _attributions(arrays: dict[str, np.ndarray]) -> list[Attribution]:
+    """What `_attribute` saved."""
+    ends = np.cumsum(arrays["num_events"])[:-1]
+    of_events, of_static = (
+        np.split(arrays["event"], ends),
+        np.split(arrays["static"], np.cumsum(arrays["num_static"])[:-1]),
+    )
+    attention: Sequence[np.ndarray | None] = [None] * len(of_events)
+    if "attention" in arrays:
+        attention = np.split(arrays["attention"], ends)
+    numbers = (arrays["logit"].tolist(), arrays["baseline"].tolist())
+    return [Attribution(*of_case) for of_case in zip(*numbers, of_events, of_static, attention, strict=True)]
+
+
+def _move(
+    part: str,
+    key: tuple[str, str, str, str, str],
+    folder: Location,
+    removed: Sequence[int],
+    skipped: dict[str, int],
+) -> None:
+    explainer, cases = _cases(part, key, folder)
+    bits = np.random.PCG64(0)
+    bits.advance(skipped[part])
+    attributions = _attributions(_load(folder / f"{part}-attributions.npz"))
+    moved = movements(explainer, cases, attributions, np.random.Generator(bits))
+    _save(folder / f"{part}-moved.npz", {"change": changes(explainer, cases, removed), **moved})
+
+
+def _save(path: Location, arrays: dict[str, np.ndarray]) -> None:
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]
+
+
+def _load(path: Location) -> dict[str, np.ndarray]:
+    with np.load(io.BytesIO(path.read_bytes())) as arrays:
+        return dict(arrays)
