@@ -174,7 +174,7 @@ class ObjectiveConfig:
 class TrainConfig:
     """One training run.
 
-    num_workers: Ray workers, each on its own CPUs or GPU.
+    num_workers: Ray workers, each on its own CPUs or GPU; of a search, those of each trial.
     zero_stage: DeepSpeed ZeRO stage: 0 shares nothing between workers, 1 the optimiser's state, 2 gradients too, 3
         weights too.
     precision: "fp32", or "bf16" for bf16 arithmetic with float32 parameters.
@@ -199,7 +199,7 @@ class TrainConfig:
     patience: evaluations without improvement before the run stops early; 0 is never.
     max_failures: how often dead workers are replaced before the run gives up.
     max_skipped: steps in a row that may be skipped because loss or gradient is not finite; one more ends the run.
-    cpus_per_worker: CPUs of a worker or trial.
+    cpus_per_worker: CPUs of a worker.
     seed: of weights, order of the data, masks and dropout.
     """
 

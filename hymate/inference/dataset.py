@@ -32,10 +32,10 @@ from hymate.data.label_files import read_labels
 from hymate.data.meds import SplitsConfig, iter_events, write_parquet
 from hymate.data.sources.meds import MedsSource, check_shard
 from hymate.data.tasks import LabelSet, read_or_extract_labels
-from hymate.device import num_gpus
+from hymate.device import num_gpus, obstacle
 from hymate.errors import UserError
-from hymate.inference.bundle import Bundle, build_model, read_bundle
-from hymate.inference.scoring import Outputs, day_table, last_rows, predict_whole, prediction_table, score
+from hymate.inference.bundle import Bundle, build_model, read_bundle, write_bundle
+from hymate.inference.scoring import Outputs, day_table, last_rows, predict, predict_whole, prediction_table, score
 from hymate.inference.states import StateFolder
 from hymate.machine import available_cpus
 from hymate.model.encoder import RiskModel
@@ -292,6 +292,64 @@ def _pieces(
             own = own.filter(pc.is_in(own["subject_id"], pa.array(asked_N)))
         examples = labelled_examples(histories, own, "all", required=False)
         yield histories, examples, counts + Counts(left_out=examples.dropped)
+
+
+# ---------------------------------------------------------------------------------- of a bundle that is nowhere yet
+
+
+def spread_outputs(
+    bundle: Bundle, histories: Histories, examples: Examples, device: Literal["cpu", "cuda"], folder: Location
+) -> Outputs:
+    """What `predict` gives for a bundle of one task; many examples in parts, as `predict_dataset` does.
+
+    device: "cuda" is a GPU of this machine or, where it has none that does, of the cluster. folder: what a killed call
+    had done is found in it.
+    """
+    parts = {f"{number:06d}": part for number, part in enumerate(examples.in_parts(PART))}
+    on_gpu = device == "cuda"
+    usable = not on_gpu or obstacle(bundle.model) is None
+    if usable and len(parts) == 1:
+        return predict(bundle, histories, examples, torch.device(device))[0]
+    for cached in (_histories, _model):
+        cached.cache_clear()
+    written = folder / "bundle"
+    write_bundle(
+        written,
+        bundle.state,
+        kind="risk",
+        model=bundle.model,
+        data=bundle.data,
+        vocabulary=bundle.vocabulary,
+        known=histories.known,
+        tasks=bundle.tasks,
+        in_days=bundle.in_days,
+    )
+    made_of = f"{read_bundle(written).fingerprint} {histories.fingerprint} {examples.digest()}"
+    work = folder / hashlib.sha256(made_of.encode()).hexdigest()[:16]
+    for part, own in parts.items():
+        write_parquet(own.table(), work / f"{part}.parquet")
+    call = functools.partial(
+        _outputs_of_part, bundle=written, data=histories.path, task=bundle.tasks[0], device=device, work=work
+    )
+    processes = min(num_gpus() if on_gpu else available_cpus(), len(parts))
+    with stages(list(parts), Journal(work / "journal.jsonl", made_of, str(work)), processes, gpus=on_gpu) as run:
+        run.each(f"score {bundle.tasks[0]}", call)
+    tables = [pq.read_table(readable(work / f"{part}-outputs.parquet")) for part in parts]
+    found = pa.concat_tables(tables)
+    return Outputs(*(found[name].to_numpy()[:, None] for name in ("logit", "log_days")))
+
+
+def _outputs_of_part(part: str, bundle: Location, data: Location, task: str, device: str, work: Location) -> None:
+    if multiprocessing.parent_process() is not None:
+        torch.set_num_threads(1)
+    found, model = _model(str(bundle), task, device)
+    examples = Examples.of_table(pq.read_table(readable(work / f"{part}.parquet")))
+    outputs = score(model, last_rows(found, _histories(str(data)), examples), torch.device(device))
+    columns = {"logit": outputs.logit_ET[:, 0], "log_days": outputs.log_days_ET[:, 0]}
+    write_parquet(pa.table(columns), work / f"{part}-outputs.parquet")
+
+
+# ----------------------------------------------------------------------------------------------------------- both
 
 
 @functools.lru_cache(maxsize=1)

@@ -8,10 +8,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from hymate.data.examples import Examples
@@ -60,9 +62,10 @@ class Outputs:
             raise FloatingPointError("the model's predictions are not finite numbers: its training has diverged")
 
 
-def score(model: RiskModel, rows: Rows, device: torch.device) -> Outputs:
+def score(model: RiskModel, rows: Rows, device: torch.device, rank: int = 0, world_size: int = 1) -> Outputs:
     """One pass over `rows`: predictions for each of its examples, which must have the model's tasks.
 
+    Of several processes each scores its part of the rows and gets the predictions for all; collective.
     Raises FloatingPointError when the model gives anything but finite numbers.
     """
 
@@ -70,7 +73,7 @@ def score(model: RiskModel, rows: Rows, device: torch.device) -> Outputs:
         found = model(batch)
         return found["logit_AT"].float(), found["log_days_AT"].float()
 
-    outputs = Outputs(*_of_examples(model, rows, device, said))
+    outputs = Outputs(*_of_examples(model, rows, device, said, rank, world_size))
     outputs.check()
     return outputs
 
@@ -84,15 +87,24 @@ def patient_vectors(model: RiskModel, rows: Rows, device: torch.device) -> np.nd
 
 
 def _of_examples(
-    model: RiskModel, rows: Rows, device: torch.device, ask: Callable[[Batch], tuple[Tensor, ...]]
+    model: RiskModel,
+    rows: Rows,
+    device: torch.device,
+    ask: Callable[[Batch], tuple[Tensor, ...]],
+    rank: int = 0,
+    world_size: int = 1,
 ) -> list[np.ndarray]:
     """What `ask` gives for each answer of a row, of each example of `rows`."""
     parts = []
-    with torch.no_grad(), contextlib.closing(fed(rows.once(rank=0, world_size=1), device, model.ask)) as ready:
+    with torch.no_grad(), contextlib.closing(fed(rows.once(rank, world_size), device, model.ask)) as ready:
         for batch, counts in ready:
-            assert counts, "one rank repeats no row"
-            parts.append((batch.example_A, *ask(batch)))
+            answers = batch.example_A, *ask(batch)
+            parts.append(answers if counts else tuple(answer[:0] for answer in answers))
     example_E, *found = (torch.cat(part).cpu().numpy() for part in zip(*parts, strict=True))  # the only wait
+    if world_size > 1:
+        of_ranks: list[Any] = [None] * world_size
+        dist.all_gather_object(of_ranks, (example_E, *found))
+        example_E, *found = (np.concatenate(arrays) for arrays in zip(*of_ranks, strict=True))
     order_E = np.argsort(example_E)
     return [of_examples[order_E] for of_examples in found]
 

@@ -175,13 +175,12 @@ def _num_nodes() -> int:
 
 def _explain(error: Any) -> NoReturn:
     """Print the error that stopped training, not those it caused on other workers, and exit with status 1."""
-    from hymate.training.meeting import NotTogether
+    from hymate.training.meeting import NotTogether, first_causes
 
     failures = getattr(error, "worker_failures", {})
-    followed = ("Connection closed by peer", "Connection reset by peer", "DistBackendError", "Broken pipe")
-    causes = {rank: cause for rank, cause in failures.items() if not any(text in str(cause) for text in followed)}
-    other = getattr(error, "controller_failure", error)
-    rank, cause = next(iter((causes or failures).items()), (None, other))
+    causes = first_causes(failures.values())
+    cause = causes[0] if causes else getattr(error, "controller_failure", error)
+    rank = next((rank for rank, failure in failures.items() if failure is cause), None)
     if isinstance(cause, UserError):
         raise cause
     if ending.asked():  # whoever ends a command may end its workers, too

@@ -170,7 +170,7 @@ def _contender(
     telemetry = Telemetry(run_folder(config.run) / "tb" / run.stem, enabled=True)
 
     def train(worker: loop.Worker, report: loop.Report) -> None:
-        job = trial_job(start, trial, histories, fitting, own.choosing, CHOSEN_BY, worker.device)
+        job = trial_job(start, trial, histories, fitting, own.choosing, CHOSEN_BY, worker)
         settings, text = trial.train, trial.description
         loop.train(job, settings, worker, report=report, telemetry=telemetry, resume=None, description=text)
 

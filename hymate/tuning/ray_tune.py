@@ -1,4 +1,4 @@
-"""The trials of a fine-tuning search under Ray Tune: ASHA, one process a trial, progress lines, restarts."""
+"""The trials of a fine-tuning search under Ray Tune: ASHA, a trial's workers, progress lines, restarts."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import ray
 import torch
 from ray import tune
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler
 
 from hymate import cluster, machine
-from hymate.config import SearchConfig, TrainConfig
+from hymate.config import ModelConfig, SearchConfig, TrainConfig
 from hymate.data.histories import Histories
-from hymate.device import choose
+from hymate.device import choose, obstacle
 from hymate.errors import UserError
 from hymate.evaluation.results import Status, TrialEnd
 from hymate.runs import Run
 from hymate.storage.paths import Location, remove_tree, require_room, write_text
 from hymate.training import checkpoint, loop
-from hymate.training.keeper import Kept, newest_whole
+from hymate.training.keeper import Kept, Sender, newest_whole
 from hymate.training.ray_train import ray_storage
 from hymate.training.telemetry import PROGRESS, Telemetry, read_progress
 from hymate.tuning import space
@@ -77,9 +78,10 @@ def _tuner(study: Study, search: SearchConfig, train: TrainConfig, run: Run) -> 
         grace_period=min(search.grace_steps, train.max_steps),
         reduction_factor=search.reduction_factor,
     )
-    resources = {"cpu": train.cpus_per_worker, "gpu": int(study.device == "cuda")}
+    worker = {"CPU": train.cpus_per_worker, "GPU": int(study.device == "cuda")}
+    trial = tune.with_parameters(_trial, shared=[ray.put(study)], run=run)  # in a list it stays where it was put
     return tune.Tuner(
-        tune.with_resources(tune.with_parameters(_trial, study=study, run=run), resources),
+        tune.with_resources(trial, tune.PlacementGroupFactory([worker] * train.num_workers)),
         param_space={"index": tune.grid_search(list(range(len(study.trials))))},
         tune_config=tune.TuneConfig(
             metric=study.metric,
@@ -103,53 +105,77 @@ def _trial_name(trial: Trial) -> str:
     return f"trial-{trial.config['index']}"
 
 
-def _trial(parameters: dict[str, Any], study: Study, run: Run) -> None:
-    """One trial, in a process of its own. One that diverges returns, as Tune would try again what ends the same way."""
-    failed = study.run_path / TRIALS / f"trial-{parameters['index']}" / TRACEBACK
+def _trial(parameters: dict[str, Any], shared: list[ray.ObjectRef], run: Run) -> None:
+    """One trial, whose first worker is this process. One that diverges returns, as Tune would try again what ends the
+    same way.
+
+    shared: the study, once for all processes of a host.
+    """
+    study: Study = ray.get(shared[0])
+    index, run_path = parameters["index"], study.run_path
+    failed = run_path / TRIALS / f"trial-{index}" / TRACEBACK
     run.check()
     failed.unlink(missing_ok=True)
+    settings, model = study.trials[index].train, study.trials[index].model
     try:
         with machine.own_temporary_files():
-            _run(parameters["index"], study, run)
+            device = _device(study, model)
+            if settings.num_workers > 1:
+                from hymate.training.meeting import run_together
+
+                run_together(_work, (shared[0], index, run), settings.num_workers, device)
+            else:
+                with loop.single_process(device) as worker:
+                    _work(worker, study, index, run)
     except (loop.Unrecoverable, FloatingPointError):
         run.check()
         write_text(traceback.format_exc(), failed)
 
 
-def _run(index: int, study: Study, run: Run) -> None:
-    trial = study.trials[index]
-    name = f"trial-{index}"
+def _device(study: Study, model: ModelConfig) -> torch.device:
     try:
-        device = choose(study.device, trial.model)  # this may be another machine than the driver's
+        return choose(study.device, model)  # this may be another machine than the driver's
     except UserError as error:
         raise loop.Unrecoverable(str(error)) from error
+
+
+def _work(worker: loop.Worker, study: Study, index: int, run: Run) -> None:
+    """What each worker of a trial runs; the first one is heard by Tune."""
+    trial = study.trials[index]
+    name = f"trial-{index}"
     torch.set_num_threads(trial.train.cpus_per_worker)
-    kept, ended = _kept(study, index), study.run_path / TRIALS / name / ENDED
+    first, kept, ended = worker.rank == 0, _kept(study, index), study.run_path / TRIALS / name / ENDED
+    sender = Sender(kept, worker, run.check)
 
     def report(scores: dict[str, float], folder: Path) -> None:
-        run.check()  # what another command has taken over is not ours any more
-        kept.report(scores, folder)
-        tune.report(scores)
+        """The others wait for the first, and so for Tune, at their next step."""
+        sender.report(scores, folder)
+        sender.wait()
+        if first:
+            tune.report(scores)
 
-    telemetry = Telemetry(study.run_path / "tb" / name, enabled=True)
-    with (
-        loop.single_process(device) as worker,
-        newest_whole(kept, worker, telemetry) as (resume, damages),
-    ):
+    telemetry = Telemetry(study.run_path / "tb" / name, enabled=first)
+    with newest_whole(kept, worker, telemetry) as (resume, damages):
         if resume is None:
-            ended.unlink(missing_ok=True)
+            if first:
+                ended.unlink(missing_ok=True)
             if damages:
                 telemetry.note(f"{damages[0]}; no checkpoint is whole, the trial begins again")
         else:
-            for scores in checkpoint.read_state(resume)["evaluations"]:
-                tune.report(scores)
-            if ended.is_file():
+            if first:
+                for scores in checkpoint.read_state(resume)["evaluations"]:
+                    tune.report(scores)
+            if loop.anyone(first and ended.is_file(), worker):
                 return
+        reason = obstacle(trial.model) if worker.device.type == "cuda" else None
+        if loop.anyone(reason is not None, worker):
+            raise loop.Unrecoverable(f"device=cuda: {reason or 'another worker cannot use its GPU'}")
         histories = Histories.open(trial.data.path)
-        job = trial_job(study.start, trial, histories, *study.examples(trial), study.metric, worker.device)
+        job = trial_job(study.start, trial, histories, *study.examples(trial), study.metric, worker)
         settings, text = trial.train, trial.description
         loop.train(job, settings, worker, report=report, telemetry=telemetry, resume=resume, description=text)
-    write_text("", ended)
+    if first:
+        write_text("", ended)
 
 
 def _kept(study: Study, index: int) -> Kept:

@@ -23,7 +23,7 @@ from hymate.evaluation.subgroups import subgroups
 from hymate.inference.bundle import Bundle, write_bundle
 from hymate.inference.provenance import SENTENCES, Seen, provenance, seen
 from hymate.runs import Run, absolute, check_same_run, claimed, run_folder
-from hymate.storage.paths import Location, filling, locate, require_folder, write_text
+from hymate.storage.paths import Location, filling, locate, remove_tree, require_folder, write_text
 from hymate.tuning import space, winner
 from hymate.tuning.trial import Study, TrialConfig, distilled, draw_trials, require_starts, starting_point
 from hymate.tuning.winner import LabelledTask
@@ -34,7 +34,10 @@ CHANGEABLE = {
     "device",
     "run.dir",
     "search.max_concurrent",
+    "train.num_workers",
     "train.cpus_per_worker",
+    "train.zero_stage",
+    "train.activation_checkpointing",
     "report.boosting",
 }
 
@@ -46,7 +49,8 @@ class TuneConfig:
     task: one task, or several by their names: one model with a head for each.
     init: run folder or bundle of a pretrained model; null trains from scratch.
     model: needed when init is null; with init it may be left out.
-    device: "auto" takes a GPU for each trial if what the model needs for it is installed, else CPUs; or "cpu", "cuda".
+    device: "auto" takes a GPU for each worker of a trial if what the model needs for it is installed, else CPUs; or
+        "cpu", "cuda".
     """
 
     data: DataConfig
@@ -60,11 +64,6 @@ class TuneConfig:
     device: Wanted = "auto"
 
     def __post_init__(self) -> None:
-        if self.train.num_workers != 1:
-            raise ConfigError(
-                f"train.num_workers={self.train.num_workers}: a trial trains on one worker and trials run side by "
-                "side; leave it at 1 (train.cpus_per_worker gives a trial more CPUs)"
-            )
         names = [task.name for task in self.tasks]
         if len(set(names)) < len(names):
             raise ConfigError(f"task: {', '.join(names)} must have different names")
@@ -92,7 +91,7 @@ def search(config: TuneConfig) -> Location:
     histories = Histories.open(config.data.path)
     start = starting_point(config.data, config.model, config.init)
     if found is None:
-        config = decide(config, start.model, cluster_gpus=cluster_gpus)
+        config = decide(config, start.model, workers=config.train.num_workers, cluster_gpus=cluster_gpus)
     trials = draw_trials(config.tasks, config.search, config.train, start)
     tasks = [_labelled(task, config, histories) for task in config.tasks]
     if any(trial.early_fraction for trial in trials):
@@ -162,15 +161,16 @@ def _searched(
     read_apart = _read_apart(trials, training)
     if read_apart:
         print(f"Note: {read_apart}", flush=True)
-    with cluster.ray_session(config.train.cpus_per_worker, device=config.device):
+    train = config.train
+    with cluster.ray_session(train.cpus_per_worker, train.num_workers, config.device):
         from hymate.tuning.ray_tune import run_trials  # late: Ray takes its settings when it is imported
 
-        ends = run_trials(study, config.search, config.train, run)
+        ends = run_trials(study, config.search, train, run)
     best = winner.best_of(ends, metric, run_path)
     bundle, parts = winner.bundle_of(start, trials[best.index], best), []
-    device = winner.scoring_device(config.device, bundle)
     for task in tasks:
-        bundle, part = winner.judge_task(bundle, histories, task, run_path, config.report, config.train, device)
+        device = "cuda" if config.device == "cuda" else "cpu"
+        bundle, part = winner.judge_task(bundle, histories, task, run_path, config.report, train, device)
         parts.append(part)
     found = results.collect(parts, metric, ends, best)
     found |= {"bundle": str(run_path / "bundle"), "init": config.init, "initial_weights": initial_weights}
@@ -180,6 +180,7 @@ def _searched(
     _export(bundle, histories, found, run_path)
     _write_hyperparameters(run_path, ends)
     write_text(report.report(found), run_path / report.REPORT)
+    remove_tree(run_path / winner.SCORING)
     results.write(found, run_path)
     return found
 

@@ -244,14 +244,15 @@ def trial_job(
     training: Examples,
     tuning: Examples,
     metric: str,
-    device: torch.device,
+    worker: loop.Worker,
 ) -> loop.Job:
     """Train on the one, evaluate on `train.eval_labels` of the other examples; metric: one of `tuning_scores`."""
     tuning = tuning.sampled(trial.train.eval_labels, trial.train.seed)
     tuning_rows = labelled_rows(start, trial, histories, tuning)
 
     def evaluate(model: Any) -> dict[str, float]:
-        return tuning_scores(tuning, scoring.score(model, tuning_rows, device), trial.tasks)
+        outputs = scoring.score(model, tuning_rows, worker.device, worker.rank, worker.world_size)
+        return tuning_scores(tuning, outputs, trial.tasks)
 
     model = risk_model(start, trial)
     return loop.Job(

@@ -5,24 +5,25 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-import torch
 
 from hymate.config import ReportConfig, TaskConfig, TrainConfig
 from hymate.data.examples import Examples
 from hymate.data.histories import Histories
 from hymate.data.synthetic.source import ceiling
 from hymate.data.tasks import LabelSet
-from hymate.device import CPU, Wanted, choose
 from hymate.errors import UserError
 from hymate.evaluation import baseline_models, calibration, decisions, figures, metrics, results
 from hymate.inference.bundle import Bundle, build_model
-from hymate.inference.scoring import predict, write_predictions
+from hymate.inference.dataset import spread_outputs
+from hymate.inference.scoring import Outputs, write_predictions
 from hymate.storage.paths import Location
 from hymate.training import checkpoint
 from hymate.tuning.trial import TrialConfig
+
+SCORING = "scoring"  # in the run's folder while the best model is scored
 
 
 @dataclass(frozen=True)
@@ -61,14 +62,6 @@ def bundle_of(start: Bundle, trial: TrialConfig, best: results.TrialEnd) -> Bund
     return Bundle("risk", trial.model, trial.data, trial.tasks, start.vocabulary, state, in_days=trial.in_days)
 
 
-def scoring_device(wanted: Wanted, winner: Bundle) -> torch.device:
-    """The trials may have run on a cluster's GPUs, and this machine may have none."""
-    device = choose("auto", winner.model) if wanted == "cuda" else CPU
-    if wanted == "cuda" and device == CPU:
-        print("this machine cannot use a GPU: the best model is scored on its CPU", flush=True)
-    return device
-
-
 def judge_task(
     winner: Bundle,
     histories: Histories,
@@ -76,16 +69,21 @@ def judge_task(
     run_path: Location,
     settings: ReportConfig,
     train: TrainConfig,
-    device: torch.device,
+    device: Literal["cpu", "cuda"],
 ) -> tuple[Bundle, dict[str, Any]]:
     """The model with the task's head recalibrated, and the task's part of results.json.
 
     Its predictions and its picture are in the run's folder.
     """
     name, split, tuning = task.config.name, task.scored_split, task.examples["tuning"]
-    winner, recalibration, tuning_probability_E = _recalibrated(winner, histories, name, tuning, device)
+
+    def score(bundle: Bundle, examples: Examples) -> Outputs:
+        return spread_outputs(bundle.for_task(name), histories, examples, device, run_path / SCORING)
+
+    outputs = score(winner, tuning)
+    winner, recalibration, tuning_probability_E = _recalibrated(winner, name, tuning, outputs)
     scored = task.examples[split]
-    outputs, _ = predict(winner.for_task(name), histories, scored, device)
+    outputs = score(winner, scored)
     write_predictions(scored, outputs, run_path / results.predictions_file(name, winner.tasks))
     probability_E = outputs.probability_ET[:, 0]
     label_E, subject_id_E, weight_E = scored.label_E, scored.subject_id_E, scored.weight_E
@@ -127,12 +125,11 @@ def judge_task(
 
 
 def _recalibrated(
-    winner: Bundle, histories: Histories, task: str, tuning: Examples, device: torch.device
+    winner: Bundle, task: str, tuning: Examples, outputs: Outputs
 ) -> tuple[Bundle, calibration.Recalibration, np.ndarray]:
     """The model with probabilities that fit the tuning split best, what that took, and these probabilities."""
-    outputs, _ = predict(winner.for_task(task), histories, tuning, device)
     recalibration = calibration.recalibrate(tuning.label_E, outputs.logit_ET[:, 0], tuning.weight_E)
-    outputs.logit_ET[:, 0] = recalibration(outputs.logit_ET[:, 0])
+    fitting = dataclasses.replace(outputs, logit_ET=recalibration(outputs.logit_ET).astype(np.float32))
     model = build_model(winner)
     model.recalibrate(task, recalibration.temperature, recalibration.shift)
-    return dataclasses.replace(winner, state=model.state_dict()), recalibration, outputs.probability_ET[:, 0]
+    return dataclasses.replace(winner, state=model.state_dict()), recalibration, fitting.probability_ET[:, 0]

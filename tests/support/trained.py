@@ -48,7 +48,7 @@ def trained_bundle(data: Path, steps: int) -> Bundle:
     with loop.single_process() as worker:
         histories = Histories.open(data)
         examples = (labelled_examples(histories, table, split) for split in ("train", "tuning"))
-        job = trial_job(start, trial, histories, *examples, "mean", worker.device)
+        job = trial_job(start, trial, histories, *examples, "mean", worker)
         silent = Telemetry(data.parent / "run", enabled=False)
         loop.train(job, trial.train, worker, report=report, telemetry=silent, resume=None)
     return Bundle("risk", trial.model, trial.data, trial.tasks, start.vocabulary, state)

@@ -1,0 +1,159 @@
+"""A trial on several workers: what it learns is what one worker learns, and it goes on when one of them is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from commands import PATIENCE_S, ROOT, processes, starts, wait_until
+from processes import run_workers
+from safetensors.torch import load_file
+from small_models import SMALL
+
+from hymate.command import load
+from hymate.config import DataConfig, TrainConfig
+from hymate.data.examples import Examples, labelled_examples
+from hymate.data.histories import Histories
+from hymate.data.label_files import read_labels
+from hymate.inference import scoring
+from hymate.model.encoder import RiskModel
+from hymate.training import loop
+from hymate.training.telemetry import Telemetry
+from hymate.tuning.search import TuneConfig
+from hymate.tuning.trial import (
+    TrialConfig,
+    draw_trials,
+    labelled_rows,
+    risk_model,
+    starting_point,
+    trial_job,
+)
+
+STEPS, EVAL_EVERY = 8, 2
+STAGES = (0, 1, 2, 3)
+SETTINGS = [
+    *("task=readmission", "init=null", "model=debug", "data.context=64", "data.tokens_per_row=64", "data.min_count=1"),
+    *(f"train.max_steps={STEPS}", f"train.eval_every={EVAL_EVERY}", "train.warmup_steps=1", "train.log_every=1"),
+    *("train.rows_per_step=2", "train.zero_stage=3", "train.keep=9", "search.num_trials=1", "report.boosting=false"),
+]
+
+
+def examples_of(histories: Histories, split: str) -> Examples:
+    return labelled_examples(histories, read_labels(Path(histories.path) / "labels" / "readmission"), split)
+
+
+def learn(worker: loop.Worker, trial: TrialConfig, folder: Path) -> None:
+    """Train the trial without Ray; the evaluations and the last weights are then in `folder`."""
+    histories = Histories.open(trial.data.path)
+    examples = (examples_of(histories, split) for split in ("train", "tuning"))
+    job = trial_job(starting_point(trial.data, trial.model, None), trial, histories, *examples, "mean", worker)
+    found = []
+
+    def report(scores: dict[str, float], part: Path) -> None:
+        found.append(scores)
+        if worker.rank == 0:
+            shutil.copy(part / "model.safetensors", folder)
+        shutil.rmtree(part)
+
+    silent = Telemetry(folder, enabled=False)
+    loop.train(job, trial.train, worker, report=report, telemetry=silent, resume=None)
+    (folder / f"evaluations-{worker.rank}.json").write_text(json.dumps(found))
+
+
+def learn_at_each_stage(worker: loop.Worker, data: str, folder: Path) -> None:
+    for stage in STAGES:
+        train = TrainConfig(
+            num_workers=worker.world_size,
+            zero_stage=stage,
+            rows_per_step=2,
+            max_steps=6,
+            warmup_steps=1,
+            eval_every=3,
+        )
+        settings = DataConfig(data, context=32, tokens_per_row=64, min_count=1)
+        trial = TrialConfig(["readmission"], [], settings, SMALL, train, 1e-3, 3e-3)
+        own = folder / str(stage)
+        own.mkdir(exist_ok=True)
+        learn(worker, trial, own)
+
+
+def test_two_workers_learn_what_one_does(small_data: Path, tmp_path: Path) -> None:
+    """But for the order in which their gradients are summed."""
+    for num_workers in (1, 2):
+        (tmp_path / str(num_workers)).mkdir()
+        run_workers(learn_at_each_stage, num_workers, str(small_data), tmp_path / str(num_workers))
+    for stage in map(str, STAGES):
+        (one,) = (json.loads((tmp_path / "1" / stage / "evaluations-0.json").read_text()),)
+        first, second = (
+            json.loads((tmp_path / "2" / stage / f"evaluations-{rank}.json").read_text()) for rank in (0, 1)
+        )
+        assert first == second and len(first) == 2
+        for ours, theirs in zip(first, one, strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-4)
+        alone, together = (load_file(tmp_path / number / stage / "model.safetensors") for number in ("1", "2"))
+        for name, weight in alone.items():
+            np.testing.assert_allclose(together[name], weight, rtol=1e-3, atol=1e-5, err_msg=f"ZeRO {stage}: {name}")
+
+
+def score_in_parts(worker: loop.Worker, data: str, folder: Path) -> None:
+    settings = DataConfig(data, context=32, tokens_per_row=64, min_count=1)
+    trial = TrialConfig(["readmission"], [], settings, SMALL, TrainConfig(), 1e-3, 3e-3)
+    histories, start = Histories.open(data), starting_point(settings, SMALL, None)
+    model: RiskModel = risk_model(start, trial).eval()
+    rows = labelled_rows(start, trial, histories, examples_of(histories, "tuning"))
+    found = scoring.score(model, rows, worker.device, worker.rank, worker.world_size)
+    np.save(folder / f"{worker.rank}-of-{worker.world_size}.npy", found.logit_ET)
+
+
+def test_each_of_several_workers_gets_the_predictions_of_one(small_data: Path, tmp_path: Path) -> None:
+    for num_workers in (1, 2, 3):
+        run_workers(score_in_parts, num_workers, str(small_data), tmp_path)
+    alone = np.load(tmp_path / "0-of-1.npy")
+    for name in ("0-of-2", "1-of-2", "0-of-3", "1-of-3", "2-of-3"):
+        np.testing.assert_array_equal(np.load(tmp_path / f"{name}.npy"), alone)
+
+
+def peers(ray_folder: str) -> list[int]:
+    """A trial's workers but the first, below the raylet whose session is in `ray_folder`."""
+    found = processes()
+    raylets = {pid for pid, (_, line) in found.items() if "/raylet " in line and f"{ray_folder}/" in line}
+    return [pid for pid, (parent, line) in found.items() if parent in raylets and "ray::Peer.run" in line]
+
+
+@pytest.mark.slow
+def test_a_search_of_trials_on_two_workers_goes_on_when_one_is_killed(
+    small_data: Path, environment: dict[str, str], tmp_path: Path
+) -> None:
+    given = [*SETTINGS, f"data.path={small_data}", f"run.dir={tmp_path}", "run.name=r"]
+    run = tmp_path / "r"
+    line = [sys.executable, str(ROOT / "finetune" / "tune.py"), *given, "train.num_workers=2", "search.max_failures=1"]
+    with subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as search:
+        saved = run / "trials" / "trial-0"
+        wait_until(lambda: len(list(saved.glob("step-*/sha256-00000*"))) >= 2 or search.poll() is not None, "it saves")
+        (peer,) = peers(environment["RAY_TMPDIR"])
+        os.kill(peer, signal.SIGKILL)
+        said, complained = search.communicate(timeout=PATIENCE_S)
+    assert search.returncode == 0, said + complained
+    first, second = starts(run / "tb" / "trial-0")
+    assert first == 0 and second >= EVAL_EVERY, "the trial began again from scratch"
+    config = load("tune", given, TuneConfig)
+    start = starting_point(config.data, config.model, None)
+    (trial,) = draw_trials(config.tasks, config.search, config.train, start)
+    (tmp_path / "alone").mkdir()
+    with loop.single_process() as worker:
+        learn(worker, trial, tmp_path / "alone")
+    alone = json.loads((tmp_path / "alone" / "evaluations-0.json").read_text())
+    newest = max(saved.glob("step-*/state.json"))
+    together = json.loads(newest.read_text())["evaluations"]
+    assert len(list(newest.parent.glob("optimizer-*-of-00002.safetensors"))) == 2
+    for ours, theirs in zip(together, alone, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+    found = json.loads((run / "results.json").read_text())
+    assert found["trials"][0]["status"] == "finished" and (run / "bundle" / "model.safetensors").is_file()
