@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +16,7 @@ import pyarrow as pa
 from hymate.config import TaskConfig
 from hymate.data.histories import Histories
 from hymate.data.meds import LAST_TIME, SPLITS
-from hymate.data.packing import blocks
+from hymate.data.positions import events_until
 from hymate.errors import UserError
 
 NO_TIME = -1  # prediction_time_E of pretraining examples
@@ -192,7 +192,7 @@ def labelled_examples(histories: Histories, labels: pa.Table, split: str, requir
     order = order[in_split[order]]
     position_E, time_E = position_N[order], time_N[order]
     start_E = _starts(labels)[order]
-    stop_E, before_start_E, until_start_E = _events_until(
+    stop_E, before_start_E, until_start_E = events_until(
         histories, position_E, [(time_E, "right"), (start_E, "left"), (start_E, "right")]
     )
     # a view's last event is at the start or after it
@@ -321,18 +321,3 @@ def _keys(examples: Examples) -> np.ndarray:
     key_E2 = np.stack([examples.position_E, examples.prediction_time_E], axis=1)
     start = np.flatnonzero((np.diff(key_E2, axis=0, prepend=-1) != 0).any(axis=1))
     return np.column_stack([key_E2, place_E - np.repeat(start, np.diff(start, append=len(examples)))])
-
-
-def _events_until(
-    histories: Histories, position_E: np.ndarray, times: Sequence[tuple[np.ndarray, Literal["left", "right"]]]
-) -> np.ndarray:
-    """How many events lie before each example's times ("left") or at them, too ("right"): (len(times), E).
-
-    position_E must be sorted.
-    """
-    count_E = np.empty((len(times), len(position_E)), dtype=np.int64)
-    for block in blocks(histories.index.num_events_P[position_E]):
-        for example, history in zip(block.tolist(), histories.read(position_E[block]), strict=True):
-            for number, (time_E, side) in enumerate(times):
-                count_E[number, example] = np.searchsorted(history.time, time_E[example], side=side)
-    return count_E

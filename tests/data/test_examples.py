@@ -9,6 +9,7 @@ import pytest
 from prepared_rows import HOUR, YEAR, day_table, label_table
 
 from hymate.config import TaskConfig
+from hymate.data import positions
 from hymate.data.examples import Examples, labelled_examples, pretraining_examples, require_both_classes, united
 from hymate.data.histories import Histories
 from hymate.errors import UserError
@@ -33,6 +34,18 @@ def test_examples_do_not_depend_on_the_order_of_labels(histories: Histories) -> 
     assert expected.keys() == got.keys()
     for name in expected:
         np.testing.assert_array_equal(got[name], expected[name])
+
+
+def test_processes_find_the_events_of_many_labels(histories: Histories, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = histories.index.subject_id_P[histories.positions("train")].tolist()
+    labels = label_table(ids * 2, [40] * len(ids) + [90] * len(ids), [True] * len(ids) + [False] * len(ids))
+    alone = labelled_examples(histories, labels, "train")
+    monkeypatch.setattr(positions, "WORTH_EVENTS", 1)
+    monkeypatch.setattr(positions, "available_cpus", lambda: 2)
+    monkeypatch.delattr(positions, "_count")  # in this process
+    together = labelled_examples(histories, labels, "train")
+    for name in ("stop_E", "earliest_E", "position_E"):
+        np.testing.assert_array_equal(getattr(together, name), getattr(alone, name))
 
 
 def test_labels_without_truth_are_scored_too(histories: Histories) -> None:
