@@ -11,6 +11,7 @@ import functools
 import hashlib
 import json
 import multiprocessing
+import uuid
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -297,9 +298,7 @@ def _pieces(
 # ---------------------------------------------------------------------------------- of a bundle that is nowhere yet
 
 
-def spread_outputs(
-    bundle: Bundle, histories: Histories, examples: Examples, device: Literal["cpu", "cuda"], folder: Location
-) -> Outputs:
+def spread_outputs(bundle: Bundle, histories: Histories, examples: Examples, device: str, folder: Location) -> Outputs:
     """What `predict` gives for a bundle of one task; many examples in parts, as `predict_dataset` does.
 
     device: "cuda" is a GPU of this machine or, where it has none that does, of the cluster. folder: what a killed call
@@ -312,7 +311,7 @@ def spread_outputs(
         return predict(bundle, histories, examples, torch.device(device))[0]
     for cached in (_histories, _model):
         cached.cache_clear()
-    written = folder / "bundle"
+    written = folder / f"bundle-{uuid.uuid4().hex}"  # a cluster's processes keep what they have read of another
     write_bundle(
         written,
         bundle.state,
@@ -334,8 +333,8 @@ def spread_outputs(
     processes = min(num_gpus() if on_gpu else available_cpus(), len(parts))
     with stages(list(parts), Journal(work / "journal.jsonl", made_of, str(work)), processes, gpus=on_gpu) as run:
         run.each(f"score {bundle.tasks[0]}", call)
-    tables = [pq.read_table(readable(work / f"{part}-outputs.parquet")) for part in parts]
-    found = pa.concat_tables(tables)
+    remove_tree(written)
+    found = pa.concat_tables([pq.read_table(readable(work / f"{part}-outputs.parquet")) for part in parts])
     return Outputs(*(found[name].to_numpy()[:, None] for name in ("logit", "log_days")))
 
 

@@ -169,8 +169,7 @@ def _searched(
     best = winner.best_of(ends, metric, run_path)
     bundle, parts = winner.bundle_of(start, trials[best.index], best), []
     for task in tasks:
-        device = "cuda" if config.device == "cuda" else "cpu"
-        bundle, part = winner.judge_task(bundle, histories, task, run_path, config.report, train, device)
+        bundle, part = winner.judge_task(bundle, histories, task, run_path, config.report, train, config.device)
         parts.append(part)
     found = results.collect(parts, metric, ends, best)
     found |= {"bundle": str(run_path / "bundle"), "init": config.init, "initial_weights": initial_weights}

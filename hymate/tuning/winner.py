@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -69,7 +69,7 @@ def judge_task(
     run_path: Location,
     settings: ReportConfig,
     train: TrainConfig,
-    device: Literal["cpu", "cuda"],
+    device: str,
 ) -> tuple[Bundle, dict[str, Any]]:
     """The model with the task's head recalibrated, and the task's part of results.json.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,18 +42,26 @@ def environment(environment: dict[str, str]) -> dict[str, str]:
     return {**environment, "HYMATE_OPS": "reference"}
 
 
-def command(data: Path, runs: Path) -> list[str]:
-    return [sys.executable, str(ROOT / "finetune" / "tune.py"), f"data.path={data}", f"run.dir={runs}", *SETTINGS]
+def command(data: Path, runs: Path, num_workers: int = 1) -> list[str]:
+    """num_workers: of each trial."""
+    line = [sys.executable, str(ROOT / "finetune" / "tune.py"), f"data.path={data}", f"run.dir={runs}", *SETTINGS]
+    return [*line, f"train.num_workers={num_workers}", f"train.zero_stage={0 if num_workers == 1 else 3}"]
 
 
 @pytest.fixture(scope="module")
 def undisturbed(
     small_data: Path, environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Any]:
-    runs = tmp_path_factory.mktemp("undisturbed")
-    done = run(command(small_data, runs), environment, runs)
-    assert done.returncode == 0, done.stderr
-    return what_was_found(runs / "r")
+) -> Callable[[int], dict[str, Any]]:
+    """What a search finds whose trials have so many workers."""
+
+    @functools.cache
+    def search(num_workers: int) -> dict[str, Any]:
+        runs = tmp_path_factory.mktemp("undisturbed")
+        done = run(command(small_data, runs, num_workers), environment, runs)
+        assert done.returncode == 0, done.stderr
+        return what_was_found(runs / "r")
+
+    return search
 
 
 def what_was_found(folder: Path) -> dict[str, Any]:
@@ -66,21 +76,28 @@ def reported(folder: Path) -> list[int]:
     return [scores["step"] for file in newest if file for scores in json.loads(file.read_text())["evaluations"]]
 
 
-def trials(ray_folder: str) -> set[int]:
-    """The trials' processes below the raylet whose session is in `ray_folder`."""
+def trials(ray_folder: str, kind: str = "ImplicitFunc|_trial") -> set[int]:
+    """The trials' processes below the raylet whose session is in `ray_folder`: their first workers."""
     raylets = {pid for pid, (_, line) in processes().items() if "/raylet " in line and f"{ray_folder}/" in line}
     return {
-        pid
-        for pid, (parent, line) in processes().items()
-        if parent in raylets and re.search(r"ray::(ImplicitFunc|_trial)", line)
+        pid for pid, (parent, line) in processes().items() if parent in raylets and re.search(f"ray::({kind})", line)
     }
 
 
-@pytest.mark.parametrize("victim", ["a trial", "the driver"])
+@pytest.mark.parametrize(
+    ("victim", "num_workers"), [("a trial", 1), ("the driver", 1), ("a worker of a trial", 2), ("the driver", 2)]
+)
 def test_a_search_is_killed(
-    victim: str, small_data: Path, environment: dict[str, str], undisturbed: dict[str, Any], tmp_path: Path, table: list
+    victim: str,
+    num_workers: int,
+    small_data: Path,
+    environment: dict[str, str],
+    undisturbed: Callable[[int], dict[str, Any]],
+    tmp_path: Path,
+    table: list,
 ) -> None:
-    folder, arguments = tmp_path / "r", command(small_data, tmp_path)
+    expected = undisturbed(num_workers)
+    folder, arguments = tmp_path / "r", command(small_data, tmp_path, num_workers)
     with subprocess.Popen(arguments, env=environment, cwd=tmp_path, stdout=subprocess.DEVNULL) as driver:
         try:
             wait_until(
@@ -89,6 +106,8 @@ def test_a_search_is_killed(
             before, since = len(reported(folder)), time.monotonic()
             if victim == "a trial":
                 os.kill(min(trials(environment["RAY_TMPDIR"])), signal.SIGKILL)
+            elif victim == "a worker of a trial":
+                os.kill(min(trials(environment["RAY_TMPDIR"], "Peer")), signal.SIGKILL)
             else:
                 driver.kill()
                 driver.wait()
@@ -98,14 +117,20 @@ def test_a_search_is_killed(
             assert driver.wait(PATIENCE_S) == 0
         finally:
             driver.kill()
-    assert what_was_found(folder) == undisturbed
+    assert what_was_found(folder) == expected
     happens = "it goes on from the trials' last evaluations"
-    table.append((f"`kill -9` of {victim} of a search", happens, f"below {EVAL_EVERY} a trial", seconds))
+    workers = "" if num_workers == 1 else f", {num_workers} workers a trial"
+    table.append((f"`kill -9` of {victim} of a search{workers}", happens, f"below {EVAL_EVERY} a trial", seconds))
 
 
 def test_the_disk_is_full_while_a_search_saves(
-    small_data: Path, environment: dict[str, str], undisturbed: dict[str, Any], tmp_path: Path, table: list
+    small_data: Path,
+    environment: dict[str, str],
+    undisturbed: Callable[[int], dict[str, Any]],
+    tmp_path: Path,
+    table: list,
 ) -> None:
+    expected = undisturbed(1)
     with small_disk(tmp_path / "small") as small:
         folder, arguments = small / "r", [*command(small_data, small), "search.max_failures=1"]
         with subprocess.Popen(
@@ -125,6 +150,6 @@ def test_the_disk_is_full_while_a_search_saves(
             wait_until(lambda: len(reported(folder)) > before + 2 or driver.poll() is not None, "the search goes on")
             seconds = time.monotonic() - since
             assert driver.wait(PATIENCE_S) == 0
-        assert what_was_found(folder) == undisturbed
+        assert what_was_found(folder) == expected
     happens = "it ends; after making room the same command continues"
     table.append(("the disk of a search is full", happens, f"below {EVAL_EVERY} a trial", seconds))

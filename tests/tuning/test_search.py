@@ -124,7 +124,6 @@ def test_a_search_keeps_the_papers_pooling_unless_it_is_set(small_data: Path, se
         ("search.space.head_lr.loguniform=[0,1]", "search.space.head_lr.loguniform"),
         ("search.space.pooling.choice=[]", "search.space.pooling.choice"),
         ("+search.space.dropout.choice=[0.1]", "~search.space.dropout.uniform"),
-        ("train.num_workers=2", "train.num_workers"),
     ],
 )
 def test_an_impossible_search_is_refused_when_it_is_configured(small_data: Path, override: str, named: str) -> None:
