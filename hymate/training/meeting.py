@@ -23,7 +23,7 @@ import psutil
 import ray
 import torch
 import torch.distributed as dist
-from ray.exceptions import GetTimeoutError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from ray.train.torch import TorchConfig, get_device
 from ray.train.torch.config import _TorchBackend
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -155,8 +155,12 @@ def run_together(work: Callable[..., object], arguments: Sequence[Any], num_work
     wait(everyone, return_when=FIRST_EXCEPTION)
     wait(everyone, ANSWER_S)  # what ended one of them may only follow from what ended another
     errors = [error for end in everyone if end.done() and (error := end.exception()) is not None]
-    if errors:
-        raise first_causes(errors)[0]
+    if not errors:
+        return
+    cause = first_causes(errors)[0]
+    if isinstance(cause, RayActorError):  # its text is for Ray's makers
+        raise RuntimeError("a worker of the trial was killed, perhaps for want of memory, or its host lost") from cause
+    raise cause
 
 
 @contextmanager

@@ -238,11 +238,14 @@ def test_the_heads_host_is_lost(machines: Machines, runs: str, alone: Path, tabl
     table.append(("the head's host is lost", happens, f"below {EVAL_EVERY}", seconds))
 
 
-def test_a_host_of_a_search_is_killed(machines: Machines, runs: str, table: list) -> None:
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_a_host_of_a_search_is_killed(num_workers: int, machines: Machines, runs: str, table: list) -> None:
+    """A host holds one worker: trials of one go on on the other host, those of two when another one has joined."""
     settings = ["task=readmission", "init=null", "model=debug", "run.name=r", f"data.path={DATA}", "data.context=64"]
     settings += ["data.tokens_per_row=64", "data.min_count=1", "train.max_steps=40", "train.eval_every=4"]
-    settings += ["train.warmup_steps=1", "train.log_every=1", "search.num_trials=3", "search.grace_steps=40"]
-    settings += ["report.boosting=false"]
+    settings += ["train.warmup_steps=1", "train.log_every=1", f"search.num_trials={3 if num_workers == 1 else 1}"]
+    settings += ["search.grace_steps=40", "report.boosting=false"]
+    settings += [f"train.num_workers={num_workers}", f"train.zero_stage={0 if num_workers == 1 else 3}"]
     (python, _), found = pretraining(runs)[:2], {}
     script = str(ROOT / "finetune" / "tune.py")
     for name in ("undisturbed", "disturbed"):
@@ -250,8 +253,11 @@ def test_a_host_of_a_search_is_killed(machines: Machines, runs: str, table: list
         folder = f"{runs}/{name}"
         with machines.running([python, script, f"run.dir={folder}", *settings], head, head) as driver:
             if name == "disturbed":
-                driver.until(lambda at=folder: len(states(f"{at}/r")) >= 2, "two trials are under way")
+                driver.until(lambda at=folder: len(states(f"{at}/r")) >= 3 - num_workers, "trials are under way")
                 other.kill()
+                if num_workers == 2:
+                    driver.until(lambda: "waiting for machines" in driver.said(), "it says what it waits for")
+                    start_ray(machines.net.add(None), head, machines.settings)
                 killed, lines = time.monotonic(), driver.said().count("\n")
                 driver.until(lambda so_far=lines: driver.said().count("\n") > so_far + 2, "the search goes on")
                 seconds = time.monotonic() - killed
@@ -260,7 +266,9 @@ def test_a_host_of_a_search_is_killed(machines: Machines, runs: str, table: list
         trials = [{key: trial[key] for key in ("index", "status", "step", "best")} for trial in results["trials"]]
         found[name] = trials, [results[key] for key in ("best_trial", "auroc", "auprc", "brier")]
     assert found["disturbed"] == found["undisturbed"]
-    table.append(("a host on which trials run is killed", "they go on elsewhere", "below 4 a trial", seconds))
+    workers = "" if num_workers == 1 else f", {num_workers} workers each"
+    happens = "they go on elsewhere" if num_workers == 1 else "they wait for another host and go on"
+    table.append((f"a host on which trials run is killed{workers}", happens, "below 4 a trial", seconds))
 
 
 # ------------------------------------------------------------------------------------------------------ network

@@ -22,8 +22,8 @@ from hymate.config import DataConfig, TrainConfig
 from hymate.data.examples import Examples, labelled_examples
 from hymate.data.histories import Histories
 from hymate.data.label_files import read_labels
+from hymate.device import CPU
 from hymate.inference import scoring
-from hymate.model.encoder import RiskModel
 from hymate.training import loop
 from hymate.training.telemetry import Telemetry
 from hymate.tuning.search import TuneConfig
@@ -67,57 +67,55 @@ def learn(worker: loop.Worker, trial: TrialConfig, folder: Path) -> None:
     (folder / f"evaluations-{worker.rank}.json").write_text(json.dumps(found))
 
 
-def learn_at_each_stage(worker: loop.Worker, data: str, folder: Path) -> None:
+def trial_on(data: Path, num_workers: int = 1, stage: int = 0) -> TrialConfig:
+    settings = DataConfig(str(data), context=32, tokens_per_row=64, min_count=1)
+    steps = {"max_steps": 6, "warmup_steps": 1, "eval_every": 3}
+    train = TrainConfig(num_workers=num_workers, zero_stage=stage, rows_per_step=2, **steps)
+    return TrialConfig(["readmission"], [], settings, SMALL, train, 1e-3, 3e-3)
+
+
+def learn_at_each_stage(worker: loop.Worker, data: Path, folder: Path) -> None:
     for stage in STAGES:
-        train = TrainConfig(
-            num_workers=worker.world_size,
-            zero_stage=stage,
-            rows_per_step=2,
-            max_steps=6,
-            warmup_steps=1,
-            eval_every=3,
-        )
-        settings = DataConfig(data, context=32, tokens_per_row=64, min_count=1)
-        trial = TrialConfig(["readmission"], [], settings, SMALL, train, 1e-3, 3e-3)
-        own = folder / str(stage)
-        own.mkdir(exist_ok=True)
-        learn(worker, trial, own)
+        learn(worker, trial_on(data, worker.world_size, stage), folder / str(stage))
 
 
-def test_two_workers_learn_what_one_does(small_data: Path, tmp_path: Path) -> None:
+def test_two_workers_learn_what_one_does(small_data: Path, tmp_path: Path, one_thread: None) -> None:
     """But for the order in which their gradients are summed."""
-    for num_workers in (1, 2):
-        (tmp_path / str(num_workers)).mkdir()
-        run_workers(learn_at_each_stage, num_workers, str(small_data), tmp_path / str(num_workers))
-    for stage in map(str, STAGES):
-        (one,) = (json.loads((tmp_path / "1" / stage / "evaluations-0.json").read_text()),)
-        first, second = (
-            json.loads((tmp_path / "2" / stage / f"evaluations-{rank}.json").read_text()) for rank in (0, 1)
-        )
+    for name in ("alone", *map(str, STAGES)):
+        (tmp_path / name).mkdir()
+    with loop.single_process() as worker:
+        learn(worker, trial_on(small_data), tmp_path / "alone")
+    run_workers(learn_at_each_stage, 2, small_data, tmp_path)
+    one = json.loads((tmp_path / "alone" / "evaluations-0.json").read_text())
+    weights = load_file(tmp_path / "alone" / "model.safetensors")
+    for stage in STAGES:
+        own = tmp_path / str(stage)
+        first, second = (json.loads((own / f"evaluations-{rank}.json").read_text()) for rank in (0, 1))
         assert first == second and len(first) == 2
         for ours, theirs in zip(first, one, strict=True):
             assert ours == pytest.approx(theirs, rel=1e-4)
-        alone, together = (load_file(tmp_path / number / stage / "model.safetensors") for number in ("1", "2"))
-        for name, weight in alone.items():
-            np.testing.assert_allclose(together[name], weight, rtol=1e-3, atol=1e-5, err_msg=f"ZeRO {stage}: {name}")
+        for name, weight in load_file(own / "model.safetensors").items():
+            np.testing.assert_allclose(weight, weights[name], rtol=1e-3, atol=1e-5, err_msg=f"ZeRO {stage}: {name}")
 
 
-def score_in_parts(worker: loop.Worker, data: str, folder: Path) -> None:
-    settings = DataConfig(data, context=32, tokens_per_row=64, min_count=1)
-    trial = TrialConfig(["readmission"], [], settings, SMALL, TrainConfig(), 1e-3, 3e-3)
-    histories, start = Histories.open(data), starting_point(settings, SMALL, None)
-    model: RiskModel = risk_model(start, trial).eval()
+def scored(data: Path, rank: int, world_size: int) -> np.ndarray:
+    trial = trial_on(data)
+    histories, start = Histories.open(data), starting_point(trial.data, SMALL, None)
     rows = labelled_rows(start, trial, histories, examples_of(histories, "tuning"))
-    found = scoring.score(model, rows, worker.device, worker.rank, worker.world_size)
-    np.save(folder / f"{worker.rank}-of-{worker.world_size}.npy", found.logit_ET)
+    return scoring.score(risk_model(start, trial).eval(), rows, CPU, rank, world_size).logit_ET
 
 
-def test_each_of_several_workers_gets_the_predictions_of_one(small_data: Path, tmp_path: Path) -> None:
-    for num_workers in (1, 2, 3):
-        run_workers(score_in_parts, num_workers, str(small_data), tmp_path)
-    alone = np.load(tmp_path / "0-of-1.npy")
-    for name in ("0-of-2", "1-of-2", "0-of-3", "1-of-3", "2-of-3"):
-        np.testing.assert_array_equal(np.load(tmp_path / f"{name}.npy"), alone)
+def write_scored(worker: loop.Worker, data: Path, folder: Path) -> None:
+    np.save(folder / f"{worker.rank}.npy", scored(data, worker.rank, worker.world_size))
+
+
+def test_each_of_several_workers_gets_the_predictions_of_one(
+    small_data: Path, tmp_path: Path, one_thread: None
+) -> None:
+    run_workers(write_scored, 3, small_data, tmp_path)
+    alone = scored(small_data, 0, 1)
+    for rank in range(3):
+        np.testing.assert_array_equal(np.load(tmp_path / f"{rank}.npy"), alone)
 
 
 def peers(ray_folder: str) -> list[int]:
