@@ -20,7 +20,7 @@ from trained import synthetic_cohort, trained_bundle
 
 from hymate import explain
 from hymate.command import load
-from hymate.config import ModelConfig
+from hymate.config import ModelConfig, TaskConfig, TrainConfig
 from hymate.data.examples import Examples, labelled_examples
 from hymate.data.histories import Histories
 from hymate.data.label_files import read_labels
@@ -32,9 +32,10 @@ from hymate.evaluation import explaining
 from hymate.evaluation.attribution import FRACTIONS, Explainer, deletion_and_insertion, integrated_gradients
 from hymate.evaluation.explaining import Measured, changes, most_important, movements
 from hymate.inference.bundle import read_bundle
-from hymate.inference.scoring import predict
+from hymate.inference.scoring import last_rows, predict
 from hymate.model.batch import UNKNOWN_ID
 from hymate.model.encoder import RiskModel
+from hymate.tuning.trial import labelled_rows, trial_config
 
 pytestmark = pytest.mark.slow
 
@@ -158,6 +159,29 @@ def test_removal_is_scoring_a_record_in_which_it_never_was(small_data: Path, bun
         differences.append(before[key] - after[key])
         assert effects.get(sodium, 0.0) == pytest.approx(differences[-1], abs=2e-5)
     assert np.std(differences) > 0.01
+
+
+@pytest.mark.parametrize("model", [SMALL, PAPER])
+def test_training_prediction_and_explanation_read_the_same_events(
+    model: ModelConfig, small_data: Path, tmp_path: Path
+) -> None:
+    """Histories are longer than the context: with two labels of one history the earlier sees fewer events."""
+    loaded = read_bundle(write_risk_bundle(tmp_path / "bundle", vocabulary_of(small_data), model, context=10))
+    histories, examples = held_out(small_data)
+    train = TrainConfig(max_steps=1, warmup_steps=0, eval_every=1)
+    trial = trial_config([TaskConfig("readmission")], train, loaded, {})
+    training, predicting = labelled_rows(loaded, trial, histories, examples), last_rows(loaded, histories, examples)
+    shared = 0
+    for (one, _), (other, _) in zip(training.once(0, 1), predicting.once(0, 1), strict=True):
+        assert torch.equal(one.code_L, other.code_L) and torch.equal(one.example_A, other.example_A)
+        assert torch.equal(one.last_of_answers, other.last_of_answers)
+        shared += len(one.example_A) - one.num_segments
+    assert (shared > 10) == (not model.sees_ahead)
+    explainer = Explainer(loaded, histories, CPU)
+    cases = explainer.cases(examples, np.arange(len(examples)))
+    assert any(len(case.history) < 10 for case in cases) == (not model.sees_ahead)
+    outputs, _ = predict(loaded, histories, examples, CPU)
+    np.testing.assert_allclose(explainer.logits(cases), outputs.logit_ET[:, 0], rtol=1e-4, atol=1e-5)
 
 
 def test_curves_score_what_is_left_of_the_history(small_data: Path, bundle: Path) -> None:
