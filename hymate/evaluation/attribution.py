@@ -37,7 +37,7 @@ from hymate.data.packing import pack, window_starts
 from hymate.inference.bundle import Bundle, build_model
 from hymate.model.batch import UNKNOWN_ID, Batch, Variables
 from hymate.model.encoder import RiskModel
-from hymate.model.pooling import segment_count
+from hymate.model.segments import segment_count
 
 NUM_STEPS = 32  # points of the Gauss-Legendre rule; measured gaps are in tests/benchmarks/RESULTS.md
 FRACTIONS = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64)  # of a history's events; at least one is deleted, one is left

@@ -28,7 +28,7 @@ from hymate.errors import UserError
 from hymate.inference.bundle import write_weights
 from hymate.inference.streaming import PatientState
 from hymate.model.moments import Moments
-from hymate.model.pooling import VariableSums
+from hymate.model.variables import VariableSums
 from hymate.storage.paths import Location, atomic_path, local_copy, locked, write_text
 
 FORMAT_VERSION = 2  # another one where the same bundle would leave other states

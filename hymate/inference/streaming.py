@@ -23,7 +23,7 @@ from hymate.errors import UserError
 from hymate.model.batch import Batch, Variables
 from hymate.model.encoder import BlockState, RiskModel
 from hymate.model.moments import Moments, moments_of_answers
-from hymate.model.pooling import VariableSums
+from hymate.model.variables import VariableSums
 
 CHUNK_EVENTS = 2048  # as fast as larger ones, at less memory
 EVENT = np.dtype([("time_us", "<i8"), ("id", "<i4"), ("value", "<f4")])

@@ -58,35 +58,32 @@ class Variables:
 class VariablesSoFar:
     """Which variables each answer of a row has read, by answer and code, and what is known of them.
 
-    key_G: int64, answer * vocabulary size + code id; ascending.
+    answer_G: int64, whose they are; never decreasing.
     lengths: A Python ints, how many variables each answer has read.
+    code_G, code_N: int64, their codes: places in `code_N`, the row's code ids.
     features_GX: as `hymate.model.pooling.VariablePooling.FEATURES`.
     order_L: int64, the row's events by segment, code and place.
-    first_G, last_G: int64, the variable's first event and the last that the answer reads: places in `order_L`.
+    events_G, first_N, last_N: int64, the events of each that were read: places among those from a variable's first
+        event (first_N) to its last that some answer reads (last_N), which are places in `order_L`.
     """
 
-    key_G: Tensor
+    answer_G: Tensor
     lengths: list[int]
+    code_G: Tensor
+    code_N: Tensor
     features_GX: Tensor
     order_L: Tensor
-    first_G: Tensor
-    last_G: Tensor
+    events_G: Tensor
+    first_N: Tensor
+    last_N: Tensor
 
-    def blocks(self, most: int, vocab_size: int) -> Iterator[VariablesSoFar]:
-        """Consecutive answers, numbered from 0 in each block, of at most so many variables or of one answer."""
-        start = first = held = 0
+    def blocks(self, most: int) -> Iterator[tuple[slice, slice]]:
+        """Consecutive answers with at most so many variables, or one answer; and their variables."""
+        first = start = held = 0
         for answer, length in enumerate([*self.lengths, most + 1]):
             if held and held + length > most:
-                own = slice(start, start + held)
-                yield VariablesSoFar(
-                    key_G=self.key_G[own] - first * vocab_size,
-                    lengths=self.lengths[first:answer],
-                    features_GX=self.features_GX[own],
-                    order_L=self.order_L,
-                    first_G=self.first_G[own],
-                    last_G=self.last_G[own],
-                )
-                start, first, held = start + held, answer, 0
+                yield slice(first, answer), slice(start, start + held)
+                first, start, held = answer, start + held, 0
             held += length
 
 

@@ -17,8 +17,9 @@ from hymate.errors import UserError
 from hymate.model.batch import Batch, Variables
 from hymate.model.encoder import HyMaTE, Mamba1Mixer, Mamba2Mixer, RiskModel, decay_groups, load_pretrained
 from hymate.model.objectives import mean_loss
-from hymate.model.pooling import HORIZONS_HOURS, FusionPooling, VariablePooling, VariableSums
+from hymate.model.pooling import FusionPooling, VariablePooling
 from hymate.model.pretrain_model import PretrainModel
+from hymate.model.variables import HORIZONS_HOURS, VariableSums
 from hymate.training.pretraining import PretrainConfig
 
 VOCAB = 30

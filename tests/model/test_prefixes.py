@@ -152,7 +152,7 @@ def test_variables_of_many_answers_are_the_same_block_by_block(at_once: int, mon
         several_tasks(in_double(random_row((70, 1, 20), vocab_size=VOCAB))), [[3, 9, 9, 69], [0], [4, 19]]
     )
     whole, of_whole = told(model, row)
-    monkeypatch.setattr(pooling, "AT_ONCE", at_once * 3 * 16)
+    monkeypatch.setattr(pooling, "AT_ONCE", at_once * 3 * 32)
     blocks, of_blocks = told(model, row)
     torch.testing.assert_close(blocks["logit_AT"], whole["logit_AT"])
     torch.testing.assert_close(of_blocks, of_whole)
