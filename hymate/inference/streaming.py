@@ -157,8 +157,7 @@ class StreamingModel:
             return Moments(hours_1, nothing_1Q, nothing_1Q, nothing_1Q, last_1QD, torch.zeros_like(last_1QD))
         score_LQ = h_LD.new_zeros(len(h_LD), 1) if pooling.fusion is None else pooling.fusion.score(h_LD)
         rate_Q = (score_LQ[0] if pooling.fusion is None else pooling.fusion.rates(score_LQ)).double()
-        at_end = replace(batch, last_A=batch.bounds[1:] - 1)
-        new = moments_of_answers(h_LD.double(), score_LQ.double(), rate_Q, at_end)
+        new = moments_of_answers(h_LD.double(), score_LQ.double(), rate_Q, batch)
         goes_on_1 = torch.ones(1, dtype=torch.bool, device=h_LD.device)
         return new.after(kept, goes_on_1, rate_Q) if isinstance(kept, Moments) else new
 
@@ -204,6 +203,8 @@ class StreamingModel:
             label_weight_AT=torch.empty(1, 0),
             seed_S=torch.zeros(1, dtype=torch.int64),
         )
+        if len(events_L) and self._model.pooling.variables is None:
+            batch = replace(batch, last_A=batch.bounds[1:] - 1)  # as one of several answers
         return self._model.ask(batch).to(self._like.device)
 
     def _triplet(self, events_L: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
