@@ -1,7 +1,7 @@
 """Gradient boosting and other plain models of aggregate features, and their comparison with another model.
 
 Gradient boosting is scikit-learn's, which needs the whole table in memory, as long as that is there; then LightGBM's,
-where it is installed, which reads the table from disk and holds a byte or two a cell; then that of a sample of labels.
+where it is installed, which reads the table from disk and holds a byte a cell; then that of a sample of labels.
 
 Shape legend: E examples, X features (see `hymate.evaluation.features`), M marks of what is missing.
 """
@@ -51,7 +51,7 @@ CLIP = (0.01, 0.99)  # quantiles of a feature in training: recording errors woul
 
 IMPORTANCE_LABELS, REPEATS = 2000, 3
 BYTES_A_CELL = 13  # of a feature table while a model is fitted: float32, scikit-learn's float64 copy, its bins
-BINNED_BYTES_A_CELL = 2  # LightGBM's bins, and their copy by rows
+BINNED_BYTES_A_CELL = 1  # LightGBM's bins
 BINS_FROM, BINS_BYTES_A_CELL = 50_000, 16  # labels that LightGBM chooses bins from, and what it holds of them
 FEWEST_SAMPLED = 2_000  # labels that are worth fitting to, where there are more
 ROWS_AT_ONCE = 20_000  # of a feature table that is only predicted for
@@ -264,7 +264,7 @@ def _binned_boosting(
         bin_construct_sample_cnt=BINS_FROM,
         num_threads=1,
         deterministic=True,
-        force_row_wise=True,
+        force_col_wise=True,  # by rows it holds the bins twice
         seed=seed,
         verbosity=-1,
     )

@@ -2,9 +2,9 @@
 
 For every code, over the whole history and in each window before the prediction time: how often; of its values the
 minimum, maximum, mean, standard deviation, first, last and slope; and how long ago it was last recorded. Besides,
-the static codes, the age and the number of all events. The windows' default ends at one day, two days, a week, a
-month and a year, and columns that hardly any training label fills are left out: a stay of 48 hours is described day
-by day, a history of years in growing windows.
+the static codes, the age and the number of all events. By default the windows end at one day, two days, a week, a
+month and a year, for patients who are asked about often at six hours, too, and columns that hardly any training label
+fills are left out: a stay of 48 hours is described day by day, a history of years in growing windows.
 
 A history is read once for all of its labels (`hymate.evaluation.sweep`), and reading streams over the row groups:
 besides the features (4 bytes a label and column) it holds the cache of `Histories` and some 200 bytes for each of
@@ -35,6 +35,8 @@ BLOCK_EVENTS = 500_000
 WHOLE = 0  # the window that is the whole history
 AGE, EVENTS = "(age)", "(events)"  # variables that are no codes
 VALUE_STATISTICS = STATISTICS[2:]
+WINDOWS = (24.0, 48.0, 168.0, 720.0, 8760.0)  # hours
+OFTEN, OFTEN_ASKED = 4, 6.0  # labels a subject from which on there is one more window, and its end in hours
 
 
 @dataclass(frozen=True)
@@ -42,23 +44,31 @@ class FeatureConfig:
     """Which features there are.
 
     windows_hours: rising ends of the windows, in hours before the prediction time; each window reaches from the end
-        of the one before (0 for the first) to its own, which belongs to it.
+        of the one before (0 for the first) to its own, which belongs to it. null is 24, 48, 168, 720 and 8760, and also
+        6 where the training subjects have four labels or more on average.
     max_features: most columns. Variables get theirs in the order of how many training labels have them, the most
         common first, until the next one's no longer fit.
     min_labels: fewest training labels that fill a column.
     """
 
-    windows_hours: tuple[float, ...] = (24.0, 48.0, 168.0, 720.0, 8760.0)
+    windows_hours: tuple[float, ...] | None = None
     max_features: int = 4096
     min_labels: int = 10
 
     def __post_init__(self) -> None:
-        edges = (0.0, *self.windows_hours)
-        if any(low >= high for low, high in pairwise(edges)):
-            raise ConfigError(f"windows_hours must be positive and rise, got {list(self.windows_hours)}")
+        ends = self.windows_hours or ()
+        if any(low >= high for low, high in pairwise((0.0, *ends))):
+            raise ConfigError(f"windows_hours must be positive and rise, got {list(ends)}")
         for name in ("max_features", "min_labels"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
+
+    def windows(self, train: Examples) -> tuple[float, ...]:
+        """The ends of the windows for these training examples."""
+        if self.windows_hours is not None:
+            return self.windows_hours
+        is_often_asked = len(train) >= OFTEN * len(np.unique(train.position_E))
+        return ((OFTEN_ASKED,) if is_often_asked else ()) + WINDOWS
 
 
 class Column(NamedTuple):
@@ -177,13 +187,20 @@ def choose(histories: Histories, examples: Examples, config: FeatureConfig) -> F
 
     Raises UserError where there is none.
     """
-    return chosen(histories.codes, filled(histories, examples, config.windows_hours), len(examples), config)
+    windows_hours = config.windows(examples)
+    return chosen(histories.codes, filled(histories, examples, windows_hours), len(examples), windows_hours, config)
 
 
-def chosen(codes: Sequence[str], filled_2WV: np.ndarray, num_labels: int, config: FeatureConfig) -> FeatureSpec:
+def chosen(
+    codes: Sequence[str],
+    filled_2WV: np.ndarray,
+    num_labels: int,
+    windows_hours: tuple[float, ...],
+    config: FeatureConfig,
+) -> FeatureSpec:
     """`choose`, of what so many labels fill."""
     enough_2WV = filled_2WV >= config.min_labels
-    windows = range(len(config.windows_hours) + 1)
+    windows = range(len(windows_hours) + 1)
     variables = [[Column(EVENTS, "count", w) for w in windows if enough_2WV[0, w, -1]]]
     variables += [[Column(AGE, "years")]] if enough_2WV[0, -1, -1] else []
     for v in np.argsort(-np.maximum(filled_2WV[0, -1, :-1], filled_2WV[0, WHOLE, :-1]), kind="stable").tolist():
@@ -203,7 +220,7 @@ def chosen(codes: Sequence[str], filled_2WV: np.ndarray, num_labels: int, config
             f"features.min_labels={config.min_labels} and features.max_features={config.max_features} leave no feature "
             f"of {num_labels} training labels: lower the one or raise the other"
         )
-    return FeatureSpec(config.windows_hours, fitting)
+    return FeatureSpec(windows_hours, fitting)
 
 
 # ---------------------------------------------------------------------------------------------------- computing

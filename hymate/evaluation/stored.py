@@ -34,12 +34,11 @@ def chosen_in_parts(
 ) -> FeatureSpec:
     """`hymate.evaluation.features.choose`, in parts; `folder` keeps what is done until the columns are known."""
     parts = {f"{number:06d}": part for number, part in enumerate(train.in_parts(PART))}
-    call = functools.partial(
-        _count, data=histories.path, windows_hours=tuple(config.windows_hours), folder=folder / "columns"
-    )
+    windows_hours = config.windows(train)
+    call = functools.partial(_count, data=histories.path, windows_hours=windows_hours, folder=folder / "columns")
     _run("columns", call, histories, parts, json.dumps(asdict(config)), folder / "columns", here)
     filled_2WV = functools.reduce(np.add, (_loaded(folder / "columns" / f"{part}.npy") for part in parts))
-    return chosen(histories.codes, filled_2WV, len(train), config)
+    return chosen(histories.codes, filled_2WV, len(train), windows_hours, config)
 
 
 @contextmanager

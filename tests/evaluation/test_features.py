@@ -208,6 +208,16 @@ def test_the_budget_goes_to_the_codes_that_most_labels_have(tmp_path: Path) -> N
     assert fewer == [column for column in everything if column.variable != "VISIT"]
 
 
+def test_who_is_asked_often_has_a_window_of_six_hours(tmp_path: Path) -> None:
+    """Unless windows were chosen."""
+    for labels, windows_hours, first in ((3, None, 24.0), (4, None, 6.0), (4, (48.0,), 48.0)):
+        cohort = [{"birth": None, "statics": [], "events": visits(40), "labels": list(range(10, 10 + labels))}]
+        histories, table = write(tmp_path / f"{labels}{windows_hours}", cohort)
+        config = FeatureConfig(windows_hours, min_labels=1)
+        spec = choose(histories, labelled_examples(histories, table, "train"), config)
+        assert spec.windows_hours[0] == first
+
+
 def test_a_choice_of_nothing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="leave no feature of 1 training labels"):
         chosen(tmp_path, [{"events": visits(3)}], min_labels=2)
