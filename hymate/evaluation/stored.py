@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import io
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -113,5 +114,4 @@ def _save(array: np.ndarray, path: Location) -> None:
 
 
 def _loaded(path: Location) -> np.ndarray:
-    with path.open("rb") as file:
-        return np.load(file)
+    return np.load(io.BytesIO(path.read_bytes()))

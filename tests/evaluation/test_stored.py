@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from s3 import BUCKET, environment, serving
 
 from hymate.data.examples import Examples
 from hymate.data.histories import Histories
@@ -15,6 +16,7 @@ from hymate.data.prepare import PrepareConfig, prepare
 from hymate.data.synthetic.course import SyntheticConfig
 from hymate.evaluation import stored
 from hymate.evaluation.features import FeatureConfig, Rows, choose, features
+from hymate.storage.paths import locate
 
 CONFIG = FeatureConfig((6.0, 48.0), max_features=200, min_labels=2)
 
@@ -84,6 +86,24 @@ def test_what_is_done_is_not_done_again(
     others = {"tuning": examples["tuning"].without_labels()}
     with stored.stored_tables(histories, others, spec, tmp_path, here=True):
         assert len(calls) == 2 * 20 + 1
+
+
+@pytest.mark.slow
+def test_parts_at_a_url_of_two_processes(
+    dataset: tuple[Histories, dict[str, Examples]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    histories, examples = dataset
+    spec = choose(histories, examples["tuning"], CONFIG)
+    expected = features(histories, examples["tuning"], spec).value_EX[:]
+    monkeypatch.setattr(stored, "PART_CELLS", 70 * len(spec.columns))
+    monkeypatch.setattr(stored, "worth", lambda num_bytes: 2)
+    with serving(tmp_path) as server, environment(server.environment):
+        there = locate(f"s3://{BUCKET}/features")
+        tuning = {"tuning": examples["tuning"]}
+        assert stored.chosen_in_parts(histories, examples["tuning"], CONFIG, there, here=True) == spec
+        with stored.stored_tables(histories, tuning, spec, there, here=True) as tables:
+            np.testing.assert_array_equal(tables["tuning"].value_EX[:], expected)
+            assert len(list((there / "tables").glob("*.npy"))) == 2
 
 
 @given(st.lists(st.integers(1, 9), max_size=12), st.integers(1, 20))
