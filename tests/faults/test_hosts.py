@@ -378,10 +378,8 @@ def module(name: str) -> list[str]:
 def parquets(folder: str) -> list[str]:
     """Names of the finished files below a folder."""
     place = paths.locate(folder)
-    if not place.is_dir():
-        return []
-    names = [str(file).removeprefix(f"{place}/") for file in place.files()]
-    return [name for name in names if name.endswith(".parquet") and "/." not in f"/{name}"]
+    names = paths.files_below(place, ".parquet") if place.is_dir() else []
+    return [name for name in names if not name.startswith(".") and "/." not in name]
 
 
 def loses_a_host(machines: Machines, arguments: list[str], under_way: Callable[[], object]) -> float:
