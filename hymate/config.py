@@ -266,6 +266,43 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
+class UtilityConfig:
+    """What an alarm is worth at each hour, and which alarms are tried: for tasks whose labels come every hour or so and
+    are positive from some hours before an onset on. The defaults are those of PhysioNet Challenge 2019.
+
+    The worth of an alarm rises from 0 to `alarm` at the optimal hour and falls to 0 at the latest one; that of no alarm
+    falls from 0 at the optimal hour to `missed` at the latest one; after it neither counts.
+
+    early_hours: before the onset; earlier, an alarm is a false one.
+    optimal_hours: before the onset, where alarms are worth most; the first positive label is so early.
+    late_hours: after the onset.
+    alarm: the most that an alarm is worth.
+    missed: the worth of no alarm at the latest hour.
+    false_alarm: the worth of an alarm for a patient without an onset, or too early.
+    hold_hours: how long an alarm may stay on after the risk was last above the threshold; the tuning split chooses.
+    """
+
+    early_hours: float = 12.0
+    optimal_hours: float = 6.0
+    late_hours: float = 3.0
+    alarm: float = 1.0
+    missed: float = -2.0
+    false_alarm: float = -0.05
+    hold_hours: list[float] = field(default_factory=lambda: [0.0, 3.0, 6.0])
+
+    def __post_init__(self) -> None:
+        _positive(self, "alarm")
+        _check(
+            self,
+            early_hours=(self.early_hours > self.optimal_hours, "must be more than optimal_hours"),
+            late_hours=(self.late_hours > -self.optimal_hours, "must be after the optimal hour"),
+            missed=(self.missed <= 0, "must not be positive"),
+            false_alarm=(self.false_alarm < 0, "must be negative"),
+            hold_hours=(min(self.hold_hours, default=-1) >= 0, "must be a list of hours, e.g. [0, 3]"),
+        )
+
+
+@dataclass(frozen=True)
 class TaskConfig:
     """A prediction task: a folder of MEDS labels, or an ACES definition that makes them.
 
@@ -289,6 +326,7 @@ class TaskConfig:
         time from the start on (`early_fraction`), never as before.
     longer_than_days: null, or the task is how long something lasts: the label is whether the label window ends more
         than this after the trigger, and the days themselves are learned and predicted beside it.
+    utility: null, or what alarms are worth by the hours before the onset: the report then judges alarms, too.
     """
 
     name: str
@@ -300,6 +338,7 @@ class TaskConfig:
     kinds: dict[str, bool] = field(default_factory=dict)
     start: str | None = None
     longer_than_days: float | None = None
+    utility: UtilityConfig | None = None
 
     def __post_init__(self) -> None:
         days = self.longer_than_days

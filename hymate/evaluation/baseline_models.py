@@ -380,13 +380,13 @@ def importance(model: Baseline, table: FeatureTable, group_X: Sequence[str], see
 
 def compare(
     histories: Histories, examples: Mapping[str, Examples], probability_E: np.ndarray, seed: int, folder: Location
-) -> tuple[dict[str, Any], np.ndarray | None]:
+) -> tuple[dict[str, Any], dict[str, np.ndarray] | None]:
     """Gradient boosting beside another model, whose probabilities of the held-out examples are `probability_E`.
 
     examples: of each split; train and tuning have both classes. folder: as in `fitted_to`. Returns boosting's held-out
     scores, recalibrated on the tuning split as the other model is, and how they were come by, with the other model's
-    AUROC and AUPRC less its own as "difference", and its held-out probabilities; or why it could not be fitted as
-    "left_out", and None: what is compared with it has cost hours and must not be lost.
+    AUROC and AUPRC less its own as "difference", and its probabilities of the tuning and held-out examples; or why it
+    could not be fitted as "left_out", and None: what is compared with it has cost hours and must not be lost.
     """
     started = time.monotonic()
     try:
@@ -409,7 +409,7 @@ def compare(
         "library": fitted.library,
         "seconds": seconds,
     }
-    return found, boosting_E
+    return found, boosting
 
 
 def recalibrated(fitted: Fitted, scored: str) -> tuple[dict[str, np.ndarray], dict[str, float | None]]:

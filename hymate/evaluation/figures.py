@@ -154,6 +154,38 @@ def _plot_decision(axes: Axes, label_N: Array, prob_N: Array, weight_N: Array) -
     axes.legend(loc="upper right", frameon=False)
 
 
+def plot_alarms(path: Location, found: Mapping[str, Any]) -> None:
+    """Utility by the number of alarms, with the chosen policies, and who is found by which hour; found:
+    `alarms.assess`.
+    """
+    with _figure(path, 9.5, 4.1, DPI) as figure:
+        worth, early = figure.subplots(1, 2)
+        seen = [0.0]
+        for (name, of_model), colour in zip(found.items(), (BLUE, GREEN), strict=False):
+            curve = {key: [row[key] for row in of_model["curve"]] for key in ("alarms_per_day", "utility")}
+            worth.plot(*curve.values(), color=colour, label=name)
+            if of_model["utility"]["value"] is not None:
+                low, high = of_model["utility"]["ci"] or [of_model["utility"]["value"]] * 2
+                at, value = of_model["alarms_per_day"]["value"], of_model["utility"]["value"]
+                worth.errorbar([at], [value], yerr=[[value - low], [high - value]], fmt="o", capsize=2, color=ORANGE)
+            hour, fraction = ([row[key] for row in of_model["found_by"]] for key in ("hour", "found"))
+            early.step(
+                [-24, *hour, 24], [0, *fraction, *(fraction or [0])[-1:]], where="post", color=colour, label=name
+            )
+            seen += hour
+        worth.axhline(0, color=GREY, linestyle=":")
+        worth.errorbar([], [], fmt="o", color=ORANGE, label="chosen on the tuning split, 95 % CI")
+        worth.set(title="Worth of alarms", xlabel="alarms per patient-day", ylabel="normalised utility")
+        worth.set(xlim=(0, None), ylim=(-0.5, None))
+        worth.legend(loc="best", frameon=False)
+        early.axvline(0, color=GREY, linestyle=":")
+        early.set(title="Patients found", xlabel="hours from the onset", ylabel="fraction of patients with an onset")
+        early.set(xlim=(min(seen) - 2, max(seen) + 2), ylim=(0, 1.02))
+        early.legend(loc="upper left", frameon=False)
+        for axes in (worth, early):
+            axes.spines[["top", "right"]].set_visible(False)
+
+
 # ---------------------------------------------------------------------------------------------------- benchmark
 
 

@@ -23,6 +23,13 @@ TUNED = "chosen on the tuning split"  # thresholds
 VERDICT_AIM = 0.9  # the specificity of the operating point in the verdict
 GROUPS_A_KIND = 8  # shown, the largest; results.json has all
 NAMED = 3  # groups that the verdict names of each kind of trouble
+ALARMS = """\
+Threshold and hours are those with the most utility on the tuning split. There is an alarm at a label where the risk is
+above the threshold, or was in the hours that an alarm is held. Each such label counts; "begin" counts those with none
+at the label before. A true alarm is one that is worth more than no alarm (by default from 12 hours before the onset to
+3 hours after it), a false one is worth less. A patient is found by a true alarm; the lead is the time from the first
+one to the onset. `task.utility` says what alarms are worth."""
+ALARMS_ALT = "utility by alarms per patient-day, patients found by hours from the onset"
 DAYS = """\
 How long it lasts, in days. "Of the median" is the error of the best constant, which a useful model must beat;
 concordance is the chance that of two durations the longer one is predicted to be longer."""
@@ -81,6 +88,7 @@ def report(found: Mapping[str, Any]) -> str:
     """report.md: the verdict, a picture of each task where there is one, and what is behind them."""
     alt = "ROC, precision-recall, calibration, decision curve"
     drawn = [f"![{alt}]({part['picture']})" for part in parts_of(found) if part["picture"]]
+    drawn += [f"![{ALARMS_ALT}]({part['alarms_picture']})" for part in parts_of(found) if "alarms" in part]
     return "\n\n".join([f"# {_title(found)}", *_verdicts(found), *drawn, *_details(found)]) + "\n"
 
 
@@ -214,6 +222,7 @@ def verdict(part: Mapping[str, Any]) -> str:
         "Probabilities.": _probabilities(part),
         "Alerts.": _alerts(part),
         "Worth.": _worth(part),
+        **({"As an alarm.": _alarm(part["alarms"])} if "alarms" in part else {}),
         "For whom.": _groups(part),
     }
     return "\n".join(f"- **{name}** {text}" for name, text in sentences.items())
@@ -293,6 +302,35 @@ def _worth(part: Mapping[str, Any]) -> str:
     return f"Net benefit exceeds treat-all and treat-none {thresholds}."
 
 
+def _alarm(alarms: Mapping[str, Any]) -> str:
+    found, policy = alarms["model"], alarms["model"]["policy"]
+    held = f" now or in the last {policy['hold_hours']:g} hours" if policy["hold_hours"] else ""
+    text = (
+        f"With an alarm at risks above {_threshold(policy)}{held}, chosen on the tuning split, the normalised "
+        f"utility is {with_interval(found['utility'])}: 1 is the best possible, 0 is never an alarm. There are "
+        f"{with_interval(found['alarms_per_day'])} alarms per patient-day (hours with an alarm, which begins "
+        f"{with_interval(found['starts_per_day'])} times a day), and "
+        f"{with_interval(found['false_per_true'])} false ones for each true one. Of {found['onsets']:,} patients with "
+        f"an onset {percent_with_interval(found['found'])} are found"
+    )
+    if found["lead_quartiles"]:
+        low, high = found["lead_quartiles"]
+        median = found["lead_hours"]["value"]
+        text += f", half of them {median:.1f} hours before it or earlier (quartiles {low:.1f} and {high:.1f})"
+    if "gradient boosting" in alarms:
+        other = alarms["gradient boosting"]
+        text += (
+            f". Boosting's utility is {with_interval(other['utility'])}; this model minus boosting: "
+            f"{with_interval(other['difference'])}"
+        )
+    return f"{text}."
+
+
+def _threshold(policy: Mapping[str, float]) -> str:
+    """With more digits than other percentages: it is what an alarm is set to."""
+    return f"{100 * policy['threshold']:.4g} %"
+
+
 def _groups(part: Mapping[str, Any]) -> str:
     groups = [group for group in part["subgroups"] if not group["hidden"]]
     if not groups:
@@ -338,6 +376,7 @@ def sections(part: Mapping[str, Any]) -> list[str]:
         "## Operating points",
         f"Thresholds {part.get('thresholds', TUNED)}; everything else is measured on other patients.",
         markdown(_operating_rows(part)),
+        *_alarm_parts(part),
         "## Net benefit",
         "True positives per 100 predictions, less false positives weighed by the odds of the threshold; treat-none is "
         "0. Each interval holds for its threshold alone. The verdict first tests whether the ranking is chance, then "
@@ -358,6 +397,20 @@ def _operating_rows(part: Mapping[str, Any]) -> list[list[str]]:
         fractions = (percent_with_interval(point[name]) for name in ("specificity", "sensitivity", "ppv"))
         rows.append([percent(point["aim"]), percent(point["threshold"]), *fractions, f"{point['alerts_per_100']:.1f}"])
     return rows
+
+
+def _alarm_parts(part: Mapping[str, Any]) -> list[str]:
+    """Of a task with a utility."""
+    if "alarms" not in part:
+        return []
+    heads = ["utility", "alarms per patient-day", "begin", "patients found", "false per true one", "median lead, hours"]
+    rows = [["alarms of", "risk above", "held, hours", *heads]]
+    for name, found in part["alarms"].items():
+        keys = ("utility", "alarms_per_day", "starts_per_day", "false_per_true", "lead_hours")
+        *worth, false, lead = (with_interval(found[key]) for key in keys)
+        policy = [_threshold(found["policy"]), f"{found['policy']['hold_hours']:g}"]
+        rows.append([name, *policy, *worth, percent_with_interval(found["found"]), false, lead])
+    return ["## Alarms", ALARMS, markdown(rows)]
 
 
 def _benefit_rows(part: Mapping[str, Any]) -> list[list[str]]:

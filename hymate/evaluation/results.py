@@ -18,7 +18,7 @@ from hymate.storage.paths import Location, write_text
 
 RESULTS = "results.json"
 COUNTS = ("num_labels", "num_positives", "num_subjects", "num_positive_subjects", "prevalence")
-SCORES = (*COUNTS, *metrics.SHOWN, "days")
+SCORES = (*COUNTS, *metrics.SHOWN, "days", "alarms")
 NO_HELD_OUT = (
     "there are no held-out labels: these scores are of the tuning split, which also chose and recalibrated the model, "
     "so they are too good"

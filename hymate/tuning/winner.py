@@ -15,7 +15,7 @@ from hymate.data.histories import Histories
 from hymate.data.synthetic.source import ceiling
 from hymate.data.tasks import LabelSet
 from hymate.errors import UserError
-from hymate.evaluation import baseline_models, calibration, decisions, figures, metrics, results
+from hymate.evaluation import alarms, baseline_models, calibration, decisions, figures, metrics, results
 from hymate.inference.bundle import Bundle, build_model
 from hymate.inference.dataset import spread_outputs
 from hymate.inference.scoring import Outputs, write_predictions
@@ -111,14 +111,22 @@ def judge_task(
             weight_E,
         )
         if scores["auroc"]["value"] is not None:
-            part["boosting"], boosting_E = {"left_out": "report.boosting=false"}, None
+            part["boosting"], boosting = {"left_out": "report.boosting=false"}, None
             if settings.boosting:
                 print(f"fitting gradient boosting for {name} to compare; report.boosting=false skips it", flush=True)
-                part["boosting"], boosting_E = baseline_models.compare(
+                part["boosting"], boosting = baseline_models.compare(
                     histories, task.examples, probability_E, train.seed, run_path / baseline_models.FEATURES
                 )
             part["picture"] = f"{name}.png"
+            boosting_E = None if boosting is None else boosting["held_out"]
             figures.plot_task(run_path / part["picture"], label_E, probability_E, weight_E, part, boosting_E)
+            if task.config.utility is not None:
+                models = {"model": (tuning_probability_E, probability_E)}
+                if boosting is not None:
+                    models["gradient boosting"] = boosting["tuning"], boosting["held_out"]
+                part["alarms"] = alarms.assess(task.config.utility, tuning, scored, models)
+                part["alarms_picture"] = f"{name}-alarms.png"
+                figures.plot_alarms(run_path / part["alarms_picture"], part["alarms"])
     if (best := ceiling(histories.path, name, split)) is not None:
         part["ceiling"] = best
     return winner, part

@@ -182,7 +182,9 @@ def test_a_model_is_compared_with_what_the_command_says(
     histories, labels = Histories.open(data), readmissions(data)
     examples = {split: labelled_examples(histories, labels, split) for split in SPLITS}
     model = np.random.default_rng(0).random(len(examples["held_out"]))
-    found, boosting_E = compare(histories, examples, model, 0, tmp_path / "features")
+    found, boosting = compare(histories, examples, model, 0, tmp_path / "features")
+    assert boosting is not None
+    boosting_E = boosting["held_out"]
     assert not (tmp_path / "features").exists()
     assert json.loads(json.dumps(found)) == found
     assert boosting_E == pytest.approx(predictions["predicted_boolean_probability"].to_numpy(), abs=1e-6)
@@ -217,13 +219,15 @@ def test_boosting_takes_a_sample_where_memory_is_short(
     monkeypatch.setitem(sys.modules, "lightgbm", None)
     model = np.full(len(examples["held_out"]), 0.5)
     monkeypatch.setattr(baseline_models, "available_memory", lambda: 300 * 100 * 2 * baseline_models.BYTES_A_CELL)
-    found, boosting_E = compare(histories, examples, model, 0, tmp_path)
-    assert boosting_E is not None and len(boosting_E) == len(examples["held_out"])
+    found, boosting = compare(histories, examples, model, 0, tmp_path)
+    assert boosting is not None
+    boosting_E = boosting["held_out"]
+    assert len(boosting_E) == len(examples["held_out"])
     assert 200 < found["num_fitted"] < 400 < len(examples["train"]) and found["auroc"]["value"] > 0.6
     monkeypatch.setattr(baseline_models, "available_memory", lambda: 1 << 20)
     monkeypatch.setattr(baseline_models, "FEWEST_SAMPLED", 1000)
-    found, boosting_E = compare(histories, examples, model, 0, tmp_path)
-    assert boosting_E is None and "need more memory than is free (1 MiB)" in found["left_out"]
+    found, boosting = compare(histories, examples, model, 0, tmp_path)
+    assert boosting is None and "need more memory than is free (1 MiB)" in found["left_out"]
     with pytest.raises(UserError, match=r"needs [0-9]+ MiB of free memory, and 1 MiB are free"):
         cross_fitted(histories, examples["train"], examples["tuning"], 0, tmp_path)
 
@@ -243,7 +247,9 @@ def test_boosting_is_fitted_from_disk_where_memory_is_short(
     monkeypatch.setattr(baseline_models, "BYTES_A_CELL", 1 << 20)
     monkeypatch.setattr(baseline_models, "NUM_TREES", (30,))
     monkeypatch.setattr(stored, "PART_CELLS", 10_000)
-    found, boosting_E = compare(histories, examples, np.full(len(examples["held_out"]), 0.5), 0, tmp_path)
+    found, boosting = compare(histories, examples, np.full(len(examples["held_out"]), 0.5), 0, tmp_path)
+    assert boosting is not None
+    boosting_E = boosting["held_out"]
     assert (found["library"], found["num_fitted"]) == ("LightGBM", len(examples["train"]))
     spec = choose(histories, examples["train"], config)
     table = {split: features(histories, examples[split], spec) for split in SPLITS}
@@ -253,7 +259,6 @@ def test_boosting_is_fitted_from_disk_where_memory_is_short(
         **trees, **drawn, n_jobs=1, deterministic=True, force_row_wise=True, verbosity=-1
     ).fit(table["train"].value_EX, examples["train"].label_E > 0.5)
     expected_E = alone.predict_proba(table["held_out"].value_EX)[:, 1]
-    assert boosting_E is not None
     assert np.array_equal(np.argsort(boosting_E, kind="stable"), np.argsort(expected_E, kind="stable"))
     teacher_E = cross_fitted(histories, examples["train"], examples["tuning"], 0, tmp_path)
     assert roc_auc_score(examples["train"].label_E, teacher_E) > 0.6
@@ -272,7 +277,9 @@ def test_a_comparison_counts_labels_by_their_weights(
     }
     held_out = examples["held_out"]
     model = rng.random(len(held_out))
-    found, boosting_E = compare(histories, examples, model, 0, tmp_path)
+    found, boosting = compare(histories, examples, model, 0, tmp_path)
+    assert boosting is not None
+    boosting_E = boosting["held_out"]
     area, of_model = (roc_auc_score(held_out.label_E, p, sample_weight=held_out.weight_E) for p in (boosting_E, model))
     assert found["auroc"]["value"] == pytest.approx(area)
     assert found["difference"]["auroc"]["value"] == pytest.approx(of_model - area)
@@ -303,8 +310,8 @@ def test_what_cannot_be_compared_is_told_and_is_no_error(data: Path, tmp_path: P
     train = labelled_examples(histories, labels, "train")
     arrays = {name: value[:5] for name, value in vars(train).items() if name != "dropped"}
     few = Examples(**arrays)
-    found, boosting_E = compare(histories, {"train": few, "tuning": few}, np.zeros(0), 0, tmp_path)
-    assert found["left_out"].startswith("features.min_labels=10") and boosting_E is None
+    found, boosting = compare(histories, {"train": few, "tuning": few}, np.zeros(0), 0, tmp_path)
+    assert found["left_out"].startswith("features.min_labels=10") and boosting is None
 
 
 # ------------------------------------------------------------------------------------------------------- models

@@ -6,7 +6,6 @@ import datetime
 import io
 import json
 import tarfile
-from collections.abc import Iterable
 from pathlib import Path
 
 import meds
@@ -14,46 +13,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hourly import converted, hour, text, write
 
 from hymate.data.histories import Histories, read_metadata
 from hymate.data.label_files import read_labels
 from hymate.data.meds import DataError, SplitsConfig, read_splits
-from hymate.data.prepare import PrepareConfig, prepare
 from hymate.data.sources import physionet2019
 from hymate.data.sources.physionet2019 import CODES, COLUMNS, ORIGIN, PhysioNet2019Source
-
-HELD_OUT = SplitsConfig(0, 0, 1)
-STATIC = {"Age": "83.14", "Gender": "0", "Unit1": "NaN", "Unit2": "NaN", "HospAdmTime": "-0.03"}
-Line = dict[str, str]
-
-
-def hour(number: int, label: int | str = 0, **values: object) -> Line:
-    """A line of a file: column -> text."""
-    return (
-        STATIC
-        | {name: str(value) for name, value in values.items()}
-        | {"ICULOS": str(number), "SepsisLabel": str(label)}
-    )
-
-
-def text(lines: Iterable[Line], columns: Iterable[str] = COLUMNS, end: str = "\n") -> bytes:
-    """A file as the challenge has it."""
-    columns = list(columns)
-    rows = [columns, *([line.get(name, "NaN") for name in columns] for line in lines)]
-    return "".join("|".join(row) + end for row in rows).encode()
-
-
-def write(raw: Path, files: dict[int, bytes], folder: str = "training_setA") -> Path:
-    (raw / folder).mkdir(parents=True, exist_ok=True)
-    for number, content in files.items():
-        (raw / folder / f"p{number:06d}.psv").write_bytes(content)
-    return raw
-
-
-def converted(raw: Path, out: Path, splits: SplitsConfig = HELD_OUT, workers: int = 1) -> Path:
-    settings = {"source": "physionet2019", "raw": str(raw), "out": str(out), "workers": workers, "splits": splits}
-    prepare(PrepareConfig(**settings), here=True)  # type: ignore[arg-type]
-    return out
 
 
 def events(out: Path, subject: int = 1) -> list[tuple]:

@@ -1,0 +1,239 @@
+"""The alarm as its users judge it: what alarms are worth by the hours before the onset, how many there are, how early
+they come and whom they find.
+
+The worth is the utility of PhysioNet Challenge 2019 (Reyna et al. 2020, Critical Care Medicine 48:210-217), as
+`UtilityConfig` has it. An alarm at a label gains what it is worth there less what no alarm is worth there; the
+normalised utility is the sum of the gains of all alarms over that of the best possible alarms, so it is 1 for these and
+0 where there is never one.
+
+A patient's labels belong to one stay, at equal distances, 0 up to some time and 1 from then on. Intervals are 95 %, of
+resampled patients.
+
+Shape legend:
+    N  labels, by patient and time
+    P  patients
+    F  patients with an onset who are found
+    B  bootstrap samples
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hymate.config import UtilityConfig
+from hymate.data.examples import Examples
+from hymate.data.meds import US_PER_HOUR
+from hymate.evaluation import metrics
+
+Array = NDArray[Any]
+CANDIDATES = 200  # thresholds that are tried
+FRACTIONS = np.geomspace(1e-3, 1, 40)  # of the labels with an alarm, where the curve is shown
+STATISTICS = ("utility", "alarms_per_day", "starts_per_day", "found", "false_per_true", "lead_hours")
+
+
+@dataclass(frozen=True)
+class Policy:
+    """When there is an alarm: where the probability is above the threshold, or was in the last so many hours."""
+
+    threshold: float
+    hold_hours: float
+
+
+@dataclass(frozen=True)
+class Courses:
+    """The labels of patients over time, and what an alarm gains there.
+
+    order_N: each label's place among the examples. patient_N: 0 to P - 1, never falling. hour_N: since any time.
+    onset_N: hours from the onset to the label, NaN without an onset. gain_N: what an alarm is worth, less what none is.
+    weight_N: the labels'. hours: the usual time between a patient's labels, NaN where nobody has two.
+    """
+
+    order_N: Array
+    patient_N: Array
+    hour_N: Array
+    onset_N: Array
+    gain_N: Array
+    weight_N: Array
+    hours: float
+
+    @classmethod
+    def of(cls, examples: Examples, utility: UtilityConfig) -> Courses:
+        order_N = np.lexsort((examples.prediction_time_E, examples.subject_id_E))
+        _, patient_N = np.unique(examples.subject_id_E[order_N], return_inverse=True)
+        hour_N = (examples.prediction_time_E[order_N] - examples.prediction_time_E.min()) / US_PER_HOUR
+        positive_N = np.flatnonzero(examples.label_E[order_N] > 0.5)
+        septic, first = np.unique(patient_N[positive_N], return_index=True)
+        onset_P = np.full(patient_N[-1] + 1, np.nan)
+        onset_P[septic] = hour_N[positive_N[first]] + utility.optimal_hours
+        onset_N = hour_N - onset_P[patient_N]
+        between = np.diff(hour_N)[np.diff(patient_N) == 0]
+        hours = float(np.median(between)) if len(between) else np.nan
+        weight_N = examples.weight_E[order_N].astype(np.float64)
+        return cls(order_N, patient_N, hour_N, onset_N, gain(onset_N, utility), weight_N, hours)
+
+    def alarms(self, prob_N: Array, policy: Policy) -> Array:
+        """Whether there is an alarm at each label (N,); prob_N: in this order."""
+        number_N = np.arange(len(prob_N))
+        last_N = np.maximum.accumulate(np.where(prob_N > policy.threshold, number_N, -1))  # -1: none yet
+        held_N = self.hour_N - self.hour_N[last_N] <= policy.hold_hours
+        return (last_N >= 0) & held_N & (self.patient_N == self.patient_N[last_N])
+
+
+def gain(onset_N: Array, utility: UtilityConfig) -> Array:
+    """What an alarm is worth at each label (N,), less what no alarm is worth there; onset_N: see `Courses`."""
+    early, optimal, late = utility.early_hours, utility.optimal_hours, utility.late_hours
+    rising_N = utility.alarm * (onset_N + early) / (early - optimal)
+    passed_N = (onset_N + optimal) / (late + optimal)  # fraction of the time between the optimal and the latest hour
+    before_N = np.maximum(rising_N, utility.false_alarm)
+    after_N = utility.alarm * (1 - passed_N) - utility.missed * passed_N
+    of_onset_N = np.where(onset_N <= -optimal, before_N, np.where(onset_N <= late, after_N, 0.0))
+    return np.where(np.isnan(onset_N), utility.false_alarm, of_onset_N)
+
+
+def choose(courses: Courses, prob_N: Array, utility: UtilityConfig) -> Policy:
+    """The policy whose alarms gain most: of each `utility.hold_hours`, and thresholds between probabilities,
+    with as many labels from one to the next.
+    """
+    value = np.unique(prob_N)
+    between = np.concatenate([[value[0] / 2], (value[:-1] + value[1:]) / 2, [1.0]])
+    tried = np.quantile(prob_N, np.linspace(0, 1, CANDIDATES + 1))
+    place = np.arange(len(between))
+    if len(between) > CANDIDATES:
+        place = np.append(np.searchsorted(value, np.unique(tried)), len(value))
+    policies = [Policy(float(t), hold) for hold in utility.hold_hours for t in between[place][::-1]]
+    worth_N = courses.gain_N * courses.weight_N
+    return max(policies, key=lambda policy: float(worth_N @ courses.alarms(prob_N, policy)))
+
+
+# ------------------------------------------------------------------------------------------------------ what it does
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Of alarms, by patient. sum_P: the gain of the alarms, of the best possible alarms; alarms, those that begin (none
+    at the label before), false and true ones; days; 1 for an onset, 1 for an onset that is found. found_F: those found,
+    the longest lead last; lead_F: hours from their first true alarm to the onset.
+
+    A true alarm gains something, a false one loses something.
+    """
+
+    sum_P: dict[str, Array]
+    found_F: Array
+    lead_F: Array
+
+    @classmethod
+    def of(cls, courses: Courses, alarm_N: Array) -> Sums:
+        patient_N, gain_N = courses.patient_N, courses.gain_N
+
+        def total(value_N: Array) -> Array:
+            return np.bincount(patient_N, value_N * courses.weight_N)
+
+        true = np.flatnonzero(alarm_N & (gain_N > 0))
+        found_F, first_F = np.unique(patient_N[true], return_index=True)
+        lead_F = -courses.onset_N[true[first_F]]
+        order_F = np.argsort(lead_F, kind="stable")
+        onset_P = np.bincount(patient_N, ~np.isnan(courses.onset_N)) > 0
+        before_N = np.concatenate([[False], alarm_N[:-1] & (np.diff(patient_N) == 0)])
+        sum_P = {
+            "gain": total(alarm_N * gain_N),
+            "best": total(np.maximum(gain_N, 0)),
+            "alarms": total(alarm_N),
+            "starts": total(alarm_N & ~before_N),
+            "false": total(alarm_N & (gain_N < 0)),
+            "true": total(alarm_N & (gain_N > 0)),
+            "days": total(np.full(len(gain_N), courses.hours / 24)),
+            "onset": onset_P.astype(float),
+            "found": np.isin(np.arange(len(onset_P)), found_F).astype(float),
+        }
+        return cls(sum_P, found_F[order_F], lead_F[order_F])
+
+    def utility(self, times_BP: Array) -> Array:
+        """(B,): normalised, where each patient is drawn so many times; NaN where nobody has an onset."""
+        return _ratio(times_BP @ self.sum_P["gain"], times_BP @ self.sum_P["best"])
+
+    def statistics(self, times_BP: Array) -> Array:
+        """(K, B): STATISTICS; NaN where one is undefined."""
+        of = {name: times_BP @ value_P for name, value_P in self.sum_P.items()}
+        alarms, starts = (_ratio(of[name], of["days"]) for name in ("alarms", "starts"))
+        found, false = _ratio(of["found"], of["onset"]), _ratio(of["false"], of["true"])
+        return np.stack([self.utility(times_BP), alarms, starts, found, false, self.lead(times_BP, 0.5)])
+
+    def lead(self, times_BP: Array, fraction: float) -> Array:
+        """(B,): a quantile of lead_F; NaN where nobody is found."""
+        if not len(self.lead_F):
+            return np.full(len(times_BP), np.nan)
+        below_BF = np.cumsum(times_BP[:, self.found_F], axis=1)
+        all_B = below_BF[:, -1]
+        lead_B = self.lead_F[(below_BF >= fraction * all_B[:, None]).argmax(axis=1)]
+        return np.where(all_B > 0, lead_B, np.nan)
+
+
+def _ratio(a_B: Array, b_B: Array) -> Array:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(b_B > 0, a_B / b_B, np.nan)
+
+
+def judge(courses: Courses, prob_N: Array, policy: Policy) -> tuple[dict[str, Any], Sums]:
+    """What a policy does, as plain values, and the sums behind it.
+
+    "policy", and of STATISTICS each with its interval: utility, normalised; alarms_per_day, of a patient, every
+    label with an alarm; starts_per_day, those without one at the label before; found, the fraction of the patients with
+    an onset who have a true alarm; false_per_true, alarms; lead_hours, the median of those found, with
+    "lead_quartiles". "curve": utility and alarms per day at other thresholds, nothing held.
+    "found_by": the fraction found by an hour from the onset.
+    """
+    sums = Sums.of(courses, courses.alarms(prob_N, policy))
+    number = len(sums.sum_P["gain"])
+    onsets = int(sums.sum_P["onset"].sum())
+    quartiles = [float(sums.lead(np.ones((1, number)), fraction)[0]) for fraction in (0.25, 0.75)]
+    by_lead = [(lead, (sums.lead_F >= lead).sum() / onsets) for lead in np.unique(sums.lead_F)[::-1].tolist()]
+    return {
+        "policy": asdict(policy),
+        "patients": number,
+        "onsets": onsets,
+        **dict(zip(STATISTICS, metrics.estimates(sums.statistics, len(STATISTICS), np.arange(number)), strict=True)),
+        "lead_quartiles": quartiles if len(sums.lead_F) else None,
+        "curve": _curve(courses, prob_N),
+        "found_by": [{"hour": -lead, "found": float(found)} for lead, found in by_lead],
+    }, sums
+
+
+def _curve(courses: Courses, prob_N: Array) -> list[dict[str, float]]:
+    """Rows of threshold, utility and alarms per day, from few alarms to one at every label."""
+    order_N = np.argsort(-prob_N, kind="stable")
+    gained_N, alarms_N = (np.cumsum(x_N[order_N]) for x_N in (courses.gain_N * courses.weight_N, courses.weight_N))
+    best = (np.maximum(courses.gain_N, 0) * courses.weight_N).sum()
+    last_N = np.flatnonzero(np.diff(prob_N[order_N], append=-1))  # of equal probabilities
+    shown = last_N[np.unique(np.searchsorted(last_N, FRACTIONS * (len(order_N) - 1)))]
+    utility_N, per_day_N = gained_N / max(best, 1e-12), alarms_N / (alarms_N[-1] * courses.hours / 24)
+    names = ("risk_from", "utility", "alarms_per_day")
+    columns = zip(*(x_N[shown].tolist() for x_N in (prob_N[order_N], utility_N, per_day_N)), strict=True)
+    return [dict(zip(names, row, strict=True)) for row in columns] if best > 0 and courses.hours > 0 else []
+
+
+def assess(
+    utility: UtilityConfig, tuning: Examples, scored: Examples, probability: Mapping[str, tuple[Array, Array]]
+) -> dict[str, dict[str, Any]]:
+    """What `judge` finds on `scored` for each model, by its name, with the policy that the tuning split chose for it.
+
+    probability: of each model, those of the tuning and of the scored examples. Models after the first have as
+    "difference" the first one's utility less theirs, on the same resampled patients.
+    """
+    learned, courses = Courses.of(tuning, utility), Courses.of(scored, utility)
+    found, of_model = {}, []
+    for name, (tuning_E, scored_E) in probability.items():
+        policy = choose(learned, tuning_E[learned.order_N], utility)
+        found[name], sums = judge(courses, scored_E[courses.order_N], policy)
+        of_model.append(sums)
+    for name, other in list(zip(found, of_model, strict=True))[1:]:
+
+        def ahead(times_BP: Array, other: Sums = other) -> Array:
+            return (of_model[0].utility(times_BP) - other.utility(times_BP))[None]
+
+        (found[name]["difference"],) = metrics.estimates(ahead, 1, np.arange(courses.patient_N[-1] + 1))
+    return found

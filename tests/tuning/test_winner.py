@@ -1,0 +1,118 @@
+"""What a search says of the alarms of the model that it chose, and that its predictions raise the same alarms."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hourly import converted, hour, text, write
+from small_models import SMALL
+
+from hymate.command import load
+from hymate.config import DataConfig, DataPath, ReportConfig, TaskConfig, TrainConfig
+from hymate.data.examples import labelled_examples
+from hymate.data.histories import Histories
+from hymate.data.meds import SPLITS, SplitsConfig
+from hymate.data.tasks import read_or_extract_labels
+from hymate.evaluation import alarms, report, results
+from hymate.inference.bundle import Bundle, write_bundle
+from hymate.model.encoder import RiskModel
+from hymate.predict import PredictConfig, run
+from hymate.tuning.trial import starting_point
+from hymate.tuning.winner import LabelledTask, judge_task
+
+
+def stays(numbers: range, seed: int) -> dict[int, bytes]:
+    """Of 12 to 29 hours; every second becomes septic, with a heart rate that rises."""
+    rng, files = np.random.default_rng(seed), {}
+    for number in numbers:
+        hours = int(rng.integers(12, 30))
+        first = int(rng.integers(6, hours)) if number % 2 else hours
+        rate = 80 + 5 * np.maximum(0, np.arange(hours) - first + 4) + rng.normal(0, 5, hours)
+        files[number] = text(hour(h + 1, int(h >= first), HR=round(rate[h], 1)) for h in range(hours))
+    return files
+
+
+def sepsis(*overrides: str) -> TaskConfig:
+    given = ["task=sepsis", "bundle=none", "data.path=none", "out=none", *overrides]
+    return load("predict", given, PredictConfig).task
+
+
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
+    """A folder with a bundle of new weights, predictions and picture, and the task's results."""
+    folder = tmp_path_factory.mktemp("judged")
+    data = converted(write(folder / "raw", stays(range(1, 121), 0)), folder / "data", SplitsConfig(0.5, 0.25, 0.25))
+    start = starting_point(DataConfig(str(data), context=64, tokens_per_row=512), SMALL, None)
+    torch.manual_seed(0)
+    state = RiskModel(SMALL, start.vocabulary.size, ["sepsis"]).state_dict()
+    bundle = Bundle("risk", SMALL, start.data, ["sepsis"], start.vocabulary, state)
+    histories, task = Histories.open(data), sepsis()
+    labels = read_or_extract_labels(data, task)
+    examples = {split: labelled_examples(histories, labels.table, split) for split in SPLITS}
+    labelled = LabelledTask(task, labels, examples, {})
+    bundle, part = judge_task(bundle, histories, labelled, folder, ReportConfig(), TrainConfig(), "cpu")
+    write_bundle(
+        folder / "bundle",
+        bundle.state,
+        kind="risk",
+        model=SMALL,
+        data=bundle.data,
+        vocabulary=bundle.vocabulary,
+        tasks=["sepsis"],
+    )
+    return folder, part
+
+
+def test_the_report_judges_alarms_of_the_model_and_of_boosting(judged: tuple[Path, dict]) -> None:
+    folder, part = judged
+    assert json.loads(json.dumps(part, allow_nan=False)) == part
+    assert (folder / part["alarms_picture"]).read_bytes().startswith(b"\x89PNG")
+    model, boosting = part["alarms"]["model"], part["alarms"]["gradient boosting"]
+    assert boosting["utility"]["value"] > 0.3
+    assert boosting["difference"]["value"] == pytest.approx(model["utility"]["value"] - boosting["utility"]["value"])
+    end = results.TrialEnd(0, {}, "finished", 2, {"mean": 0.5, "step": 2}, None, None)
+    found = results.collect([part], "mean", [end], end) | {"initial_weights": "new", "bundle": "b"}
+    written, threshold = report.report(found), f"{100 * model['policy']['threshold']:.4g} %"
+    for text_ in (
+        f"- **As an alarm.** With an alarm at risks above {threshold}",
+        "Boosting's utility is",
+        "## Alarms",
+        "| alarms of | risk above | held, hours | utility |",
+        "patients found by hours from the onset](sepsis-alarms.png)",
+    ):
+        assert text_ in written
+    assert threshold in report.card(found)
+    assert results.scores_of(found, "held_out")["alarms"]["model"]["policy"] == model["policy"]
+
+
+def test_predictions_of_unseen_stays_raise_the_alarms_that_the_report_counts(
+    judged: tuple[Path, dict], tmp_path: Path
+) -> None:
+    """A dataset of held-out stays alone gets a probability at every label; above the threshold are the alarms."""
+    folder, part = judged
+    unseen = converted(write(tmp_path / "raw", stays(range(1001, 1041), 1)), tmp_path / "data")
+    out = tmp_path / "predictions.parquet"
+    run(PredictConfig(str(folder / "bundle"), DataPath(str(unseen)), sepsis(), str(out)))
+    labels, table = read_or_extract_labels(unseen, sepsis()).table, pq.read_table(out)
+    keys = [("subject_id", "ascending"), ("prediction_time", "ascending")]
+    given, expected = (found.select(["subject_id", "prediction_time"]).sort_by(keys) for found in (table, labels))
+    assert given.equals(expected)
+    own = pq.read_table(folder / "predictions.parquet")
+    examples = labelled_examples(
+        Histories.open(folder / "data"), read_or_extract_labels(folder / "data", sepsis()).table, "held_out"
+    )
+    utility = sepsis().utility
+    assert utility is not None and part["split"] == "held_out"
+    courses = alarms.Courses.of(examples, utility)
+    probability = own["predicted_boolean_probability"].to_numpy()[courses.order_N]
+    again, _ = alarms.judge(courses, probability, alarms.Policy(**part["alarms"]["model"]["policy"]))
+    assert again["utility"]["value"] == pytest.approx(part["alarms"]["model"]["utility"]["value"])
+
+
+def test_a_task_without_utility_has_no_alarms() -> None:
+    assert sepsis("task.utility=null").utility is None and sepsis("task.utility.late_hours=4").utility is not None
