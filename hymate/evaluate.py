@@ -29,7 +29,7 @@ from hymate.data.histories import Histories
 from hymate.data.tasks import read_or_extract_labels
 from hymate.device import Wanted, choose
 from hymate.errors import ConfigError, UserError
-from hymate.evaluation import calibration, decisions, external, figures, metrics, results
+from hymate.evaluation import alarms, calibration, decisions, external, figures, metrics, results
 from hymate.evaluation.subgroups import subgroups
 from hymate.evaluation.transport import transport
 from hymate.hashing import seeded_hash
@@ -92,7 +92,11 @@ def run(config: EvaluateConfig) -> None:
     groups = subgroups(histories, scored, config.subgroups, config.age_bands)
     prob_E, days_E = _predicted(config, bundle, examples, out)
 
-    models = {external.AS_IT_IS: (prob_E[~fits_E], thresholds, "of the bundle, chosen in its training")}
+    of_bundle = "of the bundle, chosen in its training"
+    models = {external.AS_IT_IS: (prob_E[~fits_E], thresholds, of_bundle)}
+    utility, policies = config.task.utility, {}
+    if utility is not None and (named := external.policy_of(bundle.extra, config.task.name)) is not None:
+        policies[external.AS_IT_IS] = named, of_bundle
     found: dict[str, Any] = {"recalibrated_on": None}
     if len(part):
         fitted = calibration.recalibrate(part.label_E, calibration.logit(prob_E[fits_E]), part.weight_E)
@@ -104,6 +108,11 @@ def run(config: EvaluateConfig) -> None:
         models[external.RECALIBRATED] = fitted.probability(prob_E[~fits_E]), chosen[1], on
         if not thresholds:
             models[external.AS_IT_IS] = prob_E[~fits_E], chosen[0], on
+        if utility is not None:
+            learned = alarms.Courses.of(part, utility)
+            prob_M = prob_E[fits_E][learned.order_N]
+            for name, prob in ((external.AS_IT_IS, prob_M), (external.RECALIBRATED, fitted.probability(prob_M))):
+                policies.setdefault(name, (alarms.choose(learned, prob, utility), on))
         recalibration = fitted.record(scored.label_E, prob_E[~fits_E], scored.weight_E)
         found["recalibrated_on"] = {"fraction": config.recalibrate, "seed": config.seed, **results.sizes(part)}
         found["recalibrated_on"] |= recalibration
@@ -114,6 +123,12 @@ def run(config: EvaluateConfig) -> None:
         judged |= decisions.assess(*every, groups, threshold_of, scored.weight_E)
         judged |= {"split": config.split, "thresholds": chosen_on, "picture": f"{name.replace(' ', '-')}.png"}
         figures.plot_task(out / judged["picture"], scored.label_E, prob_N, scored.weight_E, judged, None)
+        if utility is not None and name in policies:
+            courses, (policy, chosen_on) = alarms.Courses.of(scored, utility), policies[name]
+            of_alarms = alarms.judge(courses, prob_N[courses.order_N], policy)[0]
+            judged["alarms"] = {"model": of_alarms | {"chosen": chosen_on}}
+            judged["alarms_picture"] = judged["picture"].replace(".png", "-alarms.png")
+            figures.plot_alarms(out / judged["alarms_picture"], judged["alarms"])
         found["models"][name] = judged
     if days_E is not None:
         at_E = ~fits_E & ~np.isnan(examples.days_E)

@@ -9,14 +9,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from hymate.evaluation import tables, transport
+from hymate.evaluation.alarms import Policy
 from hymate.evaluation.decisions import ENOUGH_POSITIVES, ENOUGH_SUBJECTS
 from hymate.evaluation.metrics import SHOWN
-from hymate.evaluation.report import LIMITS, REPORT, score_cells, sections, verdict
+from hymate.evaluation.report import ALARMS_ALT, LIMITS, REPORT, score_cells, sections, verdict
 from hymate.evaluation.results import RESULTS, SCORES
 from hymate.evaluation.tables import markdown, number, percent, percent_with_interval, with_interval
 from hymate.storage.paths import Location
 
-__all__ = ["AS_IT_IS", "RECALIBRATED", "REPORT", "report", "scores_before", "show", "thresholds_of"]
+__all__ = ["AS_IT_IS", "RECALIBRATED", "REPORT", "policy_of", "report", "scores_before", "show", "thresholds_of"]
 
 AS_IT_IS, RECALIBRATED = "as it is", "recalibrated"
 LEARNED_HERE = (
@@ -28,6 +29,12 @@ LEARNED_HERE = (
 def thresholds_of(extra: Mapping[str, Any], task: str) -> dict[float, float]:
     """Aimed specificity -> threshold, of a bundle's own report; empty where it names none."""
     return dict(extra.get("thresholds", {}).get(task, []))
+
+
+def policy_of(extra: Mapping[str, Any], task: str) -> Policy | None:
+    """When there is an alarm, of a bundle's own report; None where it names nothing."""
+    named = extra.get("alarms", {}).get(task)
+    return None if named is None else Policy(**named)
 
 
 def scores_before(extra: Mapping[str, Any], task: str) -> dict[str, Any] | None:
@@ -60,6 +67,7 @@ def report(found: Mapping[str, Any]) -> str:
     for name, judged in found["models"].items():
         picture = f"![ROC, precision-recall, calibration, decision curve]({judged['picture']})"
         parts += [f"## The model {name}", verdict(judged), picture]
+        parts += [f"![{ALARMS_ALT}]({judged['alarms_picture']})"] if "alarms" in judged else []
     for name, judged in found["models"].items():
         parts += [f"## Tables: the model {name}", *(part.replace("## ", "### ", 1) for part in sections(judged))]
     return "\n\n".join([*parts, "## Limits", LIMITS]) + "\n"

@@ -24,7 +24,7 @@ VERDICT_AIM = 0.9  # the specificity of the operating point in the verdict
 GROUPS_A_KIND = 8  # shown, the largest; results.json has all
 NAMED = 3  # groups that the verdict names of each kind of trouble
 ALARMS = """\
-Threshold and hours are those with the most utility on the tuning split. There is an alarm at a label where the risk is
+There is an alarm at a label where the risk is
 above the threshold, or was in the hours that an alarm is held. Each such label counts; "begin" counts those with none
 at the label before. A true alarm is one that is worth more than no alarm (by default from 12 hours before the onset to
 3 hours after it), a false one is worth less. A patient is found by a true alarm; the lead is the time from the first
@@ -222,7 +222,7 @@ def verdict(part: Mapping[str, Any]) -> str:
         "Probabilities.": _probabilities(part),
         "Alerts.": _alerts(part),
         "Worth.": _worth(part),
-        **({"As an alarm.": _alarm(part["alarms"])} if "alarms" in part else {}),
+        **({"As an alarm.": _alarm(part)} if "alarms" in part else {}),
         "For whom.": _groups(part),
     }
     return "\n".join(f"- **{name}** {text}" for name, text in sentences.items())
@@ -302,11 +302,11 @@ def _worth(part: Mapping[str, Any]) -> str:
     return f"Net benefit exceeds treat-all and treat-none {thresholds}."
 
 
-def _alarm(alarms: Mapping[str, Any]) -> str:
-    found, policy = alarms["model"], alarms["model"]["policy"]
+def _alarm(part: Mapping[str, Any]) -> str:
+    alarms, found, policy = part["alarms"], part["alarms"]["model"], part["alarms"]["model"]["policy"]
     held = f" now or in the last {policy['hold_hours']:g} hours" if policy["hold_hours"] else ""
     text = (
-        f"With an alarm at risks above {_threshold(policy)}{held}, chosen on the tuning split, the normalised "
+        f"With an alarm at risks above {_threshold(policy)}{held} ({found.get('chosen', TUNED)}), the normalised "
         f"utility is {with_interval(found['utility'])}: 1 is the best possible, 0 is never an alarm. There are "
         f"{with_interval(found['alarms_per_day'])} alarms per patient-day (hours with an alarm, which begins "
         f"{with_interval(found['starts_per_day'])} times a day), and "

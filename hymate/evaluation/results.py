@@ -18,7 +18,7 @@ from hymate.storage.paths import Location, write_text
 
 RESULTS = "results.json"
 COUNTS = ("num_labels", "num_positives", "num_subjects", "num_positive_subjects", "prevalence")
-SCORES = (*COUNTS, *metrics.SHOWN, "days", "alarms")
+SCORES = (*COUNTS, *metrics.SHOWN, "days")
 NO_HELD_OUT = (
     "there are no held-out labels: these scores are of the tuning split, which also chose and recalibrated the model, "
     "so they are too good"
@@ -105,6 +105,11 @@ def thresholds_of(found: Mapping[str, Any]) -> dict[str, list[list[float]]]:
         for part in parts_of(found)
         if "operating_points" in part
     }
+
+
+def policies_of(found: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Each task's alarm policy (`hymate.evaluation.alarms.Policy`), for the bundle."""
+    return {part["task"]: part["alarms"]["model"]["policy"] for part in parts_of(found) if "alarms" in part}
 
 
 def predictions_file(task: str, tasks: Sequence[str]) -> str:

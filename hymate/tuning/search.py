@@ -227,6 +227,7 @@ def _export(bundle: Bundle, histories: Histories, found: dict[str, Any], run_pat
             **{split: scores for split in ("held_out", "tuning") if (scores := results.scores_of(found, split))},
             "recalibration": {part["task"]: part["recalibration"] for part in results.parts_of(found)},
             "thresholds": results.thresholds_of(found),
+            "alarms": results.policies_of(found),
             "provenance": provenance(histories, found["initial_weights"]),
         },
     )

@@ -38,5 +38,5 @@ def write(raw: Path, files: Mapping[int, bytes], folder: str = "training_setA") 
 def converted(raw: Path, out: Path, splits: SplitsConfig = HELD_OUT) -> Path:
     """The prepared dataset."""
     settings = {"source": "physionet2019", "raw": str(raw), "out": str(out), "workers": 1, "splits": splits}
-    prepare(PrepareConfig(**settings), here=True)  # type: ignore[arg-type]
+    prepare(PrepareConfig(**settings))  # type: ignore[arg-type]
     return out

@@ -18,6 +18,8 @@ from hymate.data.examples import labelled_examples
 from hymate.data.histories import Histories
 from hymate.data.meds import SPLITS, SplitsConfig
 from hymate.data.tasks import read_or_extract_labels
+from hymate.evaluate import EvaluateConfig
+from hymate.evaluate import run as evaluate
 from hymate.evaluation import alarms, report, results
 from hymate.inference.bundle import Bundle, write_bundle
 from hymate.model.encoder import RiskModel
@@ -56,6 +58,10 @@ def judged(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
     examples = {split: labelled_examples(histories, labels.table, split) for split in SPLITS}
     labelled = LabelledTask(task, labels, examples, {})
     bundle, part = judge_task(bundle, histories, labelled, folder, ReportConfig(), TrainConfig(), "cpu")
+    extra = {
+        "thresholds": results.thresholds_of(part),
+        "alarms": results.policies_of(part),
+    }
     write_bundle(
         folder / "bundle",
         bundle.state,
@@ -64,6 +70,7 @@ def judged(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
         data=bundle.data,
         vocabulary=bundle.vocabulary,
         tasks=["sepsis"],
+        extra=extra,
     )
     return folder, part
 
@@ -87,7 +94,7 @@ def test_the_report_judges_alarms_of_the_model_and_of_boosting(judged: tuple[Pat
     ):
         assert text_ in written
     assert threshold in report.card(found)
-    assert results.scores_of(found, "held_out")["alarms"]["model"]["policy"] == model["policy"]
+    assert results.policies_of(found) == {"sepsis": model["policy"]}
 
 
 def test_predictions_of_unseen_stays_raise_the_alarms_that_the_report_counts(
@@ -112,6 +119,23 @@ def test_predictions_of_unseen_stays_raise_the_alarms_that_the_report_counts(
     probability = own["predicted_boolean_probability"].to_numpy()[courses.order_N]
     again, _ = alarms.judge(courses, probability, alarms.Policy(**part["alarms"]["model"]["policy"]))
     assert again["utility"]["value"] == pytest.approx(part["alarms"]["model"]["utility"]["value"])
+
+
+def test_another_hospital_is_scored_with_the_policy_of_the_bundle(judged: tuple[Path, dict], tmp_path: Path) -> None:
+    folder, part = judged
+    unseen = converted(write(tmp_path / "raw", stays(range(1001, 1041), 1)), tmp_path / "data")
+    bundle = str(folder / "bundle")
+    for name, fraction in (("whole", 0), ("part", 0.5)):
+        settings = dict(out=str(tmp_path / name), recalibrate=fraction, workers=1)
+        evaluate(EvaluateConfig(bundle, DataPath(str(unseen)), sepsis(), **settings))  # type: ignore[arg-type]
+    models = {name: json.loads((tmp_path / name / "results.json").read_text())["models"] for name in ("whole", "part")}
+    for found in models.values():
+        assert found["as it is"]["alarms"]["model"]["policy"] == part["alarms"]["model"]["policy"]
+    assert models["whole"]["as it is"]["alarms"]["model"]["patients"] == 40
+    assert models["part"]["recalibrated"]["alarms"]["model"]["utility"]["value"] > 0
+    written = (tmp_path / "part" / "report.md").read_text()
+    for text_ in ("% (of the bundle, chosen in its training), the normalised utility", "](recalibrated-alarms.png)"):
+        assert text_ in written
 
 
 def test_a_task_without_utility_has_no_alarms() -> None:
