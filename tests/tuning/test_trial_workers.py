@@ -79,12 +79,11 @@ def learn_at_each_stage(worker: loop.Worker, data: Path, folder: Path) -> None:
         learn(worker, trial_on(data, worker.world_size, stage), folder / str(stage))
 
 
-def test_two_workers_learn_what_one_does(small_data: Path, tmp_path: Path, one_thread: None) -> None:
+def test_two_workers_learn_what_one_does(small_data: Path, tmp_path: Path) -> None:
     """But for the order in which their gradients are summed."""
     for name in ("alone", *map(str, STAGES)):
         (tmp_path / name).mkdir()
-    with loop.single_process() as worker:
-        learn(worker, trial_on(small_data), tmp_path / "alone")
+    run_workers(learn, 1, trial_on(small_data), tmp_path / "alone")
     run_workers(learn_at_each_stage, 2, small_data, tmp_path)
     one = json.loads((tmp_path / "alone" / "evaluations-0.json").read_text())
     weights = load_file(tmp_path / "alone" / "model.safetensors")
@@ -145,8 +144,7 @@ def test_a_search_of_trials_on_two_workers_goes_on_when_one_is_killed(
     start = starting_point(config.data, config.model, None)
     (trial,) = draw_trials(config.tasks, config.search, config.train, start)
     (tmp_path / "alone").mkdir()
-    with loop.single_process() as worker:
-        learn(worker, trial, tmp_path / "alone")
+    run_workers(learn, 1, trial, tmp_path / "alone")
     alone = json.loads((tmp_path / "alone" / "evaluations-0.json").read_text())
     newest = max(saved.glob("step-*/state.json"))
     together = json.loads(newest.read_text())["evaluations"]
