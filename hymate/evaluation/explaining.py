@@ -103,8 +103,9 @@ class Spread:
         return str(request.bundle), str(request.data), request.task.name, request.device, str(self._work)
 
     def _run(self, stage: str, call: Callable[[str], None], parts: Sequence[str], workers: int, gpus: bool) -> None:
-        journal = Journal(self._work / f"{stage}.jsonl", "", "")
-        remove_tree(self._work / f"{stage}.jsonl")
+        path = self._work / f"{stage}.jsonl"
+        path.unlink(missing_ok=True)  # of an explanation that was killed, like the folders
+        journal = Journal(path, "", "")
         with stages(parts, journal, workers, gpus=gpus, quiet=not sys.stderr.isatty()) as run:
             run.each(stage, call)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow.compute as pc
@@ -267,6 +268,11 @@ def test_parts_and_a_meds_folder_change_nothing(
     raw, labels = write_meds(tmp_path / "raw"), small_data / "labels" / "readmission"
     (tmp_path / "tmp").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    with monkeypatch.context() as interrupting:  # what it leaves is continued, or done again
+        interrupting.setattr(explaining, "most_important", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            explained(bundle, raw, tmp_path / "parts", "num_predictions=4", "workers=1", f"task.labels={labels}")
+    assert (tmp_path / ".parts.parts").stat().st_mode & 0o077 == 0
     explained(bundle, raw, tmp_path / "parts", "num_predictions=12", "workers=2", f"task.labels={labels}")
     assert {path.name for path in tmp_path.iterdir()} == {"whole", "parts", "raw", "tmp"}
     for name in ("variables.parquet", "patients/events.parquet"):
