@@ -258,10 +258,9 @@ class PhysioNet2019Source:
         if not self.raw.is_dir():
             raise DataError(f"{self.raw}: no such folder: raw=DIR must hold the challenge's *.psv files")
         there: list[Location] = list(self.raw.iterdir())
-        unpacked = {path.name for path in there if path.is_dir()}
         archives = [path for path in sorted(there, key=str) if ".tar" in path.name and not path.name.startswith(".")]
-        places = [self.raw, *(path for path in archives if path.name.split(".tar")[0] not in unpacked)]
-        for place in places:
+        packed = [path for path in archives if not (self.raw / path.name.split(".tar")[0]).is_dir()]
+        for place in (self.raw, *packed):
             for _, number, text in StayFiles(place, ".psv", "p?([0-9]{1,18})", "pNNNNNN", nested=True).texts(wanted):
                 yield number, text
 
