@@ -105,6 +105,11 @@ class BenchmarkConfig:
             space.check_point(point, where)
         for name in self.contenders:
             self.model_of(name)
+        if self.train.num_workers != 1:
+            raise ConfigError(
+                f"train.num_workers={self.train.num_workers}: the runs of a benchmark train on one worker each, side by "
+                "side: leave it at 1 (train.cpus_per_worker gives a run more CPUs)"
+            )
 
     def point_of(self, contender: Contender) -> dict[str, Any]:
         """The contender's settings, and where it has none of its own those of all."""

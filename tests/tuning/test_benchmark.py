@@ -352,6 +352,7 @@ def test_runs_of_other_labels_are_not_compared(tmp_path: Path) -> None:
         ("only=[boosting]", "only: boosting is not a contender"),
         ("budgets=[-1]", "budgets must be different numbers of labels, 0 for all there are; got [-1]"),
         ("choosing_fraction=1", "choosing_fraction must be between 0 and 1"),
+        ("train.num_workers=2", "the runs of a benchmark train on one worker each"),
         ("folds=1", "folds must be at least 2"),
         ("+contenders.gru.point.depth=3", "contenders.gru.point.depth is not a known key: known keys are backbone_lr,"),
         ("+contenders.gru.model.heads=3", "contenders.gru.model.heads is not a known key"),
