@@ -295,7 +295,8 @@ def inference_there(case: Case) -> dict[str, dict[str, int]]:
 
     rows = repacked(_patients(), 3, seed=1)
     source = SimpleNamespace(
-        examples=SimpleNamespace(label_ET=np.empty((6, len(TASKS)))), once=lambda **_: ((row, True) for row in rows)
+        examples=SimpleNamespace(label_ET=np.empty((6, len(TASKS)))),
+        once=lambda *_, **__: ((row, True) for row in rows),
     )
 
     def evaluated(built: Engine, device: torch.device) -> list[float]:
