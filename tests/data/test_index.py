@@ -260,7 +260,7 @@ histories = Histories.open(sys.argv[1])
 examples = pretraining_examples(histories, "train")
 unknown = type("V", (), {"ids_of": lambda self, codes: np.zeros(len(codes), np.int64)})()
 rows = Rows(histories, unknown, examples, context=512, tokens_per_row=4096, seed=0, crop="random")
-places = [next(rows._order(epoch, block)).examples.tolist() for epoch, block in ((0, 0), (0, 17), (3, 60))]
+places = [next(rows._order(epoch, block)).segments.tolist() for epoch, block in ((0, 0), (0, 17), (3, 60))]
 print(json.dumps([own_mib() - own, written_mib() - written, len(examples), places]))
 """
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import hourly
 import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -186,6 +187,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     for name in (*FOLDERS, "Makefile", "mkdocs.yml", "pyproject.toml", "constraints.txt"):
         (folder / name).symlink_to(ROOT / name)
     write_challenge(folder / "RAW_DIR", num_stays=120)
+    hourly.write(folder / "UNSEEN_DIR", {n: hourly.text(map(hourly.hour, range(1, 9))) for n in range(1, 5)})
     write_meds(folder / "MEDS_DIR")
     shutil.copytree(folder / "MEDS_DIR" / "labels" / "readmission", folder / "LABELS_DIR")
     add_admissions(folder / "MEDS_DIR")

@@ -129,7 +129,7 @@ TASK = ["data.path={data}", "task=readmission"]
             "states",
             [*TASK, "bundle=b", "out={free}", "context=all"],
         ),
-        ("explain", explain.ExplainConfig, explain.run, "explain.prepared", "out", [*TASK, "bundle=b"]),
+        ("explain", explain.ExplainConfig, explain.run, "explain.work_beside", "out", [*TASK, "bundle=b"]),
         ("evaluate", evaluate.EvaluateConfig, evaluate.run, "evaluate.open_for", "out", [*TASK, "bundle=b"]),
         ("baselines", baselines.BaselinesConfig, baselines.run, "baselines.read_or_extract_labels", "out", TASK),
         (
