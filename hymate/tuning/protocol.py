@@ -107,8 +107,8 @@ class BenchmarkConfig:
             self.model_of(name)
         if self.train.num_workers != 1:
             raise ConfigError(
-                f"train.num_workers={self.train.num_workers}: the runs of a benchmark train on one worker each, side by "
-                "side: leave it at 1 (train.cpus_per_worker gives a run more CPUs)"
+                f"train.num_workers={self.train.num_workers}: the runs of a benchmark train on one worker each, side "
+                "by side: leave it at 1 (train.cpus_per_worker gives a run more CPUs)"
             )
 
     def point_of(self, contender: Contender) -> dict[str, Any]:
