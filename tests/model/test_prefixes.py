@@ -40,7 +40,7 @@ def several_tasks(row: Batch) -> Batch:
     return replace(row, label_AT=row.label_AT.expand(-1, len(TASKS)))
 
 
-def told(model: RiskModel, row: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def outputs_and_gradients(model: RiskModel, row: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """What it says, and the gradient of each parameter."""
     model.zero_grad()
     said = model(model.ask(row))
@@ -49,8 +49,8 @@ def told(model: RiskModel, row: Batch) -> tuple[dict[str, Tensor], dict[str, Ten
 
 
 def assert_alike(model: RiskModel, row: Batch) -> None:
-    together, gradients = told(model, row)
-    alone, of_alone = told(model, answered_alone(row))
+    together, gradients = outputs_and_gradients(model, row)
+    alone, of_alone = outputs_and_gradients(model, answered_alone(row))
     for name, expected in alone.items():
         torch.testing.assert_close(together[name], expected, rtol=1e-5, atol=1e-5, equal_nan=True)
     assert gradients.keys() == of_alone.keys()
@@ -151,8 +151,8 @@ def test_variables_of_many_answers_are_the_same_block_by_block(at_once: int, mon
     row = answered_at(
         several_tasks(in_double(random_row((70, 1, 20), vocab_size=VOCAB))), [[3, 9, 9, 69], [0], [4, 19]]
     )
-    whole, of_whole = told(model, row)
+    whole, of_whole = outputs_and_gradients(model, row)
     monkeypatch.setattr(pooling, "AT_ONCE", at_once * 3 * 32)
-    blocks, of_blocks = told(model, row)
+    blocks, of_blocks = outputs_and_gradients(model, row)
     torch.testing.assert_close(blocks["logit_AT"], whole["logit_AT"])
     torch.testing.assert_close(of_blocks, of_whole)
