@@ -174,7 +174,7 @@ class ObjectiveConfig:
 class TrainConfig:
     """One training run.
 
-    num_workers: Ray workers, each on its own CPUs or GPU; of a search, those of each trial.
+    num_workers: Ray workers, each on its own CPUs or GPU; in fine-tuning, those of each trial.
     zero_stage: DeepSpeed ZeRO stage: 0 shares nothing between workers, 1 the optimiser's state, 2 gradients too, 3
         weights too.
     precision: "fp32", or "bf16" for bf16 arithmetic with float32 parameters.

@@ -44,7 +44,7 @@ from hymate.storage.paths import Location, locate, readable, require_folder, wri
 class EvaluateConfig:
     """`python -m hymate.evaluate`'s configuration.
 
-    bundle: a risk bundle, or the folder of a search.
+    bundle: a risk bundle, or the run folder of finetune/tune.py.
     out: folder of the report.
     split: "all" or one of the dataset's splits.
     recalibrate: fraction of the patients that recalibrate the model and choose its thresholds; the others are scored.

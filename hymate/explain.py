@@ -59,7 +59,7 @@ VERDICT = {
 class ExplainConfig:
     """`python -m hymate.explain`'s configuration.
 
-    bundle: a risk bundle, or the folder of a search.
+    bundle: a risk bundle, or the run folder of finetune/tune.py.
     out: folder of the explanation; its patients/ holds patient data.
     split: "all" or one of the dataset's splits.
     subjects: ids of the subjects to show; without any, those at the highest risk.

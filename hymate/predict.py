@@ -40,7 +40,7 @@ from hymate.storage.paths import locate, require_file, require_folder
 class PredictConfig:
     """`python -m hymate.predict`'s configuration.
 
-    bundle: a risk bundle, or the folder of a search.
+    bundle: a risk bundle, or the run folder of finetune/tune.py.
     out: Parquet file of the predictions; or a folder that gets one for each part of the dataset.
     split: "all" or one of the dataset's splits.
     context: the events read before a prediction time: "bundle" (as many as in fine-tuning) or "all".

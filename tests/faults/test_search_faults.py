@@ -120,7 +120,7 @@ def test_a_search_is_killed(
     assert what_was_found(folder) == expected
     happens = "it goes on from the trials' last evaluations"
     workers = "" if num_workers == 1 else f", {num_workers} workers a trial"
-    table.append((f"`kill -9` of {victim} of a search{workers}", happens, f"below {EVAL_EVERY} a trial", seconds))
+    table.append((f"`kill -9` of {victim} while trials run{workers}", happens, f"below {EVAL_EVERY} a trial", seconds))
 
 
 def test_the_disk_is_full_while_a_search_saves(
