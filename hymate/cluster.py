@@ -19,14 +19,16 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import hymate
 from hymate import ending
 from hymate.config import TrainConfig
-from hymate.device import Wanted, num_gpus
 from hymate.errors import UserError, first_line
 from hymate.machine import available_cpus
+
+if TYPE_CHECKING:
+    from hymate.device import Wanted
 
 PACKAGE = Path(hymate.__file__).resolve().parent
 MOST_RETRIES = 3  # of a shard whose process or machine was lost
@@ -135,6 +137,8 @@ def ray_session(cpus_per_worker: int, num_workers: int = 1, device: Wanted = "cp
                 if missing := _missing(_needed(cpus_per_worker, num_workers, device), ray.cluster_resources()):
                     print(f"waiting for machines: {missing}")  # Ray waits for them to join
             else:
+                from hymate.device import num_gpus  # late: PyTorch takes a second, and preparing needs none of it
+
                 ray.init(
                     address="local",
                     num_cpus=available_cpus(),

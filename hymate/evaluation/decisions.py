@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import norm
+from scipy.special import ndtri
 
 from hymate.evaluation import calibration, metrics
 
@@ -31,7 +31,7 @@ THRESHOLDS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
 GRID = tuple(percent / 100 for percent in range(1, 100))
 FEWEST_EFFECTIVE = 20  # effective patients: of fewer the likeness of a patient's labels is not known well enough
 FEWEST_EACH = 5  # patients with the outcome, and without it, on whom a verdict may rest
-HELPS = float(norm.ppf(0.7))  # by how many errors a useful model must help at the prevalence
+HELPS = float(ndtri(0.7))  # by how many errors a useful model must help at the prevalence
 
 
 # --------------------------------------------------------------------------------------------------- decisions
@@ -186,7 +186,7 @@ def group_z(groups: int) -> float:
     """How many errors a group must be off to be accused, so that of reports on as many groups that are all right at
     most one in twenty accuses any (Bonferroni's correction).
     """
-    return float(norm.ppf(1 - 0.025 / groups))
+    return float(ndtri(1 - 0.025 / groups))
 
 
 def group_scores(

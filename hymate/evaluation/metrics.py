@@ -23,13 +23,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import norm, t
+from scipy.special import ndtr, ndtri, stdtrit  # scipy.stats takes half a second to import
 
 Array = NDArray[Any]
 AREAS = ("auroc", "auprc")
 # what tables show of `scores`, and their headings; estimates have intervals
 SHOWN = {"auroc": "AUROC [95 % CI]", "auprc": "AUPRC [95 % CI]", "brier": "Brier", "ece": "ECE"}
-Z = float(norm.ppf(0.975))
+Z = float(ndtri(0.975))
 LEVEL_OF_BOTH = 0.975  # of each area's interval, where a verdict asks whether either differs
 ELEMENTS_AT_ONCE = 2_000_000  # of the (B, N) weights: bounds the bootstrap's memory to some 100 MB
 
@@ -190,8 +190,8 @@ def widened(level: float, label_N: ArrayLike, subject_N: ArrayLike) -> float:
     patients = min(len(np.unique(subject_N[of_class])) for of_class in (label_N > 0.5, label_N < 0.5))
     if patients < 2:
         return 1.0
-    quantile = t.ppf((1 + level) / 2, patients - 1) * np.sqrt(patients / (patients - 1))
-    return float(2 * norm.cdf(quantile) - 1)
+    quantile = stdtrit(patients - 1, (1 + level) / 2) * np.sqrt(patients / (patients - 1))
+    return float(2 * ndtr(quantile) - 1)
 
 
 def estimates(

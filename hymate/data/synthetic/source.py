@@ -38,7 +38,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from sklearn.metrics import average_precision_score, roc_auc_score
 
 from hymate import __version__
 from hymate.data.meds import SPLITS, SplitsConfig, codes_table, write_metadata, write_parquet
@@ -132,6 +131,8 @@ class SyntheticSource:
         return pa.table(columns)
 
     def _ceiling(self, discharges: pa.Table) -> dict[str, Any]:
+        from sklearn.metrics import average_precision_score, roc_auc_score  # late: a second that other sources save
+
         label_N, probability_N = discharges["label"].to_numpy(), discharges["probability"].to_numpy()
         subject_N, split_N = discharges["subject_id"].to_numpy(), discharges["split"].to_numpy()
         farthest = self.config.driver_distance
