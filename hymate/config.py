@@ -62,6 +62,8 @@ class ModelConfig:
         (a network of the value and one of the time, the paper's).
     layers: one letter a block: M a Mamba mixer, A self-attention, G a gated recurrent unit (e.g. "MMMA").
     mixer: "mamba2" (Dao & Gu 2024) or "mamba1" (Gu & Dao 2023, the paper's).
+    time_aware_scan: how much a Mamba mixer forgets between two events also depends on the hours between them, at rates
+        that it learns.
     causal: attention sees only an event's past.
     bidirectional: each M block reads its history in both directions, and attention, too, sees what comes later.
     d_state: numbers of a Mamba state for each channel.
@@ -86,6 +88,7 @@ class ModelConfig:
     embedding: Literal["modulated", "plain"] = "modulated"
     layers: str = "MMMA"
     mixer: Literal["mamba1", "mamba2"] = "mamba2"
+    time_aware_scan: bool = False
     causal: bool = True
     bidirectional: bool = False
     d_state: int = 32
@@ -185,7 +188,7 @@ class TrainConfig:
     learning_rate: the highest, after the warm-up.
     min_lr_fraction: learning rate at max_steps as a fraction of the highest, also where a run goes on with another
         max_steps.
-    weight_decay: AdamW's; norms, embeddings, `A_log`, `D` and `dt_bias` are never decayed.
+    weight_decay: AdamW's; norms, embeddings, `A_log`, `D`, `dt_bias` and `time_weight` are never decayed.
     beta1: AdamW's.
     beta2: AdamW's.
     clip_norm: largest norm of the gradient; a larger one is scaled down to it.

@@ -49,7 +49,7 @@ from hymate import ending
 from hymate.config import Place, RunConfig
 from hymate.errors import ConfigError, UserError
 from hymate.storage.paths import Location, UrlPath, locate, write_text
-from hymate.trees import flattened, to_tree
+from hymate.trees import build, flattened, to_tree
 
 RECORD, CLAIM = "run.json", "claim.json"
 FORMAT = 2  # of the run folder
@@ -149,8 +149,14 @@ def finished_outcome(run: Location, config: Any) -> dict[str, Any] | None:
 
 
 def _differing(record: Mapping[str, Any], config: Any) -> dict[str, tuple[Any, Any]]:
-    """Each key whose value in the record is not that of the configuration, with both values."""
-    old, new = flattened(record["config"]), flattened(to_tree(config))
+    """Each key whose value in the record is not that of the configuration, with both values.
+
+    A key that is newer than the record had its default in that run.
+    """
+    old, new = record["config"], flattened(to_tree(config))
+    with contextlib.suppress(ConfigError):
+        old = to_tree(build(type(config), old))
+    old = flattened(old)
     both = {key: (old.get(key), new.get(key)) for key in old.keys() | new.keys()}
     return {key: values for key, values in both.items() if values[0] != values[1]}
 

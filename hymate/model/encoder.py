@@ -47,23 +47,25 @@ class MambaBlockMixer(nn.Module):
 
     def forward(self, x_LD: Tensor, batch: Batch) -> Tensor:
         """(L, D) -> (L, D), each segment by itself."""
-        segment_L = batch.segment_L
-        y_LD = self.forwards(x_LD[None], segment_L[None])[0]
+        gap_hours_1L, segment_1L = batch.gap_hours_L[None], batch.segment_L[None]
+        y_LD = self.forwards(x_LD[None], gap_hours_1L, segment_1L)[0]
         if self.backwards is not None:
-            y_LD = y_LD + self.backwards(x_LD[None], segment_L[None], reverse=True)[0]
+            ahead_hours_1L = F.pad(gap_hours_1L[:, 1:], (0, 1))  # a segment's first gap is 0, so its last is, too
+            y_LD = y_LD + self.backwards(x_LD[None], ahead_hours_1L, segment_1L, reverse=True)[0]
         return y_LD
 
-    def carry(self, x_LD: Tensor, state: BlockState | None) -> tuple[Tensor, BlockState]:
+    def carry(self, x_LD: Tensor, batch: Batch, state: BlockState | None) -> tuple[Tensor, BlockState]:
         """One history's next events (L, D) -> (L, D), and what they leave to those after them."""
         assert self.backwards is None, "a backward mixer would need the events to come"
-        y_BLD, (conv, scan) = self.forwards.carry(x_LD[None], state)
+        y_BLD, (conv, scan) = self.forwards.carry(x_LD[None], batch.gap_hours_L[None], state)
         return y_BLD[0], (conv.clone(), scan)  # a view would keep all of this chunk's inputs
 
 
 def _mamba(c: ModelConfig) -> Mamba1Mixer | Mamba2Mixer:
     if c.mixer == "mamba1":
-        return Mamba1Mixer(c.d_model, c.d_state, c.d_conv, c.expand)
-    return Mamba2Mixer(c.d_model, c.d_state, c.d_conv, c.expand, headdim=c.headdim, chunk_size=c.chunk_size)
+        return Mamba1Mixer(c.d_model, c.d_state, c.d_conv, c.expand, time_aware=c.time_aware_scan)
+    widths = (c.d_model, c.d_state, c.d_conv, c.expand)
+    return Mamba2Mixer(*widths, headdim=c.headdim, chunk_size=c.chunk_size, time_aware=c.time_aware_scan)
 
 
 class SelfAttention(nn.Module):
@@ -84,7 +86,7 @@ class SelfAttention(nn.Module):
         )
         return self.out(y_LHE.flatten(1))
 
-    def carry(self, x_LD: Tensor, state: BlockState | None) -> tuple[Tensor, BlockState]:
+    def carry(self, x_LD: Tensor, batch: Batch, state: BlockState | None) -> tuple[Tensor, BlockState]:
         """One history's next events (L, D) -> (L, D), and what they leave to those after them."""
         assert self.window is not None and self.causal, "without a window the state would grow"
         q, k, v = self.qkv(x_LD).unflatten(-1, (3, self.num_heads, -1)).unbind(dim=1)
@@ -111,7 +113,7 @@ class GRU(nn.Module):
         place_L = torch.arange(len(x_LD), device=x_LD.device) - batch.bounds[segment_L]
         return self.out(self.gru(padded_SLD)[0][segment_L, place_L])
 
-    def carry(self, x_LD: Tensor, state: BlockState | None) -> tuple[Tensor, BlockState]:
+    def carry(self, x_LD: Tensor, batch: Batch, state: BlockState | None) -> tuple[Tensor, BlockState]:
         """One history's next events (L, D) -> (L, D), and what they leave to those after them."""
         y_BLD, h_1BD = self.gru(x_LD[None], state[0] if state else None)
         return self.out(y_BLD[0]), (h_1BD, h_1BD.new_empty(0))
@@ -172,9 +174,9 @@ class Block(nn.Module):
         x_LD = self.add(x_LD, self.mixer(self.mixer_norm(x_LD), batch))
         return x_LD if self.mlp is None else self.add(x_LD, self.mlp(self.mlp_norm(x_LD)))
 
-    def carry(self, x_LD: Tensor, state: BlockState | None) -> tuple[Tensor, BlockState]:
+    def carry(self, x_LD: Tensor, batch: Batch, state: BlockState | None) -> tuple[Tensor, BlockState]:
         """One history's next events (L, D) -> (L, D), without dropout, and what they leave to those after them."""
-        mixed_LD, state = self.mixer.carry(self.mixer_norm(x_LD), state)
+        mixed_LD, state = self.mixer.carry(self.mixer_norm(x_LD), batch, state)
         x_LD = x_LD + mixed_LD
         return x_LD if self.mlp is None else x_LD + self.mlp(self.mlp_norm(x_LD)), state
 
@@ -217,7 +219,7 @@ class HyMaTE(nn.Module):
         h_LD, carried = self._embed(batch), []
         for number, block in enumerate(self.blocks):
             assert isinstance(block, Block)
-            h_LD, state = block.carry(h_LD, states[number] if states else None)
+            h_LD, state = block.carry(h_LD, batch, states[number] if states else None)
             carried.append(state)
         return self.norm(h_LD), tuple(carried)
 
@@ -367,13 +369,15 @@ def load_pretrained(model: RiskModel, state: Mapping[str, Tensor]) -> None:
 
 
 def decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """AdamW groups: matrices decay; biases, norms, embeddings and the scan's A_log, D and dt_bias never do."""
+    """AdamW groups: matrices decay; biases, norms, embeddings and the scan's own weights (A_log, D, dt_bias,
+    time_weight) never do.
+    """
     embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
     decayed: list[nn.Parameter] = []
     kept: list[nn.Parameter] = []
     for name, p in module.named_parameters():
         if p.requires_grad:
-            plain = p.ndim < 2 or id(p) in embeddings or name.endswith(("A_log", "bias"))
+            plain = p.ndim < 2 or id(p) in embeddings or name.endswith(("A_log", "bias", "time_weight"))
             (kept if plain else decayed).append(p)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
     return [g for g in groups if g["params"]]

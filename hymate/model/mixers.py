@@ -1,4 +1,5 @@
 """The two Mamba mixers, with the keywords, parameter names and shapes of `mamba_ssm`: its checkpoints fit, both ways.
+`time_aware` and its `time_weight` are ours.
 
 Shape legend: B batch rows, L events, D d_model.
 """
@@ -6,9 +7,12 @@ Shape legend: B batch rows, L events, D d_model.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from hymate import ops
 
@@ -17,8 +21,73 @@ from hymate import ops
 # nothing.
 BlockState = tuple[Tensor, Tensor]
 
+SCALES_HOURS = (1.0, 24.0, 720.0)  # an hour, a day, a month: between them steps may grow at different rates
 
-class Mamba2Mixer(nn.Module):
+
+class MambaMixer(nn.Module, ABC):
+    """What both have in common.
+
+    Where they are `time_aware`, the step of an event also depends on the hours since the event before:
+    dt = softplus(x W + b + f(hours)), for each head (Mamba-1: channel). f is a sum of `time_weight` times log(1 + hours
+    / scale) over SCALES_HOURS, so that a small step is a power of the hours. f(0) is 0, and so are all weights at first
+    and where a checkpoint has none: then steps are as without.
+    """
+
+    time_weight: nn.Parameter | None
+
+    def forward(
+        self,
+        u_BLD: Tensor,
+        gap_hours_BL: Tensor | None = None,
+        segment_BL: Tensor | None = None,
+        *,
+        reverse: bool = False,
+    ) -> Tensor:
+        """(B, L, D) -> (B, L, D).
+
+        gap_hours_BL: hours since the event that is read before each, 0 at a patient's first; needed where `time_aware`.
+        segment_BL: int32 patient index of each event, None for one patient a row.
+        reverse: every patient's history is read from its end to its start.
+        """
+        return self._mix(u_BLD, gap_hours_BL, None, segment_BL, reverse)[0]
+
+    def carry(self, u_BLD: Tensor, gap_hours_BL: Tensor | None, state: BlockState | None) -> tuple[Tensor, BlockState]:
+        """`forward` of one patient a row after the events that left `state`, and the state that these leave."""
+        return self._mix(u_BLD, gap_hours_BL, state, None, False)
+
+    @abstractmethod
+    def _mix(
+        self,
+        u_BLD: Tensor,
+        gap_hours_BL: Tensor | None,
+        state: BlockState | None,
+        segment_BL: Tensor | None,
+        reverse: bool,
+    ) -> tuple[Tensor, BlockState]: ...
+
+    def _init_time(self, time_aware: bool, num_steps: int) -> None:
+        """num_steps: of an event, one for each head or channel."""
+        self.time_weight = nn.Parameter(torch.zeros(num_steps, len(SCALES_HOURS))) if time_aware else None
+        self.register_load_state_dict_pre_hook(_without_time)
+
+    def _time(self, gap_hours_BL: Tensor | None) -> Tensor | None:
+        """f(hours) of each step (B, L, steps); at least float32, as all that the scan's decay is made of."""
+        if self.time_weight is None:
+            return None
+        assert gap_hours_BL is not None, "the steps of a time-aware scan depend on the hours between events"
+        with torch.autocast(gap_hours_BL.device.type, enabled=False):
+            logs_BLK = torch.stack([(gap_hours_BL / hours).log1p() for hours in SCALES_HOURS], dim=-1)
+            return F.linear(logs_BLK.to(self.time_weight.dtype), self.time_weight)
+
+
+def _without_time(mixer: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Weights from before a scan was time-aware leave its steps as they were."""
+    assert isinstance(mixer, MambaMixer)
+    if mixer.time_weight is not None:
+        state.setdefault(f"{prefix}time_weight", torch.zeros_like(mixer.time_weight))
+
+
+class Mamba2Mixer(MambaMixer):
     """Mamba-2 (Dao & Gu 2024, arXiv 2405.21060) with `mamba_ssm.Mamba2`'s keywords, parameter names and shapes."""
 
     def __init__(
@@ -36,6 +105,7 @@ class Mamba2Mixer(nn.Module):
         bias: bool = False,
         conv_bias: bool = True,
         chunk_size: int = 64,
+        time_aware: bool = False,
     ) -> None:
         super().__init__()
         self.d_model, self.d_state, self.headdim, self.ngroups = d_model, d_state, headdim, ngroups
@@ -50,20 +120,15 @@ class Mamba2Mixer(nn.Module):
         self.D = nn.Parameter(torch.ones(self.nheads))
         self.norm = nn.RMSNorm(self.d_inner, eps=1e-5)  # over each group, of what z gates
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias)
-
-    def forward(self, u_BLD: Tensor, segment_BL: Tensor | None = None, *, reverse: bool = False) -> Tensor:
-        """(B, L, D) -> (B, L, D); segment_BL: int32 patient index of each event, None for one patient a row.
-
-        `reverse` reads every patient's history from its end to its start.
-        """
-        return self._mix(u_BLD, None, segment_BL, reverse)[0]
-
-    def carry(self, u_BLD: Tensor, state: BlockState | None) -> tuple[Tensor, BlockState]:
-        """`forward` of one patient a row after the events that left `state`, and the state that these leave."""
-        return self._mix(u_BLD, state, None, False)
+        self._init_time(time_aware, self.nheads)
 
     def _mix(
-        self, u_BLD: Tensor, state: BlockState | None, segment_BL: Tensor | None, reverse: bool
+        self,
+        u_BLD: Tensor,
+        gap_hours_BL: Tensor | None,
+        state: BlockState | None,
+        segment_BL: Tensor | None,
+        reverse: bool,
     ) -> tuple[Tensor, BlockState]:
         y_BLD, state = ops.mamba2(
             self.in_proj(u_BLD),
@@ -75,6 +140,7 @@ class Mamba2Mixer(nn.Module):
             self.norm.weight,
             groups=self.ngroups,
             chunk_size=self.chunk_size,
+            time_BLH=self._time(gap_hours_BL),
             segment_BL=segment_BL,
             state=state,
             reverse=reverse,
@@ -82,7 +148,7 @@ class Mamba2Mixer(nn.Module):
         return self.out_proj(y_BLD), state
 
 
-class Mamba1Mixer(nn.Module):
+class Mamba1Mixer(MambaMixer):
     """Mamba (Gu & Dao 2023, arXiv 2312.00752) with `mamba_ssm.Mamba`'s keywords, parameter names and shapes."""
 
     def __init__(
@@ -97,6 +163,7 @@ class Mamba1Mixer(nn.Module):
         dt_init_floor: float = 1e-4,
         conv_bias: bool = True,
         bias: bool = False,
+        time_aware: bool = False,
     ) -> None:
         super().__init__()
         self.d_inner, self.d_state = expand * d_model, d_state
@@ -114,20 +181,15 @@ class Mamba1Mixer(nn.Module):
         self.A_log = nn.Parameter(A.log())
         self.D = nn.Parameter(torch.ones(self.d_inner))
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias)
-
-    def forward(self, u_BLD: Tensor, segment_BL: Tensor | None = None, *, reverse: bool = False) -> Tensor:
-        """(B, L, D) -> (B, L, D); segment_BL: int32 patient index of each event, None for one patient a row.
-
-        `reverse` reads every patient's history from its end to its start.
-        """
-        return self._mix(u_BLD, None, segment_BL, reverse)[0]
-
-    def carry(self, u_BLD: Tensor, state: BlockState | None) -> tuple[Tensor, BlockState]:
-        """`forward` of one patient a row after the events that left `state`, and the state that these leave."""
-        return self._mix(u_BLD, state, None, False)
+        self._init_time(time_aware, self.d_inner)
 
     def _mix(
-        self, u_BLD: Tensor, state: BlockState | None, segment_BL: Tensor | None, reverse: bool
+        self,
+        u_BLD: Tensor,
+        gap_hours_BL: Tensor | None,
+        state: BlockState | None,
+        segment_BL: Tensor | None,
+        reverse: bool,
     ) -> tuple[Tensor, BlockState]:
         y_BLD, state = ops.mamba1(
             self.in_proj(u_BLD),
@@ -138,6 +200,7 @@ class Mamba1Mixer(nn.Module):
             self.dt_proj.bias,
             -self.A_log.float().exp(),
             self.D,
+            time_BLD=self._time(gap_hours_BL),
             segment_BL=segment_BL,
             state=state,
             reverse=reverse,

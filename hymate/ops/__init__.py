@@ -94,6 +94,7 @@ def mamba2(
     groups: int = 1,
     eps: float = 1e-5,
     chunk_size: int = 64,
+    time_BLH: Tensor | None = None,
     segment_BL: Tensor | None = None,
     state: State | None = None,
     reverse: bool = False,
@@ -101,8 +102,8 @@ def mamba2(
     """What lies between the two projections of a Mamba-2 mixer (arXiv 2405.21060): (B, L, D) and the state after it.
 
     The columns of zxbcdt are z (D), x (D), B and C (G N each), dt (H). Depthwise causal convolution and SiLU of x, B
-    and C (X = D + 2 G N); dt = softplus(dt + bias); per head h = exp(dt A) h + dt x B, y = h C + D x; root-mean-square
-    norm of y silu(z) over each group. A is negative.
+    and C (X = D + 2 G N); dt = softplus(dt + bias + time), where None is 0; per head h = exp(dt A) h + dt x B,
+    y = h C + D x; root-mean-square norm of y silu(z) over each group. A is negative.
 
     The state, (B, X, K-1) and (B, H, P, N), enters the first segment that is processed and comes from the last.
     `reverse` runs every row from its end to its start.
@@ -118,6 +119,7 @@ def mamba2(
         groups=groups,
         eps=eps,
         chunk_size=chunk_size,
+        time_BLH=time_BLH,
         segment_BL=segment_BL,
         state=state,
         reverse=reverse,
@@ -134,6 +136,7 @@ def mamba1(
     A_DN: Tensor,
     D_D: Tensor,
     *,
+    time_BLD: Tensor | None = None,
     segment_BL: Tensor | None = None,
     state: State | None = None,
     reverse: bool = False,
@@ -141,7 +144,8 @@ def mamba1(
     """What lies between the two projections of a Mamba mixer (arXiv 2312.00752): (B, L, D) and the state after it.
 
     The columns of xz are x and z (D each). Depthwise causal convolution and SiLU of x; its projection (S = R + 2 N)
-    gives dt, B and C; dt = softplus(dt's projection + bias); h = exp(dt A) h + dt x B, y = h C + D x; y silu(z).
+    gives dt, B and C; dt = softplus(dt's projection + bias + time), where None is 0; h = exp(dt A) h + dt x B,
+    y = h C + D x; y silu(z).
 
     The state is (B, D, K-1) and (B, D, N); otherwise as `mamba2`.
     """
@@ -154,6 +158,7 @@ def mamba1(
         dt_bias_D,
         A_DN,
         D_D,
+        time_BLD=time_BLD,
         segment_BL=segment_BL,
         state=state,
         reverse=reverse,

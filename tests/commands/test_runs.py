@@ -121,6 +121,15 @@ def test_a_run_of_another_version_is_refused_in_a_line(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
 
 
+def test_a_key_that_is_newer_than_a_run_had_its_default_there(tmp_path: Path) -> None:
+    record = attempt(tmp_path, KeyboardInterrupt())
+    del record["config"]["dir"]  # "runs", as by default
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    check_same_run(tmp_path, CONFIG, INPUTS, set())
+    with pytest.raises(ConfigError, match="dir was runs, now elsewhere"):
+        check_same_run(tmp_path, RunConfig(name="one", dir="elsewhere"), INPUTS, set())
+
+
 def repeated(run: Path, config: PretrainConfig | TuneConfig, command: str, *overrides: str) -> Any:
     with claimed(run, command, config, INPUTS):
         pass

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_cohort import CODES, a_history
-from small_models import PAPER, SMALL, vocabulary_of
+from small_models import PAPER, SMALL, timed, vocabulary_of
 
 from hymate import ops
 from hymate.config import ModelConfig
@@ -39,6 +39,8 @@ CONFIGS = {
     "attention to one event": replace(MODEL, layers="AM", window=1),
     "window above the history": replace(MODEL, window=512),
     "recurrent": replace(MODEL, layers="GA"),
+    "timed": replace(MODEL, time_aware_scan=True),
+    "mamba1, timed": replace(MODEL, mixer="mamba1", time_aware_scan=True),
     "mean": replace(MODEL, pooling="mean"),
     "last": replace(MODEL, pooling="last"),
     "variables": replace(MODEL, pooling="variables", num_queries=2),
@@ -56,7 +58,8 @@ def vocabulary(small_data: Path) -> Vocabulary:
 
 def model_of(config: ModelConfig, vocabulary: Vocabulary, dtype: torch.dtype = torch.float64) -> RiskModel:
     torch.manual_seed(0)
-    return RiskModel(config, vocabulary.size, ["readmission", "length_of_stay"], ["length_of_stay"]).to(dtype).eval()
+    model = RiskModel(config, vocabulary.size, ["readmission", "length_of_stay"], ["length_of_stay"])
+    return timed(model).to(dtype).eval()
 
 
 def outputs(streaming: StreamingModel, state: PatientState, history: History, prediction_time_us: int) -> list[float]:

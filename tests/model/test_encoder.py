@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 import torch
-from rows import in_double, random_row, segment_of
-from small_models import KINDS
+from rows import in_double, joined, random_row, segment_of
+from small_models import KINDS, timed
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -15,7 +16,8 @@ from hymate.command import load
 from hymate.config import ObjectiveConfig
 from hymate.errors import UserError
 from hymate.model.batch import Batch, Variables
-from hymate.model.encoder import HyMaTE, Mamba1Mixer, Mamba2Mixer, RiskModel, decay_groups, load_pretrained
+from hymate.model.encoder import HyMaTE, MambaBlockMixer, RiskModel, decay_groups, load_pretrained
+from hymate.model.mixers import Mamba1Mixer, Mamba2Mixer
 from hymate.model.objectives import mean_loss
 from hymate.model.pooling import FusionPooling, VariablePooling
 from hymate.model.pretrain_model import PretrainModel
@@ -28,7 +30,7 @@ LENGTHS = (7, 1, 23, 40)
 
 def risk_model(name: str) -> RiskModel:
     torch.manual_seed(0)
-    return RiskModel(KINDS[name], VOCAB, ["readmission"]).double()
+    return timed(RiskModel(KINDS[name], VOCAB, ["readmission"])).double()
 
 
 def logits(model: RiskModel, row: Batch) -> Tensor:
@@ -212,13 +214,47 @@ def test_mixers_hold_the_parameter_names_and_shapes_of_mamba_ssm() -> None:
     }
 
 
+@pytest.mark.parametrize("kind", [Mamba1Mixer, Mamba2Mixer])
+def test_steps_are_as_much_longer_as_the_hours_say(kind: type[Mamba1Mixer] | type[Mamba2Mixer]) -> None:
+    """Events g hours apart, all: as a scan that knows no hours and has f(g) in its bias."""
+    torch.manual_seed(0)
+    timeless, aware = kind(32, d_state=4).double(), kind(32, d_state=4, time_aware=True).double()
+    aware.load_state_dict(timeless.state_dict())
+    u_BLD = torch.randn(2, 9, 32, dtype=torch.float64)
+    hours = torch.full((2, 9), 30.0, dtype=torch.float64)
+    torch.testing.assert_close(aware(u_BLD, hours), timeless(u_BLD))  # weights without hours leave the steps alone
+    timed(aware)
+    assert aware.time_weight is not None
+    with torch.no_grad():
+        bias = timeless.dt_bias if isinstance(timeless, Mamba2Mixer) else timeless.dt_proj.bias
+        bias += aware.time_weight @ torch.tensor([31.0, 30 / 24 + 1, 30 / 720 + 1], dtype=torch.float64).log()
+    torch.testing.assert_close(aware(u_BLD, hours), timeless(u_BLD))
+    assert not torch.allclose(aware(u_BLD, 2 * hours), timeless(u_BLD))
+
+
+@pytest.mark.parametrize("mixer", ["mamba1", "mamba2"])
+def test_a_time_aware_scan_of_both_directions_is_the_same_from_either_end(mixer: Literal["mamba1", "mamba2"]) -> None:
+    """Of the same weights: back in time, the hours are those to the event after."""
+    torch.manual_seed(0)
+    config = replace(KINDS["timed"], mixer=mixer, bidirectional=True, d_state=4)
+    both = timed(MambaBlockMixer(config)).double()
+    assert both.backwards is not None
+    both.backwards.load_state_dict(both.forwards.state_dict())
+    row = in_double(random_row((9, 14), vocab_size=VOCAB))
+    turned = [segment_of(row, s) for s in (1, 0)]
+    for each in turned:
+        each.gap_hours_L = torch.cat([each.gap_hours_L[:1], each.gap_hours_L[1:].flip(0)])
+    x_LD = torch.randn(23, config.d_model, dtype=torch.float64)
+    torch.testing.assert_close(both(x_LD.flip(0), joined(turned)).flip(0), both(x_LD, row))
+
+
 def test_scan_parameters_norms_and_embeddings_never_decay() -> None:
-    model = risk_model("mamba1")
+    model = risk_model("timed")
     names = {id(p): n for n, p in model.named_parameters()}
     decayed = {names[id(p)] for g in decay_groups(model, 0.1) if g["weight_decay"] for p in g["params"]}
     kept = set(names.values()) - decayed
     assert all(n.endswith("weight") for n in decayed)
-    assert {n for n in names.values() if n.endswith(("A_log", ".D", "bias"))} <= kept
+    assert {n for n in names.values() if n.endswith(("A_log", ".D", "bias", "time_weight"))} <= kept
     assert {n for n in names.values() if "norm" in n or "embedding.code" in n} <= kept
 
 

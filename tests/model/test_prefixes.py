@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rows import answered_alone, answered_at, in_double, joined, random_row
-from small_models import KINDS, PAPER
+from small_models import KINDS, PAPER, timed
 from torch import Tensor
 
 from hymate.config import ModelConfig
@@ -29,7 +29,7 @@ CAUSAL["three of attention"] = replace(CAUSAL["paper, with a past"], members=3)
 
 def model_of(config: ModelConfig) -> RiskModel:
     torch.manual_seed(0)
-    model = RiskModel(config, VOCAB, TASKS, in_days=["length_of_stay"]).double().eval()
+    model = timed(RiskModel(config, VOCAB, TASKS, in_days=["length_of_stay"])).double().eval()
     with torch.no_grad():  # what starts at zero would hide what it multiplies
         for parameter in model.pooling.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))

@@ -26,6 +26,7 @@ from kernel_standins import standing_in
 from mixer_cases import FEW, MIXERS, TOLERANCE, Case, assert_all_close, cases, errors, outputs_and_gradients, problem
 from processes import MODEL, VOCAB
 from rows import random_row, segment_of
+from small_models import timed
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -108,13 +109,13 @@ def test_a_gradient_of_mamba1s_last_state_is_refused() -> None:
 def test_a_history_in_parts_equals_the_history_in_one(mixer: type[Mamba1Mixer] | type[Mamba2Mixer]) -> None:
     """Also where a part is one event, and where one is shorter than the convolution."""
     torch.manual_seed(0)
-    module, u_BLD = mixer(32, d_state=8), torch.randn(1, 40, 32)
+    module, u_BLD, hours_BL = timed(mixer(32, d_state=8, time_aware=True)), torch.randn(1, 40, 32), torch.rand(1, 40)
     with torch.no_grad():
-        whole = module(u_BLD)
+        whole = module(u_BLD, hours_BL)
         with standing_in(), ops.forced("fused"):
             state, parts = None, []
-            for part in u_BLD.split([20, 1, 2, 17], dim=1):
-                y, state = module.carry(part, state)
+            for part in zip(*(x.split([20, 1, 2, 17], dim=1) for x in (u_BLD, hours_BL)), strict=True):
+                y, state = module.carry(*part, state)
                 parts.append(y)
                 assert all(each.untyped_storage().nbytes() == each.nbytes for each in state), "a state keeps no row"
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-4, atol=1e-5)

@@ -32,6 +32,7 @@ class Case:
     chunk_size: int = 16
     reverse: bool = False
     carried: bool = False
+    timed: bool = False
     seed: int = 0
 
     @property
@@ -47,6 +48,7 @@ FEW = {
     "reversed": replace(_SMALL, reverse=True),
     "carried": replace(_SMALL, carried=True, lengths=(40,)),
     "carried, packed": replace(_SMALL, carried=True),
+    "timed": replace(_SMALL, carried=True, timed=True),
     "one event": replace(_SMALL, lengths=(1,)),
     "wide states": replace(_SMALL, carried=True, d_state=200),  # above 128 mamba_ssm's kernels take them in parts
     "groups, rows, odd widths": replace(_SMALL, rows=2, heads=4, groups=2, headdim=5, d_state=9, chunk_size=10),
@@ -67,13 +69,14 @@ def cases(draw: st.DrawFn) -> Case:
         chunk_size=draw(st.sampled_from([2, 16, 40, 256])),
         reverse=draw(st.booleans()),
         carried=draw(st.booleans()),
+        timed=draw(st.booleans()),
         seed=draw(st.integers(0, 2**31)),
     )
 
 
 def problem(name: str, case: Case) -> tuple[list[Tensor], Function]:
-    """Inputs in float64, the packed events first and the carried states last, and the operator as a function of them:
-    y, the convolution's last inputs, the scan's last state."""
+    """Inputs in float64, the packed events first, then weights, what the hours add to the steps and the carried states,
+    and the operator as a function of them: y, the convolution's last inputs, the scan's last state."""
     g = torch.Generator().manual_seed(case.seed)
 
     def normal(*shape: int) -> Tensor:
@@ -85,20 +88,23 @@ def problem(name: str, case: Case) -> tuple[list[Tensor], Function]:
         X = D + 2 * case.groups * N
         inputs = [normal(B, L, D + X + H), normal(X, K), normal(X), normal(H), -normal(H).exp(), normal(H), normal(D)]
         states = [normal(B, X, K - 1), normal(B, H, case.headdim, N)]
-        options = {"groups": case.groups, "chunk_size": case.chunk_size}
+        steps, options = H, {"groups": case.groups, "chunk_size": case.chunk_size}
     else:
         inputs = [normal(B, L, 2 * D), normal(D, K), normal(D), normal(R + 2 * N, D) / D**0.5, normal(D, R), normal(D)]
         inputs += [-normal(D, N).exp(), normal(D)]
         states = [normal(B, D, K - 1), normal(B, D, N)]
-        options = {}
+        steps, options = D, {}
 
     def function(x: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        *weights, conv, scan = x if case.carried else (*x, None, None)
-        state = None if conv is None else (conv, scan)
+        rest = list(x)
+        state = (rest.pop(-2), rest.pop()) if case.carried else None
+        time = {"time_BLH" if name == "mamba2" else "time_BLD": rest.pop()} if case.timed else {}
         segment_BL = case.segment_BL if len(case.lengths) > 1 else None
-        y, last = getattr(ops, name)(*weights, segment_BL=segment_BL, state=state, reverse=case.reverse, **options)
+        settings = {"segment_BL": segment_BL, "state": state, "reverse": case.reverse, **options, **time}
+        y, last = getattr(ops, name)(*rest, **settings)
         return y, *last
 
+    inputs += [normal(B, L, steps)] if case.timed else []
     return inputs + (states if case.carried else []), function
 
 

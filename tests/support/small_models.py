@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import torch
+from torch import nn
 
 from hymate.config import DataConfig, ModelConfig
 from hymate.data.statistics import NUM_KNOTS, VOCABULARY_SCHEMA
@@ -35,7 +36,18 @@ KINDS = {
     "variables": replace(_SHORT, pooling="variables", num_queries=3),
     "three of fusion": replace(_SHORT, members=3),
     "three of variables": replace(_SHORT, pooling="variables", members=3),
+    "timed": replace(_SHORT, layers="MM", time_aware_scan=True),
+    "timed, both ways": replace(_SHORT, mixer="mamba1", bidirectional=True, time_aware_scan=True),
 }
+T = TypeVar("T", bound=nn.Module)
+
+
+def timed(model: T) -> T:
+    """The same with steps that do depend on the hours: those of a new model's time-aware scans don't yet."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("time_weight"):
+            nn.init.normal_(parameter, std=0.5)
+    return model
 
 
 def small_vocabulary(num_codes: int = 5) -> Vocabulary:

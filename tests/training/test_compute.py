@@ -80,7 +80,7 @@ def test_bf16_is_for_the_products_alone(mixer: Literal["mamba1", "mamba2"]) -> N
     """Under autocast: projections and MLPs in bf16; the residual stream, norms, the scan's own weights, sums over
     histories and losses in float32.
     """
-    config = replace(KINDS[mixer], layers="MA", pooling="fusion")
+    config = replace(KINDS[mixer], layers="MA", pooling="fusion", time_aware_scan=True)
     model = RiskModel(config, VOCAB, ["mortality"])
     dtypes: dict[str, set[torch.dtype]] = {}
 
@@ -101,7 +101,7 @@ def test_bf16_is_for_the_products_alone(mixer: Literal["mamba1", "mamba2"]) -> N
 
     def scan(*args: Any, **kwargs: Any) -> Any:
         A = next(a for a in args if isinstance(a, Tensor) and a.numel() and bool((a < 0).all()))
-        scans.append(A.dtype)
+        scans.extend([A.dtype, *(kwargs[name].dtype for name in ("time_BLH", "time_BLD") if name in kwargs)])
         y, state = real(*args, **kwargs)
         scans.append(state[1].dtype)
         return y, state
@@ -111,7 +111,7 @@ def test_bf16_is_for_the_products_alone(mixer: Literal["mamba1", "mamba2"]) -> N
     loss.backward()
     assert dtypes["product"] == {torch.bfloat16}
     assert dtypes["norm"] == dtypes["residual"] == dtypes["patient"] == {torch.float32}
-    assert set(scans) == {torch.float32} and loss.dtype == torch.float32
+    assert scans == 3 * [torch.float32] and loss.dtype == torch.float32
     for name, parameter in model.named_parameters():
         assert parameter.dtype == torch.float32, name
         assert parameter.grad is None or parameter.grad.dtype == torch.float32, name

@@ -47,6 +47,11 @@ def _restore(gradients: tuple[Tensor, ...], inputs: tuple[Tensor, ...]) -> list[
     return [g.view(x.shape).to(x.dtype) for g, x in zip(gradients, inputs, strict=True)]
 
 
+def _later(raw_MX: Tensor, time_BLX: Tensor | None) -> Tensor:
+    """What the steps are made of, with what the hours add."""
+    return raw_MX if time_BLX is None else raw_MX + time_BLX.detach().flatten(0, 1).to(raw_MX.dtype)
+
+
 # ------------------------------------------------------------------------------------------------- units of work
 
 
@@ -171,6 +176,7 @@ class _Mamba2(torch.autograd.Function):
         norm_weight_D: Tensor,
         past_BXK1: Tensor,
         initial_BHPN: Tensor,
+        time_BLH: Tensor | None,
         segment_BL: Tensor | None,
         groups: int,
         eps: float,
@@ -192,7 +198,7 @@ class _Mamba2(torch.autograd.Function):
         spans, slots = _spans(starts, reverse, chunk)
         runs = _runs(heads, groups, len(spans))
         plan = dict(spans=spans, runs=runs, N=N, P=P, chunk=chunk, reverse=reverse)
-        dt = F.softplus(raw + dt_bias)
+        dt = F.softplus(_later(raw + dt_bias, time_BLH))
         decay = torch.exp(dt * A).masked_fill_(torch.from_numpy(starts).view(-1, 1), 0)
         x, B, C = xbc.split([D, groups * N, groups * N], dim=1)
         inputs = dict(x=x, B=B, C=C, dt=dt, decay=decay, D=skip, initial=initial)
@@ -241,7 +247,8 @@ class _Mamba2(torch.autograd.Function):
 
         dconv = ctx.convolution.backward(raw_xbc, dxbc, draw_xbc)
         gradients = (dzxbcdt, *dconv[:2], draw_dt.sum(0), dA.sum(0), dD.sum(0), dnorm.sum(0), dconv[2], dinitial)
-        return *_restore(gradients, originals), None, None, None, None, None, None
+        dtime = draw_dt.unflatten(0, dout_BLD.shape[:2]).clone() if ctx.needs_input_grad[9] else None
+        return *_restore(gradients, originals), dtime, None, None, None, None, None, None
 
 
 def mamba2(
@@ -256,6 +263,7 @@ def mamba2(
     groups: int,
     eps: float,
     chunk_size: int,
+    time_BLH: Tensor | None,
     segment_BL: Tensor | None,
     state: State | None,
     reverse: bool,
@@ -271,7 +279,9 @@ def mamba2(
     parameters = (conv_weight_XK, conv_bias_X, dt_bias_H, A_H, D_H, norm_weight_D)
     chunk = min(-(-chunk_size // ssd.TIME) * ssd.TIME, SSD_CHUNK)
     keep = torch.is_grad_enabled()
-    y, final = _Mamba2.apply(zxbcdt_BLE, *parameters, past, initial, segment_BL, groups, eps, chunk, reverse, keep)
+    y, final = _Mamba2.apply(
+        zxbcdt_BLE, *parameters, past, initial, time_BLH, segment_BL, groups, eps, chunk, reverse, keep
+    )
     return y, (_last_inputs(xbc_BLX, past, segment_BL, reverse), final)
 
 
@@ -294,6 +304,7 @@ class _Mamba1(torch.autograd.Function):
         D_D: Tensor,
         past_BDK1: Tensor,
         initial_BDN: Tensor,
+        time_BLD: Tensor | None,
         segment_BL: Tensor | None,
         reverse: bool,
         keep: bool,
@@ -307,7 +318,7 @@ class _Mamba1(torch.autograd.Function):
         x = convolution.forward(xz[:, :D])
         with torch.autocast("cpu", enabled=False):
             small = x @ x_weight.T
-            raw = small[:, : -2 * N] @ dt_weight.T
+            raw = _later(small[:, : -2 * N] @ dt_weight.T, time_BLD)
         starts = _starts(segment_BL, (batch, length), reverse)
         spans, slots = _spans(starts, reverse, SELECTIVE_CHUNK)
         blocks = _blocks(D)
@@ -351,7 +362,8 @@ class _Mamba1(torch.autograd.Function):
         *dconv, dpast = ctx.convolution.backward(xz[:, :D], dx, dxz[:, :D])
         dA = dA.sum(0).T.contiguous()
         scan = (dx_weight, ddt_weight, dbias.sum(0), dA, dD.sum(0), dpast, dinitial.transpose(1, 2).contiguous())
-        return *_restore((dxz, *dconv, *scan), originals), None, None, None
+        dtime = draw.view(dy_BLD.shape) if ctx.needs_input_grad[10] else None
+        return *_restore((dxz, *dconv, *scan), originals), dtime, None, None, None
 
 
 def mamba1(
@@ -364,6 +376,7 @@ def mamba1(
     A_DN: Tensor,
     D_D: Tensor,
     *,
+    time_BLD: Tensor | None,
     segment_BL: Tensor | None,
     state: State | None,
     reverse: bool,
@@ -373,5 +386,6 @@ def mamba1(
     past = _past(state, x_BLD, conv_weight_DK.shape[1])
     initial = A_DN.new_zeros(len(past), *A_DN.shape) if state is None else state[1]
     parameters = (conv_weight_DK, conv_bias_D, x_weight_SD, dt_weight_DR, dt_bias_D, A_DN, D_D)
-    y, final = _Mamba1.apply(xz_BLE, *parameters, past, initial, segment_BL, reverse, torch.is_grad_enabled())
+    keep = torch.is_grad_enabled()
+    y, final = _Mamba1.apply(xz_BLE, *parameters, past, initial, time_BLD, segment_BL, reverse, keep)
     return y, (_last_inputs(x_BLD, past, segment_BL, reverse), final)
