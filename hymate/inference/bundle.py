@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -30,7 +29,7 @@ from hymate.data.vocabulary import Vocabulary
 from hymate.errors import UserError, first_line
 from hymate.hashing import sha256_of
 from hymate.storage.paths import Location, UrlPath, local_copy, new_folder
-from hymate.trees import build, dump_yaml, parse_yaml
+from hymate.trees import build, dump_yaml, parse_yaml, to_tree
 
 if TYPE_CHECKING:
     from hymate.model.encoder import RiskModel
@@ -44,25 +43,26 @@ MAX_CONFIG_BYTES = 1 << 18  # ours have a few thousand
 
 @dataclass
 class Bundle:
-    """A bundle read back.
+    """A model with all that its predictions need.
 
     kind: "pretrained" (state of PretrainModel) or "risk" (state of RiskModel, one head for each of `tasks`).
+    data: how histories were cut and packed; its path is not written, for a bundle belongs to no dataset.
     in_days: those of the tasks that also predict how long something lasts.
-    data: how histories were cut and packed; its path is empty, for a bundle belongs to no dataset.
     known: when events become known, in the histories that it was trained on.
+    extra: plain values beside the settings (scores, thresholds, provenance).
     fingerprint: a digest of all that its predictions depend on; empty where it was not read from a folder.
     """
 
     kind: str
     model: ModelConfig
     data: DataConfig
-    tasks: list[str]
     vocabulary: Vocabulary
     state: dict[str, Tensor]
-    extra: dict[str, Any] = field(default_factory=dict)
-    fingerprint: str = ""
+    tasks: list[str] = field(default_factory=list)
     in_days: list[str] = field(default_factory=list)
     known: KnownConfig = field(default_factory=KnownConfig)
+    extra: dict[str, Any] = field(default_factory=dict)
+    fingerprint: str = ""
 
     def for_task(self, task: str) -> Bundle:
         """The same model with the head of one task alone. Raises UserError where it has none for it."""
@@ -73,43 +73,28 @@ class Bundle:
         in_days = [name for name in self.in_days if name == task]
         return dataclasses.replace(self, tasks=[task], in_days=in_days, state=state)
 
+    def write(self, folder: Location, card: str = "") -> None:
+        """Write it whole: a temporary folder takes the place of `folder` when it is complete.
 
-def write_bundle(
-    folder: Location,
-    model_state: dict[str, Tensor],
-    *,
-    kind: Kind,
-    model: ModelConfig,
-    data: DataConfig,
-    vocabulary: Vocabulary,
-    known: KnownConfig | None = None,
-    tasks: Sequence[str] = (),
-    in_days: Sequence[str] = (),
-    card: str = "",
-    extra: dict[str, Any] | None = None,
-) -> None:
-    """Write a bundle whole: a temporary folder takes the place of `folder` when it is complete.
-
-    known: when events become known in its histories (None: at their stamps). card: text of the model card below its
-    title. extra: plain values kept in config.yaml (metrics, fingerprint).
-    """
-    with new_folder(folder, marker=CONFIG) as new:
-        state = {name: tensor.detach().cpu().contiguous() for name, tensor in model_state.items()}
-        write_weights(state, new / WEIGHTS, {"format": "pt"})
-        vocabulary.write(new / VOCABULARY)
-        tree = {
-            "format_version": FORMAT_VERSION,
-            "kind": kind,
-            "model": dataclasses.asdict(model),
-            "data": {key: value for key, value in dataclasses.asdict(data).items() if key != "path"},
-            "known": dataclasses.asdict(known or KnownConfig()),
-            "tasks": list(tasks),
-            "in_days": list(in_days),
-            "extra": extra or {},
-            "sha256": {name: sha256_of(new / name) for name in CHECKED},
-        }
-        (new / CONFIG).write_text(dump_yaml(tree))
-        (new / CARD).write_text(f"# HyMaTE {kind} model\n\n{card.strip()}\n")
+        card: text of the model card below its title.
+        """
+        with new_folder(folder, marker=CONFIG) as new:
+            state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state.items()}
+            write_weights(state, new / WEIGHTS, {"format": "pt"})
+            self.vocabulary.write(new / VOCABULARY)
+            tree = {
+                "format_version": FORMAT_VERSION,
+                "kind": self.kind,
+                "model": to_tree(self.model),
+                "data": {key: value for key, value in to_tree(self.data).items() if key != "path"},
+                "known": to_tree(self.known),
+                "tasks": self.tasks,
+                "in_days": self.in_days,
+                "extra": self.extra,
+                "sha256": {name: sha256_of(new / name) for name in CHECKED},
+            }
+            (new / CONFIG).write_text(dump_yaml(tree))
+            (new / CARD).write_text(f"# HyMaTE {self.kind} model\n\n{card.strip()}\n")
 
 
 def read_bundle(path: Location, kind: Kind | None = None) -> Bundle:
@@ -140,12 +125,11 @@ def read_bundle(path: Location, kind: Kind | None = None) -> Bundle:
         raise UserError(f"{folder / CONFIG} is not usable: {first_line(error)}") from error
     state = read_weights(folder / WEIGHTS)
     vocabulary = Vocabulary.read(folder / VOCABULARY)
-    extra = tree["extra"]
     sha256 = {name: tree["sha256"][name] for name in CHECKED}
-    rules = [dataclasses.asdict(known)] if known.rules else []
-    identity = json.dumps([dataclasses.asdict(model), tasks, sha256, *rules], sort_keys=True)
+    rules = [to_tree(known)] if known.rules else []
+    identity = json.dumps([to_tree(model), tasks, sha256, *rules], sort_keys=True)
     fingerprint = hashlib.sha256(identity.encode()).hexdigest()
-    return Bundle(tree["kind"], model, data, tasks, vocabulary, state, extra, fingerprint, in_days, known)
+    return Bundle(tree["kind"], model, data, vocabulary, state, tasks, in_days, known, tree["extra"], fingerprint)
 
 
 def write_weights(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:

@@ -35,7 +35,7 @@ from hymate.data.sources.meds import MedsSource, check_shard
 from hymate.data.tasks import LabelSet, read_or_extract_labels
 from hymate.device import num_gpus, obstacle
 from hymate.errors import UserError
-from hymate.inference.bundle import Bundle, build_model, read_bundle, write_bundle
+from hymate.inference.bundle import Bundle, build_model, read_bundle
 from hymate.inference.scoring import Outputs, day_table, last_rows, predict, predict_whole, prediction_table, score
 from hymate.inference.states import StateFolder
 from hymate.machine import available_cpus
@@ -312,17 +312,7 @@ def spread_outputs(bundle: Bundle, histories: Histories, examples: Examples, dev
     for cached in (_histories, _model):
         cached.cache_clear()
     written = folder / f"bundle-{uuid.uuid4().hex}"  # a cluster's processes keep what they have read of another
-    write_bundle(
-        written,
-        bundle.state,
-        kind="risk",
-        model=bundle.model,
-        data=bundle.data,
-        vocabulary=bundle.vocabulary,
-        known=histories.known,
-        tasks=bundle.tasks,
-        in_days=bundle.in_days,
-    )
+    bundle.write(written)
     made_of = f"{read_bundle(written).fingerprint} {histories.fingerprint} {examples.digest()}"
     work = folder / hashlib.sha256(made_of.encode()).hexdigest()[:16]
     for part, own in parts.items():

@@ -20,7 +20,7 @@ from hymate.data.vocabulary import Vocabulary
 from hymate.device import Wanted, decide
 from hymate.errors import ConfigError, UserError
 from hymate.hashing import permuted
-from hymate.inference.bundle import write_bundle
+from hymate.inference.bundle import Bundle
 from hymate.inference.provenance import provenance
 from hymate.model.encoder import decay_groups
 from hymate.model.pretrain_model import PretrainModel
@@ -193,18 +193,10 @@ def _export(config: PretrainConfig, kept: Kept, histories: Histories, folder: Lo
     if best is None:
         raise UserError(f"no checkpoint in {kept.folder} is whole: put a copy back, or delete the run to begin again")
     numbers = {name: float(value) for name, value in best.metrics.items()}
-    card, vocabulary = _card(config, numbers, histories), read_vocabulary(config.data)
-    write_bundle(
-        folder,
-        best.weights,
-        kind="pretrained",
-        model=config.model,
-        data=config.data,
-        vocabulary=vocabulary,
-        known=histories.known,
-        card=card,
-        extra={"metrics": numbers, "provenance": provenance(histories)},
-    )
+    extra = {"metrics": numbers, "provenance": provenance(histories)}
+    model, data, vocabulary = config.model, config.data, read_vocabulary(config.data)
+    bundle = Bundle("pretrained", model, data, vocabulary, best.weights, known=histories.known, extra=extra)
+    bundle.write(folder, _card(config, numbers, histories))
     return numbers
 
 

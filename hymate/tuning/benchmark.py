@@ -159,7 +159,7 @@ def _contender(
 ) -> tuple[np.ndarray, np.ndarray, int]:
     """As `_baseline`, and how many parameters the model has."""
     contender, vocabulary = config.contenders[run.name], read_vocabulary(config.data)
-    start = Bundle("pretrained", config.model_of(run.name), config.data, [], vocabulary, state or {})
+    start = Bundle("pretrained", config.model_of(run.name), config.data, vocabulary, state or {})
     trial = trial_of(config, contender, start, run.seed, own.fraction)
     fitting = own.fitting
     if trial.teacher_fraction:
@@ -175,7 +175,7 @@ def _contender(
         loop.train(job, settings, worker, report=report, telemetry=telemetry, resume=None, description=text)
 
     best = _best_weights(chosen, train)
-    bundle = Bundle("risk", trial.model, trial.data, trial.tasks, vocabulary, best, in_days=trial.in_days)
+    bundle = Bundle("risk", trial.model, trial.data, vocabulary, best, trial.tasks, trial.in_days)
     outputs = [predict(bundle, histories, examples, chosen)[0] for examples in (own.choosing, own.test)]
     choosing_logit_E, test_logit_E = (output.logit_ET[:, 0] for output in outputs)
     return choosing_logit_E, test_logit_E, sum(weight.numel() for weight in best.values())

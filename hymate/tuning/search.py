@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from hymate.errors import ConfigError, UserError
 from hymate.evaluation import report, results
 from hymate.evaluation.baseline_models import FEATURES, cross_fitted
 from hymate.evaluation.subgroups import subgroups
-from hymate.inference.bundle import Bundle, write_bundle
+from hymate.inference.bundle import Bundle
 from hymate.inference.provenance import SENTENCES, Seen, provenance, seen
 from hymate.runs import Run, absolute, check_same_run, claimed, run_folder
 from hymate.storage.paths import Location, filling, locate, remove_tree, require_folder, write_text
@@ -167,7 +167,7 @@ def _searched(
 
         ends = run_trials(study, config.search, train, run)
     best = winner.best_of(ends, metric, run_path)
-    bundle, parts = winner.bundle_of(start, trials[best.index], best), []
+    bundle, parts = winner.bundle_of(start, trials[best.index], best, histories.known), []
     for task in tasks:
         bundle, part = winner.judge_task(bundle, histories, task, run_path, config.report, train, config.device)
         parts.append(part)
@@ -212,25 +212,14 @@ def _teacher(tasks: Sequence[LabelledTask], histories: Histories, seed: int, run
 
 
 def _export(bundle: Bundle, histories: Histories, found: dict[str, Any], run_path: Location) -> None:
-    write_bundle(
-        run_path / "bundle",
-        bundle.state,
-        kind="risk",
-        model=bundle.model,
-        data=bundle.data,
-        vocabulary=bundle.vocabulary,
-        known=histories.known,
-        tasks=bundle.tasks,
-        in_days=bundle.in_days,
-        card=report.card(found),
-        extra={
-            **{split: scores for split in ("held_out", "tuning") if (scores := results.scores_of(found, split))},
-            "recalibration": {part["task"]: part["recalibration"] for part in results.parts_of(found)},
-            "thresholds": results.thresholds_of(found),
-            "alarms": results.policies_of(found),
-            "provenance": provenance(histories, found["initial_weights"]),
-        },
-    )
+    extra = {
+        **{split: scores for split in ("held_out", "tuning") if (scores := results.scores_of(found, split))},
+        "recalibration": {part["task"]: part["recalibration"] for part in results.parts_of(found)},
+        "thresholds": results.thresholds_of(found),
+        "alarms": results.policies_of(found),
+        "provenance": provenance(histories, found["initial_weights"]),
+    }
+    replace(bundle, extra=extra).write(run_path / "bundle", report.card(found))
 
 
 def _write_hyperparameters(run_path: Location, ends: Sequence[results.TrialEnd]) -> None:

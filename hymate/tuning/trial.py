@@ -95,7 +95,7 @@ def starting_point(data: DataConfig, model: ModelConfig | None, init: str | None
     if init is None:
         if model is None:
             raise ConfigError("init=null trains from scratch and needs a model: add model=small (or another size)")
-        return Bundle("pretrained", model, data, [], read_vocabulary(data), state={})
+        return Bundle("pretrained", model, data, read_vocabulary(data), state={})
     bundle = read_bundle(locate(init))
     for field in dataclasses.fields(ModelConfig):
         own = getattr(bundle.model, field.name)

@@ -12,6 +12,7 @@ import numpy as np
 from hymate.config import ReportConfig, TaskConfig, TrainConfig
 from hymate.data.examples import Examples
 from hymate.data.histories import Histories
+from hymate.data.known import KnownConfig
 from hymate.data.synthetic.source import ceiling
 from hymate.data.tasks import LabelSet
 from hymate.errors import UserError
@@ -55,11 +56,11 @@ def best_of(ends: Sequence[results.TrialEnd], metric: str, run_path: Location) -
     return max(scored, key=lambda end: end.best[metric])
 
 
-def bundle_of(start: Bundle, trial: TrialConfig, best: results.TrialEnd) -> Bundle:
-    """The best checkpoint, not yet recalibrated."""
+def bundle_of(start: Bundle, trial: TrialConfig, best: results.TrialEnd, known: KnownConfig) -> Bundle:
+    """The best checkpoint, not yet recalibrated; known: the rules of the dataset that it was trained on."""
     assert best.checkpoint is not None
     state = checkpoint.read_verified_weights(best.checkpoint)
-    return Bundle("risk", trial.model, trial.data, trial.tasks, start.vocabulary, state, in_days=trial.in_days)
+    return Bundle("risk", trial.model, trial.data, start.vocabulary, state, trial.tasks, trial.in_days, known)
 
 
 def judge_task(

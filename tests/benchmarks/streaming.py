@@ -35,7 +35,7 @@ from hymate.data.meds import DATA_SCHEMA, write_metadata, write_parquet
 from hymate.data.prepare import PrepareConfig, prepare
 from hymate.data.vocabulary import Vocabulary
 from hymate.device import CPU
-from hymate.inference.bundle import build_model, read_bundle, write_bundle
+from hymate.inference.bundle import Bundle, build_model, read_bundle
 from hymate.inference.scoring import predict, predict_whole
 from hymate.inference.states import StateFolder
 from hymate.inference.streaming import PatientState, StreamingModel
@@ -78,7 +78,7 @@ def write_model(folder: Path, data: Path) -> None:
     vocabulary = Vocabulary.read(data / "histories" / "vocabulary.parquet")
     state = RiskModel(MODEL, vocabulary.size, ["readmission"]).state_dict()
     settings = DataConfig(str(data), context=COMPARED_EVENTS, tokens_per_row=COMPARED_EVENTS)
-    write_bundle(folder, state, kind="risk", model=MODEL, data=settings, vocabulary=vocabulary, tasks=["readmission"])
+    Bundle("risk", MODEL, settings, vocabulary, state, ["readmission"]).write(folder)
 
 
 def compare(folder: Path) -> None:

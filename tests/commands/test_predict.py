@@ -22,7 +22,7 @@ from hymate.data.meds import write_parquet
 from hymate.data.vocabulary import Vocabulary
 from hymate.errors import UserError
 from hymate.inference import dataset
-from hymate.inference.bundle import read_bundle, write_bundle
+from hymate.inference.bundle import Bundle, read_bundle
 from hymate.inference.dataset import predict_part
 from hymate.model.encoder import RiskModel
 from hymate.predict import PredictConfig, run
@@ -145,8 +145,8 @@ def test_the_task_names_the_head_and_days_have_a_file_of_their_own(
     tasks, in_days = ["readmission", "length_of_stay"], ["length_of_stay"]
     model = RiskModel(SMALL, one.vocabulary.size, tasks, in_days)
     model.load_state_dict(one.state, strict=False)  # all but the second head
-    settings = {"model": SMALL, "data": one.data, "vocabulary": one.vocabulary}
-    write_bundle(tmp_path / "two", model.state_dict(), kind="risk", tasks=tasks, in_days=in_days, **settings)
+    two = Bundle("risk", SMALL, one.data, one.vocabulary, model.state_dict(), tasks, in_days)
+    two.write(tmp_path / "two")
     same = predicted(tmp_path / "two", small_data, tmp_path / "a.parquet")
     assert same.equals(predicted(bundle, small_data, tmp_path / "b.parquet"))
     assert not (tmp_path / "a-days.parquet").exists()

@@ -29,7 +29,7 @@ class Bundles(Reader):
     def __init__(self, scratch: Path) -> None:
         import torch
 
-        from hymate.inference.bundle import write_bundle
+        from hymate.inference.bundle import Bundle
         from hymate.model.encoder import RiskModel
 
         torch.set_num_threads(1)
@@ -48,17 +48,10 @@ class Bundles(Reader):
         codes[3] |= {"value_count": 0, "quantiles": []}
         vocabulary = Vocabulary(pa.Table.from_pylist(codes, VOCABULARY_SCHEMA))
         model = ModelConfig(d_model=8, layers="MA", d_state=8, headdim=8, num_heads=2, num_queries=2, dropout=0.0)
-        write_bundle(
-            scratch / "bundle",
-            RiskModel(model, vocabulary.size, ["stay"], ["stay"]).state_dict(),
-            kind="risk",
-            model=model,
-            data=DataConfig("", context=64, tokens_per_row=128, min_count=1),
-            vocabulary=vocabulary,
-            tasks=["stay"],
-            in_days=["stay"],
-            extra={"auroc": 0.8},
-        )
+        settings = DataConfig("", context=64, tokens_per_row=128, min_count=1)
+        state = RiskModel(model, vocabulary.size, ["stay"], ["stay"]).state_dict()
+        bundle = Bundle("risk", model, settings, vocabulary, state, ["stay"], ["stay"], extra={"auroc": 0.8})
+        bundle.write(scratch / "bundle")
         self.files = files_of(scratch / "bundle")
 
     def mutate(self, rng: random.Random) -> Files:

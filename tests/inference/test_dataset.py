@@ -24,7 +24,7 @@ def test_many_examples_are_scored_in_parts(small_data: Path, tmp_path: Path, mon
     start = starting_point(settings, SMALL, None)
     trial = TrialConfig(["stay"], ["stay"], settings, SMALL, TrainConfig(), 1e-3, 1e-3)
     state = risk_model(start, trial).state_dict()
-    bundle = Bundle("risk", SMALL, settings, ["stay"], start.vocabulary, state, in_days=["stay"])
+    bundle = Bundle("risk", SMALL, settings, start.vocabulary, state, ["stay"], ["stay"])
     histories = Histories.open(small_data)
     examples = labelled_examples(histories, read_labels(small_data / "labels" / "readmission"), "tuning")
     alone, _ = predict(bundle, histories, examples, CPU)

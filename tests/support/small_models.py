@@ -15,7 +15,7 @@ from torch import nn
 from hymate.config import DataConfig, ModelConfig
 from hymate.data.statistics import NUM_KNOTS, VOCABULARY_SCHEMA
 from hymate.data.vocabulary import Vocabulary
-from hymate.inference.bundle import write_bundle
+from hymate.inference.bundle import Bundle
 from hymate.model.encoder import RiskModel
 
 SMALL = ModelConfig(d_model=16, layers="MA", d_state=8, headdim=8, num_heads=2, window=8, num_queries=2)
@@ -86,6 +86,7 @@ def write_risk_bundle(
     context: int = 64,
     seed: int = 0,
     tasks: Sequence[str] = ("readmission",),
+    card: str = "",
     **changes: Any,
 ) -> Path:
     """`folder`, now with a bundle of `risk_model`; `state`: other weights; `changes`: other settings of a bundle."""
@@ -97,5 +98,5 @@ def write_risk_bundle(
     }
     if state is None:
         state = risk_model(model, vocabulary.size, seed, tasks).state_dict()
-    write_bundle(folder, state, model=model, vocabulary=vocabulary, **settings)
+    Bundle(model=model, vocabulary=vocabulary, state=state, **settings).write(folder, card)
     return folder

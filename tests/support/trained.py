@@ -51,4 +51,4 @@ def trained_bundle(data: Path, steps: int) -> Bundle:
         job = trial_job(start, trial, histories, *examples, "mean", worker)
         silent = Telemetry(data.parent / "run", enabled=False)
         loop.train(job, trial.train, worker, report=report, telemetry=silent, resume=None)
-    return Bundle("risk", trial.model, trial.data, trial.tasks, start.vocabulary, state)
+    return Bundle("risk", trial.model, trial.data, start.vocabulary, state, trial.tasks)

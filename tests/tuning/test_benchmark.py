@@ -248,7 +248,7 @@ def test_encoders_have_the_same_pooling_views_and_candidates_and_the_papers_mode
             name: trial_of(
                 config,
                 contender,
-                Bundle("pretrained", models[name], config.data, [], read_vocabulary(config.data), state={}),
+                Bundle("pretrained", models[name], config.data, read_vocabulary(config.data), state={}),
                 0,
                 0.05,
             )

@@ -33,7 +33,7 @@ from hymate.data.label_files import read_labels
 from hymate.device import CPU
 from hymate.errors import ConfigError, UserError
 from hymate.evaluation.calibration import recalibrate
-from hymate.inference.bundle import read_bundle, write_bundle
+from hymate.inference.bundle import Bundle, read_bundle
 from hymate.inference.provenance import SENTENCES, provenance
 from hymate.inference.scoring import predict, prediction_table
 from hymate.model.pretrain_model import PretrainModel
@@ -64,7 +64,7 @@ def pretrained(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     folder = tmp_path_factory.mktemp("pretrained") / "bundle"
     settings = DataConfig(str(small_data), context=64, tokens_per_row=256, min_count=1)
     extra = {"provenance": provenance(Histories.open(small_data))}
-    write_bundle(folder, state, kind="pretrained", model=SMALL, data=settings, vocabulary=vocabulary, extra=extra)
+    Bundle("pretrained", SMALL, settings, vocabulary, state, extra=extra).write(folder)
     return folder
 
 
@@ -367,8 +367,7 @@ def test_a_search_without_held_out_labels_makes_all_but_their_scores(
         pq.write_table(weights, tmp_path / "mine" / split / "0.extra.pq")
     unknown = read_bundle(pretrained)  # of before there was a record of its data
     pretrained = tmp_path / "unknown"
-    settings = {"model": unknown.model, "data": unknown.data, "vocabulary": unknown.vocabulary}
-    write_bundle(pretrained, unknown.state, kind="pretrained", **settings)
+    dataclasses.replace(unknown, extra={}).write(pretrained)
     one = ["search.num_trials=1", "search.space.teacher_fraction=0", f"task.labels={tmp_path / 'mine'}"]
     line = command(small_data, pretrained, tmp_path / "runs", "[0.001]", *one)
     done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=300)

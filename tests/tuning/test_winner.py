@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from hymate.data.tasks import read_or_extract_labels
 from hymate.evaluate import EvaluateConfig
 from hymate.evaluate import run as evaluate
 from hymate.evaluation import alarms, report, results
-from hymate.inference.bundle import Bundle, write_bundle
+from hymate.inference.bundle import Bundle
 from hymate.model.encoder import RiskModel
 from hymate.predict import PredictConfig, run
 from hymate.tuning.trial import starting_point
@@ -52,7 +53,7 @@ def judged(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
     start = starting_point(DataConfig(str(data), context=64, tokens_per_row=512), SMALL, None)
     torch.manual_seed(0)
     state = RiskModel(SMALL, start.vocabulary.size, ["sepsis"]).state_dict()
-    bundle = Bundle("risk", SMALL, start.data, ["sepsis"], start.vocabulary, state)
+    bundle = Bundle("risk", SMALL, start.data, start.vocabulary, state, ["sepsis"])
     histories, task = Histories.open(data), sepsis()
     labels = read_or_extract_labels(data, task)
     examples = {split: labelled_examples(histories, labels.table, split) for split in SPLITS}
@@ -62,16 +63,7 @@ def judged(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
         "thresholds": results.thresholds_of(part),
         "alarms": results.policies_of(part),
     }
-    write_bundle(
-        folder / "bundle",
-        bundle.state,
-        kind="risk",
-        model=SMALL,
-        data=bundle.data,
-        vocabulary=bundle.vocabulary,
-        tasks=["sepsis"],
-        extra=extra,
-    )
+    dataclasses.replace(bundle, extra=extra).write(folder / "bundle")
     return folder, part
 
 
