@@ -32,16 +32,23 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hymate.command import main
-from hymate.config import DataPath, Place, TaskConfig
 from hymate.data.meds import US_PER_HOUR, write_parquet
-from hymate.device import Wanted, choose
 from hymate.errors import ConfigError, UserError
 from hymate.evaluation import figures
 from hymate.evaluation.attribution import FRACTIONS, Attribution, Case, Explainer, event_table
 from hymate.evaluation.explaining import Measured, Spread, work_beside
 from hymate.evaluation.tables import markdown
-from hymate.inference.bundle import Bundle, read_bundle
-from hymate.inference.dataset import Counts, Request, asked_of, is_prepared, most, open_for, predict_dataset
+from hymate.inference.bundle import Bundle
+from hymate.inference.dataset import (
+    Counts,
+    Request,
+    RequestConfig,
+    asked_of,
+    is_prepared,
+    most,
+    open_for,
+    predict_dataset,
+)
 from hymate.storage.paths import Location, locate, readable, require_folder, write_text
 
 RISK = "predicted_boolean_probability"
@@ -56,52 +63,38 @@ VERDICT = {
 
 
 @dataclass(frozen=True)
-class ExplainConfig:
+class ExplainConfig(RequestConfig):
     """`python -m hymate.explain`'s configuration.
 
-    bundle: a risk bundle, or the run folder of finetune/tune.py.
     out: folder of the explanation; its patients/ holds patient data.
-    split: "all" or one of the dataset's splits.
     subjects: ids of the subjects to show; without any, those at the highest risk.
     num_subjects: how many of those at the highest risk are shown.
     num_predictions: most predictions behind the tables of variables and of faithfulness.
-    workers: processes; 0 is as many as CPUs or GPUs have enough to do. On a cluster each of its CPUs or GPUs is one.
-    device: "auto" takes a GPU if what the model needs for it is installed, else the CPU; or "cpu", "cuda".
     """
 
-    bundle: Place
-    data: DataPath
-    task: TaskConfig
-    out: Place
     split: Literal["all", "train", "tuning", "held_out"] = "held_out"
     subjects: list[int] = field(default_factory=list)
     num_subjects: int = 3
     num_predictions: int = 200
-    workers: int = 0
-    device: Wanted = "auto"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("num_subjects", "num_predictions"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
-        if self.workers < 0:
-            raise ConfigError(f"workers must not be negative, got {self.workers}")
 
 
 def run(config: ExplainConfig) -> None:
     """The command."""
-    bundle = read_bundle(locate(config.bundle), kind="risk").for_task(config.task.name)
-    out = locate(config.out)
+    bundle, out = config.read_bundle(), locate(config.out)
     require_folder(out, "out")
-    device = choose(config.device, bundle.model)
-    where = (locate(config.bundle), locate(config.data.path))
-    request = Request(*where, config.task, config.split, "bundle", device.type)
+    request = config.request(bundle)
     with work_beside(out) as work:
         predictions, counts = _predictions(request, bundle, config, work)
         patients = chosen_patients(predictions, config.subjects, config.num_subjects)
         drawn = np.random.default_rng(0).permutation(len(predictions))[: config.num_predictions]
         chosen = np.append(patients, np.sort(drawn))
-        spread = Spread(request, predictions, chosen, work, most(config.workers, device.type))
+        spread = Spread(request, predictions, chosen, work, most(config.workers, request.device))
         risk_N = predictions[RISK].to_numpy()[patients]
         explain_patients(spread.explainer, spread.cases[: len(patients)], risk_N, out / "patients")
         measured = spread.measured(len(patients))

@@ -23,48 +23,33 @@ if __name__ == "__main__":
     ending.watch()  # the imports take seconds
 
 from dataclasses import dataclass
-from typing import Literal
 
 from hymate.command import main
-from hymate.config import DataPath, Place, TaskConfig
-from hymate.device import Wanted, choose
+from hymate.config import Place
 from hymate.errors import ConfigError, UserError
-from hymate.inference.bundle import read_bundle
-from hymate.inference.dataset import Request, predict_dataset
+from hymate.inference.dataset import Context, RequestConfig, predict_dataset
 from hymate.inference.streaming import check_streamable
 from hymate.runs import absolute
 from hymate.storage.paths import locate, require_file, require_folder
 
 
 @dataclass(frozen=True)
-class PredictConfig:
+class PredictConfig(RequestConfig):
     """`python -m hymate.predict`'s configuration.
 
-    bundle: a risk bundle, or the run folder of finetune/tune.py.
     out: Parquet file of the predictions; or a folder that gets one for each part of the dataset.
-    split: "all" or one of the dataset's splits.
     context: the events read before a prediction time: "bundle" (as many as in fine-tuning) or "all".
     states: with context=all, the folder that keeps each subject's state (patient data), so that only new events are
         read.
-    workers: processes; 0 is as many as CPUs or GPUs have enough to do. On a cluster each of its CPUs or GPUs is one.
-    device: "auto" takes a GPU if what the model needs for it is installed, else the CPU; or "cpu", "cuda".
     """
 
-    bundle: Place
-    data: DataPath
-    task: TaskConfig
-    out: Place
-    split: Literal["all", "train", "tuning", "held_out"] = "all"
-    context: Literal["bundle", "all"] = "bundle"
+    context: Context = "bundle"
     states: Place | None = None
-    workers: int = 0
-    device: Wanted = "auto"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.states is not None and self.context != "all":
             raise ConfigError("states=DIR needs context=all: a state stands for the whole history before it")
-        if self.workers < 0:
-            raise ConfigError(f"workers must not be negative, got {self.workers}")
 
 
 def run(config: PredictConfig) -> None:
@@ -76,16 +61,14 @@ def run(config: PredictConfig) -> None:
 
 
 def _run(config: PredictConfig) -> None:
-    bundle, out = read_bundle(locate(config.bundle), kind="risk").for_task(config.task.name), locate(config.out)
+    bundle, out = config.read_bundle(), locate(config.out)
     (require_file if out.name.endswith(".parquet") else require_folder)(out, "out")
     states = None if config.states is None else locate(config.states)
     if states is not None:
         require_folder(states, "states")
     if config.context == "all":
         check_streamable(bundle.model)
-    device = choose(config.device, bundle.model)
-    asked = (locate(config.bundle), locate(config.data.path), config.task, config.split, config.context, device.type)
-    written, found = predict_dataset(Request(*asked, states), out, config.workers)
+    written, found = predict_dataset(config.request(bundle, config.context, states), out, config.workers)
     left_out = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in found.left_out.items() if count)
     print(f"{found.unknown / max(found.read, 1):.1%} of the events read have codes that the bundle does not know")
     if states is not None:

@@ -33,9 +33,10 @@ def keys(schema: type, tree: Any = None, where: str = "") -> Iterator[tuple[str,
     """Each key of a dataclass and of those in it: its whole name (`a.b.c`), type, default, and what it means.
 
     The default is what `tree` has, else the dataclass's, else REQUIRED. The meaning is the entry `key: meaning` of the
-    docstring.
+    docstring, its own or that of a dataclass that it extends.
     """
-    text = re.sub(r"\n {4,}", " ", inspect.getdoc(schema) or "")
+    docstrings = (inspect.getdoc(each) or "" for each in reversed(schema.__mro__) if is_dataclass(each))
+    text = re.sub(r"\n {4,}", " ", "\n".join(docstrings))
     meanings = dict(re.findall(r"^(\w+): +(.*)$", text, re.MULTILINE))
     tree = tree if isinstance(tree, Mapping) else {}
     for name, hint in hints(schema).items():

@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
-from hymate.config import TaskConfig
+from hymate.config import DataPath, Place, TaskConfig
 from hymate.data.examples import Examples, labelled_examples
 from hymate.data.extraction import labels_of_shard
 from hymate.data.histories import Histories, Splits, read_metadata
@@ -33,8 +33,8 @@ from hymate.data.label_files import read_labels
 from hymate.data.meds import SplitsConfig, iter_events, write_parquet
 from hymate.data.sources.meds import MedsSource, check_shard
 from hymate.data.tasks import LabelSet, read_or_extract_labels
-from hymate.device import num_gpus, obstacle
-from hymate.errors import UserError
+from hymate.device import Wanted, choose, num_gpus, obstacle
+from hymate.errors import ConfigError, UserError
 from hymate.inference.bundle import Bundle, build_model, read_bundle
 from hymate.inference.scoring import Outputs, day_table, last_rows, predict, predict_whole, prediction_table, score
 from hymate.inference.states import StateFolder
@@ -45,6 +45,9 @@ from hymate.work import Journal, stages, worth
 
 PART = 20_000  # labels of a part of a prepared dataset, about
 WORK = ".work"  # in the folder of the parts: the journal, and what parts are asked and count
+
+
+Context = Literal["bundle", "all"]
 
 
 @dataclass(frozen=True)
@@ -59,9 +62,41 @@ class Request:
     data: Location
     task: TaskConfig
     split: str
-    context: Literal["bundle", "all"]
+    context: Context
     device: str
     states: Location | None = None
+
+
+@dataclass(frozen=True)
+class RequestConfig:
+    """What the commands that predict a dataset have in common.
+
+    bundle: a risk bundle, or the run folder of finetune/tune.py.
+    split: "all" or one of the dataset's splits.
+    workers: processes; 0 is as many as CPUs or GPUs have enough to do. On a cluster each of its CPUs or GPUs is one.
+    device: "auto" takes a GPU if what the model needs for it is installed, else the CPU; or "cpu", "cuda".
+    """
+
+    bundle: Place
+    data: DataPath
+    task: TaskConfig
+    out: Place
+    split: Literal["all", "train", "tuning", "held_out"] = "all"
+    workers: int = 0
+    device: Wanted = "auto"
+
+    def __post_init__(self) -> None:
+        if self.workers < 0:
+            raise ConfigError(f"workers must not be negative, got {self.workers}")
+
+    def read_bundle(self) -> Bundle:
+        """The model that predicts the task."""
+        return read_bundle(locate(self.bundle), kind="risk").for_task(self.task.name)
+
+    def request(self, bundle: Bundle, context: Context = "bundle", states: Location | None = None) -> Request:
+        """Raises UserError where the device can't be had."""
+        device, places = choose(self.device, bundle.model).type, (locate(self.bundle), locate(self.data.path))
+        return Request(*places, self.task, self.split, context, device, states)
 
 
 @dataclass(frozen=True)

@@ -176,8 +176,7 @@ def test_a_command_refuses_before_it_computes(
     computing = Mock(side_effect=AssertionError("it computes"))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(f"hymate.{work}", computing)
-    for module in (predict, evaluate, explain):
-        monkeypatch.setattr(module, "read_bundle", Mock())
+    monkeypatch.setattr("hymate.inference.dataset.read_bundle", Mock())
     monkeypatch.setattr(predict, "check_streamable", Mock())
     with pytest.raises(UserError, match=rf"^{key}=.*cannot be written to \({tmp_path}/file is a file, not a folder\)"):
         run(config)
