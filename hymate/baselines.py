@@ -25,13 +25,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hymate.command import main
-from hymate.config import DataPath, Place, TaskConfig
+from hymate.config import DataPath, Place, TaskConfig, not_negative
 from hymate.data.examples import Examples, labelled_examples, require_both_classes
 from hymate.data.histories import Histories
 from hymate.data.meds import SPLITS, write_parquet
 from hymate.data.synthetic.source import ceiling
 from hymate.data.tasks import LabelSet, read_or_extract_labels
-from hymate.errors import ConfigError
 from hymate.evaluation import metrics, tables
 from hymate.evaluation.baseline_models import (
     FEATURES,
@@ -71,8 +70,7 @@ class BaselinesConfig:
     features: FeatureConfig = field(default_factory=FeatureConfig)
 
     def __post_init__(self) -> None:
-        if self.seed < 0:
-            raise ConfigError(f"seed must not be negative, got {self.seed}")
+        not_negative(self, "seed")
 
 
 def run(config: BaselinesConfig) -> None:

@@ -22,6 +22,27 @@ def is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
+def check(config: object, **rules: tuple[bool, str]) -> None:
+    """Raises ConfigError for the first key whose rule does not hold: (whether it holds, what the value must be).
+
+    The message names the key as the section does; `hymate.trees.build` puts the section's own place before it.
+    """
+    for name, (holds, text) in rules.items():
+        if not holds:
+            value = getattr(config, name)
+            raise ConfigError(f"{name} {text}, got {list(value) if isinstance(value, tuple) else value!r}")
+
+
+def positive(config: object, *names: str) -> None:
+    """Raises ConfigError for the first of these keys whose number is not positive."""
+    check(config, **{name: (getattr(config, name) > 0, "must be positive") for name in names})
+
+
+def not_negative(config: object, *names: str) -> None:
+    """Raises ConfigError for the first of these keys whose number is negative."""
+    check(config, **{name: (getattr(config, name) >= 0, "must not be negative") for name in names})
+
+
 # --------------------------------------------------------------------------------------------------- sections
 
 
@@ -49,8 +70,8 @@ class DataConfig:
     min_count: int = 10
 
     def __post_init__(self) -> None:
-        _positive(self, "context", "tokens_per_row", "min_count")
-        _check(self, tokens_per_row=(self.tokens_per_row >= self.context, f"must be at least context={self.context}"))
+        positive(self, "context", "tokens_per_row", "min_count")
+        check(self, tokens_per_row=(self.tokens_per_row >= self.context, f"must be at least context={self.context}"))
 
 
 @dataclass(frozen=True)
@@ -105,10 +126,10 @@ class ModelConfig:
     members: int = 1
 
     def __post_init__(self) -> None:
-        _positive(self, "d_model", "d_state", "d_conv", "expand", "headdim")
-        _positive(self, "chunk_size", "num_heads", "num_queries", "members")
+        positive(self, "d_model", "d_state", "d_conv", "expand", "headdim")
+        positive(self, "chunk_size", "num_heads", "num_queries", "members")
         inner, mamba1 = self.expand * self.d_model, self.mixer == "mamba1"
-        _check(
+        check(
             self,
             window=(self.window >= 0, "must be 0 (full attention) or more"),
             mlp_ratio=(
@@ -162,11 +183,11 @@ class ObjectiveConfig:
     forecast_variables: int = 64
 
     def __post_init__(self) -> None:
-        _positive(self, "horizon_hours", "span_length", "forecast_points", "forecast_variables")
-        _not_negative(self, "code_weight", "value_weight", "forecast_weight")
+        positive(self, "horizon_hours", "span_length", "forecast_points", "forecast_variables")
+        not_negative(self, "code_weight", "value_weight", "forecast_weight")
         if self.code_weight + self.value_weight + self.forecast_weight == 0:
             raise ConfigError("code_weight, value_weight and forecast_weight are all 0: give one of them another value")
-        _check(
+        check(
             self,
             mask_fraction=(0 < self.mask_fraction < 1, "must be in (0, 1)"),
             span_fraction=(0 <= self.span_fraction <= 1, "must be in [0, 1]"),
@@ -232,11 +253,11 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _positive(self, "num_workers", "rows_per_step", "max_steps", "learning_rate", "clip_norm")
-        _positive(self, "eval_every", "eval_rows", "eval_labels", "log_every", "keep", "cpus_per_worker")
-        _not_negative(self, "weight_decay", "patience", "max_failures", "max_skipped", "seed")
+        positive(self, "num_workers", "rows_per_step", "max_steps", "learning_rate", "clip_norm")
+        positive(self, "eval_every", "eval_rows", "eval_labels", "log_every", "keep", "cpus_per_worker")
+        not_negative(self, "weight_decay", "patience", "max_failures", "max_skipped", "seed")
         workers, steps = self.num_workers, self.max_steps
-        _check(
+        check(
             self,
             zero_stage=(self.zero_stage in (0, 1, 2, 3), "must be 0, 1, 2 or 3 (DeepSpeed ZeRO)"),
             compile=(
@@ -265,7 +286,7 @@ class RunConfig:
         plain = name and "/" not in name and name[0] not in ".~" and not UNPRINTABLE.search(name)
         fits = plain and ("?" not in name or isinstance(parse_place(self.dir), Path))
         text = "must be a plain folder name (no /, no . or ~ at its beginning, at a URL no ?)"
-        _check(self, name=(bool(fits), text))
+        check(self, name=(bool(fits), text))
 
 
 @dataclass(frozen=True)
@@ -294,8 +315,8 @@ class UtilityConfig:
     hold_hours: list[float] = field(default_factory=lambda: [0.0, 3.0, 6.0])
 
     def __post_init__(self) -> None:
-        _positive(self, "alarm")
-        _check(
+        positive(self, "alarm")
+        check(
             self,
             early_hours=(self.early_hours > self.optimal_hours, "must be more than optimal_hours"),
             late_hours=(self.late_hours > -self.optimal_hours, "must be after the optimal hour"),
@@ -345,7 +366,7 @@ class TaskConfig:
 
     def __post_init__(self) -> None:
         days = self.longer_than_days
-        _check(
+        check(
             self,
             name=(bool(self.name) and not {"/", "."} & set(self.name), "must be a folder name without a dot"),
             longer_than_days=(days is None or days > 0, "must be positive or null"),
@@ -380,8 +401,8 @@ class SearchConfig:
     space: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _positive(self, "num_trials", "grace_steps")
-        _check(
+        positive(self, "num_trials", "grace_steps")
+        check(
             self,
             max_concurrent=(self.max_concurrent >= 0, "must be 0 (what the machine holds) or more"),
             reduction_factor=(self.reduction_factor >= 2, "must be at least 2"),
@@ -408,7 +429,7 @@ class ReportConfig:
             except re.error as error:
                 raise ConfigError(f"subgroups: {pattern!r} is not a regular expression: {error}") from error
         rise = bool(self.age_bands) and self.age_bands == sorted(set(self.age_bands))
-        _check(self, age_bands=(rise, "must rise, e.g. [18, 65]"))
+        check(self, age_bands=(rise, "must rise, e.g. [18, 65]"))
 
 
 def _codes(definition: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -419,21 +440,3 @@ def _codes(definition: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         for value in code.values() if isinstance(code, Mapping) else [code]:
             for text in value if isinstance(value, list) else [value]:
                 yield name, text
-
-
-def _check(config: object, **rules: tuple[bool, str]) -> None:
-    """Raises ConfigError for the first key whose rule does not hold: (whether it holds, what the value must be).
-
-    The message names the key as the section does; `hymate.trees.build` puts the section's own place before it.
-    """
-    for name, (holds, text) in rules.items():
-        if not holds:
-            raise ConfigError(f"{name} {text}, got {getattr(config, name)!r}")
-
-
-def _positive(config: object, *names: str) -> None:
-    _check(config, **{name: (getattr(config, name) > 0, "must be positive") for name in names})
-
-
-def _not_negative(config: object, *names: str) -> None:
-    _check(config, **{name: (getattr(config, name) >= 0, "must not be negative") for name in names})

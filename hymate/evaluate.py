@@ -24,11 +24,11 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from hymate.command import main
-from hymate.config import ReportConfig, TaskConfig
+from hymate.config import ReportConfig, TaskConfig, check, not_negative
 from hymate.data.examples import Examples, labelled_examples, require_both_classes
 from hymate.data.histories import Histories
 from hymate.data.tasks import read_or_extract_labels
-from hymate.errors import ConfigError, UserError
+from hymate.errors import UserError
 from hymate.evaluation import alarms, calibration, decisions, external, figures, metrics, results
 from hymate.evaluation.subgroups import subgroups
 from hymate.evaluation.transport import transport
@@ -62,10 +62,8 @@ class EvaluateConfig(RequestConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.recalibrate < 1:
-            raise ConfigError(f"recalibrate must be at least 0 and below 1, got {self.recalibrate}")
-        if self.seed < 0:
-            raise ConfigError(f"seed must not be negative, got {self.seed}")
+        check(self, recalibrate=(0 <= self.recalibrate < 1, "must be at least 0 and below 1"))
+        not_negative(self, "seed")
         ReportConfig(False, self.subgroups, self.age_bands)  # checks them
 
 

@@ -32,8 +32,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hymate.command import main
+from hymate.config import positive
 from hymate.data.meds import US_PER_HOUR, write_parquet
-from hymate.errors import ConfigError, UserError
+from hymate.errors import UserError
 from hymate.evaluation import figures
 from hymate.evaluation.attribution import FRACTIONS, Attribution, Case, Explainer, event_table
 from hymate.evaluation.explaining import Measured, Spread, work_beside
@@ -79,9 +80,7 @@ class ExplainConfig(RequestConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("num_subjects", "num_predictions"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
+        positive(self, "num_subjects", "num_predictions")
 
 
 def run(config: ExplainConfig) -> None:

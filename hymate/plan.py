@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from hymate.command import main
-from hymate.config import DataConfig, ModelConfig, ObjectiveConfig, Place, TrainConfig
+from hymate.config import DataConfig, ModelConfig, ObjectiveConfig, Place, TrainConfig, check, not_negative, positive
 from hymate.data.examples import pretraining_examples
 from hymate.data.histories import Histories
 from hymate.errors import ConfigError
@@ -80,17 +80,14 @@ class PlanConfig:
     reserved_gib: float = 2.0
 
     def __post_init__(self) -> None:
-        for name in ("gpus", "events", "history_events", "vocabulary", "epochs", "gpu_tflops", "gpu_fraction"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
-        if self.events < 1:
-            raise ConfigError(f"events must be at least 1, got {self.events}")
-        if self.gpu_fraction > 1:
-            raise ConfigError(f"gpu_fraction must be at most 1, got {self.gpu_fraction}")
-        if not all(gib > 0 for gib in self.memory_gib):
-            raise ConfigError(f"memory_gib must be positive, got {list(self.memory_gib)}")
-        if self.reserved_gib < 0:
-            raise ConfigError(f"reserved_gib must not be negative, got {self.reserved_gib}")
+        positive(self, "gpus", "events", "history_events", "vocabulary", "epochs", "gpu_tflops", "gpu_fraction")
+        not_negative(self, "reserved_gib")
+        check(
+            self,
+            events=(self.events >= 1, "must be at least 1"),
+            gpu_fraction=(self.gpu_fraction <= 1, "must be at most 1"),
+            memory_gib=(all(gib > 0 for gib in self.memory_gib), "must be positive"),
+        )
         for name in ("events", "history_events", "vocabulary"):
             if self.data.path is not None and getattr(self, name) != getattr(PlanConfig, name):
                 raise ConfigError(f"{name} is the dataset's own where data.path names one: leave out either")

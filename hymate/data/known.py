@@ -22,6 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from hymate.config import check
 from hymate.data.meds import LAST_TIME, STATIC_TIME, US_PER_DAY, US_PER_HOUR, Events, is_code
 from hymate.errors import ConfigError
 
@@ -48,8 +49,7 @@ class KnownRule:
 
     def __post_init__(self) -> None:
         _require_pattern("codes", self.codes)
-        if not 0 <= self.delay_hours <= MAX_DELAY_HOURS:
-            raise ConfigError(f"delay_hours must be in [0, {MAX_DELAY_HOURS:g}], got {self.delay_hours}")
+        check(self, delay_hours=(0 <= self.delay_hours <= MAX_DELAY_HOURS, f"must be in [0, {MAX_DELAY_HOURS:g}]"))
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ import pyarrow.parquet as pq
 from rich.console import Console
 
 from hymate.command import main
-from hymate.config import Place
+from hymate.config import Place, check
 from hymate.data.histories import FOLDER, FORMAT_VERSION, Splits, read_metadata, write_histories
 from hymate.data.index import INDEX, INDEX_SCHEMA, open_index
 from hymate.data.known import NEVER, KnownConfig, KnownTimes, sentences
@@ -111,8 +111,7 @@ class PrepareConfig:
     synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
 
     def __post_init__(self) -> None:
-        if self.workers < 1:
-            raise ConfigError(f"workers must be at least 1, got {self.workers}")
+        check(self, workers=(self.workers >= 1, "must be at least 1"))
         if self.source != "synthetic" and self.raw is None:
             raise ConfigError(f"raw is required with source={self.source}: add raw=DIR to the command")
         if self.source != "meds" and self.known.rules and self.known != mimic():

@@ -24,11 +24,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from hymate.config import check, positive
 from hymate.data.examples import NO_TIME, Examples
 from hymate.data.histories import Histories
 from hymate.data.loader import ages
 from hymate.data.packing import blocks
-from hymate.errors import ConfigError, UserError
+from hymate.errors import UserError
 from hymate.evaluation.sweep import STATISTICS, count_filled, windows_us, write_statistics
 
 BLOCK_EVENTS = 500_000
@@ -57,11 +58,10 @@ class FeatureConfig:
 
     def __post_init__(self) -> None:
         ends = self.windows_hours or ()
-        if any(low >= high for low, high in pairwise((0.0, *ends))):
-            raise ConfigError(f"windows_hours must be positive and rise, got {list(ends)}")
-        for name in ("max_features", "min_labels"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
+        check(
+            self, windows_hours=(all(low < high for low, high in pairwise((0.0, *ends))), "must be positive and rise")
+        )
+        positive(self, "max_features", "min_labels")
 
     def windows(self, train: Examples) -> tuple[float, ...]:
         """The ends of the windows for these training examples."""

@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
-from hymate.config import DataPath, Place, TaskConfig
+from hymate.config import DataPath, Place, TaskConfig, not_negative
 from hymate.data.examples import Examples, labelled_examples
 from hymate.data.extraction import labels_of_shard
 from hymate.data.histories import Histories, Splits, read_metadata
@@ -34,7 +34,7 @@ from hymate.data.meds import SplitsConfig, iter_events, write_parquet
 from hymate.data.sources.meds import MedsSource, check_shard
 from hymate.data.tasks import LabelSet, read_or_extract_labels
 from hymate.device import Wanted, choose, num_gpus, obstacle
-from hymate.errors import ConfigError, UserError
+from hymate.errors import UserError
 from hymate.inference.bundle import Bundle, build_model, read_bundle
 from hymate.inference.scoring import Outputs, day_table, last_rows, predict, predict_whole, prediction_table, score
 from hymate.inference.states import StateFolder
@@ -86,8 +86,7 @@ class RequestConfig:
     device: Wanted = "auto"
 
     def __post_init__(self) -> None:
-        if self.workers < 0:
-            raise ConfigError(f"workers must not be negative, got {self.workers}")
+        not_negative(self, "workers")
 
     def read_bundle(self) -> Bundle:
         """The model that predicts the task."""

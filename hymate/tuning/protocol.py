@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from hymate.config import DataConfig, ModelConfig, ObjectiveConfig, RunConfig, TaskConfig, TrainConfig
+from hymate.config import DataConfig, ModelConfig, ObjectiveConfig, RunConfig, TaskConfig, TrainConfig, check
 from hymate.data.examples import Examples, labelled_examples
 from hymate.data.histories import Histories
 from hymate.device import Wanted
@@ -87,11 +87,12 @@ class BenchmarkConfig:
     def __post_init__(self) -> None:
         if not self.budgets or min(self.budgets) < 0 or len(set(self.budgets)) < len(self.budgets):
             raise ConfigError(f"budgets must be different numbers of labels, 0 for all there are; got {self.budgets}")
-        if not 0 < self.choosing_fraction < 1:
-            raise ConfigError(f"choosing_fraction must be between 0 and 1, got {self.choosing_fraction}")
-        for name, least in (("seeds", 1), ("folds", 2)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        check(
+            self,
+            choosing_fraction=(0 < self.choosing_fraction < 1, "must be between 0 and 1"),
+            seeds=(self.seeds >= 1, "must be at least 1"),
+            folds=(self.folds >= 2, "must be at least 2"),
+        )
         for key in ("with_few_labels", "only"):
             if unknown := set(getattr(self, key)) - {*self.names}:
                 raise ConfigError(f"{key}: {', '.join(sorted(unknown))} is not a contender")

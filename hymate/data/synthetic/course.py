@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from hymate.config import check
 from hymate.data.synthetic import law as law
 from hymate.data.synthetic.codes import (
     ADMISSIONS,
@@ -27,7 +28,6 @@ from hymate.data.synthetic.codes import (
     RACES,
 )
 from hymate.data.synthetic.law import DAY
-from hymate.errors import ConfigError
 
 HOUR = 60
 FIRST_ADMISSION = (20_000_000, 24_000_000)  # 2008 to 2015, in minutes since 1970
@@ -65,15 +65,13 @@ class SyntheticConfig:
 
     def __post_init__(self) -> None:
         for name, least in (("subjects", 1), ("mean_events", MIN_MEAN_EVENTS), ("seed", 0), ("shard_events", 1)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        farthest = self.driver_distance
-        if farthest != 0 and farthest <= law.NEAREST:
-            raise ConfigError(f"driver_distance must be 0 or more than {law.NEAREST}, got {farthest}")
-        if self.mean_events < 4 * farthest:
-            raise ConfigError(
-                f"mean_events must be at least four times driver_distance={farthest}, got {self.mean_events}"
-            )
+            check(self, **{name: (getattr(self, name) >= least, f"must be at least {least}")})
+        farthest, events = self.driver_distance, f"must be at least four times driver_distance={self.driver_distance}"
+        check(
+            self,
+            driver_distance=(farthest == 0 or farthest > law.NEAREST, f"must be 0 or more than {law.NEAREST}"),
+            mean_events=(self.mean_events >= 4 * farthest, events),
+        )
 
     @property
     def stay_events(self) -> float:
