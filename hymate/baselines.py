@@ -13,10 +13,10 @@ Shape legend: E examples, X features (see `hymate.evaluation.features`), M marks
 
 from __future__ import annotations
 
-if __name__ == "__main__":
-    from hymate import ending
+if __name__ == "__main__":  # before the imports, which take seconds
+    from hymate import scripts
 
-    ending.watch()  # the imports take seconds
+    scripts.command("baselines")
 
 import json
 import time
@@ -24,7 +24,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from hymate.command import main
 from hymate.config import DataPath, Place, TaskConfig, not_negative
 from hymate.data.examples import Examples, labelled_examples, require_both_classes
 from hymate.data.histories import Histories
@@ -158,7 +157,3 @@ def _show(found: dict[str, Any], out: Location) -> None:
     print(f"AUROC falls by, if a variable's values are shuffled among patients: {top}")
     for name, file in (("results", RESULTS), ("predictions", "predictions.parquet")):
         print(f"{name:<12} {out / file}", flush=True)
-
-
-if __name__ == "__main__":
-    main("baselines", BaselinesConfig, run)

@@ -17,7 +17,6 @@ import sys
 import textwrap
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -56,10 +55,6 @@ OmegaConf.register_new_resolver("names", lambda task: task.get("name") or "-".jo
 def main(config_name: str, schema: type[T], run: Callable[[T], object], argv: Sequence[str] | None = None) -> None:
     """A command's entry point: `run(config)`; `hymate.ending` says how it ends where it does not end well."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    started = sys.modules["__main__"].__spec__
-    if run.__module__ == "__main__" and started:  # python -m MODULE: processes elsewhere find it under its own name
-        module = import_module(started.name)
-        schema, run = (getattr(module, thing.__name__) for thing in (schema, run))
     with ending.command():
         if "--help" in argv or "-h" in argv:
             print(_help(config_name, _folders(argv), schema))

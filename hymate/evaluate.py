@@ -11,10 +11,10 @@ predictions.parquet: of all patients, by the model as it is.
 
 from __future__ import annotations
 
-if __name__ == "__main__":
-    from hymate import ending
+if __name__ == "__main__":  # before the imports, which take seconds
+    from hymate import scripts
 
-    ending.watch()  # the imports take seconds
+    scripts.command("evaluate")
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -23,7 +23,6 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from hymate.command import main
 from hymate.config import ReportConfig, TaskConfig, check, not_negative
 from hymate.data.examples import Examples, labelled_examples, require_both_classes
 from hymate.data.histories import Histories
@@ -171,7 +170,3 @@ def _predicted(
         column_E[order_E] = pq.read_table(readable(file))[name].to_numpy()
         columns.append(column_E)
     return columns[0], columns[1] if len(columns) > 1 else None
-
-
-if __name__ == "__main__":
-    main("evaluate", EvaluateConfig, run)

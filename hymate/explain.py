@@ -18,10 +18,10 @@ Shape legend, besides that of `hymate.evaluation.attribution`: C codes of the da
 
 from __future__ import annotations
 
-if __name__ == "__main__":
-    from hymate import ending
+if __name__ == "__main__":  # before the imports, which take seconds
+    from hymate import scripts
 
-    ending.watch()  # the imports take seconds
+    scripts.command("explain")
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -31,7 +31,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hymate.command import main
 from hymate.config import positive
 from hymate.data.meds import US_PER_HOUR, write_parquet
 from hymate.errors import UserError
@@ -298,7 +297,3 @@ two take attributions by their size: there a larger deletion and a smaller inser
 
 def _cell(value: float | int | None) -> str:
     return "-" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
-
-
-if __name__ == "__main__":
-    main("explain", ExplainConfig, run)

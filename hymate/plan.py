@@ -7,10 +7,10 @@ Everything is counted from shapes (`hymate.training.footprint` says how) and not
 
 from __future__ import annotations
 
-if __name__ == "__main__":
-    from hymate import ending
+if __name__ == "__main__":  # before the imports, which take seconds
+    from hymate import scripts
 
-    ending.watch()  # the imports take seconds
+    scripts.command("plan")
 
 import math
 from collections.abc import Iterator, Mapping
@@ -18,7 +18,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from hymate.command import main
 from hymate.config import DataConfig, ModelConfig, ObjectiveConfig, Place, TrainConfig, check, not_negative, positive
 from hymate.data.examples import pretraining_examples
 from hymate.data.histories import Histories
@@ -225,7 +224,3 @@ class _Memory:
         largest = 0.98 * (room - held.most(whole - slope * L)) / slope // STEP_EVENTS * STEP_EVENTS
         fits = self.total(stage, gpus) <= gib * GIB
         return [f"{gib:g} GiB", "yes" if fits else "no", f"{largest:,.0f}" if largest > 0 else "none"]
-
-
-if __name__ == "__main__":
-    main("plan", PlanConfig, plan)

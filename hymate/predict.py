@@ -17,14 +17,13 @@ data.
 
 from __future__ import annotations
 
-if __name__ == "__main__":
-    from hymate import ending
+if __name__ == "__main__":  # before the imports, which take seconds
+    from hymate import scripts
 
-    ending.watch()  # the imports take seconds
+    scripts.command("predict")
 
 from dataclasses import dataclass
 
-from hymate.command import main
 from hymate.config import Place
 from hymate.errors import ConfigError, UserError
 from hymate.inference.dataset import Context, RequestConfig, predict_dataset
@@ -76,7 +75,3 @@ def _run(config: PredictConfig) -> None:
         print(f"{found.read} events read; states in {states}: {counts}")
     files = " and ".join(map(str, written))
     print(f"{found.predictions} predictions in {files}" + (f" (left out: {left_out})" if left_out else ""))
-
-
-if __name__ == "__main__":
-    main("predict", PredictConfig, run)

@@ -1,10 +1,11 @@
-"""The table of commands, and how `hymate-NAME` and the scripts in pretrain/ and finetune/ start them."""
+"""The table of commands, and how `hymate-NAME`, `python -m` and the scripts in pretrain/ and finetune/ start them."""
 
 from __future__ import annotations
 
 import sys
 from importlib import import_module
 from pathlib import Path
+from typing import NoReturn
 
 from hymate import ending
 
@@ -21,10 +22,11 @@ COMMANDS = {  # name: the module, the configuration that it has, and what runs i
 }
 
 
-def command(name: str | None = None) -> None:
-    """Run the command with that name; without one, the command hymate-NAME that Python was started by."""
+def command(name: str | None = None) -> NoReturn:
+    """Run the command with that name; without one, the command hymate-NAME that Python was started by. Exits."""
     ending.watch()  # the imports take seconds
     name = name or Path(sys.argv[0]).stem.removeprefix("hymate-")
     module, schema, run = COMMANDS[name]
     loaded = import_module(module)
     import_module("hymate.command").main(name, getattr(loaded, schema), getattr(loaded, run))
+    sys.exit()

@@ -11,10 +11,10 @@ is given again.
 
 from __future__ import annotations
 
-if __name__ == "__main__":
-    from hymate import ending
+if __name__ == "__main__":  # before the imports, which take seconds
+    from hymate import scripts
 
-    ending.watch()  # the imports take seconds
+    scripts.command("prepare")
 
 import contextlib
 import functools
@@ -33,7 +33,6 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from rich.console import Console
 
-from hymate.command import main
 from hymate.config import Place, check
 from hymate.data.histories import FOLDER, FORMAT_VERSION, Splits, read_metadata, write_histories
 from hymate.data.index import INDEX, INDEX_SCHEMA, open_index
@@ -295,7 +294,3 @@ def _remove(out: Location) -> None:
     if not isinstance(out, UrlPath):
         with contextlib.suppress(OSError):  # it holds something else
             out.rmdir()
-
-
-if __name__ == "__main__":
-    main("prepare", PrepareConfig, prepare)
