@@ -119,46 +119,35 @@ def read_record(run: Location) -> dict[str, Any] | None:
     return record
 
 
-def check_same_run(run: Location, config: Any, inputs: Mapping[str, str], changeable: Set[str]) -> None:
+def check_same_run(
+    run: Location, config: Any, inputs: Mapping[str, str], changeable: Set[str]
+) -> dict[str, Any] | None:
     """Raises ConfigError where the run that a folder holds has another configuration or other inputs.
 
     inputs: digests of what settings of the configuration name, by the settings' names. changeable: keys that may
     differ. The message names the first key that must not.
+
+    Returns what the run found, if it is finished and had this very configuration, on whatever device.
     """
     record = read_record(run)
     if record is None:
-        return
+        return None
     remedy = f"choose another run.name, or delete {run}"
     if record.get("format") != FORMAT:
         raise ConfigError(f"{run} was begun by another version of HyMaTE, and only that can continue it; {remedy}")
-    for key, (old, new) in sorted(_differing(record, config).items()):
-        if key not in changeable:
-            was = f"{key} was {old}, now {new}"
-            raise ConfigError(f"{run} holds a run with another configuration: {was}; {remedy}")
+    old, new = record["config"], flattened(to_tree(config))
+    with contextlib.suppress(ConfigError):  # a key that is newer than the record had its default in that run
+        old = to_tree(build(type(config), old))
+    old = flattened(old)
+    differing = {key for key in old.keys() | new.keys() if old.get(key) != new.get(key)}
+    if forbidden := sorted(differing - changeable):
+        was = f"{forbidden[0]} was {old.get(forbidden[0])}, now {new.get(forbidden[0])}"
+        raise ConfigError(f"{run} holds a run with another configuration: {was}; {remedy}")
     for key in sorted(record["inputs"].keys() | inputs.keys()):
         if record["inputs"].get(key) != inputs.get(key):
             raise ConfigError(f"{run} holds a run in which {key} had other content; {remedy}")
-
-
-def finished_outcome(run: Location, config: Any) -> dict[str, Any] | None:
-    """What the run found, where it is finished and had this configuration, on whatever device; else None."""
-    record = read_record(run)
-    if record is None or record["outcome"].get("state") != "finished" or _differing(record, config).keys() - {"device"}:
-        return None
-    return record["outcome"]
-
-
-def _differing(record: Mapping[str, Any], config: Any) -> dict[str, tuple[Any, Any]]:
-    """Each key whose value in the record is not that of the configuration, with both values.
-
-    A key that is newer than the record had its default in that run.
-    """
-    old, new = record["config"], flattened(to_tree(config))
-    with contextlib.suppress(ConfigError):
-        old = to_tree(build(type(config), old))
-    old = flattened(old)
-    both = {key: (old.get(key), new.get(key)) for key in old.keys() | new.keys()}
-    return {key: values for key, values in both.items() if values[0] != values[1]}
+    finished = record["outcome"].get("state") == "finished" and differing <= {"device"}
+    return record["outcome"] if finished else None
 
 
 class Superseded(UserError):

@@ -24,7 +24,7 @@ from hymate.inference.bundle import Bundle
 from hymate.inference.provenance import provenance
 from hymate.model.encoder import decay_groups
 from hymate.model.pretrain_model import PretrainModel
-from hymate.runs import absolute, check_same_run, claimed, finished_outcome, run_folder
+from hymate.runs import absolute, check_same_run, claimed, run_folder
 from hymate.storage.paths import Location, locate, require_folder
 from hymate.training import checkpoint
 from hymate.training.keeper import Kept
@@ -101,8 +101,7 @@ def pretrain(config: PretrainConfig) -> Location:
     histories = open_checked(config.data)
     cluster_gpus = cluster.available_gpus(config.train)
     folder, inputs = run_folder(config.run), {"data.path": histories.fingerprint}
-    check_same_run(folder, config, inputs, CHANGEABLE)
-    found = finished_outcome(folder, config)
+    found = check_same_run(folder, config, inputs, CHANGEABLE)
     if found is None or not (folder / BUNDLE).is_dir():
         kept = Kept(folder / CHECKPOINTS, config.train.keep, MODE)
         kept.require_any_left()
@@ -114,7 +113,7 @@ def pretrain(config: PretrainConfig) -> Location:
             metrics = _export(config, kept, histories, folder / BUNDLE)
             found = run.found
             found |= {SCORE: metrics[SCORE], "step": metrics["step"], "bundle": str(folder / BUNDLE)}
-            found |= {"skipped_steps": ended.skipped}
+            found["skipped_steps"] = ended.skipped
     print(f"best {SCORE} {found[SCORE]:.4f} at step {int(found['step'])}")
     print(f"bundle: {folder / BUNDLE}")
     print(f"curves: tensorboard --logdir {folder.parent}")

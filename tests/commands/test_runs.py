@@ -20,7 +20,7 @@ from hymate.command import load
 from hymate.config import RunConfig, TaskConfig
 from hymate.ending import Stopped
 from hymate.errors import ConfigError, UserError
-from hymate.runs import Run, Superseded, check_same_run, claimed, finished_outcome
+from hymate.runs import Run, Superseded, check_same_run, claimed
 from hymate.training.pretraining import PretrainConfig
 from hymate.tuning.search import TuneConfig
 
@@ -100,14 +100,13 @@ def test_a_run_that_is_deleted_and_begun_anew_is_not_the_one_that_ends(tmp_path:
 
 
 def test_what_a_finished_run_found_is_known(tmp_path: Path) -> None:
-    assert finished_outcome(tmp_path, CONFIG) is None
+    assert check_same_run(tmp_path, CONFIG, INPUTS, set()) is None
     attempt(tmp_path, KeyboardInterrupt())
-    assert finished_outcome(tmp_path, CONFIG) is None
+    assert check_same_run(tmp_path, CONFIG, INPUTS, set()) is None
     attempt(tmp_path, val_loss=1.5)
-    assert finished_outcome(tmp_path, CONFIG) == {"state": "finished", "val_loss": 1.5}
+    assert check_same_run(tmp_path, CONFIG, INPUTS, set()) == {"state": "finished", "val_loss": 1.5}
     other = RunConfig(name="one", dir="elsewhere")
-    check_same_run(tmp_path, other, INPUTS, {"dir"})
-    assert finished_outcome(tmp_path, other) is None, "it may go on with the other setting"
+    assert check_same_run(tmp_path, other, INPUTS, {"dir"}) is None, "it may go on with the other setting"
 
 
 def test_a_run_of_another_version_is_refused_in_a_line(tmp_path: Path) -> None:
