@@ -25,9 +25,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hymate.config import DataPath, Place, TaskConfig, not_negative
-from hymate.data.examples import Examples, labelled_examples, require_both_classes
+from hymate.data.examples import Examples, examples_by_split
 from hymate.data.histories import Histories
-from hymate.data.meds import SPLITS, write_parquet
+from hymate.data.meds import write_parquet
 from hymate.data.synthetic.source import ceiling
 from hymate.data.tasks import LabelSet, read_or_extract_labels
 from hymate.evaluation import metrics, tables
@@ -80,12 +80,9 @@ def run(config: BaselinesConfig) -> None:
     require_folder(out, "out")
     histories = Histories.open(root)
     label_set = read_or_extract_labels(root, config.task)
-    examples = {
-        split: labelled_examples(histories, label_set.table, split, required=split != "held_out") for split in SPLITS
-    }
+    examples = examples_by_split(histories, config.task, label_set.table)
     if not len(examples["held_out"]):
         del examples["held_out"]
-    require_both_classes(config.task, {split: examples[split] for split in ("train", "tuning")})
     (out / RECORD).unlink(missing_ok=True)  # each run is a new one
     inputs = {"data.path": histories.fingerprint, "task.labels": label_set.digest()}
     with claimed(out, "baselines", config, inputs) as run:
@@ -119,10 +116,7 @@ def _scored(
         # of the labels that it was recalibrated on a calibration error would say nothing
         "tuning": {"task": config.task.name, "split": "tuning", **scores["tuning"], "ece": None},
         "recalibration": recalibration,
-        "chosen": fitted.model.chosen,
-        "num_features": len(fitted.spec.columns),
-        "num_fitted": fitted.num_labels,
-        "library": fitted.library,
+        **fitted.summary(),
         "seconds": seconds,
         "importance": _importances(fitted, histories, examples["tuning"], config.seed),
         **label_set.summary(),

@@ -27,7 +27,7 @@ from hymate import cluster
 from hymate.ending import without_ctrl_c
 from hymate.errors import UserError
 from hymate.machine import available_cpus
-from hymate.storage.paths import Location, UrlPath, write_text
+from hymate.storage.paths import Location, UrlPath, remove_tree, write_text
 from hymate.storage.remote import StorageError
 
 # calls a task, which pickles, for every shard; yields shards as they are done, in any order
@@ -156,23 +156,22 @@ class Journal:
     """The finished (stage, shard) pairs of unfinished work: a JSON line each, after one with the work's fingerprint.
 
     At a URL, where nothing can be appended, the whole journal is written now and then and when a `with` block ends:
-    what a kill loses of it is done again. Raises UserError(`refusal`) where the journal is that of other work.
+    what a kill loses of it is done again. Where the journal is that of other work: UserError(`refusal`), or without a
+    refusal its folder goes, which holds what that work left.
     """
 
-    def __init__(self, path: Location, fingerprint: str, refusal: str) -> None:
+    def __init__(self, path: Location, fingerprint: str = "", refusal: str | None = None) -> None:
         header = json.dumps({"fingerprint": fingerprint})
         # what a kill cut short is no line that ends: it does not count, and is written over
         lines = path.read_text().split("\n")[:-1] if path.is_file() else [header]
         if json.loads(lines[0]) != json.loads(header):
-            raise UserError(refusal)
+            if refusal is not None:
+                raise UserError(refusal)
+            remove_tree(path.parent)
+            lines = [header]
         self._done = {tuple(json.loads(line)) for line in lines[1:]}
         self._path, self._lines = path, lines
         self._write()
-
-    @staticmethod
-    def is_of(path: Location, fingerprint: str) -> bool:
-        """Whether the journal there, if any, is that of this work."""
-        return not path.is_file() or json.loads(path.read_text().partition("\n")[0]) == {"fingerprint": fingerprint}
 
     def __enter__(self) -> Journal:
         return self

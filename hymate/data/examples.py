@@ -80,11 +80,12 @@ class Examples:
         kept = np.flatnonzero(kept) if kept.dtype == bool else kept
         return replace(self, **{name: value[kept] for name, value in self._arrays().items()})
 
-    def in_parts(self, about: int) -> list[Examples]:
-        """Consecutive parts of about so many, none of which cuts a subject in two."""
+    def in_parts(self, about: int) -> dict[str, Examples]:
+        """Consecutive parts of about so many, none of which cuts a subject in two, by their numbers."""
         starts = np.flatnonzero(np.diff(self.position_E, prepend=-1))
         cuts = np.unique(starts[np.searchsorted(starts, np.arange(0, len(self), about)).clip(max=len(starts) - 1)])
-        return [self.only(np.arange(lo, hi)) for lo, hi in zip(cuts, np.append(cuts, len(self))[1:], strict=True)]
+        bounds = enumerate(zip(cuts, np.append(cuts, len(self))[1:], strict=True))
+        return {f"{number:06d}": self.only(np.arange(*lo_hi)) for number, lo_hi in bounds}
 
     def without_labels(self) -> Examples:
         """The same times, as if nothing were known of their labels."""
@@ -264,6 +265,15 @@ def require_both_classes(task: TaskConfig, examples: Mapping[str, Examples]) -> 
             )
         if task.longer_than_days is not None and len(np.unique(days_E[~np.isnan(days_E)])) < 2:
             raise UserError(f"task {task.name}: the {split} split needs two different float_values; {remedy}")
+
+
+def examples_by_split(histories: Histories, task: TaskConfig, labels: pa.Table) -> dict[str, Examples]:
+    """The `labelled_examples` of each of SPLITS; there may be none in held_out. Raises UserError where one of the
+    others has none, or labels of one class.
+    """
+    examples = {split: labelled_examples(histories, labels, split, required=split != "held_out") for split in SPLITS}
+    require_both_classes(task, {split: examples[split] for split in ("train", "tuning")})
+    return examples
 
 
 def united(parts: Sequence[Examples]) -> Examples:

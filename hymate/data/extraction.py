@@ -74,9 +74,7 @@ def extract(
     config, work = parse(task), folder.parent / f".{folder.name}"
     try:
         with locked(work / "lock"), new_folder(folder, SUMMARY) as new:
-            if not Journal.is_of(work / "journal.jsonl", fingerprint):
-                remove_tree(work)  # what a kill left of other labels
-            journal = Journal(work / "journal.jsonl", fingerprint, "")
+            journal = Journal(work / "journal.jsonl", fingerprint)
             workers = worth(sum(path.stat().st_size for path in shards.values()))
             keep = partial(_keep_shard, shards=shards, task=task, known=known, work=work)
             with stages(list(shards), journal, workers, quiet=not sys.stderr.isatty()) as run:

@@ -39,7 +39,7 @@ def events_until(histories: Histories, position_E: np.ndarray, times: Sequence[t
         for part, own in parts.items():
             np.savez(folder / f"{part}.npz", position_E=position_E[own], times=np.stack([t[own] for t, _ in times]))
         call = functools.partial(_count_part, data=histories.path, sides=[side for _, side in times], folder=folder)
-        journal = Journal(folder / "journal.jsonl", "", "")
+        journal = Journal(folder / "journal.jsonl")
         with stages(list(parts), journal, workers, here=True, quiet=not sys.stderr.isatty()) as run:
             run.each("find labels", call)
         return np.concatenate([np.load(folder / f"{part}.npy") for part in parts], axis=1)

@@ -89,10 +89,7 @@ def _read(value_EX: np.ndarray | Rows) -> Iterator[np.ndarray]:
 
 @dataclass(frozen=True)
 class Fitted:
-    """A baseline, the features that it was fitted to and is asked about, of each split, and of which library it is.
-
-    num_labels: how many training labels it was fitted to.
-    """
+    """A baseline, the features that it was fitted to and is asked about, of each split, and of which library it is."""
 
     model: Baseline
     tables: Mapping[str, FeatureTable]
@@ -102,9 +99,14 @@ class Fitted:
     def spec(self) -> FeatureSpec:
         return self.tables["train"].spec
 
-    @property
-    def num_labels(self) -> int:
-        return len(self.tables["train"].examples)
+    def summary(self) -> dict[str, Any]:
+        """What was chosen, and how many features of how many training labels it was fitted to, as plain values."""
+        return {
+            "chosen": self.model.chosen,
+            "num_features": len(self.spec.columns),
+            "num_fitted": len(self.tables["train"].examples),
+            "library": self.library,
+        }
 
     def probability(self, split: str) -> np.ndarray:
         """Of each example of a split, float64 (E,); never the whole table at once."""
@@ -403,10 +405,7 @@ def compare(
             label_E, probability_E, boosting_E, subject_id_E, weight_E, metrics.LEVEL_OF_BOTH
         ),
         "recalibration": recalibration,
-        "chosen": fitted.model.chosen,
-        "num_features": len(fitted.spec.columns),
-        "num_fitted": fitted.num_labels,
-        "library": fitted.library,
+        **fitted.summary(),
         "seconds": seconds,
     }
     return found, boosting

@@ -105,8 +105,7 @@ class Spread:
     def _run(self, stage: str, call: Callable[[str], None], parts: Sequence[str], workers: int, gpus: bool) -> None:
         path = self._work / f"{stage}.jsonl"
         path.unlink(missing_ok=True)  # of an explanation that was killed, like the folders
-        journal = Journal(path, "", "")
-        with stages(parts, journal, workers, gpus=gpus, quiet=not sys.stderr.isatty()) as run:
+        with stages(parts, Journal(path), workers, gpus=gpus, quiet=not sys.stderr.isatty()) as run:
             run.each(stage, call)
 
     def measured(self, first: int) -> Measured:

@@ -22,7 +22,7 @@ from hymate.data.examples import Examples
 from hymate.data.histories import Histories
 from hymate.data.meds import write_parquet
 from hymate.evaluation.features import FeatureConfig, FeatureSpec, FeatureTable, Rows, chosen, features, filled
-from hymate.storage.paths import Location, atomic_path, local_copy, readable, remove_tree
+from hymate.storage.paths import Location, atomic_path, local_copy, readable
 from hymate.work import Journal, stages, worth
 
 PART = 20_000  # labels whose columns are counted at a time
@@ -34,7 +34,7 @@ def chosen_in_parts(
     histories: Histories, train: Examples, config: FeatureConfig, folder: Location, here: bool
 ) -> FeatureSpec:
     """`hymate.evaluation.features.choose`, in parts; `folder` keeps what is done until the columns are known."""
-    parts = {f"{number:06d}": part for number, part in enumerate(train.in_parts(PART))}
+    parts = train.in_parts(PART)
     windows_hours = config.windows(train)
     call = functools.partial(_count, data=histories.path, windows_hours=windows_hours, folder=folder / "columns")
     _run("columns", call, histories, parts, json.dumps(asdict(config)), folder / "columns", here)
@@ -49,9 +49,9 @@ def stored_tables(
     """`hymate.evaluation.features.features` of each split, in files in `folder`; those of a URL are copied here."""
     about = max(1, PART_CELLS // len(spec.columns))
     parts = {
-        f"{split}-{number:06d}": part
+        f"{split}-{name}": part
         for split, of_split in examples.items()
-        for number, part in enumerate(of_split.in_parts(about))
+        for name, part in of_split.in_parts(about).items()
     }
     folder = folder / "tables"
     call = functools.partial(_compute, data=histories.path, spec=spec, folder=folder)
@@ -76,9 +76,7 @@ def _run(
     _histories.cache_clear()  # an earlier call in this process may have found something else in the same place
     digests = " ".join(f"{part} {examples.digest()}" for part, examples in parts.items())
     fingerprint = hashlib.sha256(f"{histories.fingerprint} {made_of} {digests}".encode()).hexdigest()
-    if not Journal.is_of(folder / "journal.jsonl", fingerprint):
-        remove_tree(folder)  # of other tables, whose making was killed
-    journal = Journal(folder / "journal.jsonl", fingerprint, "")
+    journal = Journal(folder / "journal.jsonl", fingerprint)
     num_bytes = 0
     for part, examples in parts.items():
         write_parquet(examples.table(), folder / f"{part}.parquet")

@@ -175,9 +175,8 @@ def predict_dataset(request: Request, out: Location, workers: int) -> tuple[list
     fingerprint = hashlib.sha256(made_of.encode()).hexdigest()
     if not joined and present(folder) and not present(work) and any(folder.iterdir()):
         raise UserError(f"{folder}: holds other files: choose a new folder for out=")
-    if joined and not Journal.is_of(work / "journal.jsonl", fingerprint):
-        remove_tree(folder)  # of other predictions, which were killed
-    journal = Journal(work / "journal.jsonl", fingerprint, f"{folder}: holds other predictions: choose another out=")
+    refusal = None if joined else f"{folder}: holds other predictions: choose another out="
+    journal = Journal(work / "journal.jsonl", fingerprint, refusal)
     for part, examples in asked.examples.items():
         write_parquet(examples.table(), work / f"{part}.parquet")
     call = functools.partial(predict_part, request=request, folders=folders, work=work, labelled=asked.labelled)
@@ -225,7 +224,7 @@ def _ranges(request: Request, bundle: Bundle) -> _Asked:
     """The parts of a prepared dataset: ranges of its examples, none of which cuts a subject in two."""
     histories = open_for(bundle, request.data)
     examples = asked_of(histories, request.task, request.split)
-    parts = {f"{number:06d}": part for number, part in enumerate(examples.in_parts(PART))}
+    parts = examples.in_parts(PART)
     labelled = not np.isnan(examples.label_E).any()
     made_of = f"{histories.fingerprint} {examples.digest()}"
     return _Asked(list(parts), labelled, made_of, len(parts), parts, examples.dropped)
@@ -338,7 +337,7 @@ def spread_outputs(bundle: Bundle, histories: Histories, examples: Examples, dev
     device: "cuda" is a GPU of this machine or, where it has none that does, of the cluster. folder: what a killed call
     had done is found in it.
     """
-    parts = {f"{number:06d}": part for number, part in enumerate(examples.in_parts(PART))}
+    parts = examples.in_parts(PART)
     on_gpu = device == "cuda"
     usable = not on_gpu or obstacle(bundle.model) is None
     if usable and len(parts) == 1:

@@ -10,10 +10,9 @@ import numpy as np
 
 from hymate import cluster
 from hymate.config import DataConfig, ModelConfig, Place, ReportConfig, RunConfig, SearchConfig, TaskConfig, TrainConfig
-from hymate.data.examples import Examples, labelled_examples, require_both_classes, united
+from hymate.data.examples import Examples, examples_by_split, united
 from hymate.data.histories import Histories
 from hymate.data.known import differing, sentences
-from hymate.data.meds import SPLITS
 from hymate.data.tasks import read_or_extract_labels
 from hymate.device import Wanted, decide
 from hymate.errors import ConfigError, UserError
@@ -116,11 +115,7 @@ def search(config: TuneConfig) -> Location:
 
 def _labelled(task: TaskConfig, config: TuneConfig, histories: Histories) -> LabelledTask:
     label_set = read_or_extract_labels(locate(config.data.path), task)
-    examples = {
-        split: labelled_examples(histories, label_set.table, split, required=split != "held_out") for split in SPLITS
-    }
-    # trials learn from the one and are compared on the other
-    require_both_classes(task, {split: examples[split] for split in ("train", "tuning")})
+    examples = examples_by_split(histories, task, label_set.table)
     groups = {}
     if len(examples["held_out"]):
         groups = subgroups(histories, examples["held_out"], config.report.subgroups, config.report.age_bands)

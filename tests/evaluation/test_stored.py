@@ -112,7 +112,7 @@ def test_no_part_cuts_a_subject(labels_S: list[int], about: int) -> None:
     position_E = np.repeat(np.arange(len(labels_S)), labels_S)
     some_ET = np.zeros((len(position_E), 1), np.float32)
     examples = Examples(position_E, position_E, position_E, position_E, some_ET, some_ET, some_ET, position_E)
-    parts = examples.in_parts(about)
+    parts = [*examples.in_parts(about).values()]
     assert np.concatenate([np.zeros(0), *(part.position_E for part in parts)]).tolist() == position_E.tolist()
     seen: set[int] = set()
     for part in parts:
