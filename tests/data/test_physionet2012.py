@@ -23,7 +23,7 @@ from hymate.data.histories import Histories
 from hymate.data.label_files import read_labels
 from hymate.data.meds import DataError, SplitsConfig, read_splits
 from hymate.data.prepare import PrepareConfig, prepare
-from hymate.data.sources import physionet2012
+from hymate.data.sources import challenges, physionet2012
 from hymate.data.sources.physionet2012 import CODES, ORIGIN, PhysioNet2012Source
 
 OUTCOMES = "RecordID,SAPS-I,SOFA,Length_of_stay,Survival,In-hospital_death\n"
@@ -150,19 +150,19 @@ def test_codes_are_described(tmp_path: Path) -> None:
 def test_splits_are_stratified_and_seeded(seed: int, fractions: tuple[float, float, float]) -> None:
     made = source(Path(), SplitsConfig(*fractions), seed)
     death = np.arange(400) % 10 == 0
-    stays = physionet2012._Stays(np.arange(1000, 1400), np.full(400, "b"), death, np.zeros(400, np.float32))
-    made.__dict__["_stays"] = stays  # cached_property: no files
+    stays = physionet2012._Stays(np.arange(1000, 1400), death, np.full(400, "b"), np.zeros(400, np.float32))
+    made.__dict__["stays"] = stays  # cached_property: no files
     for split, fraction in zip(("train", "tuning", "held_out"), fractions, strict=True):
         chosen = made._split_N == split
         assert abs(chosen[death].sum() - fraction * 40) <= 1
         assert abs(chosen[~death].sum() - fraction * 360) <= 1
     other = source(Path(), SplitsConfig(*fractions), seed + 1)
-    other.__dict__["_stays"] = stays
+    other.__dict__["stays"] = stays
     assert 1 in fractions or (other._split_N != made._split_N).any()
 
 
 def test_shards_hold_one_split_and_at_most_so_many_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(physionet2012, "STAYS_PER_SHARD", 7)
+    monkeypatch.setattr(challenges, "STAYS_PER_SHARD", 7)
     raw, out = write_raw(tmp_path / "raw", records=range(200, 250)), tmp_path / "out"
     splits = SplitsConfig(0.6, 0.2, 0.2)
     settings = {"source": "physionet2012", "raw": str(raw), "out": str(out), "workers": 1, "splits": splits}
@@ -180,10 +180,10 @@ def test_shards_hold_one_split_and_at_most_so_many_stays(tmp_path: Path, monkeyp
 
 
 def test_real_stays_match_a_plain_reading(shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(physionet2012, "STAYS_PER_SHARD", 200)
+    monkeypatch.setattr(challenges, "STAYS_PER_SHARD", 200)
     made = source(shared_data / "physionet2012")
-    assert len(made._stays.record_N) == 8000
-    assert round(float(made._stays.death_N.mean()), 3) == 0.144
+    assert len(made.stays.number_N) == 8000
+    assert round(float(made.stays.outcome_N.mean()), 3) == 0.144
     shard = made.shards()[-1]
     made.write_shard(shard, tmp_path)
     table = pq.read_table(tmp_path / "data" / f"{shard}.parquet")

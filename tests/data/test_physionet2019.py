@@ -7,6 +7,7 @@ import io
 import json
 import tarfile
 from pathlib import Path
+from unittest.mock import Mock
 
 import meds
 import numpy as np
@@ -18,7 +19,7 @@ from hourly import converted, hour, text, write
 from hymate.data.histories import Histories, read_metadata
 from hymate.data.label_files import read_labels
 from hymate.data.meds import DataError, SplitsConfig, read_splits
-from hymate.data.sources import physionet2019
+from hymate.data.sources import challenges
 from hymate.data.sources.physionet2019 import CODES, COLUMNS, ORIGIN, PhysioNet2019Source
 
 
@@ -99,6 +100,19 @@ def test_archives_and_folders_give_the_same_and_both_sets_come_together(tmp_path
     assert len(Histories.open(converted(beside, tmp_path / "beside"))) == 2
 
 
+def test_a_process_unpacks_an_archive_once_for_all_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(challenges, "STAYS_PER_SHARD", 2)
+    raw = write(tmp_path / "raw", {number: text([hour(1, HR=80)]) for number in range(1, 21)})
+    (tmp_path / "packed").mkdir()
+    with tarfile.open(tmp_path / "packed" / "training_setA.tar.xz", "w:xz") as tar:
+        tar.add(raw / "training_setA", arcname="training_setA")
+    opened = Mock(wraps=tarfile.open)
+    monkeypatch.setattr(tarfile, "open", opened)
+    out = converted(tmp_path / "packed", tmp_path / "out", SplitsConfig())
+    assert len(list((out / "data").rglob("*.parquet"))) == 10
+    assert opened.call_count == 2  # to look at all, and to write the shards
+
+
 def test_files_may_lie_in_the_folder_itself(tmp_path: Path) -> None:
     raw = write(tmp_path, {1: text([hour(1, HR=80)])}, "raw") / "raw"
     assert events(converted(raw, tmp_path / "out"))[-1] == (1, "HR//bpm", 80)
@@ -110,7 +124,7 @@ def test_shards_and_workers_make_no_difference_and_splits_are_stratified(
     files = {number: text([hour(1, HR=80), hour(2, int(number % 10 == 0))]) for number in range(1, 101)}
     raw = write(tmp_path / "raw", files)
     whole = converted(raw, tmp_path / "whole", SplitsConfig())
-    monkeypatch.setattr(physionet2019, "STAYS_PER_SHARD", 7)
+    monkeypatch.setattr(challenges, "STAYS_PER_SHARD", 7)
     parts = converted(raw, tmp_path / "parts", SplitsConfig())
     septic = {number for number in files if number % 10 == 0}
     for out in (whole, parts):

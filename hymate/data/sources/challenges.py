@@ -2,25 +2,88 @@
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import functools
 import lzma
 import re
 import tarfile
+import tempfile
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any, BinaryIO, ClassVar
 
 import numpy as np
 import pyarrow as pa
 
-from hymate.data.meds import DATA_SCHEMA, STATIC_TIME, DataError, SplitsConfig
+from hymate.data.meds import DATA_SCHEMA, STATIC_TIME, DataError, SplitsConfig, codes_table, write_metadata
 from hymate.hashing import seeded_hash
 from hymate.storage.paths import Location, files_below, local_copy
 
-MAX_STAY_BYTES = (
-    16 << 20
-)  # of one stay's text; the challenges' have a few kilobytes, and an archive can declare any size
+MAX_STAY_BYTES = 16 << 20  # the challenges' have a few kilobytes, and an archive can declare any size
+STAYS_PER_SHARD = 1000
+
+
+@dataclass(frozen=True)
+class Stays:
+    """What one look at all stays found: their numbers, rising, and whether each has the outcome, bool (N,)."""
+
+    number_N: np.ndarray
+    outcome_N: np.ndarray
+
+
+@dataclass(frozen=True)
+class ChallengeSource(abc.ABC):
+    """A challenge's files as a `Source`. Splits are by stay, with the same fraction of outcomes in each.
+
+    codes: with their descriptions.
+    """
+
+    codes: ClassVar[Mapping[str, str]]
+    raw: Location
+    splits: SplitsConfig
+    seed: int
+
+    @property
+    @abc.abstractmethod
+    def stays(self) -> Stays:
+        """All of them."""
+
+    @abc.abstractmethod
+    def dataset(self) -> dict[str, Any]:
+        """MEDS's metadata/dataset.json."""
+
+    def shards(self) -> list[str]:
+        return list(self.places)
+
+    def counts(self) -> dict[str, int]:
+        return {}
+
+    def finish(self, out: Location) -> None:
+        splits = pa.table({"subject_id": self.stays.number_N, "split": self._split_N})
+        write_metadata(out, self.dataset(), splits, codes_table(self.codes))
+
+    @functools.cached_property
+    def places(self) -> dict[str, np.ndarray]:
+        """Shard name -> the places of its stays; a shard holds stays of one split."""
+        shards: dict[str, np.ndarray] = {}
+        for split in sorted(set(self._split_N)):
+            rows = np.flatnonzero(self._split_N == split)
+            parts = np.array_split(rows, -(-len(rows) // STAYS_PER_SHARD))
+            shards |= {f"{split}/{number}": part for number, part in enumerate(parts)}
+        return shards
+
+    @functools.cached_property
+    def _split_N(self) -> np.ndarray:
+        """By a seeded hash of the stay's number."""
+        split_N = np.empty(len(self.stays.number_N), dtype=object)
+        hash_N = seeded_hash(self.stays.number_N, self.seed)
+        for outcome in (False, True):
+            rows = np.flatnonzero(self.stays.outcome_N == outcome)
+            shuffled = rows[np.argsort(hash_N[rows])]
+            split_N[shuffled] = self.splits.assign((np.arange(len(rows)) + 0.5) / len(rows))
+        return split_N
 
 
 @dataclass(frozen=True)
@@ -46,9 +109,17 @@ class StayFiles:
     def texts(self, wanted: Collection[int] | None = None) -> Iterator[tuple[Location, int, bytes]]:
         """(path, number, text) of the stays in `wanted`, or of all."""
         with self._reading():
-            for path, number, read in self._files():
-                if wanted is None or number in wanted:
-                    yield path, number, read()
+            if wanted is None or self.place.is_dir():
+                for path, number, read in self._files():
+                    if wanted is None or number in wanted:
+                        yield path, number, read()
+                return
+            start, (unpacked, stays) = 0, _unpacked(self, self.place.stat().st_mtime_ns)
+            for path, number, size in stays:
+                if number in wanted:
+                    unpacked.seek(start)
+                    yield path, number, unpacked.read(size)
+                start += size
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[None]:
@@ -79,6 +150,19 @@ class StayFiles:
         return int(match[1])
 
 
+@functools.lru_cache(maxsize=8)
+def _unpacked(files: StayFiles, time_ns: int) -> tuple[BinaryIO, list[tuple[Location, int, int]]]:
+    """An archive's texts, as it was at some time, one after the other in a temporary file, and of each its path, number
+    and size: once for all shards that a process writes.
+    """
+    unpacked, stays = tempfile.TemporaryFile(), []  # noqa: SIM115 (kept as long as the process)
+    for path, number, read in files._files():
+        text = read()
+        unpacked.write(text)
+        stays.append((path, number, len(text)))
+    return unpacked, stays
+
+
 class _Member(tarfile.TarInfo):
     """A member that is not read where it is larger than a stay can be, whatever kind it is."""
 
@@ -92,27 +176,6 @@ def _read_stay(path: Location) -> bytes:
     if path.stat().st_size > MAX_STAY_BYTES:
         raise DataError(f"{path}: too large for a stay: remove the file or fetch the set again")
     return path.read_bytes()
-
-
-def stratified_splits(splits: SplitsConfig, seed: int, number_N: np.ndarray, outcome_N: np.ndarray) -> np.ndarray:
-    """Each stay's split (N,): by a seeded hash of its number, with the same fraction of outcomes in each."""
-    split_N = np.empty(len(number_N), dtype=object)
-    hash_N = seeded_hash(number_N, seed)
-    for outcome in (False, True):
-        rows = np.flatnonzero(outcome_N == outcome)
-        shuffled = rows[np.argsort(hash_N[rows])]
-        split_N[shuffled] = splits.assign((np.arange(len(rows)) + 0.5) / len(rows))
-    return split_N
-
-
-def shards_of(split_N: np.ndarray, stays_per_shard: int) -> dict[str, np.ndarray]:
-    """Shard name -> the places of its stays; a shard holds stays of one split."""
-    shards: dict[str, np.ndarray] = {}
-    for split in sorted(set(split_N)):
-        rows = np.flatnonzero(split_N == split)
-        parts = np.array_split(rows, -(-len(rows) // stays_per_shard))
-        shards |= {f"{split}/{number}": part for number, part in enumerate(parts)}
-    return shards
 
 
 def events_table(

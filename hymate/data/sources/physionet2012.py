@@ -17,27 +17,20 @@ import hashlib
 import io
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import csv
 
-from hymate.data.meds import (
-    STATIC_TIME,
-    DataError,
-    SplitsConfig,
-    codes_table,
-    write_metadata,
-    write_parquet,
-)
-from hymate.data.sources.challenges import StayFiles, events_table, shards_of, stratified_splits
+from hymate.data.meds import STATIC_TIME, DataError, write_parquet
+from hymate.data.sources.challenges import ChallengeSource, StayFiles, Stays, events_table
 from hymate.storage.paths import Location
 
 ORIGIN = datetime.datetime(2012, 1, 1)  # admission time of every stay; only differences mean anything
 PREDICTION_TIME = ORIGIN + datetime.timedelta(hours=48)
 LONG_STAY_DAYS = 7
-STAYS_PER_SHARD = 1000
 SETS = ("a", "b", "c")
 CONVERSION = 2  # what is made of the files; another number has them prepared again
 
@@ -123,30 +116,23 @@ class _Set:
 
 
 @dataclass(frozen=True)
-class _Stays:
-    """All stays, by RecordID. death_N bool; days_N float32, length of stay, NaN where missing; set_N letters."""
+class _Stays(Stays):
+    """Whether each ends in death; days_N float32, length of stay, NaN where missing; set_N letters."""
 
-    record_N: np.ndarray
     set_N: np.ndarray
-    death_N: np.ndarray
     days_N: np.ndarray
 
 
 @dataclass(frozen=True)
-class PhysioNet2012Source:
+class PhysioNet2012Source(ChallengeSource):
     """The challenge's text files: `set-b/` or `set-b.tar.xz`, with `Outcomes-b.txt`, for any of the sets a, b, c.
 
-    Splits are by stay and stratified on in-hospital death. Labels, at 48 hours: `mortality` (boolean: died in
+    Splits are stratified on in-hospital death. Labels, at 48 hours: `mortality` (boolean: died in
     hospital) and `length_of_stay` (boolean: longer than 7 days; float: days; none where it is missing).
     """
 
-    raw: Location
-    splits: SplitsConfig
-    seed: int
+    codes = CODES
     name: str = "physionet2012"
-
-    def shards(self) -> list[str]:
-        return list(self._shards)
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256(repr((CONVERSION, self.splits, self.seed, CODES)).encode())
@@ -159,39 +145,30 @@ class PhysioNet2012Source:
                 digest.update(files.stays.place.read_bytes())
         return digest.hexdigest()
 
-    def counts(self) -> dict[str, int]:
-        return {}
+    def dataset(self) -> dict[str, Any]:
+        name = "PhysioNet Challenge 2012, set " + ", ".join(self._sets)
+        return {"dataset_name": name, "dataset_version": "1.0.0", "license": "ODC-By-1.0"}
 
     def write_shard(self, shard: str, out: Location) -> None:
-        rows_N = self._shards[shard]
-        stays = self._stays
-        wanted = dict.fromkeys(stays.record_N[rows_N].tolist())
+        rows_N, stays = self.places[shard], self.stays
+        wanted = dict.fromkeys(stays.number_N[rows_N].tolist())
         texts: list[tuple[Location, int, bytes]] = []
         for letter in np.unique(stays.set_N[rows_N]):
             texts += self._sets[letter].stays.texts(wanted)
         if len(texts) != len(wanted):
             raise DataError(f"{self.raw}: a stay has several texts, or they changed meanwhile: fetch the sets again")
         write_parquet(_events(sorted(texts, key=lambda text: text[1])), out / "data" / f"{shard}.parquet")
-        death, days = stays.death_N[rows_N], stays.days_N[rows_N]
+        death, days = stays.outcome_N[rows_N], stays.days_N[rows_N]
         known = ~np.isnan(days)
         long_stay = {"boolean_value": days[known] > LONG_STAY_DAYS, "float_value": days[known]}
         for task, kept, values in (
             ("mortality", slice(None), {"boolean_value": death}),
             ("length_of_stay", known, long_stay),
         ):
-            record = stays.record_N[rows_N][kept]
+            record = stays.number_N[rows_N][kept]
             times = pa.array([PREDICTION_TIME] * len(record), pa.timestamp("us"))
             table = pa.table({"subject_id": record, "prediction_time": times, **values})
             write_parquet(table, out / "labels" / task / f"{shard}.parquet")
-
-    def finish(self, out: Location) -> None:
-        dataset = {
-            "dataset_name": "PhysioNet Challenge 2012, set " + ", ".join(self._sets),
-            "dataset_version": "1.0.0",
-            "license": "ODC-By-1.0",
-        }
-        splits = pa.table({"subject_id": self._stays.record_N, "split": self._split_N})
-        write_metadata(out, dataset, splits, codes_table(CODES))
 
     @functools.cached_property
     def _sets(self) -> dict[str, _Set]:
@@ -220,7 +197,7 @@ class PhysioNet2012Source:
         }
 
     @functools.cached_property
-    def _stays(self) -> _Stays:
+    def stays(self) -> _Stays:
         columns: list[tuple[int, str, bool, float]] = []
         for letter, files in self._sets.items():
             outcomes = _read_outcomes(files.outcomes)
@@ -240,16 +217,7 @@ class PhysioNet2012Source:
         record, set_, death, days = zip(*columns, strict=True)
         if len(set(record)) < len(record):
             raise DataError(f"{self.raw}: two sets share a RecordID: fetch the sets again")
-        return _Stays(np.array(record), np.array(set_), np.array(death), np.array(days, np.float32))
-
-    @functools.cached_property
-    def _split_N(self) -> np.ndarray:
-        return stratified_splits(self.splits, self.seed, self._stays.record_N, self._stays.death_N)
-
-    @functools.cached_property
-    def _shards(self) -> dict[str, np.ndarray]:
-        """Shard -> rows of `_stays`."""
-        return shards_of(self._split_N, STAYS_PER_SHARD)
+        return _Stays(np.array(record), np.array(death), np.array(set_), np.array(days, np.float32))
 
 
 def _read_outcomes(path: Location) -> dict[int, tuple[bool, float]]:

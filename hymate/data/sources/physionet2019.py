@@ -23,24 +23,16 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from hymate.data.meds import (
-    STATIC_TIME,
-    US_PER_HOUR,
-    DataError,
-    SplitsConfig,
-    codes_table,
-    write_metadata,
-    write_parquet,
-)
-from hymate.data.sources.challenges import StayFiles, events_table, shards_of, stratified_splits
+from hymate.data.meds import STATIC_TIME, US_PER_HOUR, DataError, write_parquet
+from hymate.data.sources.challenges import ChallengeSource, StayFiles, Stays, events_table
 from hymate.storage.paths import Location
 
 ORIGIN = datetime.datetime(2019, 1, 1)  # ICU admission of every stay; only differences mean anything
-STAYS_PER_SHARD = 1000
 CONVERSION = 1  # what is made of the files; another number has them prepared again
 LAST_HOUR = 100_000  # an ICULOS above is none: eleven years
 
@@ -202,56 +194,42 @@ class _Reading:
 
 
 @dataclass(frozen=True)
-class _Stays:
-    """What one look at all files found. number_N, of those that can be used, rising; septic_N: whether a label is 1."""
+class _Stays(Stays):
+    """Those that can be used; whether a label is 1."""
 
-    number_N: np.ndarray
-    septic_N: np.ndarray
     counts: dict[str, int]
     digest: str
 
 
 @dataclass(frozen=True)
-class PhysioNet2019Source:
+class PhysioNet2019Source(ChallengeSource):
     """The challenge's `*.psv` files below a folder, `training_setA/` or `training_setA.tar.xz` there, for instance.
 
-    Splits are by stay and stratified on sepsis. Labels, at the end of each hour: `sepsis` (boolean), as the challenge
+    Splits are stratified on sepsis. Labels, at the end of each hour: `sepsis` (boolean), as the challenge
     has them, so 1 from 6 hours before the onset on.
     """
 
-    raw: Location
-    splits: SplitsConfig
-    seed: int
+    codes = CODES
     name: str = "physionet2019"
 
-    def shards(self) -> list[str]:
-        return list(self._shards)
-
     def fingerprint(self) -> str:
-        return hashlib.sha256(
-            repr((CONVERSION, self.splits, self.seed, CODES, self._stays.digest)).encode()
-        ).hexdigest()
+        made_of = CONVERSION, self.splits, self.seed, CODES, self.stays.digest
+        return hashlib.sha256(repr(made_of).encode()).hexdigest()
 
     def counts(self) -> dict[str, int]:
-        return self._stays.counts
+        return self.stays.counts
+
+    def dataset(self) -> dict[str, Any]:
+        return {"dataset_name": "PhysioNet Challenge 2019", "dataset_version": "1.0.0", "license": "CC-BY-4.0"}
 
     def write_shard(self, shard: str, out: Location) -> None:
-        wanted = set(self._stays.number_N[self._shards[shard]].tolist())
+        wanted = set(self.stays.number_N[self.places[shard]].tolist())
         stays = {number: stay for number, text in self._texts(wanted) if (stay := _Reading().stay(text)) is not None}
         if set(stays) != wanted:
             raise DataError(f"{self.raw}: the files changed meanwhile: give the command again")
         stays = dict(sorted(stays.items()))
         write_parquet(_events(stays), out / "data" / f"{shard}.parquet")
         write_parquet(_labels(stays), out / "labels" / "sepsis" / f"{shard}.parquet")
-
-    def finish(self, out: Location) -> None:
-        dataset = {
-            "dataset_name": "PhysioNet Challenge 2019",
-            "dataset_version": "1.0.0",
-            "license": "CC-BY-4.0",
-        }
-        splits = pa.table({"subject_id": self._stays.number_N, "split": self._split_N})
-        write_metadata(out, dataset, splits, codes_table(CODES))
 
     def _texts(self, wanted: set[int] | None = None) -> Iterator[tuple[int, bytes]]:
         """(number, text) of the stays in `wanted`, or of all: of the folder, and of archives not unpacked there."""
@@ -265,7 +243,7 @@ class PhysioNet2019Source:
                 yield number, text
 
     @functools.cached_property
-    def _stays(self) -> _Stays:
+    def stays(self) -> _Stays:
         reading, digest, septic = _Reading(), hashlib.sha256(), {}
         seen: set[int] = set()
         for number, text in self._texts():
@@ -284,14 +262,6 @@ class PhysioNet2019Source:
         number_N = np.array(sorted(septic))
         septic_N = np.array([septic[number] for number in number_N.tolist()])
         return _Stays(number_N, septic_N, dict(sorted(reading.counts.items())), digest.hexdigest())
-
-    @functools.cached_property
-    def _split_N(self) -> np.ndarray:
-        return stratified_splits(self.splits, self.seed, self._stays.number_N, self._stays.septic_N)
-
-    @functools.cached_property
-    def _shards(self) -> dict[str, np.ndarray]:
-        return shards_of(self._split_N, STAYS_PER_SHARD)
 
 
 def _events(stays: dict[int, _Stay]) -> pa.Table:
