@@ -382,12 +382,7 @@ def sections(part: Mapping[str, Any]) -> list[str]:
         "0. Each interval holds for its threshold alone. The verdict first tests whether the ranking is chance, then "
         "whether the model helps at the prevalence, where treat-all equals treat-none, and then around it.",
         markdown(_benefit_rows(part)),
-        "## Groups",
-        f"Sensitivity is measured at the threshold for {percent(VERDICT_AIM)} specificity. Too few to judge: "
-        f"under {ENOUGH_POSITIVES} patients with a positive label or {ENOUGH_SUBJECTS} in all. Groups under "
-        f"{FEWEST_SUBJECTS} patients are not shown. Each interval holds for its group alone; whether "
-        "risks are too high or too low, or patients ranked worse, allows for the number of groups.",
-        markdown(_group_rows(part)),
+        *_group_parts(part),
     ]
 
 
@@ -422,7 +417,10 @@ def _benefit_rows(part: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
-def _group_rows(part: Mapping[str, Any]) -> list[list[str]]:
+def _group_parts(part: Mapping[str, Any]) -> list[str]:
+    """Nothing where neither ages nor sexes are recorded; the verdict says so."""
+    if not part["subgroups"]:
+        return []
     rows = [["group", "labels", "positives", "observed", "predicted", "AUROC [95 % CI]", "sensitivity"]]
     for kind in dict.fromkeys(group["kind"] for group in part["subgroups"]):
         own = [group for group in part["subgroups"] if group["kind"] == kind]
@@ -430,7 +428,13 @@ def _group_rows(part: Mapping[str, Any]) -> list[list[str]]:
         rows += [_group_row(group) for group in own if group in shown]
         if len(own) > len(shown):
             rows.append([f"{len(own) - len(shown)} smaller ones (results.json)", *[""] * 6])
-    return rows
+    text = (
+        f"Sensitivity is measured at the threshold for {percent(VERDICT_AIM)} specificity. Too few to judge: "
+        f"under {ENOUGH_POSITIVES} patients with a positive label or {ENOUGH_SUBJECTS} in all. Groups under "
+        f"{FEWEST_SUBJECTS} patients are not shown. Each interval holds for its group alone; whether "
+        "risks are too high or too low, or patients ranked worse, allows for the number of groups."
+    )
+    return ["## Groups", text, markdown(rows)]
 
 
 def _group_row(group: Mapping[str, Any]) -> list[str]:

@@ -80,6 +80,12 @@ def test_the_verdict_on_boosting_where_measures_disagree_or_are_missing() -> Non
     assert "Not compared: report.boosting=false. `python -m hymate.baselines`" in left_out
 
 
+def test_a_report_without_groups_has_no_table_of_them() -> None:
+    found, group = judged(1.0, 1.0), {"kind": "sex", "group": "GENDER//F", "hidden": True}
+    assert "## Groups" not in report.sections(found)
+    assert "## Groups" in report.sections(found | {"subgroups": [group]})
+
+
 def test_the_report_says_how_labels_came_about(tmp_path: Path) -> None:
     home, back = "HOSPITAL_DISCHARGE//HOME", "HOSPITAL_ADMISSION//EU OBSERVATION"
     write_histories(
