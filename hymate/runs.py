@@ -56,6 +56,7 @@ FORMAT = 2  # of the run folder
 COMMAND_LINE: ContextVar[tuple[str, ...]] = ContextVar("what the user gave the command", default=())
 SUPERSEDED = "another command has taken this run over"
 LOOK_EVERY_S, LOOK_AT_URL_EVERY_S = 0.2, 5.0
+ELSEWHERE = {"data.path", "device", "run.dir"}  # keys that move a run to other machines, so it may be continued
 T = TypeVar("T")
 PACKAGE = Path(__file__).resolve().parent
 ROOT = PACKAGE.parent

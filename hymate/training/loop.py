@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.distributed as dist
@@ -27,8 +27,10 @@ from torch import Tensor, nn
 
 from hymate.config import TrainConfig
 from hymate.data.feeding import Delayed, fed
+from hymate.data.loader import Cursor
 from hymate.device import CPU
 from hymate.errors import UserError
+from hymate.model.batch import Batch
 from hymate.model.embedding import EventEmbedding
 from hymate.model.encoder import GatedMLP, HyMaTE
 from hymate.model.objectives import LossModel, mean_loss
@@ -37,10 +39,6 @@ from hymate.training.deepspeed import deepspeed_config
 from hymate.training.memory import keep_freed_memory
 from hymate.training.stragglers import Clock, WorkerTimes, curves, trouble
 from hymate.training.telemetry import Telemetry
-
-if TYPE_CHECKING:
-    from hymate.data.loader import Cursor
-    from hymate.model.batch import Batch
 
 
 @dataclass(frozen=True)
@@ -177,7 +175,7 @@ def train(
         saved_step, saved_at = standing.step, time.monotonic()
 
     steps = fed(
-        job.rows.steps(_cursor(standing), config.rows_per_step, worker.rank, worker.world_size),
+        job.rows.steps(Cursor(**standing.cursor), config.rows_per_step, worker.rank, worker.world_size),
         worker.device,
         engine.module.ask,
     )
@@ -522,12 +520,6 @@ def _all_reduced(values: Tensor, device: torch.device) -> Tensor:
     moved = values.double().to(device)
     dist.all_reduce(moved)
     return moved.cpu()
-
-
-def _cursor(standing: Standing) -> Cursor:
-    from hymate.data.loader import Cursor
-
-    return Cursor(**standing.cursor)
 
 
 def _progress(meter: Meter, standing: Standing, job: Job, config: TrainConfig) -> dict[str, Any]:

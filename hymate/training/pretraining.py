@@ -24,7 +24,7 @@ from hymate.inference.bundle import Bundle
 from hymate.inference.provenance import provenance
 from hymate.model.encoder import decay_groups
 from hymate.model.pretrain_model import PretrainModel
-from hymate.runs import absolute, check_same_run, claimed, run_folder
+from hymate.runs import ELSEWHERE, absolute, check_same_run, claimed, run_folder
 from hymate.storage.paths import Location, locate, require_folder
 from hymate.training import checkpoint
 from hymate.training.keeper import Kept
@@ -37,27 +37,19 @@ SCORE = "val_loss"
 MODE: Literal["min"] = "min"
 TRAIN_SPLIT, TUNING_SPLIT = "train", "tuning"
 # Keys that a run may change when it is continued: they move it to other machines or end it sooner or later.
-CHANGEABLE = {
-    "data.path",
-    "device",
-    "run.dir",
-    *(
-        f"train.{key}"
-        for key in (
-            "num_workers",
-            "cpus_per_worker",
-            "zero_stage",
-            "activation_checkpointing",
-            "compile",
-            "max_steps",
-            "eval_every",
-            "log_every",
-            "keep",
-            "patience",
-            "max_failures",
-            "max_skipped",
-        )
-    ),
+CHANGEABLE = ELSEWHERE | {
+    "train.num_workers",
+    "train.cpus_per_worker",
+    "train.zero_stage",
+    "train.activation_checkpointing",
+    "train.compile",
+    "train.max_steps",
+    "train.eval_every",
+    "train.log_every",
+    "train.keep",
+    "train.patience",
+    "train.max_failures",
+    "train.max_skipped",
 }
 
 

@@ -33,7 +33,7 @@ from hymate.evaluation import baseline_models, calibration
 from hymate.evaluation.features import FeatureConfig, choose, features
 from hymate.inference.bundle import Bundle, read_weights, write_weights
 from hymate.inference.scoring import predict
-from hymate.runs import absolute, check_same_run, claimed, run_folder
+from hymate.runs import ELSEWHERE, absolute, check_same_run, claimed, run_folder
 from hymate.storage.paths import Location, atomic_path, local_copy, locate, require_folder, write_text
 from hymate.training import loop
 from hymate.training.checkpoint import read_verified_weights
@@ -55,17 +55,7 @@ from hymate.tuning.trial import TrialConfig, distilled, require_starts, trial_co
 
 CHOSEN_BY = "loss"  # cross-entropy, as in hymate.evaluation.baseline_models: AUROC and AUPRC of few positives jump
 PRETRAINED = "pretrained"  # folder in the benchmark's
-CHANGEABLE = {
-    "data.path",
-    "device",
-    "run.dir",
-    "split",
-    "seeds",
-    "budgets",
-    "with_few_labels",
-    "only",
-    "max_concurrent",
-}
+CHANGEABLE = ELSEWHERE | {"split", "seeds", "budgets", "with_few_labels", "only", "max_concurrent"}
 
 
 def benchmark(config: BenchmarkConfig) -> Location:
@@ -77,10 +67,8 @@ def benchmark(config: BenchmarkConfig) -> Location:
     require_folder(path, "run.dir")
     models = [config.model_of(name) for name in {run.name for run in runs} - {*BASELINES}]
     config = device.decide(config, *models, cluster_gpus=cluster.available_gpus(config.train))
-    histories, label_set = (
-        Histories.open(config.data.path),
-        read_or_extract_labels(locate(config.data.path), config.task),
-    )
+    histories = Histories.open(config.data.path)
+    label_set = read_or_extract_labels(locate(config.data.path), config.task)
     if any(config.point_of(contender).get("early_fraction") for contender in config.contenders.values()):
         require_starts(config.task, label_set, "point.early_fraction")
     there = Labelled.of(histories, label_set.table, config.split)
@@ -119,10 +107,8 @@ def train_and_score(
 ) -> None:
     """One run's training, recalibration and predictions; pretrained: what `pretrain` returned."""
     torch.set_num_threads(config.train.cpus_per_worker)
-    histories, table = (
-        Histories.open(config.data.path),
-        read_or_extract_labels(locate(config.data.path), config.task).table,
-    )
+    histories = Histories.open(config.data.path)
+    table = read_or_extract_labels(locate(config.data.path), config.task).table
     own = Labelled.of(histories, table, config.split).allotted(config, run)
     state, pretraining_seconds = pretrained or (None, 0.0)
     started = time.monotonic()
@@ -200,15 +186,8 @@ def pretrain(config: BenchmarkConfig, name: str, seed: int) -> tuple[dict[str, T
     torch.set_num_threads(config.train.cpus_per_worker)
     path = run_folder(config.run) / PRETRAINED / f"{name}-seed{seed}.safetensors"
     if not path.with_suffix(".json").is_file():  # it comes last
-        model = config.model_of(name)
-        settings = PretrainConfig(
-            config.data,
-            model,
-            config.objective,
-            dataclasses.replace(config.pretrain, seed=seed),
-            config.run,
-            config.device,
-        )
+        model, train_settings = config.model_of(name), dataclasses.replace(config.pretrain, seed=seed)
+        settings = PretrainConfig(config.data, model, config.objective, train_settings, config.run, config.device)
         started = time.monotonic()
         chosen = device.choose(config.device, model)
         telemetry = Telemetry(run_folder(config.run) / "tb" / f"{PRETRAINED}-{path.stem}", enabled=True)

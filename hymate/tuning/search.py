@@ -21,17 +21,14 @@ from hymate.evaluation.baseline_models import FEATURES, cross_fitted
 from hymate.evaluation.subgroups import subgroups
 from hymate.inference.bundle import Bundle
 from hymate.inference.provenance import SENTENCES, Seen, provenance, seen
-from hymate.runs import Run, absolute, check_same_run, claimed, run_folder
+from hymate.runs import ELSEWHERE, Run, absolute, check_same_run, claimed, run_folder
 from hymate.storage.paths import Location, filling, locate, remove_tree, require_folder, write_text
 from hymate.tuning import space, winner
 from hymate.tuning.trial import Study, TrialConfig, distilled, draw_trials, require_starts, starting_point
 from hymate.tuning.winner import LabelledTask
 
 # keys that a search may change when it is continued: they move it to other machines or spare these what is too large
-CHANGEABLE = {
-    "data.path",
-    "device",
-    "run.dir",
+CHANGEABLE = ELSEWHERE | {
     "search.max_concurrent",
     "train.num_workers",
     "train.cpus_per_worker",

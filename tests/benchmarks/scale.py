@@ -14,17 +14,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
-from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from loader import epoch_speed, open_rows, resident_mib
+from patients import answers
 from prepare_memory import measure, peak_mib
 
 from hymate.data.histories import Splits
@@ -86,23 +84,11 @@ def subjects(folder: Path) -> None:
     sizes = (500_000, 2_000_000)
     datasets = [splits_of(folder / f"splits-{size}", size) for size in sizes]
     for process in ("the first process of a host", "another process"):
-        needed = [answer(hold, dataset) for dataset in datasets]
+        needed = [answers(hold, 1, dataset)[0] for dataset in datasets]
         for size, (held, peak) in zip(sizes, needed, strict=True):
             print(f"splits in {process}, {size:,} subjects: {held:.0f} MiB held, {peak:.0f} at most")
         held, peak = ((more - less) * 2**20 / (sizes[1] - sizes[0]) for less, more in zip(*needed, strict=True))
         print(f"  {held:.0f} bytes a subject held, {peak:.0f} at most", flush=True)
-
-
-def answer(function: Callable[..., None], *arguments: Any) -> Any:
-    """What `function(pipe, *arguments)` sends from a process of its own."""
-    spawn = multiprocessing.get_context("spawn")
-    ours, theirs = spawn.Pipe()
-    process = spawn.Process(target=function, args=(theirs, *arguments))
-    process.start()
-    theirs.close()  # a process that fails leaves the end of the pipe
-    received = ours.recv()
-    process.join()
-    return received
 
 
 def main() -> None:
@@ -118,7 +104,7 @@ def main() -> None:
     if "prepare" in options.steps:
         prepare(prepared, "source=meds", f"raw={raw}")
     if "stream" in options.steps:
-        num_events, wall, cpu, before, opened, memory, peak = answer(stream, prepared)
+        ((num_events, wall, cpu, before, opened, memory, peak),) = answers(stream, 1, prepared)
         print(
             f"stream: {num_events:,} training events in {wall:.0f} s, {cpu:.0f} s of processor time: "
             f"{cpu / num_events * 1e6:.2f} us an event\n"
