@@ -24,7 +24,7 @@ from hymate.data.histories import Histories
 from hymate.errors import ConfigError
 from hymate.evaluation.tables import markdown
 from hymate.training.footprint import Flops, Shapes, event_flops, num_parameters, row_bytes, worker_bytes
-from hymate.training.pretraining import TRAIN_SPLIT, read_vocabulary, require_learnable
+from hymate.training.pretraining import TRAIN_SPLIT, require_learnable
 
 GIB = 2**30
 STAGES = (0, 1, 2, 3)
@@ -92,14 +92,10 @@ class PlanConfig:
                 raise ConfigError(f"{name} is the dataset's own where data.path names one: leave out either")
         if self.train.num_workers != self.gpus:
             raise ConfigError(f"train.num_workers={self.train.num_workers}, but gpus={self.gpus}: give gpus alone")
-        self.prepared("-")  # checks the rest of data, which has a path at times
+        DataConfig("-", self.data.context, self.data.tokens_per_row, self.data.min_count)  # checks them
         require_learnable(self.model, self.objective)
         if "G" in self.model.layers:
             raise ConfigError("model.layers: a plan counts M and A blocks; G is a baseline for comparisons on CPUs")
-
-    def prepared(self, path: str) -> DataConfig:
-        """The dataset at `path`, as `data` would have it read."""
-        return DataConfig(path, self.data.context, self.data.tokens_per_row, self.data.min_count)
 
 
 def plan(config: PlanConfig) -> None:
@@ -114,7 +110,7 @@ def _shapes(config: PlanConfig) -> tuple[Shapes, float]:
     if data.path is not None:
         histories = Histories.open(data.path)
         seen_P = np.minimum(pretraining_examples(histories, TRAIN_SPLIT).stop_E, data.context)
-        vocab_size, events = read_vocabulary(config.prepared(data.path)).size, float(seen_P.sum())
+        vocab_size, events = histories.vocabulary(data.min_count).size, float(seen_P.sum())
         history_events = max(1, round(float(seen_P.mean())))
     length = min(history_events, data.context, data.tokens_per_row)
     return Shapes(

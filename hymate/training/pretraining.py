@@ -14,7 +14,7 @@ import yaml
 from hymate import cluster
 from hymate.config import DataConfig, ModelConfig, ObjectiveConfig, RunConfig, TrainConfig
 from hymate.data.examples import Examples, pretraining_examples
-from hymate.data.histories import FOLDER, Histories
+from hymate.data.histories import Histories
 from hymate.data.loader import Rows
 from hymate.data.vocabulary import Vocabulary
 from hymate.device import Wanted, decide
@@ -25,7 +25,7 @@ from hymate.inference.provenance import provenance
 from hymate.model.encoder import decay_groups
 from hymate.model.pretrain_model import PretrainModel
 from hymate.runs import ELSEWHERE, absolute, check_same_run, claimed, run_folder
-from hymate.storage.paths import Location, locate, require_folder
+from hymate.storage.paths import Location, require_folder
 from hymate.training import checkpoint
 from hymate.training.keeper import Kept
 from hymate.training.loop import Job, Worker, mean_outputs
@@ -127,7 +127,7 @@ def open_checked(data: DataConfig) -> Histories:
 def pretraining_job(config: PretrainConfig, worker: Worker) -> Job:
     """Model, rows and evaluation of one worker."""
     histories = Histories.open(config.data.path)
-    vocabulary = read_vocabulary(config.data)
+    vocabulary = histories.vocabulary(config.data.min_count)
     torch.manual_seed(config.train.seed)
     module = PretrainModel(config.model, config.objective, vocabulary.size)
     groups = decay_groups(module, config.train.weight_decay)
@@ -147,11 +147,6 @@ def pretraining_job(config: PretrainConfig, worker: Worker) -> Job:
         metric=SCORE,
         mode=MODE,
     )
-
-
-def read_vocabulary(data: DataConfig) -> Vocabulary:
-    """The model's vocabulary of a prepared dataset."""
-    return Vocabulary.read(locate(data.path) / FOLDER / "vocabulary.parquet", data.min_count)
 
 
 def some(examples: Examples, data: DataConfig, train: TrainConfig) -> Examples:
@@ -184,10 +179,10 @@ def _export(config: PretrainConfig, kept: Kept, histories: Histories, folder: Lo
     if best is None:
         raise UserError(f"no checkpoint in {kept.folder} is whole: put a copy back, or delete the run to begin again")
     numbers = {name: float(value) for name, value in best.metrics.items()}
-    extra = {"metrics": numbers, "provenance": provenance(histories)}
-    model, data, vocabulary = config.model, config.data, read_vocabulary(config.data)
-    bundle = Bundle("pretrained", model, data, vocabulary, best.weights, known=histories.known, extra=extra)
-    bundle.write(folder, _card(config, numbers, histories))
+    card, vocabulary = _card(config, numbers, histories), histories.vocabulary(config.data.min_count)
+    known, extra = histories.known, {"metrics": numbers, "provenance": provenance(histories)}
+    bundle = Bundle("pretrained", config.model, config.data, vocabulary, best.weights, known=known, extra=extra)
+    bundle.write(folder, card)
     return numbers
 
 

@@ -38,7 +38,7 @@ from hymate.storage.paths import Location, atomic_path, local_copy, locate, requ
 from hymate.training import loop
 from hymate.training.checkpoint import read_verified_weights
 from hymate.training.keeper import Kept
-from hymate.training.pretraining import PretrainConfig, pretraining_job, read_vocabulary
+from hymate.training.pretraining import PretrainConfig, pretraining_job
 from hymate.training.telemetry import Telemetry
 from hymate.tuning import comparison
 from hymate.tuning.protocol import (
@@ -144,7 +144,7 @@ def _contender(
     config: BenchmarkConfig, run: ContenderRun, histories: Histories, own: Allotment, state: dict[str, Tensor] | None
 ) -> tuple[np.ndarray, np.ndarray, int]:
     """As `_baseline`, and how many parameters the model has."""
-    contender, vocabulary = config.contenders[run.name], read_vocabulary(config.data)
+    contender, vocabulary = config.contenders[run.name], histories.vocabulary(config.data.min_count)
     start = Bundle("pretrained", config.model_of(run.name), config.data, vocabulary, state or {})
     trial = trial_of(config, contender, start, run.seed, own.fraction)
     fitting = own.fitting

@@ -24,7 +24,6 @@ from hymate.inference.bundle import Bundle, read_bundle
 from hymate.model.encoder import RiskModel, decay_groups, load_pretrained
 from hymate.storage.paths import Location, locate
 from hymate.training import loop
-from hymate.training.pretraining import read_vocabulary
 from hymate.trees import build, to_tree
 from hymate.tuning import space
 
@@ -95,7 +94,8 @@ def starting_point(data: DataConfig, model: ModelConfig | None, init: str | None
     if init is None:
         if model is None:
             raise ConfigError("init=null trains from scratch and needs a model: add model=small (or another size)")
-        return Bundle("pretrained", model, data, read_vocabulary(data), state={})
+        vocabulary = Histories.open(data.path).vocabulary(data.min_count)
+        return Bundle("pretrained", model, data, vocabulary, state={})
     bundle = read_bundle(locate(init))
     for field in dataclasses.fields(ModelConfig):
         own = getattr(bundle.model, field.name)

@@ -20,7 +20,7 @@ from hymate.data.histories import Histories
 from hymate.data.loader import Cursor, Rows
 from hymate.model.objectives import mean_loss
 from hymate.model.pretrain_model import PretrainModel
-from hymate.training.pretraining import PretrainConfig, read_vocabulary
+from hymate.training.pretraining import PretrainConfig
 
 
 def main() -> None:
@@ -32,7 +32,8 @@ def main() -> None:
     options = parser.parse_args()
     settings = [f"data.path={options.data}", "model=debug", "objective=both", "objective.horizon_hours=12"]
     config = load("pretrain", [*settings, f"data.tokens_per_row={options.tokens_per_row}"], PretrainConfig)
-    histories, vocabulary = Histories.open(options.data), read_vocabulary(config.data)
+    histories = Histories.open(options.data)
+    vocabulary = histories.vocabulary(config.data.min_count)
     rows = Rows(
         histories,
         vocabulary,

@@ -31,7 +31,7 @@ from hymate.evaluation import baseline_models, calibration
 from hymate.evaluation.features import FeatureConfig, choose, features
 from hymate.inference.bundle import Bundle
 from hymate.runs import run_folder
-from hymate.training.pretraining import PretrainConfig, read_vocabulary
+from hymate.training.pretraining import PretrainConfig
 from hymate.tuning.benchmark import benchmark, train_and_score, trial_of
 from hymate.tuning.comparison import compare, write_run
 from hymate.tuning.protocol import BenchmarkConfig, ContenderRun, Labelled
@@ -244,11 +244,12 @@ def test_encoders_have_the_same_pooling_views_and_candidates_and_the_papers_mode
         settings = ["task=mortality", f"data.path={small_data}", f"model.pooling={pooling}", "point.early_fraction=0.5"]
         config = load("benchmark", [*settings, "data.min_count=1"], BenchmarkConfig)
         models = {name: config.model_of(name) for name in config.contenders}
+        vocabulary = Histories.open(small_data).vocabulary(config.data.min_count)
         trials = {
             name: trial_of(
                 config,
                 contender,
-                Bundle("pretrained", models[name], config.data, read_vocabulary(config.data), state={}),
+                Bundle("pretrained", models[name], config.data, vocabulary, state={}),
                 0,
                 0.05,
             )
