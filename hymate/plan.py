@@ -21,6 +21,7 @@ import numpy as np
 from hymate.config import DataConfig, ModelConfig, ObjectiveConfig, Place, TrainConfig, check, not_negative, positive
 from hymate.data.examples import pretraining_examples
 from hymate.data.histories import Histories
+from hymate.data.vocabulary import Vocabulary
 from hymate.errors import ConfigError
 from hymate.evaluation.tables import markdown
 from hymate.training.footprint import Flops, Shapes, event_flops, num_parameters, row_bytes, worker_bytes
@@ -110,7 +111,7 @@ def _shapes(config: PlanConfig) -> tuple[Shapes, float]:
     if data.path is not None:
         histories = Histories.open(data.path)
         seen_P = np.minimum(pretraining_examples(histories, TRAIN_SPLIT).stop_E, data.context)
-        vocab_size, events = histories.vocabulary(data.min_count).size, float(seen_P.sum())
+        vocab_size, events = Vocabulary.of(histories, data.min_count).size, float(seen_P.sum())
         history_events = max(1, round(float(seen_P.mean())))
     length = min(history_events, data.context, data.tokens_per_row)
     return Shapes(

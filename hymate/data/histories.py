@@ -34,7 +34,6 @@ from hymate.data.meds import (
     read_parquet,
     read_splits,
 )
-from hymate.data.vocabulary import Vocabulary
 from hymate.errors import ConfigError, UserError
 from hymate.storage.paths import Location, atomic_path, locate
 from hymate.trees import build
@@ -244,10 +243,6 @@ class Histories:
 
     def __len__(self) -> int:
         return len(self.index)
-
-    def vocabulary(self, min_count: int) -> Vocabulary:
-        """The codes that a model of this dataset knows: those of at least so many training events."""
-        return Vocabulary.read(self.path / FOLDER / "vocabulary.parquet", min_count)
 
     def positions(self, split: str) -> range:
         """Those of the subjects of a split."""

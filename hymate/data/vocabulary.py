@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from hymate.data.histories import FOLDER, Histories
 from hymate.data.meds import UNREADABLE, read_parquet, write_parquet
 from hymate.data.statistics import NUM_KNOTS, VOCABULARY_SCHEMA
 from hymate.errors import UserError
@@ -58,6 +59,11 @@ class Vocabulary:
         except (*UNREADABLE, KeyError, ValueError) as error:
             raise UserError(f"{path}: missing or not a vocabulary: prepare the dataset again") from error
         return cls(table.filter(pc.field("count") >= max(min_count, 1)))
+
+    @classmethod
+    def of(cls, histories: Histories, min_count: int) -> Vocabulary:
+        """What a model of a prepared dataset knows."""
+        return cls.read(histories.path / FOLDER / "vocabulary.parquet", min_count)
 
     def write(self, path: Location) -> None:
         """Write the codes and their statistics, atomically; `read` gives the same vocabulary back."""

@@ -85,11 +85,7 @@ def calibration_slope(
     1 is ideal; below it the probabilities are too extreme, above it too timid. None where it has no finite value.
     """
     label_N, logit_N = np.asarray(label_N, dtype=np.float64), logit(prob_N)
-
-    def slopes(weight_BN: Array) -> Array:
-        return _slopes(label_N, logit_N, weight_BN)[None]
-
-    return metrics.estimates(slopes, 1, subject_N, weight_N)[0]
+    return metrics.estimates(lambda weight_BN: _slopes(label_N, logit_N, weight_BN)[None], 1, subject_N, weight_N)[0]
 
 
 def _slopes(label_N: Array, logit_N: Array, weight_BN: Array) -> Array:

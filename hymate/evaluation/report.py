@@ -107,11 +107,12 @@ def _verdicts(found: Mapping[str, Any]) -> list[str]:
 
 def _details(found: Mapping[str, Any]) -> list[str]:
     """Markdown parts; how the numbers came about, and tables."""
-    days = _day_rows(found)
+    days, held_out = _day_rows(found), any(part["split"] == "held_out" for part in parts_of(found))
+    scored = "The held-out split was scored once," if held_out else "The tuning split was scored"
     parts = [
         "## Scores",
         "Intervals are 95 %. Those of proportions are Wilson's, over patients (Kish's effective number, where patients "
-        f"have unequal numbers of labels); the others resample patients. {_scored_once(found)} by the checkpoint that "
+        f"have unequal numbers of labels); the others resample patients. {scored} by the checkpoint that "
         f"was best on the tuning split ({_criterion(found)}), after its logits were recalibrated on the tuning split. "
         "So were gradient boosting's:",
         markdown(_recalibration_rows(found)),
@@ -166,11 +167,6 @@ def _notes(found: Mapping[str, Any]) -> list[str]:
             of_part.append(WEIGHTED.format(**part["weights"]))
         sentences += [": ".join([*_task_column(found, part["task"]), sentence]) for sentence in of_part]
     return sentences
-
-
-def _scored_once(found: Mapping[str, Any]) -> str:
-    held_out = any(part["split"] == "held_out" for part in parts_of(found))
-    return "The held-out split was scored once," if held_out else "The tuning split was scored"
 
 
 def _compared_on(part: Mapping[str, Any]) -> str:
@@ -229,16 +225,13 @@ def verdict(part: Mapping[str, Any]) -> str:
 
 
 def _ranking(part: Mapping[str, Any]) -> str:
+    held_out = "held-out " if part.get("split", "held_out") == "held_out" else ""
     return (
-        f"Of {part['num_labels']:,} {_held_out(part)}predictions for {part['num_subjects']:,} patients "
+        f"Of {part['num_labels']:,} {held_out}predictions for {part['num_subjects']:,} patients "
         f"{part['num_positives']:,} are positive ({percent(part['prevalence'])}). AUROC is "
         f"{with_interval(part['auroc'])}: the chance that a positive is ranked above a negative; guessing gives 0.5. "
         f"AUPRC is {with_interval(part['auprc'])}; guessing gives {number(part['prevalence'])}."
     )
-
-
-def _held_out(part: Mapping[str, Any]) -> str:
-    return "held-out " if part.get("split", "held_out") == "held_out" else ""
 
 
 def _boosting(part: Mapping[str, Any]) -> str:
@@ -337,7 +330,8 @@ def _groups(part: Mapping[str, Any]) -> str:
         return f"There are no groups of {FEWEST_SUBJECTS} patients: neither ages nor sexes are recorded."
     texts = []
     for wrong in ("too high", "too low"):
-        off = sorted((g for g in groups if g["wrong"] == wrong), key=lambda g: -abs(_gap(g)))[:NAMED]
+        off = [group for group in groups if group["wrong"] == wrong]
+        off = sorted(off, key=lambda group: -abs(group["predicted"] - group["observed"]["value"]))[:NAMED]
         names = "; ".join(
             f"{_name(g)} ({percent(g['predicted'])} predicted, {percent_with_interval(g['observed'])} observed)"
             for g in off
@@ -355,10 +349,6 @@ def _groups(part: Mapping[str, Any]) -> str:
     if small:
         texts.append(f"{small} of {len(groups)} groups are too small to judge.")
     return " ".join(texts)
-
-
-def _gap(group: Mapping[str, Any]) -> float:
-    return float(group["predicted"] - group["observed"]["value"])
 
 
 def _name(group: Mapping[str, Any]) -> str:
@@ -519,14 +509,11 @@ def _trial_rows(found: Mapping[str, Any]) -> list[list[str]]:
         mark = " *" if trial["index"] == found["best_trial"] else ""
         best = trial["best"]
         scores = (number(best.get(name)) for name in ("mean", "auroc", "auprc"))
-        parameters = (_parameter(trial["parameters"][name]) for name in names)
+        values = (trial["parameters"][name] for name in names)
+        parameters = (f"{value:.2g}" if isinstance(value, float) else str(value) for value in values)
         steps = [str(trial["step"] or 0), str(best.get("step", "-"))]
         rows.append([f"{trial['index']}{mark}", trial["status"], *steps, *scores, *parameters])
     return rows
-
-
-def _parameter(value: Any) -> str:
-    return f"{value:.2g}" if isinstance(value, float) else str(value)
 
 
 def _task_column(found: Mapping[str, Any], text: str) -> list[str]:

@@ -38,7 +38,8 @@ def chosen_in_parts(
     windows_hours = config.windows(train)
     call = functools.partial(_count, data=histories.path, windows_hours=windows_hours, folder=folder / "columns")
     _run("columns", call, histories, parts, json.dumps(asdict(config)), folder / "columns", here)
-    filled_2WV = functools.reduce(np.add, (_loaded(folder / "columns" / f"{part}.npy") for part in parts))
+    counted = (np.load(io.BytesIO((folder / "columns" / f"{part}.npy").read_bytes())) for part in parts)
+    filled_2WV = functools.reduce(np.add, counted)
     return chosen(histories.codes, filled_2WV, len(train), windows_hours, config)
 
 
@@ -109,7 +110,3 @@ def _examples(part: str, folder: Location) -> Examples:
 def _save(array: np.ndarray, path: Location) -> None:
     with atomic_path(path) as temporary, temporary.open("wb") as file:
         np.save(file, array)
-
-
-def _loaded(path: Location) -> np.ndarray:
-    return np.load(io.BytesIO(path.read_bytes()))

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from hymate.data.examples import Examples
-from hymate.data.histories import Histories, History
+from hymate.data.histories import Histories
 from hymate.data.loader import US_PER_YEAR
 from hymate.errors import ConfigError
 
@@ -38,7 +38,8 @@ def subgroups(
         (history,) = histories.read([position])
         codes_P.append(set(history.static_code.tolist()))
         born_P[p] = np.nan if history.birth_time is None else history.birth_time
-        age_P[p] = _stated_age(history, age_codes)
+        stated = zip(history.static_code.tolist(), history.static_value.tolist(), strict=True)
+        age_P[p] = next((value for code, value in stated if code in age_codes), np.nan)
 
     age_E = (examples.prediction_time_E - born_P[patient_E]) / US_PER_YEAR
     age_E = np.where(np.isnan(age_E), age_P[patient_E], age_E)
@@ -53,13 +54,6 @@ def subgroups(
             codes = f"among them are {', '.join(known[:5])}" if known else "there are none"
             raise ConfigError(f"report.subgroups: no static code matches {pattern!r} (of held-out patients {codes})")
     return {kind: members for kind, members in groups.items() if members}
-
-
-def _stated_age(history: History, age_codes: set[int]) -> float:
-    for code, value in zip(history.static_code.tolist(), history.static_value.tolist(), strict=True):
-        if code in age_codes:
-            return float(value)
-    return float("nan")
 
 
 def _bands(age_E: np.ndarray, starts: Sequence[int]) -> dict[str, np.ndarray]:

@@ -185,7 +185,8 @@ def train(
         while not (stopping := anyone_by_now(stop(), worker, flags)) and not standing.finished(config):
             rows, cursor = next(timed_steps)
             fraction = schedule(standing.step, config)
-            set_learning_rates(engine, [lr * fraction for lr in base_lrs])
+            for group, lr in zip(engine.optimizer.param_groups, base_lrs, strict=True):
+                group["lr"] = lr * fraction
             sums = train_step(engine, rows, worker.device)
             standing.step, standing.cursor = standing.step + 1, asdict(cursor)
             outcomes.put(meter.add(sums), (standing.step, rows))
@@ -421,12 +422,6 @@ def changed_rate(state: Mapping[str, Any], config: TrainConfig) -> str | None:
         f"train.max_steps={config.max_steps} instead of {before.max_steps}: from step {step} on the learning rate is "
         f"{new:.3g}, not {old:.3g}, and decays until step {config.max_steps}"
     )
-
-
-def set_learning_rates(engine: Any, lrs: list[float]) -> None:
-    """Set each parameter group's learning rate."""
-    for group, lr in zip(engine.optimizer.param_groups, lrs, strict=True):
-        group["lr"] = lr
 
 
 class Meter:

@@ -127,7 +127,7 @@ def open_checked(data: DataConfig) -> Histories:
 def pretraining_job(config: PretrainConfig, worker: Worker) -> Job:
     """Model, rows and evaluation of one worker."""
     histories = Histories.open(config.data.path)
-    vocabulary = histories.vocabulary(config.data.min_count)
+    vocabulary = Vocabulary.of(histories, config.data.min_count)
     torch.manual_seed(config.train.seed)
     module = PretrainModel(config.model, config.objective, vocabulary.size)
     groups = decay_groups(module, config.train.weight_decay)
@@ -179,7 +179,7 @@ def _export(config: PretrainConfig, kept: Kept, histories: Histories, folder: Lo
     if best is None:
         raise UserError(f"no checkpoint in {kept.folder} is whole: put a copy back, or delete the run to begin again")
     numbers = {name: float(value) for name, value in best.metrics.items()}
-    card, vocabulary = _card(config, numbers, histories), histories.vocabulary(config.data.min_count)
+    card, vocabulary = _card(config, numbers, histories), Vocabulary.of(histories, config.data.min_count)
     known, extra = histories.known, {"metrics": numbers, "provenance": provenance(histories)}
     bundle = Bundle("pretrained", config.model, config.data, vocabulary, best.weights, known=known, extra=extra)
     bundle.write(folder, card)

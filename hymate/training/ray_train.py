@@ -122,6 +122,7 @@ def train_worker(given: dict[str, Training]) -> Standing | str:
 
 def _train_worker(training: Training) -> Standing:
     """The loop, from the newest whole checkpoint on."""
+    import ray
     from ray import train
     from ray.train.torch import get_device
 
@@ -146,7 +147,7 @@ def _train_worker(training: Training) -> Standing:
             )
         if worker.rank == 0:
             step = 0 if resume is None else checkpoint.read_state(resume)["step"]
-            run.workers_started(step, worker.world_size, _num_nodes())
+            run.workers_started(step, worker.world_size, sum(node["Alive"] for node in ray.nodes()))
 
         def stop() -> bool:
             sender.look()
@@ -164,13 +165,6 @@ def _train_worker(training: Training) -> Standing:
         )
         sender.wait()
     return standing
-
-
-def _num_nodes() -> int:
-    """Machines of the cluster."""
-    import ray
-
-    return sum(node["Alive"] for node in ray.nodes())
 
 
 def _explain(error: Any) -> NoReturn:

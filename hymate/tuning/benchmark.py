@@ -28,6 +28,7 @@ from hymate import cluster, device
 from hymate.cluster import RemoteCall
 from hymate.data.histories import Histories
 from hymate.data.tasks import read_or_extract_labels
+from hymate.data.vocabulary import Vocabulary
 from hymate.errors import ConfigError
 from hymate.evaluation import baseline_models, calibration
 from hymate.evaluation.features import FeatureConfig, choose, features
@@ -144,7 +145,7 @@ def _contender(
     config: BenchmarkConfig, run: ContenderRun, histories: Histories, own: Allotment, state: dict[str, Tensor] | None
 ) -> tuple[np.ndarray, np.ndarray, int]:
     """As `_baseline`, and how many parameters the model has."""
-    contender, vocabulary = config.contenders[run.name], histories.vocabulary(config.data.min_count)
+    contender, vocabulary = config.contenders[run.name], Vocabulary.of(histories, config.data.min_count)
     start = Bundle("pretrained", config.model_of(run.name), config.data, vocabulary, state or {})
     trial = trial_of(config, contender, start, run.seed, own.fraction)
     fitting = own.fitting

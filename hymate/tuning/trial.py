@@ -16,6 +16,7 @@ from hymate.data.examples import Examples
 from hymate.data.histories import Histories
 from hymate.data.loader import Rows
 from hymate.data.tasks import LabelSet
+from hymate.data.vocabulary import Vocabulary
 from hymate.device import Wanted
 from hymate.errors import ConfigError, UserError
 from hymate.evaluation import metrics
@@ -94,7 +95,7 @@ def starting_point(data: DataConfig, model: ModelConfig | None, init: str | None
     if init is None:
         if model is None:
             raise ConfigError("init=null trains from scratch and needs a model: add model=small (or another size)")
-        vocabulary = Histories.open(data.path).vocabulary(data.min_count)
+        vocabulary = Vocabulary.of(Histories.open(data.path), data.min_count)
         return Bundle("pretrained", model, data, vocabulary, state={})
     bundle = read_bundle(locate(init))
     for field in dataclasses.fields(ModelConfig):

@@ -18,6 +18,7 @@ from hymate.command import load
 from hymate.data.examples import pretraining_examples
 from hymate.data.histories import Histories
 from hymate.data.loader import Cursor, Rows
+from hymate.data.vocabulary import Vocabulary
 from hymate.model.objectives import mean_loss
 from hymate.model.pretrain_model import PretrainModel
 from hymate.training.pretraining import PretrainConfig
@@ -33,7 +34,7 @@ def main() -> None:
     settings = [f"data.path={options.data}", "model=debug", "objective=both", "objective.horizon_hours=12"]
     config = load("pretrain", [*settings, f"data.tokens_per_row={options.tokens_per_row}"], PretrainConfig)
     histories = Histories.open(options.data)
-    vocabulary = histories.vocabulary(config.data.min_count)
+    vocabulary = Vocabulary.of(histories, config.data.min_count)
     rows = Rows(
         histories,
         vocabulary,

@@ -140,6 +140,12 @@ def test_the_encoder_needs_neither_pyarrow_nor_hydra() -> None:
     assert done.stdout.strip() == "[]"
 
 
+def test_preparing_needs_neither_pytorch_nor_scikit_learn() -> None:
+    code = "import sys, hymate.data.prepare; print([name for name in ('torch', 'sklearn') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]", "each of its processes would take seconds to begin"
+
+
 def test_test_files_share_through_support_alone() -> None:
     files = sorted((ROOT / "tests").rglob("*.py"))
     shared = [f"{path}:{line}" for path in files for name, line in imported(path) if name.startswith("test_")]

@@ -26,6 +26,7 @@ from hymate.command import load
 from hymate.data.histories import Histories
 from hymate.data.label_files import read_labels
 from hymate.data.meds import write_parquet
+from hymate.data.vocabulary import Vocabulary
 from hymate.errors import ConfigError, UserError
 from hymate.evaluation import baseline_models, calibration
 from hymate.evaluation.features import FeatureConfig, choose, features
@@ -244,7 +245,7 @@ def test_encoders_have_the_same_pooling_views_and_candidates_and_the_papers_mode
         settings = ["task=mortality", f"data.path={small_data}", f"model.pooling={pooling}", "point.early_fraction=0.5"]
         config = load("benchmark", [*settings, "data.min_count=1"], BenchmarkConfig)
         models = {name: config.model_of(name) for name in config.contenders}
-        vocabulary = Histories.open(small_data).vocabulary(config.data.min_count)
+        vocabulary = Vocabulary.of(Histories.open(small_data), config.data.min_count)
         trials = {
             name: trial_of(
                 config,
