@@ -32,7 +32,7 @@ from hymate import ending, machine, trees
 from hymate.config import TaskConfig
 from hymate.errors import ConfigError, first_line
 from hymate.places import CREDENTIAL, CREDENTIAL_REFUSED, UNPRINTABLE
-from hymate.runs import COMMAND_LINE, CONFIGS, RECORD, read_record
+from hymate.runs import COMMAND_LINE, CONFIGS, RECORD, absolute, read_record
 from hymate.storage.paths import locate
 
 T = TypeVar("T")
@@ -61,7 +61,7 @@ def main(config_name: str, schema: type[T], run: Callable[[T], object], argv: Se
             return
         COMMAND_LINE.set(tuple(argv))
         machine.settle()
-        run(load(config_name, argv, schema))
+        run(absolute(load(config_name, argv, schema)))
 
 
 def load(config_name: str, arguments: Sequence[str], schema: type[T]) -> T:

@@ -35,7 +35,6 @@ from hymate.hashing import seeded_hash
 from hymate.inference.bundle import Bundle
 from hymate.inference.dataset import RequestConfig, open_for, predict_dataset
 from hymate.inference.provenance import seen
-from hymate.runs import absolute
 from hymate.storage.paths import Location, locate, readable, require_folder, write_text
 
 OF_BUNDLE = "of the bundle, chosen in its training"  # thresholds and policies
@@ -68,7 +67,6 @@ class EvaluateConfig(RequestConfig):
 
 def run(config: EvaluateConfig) -> None:
     """The command."""
-    config = absolute(config)
     bundle, out = config.read_bundle(), locate(config.out)
     require_folder(out, "out")
     if not external.thresholds_of(bundle.extra, config.task.name) and not config.recalibrate:

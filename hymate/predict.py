@@ -28,7 +28,6 @@ from hymate.config import Place
 from hymate.errors import ConfigError, UserError
 from hymate.inference.dataset import Context, RequestConfig, predict_dataset
 from hymate.inference.streaming import check_streamable
-from hymate.runs import absolute
 from hymate.storage.paths import locate, require_file, require_folder
 
 
@@ -54,7 +53,7 @@ class PredictConfig(RequestConfig):
 def run(config: PredictConfig) -> None:
     """The command."""
     try:
-        _run(absolute(config))
+        _run(config)
     except FloatingPointError as error:  # weights that are finite can still be too large
         raise UserError(f"bundle={config.bundle}: {error}") from error
 

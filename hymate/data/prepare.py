@@ -56,7 +56,7 @@ from hymate.data.statistics import CodeStatistics
 from hymate.data.synthetic.course import SyntheticConfig
 from hymate.data.synthetic.source import SyntheticSource
 from hymate.errors import ConfigError, UserError
-from hymate.runs import CONFIGS, absolute
+from hymate.runs import CONFIGS
 from hymate.storage.paths import (
     Location,
     UrlPath,
@@ -134,8 +134,7 @@ def prepare(config: PrepareConfig) -> None:
     Raises DataError where the raw data are wrong (nothing is left in `out` then), UserError where `out` belongs
     to something else or the disk is full.
     """
-    config, console = absolute(config), Console(stderr=True)
-    source, rules, out = config.open_source(), config.rules, locate(config.out)
+    console, source, rules, out = Console(stderr=True), config.open_source(), config.rules, locate(config.out)
     if read_metadata(out) is None:
         require_folder(out, "out")
     shards = source.shards()

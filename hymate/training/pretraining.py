@@ -24,7 +24,7 @@ from hymate.inference.bundle import Bundle
 from hymate.inference.provenance import provenance
 from hymate.model.encoder import decay_groups
 from hymate.model.pretrain_model import PretrainModel
-from hymate.runs import ELSEWHERE, absolute, check_same_run, claimed, run_folder
+from hymate.runs import ELSEWHERE, check_same_run, claimed, run_folder
 from hymate.storage.paths import Location, require_folder
 from hymate.training import checkpoint
 from hymate.training.keeper import Kept
@@ -89,7 +89,6 @@ def pretrain(config: PretrainConfig) -> Location:
     Raises UserError before any worker starts where the configuration, data or machine cannot do it, and later as `fit`
     does where training ends before its time.
     """
-    config = absolute(config)
     histories = open_checked(config.data)
     cluster_gpus = cluster.available_gpus(config.train)
     folder, inputs = run_folder(config.run), {"data.path": histories.fingerprint}

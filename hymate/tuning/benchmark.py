@@ -34,7 +34,7 @@ from hymate.evaluation import baseline_models, calibration
 from hymate.evaluation.features import FeatureConfig, choose, features
 from hymate.inference.bundle import Bundle, read_weights, write_weights
 from hymate.inference.scoring import predict
-from hymate.runs import ELSEWHERE, absolute, check_same_run, claimed, run_folder
+from hymate.runs import ELSEWHERE, check_same_run, claimed, run_folder
 from hymate.storage.paths import Location, atomic_path, local_copy, locate, require_folder, write_text
 from hymate.training import loop
 from hymate.training.checkpoint import read_verified_weights
@@ -61,7 +61,6 @@ CHANGEABLE = ELSEWHERE | {"split", "seeds", "budgets", "with_few_labels", "only"
 
 def benchmark(config: BenchmarkConfig) -> Location:
     """Run what is not there yet, then compare all; returns the run's folder."""
-    config = absolute(config)
     path, runs = run_folder(config.run), runs_of(config)
     if not runs:
         raise ConfigError("only: nothing is left to run; with several budgets, all but the largest run with_few_labels")

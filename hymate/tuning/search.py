@@ -21,7 +21,7 @@ from hymate.evaluation.baseline_models import FEATURES, cross_fitted
 from hymate.evaluation.subgroups import subgroups
 from hymate.inference.bundle import Bundle
 from hymate.inference.provenance import SENTENCES, Seen, provenance, seen
-from hymate.runs import ELSEWHERE, Run, absolute, check_same_run, claimed, run_folder
+from hymate.runs import ELSEWHERE, Run, check_same_run, claimed, run_folder
 from hymate.storage.paths import Location, filling, locate, remove_tree, require_folder, write_text
 from hymate.tuning import space, winner
 from hymate.tuning.trial import Study, TrialConfig, distilled, draw_trials, require_starts, starting_point
@@ -78,7 +78,6 @@ def search(config: TuneConfig) -> Location:
 
     The same command continues a search that was killed, and shows the results of one that is finished.
     """
-    config = absolute(config)
     run_path = run_folder(config.run)
     found, cluster_gpus = results.read(run_path), None
     if found is None:
