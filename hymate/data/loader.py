@@ -135,30 +135,6 @@ class Rows:
             f"shard {shard} row group {group} records {records}" for (shard, group), records in records_of.items()
         )
 
-    # ----------------------------------------------------------------------------------------------- statistics
-
-    @property
-    def num_events(self) -> int:
-        """Events of one epoch, after cutting to the context."""
-        is_each = isinstance(self._last_N, Consecutive)
-        stop_N = self.examples.stop_E if is_each else self.examples.stop_E[self._last_N]
-        return int(np.minimum(stop_N, self.context).sum())
-
-    @cached_property
-    def rows_per_epoch(self) -> int:
-        """Rows of epoch 0; later epochs differ by a few where the data fills several shuffle blocks."""
-        return sum(1 for _ in self._order(0))
-
-    @property
-    def packing_efficiency(self) -> float:
-        """Fraction of the rows' token budget that holds events."""
-        return self.num_events / (self.rows_per_epoch * self.tokens_per_row)
-
-    @property
-    def unknown_fraction(self) -> float:
-        """Fraction of the events read so far whose code the vocabulary does not have; NaN before the first row."""
-        return self.events_unknown / self.events_read if self.events_read else math.nan
-
     # ---------------------------------------------------------------------------------------------------- order
 
     def _order(self, epoch: int, first_block: int = 0) -> Iterator[_Place]:

@@ -11,12 +11,18 @@ fastest of --repeats turns; all take turns in one process.
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
+
+from prepared_rows import events_per_epoch
 
 from hymate.config import ModelConfig
 from hymate.data.examples import Examples, labelled_examples
@@ -127,7 +133,7 @@ def main() -> None:
         "hourly, together": rows_of(histories, hourly, True),
         "hourly, one by one": rows_of(histories, hourly, False),
     }
-    events = {name: rows.num_events for name, rows in settings.items()}
+    events = {name: events_per_epoch(rows) for name, rows in settings.items()}
     print(f"{len(once)} stays, {len(hourly)} hourly labels; events of an epoch: {events}")
     print(f"| pooling | {' | '.join(f'{name}, s' for name in settings)} | ratio together | ratio one by one |")
     print("| --- | --- | --- | --- | --- | --- |")

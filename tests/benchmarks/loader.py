@@ -38,6 +38,10 @@ import torch
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
+
+from prepared_rows import events_per_epoch, rows_per_epoch
+
 from hymate.command import load
 from hymate.data.examples import pretraining_examples
 from hymate.data.histories import Histories
@@ -70,7 +74,7 @@ def open_rows(path: Path, split: str, context: int, budget: int) -> Rows:
 
 def epoch_speed(rows: Rows, epoch: int) -> tuple[float, float, list[float]]:
     """One epoch's events per second of wall time and of CPU time (all threads), and resident MiB at its quarters."""
-    num_rows, memory = rows.rows_per_epoch, []
+    num_rows, memory = rows_per_epoch(rows), []
     quarters = {max(1, num_rows * k // 4) for k in range(1, 5)}
     wall, cpu, events = time.perf_counter(), time.process_time(), 0
     steps = rows.steps(Cursor(epoch), 1, 0, 1)
@@ -88,7 +92,7 @@ def cores_for_a_card(path: Path, split: str, context: int, objective: str) -> No
     rows = open_rows(path, split, context, 16384)
     settings = [f"data.path={path}", "model=base", f"objective={objective}"]
     config = load("pretrain", settings, PretrainConfig)
-    history_events = round(rows.num_events / len(rows.examples))
+    history_events = round(events_per_epoch(rows) / len(rows.examples))
     shapes = Shapes(config.model, config.objective, rows.vocabulary.size, 16384, min(history_events, 16384), "bf16")
     flops = sum(part.forward + part.backward for part in event_flops(shapes).values())
     wanted = FRACTION * H100_FLOPS / flops
@@ -205,9 +209,11 @@ def measure(path: Path, split: str, context: int) -> None:
     print("\n| budget | context | rows | filled | computed | padded |\n|---|---|---|---|---|---|")
     for budget in BUDGETS:
         packed = open_rows(path, split, min(context, budget), budget)
-        padded = padding_efficiency(np.minimum(lengths, min(context, budget)), packed.rows_per_epoch)
-        fractions = f"{packed.packing_efficiency:.1%} | {computed_efficiency(packed):.1%} | {padded:.1%}"
-        print(f"| {budget:,} | {min(context, budget):,} | {packed.rows_per_epoch:,} | {fractions} |")
+        num_rows = rows_per_epoch(packed)
+        filled = events_per_epoch(packed) / (num_rows * budget)
+        padded = padding_efficiency(np.minimum(lengths, min(context, budget)), num_rows)
+        fractions = f"{filled:.1%} | {computed_efficiency(packed):.1%} | {padded:.1%}"
+        print(f"| {budget:,} | {min(context, budget):,} | {num_rows:,} | {fractions} |")
 
 
 def prepared(out: Path, *overrides: str) -> Path:

@@ -24,6 +24,7 @@ import torch
 from loader import epoch_speed, open_rows, resident_mib
 from patients import answers
 from prepare_memory import measure, peak_mib
+from prepared_rows import events_per_epoch
 
 from hymate.data.histories import Splits
 
@@ -59,8 +60,9 @@ def stream(results: Connection, prepared: Path) -> None:
     rows = open_rows(prepared, "train", context=8192, budget=16384)
     opened = resident_mib() - before
     per_second, per_cpu_second, memory = epoch_speed(rows, epoch=0)
-    speed = rows.num_events / per_second, rows.num_events / per_cpu_second
-    results.send((rows.num_events, *speed, before, opened, memory, peak_mib(os.getpid())))
+    num_events = events_per_epoch(rows)
+    speed = num_events / per_second, num_events / per_cpu_second
+    results.send((num_events, *speed, before, opened, memory, peak_mib(os.getpid())))
 
 
 def splits_of(out: Path, num_subjects: int) -> Path:

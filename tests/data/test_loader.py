@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from prepared_rows import BUDGET, CONTEXT, assert_same, make_rows, take
+from prepared_rows import BUDGET, CONTEXT, assert_same, make_rows, rows_per_epoch, take
 
 from hymate.data import loader
 from hymate.data.examples import pretraining_examples
@@ -37,8 +37,8 @@ def threads() -> list[str]:
 def test_every_epoch_visits_every_example_once(rows: Rows) -> None:
     orders = []
     for epoch in range(3):
-        batches, after = take(rows, Cursor(epoch), rows.rows_per_epoch, 1, 1)
-        assert (after.epoch, after.row) == (epoch, rows.rows_per_epoch)
+        batches, after = take(rows, Cursor(epoch), rows_per_epoch(rows), 1, 1)
+        assert (after.epoch, after.row) == (epoch, rows_per_epoch(rows))
         orders.append([tuple(sorted(batch.example_A.tolist())) for batch in batches])
         assert sorted(example for row in orders[-1] for example in row) == list(range(len(rows.examples)))
     assert orders[0] != orders[1] != orders[2]
@@ -94,7 +94,7 @@ def test_resuming_packs_no_block_before_the_cursors(
 ) -> None:
     monkeypatch.setattr(loader, "BLOCK_EVENTS", 1)
     rows = make_rows(histories, vocabulary)
-    expected, cursor = take(rows, Cursor(), rows.rows_per_epoch, 1, 1)
+    expected, cursor = take(rows, Cursor(), rows_per_epoch(rows), 1, 1)
     assert cursor.block >= 2
     packed = []
     monkeypatch.setattr(loader, "pack", lambda lengths, budget: packed.append(len(lengths)) or pack(lengths, budget))
@@ -113,7 +113,7 @@ def test_what_is_drawn_for_an_example_does_not_depend_on_its_row(histories: Hist
     seeds = []
     for budget in (CONTEXT, BUDGET, 2 * BUDGET):
         rows = make_rows(histories, vocabulary, tokens_per_row=budget)
-        batches, _ = take(rows, Cursor(1), rows.rows_per_epoch, 1, 1)
+        batches, _ = take(rows, Cursor(1), rows_per_epoch(rows), 1, 1)
         pairs = [zip(batch.example_A.tolist(), batch.seed_S.tolist(), strict=True) for batch in batches]
         seeds.append(dict(pair for row in pairs for pair in row))
         assert len(set(seeds[-1].values())) == len(rows.examples) and min(seeds[-1].values()) >= 0
@@ -140,7 +140,7 @@ def test_reads_stay_in_a_block_of_row_groups(rows: Rows, histories: Histories, m
     orders = []
     for epoch in range(2):
         visited: list[tuple[str, int]] = []
-        for batch in take(rows, Cursor(epoch), rows.rows_per_epoch, 1, 1)[0]:
+        for batch in take(rows, Cursor(epoch), rows_per_epoch(rows), 1, 1)[0]:
             position = rows.examples.position_E[batch.example_A.numpy()]
             groups = {place[:2] for place in histories.index.places(position)}
             assert len(groups) == 1
@@ -175,8 +175,8 @@ def test_statistics_need_no_values(
     monkeypatch.setattr(Histories, "read", refuse)
     rows = make_rows(histories, vocabulary)
     lengths = histories.index.num_events_P[histories.positions("train")]
-    assert rows.num_events == np.minimum(lengths, CONTEXT).sum()
-    assert rows.packing_efficiency == rows.num_events / (rows.rows_per_epoch * BUDGET) > 0.8
+    num_events = np.minimum(lengths, CONTEXT).sum()
+    assert 0.8 * rows_per_epoch(rows) * BUDGET < num_events <= rows_per_epoch(rows) * BUDGET
 
 
 # ----------------------------------------------------------------------------------------------------- the background

@@ -33,6 +33,16 @@ YEAR = 31_557_600_000_000
 CONTEXT, BUDGET = 32, 64
 
 
+def events_per_epoch(rows: Rows) -> int:
+    """After cutting to the context."""
+    return int(np.minimum(rows.examples.stop_E[np.asarray(rows._last_N)], rows.context).sum())
+
+
+def rows_per_epoch(rows: Rows) -> int:
+    """Of epoch 0; later epochs differ by a few where the data fills several shuffle blocks."""
+    return sum(1 for _ in rows._order(0))
+
+
 def subject(subject_id: int, length: int) -> dict:
     rng = np.random.default_rng(subject_id)
     value = rng.normal(size=length).astype(np.float32)
