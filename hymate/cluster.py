@@ -73,8 +73,7 @@ SOCKET, LONGEST_SOCKET = "/session_2026-12-31_23-59-59_999999_4194304/sockets/pl
 
 def named() -> bool:
     """Whether RAY_ADDRESS names a cluster. Raises UserError where none answers there."""
-    address = os.environ.get("RAY_ADDRESS")
-    if address:
+    if address := os.environ.get("RAY_ADDRESS"):
         _ask(address)
     return bool(address)
 
@@ -84,22 +83,16 @@ def available_gpus(train: TrainConfig) -> int | None:
 
     Raises UserError, before anything is computed, where the run's workers find no place.
     """
-    address = os.environ.get("RAY_ADDRESS")
-    if address:
+    if address := os.environ.get("RAY_ADDRESS"):
         return _ask(address)
-    _check_machine(train)
-    with ray_folder():
-        return None
-
-
-def _check_machine(train: TrainConfig) -> None:
-    """Whether this machine holds the workers."""
     cpus, wanted = available_cpus(), train.num_workers * train.cpus_per_worker
     if wanted > cpus:
         raise UserError(
             f"train.num_workers={train.num_workers} x train.cpus_per_worker={train.cpus_per_worker} needs {wanted} "
             f"CPUs, this machine has {cpus}: lower either, or set RAY_ADDRESS to a cluster"
         )
+    with ray_folder():
+        return None
 
 
 @contextmanager

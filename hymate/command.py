@@ -53,7 +53,9 @@ OmegaConf.register_new_resolver("names", lambda task: task.get("name") or "-".jo
 
 
 def main(config_name: str, schema: type[T], run: Callable[[T], object], argv: Sequence[str] | None = None) -> None:
-    """A command's entry point: `run(config)`; `hymate.ending` says how it ends where it does not end well."""
+    """A command's entry point: `run(config)`, whose paths are absolute; `hymate.ending` says how it ends where it does
+    not end well.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     with ending.command():
         if "--help" in argv or "-h" in argv:

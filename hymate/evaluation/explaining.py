@@ -14,7 +14,8 @@ import multiprocessing
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import meds
 import numpy as np
@@ -118,7 +119,7 @@ class Spread:
         gpus = self._request.device == "cuda"
         workers = min(self._workers, max(1, len(parts) // WORTH_PARTS))
         self._run("attributions", functools.partial(_attribute, key=self._key, folder=folder), parts, workers, gpus)
-        attributions = [a for part in parts for a in _attributions(_load(folder / f"{part}-attributions.npz"))]
+        attributions = [a for part in parts for a in _attributions(folder / f"{part}-attributions.parquet")]
         removed = most_important(self.explainer, cases, attributions)
         # the random order of all events is one sequence, of which each part takes its own
         before = np.cumsum([0, *(len(case.history) for case in cases)])
@@ -196,30 +197,15 @@ def _cases(part: str, key: tuple[str, str, str, str, str], folder: Location) -> 
 def _attribute(part: str, key: tuple[str, str, str, str, str], folder: Location) -> None:
     explainer, cases = _cases(part, key, folder)
     found = explainer.attributions(cases)
-    arrays = {
-        "logit": np.array([a.logit for a in found]),
-        "baseline": np.array([a.baseline for a in found]),
-        "num_events": np.array([len(a.event_L) for a in found]),
-        "num_static": np.array([len(a.static_F) for a in found]),
-        "event": np.concatenate([a.event_L for a in found]),
-        "static": np.concatenate([a.static_F for a in found]),
-    }
-    attention = [a.attention_L for a in found if a.attention_L is not None]
-    _save(folder / f"{part}-attributions.npz", arrays | ({"attention": np.concatenate(attention)} if attention else {}))
+    columns = {spec.name: [getattr(attribution, spec.name) for attribution in found] for spec in fields(Attribution)}
+    write_parquet(pa.table(columns), folder / f"{part}-attributions.parquet")
 
 
-def _attributions(arrays: dict[str, np.ndarray]) -> list[Attribution]:
-    """What `_attribute` saved."""
-    ends = np.cumsum(arrays["num_events"])[:-1]
-    of_events, of_static = (
-        np.split(arrays["event"], ends),
-        np.split(arrays["static"], np.cumsum(arrays["num_static"])[:-1]),
-    )
-    attention: Sequence[np.ndarray | None] = [None] * len(of_events)
-    if "attention" in arrays:
-        attention = np.split(arrays["attention"], ends)
-    numbers = (arrays["logit"].tolist(), arrays["baseline"].tolist())
-    return [Attribution(*of_case) for of_case in zip(*numbers, of_events, of_static, attention, strict=True)]
+def _attributions(path: Location) -> list[Attribution]:
+    """What `_attribute` wrote."""
+    rows = (row.values() for row in pq.read_table(readable(path)).to_pylist())
+    cases: list[list[Any]] = [[np.array(x) if isinstance(x, list) else x for x in row] for row in rows]
+    return [Attribution(*case) for case in cases]
 
 
 def _move(
@@ -232,7 +218,7 @@ def _move(
     explainer, cases = _cases(part, key, folder)
     bits = np.random.PCG64(0)
     bits.advance(skipped[part])
-    attributions = _attributions(_load(folder / f"{part}-attributions.npz"))
+    attributions = _attributions(folder / f"{part}-attributions.parquet")
     moved = movements(explainer, cases, attributions, np.random.Generator(bits))
     _save(folder / f"{part}-moved.npz", {"change": changes(explainer, cases, removed), **moved})
 

@@ -15,7 +15,7 @@ import uuid
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import meds
 import numpy as np
@@ -112,14 +112,9 @@ class Counts:
     states: dict[str, int] = field(default_factory=dict)
 
     def __add__(self, other: Counts) -> Counts:
-        return Counts(
-            self.predictions + other.predictions,
-            self.labels + other.labels,
-            self.read + other.read,
-            self.unknown + other.unknown,
-            dict(Counter(self.left_out) + Counter(other.left_out)),
-            dict(Counter(self.states) + Counter(other.states)),
-        )
+        pairs: Iterator[tuple[Any, Any]] = zip(vars(self).values(), vars(other).values(), strict=True)
+        sums: Iterator[Any] = (dict(Counter(a) + Counter(b)) if isinstance(a, dict) else a + b for a, b in pairs)
+        return Counts(*sums)
 
 
 def is_prepared(data: Location) -> bool:
