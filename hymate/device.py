@@ -31,8 +31,8 @@ def choose(wanted: Wanted, *models: ModelConfig, workers: int = 1, cluster_gpus:
     wanted: "auto" takes GPUs where all of that is there, else the CPU; a warning names GPUs that are not used.
     cluster_gpus: how many GPUs the Ray cluster has that computes; None: this machine computes.
 
-    Raises UserError where "cuda" can't be had. Of a cluster that is not known: machines may still join it, and have
-    other packages than the driver's. Its workers look for themselves, with `obstacle`.
+    Raises UserError where "cuda" is asked for and missing. For a cluster the driver can't say: machines may still join
+    it, and have other packages. Its workers look for themselves, with `obstacle`.
     """
     reason = None
     if wanted == "auto" or (wanted == "cuda" and cluster_gpus is None):

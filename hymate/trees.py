@@ -186,7 +186,7 @@ class _PlainDumper(yaml.SafeDumper):
 
 
 def renamed(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """A tree of before with the keys' names of today."""
+    """A tree that an older version wrote, with the names that its keys have now."""
     items = ((key, renamed(value) if isinstance(value, Mapping) else value) for key, value in tree.items())
     return {RENAMED.get(key, key): value for key, value in items}
 

@@ -297,7 +297,7 @@ def read_metadata(path: Location) -> dict | None:
     if not file.is_file():
         return None
     try:
-        # datasets of before there were rules, and counts, have none
+        # older datasets have no rules and no counts
         metadata = {"known": {}, "known_events": {}, "source_counts": {}, **json.loads(file.read_text())}
         version = metadata["format_version"]
         numbers = [version, *(size["subjects"] for size in metadata["splits"].values())]

@@ -52,7 +52,7 @@ def read_or_extract_labels(root: Location, task: TaskConfig, times_only: bool = 
     """The labels of `task` in the dataset at `root`, extracted and kept in `root`/labels/<name> if need be.
 
     In this order: the folder `task.labels`; `root`/labels/<name> that came with the dataset; what `task.definition`
-    finds, redone when the definition or the data changed since. Raises UserError where there is no label to be had,
+    finds, extracted again if the definition or the data changed since. Raises UserError where there is no label,
     and where no event can make a label positive, unless the prediction times alone are wanted (`times_only`).
     """
     if task.labels is not None:

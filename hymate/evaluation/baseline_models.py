@@ -386,7 +386,7 @@ def compare(
     """Gradient boosting beside another model, whose probabilities of the held-out examples are `probability_E`.
 
     examples: of each split; train and tuning have both classes. folder: as in `fitted_to`. Returns boosting's held-out
-    scores, recalibrated on the tuning split as the other model is, and how they were come by, with the other model's
+    scores, recalibrated on the tuning split as the other model is, and how it was fitted, with the other model's
     AUROC and AUPRC less its own as "difference", and its probabilities of the tuning and held-out examples; or why it
     could not be fitted as "left_out", and None: what is compared with it has cost hours and must not be lost.
     """

@@ -255,7 +255,7 @@ def _boosting(part: Mapping[str, Any]) -> str:
         answer = "Yes, as far as these patients show: no difference can be shown, and boosting is simpler."
     of_all, fitted_to = part["splits"]["train"]["labels"], boosting["num_fitted"]
     sample = f" (a sample of {fitted_to:,} of {of_all:,}, for want of memory)" if fitted_to < of_all else ""
-    library = f" ({boosting['library']})" if "library" in boosting else ""  # results of before hold no name
+    library = f" ({boosting['library']})" if "library" in boosting else ""  # older results hold no name
     return (
         f"{answer} On {boosting['num_features']:,} aggregate features of the same histories and labels{sample}, in "
         f"{boosting['seconds']:.1f} s, boosting{library} reaches AUROC {with_interval(boosting['auroc'])} and AUPRC "

@@ -201,7 +201,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise UserError(
             f"{folder} has a newer bundle format than {FORMAT_VERSION}, the newest that is read here: update hymate"
         )
-    tree = {"in_days": [], "extra": {}, "known": {}, **tree}  # bundles of before there were any
+    tree = {"in_days": [], "extra": {}, "known": {}, **tree}  # older bundles lack them
     sections = dict.fromkeys(("model", "data", "known", "extra", "sha256"), dict)
     kinds = {"kind": str, "tasks": list, "in_days": list, **sections}
     for key, of in kinds.items():

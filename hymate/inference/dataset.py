@@ -93,7 +93,7 @@ class RequestConfig:
         return read_bundle(locate(self.bundle), kind="risk").for_task(self.task.name)
 
     def request(self, bundle: Bundle, context: Context = "bundle", states: Location | None = None) -> Request:
-        """Raises UserError where the device can't be had."""
+        """What the command predicts. Raises UserError where there is no such device."""
         device, places = choose(self.device, bundle.model).type, (locate(self.bundle), locate(self.data.path))
         return Request(*places, self.task, self.split, context, device, states)
 

@@ -70,7 +70,7 @@ class TuneConfig:
         return list(self.task.values()) if isinstance(self.task, dict) else [self.task]
 
 
-# -------------------------------------------------------------------------------------- the way of a search, downwards
+# ------------------------------------------------------------------------------------------------------- search
 
 
 def search(config: TuneConfig) -> Location:

@@ -27,7 +27,7 @@ PAPERS_POOLING = "attention"
 
 
 def for_model(space: Mapping[str, Any], pooling: str) -> dict[str, Any]:
-    """The space of a search over a model with this pooling.
+    """The search space for a model with this pooling.
 
     {ours: [...]} of the pooling is a choice for all models but one with the paper's, which keeps it. What stands
     beside it (a `choice` that isn't null) goes first, for every model.

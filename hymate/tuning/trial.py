@@ -112,7 +112,7 @@ def starting_point(data: DataConfig, model: ModelConfig | None, init: str | None
 def draw_trials(
     tasks: Sequence[TaskConfig], search: SearchConfig, train: TrainConfig, start: Bundle
 ) -> list[TrialConfig]:
-    """The trials of a search. Raises ConfigError where its space has an impossible value."""
+    """All trials. Raises ConfigError where the search space has an impossible value."""
     tried = space.for_model(search.space, start.model.pooling)
     if "pooling" in search.space.keys() - tried.keys():
         print(

@@ -149,7 +149,11 @@ class MedsSource:
     def _subjects(self) -> np.ndarray:
         """All subjects, sorted; raises DataError where one is in two shards."""
         shards = self.shards()
-        ids = [_subjects_of(self._raw_shard(shard)) for shard in shards]
+        ids = []
+        for shard in map(self._raw_shard, shards):
+            batches = read_batches(shard, ["subject_id"], shard)
+            of_batches = [np.unique(batch.column(0).to_numpy()) for batch in batches]
+            ids.append(np.unique(np.concatenate(of_batches)).astype(np.int64))
         shard_N = np.repeat(np.arange(len(shards)), [len(i) for i in ids])
         subject_id_N = np.concatenate(ids)
         order = np.argsort(subject_id_N, kind="stable")
@@ -230,9 +234,3 @@ def _link_or_copy(raw: Location, target: Path) -> None:
             os.link(found.resolve(), target)  # a link to a symbolic link would be one, too
         except OSError:  # another file system, or one without links
             shutil.copyfile(found, target)
-
-
-def _subjects_of(path: Location) -> np.ndarray:
-    """The subjects of a shard, sorted."""
-    batches = read_batches(path, ["subject_id"], path)
-    return np.unique(np.concatenate([np.unique(batch.column(0).to_numpy()) for batch in batches])).astype(np.int64)

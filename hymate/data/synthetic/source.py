@@ -150,8 +150,10 @@ class SyntheticSource:
             if farthest:
                 distance = discharges["driver_distance"].fill_null(farthest + 1).to_numpy()[chosen_N]
                 informs = not self.config.shuffled_labels
+                doublings = math.ceil(math.log2(farthest / law.NEAREST))  # until the farthest driver is in view
                 found["auroc_by_context"] = {
-                    c: _defined(roc_auc_score, label, informs & (distance <= c)) for c in _contexts(farthest)
+                    c: _defined(roc_auc_score, label, informs & (distance <= c))
+                    for c in (law.NEAREST << i for i in range(1, doublings + 1))
                 }
             return found
 
@@ -166,11 +168,6 @@ class SyntheticSource:
             "death_in_window_if_not_readmitted": DEATH_IN_WINDOW,
             "ceiling": {"all": scores(np.full(len(label_N), True)), **{s: scores(split_N == s) for s in SPLITS}},
         }
-
-
-def _contexts(farthest: int) -> list[int]:
-    """Twice NEAREST, doubled until the farthest driver is in view."""
-    return [law.NEAREST << i for i in range(1, math.ceil(math.log2(farthest / law.NEAREST)) + 1)]
 
 
 def _defined(area: Callable[..., float], label_N: np.ndarray, score_N: np.ndarray) -> float | None:
