@@ -117,16 +117,22 @@ def predict(bundle: Bundle, histories: Histories, examples: Examples, device: to
     return score(build_model(bundle).to(device), rows, device), rows
 
 
-def last_rows(bundle: Bundle, histories: Histories, examples: Examples) -> Rows:
-    """The rows that a bundle predicts examples from: the last events, as in its fine-tuning."""
+def last_rows(
+    bundle: Bundle, histories: Histories, examples: Examples, seed: int = 0, early_fraction: float = 0.0
+) -> Rows:
+    """The rows that a bundle is fine-tuned on and predicts from: the last events up to each prediction time.
+
+    seed, early_fraction: of training alone, see `Rows`.
+    """
     return Rows(
         histories,
         bundle.vocabulary,
         examples,
         context=bundle.data.context,
         tokens_per_row=bundle.data.tokens_per_row,
-        seed=0,
+        seed=seed,
         crop="last",
+        early_fraction=early_fraction,
         together=not bundle.model.sees_ahead,
     )
 

@@ -193,18 +193,9 @@ def distilled(examples: Examples, teacher_ET: np.ndarray, fraction: float) -> Ex
 
 
 def labelled_rows(start: Bundle, trial: TrialConfig, histories: Histories, examples: Examples) -> Rows:
-    """The last events up to each prediction time."""
-    return Rows(
-        histories,
-        start.vocabulary,
-        examples,
-        context=trial.data.context,
-        tokens_per_row=trial.data.tokens_per_row,
-        seed=trial.train.seed,
-        crop="last",
-        early_fraction=trial.early_fraction,
-        together=not trial.model.sees_ahead,
-    )
+    """The trial's, of examples."""
+    own = dataclasses.replace(start, model=trial.model, data=trial.data)
+    return scoring.last_rows(own, histories, examples, trial.train.seed, trial.early_fraction)
 
 
 def tuning_scores(examples: Examples, outputs: scoring.Outputs, tasks: Sequence[str]) -> dict[str, float]:
