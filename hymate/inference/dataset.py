@@ -336,7 +336,7 @@ def spread_outputs(bundle: Bundle, histories: Histories, examples: Examples, dev
     on_gpu = device == "cuda"
     usable = not on_gpu or obstacle(bundle.model) is None
     if usable and len(parts) == 1:
-        return predict(bundle, histories, examples, torch.device(device))[0]
+        return predict(bundle, histories, examples, torch.device(device))
     for cached in (_histories, _model):
         cached.cache_clear()
     written = folder / f"bundle-{uuid.uuid4().hex}"  # a cluster's processes keep what they have read of another

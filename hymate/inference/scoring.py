@@ -109,12 +109,9 @@ def _of_examples(
     return [of_examples[order_E] for of_examples in found]
 
 
-def predict(bundle: Bundle, histories: Histories, examples: Examples, device: torch.device) -> tuple[Outputs, Rows]:
-    """Predictions for each example, which must have the bundle's tasks (see `Bundle.for_task`), and the rows they were
-    made from (with their fraction of unknown codes).
-    """
-    rows = last_rows(bundle, histories, examples)
-    return score(build_model(bundle).to(device), rows, device), rows
+def predict(bundle: Bundle, histories: Histories, examples: Examples, device: torch.device) -> Outputs:
+    """Predictions for each example, which must have the bundle's tasks (see `Bundle.for_task`)."""
+    return score(build_model(bundle).to(device), last_rows(bundle, histories, examples), device)
 
 
 def last_rows(

@@ -162,7 +162,7 @@ def _contender(
 
     best = _best_weights(chosen, train)
     bundle = Bundle("risk", trial.model, trial.data, vocabulary, best, trial.tasks, trial.in_days)
-    outputs = [predict(bundle, histories, examples, chosen)[0] for examples in (own.choosing, own.test)]
+    outputs = [predict(bundle, histories, examples, chosen) for examples in (own.choosing, own.test)]
     choosing_logit_E, test_logit_E = (output.logit_ET[:, 0] for output in outputs)
     return choosing_logit_E, test_logit_E, sum(weight.numel() for weight in best.values())
 

@@ -85,7 +85,7 @@ def compare(folder: Path) -> None:
     """One pass against chunks; stops the program where they differ."""
     bundle, histories = read_bundle(folder / "bundle"), Histories.open(folder / "data")
     examples = labelled_examples(histories, pq.read_table(folder / "labels.parquet"), "train")
-    one_pass, _ = predict(bundle, histories, examples, CPU)
+    one_pass = predict(bundle, histories, examples, CPU)
     whole, *_ = predict_whole(build_model(bundle), bundle, histories, examples, CPU)
     difference = float(np.abs(one_pass.probability_ET - whole.probability_ET).max())
     print(

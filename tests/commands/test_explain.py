@@ -145,7 +145,7 @@ def test_removal_is_scoring_a_record_in_which_it_never_was(small_data: Path, bun
 
     def logits(folder: Path) -> dict[tuple[int, int], float]:
         histories, examples = held_out(folder)
-        outputs, _ = predict(loaded, histories, examples, CPU)
+        outputs = predict(loaded, histories, examples, CPU)
         keys = zip(examples.subject_id_E.tolist(), examples.prediction_time_E.tolist(), strict=True)
         return dict(zip(keys, outputs.logit_ET[:, 0].tolist(), strict=True))
 
@@ -181,7 +181,7 @@ def test_training_prediction_and_explanation_read_the_same_events(
     explainer = Explainer(loaded, histories, CPU)
     cases = explainer.cases(examples, np.arange(len(examples)))
     assert any(len(case.history) < 10 for case in cases) == (not model.sees_ahead)
-    outputs, _ = predict(loaded, histories, examples, CPU)
+    outputs = predict(loaded, histories, examples, CPU)
     np.testing.assert_allclose(explainer.logits(cases), outputs.logit_ET[:, 0], rtol=1e-4, atol=1e-5)
 
 
@@ -220,7 +220,7 @@ def test_the_command_leaves_tables_pictures_and_a_report(
     assert (tmp_path / "out" / "patients").stat().st_mode & 0o077 == 0
 
     histories, examples = held_out(small_data)
-    outputs, _ = predict(read_bundle(bundle), histories, examples, CPU)
+    outputs = predict(read_bundle(bundle), histories, examples, CPU)
     highest = np.argsort(-outputs.logit_ET[:, 0])
     second = highest[examples.subject_id_E[highest] != examples.subject_id_E[highest[0]]][0]
     events = pq.read_table(tmp_path / "out" / "patients" / "events.parquet")

@@ -27,7 +27,7 @@ def test_many_examples_are_scored_in_parts(small_data: Path, tmp_path: Path, mon
     bundle = Bundle("risk", SMALL, settings, start.vocabulary, state, ["stay"], ["stay"])
     histories = Histories.open(small_data)
     examples = labelled_examples(histories, read_labels(small_data / "labels" / "readmission"), "tuning")
-    alone, _ = predict(bundle, histories, examples, CPU)
+    alone = predict(bundle, histories, examples, CPU)
     monkeypatch.setattr(dataset, "PART", 10)
     found = []
     for workers in (1, 2):

@@ -411,7 +411,7 @@ def test_the_bundle_gives_the_predictions_that_were_scored(run: Path, small_data
     assert bundle.tasks == ["readmission"] and bundle.data.context == 32
     histories = Histories.open(small_data)
     examples = labelled_examples(histories, read_labels(small_data / "labels" / "readmission"), "held_out")
-    outputs, _ = predict(bundle, histories, examples, CPU)
+    outputs = predict(bundle, histories, examples, CPU)
     written = pq.read_table(run / "predictions.parquet")
     assert prediction_table(examples, outputs.probability_ET[:, 0]).equals(written)
     found = json.loads((run / "results.json").read_text())
@@ -419,7 +419,7 @@ def test_the_bundle_gives_the_predictions_that_were_scored(run: Path, small_data
     trained = load_file(Path(found["trials"][found["best_trial"]]["checkpoint"]) / "model.safetensors")
     tuning = labelled_examples(histories, read_labels(small_data / "labels" / "readmission"), "tuning")
     untouched = dataclasses.replace(bundle, state=trained)
-    before, after = (predict(b, histories, tuning, CPU)[0].logit_ET[:, 0] for b in (untouched, bundle))
+    before, after = (predict(b, histories, tuning, CPU).logit_ET[:, 0] for b in (untouched, bundle))
     recalibration = recalibrate(tuning.label_E, before)
     assert recalibration.temperature == pytest.approx(found["recalibration"]["temperature"], rel=1e-4)
     assert after == pytest.approx(recalibration(before), abs=1e-5)
