@@ -142,18 +142,17 @@ def fitted_to(
     config: FeatureConfig,
     seed: int,
     folder: Location,
-    here: bool = False,
 ) -> Iterator[Fitted]:
     """A baseline that chose its features from the train split's examples, was fitted to them and chosen on the tuning
     split's; where there are more labels than memory for them, to a sample that stands for all.
 
     folder: holds the features of all `examples` while the block runs, and what a kill leaves of them. They are made by
-    processes, or on a cluster unless all is to stay `here`.
+    processes, or on a cluster.
 
     Raises UserError where the memory does not suffice for a sample either.
     """
     with _features_in(folder):
-        spec = chosen_in_parts(histories, examples["train"], config, folder, here)
+        spec = chosen_in_parts(histories, examples["train"], config, folder, here=False)
         num_labels, num_features = len(examples["train"]), len(spec.columns)
         kind, most = _affordable(kind, num_labels, num_features)
         if most < min(num_labels, FEWEST_SAMPLED):
@@ -166,7 +165,7 @@ def fitted_to(
             needed = _binned_bytes(len(train), num_features) >> 20
             print(f"LightGBM: {len(train):,} labels x {num_features:,} features, about {needed:,} MiB of memory")
         examples = {**examples, "train": train}
-        with stored_tables(histories, examples, spec, folder, here) as tables:
+        with stored_tables(histories, examples, spec, folder, here=False) as tables:
             yield Fitted(fit(kind, tables["train"], tables["tuning"], seed), tables, LIBRARY[kind])
 
 
@@ -426,8 +425,8 @@ def cross_fitted(
     """Gradient boosting's probability of each training example (E,), by a model that learned from no example of the
     same subject: the folds are of subjects. The tuning split chooses each model's number of trees.
 
-    folder, here: as in `fitted_to`. Raises UserError where there are too few labels to do without a fold, and where the
-    memory does not suffice.
+    folder: as in `fitted_to`. here: no cluster makes the features. Raises UserError where there are too few labels to
+    do without a fold, and where the memory does not suffice.
     """
     subject_S, subject_E = np.unique(train.subject_id_E, return_inverse=True)
     fold_E = (np.random.default_rng(seed).permutation(len(subject_S)) % FOLDS)[subject_E]

@@ -30,6 +30,7 @@ AREAS = ("auroc", "auprc")
 # what tables show of `scores`, and their headings; estimates have intervals
 SHOWN = {"auroc": "AUROC [95 % CI]", "auprc": "AUPRC [95 % CI]", "brier": "Brier", "ece": "ECE"}
 Z = float(ndtri(0.975))
+BINS = 10  # of the calibration error
 LEVEL_OF_BOTH = 0.975  # of each area's interval, where a verdict asks whether either differs
 ELEMENTS_AT_ONCE = 2_000_000  # of the (B, N) weights: bounds the bootstrap's memory to some 100 MB
 
@@ -50,7 +51,7 @@ def brier(label_N: ArrayLike, prob_N: ArrayLike, weight_N: ArrayLike | None = No
     return mean((prob_N - label_N) ** 2, weight_N)
 
 
-def ece(label_N: ArrayLike, prob_N: ArrayLike, weight_N: ArrayLike | None = None, bins: int = 10) -> float | None:
+def ece(label_N: ArrayLike, prob_N: ArrayLike, weight_N: ArrayLike | None = None) -> float | None:
     """Expected calibration error (Naeini et al. 2015): |mean probability - fraction of positives| in equally wide
     bins of the probability, averaged over the labels; 0 is best.
     """
@@ -58,12 +59,12 @@ def ece(label_N: ArrayLike, prob_N: ArrayLike, weight_N: ArrayLike | None = None
     if not len(label_N):
         return None
     weight_N = weights(weight_N, label_N)
-    return float(np.abs(np.bincount(ece_bin(prob_N, bins), weight_N * (prob_N - label_N), bins)).sum() / weight_N.sum())
+    return float(np.abs(np.bincount(ece_bin(prob_N), weight_N * (prob_N - label_N), BINS)).sum() / weight_N.sum())
 
 
-def ece_bin(prob_N: Array, bins: int = 10) -> Array:
+def ece_bin(prob_N: Array) -> Array:
     """The number of each probability's bin."""
-    return np.minimum((prob_N * bins).astype(int), bins - 1)
+    return np.minimum((prob_N * BINS).astype(int), BINS - 1)
 
 
 def mean(value_N: ArrayLike, weight_N: ArrayLike | None = None) -> float | None:

@@ -173,14 +173,11 @@ def predict_whole(
     return outputs, read, unknown
 
 
-def write_predictions(examples: Examples, outputs: Outputs, path: Location) -> list[Location]:
-    """One task's predictions into `path` and, where it predicts days, these into a file beside it; the paths."""
-    tables = {path: prediction_table(examples, outputs.probability_ET[:, 0])}
+def write_predictions(examples: Examples, outputs: Outputs, path: Location) -> None:
+    """One task's predictions into `path` and, where it predicts days, these into a file beside it."""
+    write_parquet(prediction_table(examples, outputs.probability_ET[:, 0]), path)
     if not np.isnan(outputs.log_days_ET).any():
-        tables[path.with_stem(f"{path.stem}-days")] = day_table(examples, outputs.days_ET[:, 0])
-    for file, table in tables.items():
-        write_parquet(table, file)
-    return list(tables)
+        write_parquet(day_table(examples, outputs.days_ET[:, 0]), path.with_stem(f"{path.stem}-days"))
 
 
 def prediction_table(examples: Examples, probability_E: np.ndarray) -> pa.Table:
