@@ -164,33 +164,47 @@ class ObjectiveConfig:
     forecast_weight: `forecast`: from the pooled patient vector at random times of each history, whether each variable
         is measured within the horizon (cross-entropy), and its mean normalised value there (Huber). The patient vector
         must see only the past, so this needs a model that does not see ahead (`ModelConfig.sees_ahead`).
+    time_to_event_weight: `time_to_event`: from the pooled patient vector at random times of each history, when each
+        code of the vocabulary comes next (likelihood of hazards that are constant in bins of time, censored at the end
+        of the record), and with which normalised value (Huber). It needs what `forecast_weight` needs.
     mask_fraction: fraction of the events that are hidden.
     span_fraction: fraction of the hidden events that lie in whole spans.
     span_length: mean number of events in a span.
     horizon_hours: how far a forecast looks, in hours.
     forecast_points: times of each history that are forecast from.
     forecast_variables: how many of the most frequent codes are forecast.
+    time_to_event_fraction: fraction of the events after which it is predicted when codes come next.
+    time_to_event_bins: bins of time; edges and first hazards are learned from about `train.eval_rows` rows of the
+        training split.
+    time_to_event_rank: of the product of patient and code that gives the hazards.
     """
 
     code_weight: float = 1.0
     value_weight: float = 1.0
     forecast_weight: float = 0.0
+    time_to_event_weight: float = 0.0
     mask_fraction: float = 0.2
     span_fraction: float = 0.5
     span_length: int = 8
     horizon_hours: float = 24.0
     forecast_points: int = 8
     forecast_variables: int = 64
+    time_to_event_fraction: float = 0.02
+    time_to_event_bins: int = 8
+    time_to_event_rank: int = 32
 
     def __post_init__(self) -> None:
         positive(self, "horizon_hours", "span_length", "forecast_points", "forecast_variables")
-        not_negative(self, "code_weight", "value_weight", "forecast_weight")
-        if self.code_weight + self.value_weight + self.forecast_weight == 0:
-            raise ConfigError("code_weight, value_weight and forecast_weight are all 0: give one of them another value")
+        positive(self, "time_to_event_bins", "time_to_event_rank")
+        weights = ("code_weight", "value_weight", "forecast_weight", "time_to_event_weight")
+        not_negative(self, *weights)
+        if not any(getattr(self, name) for name in weights):
+            raise ConfigError(f"{', '.join(weights[:-1])} and {weights[-1]} are all 0: give one of them another value")
         check(
             self,
             mask_fraction=(0 < self.mask_fraction < 1, "must be in (0, 1)"),
             span_fraction=(0 <= self.span_fraction <= 1, "must be in [0, 1]"),
+            time_to_event_fraction=(0 < self.time_to_event_fraction <= 1, "must be in (0, 1]"),
         )
 
 

@@ -128,12 +128,53 @@ class Ahead:
 
 
 @dataclass(frozen=True)
+class Coming:
+    """Which codes come after each anchor, when, and with which value; all others have not come when the record ends.
+
+    anchor_A: int64, events of the row, one or more in each segment, in their order.
+    draw_A: float64, a random number in [0, 1) for each, or more where nothing comes.
+    age_years_A, variables, ends: as `Batch` has them, of a row with these anchors as answers.
+    until_hours_A: float32, from each anchor to the end of its segment.
+    anchor_N, code_N: int64, what came after which anchor: of each code the first event, later than the anchor; a place
+        in `anchor_A`, never decreasing, and a code id.
+    hours_N, value_N: float32, from the anchor to that event, and its normalised value, NaN where it has none.
+    valued_N: int64, the places of those with a value.
+    lengths: A Python ints, how many codes came after each anchor.
+    """
+
+    anchor_A: Tensor
+    draw_A: Tensor
+    age_years_A: Tensor
+    until_hours_A: Tensor
+    anchor_N: Tensor
+    code_N: Tensor
+    hours_N: Tensor
+    value_N: Tensor
+    valued_N: Tensor
+    lengths: list[int]
+    variables: Variables | VariablesSoFar | None = None
+    ends: Ends | None = None
+
+    def past(self, row: Batch) -> Batch:
+        """The row with an answer at each anchor, as of then."""
+        return replace(
+            row,
+            last_A=self.anchor_A,
+            age_years_A=self.age_years_A,
+            lag_hours_A=torch.zeros_like(self.until_hours_A),
+            variables=self.variables,
+            ends=self.ends,
+        )
+
+
+@dataclass(frozen=True)
 class Asked:
     """What a self-supervised loss asks of a row: a function of the row and its seeds, not of the weights.
 
     code_L, hidden_L: the code ids that the model sees, and bool, whose value it does not see.
     code_N, value_N: int64, the events whose code or value is hidden.
     count_K: float64, how many targets each term has.
+    ahead, coming: what is asked at anchors.
     """
 
     code_L: Tensor
@@ -142,6 +183,7 @@ class Asked:
     value_N: Tensor
     count_K: Tensor
     ahead: Ahead | None
+    coming: Coming | None
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Self-supervised objectives: which events are hidden, and what lies ahead of a moment.
+"""Self-supervised objectives: which events are hidden, what lies ahead of a moment, and when each code comes next.
 
 Both depend only on a segment and its seed (`Batch.seed_S`): not on the row that it stands in, on a global random state,
 or on the numbers that dropout draws. So they are the same in any packing, on any number of workers and after a resume.
@@ -21,7 +21,8 @@ from torch.nn import functional as F
 
 from hymate.config import ObjectiveConfig
 from hymate.hashing import SPLITMIX_STEP, shifted_right, splitmix64
-from hymate.model.batch import FIRST_CODE_ID, HOURS_PER_YEAR, MASK_ID, Ahead, Asked, Batch, ranges
+from hymate.model.batch import FIRST_CODE_ID, HOURS_PER_YEAR, MASK_ID, Ahead, Asked, Batch, Coming, ranges
+from hymate.model.segments import segment_count
 
 # What a random number is for: so that no two uses share numbers.
 EVENT_USES, ANCHOR_USE, NUM_USES = range(4), 4, 5
@@ -102,10 +103,7 @@ def forecast_targets(batch: Batch, objective: ObjectiveConfig) -> Forecast:
     horizon = objective.horizon_hours
     start_S, stop_S = batch.bounds[:-1], batch.bounds[1:]
     draw_SP = _uniform(batch.seed_S[:, None], torch.arange(P, device=device), ANCHOR_USE)
-    # one clock for all segments, each far enough from the next that no horizon reaches it; of whole hours, so that a
-    # sum with a time is not rounded
-    span = (batch.time_hours_L.max().double() + horizon + 1).ceil()
-    clock_L = batch.segment_L.double() * span + batch.time_hours_L.double()
+    clock_L = _clock(batch, horizon + 1)  # no horizon reaches the next segment
     whole_S = torch.searchsorted(clock_L, clock_L[stop_S - 1] - horizon, right=True) - start_S
     choices_S = torch.where(whole_S > 0, whole_S, stop_S - start_S)
     anchor_A = (start_S[:, None] + (draw_SP * choices_S[:, None]).long()).flatten()
@@ -128,6 +126,63 @@ def forecast_targets(batch: Batch, objective: ObjectiveConfig) -> Forecast:
     )
 
 
+def next_events(batch: Batch, objective: ObjectiveConfig) -> Coming:
+    """When each code comes next after the anchors: `time_to_event_fraction` of the events, drawn at random.
+
+    What counts is strictly later than the anchor's time; what has not come by the segment's end is censored. Each event
+    is drawn by itself: with a fixed number for each segment, an event would be drawn less often the more comes after
+    it, and the hazards be too low. A segment without any has its last event, after which nothing comes.
+    """
+    device, L, fraction = batch.code_L.device, batch.num_events, objective.time_to_event_fraction
+    segment_L, place_L = batch.segment_L.long(), torch.arange(L, device=device)
+    # counted backwards: the numbers of forecasts' anchors are counted on from 0
+    draw_L = _uniform(batch.seed_S[segment_L], batch.bounds[segment_L] - place_L - 1, ANCHOR_USE) / fraction
+    last_S = batch.bounds[1:] - 1
+    none_S = segment_count(segment_L[draw_L < 1], batch.num_segments) == 0
+    anchor_A = _places((draw_L < 1).index_put((last_S,), none_S | (draw_L[last_S] < 1)))
+    of_A, hours_L, clock_L = segment_L[anchor_A], batch.time_hours_L, _clock(batch, 1.0)
+    later_A = torch.searchsorted(clock_L, clock_L[anchor_A], right=True)
+    # by segment and code, then place: the first from an anchor on is found in each code's own run of events
+    codes = batch.code_L.max() + 1
+    key_L = ((segment_L * codes + batch.code_L) * L + place_L).sort().values
+    own_U = torch.unique_consecutive(key_L // L)
+    count_S = torch.bincount(own_U // codes, minlength=batch.num_segments)
+    at_N, anchor_N = ranges((count_S.cumsum(0) - count_S)[of_A], count_S[of_A])
+    own_N = own_U[at_N]
+    key_N = key_L[torch.searchsorted(key_L, own_N * L + later_A[anchor_N]).clamp(max=L - 1)]
+    came_N = (key_N // L == own_N) & (key_N % L >= later_A[anchor_N]) & (own_N % codes >= FIRST_CODE_ID)
+    anchor_N, event_N = anchor_N[came_N], key_N[came_N] % L
+    value_N = batch.value_L[event_N]
+    return Coming(
+        anchor_A=anchor_A,
+        draw_A=draw_L[anchor_A],
+        age_years_A=_age_at(batch, anchor_A, of_A),
+        until_hours_A=hours_L[last_S[of_A]] - hours_L[anchor_A],
+        anchor_N=anchor_N,
+        code_N=batch.code_L[event_N],
+        hours_N=hours_L[event_N] - hours_L[anchor_A[anchor_N]],
+        value_N=value_N,
+        valued_N=_places(~value_N.isnan()),
+        lengths=torch.bincount(anchor_N, minlength=len(anchor_A)).tolist(),
+    )
+
+
+def _clock(batch: Batch, apart_hours: float) -> Tensor:
+    """One clock for all segments (L,), float64, each so far after the one before.
+
+    Of whole hours, so that a sum with a time is not rounded.
+    """
+    span = (batch.time_hours_L.max().double() + apart_hours).ceil()
+    return batch.segment_L.double() * span + batch.time_hours_L.double()
+
+
+def _age_at(batch: Batch, anchor_A: Tensor, of_A: Tensor) -> Tensor:
+    """In years, at events of the segments of_A."""
+    last_A = batch.bounds[1:][of_A] - 1
+    ahead_hours_A = batch.lag_hours_A[of_A] + batch.time_hours_L[last_A].double() - batch.time_hours_L[anchor_A]
+    return (batch.age_years_A[of_A] - ahead_hours_A / HOURS_PER_YEAR).to(batch.age_years_A.dtype)
+
+
 def histories_until(batch: Batch, anchor_A: Tensor, seen_L: Tensor) -> tuple[Batch, Tensor]:
     """A segment for each anchor: the events up to it that are seen (bool, L), and itself, as of its time. Also where in
     the row each of these events is.
@@ -139,8 +194,6 @@ def histories_until(batch: Batch, anchor_A: Tensor, seen_L: Tensor) -> tuple[Bat
     at_L, segment_L = ranges(start_S[of_A], anchor_A + 1 - start_S[of_A])
     kept_L = seen_L[at_L] | (at_L == anchor_A[segment_L])
     at_L, segment_L = at_L[kept_L], segment_L[kept_L]
-    last_A = batch.bounds[1:][of_A] - 1
-    ahead_hours_A = batch.lag_hours_A[of_A] + batch.time_hours_L[last_A].double() - batch.time_hours_L[anchor_A]
     count_S = torch.bincount(batch.static_segment_F.long(), minlength=len(start_S))
     static_at_F, static_segment_F = ranges((count_S.cumsum(0) - count_S)[of_A], count_S[of_A])
     events, statics = (
@@ -159,7 +212,7 @@ def histories_until(batch: Batch, anchor_A: Tensor, seen_L: Tensor) -> tuple[Bat
         cu_seqlens=bounds.tolist(),
         bounds=bounds,
         static_segment_F=static_segment_F.int(),
-        age_years_A=(batch.age_years_A[of_A] - ahead_hours_A / HOURS_PER_YEAR).to(batch.age_years_A.dtype),
+        age_years_A=_age_at(batch, anchor_A, of_A),
         lag_hours_A=torch.zeros_like(batch.lag_hours_A[of_A]),
         example_A=batch.example_A[of_A],
         label_AT=batch.label_AT[of_A],
@@ -173,7 +226,7 @@ def histories_until(batch: Batch, anchor_A: Tensor, seen_L: Tensor) -> tuple[Bat
 def ask(batch: Batch, objective: ObjectiveConfig, terms: Collection[str], members: int) -> Asked:
     """What a row is asked by `terms`, of a forecast's heads by each of `members`."""
     hidden = hide_events(batch, objective)
-    counts, ahead = {"code": hidden.code_L.sum(), "value": hidden.value_L.sum()}, None
+    counts, ahead, coming = {"code": hidden.code_L.sum(), "value": hidden.value_L.sum()}, None, None
     if objective.forecast_weight:
         found = forecast_targets(batch, objective)
         past, at_L = histories_until(batch, found.anchor_A, ~(hidden.code_L | hidden.value_L))
@@ -182,6 +235,10 @@ def ask(batch: Batch, objective: ObjectiveConfig, terms: Collection[str], member
         ahead = Ahead(past, at_L, _places(found.whole_A), value_N, found.measured_AK, found.value_AK)
         counts["measured"] = found.whole_A.sum() * found.measured_AK.shape[1]
         counts["forecast"] = known_AK.sum()
+    if objective.time_to_event_weight:
+        coming = next_events(batch, objective)
+        counts |= {"time": batch.bounds.new_full((), len(coming.code_N))}
+        counts |= {"next": batch.bounds.new_full((), len(coming.valued_N))}
     return Asked(
         code_L=hidden.batch.code_L,
         hidden_L=hidden.value_L,
@@ -189,6 +246,7 @@ def ask(batch: Batch, objective: ObjectiveConfig, terms: Collection[str], member
         value_N=_places(hidden.value_L),
         count_K=torch.stack([counts[name.split("_")[0]] for name in terms]).double(),
         ahead=ahead,
+        coming=coming,
     )
 
 

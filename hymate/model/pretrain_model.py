@@ -2,11 +2,13 @@
 
 What the heads are asked, a row's targets, is made in `hymate.model.objectives`.
 
-Shape legend: as in `hymate.model.encoder`; N events that are asked, A anchors, K forecast variables, or terms.
+Shape legend: as in `hymate.model.encoder`; N events that are asked, A anchors, K forecast variables, or terms,
+J bins of time, R rank; V codes, in `TimeHead` without the special ids.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
@@ -15,10 +17,12 @@ from torch import Tensor, nn
 
 from hymate import ops
 from hymate.config import ModelConfig, ObjectiveConfig
-from hymate.model.batch import Asked, Batch
+from hymate.model.batch import FIRST_CODE_ID, Asked, Batch, Coming
 from hymate.model.encoder import HyMaTE, PatientHead
-from hymate.model.objectives import LossModel, ask, huber
+from hymate.model.hazards import bin_of, edges_of, hours_in_bins
+from hymate.model.objectives import LossModel, ask, huber, next_events
 from hymate.model.pooling import PatientPooling
+from hymate.model.segments import wide
 
 
 class PretrainModel(LossModel):
@@ -34,17 +38,22 @@ class PretrainModel(LossModel):
         self.backbone = HyMaTE(config, vocab_size)
         self.code_head = CodeHead(config, vocab_size) if objective.code_weight else None
         self.value_head = _event_head(config, 1) if objective.value_weight else None
-        self.pooling: PatientPooling | None = None
+        foretells = objective.forecast_weight or objective.time_to_event_weight
+        self.pooling = PatientPooling(config) if foretells else None
         self.forecast_head: PatientHead | None = None
+        self.time_head: TimeHead | None = None
         if objective.code_weight:
             self.terms |= {"code_loss": objective.code_weight, "code_accuracy": 0.0}
         if objective.value_weight:
             self.terms |= {"value_loss": objective.value_weight, "value_mae": 0.0}
-        if objective.forecast_weight:
-            self.pooling = PatientPooling(config)
+        if objective.forecast_weight and self.pooling is not None:
             self.forecast_head = PatientHead(config, self.pooling.width, 2 * objective.forecast_variables)
             weight = objective.forecast_weight
             self.terms |= {"measured_loss": weight, "forecast_loss": weight, "forecast_mae": 0.0}
+        if objective.time_to_event_weight and self.pooling is not None:
+            self.time_head = TimeHead(config, objective, vocab_size, self.pooling.width)
+            weight = objective.time_to_event_weight
+            self.terms |= {"time_loss": weight, "next_value_loss": weight, "next_value_mae": 0.0}
 
     def count_targets(self, batch: Batch) -> Tensor:
         """How many targets each of `terms` has in a row: (K,), float64."""
@@ -73,7 +82,17 @@ class PretrainModel(LossModel):
             error = error_AMK.flatten()[ahead.value_N]
             sums["measured_loss"] = found[ahead.whole_N].sum() / members
             sums["forecast_loss"], sums["forecast_mae"] = huber(error) / members, error.abs().sum() / members
+        coming = asked.coming
+        if self.pooling is not None and self.time_head is not None and coming is not None:
+            patient_AME, _ = self.pooling(h_LD, coming.past(batch), self.backbone.embedding)
+            found = self.time_head(patient_AME, coming, self.backbone.embedding.code.weight)
+            sums |= dict(zip(("time_loss", "next_value_loss", "next_value_mae"), found, strict=True))
         return {"sum_K": torch.stack([sums[name] for name in self.terms])}
+
+    def learn_times(self, rows: Iterable[Batch]) -> None:
+        """Take bins and first hazards of `time_to_event` from what comes next in some rows."""
+        if self.time_head is not None:
+            self.time_head.start_from(next_events(row, self.objective) for row in rows)
 
     def ask(self, batch: Batch) -> Batch:
         """The row with its `asked`."""
@@ -83,10 +102,13 @@ class PretrainModel(LossModel):
         if batch.asked is not None:
             return batch.asked
         asked = ask(batch, self.objective, self.terms, self.backbone.config.members)
-        if self.pooling is None or asked.ahead is None:
-            return asked
-        past = self.pooling.ask(asked.ahead.past, self.backbone.embedding)
-        return replace(asked, ahead=replace(asked.ahead, past=past))
+        if self.pooling is not None and asked.ahead is not None:
+            past = self.pooling.ask(asked.ahead.past, self.backbone.embedding)
+            asked = replace(asked, ahead=replace(asked.ahead, past=past))
+        if self.pooling is not None and asked.coming is not None:
+            past = self.pooling.ask(asked.coming.past(batch), self.backbone.embedding)
+            asked = replace(asked, coming=replace(asked.coming, variables=past.variables, ends=past.ends))
+        return asked
 
 
 class ScoredLinear(nn.Linear):
@@ -108,6 +130,72 @@ class CodeHead(nn.Module):
     def forward(self, h_ND: Tensor, target_N: Tensor) -> tuple[Tensor, Tensor]:
         """(N, D) states of the events whose codes are hidden, and these codes."""
         return self.out(self.hidden(h_ND), target_N)
+
+
+class TimeHead(nn.Module):
+    """When each code comes next after an anchor, and with which value: the hazards of many codes by a low-rank product.
+
+    The logarithm of a code's hazard, a number of events in an hour, is constant in each bin of time: a product of a
+    vector of the anchor and bin with a projection of the code's embedding, and the code's own rate (MOTOR, arXiv
+    2301.03150). The value's mean is such a product, too. Of several members each learns from its own anchors.
+
+    edges: hours between the bins; learned, as the first rates, by `start_from`.
+    """
+
+    edges: Tensor
+
+    def __init__(self, config: ModelConfig, objective: ObjectiveConfig, vocab_size: int, width_in: int) -> None:
+        super().__init__()
+        self.bins, self.rank = objective.time_to_event_bins, objective.time_to_event_rank
+        self.anchor = PatientHead(config, width_in, (self.bins + 1) * self.rank)
+        self.code = nn.Linear(config.d_model, 2 * self.rank, bias=False)
+        self.log_rate_V = nn.Parameter(torch.zeros(vocab_size - FIRST_CODE_ID))
+        self.value_V = nn.Parameter(torch.zeros(vocab_size - FIRST_CODE_ID))
+        self.register_buffer("edges", torch.logspace(0, 4, self.bins - 1))
+
+    def forward(self, patient_AME: Tensor, coming: Coming, code_VD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Patient vectors at the anchors, the embedding of all codes -> the sums, over the codes that came, of minus
+        the log-likelihood of all codes, the Huber loss of values and their absolute error.
+        """
+        members = patient_AME.shape[1]
+        member_A = (coming.draw_A * members).long().clamp(max=members - 1)
+        x_AX = self.anchor(patient_AME)[torch.arange(len(member_A), device=member_A.device), member_A]
+        rate_AJR, value_AR = x_AX[:, : self.bins * self.rank].unflatten(1, (self.bins, -1)), x_AX[:, -self.rank :]
+        rate_VR, value_VR = self.code(code_VD)[FIRST_CODE_ID:].chunk(2, dim=1)
+        code_N, edges = coming.code_N - FIRST_CODE_ID, self.edges.to(coming.hours_N.dtype)
+        at_risk_AJ = hours_in_bins(coming.until_hours_A, edges)
+        loss = ops.linear_hazard_loss(
+            rate_AJR,
+            rate_VR,
+            self.log_rate_V,
+            at_risk_AJ,
+            coming.anchor_N,
+            code_N,
+            bin_of(coming.hours_N, edges),
+            at_risk_AJ[coming.anchor_N] - hours_in_bins(coming.hours_N, edges),
+            coming.lengths,
+        )
+        at = coming.valued_N
+        code_n = code_N[at]
+        mean_n = wide(value_AR[coming.anchor_N[at]] * value_VR[code_n]).sum(dim=1) + self.value_V[code_n]
+        error_n = mean_n - coming.value_N[at].clamp(-5, 5)
+        return loss, huber(error_n), error_n.abs().sum()
+
+    def start_from(self, rows: Iterable[Coming]) -> None:
+        """Edges between which as many events come, and each code's mean hazard, of what comes next in some rows.
+
+        Where nothing comes, both stay as they are. A code that never comes there has half an event.
+        """
+        found = [(c.until_hours_A, c.until_hours_A[c.anchor_N], c.hours_N, c.code_N - FIRST_CODE_ID) for c in rows]
+        until_A, until_N, hours_N, code_N = map(torch.cat, zip(*found, strict=True))
+        if not len(hours_N):
+            return
+        spared_N = until_N.double() - hours_N.double()
+        at_risk_V = until_A.double().sum() - torch.bincount(code_N, spared_N, len(self.log_rate_V))
+        count_V = torch.bincount(code_N, minlength=len(self.log_rate_V))
+        with torch.no_grad():
+            self.edges.copy_(edges_of(hours_N, self.bins))
+            self.log_rate_V.copy_(((count_V + 0.5) / at_risk_V).log())
 
 
 def _event_head(config: ModelConfig, width_out: int) -> nn.Sequential:

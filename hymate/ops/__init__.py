@@ -30,12 +30,14 @@ from hymate.errors import UserError
 from hymate.ops.attention import continued_attention, packed_attention
 from hymate.ops.compose import State
 from hymate.ops.cross_entropy import linear_cross_entropy
+from hymate.ops.hazards import linear_hazard_loss
 
 __all__ = [
     "add_dropout",
     "continued_attention",
     "forced",
     "linear_cross_entropy",
+    "linear_hazard_loss",
     "mamba1",
     "mamba2",
     "packed_attention",

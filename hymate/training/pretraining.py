@@ -73,11 +73,12 @@ class PretrainConfig:
 
 def require_learnable(model: ModelConfig, objective: ObjectiveConfig) -> None:
     """Raises ConfigError where the model can't learn the objective."""
-    if objective.forecast_weight > 0 and model.sees_ahead:
-        raise ConfigError(
-            "objective.forecast_weight needs model.bidirectional=false and model.causal=true: this model has "
-            "already seen the future that it would forecast; set them, or objective=masked_event"
-        )
+    for name in ("forecast_weight", "time_to_event_weight"):
+        if getattr(objective, name) > 0 and model.sees_ahead:
+            raise ConfigError(
+                f"objective.{name} needs model.bidirectional=false and model.causal=true: this model has already seen "
+                "the future that it would forecast; set them, or objective=masked_event"
+            )
 
 
 # ---------------------------------------------------------------------------------------------------------- run
@@ -130,7 +131,11 @@ def pretraining_job(config: PretrainConfig, worker: Worker) -> Job:
     torch.manual_seed(config.train.seed)
     module = PretrainModel(config.model, config.objective, vocabulary.size)
     groups = decay_groups(module, config.train.weight_decay)
-    training = _rows(config, histories, vocabulary, pretraining_examples(histories, TRAIN_SPLIT))
+    examples = pretraining_examples(histories, TRAIN_SPLIT)
+    training = _rows(config, histories, vocabulary, examples)
+    if config.objective.time_to_event_weight:
+        sample = _rows(config, histories, vocabulary, some(examples, config.data, config.train))
+        module.learn_times(row for row, _ in sample.once(0, 1))
     tuning_examples = pretraining_examples(histories, TUNING_SPLIT)
     tuning = _rows(config, histories, vocabulary, some(tuning_examples, config.data, config.train))
 

@@ -119,7 +119,9 @@ def measure(hosts: Sequence[Host], setting: Setting, steps: int, settings: dict[
     runs = f"s3://{BUCKET}/run-{time.monotonic_ns()}"
     lengths = [f"train.max_steps={steps}", f"train.eval_every={steps}", "train.warmup_steps=1", "train.log_every=1"]
     arguments = command(Path("unused"), Path("unused"), f"data.path={DATA}", f"run.dir={runs}", *lengths)
-    arguments = [part for part in arguments if not part.startswith(("model=", "train=", "train.num", "train.rows"))]
+    arguments = [
+        part for part in arguments if not part.startswith(("model=", "objective.", "train=", "train.num", "train.rows"))
+    ]
     arguments = [part for part in arguments if not part.startswith("train.eval_rows")]
     counter = Counter(hosts)
     with counter.counting():

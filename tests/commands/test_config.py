@@ -52,6 +52,7 @@ def test_choices_do_what_their_names_say() -> None:
     assert [pretrain_config(f"train=zero{stage}").train.zero_stage for stage in range(4)] == [0, 1, 2, 3]
     assert pretrain_config("objective=forecast").objective.code_weight == 0
     assert pretrain_config("objective=both").objective.forecast_weight > 0
+    assert pretrain_config("objective=time_to_event").objective.time_to_event_weight > 0
     config = pretrain_config("model=small", "train=zero2", "train.num_workers=4", "run.name=mine")
     assert (config.train.num_workers, config.run.name) == (4, "mine")
 
@@ -468,8 +469,9 @@ def test_a_required_key_left_out_is_named() -> None:
 
 @pytest.mark.parametrize("override", ["model.bidirectional=true", "model.causal=false", "model=paper"])
 def test_forecasting_refuses_a_model_that_has_seen_the_future(override: str) -> None:
-    with pytest.raises(ConfigError, match=r"needs model\.bidirectional=false and model\.causal=true"):
-        pretrain_config("objective=both", override)
+    for objective in ("both", "time_to_event"):
+        with pytest.raises(ConfigError, match=r"needs model\.bidirectional=false and model\.causal=true"):
+            pretrain_config(f"objective={objective}", override)
     pretrain_config("objective=both", override, "model.bidirectional=false", "model.causal=true")
     pretrain_config("objective=both", "model.layers=M", "model.causal=false")
 

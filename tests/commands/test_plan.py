@@ -220,10 +220,12 @@ def test_kernels_in_shapes_keep_what_the_stand_ins_keep(mixer: str, reverse: boo
         assert kept(torch.empty) == real
 
 
-@pytest.mark.parametrize("name", ["paper", "physionet", "small"])
-def test_the_other_models_can_be_counted(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "objective"),
+    [("paper", "masked_event"), ("physionet", "both"), ("small", "both"), ("physionet", "time_to_event")],
+)
+def test_the_other_models_can_be_counted(name: str, objective: str) -> None:
     """With forecasts, whose pooling they have in several kinds; of the paper's, which sees ahead, without."""
-    objective = "masked_event" if name == "paper" else "both"
     config = load("plan", [f"model={name}", f"objective={objective}", "gpus=1"], PlanConfig)
     row = replace(shapes(config.model, 600), objective=config.objective)
     counted, flops = row_bytes(row, 2, False), event_flops(row)

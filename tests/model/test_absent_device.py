@@ -149,6 +149,8 @@ CASES = [
     *(Case(model, "masked_event") for model in SEES_AHEAD),
     *(Case(model, "fine-tuning", several_answers=True) for model in MODELS if model not in SEES_AHEAD),
     Case("mamba2", "forecast"),
+    Case("mamba2", "time_to_event"),
+    Case("members", "time_to_event", bf16=True),
     Case("mamba2", "both", checkpointing=True),
     Case("mamba2", "both", bf16=True),
     Case("members", "fine-tuning", bf16=True),

@@ -37,12 +37,13 @@ def test_hidden_events_are_reproducible_and_leave_the_rest_alone(lengths, fracti
 @given(num_rows=st.integers(1, 6), seed=st.integers(0, 99), horizon=st.sampled_from([1.0, 5.0, 24.0]))
 @settings(max_examples=20, deadline=None)
 def test_targets_and_their_losses_are_the_same_in_any_packing(num_rows: int, seed: int, horizon: float) -> None:
-    """On an hourly grid, where events lie exactly at the end of a horizon."""
+    """On an hourly grid, where events lie exactly at the end of a horizon; of time to event, also for members."""
     row = random_row((9, 1, 30, 14, 3, 21), vocab_size=12, seed=seed)
     row = in_double(replace(row, time_hours_L=row.time_hours_L.round(), gap_hours_L=row.gap_hours_L.round()))
-    objective = ObjectiveConfig(forecast_weight=1.0, forecast_variables=8, horizon_hours=horizon)
+    ahead = {"forecast_weight": 1.0, "forecast_variables": 8, "horizon_hours": horizon}
+    objective = ObjectiveConfig(**ahead, time_to_event_weight=1.0, time_to_event_fraction=0.2)
     torch.manual_seed(0)
-    config = replace(SMALL, dropout=0.0)
+    config = replace(SMALL, dropout=0.0, members=2)
     model = PretrainModel(config, objective, vocab_size=12).double().eval()
     rows = repacked(row, num_rows, seed)
     assert torch.equal(sum(model.count_targets(each) for each in rows), model.count_targets(row))

@@ -28,6 +28,7 @@ def command(data: Path, runs: Path, *overrides: str) -> list[str]:
         "data.tokens_per_row": 512,
         "data.min_count": 2,
         "model": "debug",
+        "objective.time_to_event_weight": 1,  # beside masked events
         "train": "zero2",
         "train.num_workers": 2,
         "train.rows_per_step": 4,

@@ -32,6 +32,9 @@ TASKS = ("readmission", "mortality", "length_of_stay")
 OBJECTIVES = {
     "masked_event": ObjectiveConfig(),
     "forecast": ObjectiveConfig(code_weight=0.0, value_weight=0.0, forecast_weight=1.0, forecast_variables=8),
+    "time_to_event": ObjectiveConfig(
+        code_weight=0.0, value_weight=0.0, time_to_event_weight=1.0, time_to_event_bins=3, time_to_event_fraction=0.3
+    ),
     "both": ObjectiveConfig(value_weight=0.5, forecast_weight=2.0, forecast_variables=8, horizon_hours=6.0),
 }
 

@@ -75,7 +75,9 @@ def test_a_run_learns_and_shows_it_on_tensorboard(undisturbed: tuple[Path, subpr
     folder, _ = undisturbed
     losses = [value for _, value in scalars(folder, "train/loss")]
     assert len(losses) == STEPS and sum(losses[-10:]) < sum(losses[:10])
-    for name in ("code_loss", "value_loss", "learning_rate", "gradient_norm", "events_per_second"):
+    for name in ("code_loss", "value_loss", "time_loss", "next_value_loss"):
+        assert len(scalars(folder, f"train/{name}")) == STEPS
+    for name in ("learning_rate", "gradient_norm", "events_per_second"):
         assert len(scalars(folder, f"train/{name}")) == STEPS
     assert all(0 < value <= 1 for _, value in scalars(folder, "train/packing_efficiency"))
     assert [step for step, _ in scalars(folder, "validation/val_loss")] == [*range(EVAL_EVERY, STEPS + 1, EVAL_EVERY)]
