@@ -35,19 +35,13 @@ RECOMPUTED = ("Mamba", "attention", "MLP")  # parts of the blocks
 
 
 @dataclass(frozen=True)
-class PlanData:
+class PlanData(DataConfig):
     """As `DataConfig`, but that there need be no dataset.
 
     path: a prepared dataset, or null.
-    context: most events of one history that the model sees.
-    tokens_per_row: most events in one packed row.
-    min_count: codes with fewer training events share the unknown id.
     """
 
-    path: Place | None = None
-    context: int = DataConfig.context
-    tokens_per_row: int = DataConfig.tokens_per_row
-    min_count: int = DataConfig.min_count
+    path: Place | None = None  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)
@@ -93,7 +87,6 @@ class PlanConfig:
                 raise ConfigError(f"{name} is the dataset's own where data.path names one: leave out either")
         if self.train.num_workers != self.gpus:
             raise ConfigError(f"train.num_workers={self.train.num_workers}, but gpus={self.gpus}: give gpus alone")
-        DataConfig("-", self.data.context, self.data.tokens_per_row, self.data.min_count)  # checks them
         require_learnable(self.model, self.objective)
         if "G" in self.model.layers:
             raise ConfigError("model.layers: a plan counts M and A blocks; G is a baseline for comparisons on CPUs")
