@@ -114,7 +114,8 @@ class StayFiles:
                     if wanted is None or number in wanted:
                         yield path, number, read()
                 return
-            start, (unpacked, stays) = 0, _unpacked(self, self.place.stat().st_mtime_ns)
+            about = self.place.stat()
+            start, (unpacked, stays) = 0, _unpacked(self, about.st_size, about.st_mtime_ns)
             for path, number, size in stays:
                 if number in wanted:
                     unpacked.seek(start)
@@ -151,9 +152,9 @@ class StayFiles:
 
 
 @functools.lru_cache(maxsize=8)
-def _unpacked(files: StayFiles, time_ns: int) -> tuple[BinaryIO, list[tuple[Location, int, int]]]:
-    """An archive's texts, as it was at some time, one after the other in a temporary file, and of each its path, number
-    and size: once for all shards that a process writes.
+def _unpacked(files: StayFiles, num_bytes: int, time_ns: int) -> tuple[BinaryIO, list[tuple[Location, int, int]]]:
+    """The texts of an archive of this size and time, one after the other in a temporary file, and of each its path,
+    number and size: once for all shards that a process writes.
     """
     unpacked, stays = tempfile.TemporaryFile(), []  # noqa: SIM115 (kept as long as the process)
     for path, number, read in files._files():
