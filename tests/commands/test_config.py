@@ -26,7 +26,7 @@ from hymate.plan import PlanConfig
 from hymate.predict import PredictConfig
 from hymate.runs import absolute, run_folder
 from hymate.training.pretraining import PretrainConfig
-from hymate.trees import build, dump_yaml, parse_yaml, to_tree
+from hymate.trees import RENAMED, build, dump_yaml, parse_yaml, to_tree
 from hymate.tuning.protocol import BenchmarkConfig
 from hymate.tuning.search import TuneConfig
 from hymate.tuning.space import check_point
@@ -411,7 +411,11 @@ def files_of(command: str, task: str) -> dict[str, Any]:
 
 def test_a_run_of_before_is_repeated_with_the_new_names(tmp_path: Path) -> None:
     config = to_tree(pretrain_config("objective.mask_fraction=0.3", "train.min_lr_fraction=0.2"))
-    before = json.loads(json.dumps(config).replace("_fraction", "_share"))
+    text = json.dumps(config)
+    for old, new in RENAMED.items():
+        text = text.replace(f'"{new}"', f'"{old}"')
+    assert text.count("_share") == len(RENAMED) - 2  # early and teacher are a search's
+    before = json.loads(text)
     record = {"command": "pretrain", "config": before, "inputs": {}, "outcome": {}, "attempts": []}
     (tmp_path / "run.json").write_text(json.dumps(record))
     assert to_tree(load("pretrain", ["--repeat", str(tmp_path)], PretrainConfig)) == config

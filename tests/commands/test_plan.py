@@ -207,6 +207,7 @@ def test_kernels_in_shapes_keep_what_the_stand_ins_keep(mixer: str, reverse: boo
         row = make((1, L, 2 * D if mixer == "mamba1" else 2 * D + 2 * N + H)).to(dtype)
         inputs = [tensor.requires_grad_() for tensor in (row, *map(make, inner))]
         settings = {"segment_BL": torch.zeros(1, L, dtype=torch.int32), "state": None, "reverse": reverse}
+        settings["time_BLD" if mixer == "mamba1" else "time_BLH"] = None
         if mixer == "mamba2":
             settings |= {"groups": 1, "eps": 1e-5, "chunk_size": 64}
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
