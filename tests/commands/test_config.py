@@ -19,12 +19,12 @@ from hymate.baselines import BaselinesConfig
 from hymate.command import CONFIGS, load, main
 from hymate.config import RunConfig, TaskConfig
 from hymate.data.prepare import PrepareConfig
-from hymate.errors import ConfigError, UserError
+from hymate.errors import ConfigError
 from hymate.evaluate import EvaluateConfig
 from hymate.explain import ExplainConfig
 from hymate.plan import PlanConfig
 from hymate.predict import PredictConfig
-from hymate.runs import absolute, run_folder
+from hymate.runs import run_folder
 from hymate.training.pretraining import PretrainConfig
 from hymate.trees import RENAMED, build, dump_yaml, parse_yaml, to_tree
 from hymate.tuning.protocol import BenchmarkConfig
@@ -536,16 +536,3 @@ def test_prediction_takes_one_task() -> None:
 def test_the_command_is_documented_where_it_is_configured() -> None:
     assert "python pretrain/run.py" in (CONFIGS / "pretrain.yaml").read_text()
     assert Path(CONFIGS.parent / "pretrain" / "run.py").is_file()
-
-
-def test_workers_get_absolute_paths_and_nothing_else_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    overrides = [PATH, "task=[mortality,readmission]", "task.readmission.labels=labels", "init=run/../bundle"]
-    config = load("tune", overrides, TuneConfig)
-    wanted = to_tree(config)
-    wanted["data"]["path"], wanted["run"]["dir"] = str(tmp_path / "somewhere"), str(tmp_path / "runs")
-    wanted["task"]["readmission"]["labels"], wanted["init"] = str(tmp_path / "labels"), str(tmp_path / "bundle")
-    assert to_tree(absolute(config)) == wanted
-    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
-    with pytest.raises(UserError, match=r"task\.readmission\.labels=labels: a Ray job runs in a temporary folder"):
-        absolute(dataclasses.replace(config, data=dataclasses.replace(config.data, path="/a"), init=None))

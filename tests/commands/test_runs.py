@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 import time
@@ -20,8 +21,9 @@ from hymate.command import load
 from hymate.config import RunConfig, TaskConfig
 from hymate.ending import Stopped
 from hymate.errors import ConfigError, UserError
-from hymate.runs import Run, Superseded, check_same_run, claimed
+from hymate.runs import Run, Superseded, absolute, check_same_run, claimed
 from hymate.training.pretraining import PretrainConfig
+from hymate.trees import to_tree
 from hymate.tuning.search import TuneConfig
 
 CONFIG, INPUTS = RunConfig(name="one", dir="runs"), {"data.path": "f"}
@@ -251,3 +253,21 @@ def test_a_search_that_is_taken_over_writes_nothing_into_the_other_ones_trials(t
             told = tmp_path / "run" / "trials" / "trial-0" / "error.txt"
             assert told.is_file() is not taken_over
             told.unlink(missing_ok=True)
+
+
+def test_workers_get_absolute_paths_and_nothing_else_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    overrides = [
+        "data.path=somewhere",
+        "task=[mortality,readmission]",
+        "task.readmission.labels=labels",
+        "init=run/../bundle",
+    ]
+    config = load("tune", overrides, TuneConfig)
+    wanted = to_tree(config)
+    wanted["data"]["path"], wanted["run"]["dir"] = str(tmp_path / "somewhere"), str(tmp_path / "runs")
+    wanted["task"]["readmission"]["labels"], wanted["init"] = str(tmp_path / "labels"), str(tmp_path / "bundle")
+    assert to_tree(absolute(config)) == wanted
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    with pytest.raises(UserError, match=r"task\.readmission\.labels=labels: a Ray job runs in a temporary folder"):
+        absolute(dataclasses.replace(config, data=dataclasses.replace(config.data, path="/a"), init=None))

@@ -12,7 +12,8 @@ import tempfile
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, BinaryIO, ClassVar
+from mmap import ACCESS_READ, mmap
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -118,8 +119,7 @@ class StayFiles:
             start, (unpacked, stays) = 0, _unpacked(self, about.st_size, about.st_mtime_ns)
             for path, number, size in stays:
                 if number in wanted:
-                    unpacked.seek(start)
-                    yield path, number, unpacked.read(size)
+                    yield path, number, unpacked[start : start + size]
                 start += size
 
     @contextlib.contextmanager
@@ -152,16 +152,14 @@ class StayFiles:
 
 
 @functools.lru_cache(maxsize=8)
-def _unpacked(files: StayFiles, num_bytes: int, time_ns: int) -> tuple[BinaryIO, list[tuple[Location, int, int]]]:
-    """The texts of an archive of this size and time, one after the other in a temporary file, and of each its path,
-    number and size: once for all shards that a process writes.
+def _unpacked(files: StayFiles, num_bytes: int, time_ns: int) -> tuple[mmap | bytes, list[tuple[Location, int, int]]]:
+    """The texts of an archive of this size and time, one after the other in a mapped temporary file, and of each its
+    path, number and size: once for all shards that a process writes.
     """
-    unpacked, stays = tempfile.TemporaryFile(), []  # noqa: SIM115 (kept as long as the process)
-    for path, number, read in files._files():
-        text = read()
-        unpacked.write(text)
-        stays.append((path, number, len(text)))
-    return unpacked, stays
+    with tempfile.TemporaryFile() as unpacked:
+        stays = [(path, number, unpacked.write(read())) for path, number, read in files._files()]
+        unpacked.flush()
+        return mmap(unpacked.fileno(), 0, access=ACCESS_READ) if unpacked.tell() else b"", stays
 
 
 class _Member(tarfile.TarInfo):
