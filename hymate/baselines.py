@@ -8,7 +8,7 @@ held-out patients are scored on the tuning split, with a note). `out` then holds
 `hymate.evaluation.metrics`, what was chosen, the importance of variables and features), predictions.parquet (the MEDS
 prediction schema) and run.json (the settings).
 
-Shape legend: E examples, X features (see `hymate.evaluation.features`), M marks of what is missing.
+Shape legend: E examples, X features (see `hymate.data.features`), M marks of what is missing.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from typing import Any
 
 from hymate.config import DataPath, Place, TaskConfig, not_negative
 from hymate.data.examples import Examples, examples_by_split
+from hymate.data.features import FeatureConfig, features
 from hymate.data.histories import Histories
 from hymate.data.meds import write_parquet
 from hymate.data.synthetic.source import ceiling
@@ -41,7 +42,6 @@ from hymate.evaluation.baseline_models import (
     lightgbm,
     recalibrated,
 )
-from hymate.evaluation.features import FeatureConfig, features
 from hymate.evaluation.report import score_rows
 from hymate.evaluation.results import NO_HELD_OUT, RESULTS
 from hymate.inference.scoring import prediction_table

@@ -3,7 +3,7 @@
 Gradient boosting is scikit-learn's, which needs the whole table in memory, as long as that is there; then LightGBM's,
 where it is installed, which reads the table from disk and holds a byte a cell; then that of a sample of labels.
 
-Shape legend: E examples, X features (see `hymate.evaluation.features`), M marks of what is missing.
+Shape legend: E examples, X features (see `hymate.data.features`), M marks of what is missing.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from sklearn.pipeline import make_pipeline
 from threadpoolctl import threadpool_limits
 
 from hymate.data.examples import Examples
+from hymate.data.features import FeatureConfig, FeatureSpec, FeatureTable, Rows
 from hymate.data.histories import Histories
 from hymate.errors import UserError
 from hymate.evaluation import calibration, metrics
-from hymate.evaluation.features import FeatureConfig, FeatureSpec, FeatureTable, Rows
 from hymate.evaluation.stored import chosen_in_parts, stored_tables
 from hymate.machine import available_cpus, available_memory
 from hymate.storage.paths import Location, remove_tree

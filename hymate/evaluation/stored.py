@@ -19,9 +19,9 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from hymate.data.examples import Examples
+from hymate.data.features import FeatureConfig, FeatureSpec, FeatureTable, Rows, chosen, features, filled
 from hymate.data.histories import Histories
 from hymate.data.meds import write_parquet
-from hymate.evaluation.features import FeatureConfig, FeatureSpec, FeatureTable, Rows, chosen, features, filled
 from hymate.storage.paths import Location, atomic_path, local_copy, readable
 from hymate.work import Journal, stages, worth
 
@@ -33,7 +33,7 @@ EVENT_BYTES = 16  # of a history
 def chosen_in_parts(
     histories: Histories, train: Examples, config: FeatureConfig, folder: Location, here: bool
 ) -> FeatureSpec:
-    """`hymate.evaluation.features.choose`, in parts; `folder` keeps what is done until the columns are known."""
+    """`hymate.data.features.choose`, in parts; `folder` keeps what is done until the columns are known."""
     parts = train.in_parts(PART)
     windows_hours = config.windows(train)
     call = functools.partial(_count, data=histories.path, windows_hours=windows_hours, folder=folder / "columns")
@@ -47,7 +47,7 @@ def chosen_in_parts(
 def stored_tables(
     histories: Histories, examples: Mapping[str, Examples], spec: FeatureSpec, folder: Location, here: bool
 ) -> Iterator[dict[str, FeatureTable]]:
-    """`hymate.evaluation.features.features` of each split, in files in `folder`; those of a URL are copied here."""
+    """`hymate.data.features.features` of each split, in files in `folder`; those of a URL are copied here."""
     about = max(1, PART_CELLS // len(spec.columns))
     parts = {
         f"{split}-{name}": part

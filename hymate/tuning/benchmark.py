@@ -26,12 +26,12 @@ from torch import Tensor
 
 from hymate import cluster, device
 from hymate.cluster import RemoteCall
+from hymate.data.features import FeatureConfig, choose, features
 from hymate.data.histories import Histories
 from hymate.data.tasks import read_or_extract_labels
 from hymate.data.vocabulary import Vocabulary
 from hymate.errors import ConfigError
 from hymate.evaluation import baseline_models, calibration
-from hymate.evaluation.features import FeatureConfig, choose, features
 from hymate.inference.bundle import Bundle, read_weights, write_weights
 from hymate.inference.scoring import predict
 from hymate.runs import ELSEWHERE, check_same_run, claimed, run_folder

@@ -35,6 +35,7 @@ from safetensors.torch import load_file, save_file
 from hymate import device
 from hymate.command import load
 from hymate.data.examples import Examples, labelled_examples
+from hymate.data.features import FeatureConfig
 from hymate.data.histories import Histories
 from hymate.data.loader import Rows
 from hymate.data.meds import SPLITS, write_text
@@ -42,7 +43,6 @@ from hymate.data.synthetic.source import ceiling as ceiling_of
 from hymate.data.tasks import read_or_extract_labels
 from hymate.evaluation import metrics
 from hymate.evaluation.baseline_models import fitted_to
-from hymate.evaluation.features import FeatureConfig
 from hymate.evaluation.figures import BLUE, DPI, GREY, ORANGE
 from hymate.inference.bundle import Bundle
 from hymate.inference.scoring import score

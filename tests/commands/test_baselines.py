@@ -26,6 +26,7 @@ from hymate import baselines
 from hymate.baselines import BaselinesConfig, run
 from hymate.command import load
 from hymate.data.examples import Examples, labelled_examples
+from hymate.data.features import Column, FeatureConfig, FeatureSpec, FeatureTable, choose, features
 from hymate.data.histories import Histories
 from hymate.data.label_files import LABEL_SCHEMA
 from hymate.data.meds import SPLITS, read_splits, write_parquet
@@ -37,7 +38,6 @@ from hymate.data.tasks import read_or_extract_labels
 from hymate.errors import UserError
 from hymate.evaluation import baseline_models, calibration, metrics, stored
 from hymate.evaluation.baseline_models import compare, cross_fitted, fit, importance
-from hymate.evaluation.features import Column, FeatureConfig, FeatureSpec, FeatureTable, choose, features
 
 pytestmark = pytest.mark.slow
 

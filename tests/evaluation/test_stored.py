@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from s3 import BUCKET, environment, serving
 
 from hymate.data.examples import Examples
+from hymate.data.features import FeatureConfig, Rows, choose, features
 from hymate.data.histories import Histories
 from hymate.data.prepare import PrepareConfig, prepare
 from hymate.data.synthetic.course import SyntheticConfig
 from hymate.evaluation import stored
-from hymate.evaluation.features import FeatureConfig, Rows, choose, features
 from hymate.storage.paths import locate
 
 CONFIG = FeatureConfig((6.0, 48.0), max_features=200, min_labels=2)

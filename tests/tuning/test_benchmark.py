@@ -23,13 +23,13 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from small_cohort import SIZES
 
 from hymate.command import load
+from hymate.data.features import FeatureConfig, choose, features
 from hymate.data.histories import Histories
 from hymate.data.label_files import read_labels
 from hymate.data.meds import write_parquet
 from hymate.data.vocabulary import Vocabulary
 from hymate.errors import ConfigError, UserError
 from hymate.evaluation import baseline_models, calibration
-from hymate.evaluation.features import FeatureConfig, choose, features
 from hymate.inference.bundle import Bundle
 from hymate.runs import run_folder
 from hymate.training.pretraining import PretrainConfig

@@ -14,12 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hymate.data import features as module
 from hymate.data.examples import labelled_examples
-from hymate.data.histories import HISTORY_SCHEMA, Histories
-from hymate.data.index import INDEX_SCHEMA, Index
-from hymate.errors import ConfigError, UserError
-from hymate.evaluation import features as module
-from hymate.evaluation.features import (
+from hymate.data.features import (
     AGE,
     EVENTS,
     VALUE_STATISTICS,
@@ -29,6 +26,9 @@ from hymate.evaluation.features import (
     choose,
     features,
 )
+from hymate.data.histories import HISTORY_SCHEMA, Histories
+from hymate.data.index import INDEX_SCHEMA, Index
+from hymate.errors import ConfigError, UserError
 
 CODES = ["LAB//a", "LAB//b", "VISIT", "GENDER//F"]
 EDGES = (24.0, 48.0, 96.5)

@@ -6,7 +6,7 @@ the static codes, the age and the number of all events. By default the windows e
 month and a year, for patients who are asked about often at six hours, too, and columns that hardly any training label
 fills are left out: a stay of 48 hours is described day by day, a history of years in growing windows.
 
-A history is read once for all of its labels (`hymate.evaluation.sweep`), and reading streams over the row groups:
+A history is read once for all of its labels (`hymate.data.sweep`), and reading streams over the row groups:
 besides the features (4 bytes a label and column) it holds the cache of `Histories` and some 200 bytes for each of
 BLOCK_EVENTS events.
 
@@ -29,8 +29,8 @@ from hymate.data.examples import NO_TIME, Examples
 from hymate.data.histories import Histories
 from hymate.data.loader import ages
 from hymate.data.packing import blocks
+from hymate.data.sweep import STATISTICS, count_filled, windows_us, write_statistics
 from hymate.errors import UserError
-from hymate.evaluation.sweep import STATISTICS, count_filled, windows_us, write_statistics
 
 BLOCK_EVENTS = 500_000
 WHOLE = 0  # the window that is the whole history
@@ -281,7 +281,7 @@ class _Block(NamedTuple):
     static_value_F: np.ndarray
 
     def lists(self, variable_V: np.ndarray, of_all: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """The events by history and variable, as `hymate.evaluation.sweep` takes them: lists, time, place, value.
+        """The events by history and variable, as `hymate.data.sweep` takes them: lists, time, place, value.
 
         variable_V: of each code, -1 for none; of_all: the variable that every event belongs to, too.
         """

@@ -6,7 +6,7 @@ passes the turn, the summaries are made of what is left. So an event enters two 
 asked, and nothing is ever subtracted: equal values have a deviation of exactly 0. Two summaries are joined as Chan et
 al. (1983) join means and squares.
 
-Shape legend, besides that of `hymate.evaluation.features`: K lists, each the events of one variable in one history, in
+Shape legend, besides that of `hymate.data.features`: K lists, each the events of one variable in one history, in
 their order; L the events of all lists; B prediction times, those of a history side by side and rising; T statistics.
 """
 
