@@ -153,6 +153,19 @@ def calibration_curve(
     ]
 
 
+def judged(
+    label_N: ArrayLike, prob_N: ArrayLike, subject_N: ArrayLike, weight_N: ArrayLike | None = None
+) -> dict[str, Any]:
+    """All of the above, and predicted and observed means, as plain JSON values."""
+    return {
+        **calibration_error(label_N, prob_N, subject_N, weight_N),
+        "predicted": metrics.mean(prob_N, weight_N),
+        "observed": metrics.proportion(label_N, subject_N, weight_N),
+        "slope": calibration_slope(label_N, prob_N, subject_N, weight_N),
+        "curve": calibration_curve(label_N, prob_N, subject_N, weight_N),
+    }
+
+
 def logit(prob_N: ArrayLike) -> Array:
     """Logits of probabilities, finite also for 0 and 1."""
     clipped: Array = np.clip(np.asarray(prob_N, dtype=np.float64), EPSILON, 1 - EPSILON)

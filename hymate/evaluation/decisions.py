@@ -258,13 +258,7 @@ def assess(
     judged = sum(len(np.unique(subject_N[own])) >= FEWEST_SUBJECTS for _, _, own in named)
     z, overall = group_z(max(1, judged)), metrics.auroc(label_N, prob_N, weight_N)
     return {
-        "calibration": {
-            **calibration.calibration_error(*every),
-            "predicted": metrics.mean(prob_N, weight_N),
-            "observed": metrics.proportion(label_N, subject_N, weight_N),
-            "slope": calibration.calibration_slope(*every),
-            "curve": calibration.calibration_curve(*every),
-        },
+        "calibration": calibration.judged(*every),
         "operating_points": [
             {"aim": aim, **operating_point(threshold, *every)} for aim, threshold in threshold_of.items()
         ],

@@ -265,7 +265,7 @@ def concordance(days_N: ArrayLike, predicted_N: ArrayLike, weight_N: ArrayLike |
     """Harrell's C (Harrell et al. 1982) without censoring: the chance that of two different lengths the longer one is
     predicted to be longer, equal predictions counting half; a pair weighs the product of its labels' weights.
     """
-    return _defined(_concordance(*_checked_days(days_N, predicted_N), weights(weight_N, days_N)[None]))
+    return _defined(concordances(*_checked_days(days_N, predicted_N), weights(weight_N, days_N)[None]))
 
 
 def day_scores(
@@ -281,7 +281,7 @@ def day_scores(
 
     def statistics(weight_BN: Array) -> Array:
         mae_B = weight_BN @ error_N / weight_BN.sum(axis=1)
-        return np.stack([mae_B, _concordance(days_N, predicted_N, weight_BN)])
+        return np.stack([mae_B, concordances(days_N, predicted_N, weight_BN)])
 
     mae, concordance = estimates(statistics, 2, subject_N, weight_N)
     best_constant = mean(np.abs(days_N - _median(days_N, weights(weight_N, days_N))), weight_N) if len(days_N) else None
@@ -320,21 +320,25 @@ def _areas(label_N: ArrayLike, score_N: ArrayLike, weight_BN: Array) -> Array:
     return np.stack([roc_B, pr_B])
 
 
-def _concordance(days_N: Array, predicted_N: Array, weight_BN: Array) -> Array:
+def concordances(days_N: Array, predicted_N: Array, weight_BN: Array, ended_N: Array | None = None) -> Array:
     """(B,): concordance under each row of label weights, in O(N log N); NaN where no two lengths differ.
+
+    ended_N: bool; where false, it lasted longer than these days, nobody knows how much, and is never the shorter one.
 
     Two labels whose lengths have different ranks differ first in one bit of them: there the pair is counted, among
     labels with the same higher bits, sorted by prediction, by running sums of the weights whose bit is 0.
     """
+    ended_N = np.ones(len(days_N), dtype=bool) if ended_N is None else ended_N
     concordant_B, pairs_B = np.zeros(len(weight_BN)), np.zeros(len(weight_BN))
-    _, rank_N = np.unique(days_N, return_inverse=True)
+    _, length_N = np.unique(days_N, return_inverse=True)
+    _, rank_N = np.unique(2 * length_N + ~ended_N, return_inverse=True)
     for bit in range(int(rank_N.max(initial=0)).bit_length()):
         group_N = rank_N >> (bit + 1)
         order_N = np.lexsort((predicted_N, group_N))
         sorted_BN, longer_N = weight_BN[:, order_N], (rank_N[order_N] >> bit & 1).astype(bool)
         new_group_N = np.diff(group_N[order_N], prepend=-1) != 0
         new_tie_N = new_group_N | (np.diff(predicted_N[order_N], prepend=np.nan) != 0)
-        shorter_BN = np.cumsum(np.where(longer_N, 0.0, sorted_BN), axis=1)
+        shorter_BN = np.cumsum(np.where(longer_N | ~ended_N[order_N], 0.0, sorted_BN), axis=1)
         shorter_BN = np.concatenate([np.zeros((len(weight_BN), 1)), shorter_BN], axis=1)  # weight before each place
         (group_start, group_end), (tie_start, tie_end) = _runs(new_group_N, longer_N), _runs(new_tie_N, longer_N)
         below_BM = (shorter_BN[:, tie_start] + shorter_BN[:, tie_end]) / 2 - shorter_BN[:, group_start]

@@ -264,7 +264,7 @@ def test_concordance_equals_a_count_of_all_pairs(rows: list[tuple[int, int, int]
                     times * other_times * (1.0 if predicted < other_predicted else 0.5 * (predicted == other_predicted))
                 )
     days_N, predicted_N, times_N = (np.array(column, dtype=float) for column in zip(*rows, strict=True))
-    found = metrics._concordance(days_N, predicted_N, times_N[None])[0]
+    found = metrics.concordances(days_N, predicted_N, times_N[None])[0]
     np.testing.assert_allclose(found, concordant / pairs if pairs else np.nan, atol=1e-12)
     repeated = np.repeat(np.arange(len(rows)), times_N.astype(int))
     of_repeated = metrics.concordance(days_N[repeated], predicted_N[repeated])

@@ -1,0 +1,160 @@
+"""Incidence with competing events and censoring: as lifelines and scikit-survival have it, and as plain counts."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lifelines import AalenJohansenFitter
+from lifelines.utils import concordance_index
+from sksurv.metrics import brier_score, cumulative_dynamic_auc
+from sksurv.nonparametric import cumulative_incidence_competing_risks
+
+from hymate.data.outcomes import COMPETING, EVENT
+from hymate.evaluation import metrics, survival
+
+HORIZONS = [2.0, 5.0, 9.0]
+# few distinct times, so that events, competing events and losses often come together
+rows = st.lists(st.tuples(st.integers(1, 8), st.integers(0, 2), st.integers(1, 3)), min_size=3, max_size=40)
+
+
+def cohort(seed: int, size: int = 400, causes: int = 2) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """days_N, cause_N, and risk_NH that rises with the hazard and the horizon; no two times are alike."""
+    rng = np.random.default_rng(seed)
+    hazard_N = rng.lognormal(-2.5, 0.7, size)
+    until_CN = np.stack([rng.exponential(1 / hazard_N), rng.exponential(12, size), rng.exponential(14, size)])
+    if causes == 1:
+        until_CN[1] = np.inf
+    days_N, cause_N = until_CN.min(axis=0), np.array([EVENT, COMPETING, 0])[until_CN.argmin(axis=0)]
+    return days_N, cause_N, 1 - np.exp(-hazard_N[:, None] * np.array(HORIZONS))
+
+
+def outcome(days_N: np.ndarray, cause_N: np.ndarray) -> np.ndarray:
+    """As scikit-survival takes it, of one cause."""
+    return np.array(list(zip(cause_N == EVENT, days_N, strict=True)), dtype=[("event", bool), ("time", float)])
+
+
+@pytest.mark.parametrize("cause", [EVENT, COMPETING])
+def test_incidence_equals_lifelines(cause: int) -> None:
+    days_N, cause_N, _ = cohort(1)
+    fitted = AalenJohansenFitter(calculate_variance=False).fit(days_N, cause_N, event_of_interest=cause)
+    expected_H = fitted.predict(HORIZONS).to_numpy()
+    np.testing.assert_allclose(survival.aalen_johansen(days_N, cause_N, HORIZONS, cause=cause), expected_H, atol=1e-12)
+
+
+@settings(deadline=None, max_examples=40)
+@given(rows)
+def test_incidence_equals_scikit_survival_with_ties_and_weights(cases: list[tuple[int, int, int]]) -> None:
+    days_N, cause_N, times_N = map(np.array, zip(*cases, strict=True))
+    if not {1, 2} <= set(cause_N.tolist()):
+        return
+    expected_CU = cumulative_incidence_competing_risks(np.repeat(cause_N, times_N), np.repeat(days_N, times_N) * 1.0)
+    for cause in (EVENT, COMPETING):
+        found_U = survival.aalen_johansen(days_N, cause_N, expected_CU[0], times_N, cause)
+        np.testing.assert_allclose(found_U, expected_CU[1][cause], atol=1e-12)
+
+
+@settings(deadline=None, max_examples=60)
+@given(rows, st.sampled_from([EVENT, COMPETING]))
+def test_the_weights_of_what_is_known_give_the_incidence(cases: list[tuple[int, int, int]], cause: int) -> None:
+    days_N, cause_N, times_N = map(np.array, zip(*cases, strict=True))
+    days_N = days_N.astype(np.float32)
+    for horizon in np.arange(0.5, days_N.max() + 0.5, 0.5):
+        at_n, label_n, weight_n = survival.known_at(horizon, days_N, cause_N, times_N, cause)
+        lost_N = (cause_N == 0) & (days_N < horizon)
+        assert sorted(at_n) == np.flatnonzero(~lost_N).tolist()
+        if lost_N.any() and np.minimum(days_N, horizon)[~lost_N].max(initial=0) <= days_N[lost_N].max():
+            continue  # the last one in sight was lost
+        assert weight_n.sum() == pytest.approx(times_N.sum())
+        expected = survival.aalen_johansen(days_N, cause_N, [horizon], times_N, cause)[0]
+        assert np.average(label_n, weights=weight_n) == pytest.approx(expected, abs=1e-9)
+
+
+def test_incidence_by_hand() -> None:
+    # of 5 one has the event on day 1; of 4 one dies on day 2, and another is lost; of 2 one has the event on day 3
+    days_N, cause_N = np.array([1.0, 2, 2, 3, 4]), np.array([1, 2, 0, 1, 0])
+    assert survival.aalen_johansen(days_N, cause_N, [0.5, 1, 2.5, 3, 9]) == pytest.approx([0, 0.2, 0.2, 0.5, 0.5])
+    assert survival.aalen_johansen(days_N, cause_N, [1, 2], cause=COMPETING) == pytest.approx([0, 0.2])
+    at_n, label_n, weight_n = survival.known_at(3.0, days_N, cause_N)
+    assert (at_n.tolist(), label_n.tolist()) == ([0, 1, 3, 4], [1, 0, 1, 0])
+    assert weight_n == pytest.approx([1, 1, 1.5, 1.5])
+
+
+def test_dynamic_auroc_and_brier_equal_scikit_survival() -> None:
+    days_N, cause_N, risk_NH = cohort(2, causes=1)
+    known = outcome(days_N, cause_N)
+    expected_H, _ = cumulative_dynamic_auc(known, known, risk_NH, HORIZONS)
+    found_H = survival.dynamic_auroc(days_N, cause_N, risk_NH, HORIZONS)
+    np.testing.assert_allclose(found_H, expected_H, atol=1e-9)
+    found = survival.scores(days_N, cause_N, risk_NH[:, None], HORIZONS, np.arange(len(days_N)))
+    _, brier_H = brier_score(known, known, 1 - risk_NH, HORIZONS)
+    assert [row["brier"] for row in found["horizons"]] == pytest.approx(brier_H.tolist(), abs=1e-9)
+    assert [row["auroc"]["value"] for row in found["horizons"]] == pytest.approx(expected_H.tolist(), abs=1e-9)
+    areas = 2 * brier_H[0] / 2, 3 * (brier_H[0] + brier_H[1]) / 2, 4 * (brier_H[1] + brier_H[2]) / 2
+    assert found["integrated_brier"] == pytest.approx(sum(areas) / 9)
+
+
+def test_concordance_equals_lifelines_with_ties() -> None:
+    rng = np.random.default_rng(3)
+    days_N, cause_N, risk_N = rng.integers(1, 9, 150), rng.integers(0, 2, 150), rng.integers(0, 5, 150) / 5
+    expected = concordance_index(days_N, -risk_N, cause_N == EVENT)
+    assert survival.concordance(days_N, cause_N, risk_N, np.arange(150))["value"] == pytest.approx(expected)
+
+
+@settings(deadline=None, max_examples=40)
+@given(rows, st.integers(0, 9))
+def test_concordance_of_competing_events_equals_a_count_of_all_pairs(cases: list[tuple], seed: int) -> None:
+    days_N, cause_N, times_N = map(np.array, zip(*cases, strict=True))
+    risk_N = np.random.default_rng(seed).integers(0, 4, len(days_N)) / 4
+    right = pairs = 0.0
+    for i in np.flatnonzero(cause_N == EVENT):
+        for j in range(len(days_N)):
+            later = days_N[j] > days_N[i] or (days_N[j] == days_N[i] and cause_N[j] == 0) or cause_N[j] == COMPETING
+            if i != j and later:
+                pairs += times_N[i] * times_N[j]
+                right += times_N[i] * times_N[j] * (float(risk_N[i] > risk_N[j]) + 0.5 * float(risk_N[i] == risk_N[j]))
+    found = survival.concordance(days_N, cause_N, risk_N, np.arange(len(days_N)), times_N)["value"]
+    assert found is None if not pairs else found == pytest.approx(right / pairs)
+
+
+def test_scores_of_the_right_incidence_are_calibrated_and_those_of_a_wrong_one_are_not() -> None:
+    rng = np.random.default_rng(4)
+    event_N, competing_N = rng.choice([0.02, 0.05, 0.2], 6000), np.full(6000, 0.05)
+    both_N = event_N + competing_N
+    until_N, lost_N = rng.exponential(1 / both_N), rng.exponential(20, 6000)
+    cause_N = np.where(rng.random(6000) < event_N / both_N, EVENT, COMPETING)
+    days_N, cause_N = np.minimum(until_N, lost_N).astype(np.float32), np.where(until_N <= lost_N, cause_N, 0)
+    came_NH = 1 - np.exp(-both_N[:, None] * np.array(HORIZONS))
+    right_NCH = np.stack([event_N / both_N, competing_N / both_N], axis=1)[:, :, None] * came_NH[:, None]
+    found, wrong = (
+        survival.scores(days_N, cause_N, p_NCH, HORIZONS, np.arange(6000)) for p_NCH in (right_NCH, right_NCH / 2)
+    )
+    for row, off in zip(found["horizons"], wrong["horizons"], strict=True):
+        low, high = row["calibration"]["observed"]["ci"]
+        assert low < row["calibration"]["predicted"] < high and not low < off["calibration"]["predicted"] < high
+        low, high = row["competing"]["observed"]["ci"]
+        assert low < row["competing"]["predicted"] < high
+        assert row["brier"] < off["brier"] and row["auroc"] == off["auroc"]
+    for group in found["groups"]:
+        for predicted, observed in zip(group["predicted"], group["observed"], strict=True):
+            assert observed["value"] == pytest.approx(predicted, abs=0.04)
+        assert group["curve"][-1][1] == pytest.approx(group["observed"][-1]["value"])
+    assert found["concordance"] == wrong["concordance"] and found["concordance"]["value"] > 0.65
+
+
+def test_a_horizon_that_nobody_reaches_has_no_observed_incidence() -> None:
+    days_N, cause_N = np.array([1.0, 2, 3, 3], np.float32), np.array([1, 0, 1, 0])
+    assert survival._observed(3.0, days_N, cause_N, np.arange(4), np.ones(4))["value"] is not None
+    assert survival._observed(4.0, days_N, cause_N, np.arange(4), np.ones(4)) == {"value": None, "ci": None}
+
+
+def test_weights_count_as_repeated_labels() -> None:
+    days_N, cause_N, risk_NH = cohort(5, 60)
+    times_N = np.random.default_rng(5).integers(1, 4, 60)
+    repeated = np.repeat(np.arange(60), times_N)
+    weighed = survival.dynamic_auroc(days_N, cause_N, risk_NH, HORIZONS, times_N)
+    assert weighed == pytest.approx(
+        survival.dynamic_auroc(days_N[repeated], cause_N[repeated], risk_NH[repeated], HORIZONS)
+    )
+    assert metrics.concordances(days_N, -risk_NH[:, 0], times_N[None] * 1.0, cause_N == EVENT)[0] > 0.5
