@@ -255,7 +255,8 @@ def _value(key: str, text: str, kinds: Sequence[Any]) -> Any:
     except HydraException:
         readable, value = False, None
     in_brackets, in_quotes = text[:1] in ("[", "{"), text[:1] in ("'", '"')
-    if str in kinds or any(typing.get_origin(kind) is Literal for kind in kinds):
+    listed = text[:1] == "[" and any(typing.get_origin(kind) is list for kind in kinds)
+    if (str in kinds and not listed) or any(typing.get_origin(kind) is Literal for kind in kinds):
         if readable and value is None and type(None) in kinds:
             return None
         return _as_text(value if readable and in_quotes else text)

@@ -14,6 +14,16 @@ from hymate.places import UNPRINTABLE, parse_place
 
 QUOTE_IT = "put it in quotes, and in a shell those in others: 'KEY=\"TEXT\"'"
 Place = Annotated[str, parse_place]  # a local path or a URL
+SHIPPED_NAME = r"[a-z0-9_]+"  # of a code map in configs/codes/
+
+
+def parse_codes(text: str) -> None:
+    """Raises UserError where a text is neither the name of a code map that ships nor a place."""
+    if not re.fullmatch(SHIPPED_NAME, text):
+        parse_place(text)
+
+
+Codes = Annotated[str, parse_codes]
 
 
 def is_number(value: object) -> bool:
@@ -48,7 +58,7 @@ def not_negative(config: object, *names: str) -> None:
 
 @dataclass(frozen=True)
 class DataPath:
-    """path: folder or URL of a prepared dataset; `predict` and `explain` read any other MEDS dataset, too."""
+    """path: folder or URL of a prepared dataset; the commands for a finished model read any other MEDS dataset, too."""
 
     path: Place
 

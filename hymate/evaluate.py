@@ -2,7 +2,8 @@
 
     python -m hymate.evaluate bundle=BUNDLE data.path=DATA_DIR task=readmission out=DIR
 
-The dataset is a prepared one, under the bundle's rules of when events become known. A fraction of its patients
+The dataset is a prepared one, under the bundle's rules of when events become known; a MEDS folder is prepared under
+them first, with `codes` as its code map, and that copy goes at the end. A fraction of its patients
 (`recalibrate`, drawn by a hash of their ids) recalibrates the model by a temperature and a shift, and chooses
 thresholds for it. The other patients are scored twice: by the model as it is, with the thresholds that the bundle
 names, and recalibrated. Nothing else is fitted. `out` gets report.md, results.json, a picture of each model, and
@@ -17,23 +18,25 @@ if __name__ == "__main__":  # before the imports, which take seconds
     scripts.command("evaluate")
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 
-from hymate.config import ReportConfig, TaskConfig, check, not_negative
+from hymate.config import DataPath, ReportConfig, TaskConfig, check, not_negative
 from hymate.data.examples import Examples, labelled_examples, require_both_classes
 from hymate.data.histories import Histories
+from hymate.data.prepare import PrepareConfig, prepare
 from hymate.data.tasks import read_or_extract_labels
 from hymate.errors import UserError
 from hymate.evaluation import alarms, calibration, decisions, external, figures, metrics, results
+from hymate.evaluation.explaining import work_beside
 from hymate.evaluation.subgroups import subgroups
 from hymate.evaluation.transport import transport
 from hymate.hashing import seeded_hash
 from hymate.inference.bundle import Bundle
-from hymate.inference.dataset import RequestConfig, open_for, predict_dataset
+from hymate.inference.dataset import RequestConfig, is_prepared, most, open_for, predict_dataset
 from hymate.inference.provenance import seen
 from hymate.storage.paths import Location, locate, readable, require_folder, write_text
 
@@ -71,6 +74,19 @@ def run(config: EvaluateConfig) -> None:
     require_folder(out, "out")
     if not external.thresholds_of(bundle.extra, config.task.name) and not config.recalibrate:
         raise UserError(f"{config.bundle}: names no thresholds (an older hymate made it): give recalibrate=0.2")
+    config.request(bundle)  # checks the code map
+    data = config.data.path
+    if is_prepared(locate(data)):
+        _evaluate(config, bundle, out, data)
+        return
+    with work_beside(out) as work:
+        copy, workers = str(work / "data"), most(config.workers, "cpu")
+        prepare(PrepareConfig("meds", copy, data, config.codes, known=bundle.known, workers=workers))
+        _evaluate(replace(config, data=DataPath(copy), codes=None), bundle, out, data)
+
+
+def _evaluate(config: EvaluateConfig, bundle: Bundle, out: Location, data: str) -> None:
+    """The command for a prepared dataset; `data` is what the user calls it."""
     histories = open_for(bundle, locate(config.data.path))
     examples = _labelled(config, histories)
     fits_E = _recalibrates(config, examples)
@@ -106,7 +122,7 @@ def run(config: EvaluateConfig) -> None:
     found |= {
         "task": config.task.name,
         "bundle": config.bundle,
-        "data": config.data.path,
+        "data": data,
         "split": config.split,
         "learned_here": seen(bundle.extra, histories) in ("same split", "another split"),
         "before": external.scores_before(bundle.extra, config.task.name),

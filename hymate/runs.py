@@ -30,6 +30,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import threading
@@ -46,7 +47,7 @@ from typing import Any, TypeVar
 
 import hymate
 from hymate import ending
-from hymate.config import Place, RunConfig
+from hymate.config import SHIPPED_NAME, Codes, Place, RunConfig
 from hymate.errors import ConfigError, UserError
 from hymate.storage.paths import Location, UrlPath, locate, write_text
 from hymate.trees import build, flattened, to_tree
@@ -90,8 +91,12 @@ def _absolute(hint: Any, value: Any, key: str) -> Any:
         return absolute(value, f"{key}.")
     if isinstance(value, dict):
         return {name: _absolute(None, item, f"{key}.{name}") for name, item in value.items()}
-    is_path = isinstance(value, str) and Place in (hint, *typing.get_args(hint))
-    return _absolute_path(key, value) if is_path else value
+    kinds = (hint, *typing.get_args(hint))
+    if isinstance(value, list):
+        of_items = next((typing.get_args(kind)[0] for kind in kinds if typing.get_origin(kind) is list), None)
+        return [_absolute(of_items, item, f"{key}[{place}]") for place, item in enumerate(value)]
+    is_place = Place in kinds or (Codes in kinds and not re.fullmatch(SHIPPED_NAME, str(value)))
+    return _absolute_path(key, value) if is_place and isinstance(value, str) else value
 
 
 def _absolute_path(key: str, path: str) -> str:

@@ -133,7 +133,8 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         if value is None and type(None) in args:
             return None
         allowed = [each for each in args if each is not type(None)]
-        return _convert(allowed[-1] if holds_sections(value) else allowed[0], value, path)
+        lists = [each for each in allowed if typing.get_origin(each) is list and isinstance(value, list)]
+        return _convert([*lists, allowed[-1] if holds_sections(value) else allowed[0]][0], value, path)
     if origin is Annotated:
         value = _convert(args[0], value, path)
         try:

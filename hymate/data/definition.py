@@ -30,6 +30,7 @@ import polars as pl
 import pyarrow as pa
 
 from hymate.config import TaskConfig
+from hymate.data.codemap import CodeMap
 from hymate.data.known import KnownConfig
 from hymate.data.meds import UNREADABLE, DataError, open_parquet, unreadable_error
 from hymate.errors import ConfigError, UserError, first_line
@@ -150,7 +151,7 @@ class Predicates:
     matches: dict[str, int]
 
 
-def read_predicates(path: Location, config: Any, known: KnownConfig) -> Predicates:
+def read_predicates(path: Location, config: Any, known: KnownConfig, mapped: CodeMap | None = None) -> Predicates:
     """Evaluate the predicates on one MEDS data file; DataError where it cannot be read, UserError without a column.
 
     A MEDS_DEATH at 00:00 is a date without a time of day (registries give no more). The patient was alive when
@@ -158,13 +159,13 @@ def read_predicates(path: Location, config: Any, known: KnownConfig) -> Predicat
 
     An admission and a discharge at one time are a transfer, or the ends of one stay: stamps may have days alone. They
     are one stay where the patient is out of hospital afterwards: the admission is then taken to come before. known
-    says which codes begin and end a stay.
+    says which codes begin and end a stay; mapped, what the file's codes are replaced by.
     """
     plain = dict(config.plain_predicates)
     for name, found in config.plain_predicates.items():
         if found.value_min is not None or found.value_max is not None:
             plain[CODE_ALONE.format(name)] = type(found)(found.code, static=found.static)
-    data = _read(path, _columns(plain))
+    data = _read(path, _columns(plain), mapped)
     codes = data["code"].drop_nulls().unique().to_list()
     death = pl.col("code").str.contains(f"^{meds.death_code}(//.*)?$")
     date_only = pl.col("time") == pl.col("time").dt.truncate("1d")
@@ -235,7 +236,7 @@ def _columns(plain: Mapping[str, Any]) -> list[str]:
     return ["subject_id", "time", "code", "numeric_value", *sorted(others)]
 
 
-def _read(path: Location, columns: list[str]) -> pl.DataFrame:
+def _read(path: Location, columns: list[str], mapped: CodeMap | None) -> pl.DataFrame:
     optional = "numeric_value"
     try:
         with open_parquet(path) as file:
@@ -243,6 +244,7 @@ def _read(path: Location, columns: list[str]) -> pl.DataFrame:
         table.validate(full=True)
         if optional not in table.column_names:
             table = table.append_column(optional, pa.nulls(table.num_rows, pa.float32()))
+        table = mapped.apply_to_table(table, path) if mapped else table
         data = pl.DataFrame(pl.from_arrow(table.select(columns)))
         return data.with_columns(pl.col("time").cast(pl.Datetime("us")), pl.col("code").cast(pl.String))
     except KeyError as error:

@@ -15,6 +15,7 @@ import polars as pl
 import pyarrow as pa
 
 from hymate.config import TaskConfig
+from hymate.data.codemap import CodeMap
 from hymate.data.definition import CODE_ALONE, find, parse, read_predicates
 from hymate.data.known import KnownConfig
 from hymate.data.label_files import write_labels
@@ -124,13 +125,15 @@ def _kept_shard(shard: str, work: Location) -> Extracted:
     return Extracted(triggers, found["counts"], Details(**found["details"]))
 
 
-def labels_of_shard(path: Location, task: TaskConfig, known: KnownConfig) -> pa.Table:
-    """The labels of one MEDS shard, without weights, which need all of them."""
-    return label_table(_extract_shard(path, task, parse(task), known).triggers, task)
+def labels_of_shard(path: Location, task: TaskConfig, known: KnownConfig, codes: CodeMap | None = None) -> pa.Table:
+    """The labels of one MEDS shard, its codes mapped, without weights, which need all of them."""
+    return label_table(_extract_shard(path, task, parse(task), known, codes).triggers, task)
 
 
-def _extract_shard(path: Location, task: TaskConfig, config: Any, known: KnownConfig) -> Extracted:
-    predicates = read_predicates(path, config, known)
+def _extract_shard(
+    path: Location, task: TaskConfig, config: Any, known: KnownConfig, codes: CodeMap | None = None
+) -> Extracted:
+    predicates = read_predicates(path, config, known, codes)
     found = find(config, predicates.events, task.start, task.kinds)
     died = pl.col(task.competing) > 0 if task.competing else pl.lit(False)
     subjects = predicates.events.group_by("subject_id").agg(

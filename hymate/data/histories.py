@@ -40,6 +40,7 @@ from hymate.trees import build
 
 FORMAT_VERSION = 1
 FOLDER = "histories"
+WORK = ".work"  # inside it, while a dataset is prepared: the journal and what later stages need
 HISTORY_SCHEMA = pa.schema(
     [
         ("subject_id", pa.int64()),
@@ -195,6 +196,7 @@ class Histories:
     fingerprint: a digest of what the dataset was prepared from.
     known: when events become known, as far as the histories go by that; known_events: by rule, how many events were
         "moved" and "left_out".
+    code_maps: digests of the code maps that were applied, each after its file's name.
     """
 
     def __init__(
@@ -205,6 +207,7 @@ class Histories:
         fingerprint: str,
         known: KnownConfig | None = None,
         known_events: dict[str, dict[str, int]] | None = None,
+        code_maps: Sequence[str] = (),
     ) -> None:
         self.path = path
         self.codes = codes
@@ -212,6 +215,7 @@ class Histories:
         self.fingerprint = fingerprint
         self.known = known or KnownConfig()
         self.known_events = known_events or {}
+        self.code_maps = code_maps
         self._cache = _RowGroups(path / FOLDER, len(codes))
 
     @classmethod
@@ -230,7 +234,8 @@ class Histories:
                 raise pa.ArrowInvalid("another number of subjects")
         except (*UNREADABLE, KeyError) as error:
             raise UserError(f"{path / FOLDER}: damaged: delete {path} and prepare the dataset again") from error
-        return cls(path, codes, index, metadata["fingerprint"], metadata["known"], metadata["known_events"])
+        maps = [f"{found['name']} {found['sha256']}" for found in metadata["codes"] if found]
+        return cls(path, codes, index, metadata["fingerprint"], metadata["known"], metadata["known_events"], maps)
 
     @classmethod
     def of_events(cls, events: Events, code_ids: dict[str, int], known: KnownConfig) -> Histories:
@@ -243,6 +248,11 @@ class Histories:
 
     def __len__(self) -> int:
         return len(self.index)
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """What a run's record keeps of the dataset."""
+        return {"data.path": self.fingerprint} | ({"data.codes": ", ".join(self.code_maps)} if self.code_maps else {})
 
     def positions(self, split: str) -> range:
         """Those of the subjects of a split."""
@@ -297,15 +307,17 @@ def read_metadata(path: Location) -> dict | None:
     if not file.is_file():
         return None
     try:
-        # older datasets have no rules and no counts
-        metadata = {"known": {}, "known_events": {}, "source_counts": {}, **json.loads(file.read_text())}
+        # older datasets have no rules, no counts and no code maps
+        older: dict[str, Any] = {"known": {}, "known_events": {}, "source_counts": {}, "codes": []}
+        metadata = {**older, **json.loads(file.read_text())}
         version = metadata["format_version"]
         numbers = [version, *(size["subjects"] for size in metadata["splits"].values())]
         metadata["known"] = build(KnownConfig, metadata["known"], "known.")
         numbers += [of[count] for of in metadata["known_events"].values() for count in ("moved", "left_out")]
         numbers += metadata["source_counts"].values()
         odd = set(metadata["known_events"]) - set(metadata["known"].rules)
-        if type(metadata["fingerprint"]) is not str or odd or any(type(number) is not int for number in numbers):
+        texts = [metadata["fingerprint"], *(of[key] for of in metadata["codes"] if of for key in ("name", "sha256"))]
+        if any(type(text) is not str for text in texts) or odd or any(type(number) is not int for number in numbers):
             raise ValueError("malformed")
     except (ConfigError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{file}: damaged: delete {path} and prepare the dataset again") from error

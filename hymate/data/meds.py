@@ -175,17 +175,24 @@ class Events:
         return self.subject_id_R, self.time_R, self.code_R, self.value_R
 
 
-def iter_events(path: Location, code_ids: dict[str, int], named: Location | None = None) -> Iterator[Events]:
+def iter_events(
+    path: Location,
+    code_ids: dict[str, int],
+    named: Location | None = None,
+    mapped: Callable[[pa.RecordBatch, Location, int], pa.RecordBatch] | None = None,
+) -> Iterator[Events]:
     """A shard's rows in order, about ROWS at a time, never cutting a subject in two.
 
     code_ids: code -> the integer that stands for it; new codes are added with the next free number.
     named: the file that errors name, where it is not `path`.
+    mapped: what becomes of rows first, such as `CodeMap.apply`.
 
     Raises DataError for an unreadable file, and as `decode` does.
     """
     carried: Events | None = None
     row = 0
     for batch in read_batches(path, DATA_SCHEMA.names, named or path):
+        batch = mapped(batch, named or path, row) if mapped else batch
         part = decode(batch, code_ids, row, named or path)
         row += len(part)
         part = carried.followed_by(part) if carried is not None else part

@@ -20,11 +20,12 @@ import contextlib
 import functools
 import hashlib
 import json
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import meds
 import numpy as np
@@ -33,8 +34,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from rich.console import Console
 
-from hymate.config import Place, check
-from hymate.data.histories import FOLDER, FORMAT_VERSION, Splits, read_metadata, write_histories
+from hymate.config import Codes, Place, check
+from hymate.data.codemap import CodeMap
+from hymate.data.histories import FOLDER, FORMAT_VERSION, WORK, Splits, read_metadata, write_histories
 from hymate.data.index import INDEX, INDEX_SCHEMA, open_index
 from hymate.data.known import NEVER, KnownConfig, KnownTimes, sentences
 from hymate.data.meds import (
@@ -49,10 +51,12 @@ from hymate.data.meds import (
     open_parquet,
     write_parquet,
 )
+from hymate.data.sources.mapped import Mapped
 from hymate.data.sources.meds import MedsSource
 from hymate.data.sources.physionet2012 import PhysioNet2012Source
 from hymate.data.sources.physionet2019 import PhysioNet2019Source
-from hymate.data.statistics import CodeStatistics
+from hymate.data.sources.several import PLACES, Several
+from hymate.data.statistics import CodeStatistics, contradictions
 from hymate.data.synthetic.course import SyntheticConfig
 from hymate.data.synthetic.source import SyntheticSource
 from hymate.errors import ConfigError, UserError
@@ -77,7 +81,9 @@ SOURCES: dict[str, Callable[[Location, SplitsConfig, int], Source]] = {
     "physionet2012": PhysioNet2012Source,
     "physionet2019": PhysioNet2019Source,
 }
-WORK = ".work"  # inside histories/: the journal and what later stages need
+
+
+CONTRADICTIONS = "contradictions.json"
 
 
 @functools.cache
@@ -92,8 +98,11 @@ class PrepareConfig:
 
     source: what `raw` holds; "synthetic" makes its own data.
     out: new folder of the prepared dataset, or one that an interrupted command left.
-    raw: folder of the raw data; "synthetic" needs none.
+    raw: folder of the raw data; "synthetic" needs none. Of source=meds also several, which become one dataset.
     splits: fractions of the subjects, where the source does not bring its own splits.
+    codes: code map, which gives what several hospitals measure one name and one unit: a CSV file, or the name of one of
+        ours (a file of configs/codes/). Of several datasets a list, with null for none, or one for all.
+    origins: names of several datasets, each of which becomes a static code ORIGIN//NAME of its subjects.
     known: when events become known, of source=meds; the events of the other sources are known at their stamps.
     seed: of everything random.
     workers: processes; each holds some 0.3 GB. On a cluster each of its CPUs is one.
@@ -102,7 +111,9 @@ class PrepareConfig:
 
     source: Literal["physionet2012", "physionet2019", "meds", "synthetic"]
     out: Place
-    raw: Place | None = None
+    raw: Place | list[Place] | None = None
+    codes: Codes | list[Codes | None] | None = None
+    origins: list[str] = field(default_factory=list)
     splits: SplitsConfig = field(default_factory=SplitsConfig)
     known: KnownConfig = field(default_factory=mimic)
     seed: int = 0
@@ -113,8 +124,33 @@ class PrepareConfig:
         check(self, workers=(self.workers >= 1, "must be at least 1"))
         if self.source != "synthetic" and self.raw is None:
             raise ConfigError(f"raw is required with source={self.source}: add raw=DIR to the command")
+        self._check_several()
         if self.source != "meds" and self.known.rules and self.known != mimic():
             raise ConfigError(f"known is for source=meds, not for source={self.source}: leave it out")
+
+    def _check_several(self) -> None:
+        raw, number = self.raw, len(self.raw) if isinstance(self.raw, list) else 1
+        lists = {"codes": isinstance(self.codes, list), "origins": bool(self.origins)}
+        for key in lists:
+            if lists[key] and not (isinstance(raw, list) and len(getattr(self, key)) == number):
+                raise ConfigError(f"{key} must have an entry for each dataset in raw=[DIR,DIR]")
+        if isinstance(raw, list):
+            check(
+                self,
+                source=(self.source == "meds", "must be meds where raw names several datasets: prepare each first"),
+                raw=(0 < number <= PLACES and len(set(raw)) == number, f"must be 1 to {PLACES} datasets, each once"),
+                origins=(
+                    len(set(self.origins)) == len(self.origins)
+                    and all(re.fullmatch(r"[\w.-]+", o) for o in self.origins),
+                    "must be different names of letters, digits and -_.",
+                ),
+            )
+
+    @property
+    def datasets(self) -> list[str]:
+        """What the datasets in `raw` are called, where it names several."""
+        folders = [locate(place).name for place in self.raw] if isinstance(self.raw, list) else []
+        return self.origins or folders
 
     @property
     def rules(self) -> KnownConfig:
@@ -123,9 +159,28 @@ class PrepareConfig:
 
     def open_source(self) -> Source:
         """The configured source."""
-        if self.source == "synthetic":
-            return SyntheticSource(self.synthetic, self.splits)
-        return SOURCES[self.source](locate(str(self.raw)).absolute(), self.splits, self.seed)
+        places = self.raw if isinstance(self.raw, list) else [str(self.raw)]
+        sources: list[Source] = (
+            [SyntheticSource(self.synthetic, self.splits)]
+            if self.source == "synthetic"
+            else [SOURCES[self.source](locate(place).absolute(), self.splits, self.seed) for place in places]
+        )
+        pairs = zip(sources, self.code_maps, strict=True)
+        sources = [Mapped(source, codes) if codes else source for source, codes in pairs]
+        return Several(tuple(sources), tuple(self.origins)) if isinstance(self.raw, list) else sources[0]
+
+    @functools.cached_property
+    def code_maps(self) -> list[CodeMap | None]:
+        """The code map of each dataset in `raw`."""
+        number = len(self.raw) if isinstance(self.raw, list) else 1
+        names = self.codes if isinstance(self.codes, list) else [self.codes] * number
+        return [None if name is None else CodeMap.read(name).under(self.rules) for name in names]
+
+    def record(self) -> dict[str, Any]:
+        """What metadata.json keeps of how the raw data were read."""
+        maps = [codes and {"name": codes.name, "sha256": codes.digest} for codes in self.code_maps]
+        several = {"datasets": self.datasets, "subject_ids": f"{PLACES} * subject_id + place of its dataset"}
+        return ({"codes": maps} if any(maps) else {}) | (several if self.datasets else {})
 
 
 def prepare(config: PrepareConfig) -> None:
@@ -151,7 +206,7 @@ def prepare(config: PrepareConfig) -> None:
         journal = Journal(out / FOLDER / WORK / "journal.jsonl", fingerprint, other)
         try:
             with stages(shards, journal, config.workers) as run:
-                _run(source, out, rules, fingerprint, run)
+                _run(config, source, out, fingerprint, run)
         except DataError:
             _remove(out)
             raise
@@ -160,13 +215,17 @@ def prepare(config: PrepareConfig) -> None:
     console.print(f"prepared {out} in {time.monotonic() - started:.0f} s")
 
 
-def _run(source: Source, out: Location, known: KnownConfig, fingerprint: str, run: Stages) -> None:
+def _run(config: PrepareConfig, source: Source, out: Location, fingerprint: str, run: Stages) -> None:
+    known = config.rules
     run.each("write MEDS", functools.partial(source.write_shard, out=out))
     run.once("metadata", functools.partial(source.finish, out))
     run.each("count codes", functools.partial(count_shard, out=out, known=known))
-    run.once("vocabulary", functools.partial(_write_vocabulary, out, run.shards))
+    run.once("vocabulary", functools.partial(_write_vocabulary, out, run.shards, len(config.datasets)))
     run.each("write histories", functools.partial(encode_shard, out=out, known=known))
-    _write_index(out, run.shards, source, known, fingerprint)
+    record = {"source": source.name, "fingerprint": fingerprint, **config.record()}
+    if config.datasets:
+        record["contradictions"] = json.loads((out / FOLDER / WORK / CONTRADICTIONS).read_text())
+    _write_index(out, run.shards, source, known, record)
 
 
 def _summarise(out: Location, console: Console) -> None:
@@ -186,6 +245,10 @@ def _summarise(out: Location, console: Console) -> None:
         )
     for split, size in metadata["splits"].items():
         lines.append(f"{split}: {size['subjects']:,} subjects, {size['events']:,} events")
+    for found in metadata.get("contradictions", []):
+        medians = zip(metadata["datasets"], found["medians"], strict=True)
+        named = " and ".join(f"{median:g} in {name}" for name, median in medians if median is not None)
+        lines.append(f"warning: {found['code']}: its median is {named}: are the units the same? A code map can mend it")
     lines += [f"{times:,} {what}" for what, times in metadata["source_counts"].items()]
     for line in lines + sentences(metadata["known"], metadata["known_events"]):
         console.print(line, markup=False, soft_wrap=True)
@@ -222,10 +285,16 @@ def _splits(out: Location) -> Splits:
     return Splits(out, beside=out / FOLDER / WORK / "splits")
 
 
-def _write_vocabulary(out: Location, shards: Sequence[str]) -> None:
-    statistics = CodeStatistics()
+def _write_vocabulary(out: Location, shards: Sequence[str], num_datasets: int) -> None:
+    statistics, of_datasets = CodeStatistics(), [CodeStatistics() for _ in range(num_datasets)]
     for shard in shards:
-        statistics.merge(pq.read_table(readable(out / FOLDER / WORK / "statistics" / f"{shard}.parquet")))
+        of_shard = pq.read_table(readable(out / FOLDER / WORK / "statistics" / f"{shard}.parquet"))
+        statistics.merge(of_shard)
+        if of_datasets:
+            of_datasets[int(shard.partition("/")[0])].merge(of_shard)
+    if of_datasets:
+        found = contradictions([each.vocabulary() for each in of_datasets])
+        write_text(json.dumps(found), out / FOLDER / WORK / CONTRADICTIONS)
     vocabulary = statistics.vocabulary()
     write_parquet(vocabulary, out / FOLDER / "vocabulary.parquet")
 
@@ -238,7 +307,7 @@ def _write_vocabulary(out: Location, shards: Sequence[str]) -> None:
     )
 
 
-def _write_index(out: Location, shards: Sequence[str], source: Source, known: KnownConfig, fingerprint: str) -> None:
+def _write_index(out: Location, shards: Sequence[str], source: Source, known: KnownConfig, record: dict) -> None:
     sizes: dict[str, dict[str, int]] = {}
     with (
         atomic_path(out / FOLDER / INDEX) as temporary,
@@ -256,8 +325,7 @@ def _write_index(out: Location, shards: Sequence[str], source: Source, known: Kn
         open_index(out / FOLDER)  # makes its arrays
     metadata = {
         "format_version": FORMAT_VERSION,
-        "source": source.name,
-        "fingerprint": fingerprint,
+        **record,
         "splits": dict(sorted(sizes.items())),
         "source_counts": source.counts(),
     }

@@ -9,15 +9,20 @@ Shape legend: R rows of a shard, C codes, K sampled values of all codes, Q quant
 from __future__ import annotations
 
 import hashlib
+import itertools
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from hymate.data.meds import Events
 from hymate.hashing import seeded_hash
 
 SAMPLE_SIZE = 2048
 NUM_KNOTS = 33
+UNITS_FACTOR, LEAST_VALUES = 3, 20  # see `contradictions`
 PROBABILITIES = np.linspace(0, 1, NUM_KNOTS)
 VOCABULARY_SCHEMA = pa.schema(
     [
@@ -159,6 +164,34 @@ class CodeStatistics:
         table = table.sort_by([("count", "descending"), ("code", "ascending")])
         ids = pa.array(np.arange(num_codes, dtype=np.int32))
         return table.set_column(1, VOCABULARY_SCHEMA.field("id"), ids)
+
+
+def contradictions(vocabularies: Sequence[pa.Table]) -> list[dict[str, Any]]:
+    """The codes whose values seem to have different units in two datasets, each given by its vocabulary.
+
+    Medians that differ by a factor above UNITS_FACTOR, and by more than the smaller spread; or each outside of nearly
+    all values (the middle seven eighths) of the other. Of each code its `medians`, None where a dataset has fewer than
+    LEAST_VALUES.
+    """
+    values_of: dict[str, list[dict[str, Any] | None]] = {}
+    for place, vocabulary in enumerate(vocabularies):
+        for row in vocabulary.filter(pc.field("value_count") >= LEAST_VALUES).to_pylist():
+            values_of.setdefault(row["code"], [None] * len(vocabularies))[place] = row
+    return [
+        {"code": code, "medians": [row and row["median"] for row in rows]}
+        for code, rows in sorted(values_of.items())
+        if any(_contradict(one, other) for one, other in itertools.combinations(filter(None, rows), 2))
+    ]
+
+
+def _contradict(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    low, high = sorted((abs(one["median"]), abs(other["median"])))
+    apart = abs(one["median"] - other["median"]) > min(one["scale"], other["scale"])
+    outside = [
+        not of["quantiles"][2] <= median <= of["quantiles"][-3]
+        for of, median in ((one, other["median"]), (other, one["median"]))
+    ]
+    return (apart and high > UNITS_FACTOR * low) or all(outside)
 
 
 def _offsets(code_K: np.ndarray, num_codes: int) -> np.ndarray:

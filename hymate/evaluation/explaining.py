@@ -80,7 +80,7 @@ class Spread:
         if not is_prepared(request.data):
             files = files_below(request.data / meds.data_subdirectory, ".parquet")
             keep = functools.partial(
-                _keep, data=request.data, subjects=asked["subject_id"].unique(), folder=work / "shards"
+                _keep, request=request, subjects=asked["subject_id"].unique(), folder=work / "shards"
             )
             size = sum(file.stat().st_size for file in files.values())
             names = sorted(name.removesuffix(".parquet") for name in files)
@@ -166,12 +166,13 @@ def movements(
 # -------------------------------------------------------------------------------------------------------- a part
 
 
-def _keep(shard: str, data: Location, subjects: pa.Array, folder: Location) -> None:
-    """Keep the events of the subjects that are in a shard."""
-    path = data / meds.data_subdirectory / f"{shard}.parquet"
+def _keep(shard: str, request: Request, subjects: pa.Array, folder: Location) -> None:
+    """Keep the events of the subjects that are in a shard, their codes mapped."""
+    path = request.data / meds.data_subdirectory / f"{shard}.parquet"
     columns = [name for name in pq.read_schema(readable(path)).names if name in DATA_SCHEMA.names]
     own = pq.read_table(readable(path), columns=columns, filters=pc.field("subject_id").isin(subjects))
     if len(own):
+        own = request.codes.apply_to_table(own, path) if request.codes else own
         write_parquet(own, folder / f"{shard}.parquet")
 
 

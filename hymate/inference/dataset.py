@@ -24,7 +24,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
-from hymate.config import DataPath, Place, TaskConfig, not_negative
+from hymate.config import Codes, DataPath, Place, TaskConfig, not_negative
+from hymate.data.codemap import CodeMap
 from hymate.data.examples import Examples, labelled_examples
 from hymate.data.extraction import labels_of_shard
 from hymate.data.histories import Histories, Splits, read_metadata
@@ -55,7 +56,7 @@ class Request:
     """What is predicted; it pickles.
 
     split: "all" or one of the dataset's splits. context: as in `PredictConfig`. states: with context="all", where each
-    subject's state is kept.
+    subject's state is kept. codes: what the codes of a MEDS folder are replaced by.
     """
 
     bundle: Location
@@ -65,6 +66,12 @@ class Request:
     context: Context
     device: str
     states: Location | None = None
+    codes: CodeMap | None = None
+
+    @property
+    def made_of(self) -> str:
+        """A digest of the code map; empty without one."""
+        return f" {self.codes.digest}" if self.codes else ""
 
 
 @dataclass(frozen=True)
@@ -73,6 +80,7 @@ class RequestConfig:
 
     bundle: a risk bundle, or the run folder of finetune/tune.py.
     split: "all" or one of the dataset's splits.
+    codes: code map of a MEDS folder that is not prepared, as in `python -m hymate.data.prepare`.
     workers: processes; 0 is as many as CPUs or GPUs have enough to do. On a cluster each of its CPUs or GPUs is one.
     device: "auto" takes a GPU if what the model needs for it is installed, else the CPU; or "cpu", "cuda".
     """
@@ -82,6 +90,7 @@ class RequestConfig:
     task: TaskConfig
     out: Place
     split: Literal["all", "train", "tuning", "held_out"] = "all"
+    codes: Codes | None = None
     workers: int = 0
     device: Wanted = "auto"
 
@@ -93,9 +102,15 @@ class RequestConfig:
         return read_bundle(locate(self.bundle), kind="risk").for_task(self.task.name)
 
     def request(self, bundle: Bundle, context: Context = "bundle", states: Location | None = None) -> Request:
-        """What the command predicts. Raises UserError where there is no such device."""
+        """What the command predicts. Raises UserError where there is no such device or code map."""
         device, places = choose(self.device, bundle.model).type, (locate(self.bundle), locate(self.data.path))
-        return Request(*places, self.task, self.split, context, device, states)
+        codes = None if self.codes is None else CodeMap.read(self.codes).under(bundle.known)
+        if codes and is_prepared(places[1]):
+            raise UserError(
+                f"codes={self.codes}: {self.data.path} is prepared, and codes are mapped when a dataset is prepared: "
+                "leave codes out, or give data.path the MEDS folder that it was prepared from"
+            )
+        return Request(*places, self.task, self.split, context, device, states, codes)
 
 
 @dataclass(frozen=True)
@@ -166,7 +181,7 @@ def predict_dataset(request: Request, out: Location, workers: int) -> tuple[list
     folders = [folder / target.stem for target in targets] if joined else targets
     work = folder / WORK
     asked = _ranges(request, bundle) if is_prepared(request.data) else _shards(request)
-    made_of = f"{bundle.fingerprint} {request.context} {request.split} {asked.made_of}"
+    made_of = f"{bundle.fingerprint} {request.context} {request.split} {asked.made_of}{request.made_of}"
     fingerprint = hashlib.sha256(made_of.encode()).hexdigest()
     if not joined and present(folder) and not present(work) and any(folder.iterdir()):
         raise UserError(f"{folder}: holds other files: choose a new folder for out=")
@@ -260,7 +275,8 @@ def predict_part(part: str, request: Request, folders: list[Location], work: Loc
     bundle, model = _model(str(request.bundle), request.task.name, request.device)
     total = Counts()
     tables: list[list[pa.Table]] = [[] for _ in folders]
-    with StateFolder(request.states, bundle.fingerprint) if request.states else contextlib.nullcontext() as states:
+    owner = f"{bundle.fingerprint}{request.made_of}"
+    with StateFolder(request.states, owner) if request.states else contextlib.nullcontext() as states:
         for histories, examples, counts in _pieces(part, request, bundle, work):
             outputs, read, unknown = _predicted(model, bundle, histories, examples, request, states)
             total += counts + Counts(predictions=len(examples), read=read, unknown=unknown)
@@ -305,11 +321,12 @@ def _pieces(
     path = request.data / meds.data_subdirectory / f"{part}.parquet"
     check_shard(path, path)
     given = _given(str(request.data), request.task.name, request.task.labels)
-    labels = given if given is not None else labels_of_shard(path, request.task, bundle.known).sort_by("subject_id")
+    labels = given if given is not None else labels_of_shard(path, request.task, bundle.known, request.codes)
+    labels = labels.sort_by("subject_id")
     label_subject_N = labels["subject_id"].to_numpy()
     splits = None if request.split == "all" else Splits(request.data, beside=work / ".splits")
     code_ids: dict[str, int] = {}
-    for events in iter_events(path, code_ids):
+    for events in iter_events(path, code_ids, mapped=request.codes.apply if request.codes else None):
         histories = Histories.of_events(events, code_ids, bundle.known)
         subject_id_N = np.unique(events.subject_id_R)
         first_M, stop_M = (np.searchsorted(label_subject_N, subject_id_N, side) for side in ("left", "right"))

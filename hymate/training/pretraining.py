@@ -92,7 +92,7 @@ def pretrain(config: PretrainConfig) -> Location:
     """
     histories = open_checked(config.data)
     cluster_gpus = cluster.available_gpus(config.train)
-    folder, inputs = run_folder(config.run), {"data.path": histories.fingerprint}
+    folder, inputs = run_folder(config.run), histories.inputs
     found = check_same_run(folder, config, inputs, CHANGEABLE)
     if found is None or not (folder / BUNDLE).is_dir():
         kept = Kept(folder / CHECKPOINTS, config.train.keep, MODE)

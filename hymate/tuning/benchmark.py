@@ -74,7 +74,7 @@ def benchmark(config: BenchmarkConfig) -> Location:
     there = Labelled.of(histories, label_set.table, config.split)
     for run in {(run.budget, run.seed, run.fold): run for run in runs}.values():
         there.allotted(config, run).check(config, run)
-    inputs = {"data.path": histories.fingerprint, "task.labels": label_set.digest()}
+    inputs = histories.inputs | {"task.labels": label_set.digest()}
     check_same_run(path, config, inputs, CHANGEABLE)
     with claimed(path, "benchmark", config, inputs) as claim:
         calls = _calls(config, [run for run in runs if not run.results_path(comparison.folder_of(config)).is_file()])

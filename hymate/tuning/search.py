@@ -92,7 +92,7 @@ def search(config: TuneConfig) -> Location:
     if any(trial.early_fraction for trial in trials):
         for task in tasks:
             require_starts(task.config, task.labels, "search.space.early_fraction")
-    inputs = {"data.path": histories.fingerprint, "init": start.fingerprint}
+    inputs = histories.inputs | {"init": start.fingerprint}
     for task in tasks:
         key = f"task.{task.config.name}" if isinstance(config.task, dict) else "task"
         inputs[f"{key}.labels"] = task.labels.digest()

@@ -1,0 +1,100 @@
+"""A source whose codes are replaced by those of a code map, in the MEDS data that it writes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import meds
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from hymate.data.codemap import CodeMap
+from hymate.data.histories import FOLDER, WORK
+from hymate.data.meds import (
+    DATA_SCHEMA,
+    Source,
+    aligned_events,
+    codes_table,
+    read_batches,
+    read_small,
+    write_parquet,
+)
+from hymate.storage.paths import Location, atomic_path, write_text
+
+CODE_MAP = "metadata/code_map.csv"  # the map, as it was given
+FOUND = f"{FOLDER}/{WORK}/code_map"  # of each shard which codes of the map it has, and how often
+SHOWN = 10  # codes that a line names at most
+
+
+@dataclass(frozen=True)
+class Mapped:
+    """Another source, with a code map applied to each shard once it is written."""
+
+    source: Source
+    codes: CodeMap
+
+    @property
+    def name(self) -> str:
+        return self.source.name
+
+    def fingerprint(self) -> str:
+        made_of = f"{self.source.fingerprint()} {self.codes.digest} {sorted(self.codes.late)}"
+        return hashlib.sha256(made_of.encode()).hexdigest()
+
+    def shards(self) -> list[str]:
+        return self.source.shards()
+
+    def counts(self) -> dict[str, int]:
+        return self.source.counts()
+
+    def write_shard(self, shard: str, out: Location) -> None:
+        self.source.write_shard(shard, out)
+        found = Counter[str]()
+        first_row, path = 0, out / meds.data_subdirectory / f"{shard}.parquet"
+
+        def mapped(batch: pa.RecordBatch) -> pa.Table:
+            nonlocal first_row
+            mapped = self.codes.apply(batch, f"{meds.data_subdirectory}/{shard}.parquet", first_row, found)
+            first_row += len(batch)
+            return pa.Table.from_batches([mapped])
+
+        rewrite((mapped(batch) for batch in read_batches(path, DATA_SCHEMA.names, path)), path)
+        write_text(json.dumps(found), out / FOUND / f"{shard}.json")
+
+    def finish(self, out: Location) -> None:
+        self.source.finish(out)
+        found = Counter[str]()
+        for shard in self.shards():
+            found.update(json.loads((out / FOUND / f"{shard}.json").read_text()))
+        self._describe(out / meds.code_metadata_filepath, found)
+        write_text(self.codes.text, out / CODE_MAP)
+        absent = [code for code in self.codes.lines if not found[code]]
+        line = f"{self.codes.name}: {found.total():,} events of {len(self.codes.lines) - len(absent)} codes are mapped"
+        if absent:
+            more = ", ..." if len(absent) > SHOWN else ""
+            line += f"; {len(absent)} codes of the map have no event: {', '.join(absent[:SHOWN])}{more}"
+        print(line, flush=True)
+
+    def _describe(self, path: Location, found: Counter[str]) -> None:
+        """Have the canonical codes in metadata/codes.parquet, with their descriptions, and not those they replace."""
+        codes = read_small(path, meds.CodeMetadataSchema)
+        canonical = dict.fromkeys(line.canonical for code, line in self.codes.lines.items() if found[code])
+        new = codes_table({code: self.codes.descriptions.get(code) for code in canonical})
+        replaced = pa.array([*self.codes.lines, *canonical], pa.string())
+        others = codes.filter(pc.invert(pc.is_in(codes["code"], replaced)))
+        write_parquet(pa.concat_tables([others, new], promote_options="default"), path)
+
+
+def rewrite(tables: Iterable[pa.Table], path: Location) -> None:
+    """Write events in pieces, atomically, to the file of a shard, perhaps the one that they are read from."""
+    with (
+        atomic_path(path) as temporary,
+        pq.ParquetWriter(temporary, DATA_SCHEMA, compression="zstd", write_page_checksum=True) as writer,
+    ):
+        for table in tables:
+            writer.write_table(aligned_events(table, path))
