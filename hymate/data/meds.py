@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import meds
 import numpy as np
@@ -81,11 +81,14 @@ class SplitsConfig:
     train: what the model learns from.
     tuning: what chooses checkpoints, recalibrates and sets thresholds.
     held_out: what is scored once.
+    by: "subject" draws subjects at random; "time" takes those who came first for training and the last ones to be held
+        out, by the day of their first event, whatever splits the source brings. It needs real dates.
     """
 
     train: float = 0.8
     tuning: float = 0.1
     held_out: float = 0.1
+    by: Literal["subject", "time"] = field(default="subject", repr=False)  # fingerprints of before have it not
 
     def __post_init__(self) -> None:
         fractions = (self.train, self.tuning, self.held_out)

@@ -51,6 +51,7 @@ from hymate.data.meds import (
     open_parquet,
     write_parquet,
 )
+from hymate.data.sources.by_time import ByTime, counts_left_out, leave_out_later, leave_out_later_labels, split_dates
 from hymate.data.sources.mapped import Mapped
 from hymate.data.sources.meds import MedsSource
 from hymate.data.sources.physionet2012 import PhysioNet2012Source
@@ -167,7 +168,8 @@ class PrepareConfig:
         )
         pairs = zip(sources, self.code_maps, strict=True)
         sources = [Mapped(source, codes) if codes else source for source, codes in pairs]
-        return Several(tuple(sources), tuple(self.origins)) if isinstance(self.raw, list) else sources[0]
+        source = Several(tuple(sources), tuple(self.origins)) if isinstance(self.raw, list) else sources[0]
+        return ByTime(source, self.splits) if self.splits.by == "time" else source
 
     @functools.cached_property
     def code_maps(self) -> list[CodeMap | None]:
@@ -219,12 +221,17 @@ def _run(config: PrepareConfig, source: Source, out: Location, fingerprint: str,
     known = config.rules
     run.each("write MEDS", functools.partial(source.write_shard, out=out))
     run.once("metadata", functools.partial(source.finish, out))
+    if config.splits.by == "time":
+        run.each("cut by time", functools.partial(leave_out_later, out=out))
+        run.once("cut labels", functools.partial(leave_out_later_labels, out))
     run.each("count codes", functools.partial(count_shard, out=out, known=known))
     run.once("vocabulary", functools.partial(_write_vocabulary, out, run.shards, len(config.datasets)))
     run.each("write histories", functools.partial(encode_shard, out=out, known=known))
     record = {"source": source.name, "fingerprint": fingerprint, **config.record()}
     if config.datasets:
         record["contradictions"] = json.loads((out / FOLDER / WORK / CONTRADICTIONS).read_text())
+    if config.splits.by == "time":
+        record |= {"split_dates": split_dates(out), "left_out": counts_left_out(out, run.shards)}
     _write_index(out, run.shards, source, known, record)
 
 
@@ -249,7 +256,10 @@ def _summarise(out: Location, console: Console) -> None:
         medians = zip(metadata["datasets"], found["medians"], strict=True)
         named = " and ".join(f"{median:g} in {name}" for name, median in medians if median is not None)
         lines.append(f"warning: {found['code']}: its median is {named}: are the units the same? A code map can mend it")
-    lines += [f"{times:,} {what}" for what, times in metadata["source_counts"].items()]
+    for split, date in metadata.get("split_dates", {}).items():
+        lines.append(f"{split}: before {date}")
+    counts = metadata["source_counts"] | metadata.get("left_out", {})
+    lines += [f"{times:,} {what}" for what, times in counts.items()]
     for line in lines + sentences(metadata["known"], metadata["known_events"]):
         console.print(line, markup=False, soft_wrap=True)
 

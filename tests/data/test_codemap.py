@@ -292,3 +292,37 @@ def test_the_maps_that_ship_describe_a_variable_in_one_way() -> None:
         for canonical, text in CodeMap.read(file.stem).descriptions.items():
             texts.setdefault(canonical, set()).add(text)
     assert {canonical: found for canonical, found in texts.items() if len(found) > 1} == {}
+
+
+@pytest.mark.slow
+def test_the_maps_that_ship_make_the_real_datasets_one(shared_data: Path, tmp_path: Path) -> None:
+    """No unit contradicts another after mapping, and each pair shares as many measured variables as it can."""
+    names = ["physionet2012", "physionet2019", "mimic_iv_demo"]
+    demo, places = shared_data / "mimic_iv_demo_meds", {}
+    for name in names[:2]:
+        if not (shared_data / name).is_dir():
+            pytest.skip(f"no {name}/ in the real data")
+        places[name] = str(tmp_path / name)
+        prepare(PrepareConfig(name, places[name], str(shared_data / name), workers=1))  # type: ignore[arg-type]
+    raw = [*places.values(), str(demo)]
+    prepare(PrepareConfig("meds", str(tmp_path / "all"), raw, list(names), names, workers=1))
+    metadata = json.loads((tmp_path / "all/histories/metadata.json").read_text())
+    assert metadata["contradictions"] == []
+    measured = []
+    for place, name in enumerate(names):
+        files = sorted((tmp_path / "all/data" / str(place)).rglob("*.parquet"))
+        events = pa.concat_tables([pq.read_table(file, columns=["code", "numeric_value"]) for file in files])
+        found = set(events.filter(pc.is_valid(events["numeric_value"]))["code"].unique().to_pylist())
+        assert not found & (CodeMap.read(name).lines.keys()), "a code of the map is left"
+        measured.append(found & CodeMap.read(name).descriptions.keys())
+    (p12, p19, mimic), of_2019 = measured, CodeMap.read("physionet2019").descriptions.keys()
+    assert of_2019 - p19 == {"end_tidal_co2"}, "the only variable of the maps that is nowhere measured"
+    assert [len(p12 & p19), len(p12 & mimic), len(p19 & mimic), len(p12 & p19 & mimic)] == [21, 36, 29, 20]
+    assert {"fio2", "temperature", "glucose", "creatinine", "magnesium"} <= p12 & p19 & mimic
+    assert "troponin_i" in p12 & p19 and "troponin_t" in p12 & mimic and "troponin_t" not in p19
+    # as they are, percents and Fahrenheit contradict fractions and Celsius
+    wrong = (FOLDER / "mimic_iv_demo.csv").read_text().replace("0.55555556,-17.7777778", ",").replace(",0.01,", ",,")
+    maps: list[str | None] = [names[0], write_map(tmp_path / "wrong.csv", wrong)]
+    prepare(PrepareConfig("meds", str(tmp_path / "wrong"), [raw[0], raw[2]], maps, workers=1))
+    found_wrong = json.loads((tmp_path / "wrong/histories/metadata.json").read_text())["contradictions"]
+    assert {each["code"] for each in found_wrong} == {"fio2", "temperature"}

@@ -188,6 +188,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         (folder / name).symlink_to(ROOT / name)
     write_challenge(folder / "RAW_DIR", num_stays=120)
     hourly.write(folder / "UNSEEN_DIR", {n: hourly.text(map(hourly.hour, range(1, 9))) for n in range(1, 5)})
+    hourly.write(folder / "RAW_2019_DIR", {n: hourly.text(map(hourly.hour, range(1, 9))) for n in range(1, 13)})
     write_meds(folder / "MEDS_DIR")
     shutil.copytree(folder / "MEDS_DIR" / "labels" / "readmission", folder / "LABELS_DIR")
     add_admissions(folder / "MEDS_DIR")

@@ -122,7 +122,8 @@ class MedsSource:
             splits = read_splits(self.raw)
             self._check_all_split(subject_id_N, splits["subject_id"].to_numpy())
         else:
-            print(f"{self.raw} has no {meds.subject_splits_filepath}: its subjects are split at random", flush=True)
+            if self.splits.by == "subject":
+                print(f"{self.raw} has no {meds.subject_splits_filepath}: its subjects are split at random", flush=True)
             split_N = self.splits.assign(seeded_hash(subject_id_N.view(np.uint64), self.seed) / 2.0**64)
             splits = pa.table({"subject_id": subject_id_N, "split": split_N})
         codes_path = self.raw / meds.code_metadata_filepath

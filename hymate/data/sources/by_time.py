@@ -1,0 +1,188 @@
+"""Splits by calendar time: a model learns from the past, and is tuned and scored on patients who came later.
+
+What decides is when a subject enters the record: its first event with a time, births aside. That is known when the
+patient comes, and does not depend on how the record goes on; a split by the last event, or by each label's own time,
+would sort patients by how long they live and how often they return. One subject is in one split.
+
+Subjects who entered before the first date are for training, those before the second for tuning, the others are held
+out. A record of a training subject goes on after the first date, which was not known then: such events and labels are
+left out, and after the second date those of tuning subjects. A record's end is then censoring, as elsewhere.
+
+Dates must be real. `_refuse_shifted` says what can be seen of dates that are not. A shift by some weeks can't be seen,
+and blurs the two dates by as much.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import meds
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from hymate.data.histories import FOLDER, WORK, Splits
+from hymate.data.label_files import beside, read_file, write_labels
+from hymate.data.meds import (
+    DATA_SCHEMA,
+    LAST_TIME,
+    SPLITS,
+    STATIC_TIME,
+    US_PER_DAY,
+    DataError,
+    Source,
+    SplitsConfig,
+    is_code,
+    iter_events,
+    read_batches,
+    read_splits,
+    write_parquet,
+)
+from hymate.data.sources.mapped import rewrite
+from hymate.storage.paths import Location, files_below, present, readable, write_text
+
+ENTRIES, DATES, LEFT_OUT = (f"{FOLDER}/{WORK}/by_time/{name}" for name in ("entries", "dates.json", "left_out"))
+CENTURY_US = 36525 * US_PER_DAY
+FEW = 0.01  # of the subjects may have odd dates
+
+
+@dataclass(frozen=True)
+class ByTime:
+    """Another source with its subjects split by time, whatever splits it brings."""
+
+    source: Source
+    splits: SplitsConfig
+
+    @property
+    def name(self) -> str:
+        return self.source.name
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(f"{self.source.fingerprint()} {self.splits} by time".encode()).hexdigest()
+
+    def shards(self) -> list[str]:
+        return self.source.shards()
+
+    def counts(self) -> dict[str, int]:
+        return self.source.counts()
+
+    def write_shard(self, shard: str, out: Location) -> None:
+        self.source.write_shard(shard, out)
+        subjects, entries = [], []
+        code_ids: dict[str, int] = {}
+        for events in iter_events(out / meds.data_subdirectory / f"{shard}.parquet", code_ids):
+            births = [id for code, id in code_ids.items() if is_code(code, meds.birth_code)]
+            counts_R = (events.time_R != STATIC_TIME) & ~np.isin(events.code_R, births)
+            entry_R = np.where(counts_R, events.time_R, LAST_TIME)
+            subjects.append(events.subject_id_R[events.starts])
+            entries.append(np.minimum.reduceat(entry_R, events.starts))
+        table = pa.table({"subject_id": np.concatenate(subjects), "entry": np.concatenate(entries)})
+        write_parquet(table, out / ENTRIES / f"{shard}.parquet")
+
+    def finish(self, out: Location) -> None:
+        self.source.finish(out)
+        tables = [pq.read_table(readable(out / ENTRIES / f"{shard}.parquet")) for shard in self.shards()]
+        subject_id_N, entry_N = (pa.concat_tables(tables)[name].to_numpy() for name in ("subject_id", "entry"))
+        dated_N = np.sort(entry_N[entry_N < LAST_TIME])
+        _refuse_shifted(dated_N)
+        dates = [_date(dated_N, fraction) for fraction in np.cumsum([self.splits.train, self.splits.tuning])]
+        # who has no event with a time tells nothing of it
+        split_N = np.where(entry_N == LAST_TIME, 0, np.searchsorted(dates, entry_N, side="right"))
+        for place, split in enumerate(SPLITS):
+            if getattr(self.splits, split) > 0 and not (split_N == place).any():
+                raise DataError(f"splits.by=time: no subject is left for {split}: too many enter the record on one day")
+        table = pa.table({"subject_id": subject_id_N, "split": np.array(SPLITS)[split_N]})
+        write_parquet(meds.SubjectSplitSchema.align(table), out / meds.subject_splits_filepath)
+        write_text(json.dumps(dict(zip(SPLITS, dates, strict=False))), out / DATES)
+
+
+def split_dates(out: Location) -> dict[str, str]:
+    """The day from which on nothing of a split is known, for those that have one; while a dataset is prepared."""
+    return {split: str(np.datetime64(us // US_PER_DAY, "D")) for split, us in _dates(out).items() if us < LAST_TIME}
+
+
+def leave_out_later(shard: str, out: Location) -> None:
+    """Leave out of a shard what is after its subjects' split."""
+    path, left_out = out / meds.data_subdirectory / f"{shard}.parquet", 0
+    splits, dates = Splits(out, beside=out / FOLDER / WORK / "splits"), _dates(out)
+
+    def kept() -> Iterator[pa.Table]:
+        nonlocal left_out
+        for batch in read_batches(path, DATA_SCHEMA.names, path):
+            later = _later(batch, "time", splits, dates)
+            left_out += int(later.sum())
+            yield pa.Table.from_batches([batch]).filter(pa.array(~later))
+
+    rewrite(kept(), path)
+    write_text(json.dumps(left_out), out / LEFT_OUT / f"{shard}.json")
+
+
+def leave_out_later_labels(out: Location) -> None:
+    """Leave out the labels whose prediction time is after their subjects' split."""
+    folder, left_out = out / "labels", 0
+    splits, dates = Splits(out, beside=out / FOLDER / WORK / "splits"), _dates(out)
+    subjects = read_splits(out)["subject_id"]
+    for path in (files_below(folder, ".parquet") if present(folder) else {}).values():
+        labels = read_file(path)
+        labels = labels.filter(pc.is_in(labels["subject_id"], subjects))
+        later = _later(labels, "prediction_time", splits, dates)
+        left_out += int(later.sum())
+        if later.all():
+            path.unlink()
+            beside(path).unlink(missing_ok=True)
+        elif later.any():
+            write_labels(labels.filter(pa.array(~later)), path)
+    write_text(json.dumps(left_out), out / LEFT_OUT / "labels.json")
+
+
+def counts_left_out(out: Location, shards: Sequence[str]) -> dict[str, int]:
+    """How many events and labels were left out because they are after their subjects' split."""
+    of = {name: json.loads((out / LEFT_OUT / f"{name}.json").read_text()) for name in [*shards, "labels"]}
+    labels = of.pop("labels")
+    return {"events after their split's dates: left out": sum(of.values()), "labels after them: left out": labels}
+
+
+def _later(rows: pa.Table | pa.RecordBatch, name: str, splits: Splits, dates: dict[str, int]) -> np.ndarray:
+    rows = rows if isinstance(rows, pa.Table) else pa.Table.from_batches([rows])
+    time_R = rows[name].cast(pa.int64()).fill_null(STATIC_TIME).to_numpy()
+    limits = {**dates, SPLITS[-1]: LAST_TIME}
+    names, split_R = sorted(SPLITS), splits.of(rows["subject_id"].to_numpy()).astype(str)
+    return time_R >= np.array([limits[name] for name in names])[np.searchsorted(names, split_R)]
+
+
+def _dates(out: Location) -> dict[str, int]:
+    return dict(json.loads((out / DATES).read_text()))
+
+
+def _date(dated_N: np.ndarray, fraction: float) -> int:
+    """The midnight before which about this fraction of the subjects entered."""
+    place = round(fraction * len(dated_N))
+    return LAST_TIME if place >= len(dated_N) else int(dated_N[place] // US_PER_DAY * US_PER_DAY)
+
+
+def _refuse_shifted(dated_N: np.ndarray) -> None:
+    """Raises DataError where entries, sorted, show that dates are not real."""
+    fault = ""
+    if not len(dated_N):
+        raise DataError("splits.by=time: no event has a time")
+    today = np.datetime64(datetime.datetime.now(datetime.UTC).replace(tzinfo=None), "us").astype(np.int64)
+    future = len(dated_N) - np.searchsorted(dated_N, today, side="right")
+    low, high = dated_N[[round(FEW * (len(dated_N) - 1)), round((1 - FEW) * (len(dated_N) - 1))]]
+    days, on_day = np.unique(dated_N // US_PER_DAY, return_counts=True)
+    if future > FEW * len(dated_N):
+        fault = f"{future:,} of {len(dated_N):,} subjects enter the record in the future"
+    elif high - low > CENTURY_US:
+        fault = "the subjects enter the record over more than a century"
+    elif on_day.max() > len(dated_N) / 2:
+        day = np.datetime64(int(days[on_day.argmax()]), "D")
+        fault = f"{on_day.max():,} of {len(dated_N):,} subjects enter the record on one day, {day}"
+    if fault:
+        raise DataError(
+            f"splits.by=time: {fault}, so dates are not real here (shifted for each patient, or all begin at one): "
+            "leave splits.by out"
+        )
