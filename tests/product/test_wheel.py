@@ -52,8 +52,8 @@ def environment(environment: dict[str, str]) -> dict[str, str]:
 def test_the_wheel_has_every_source_and_configuration(installed: Path) -> None:
     (package,) = installed.parent.glob("lib/python3*/site-packages/hymate")
     sources = {file.relative_to(ROOT / "hymate") for file in (ROOT / "hymate").rglob("*.py")}
-    configurations = {file.relative_to(ROOT) for file in (ROOT / "configs").rglob("*.yaml")}
-    files = {file.relative_to(package) for kind in ("py", "yaml") for file in package.rglob(f"*.{kind}")}
+    configurations = {file.relative_to(ROOT) for file in (ROOT / "configs").rglob("*.*")}
+    files = {file.relative_to(package) for kind in ("py", "yaml", "csv") for file in package.rglob(f"*.{kind}")}
     assert files == sources | configurations
     assert (package / "py.typed").is_file()  # type checkers read the package's types
 
