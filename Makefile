@@ -6,7 +6,8 @@ SUBJECTS ?= 1500
 PRETRAIN_STEPS ?= 150
 TUNE_STEPS ?= 400
 QUICK ?=
-PROCESSES ?= 2
+# of tests, side by side: one more than cores, for each waits for Ray now and then; each takes up to 5 GB
+PROCESSES ?= 3
 BIN = $(VENV)/bin
 PY = $(BIN)/python
 # the versions that the suite last passed with; CONSTRAINTS=/dev/null for the newest that pyproject.toml takes

@@ -22,11 +22,12 @@ for ignored in (signal.SIGINT, signal.SIGHUP):
 
 
 LONGEST = (
-    "test_wheel.py",
+    "test_docs.py",
+    "test_pretraining.py",
     "test_search.py",
     "test_benchmark.py",
-    "test_pretraining.py",
-    "test_docs.py",
+    "test_wheel.py",
+    "test_demo.py",
     "test_absent_device.py",
     "test_baselines.py",
     "test_privacy.py",

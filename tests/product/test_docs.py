@@ -24,6 +24,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from commands import ROOT, Command, documented, pages
+from pretraining_runs import scalars
 from small_cohort import write_meds
 from small_models import vocabulary_of, write_risk_bundle
 
@@ -40,7 +41,7 @@ REASONS = (  # for which a command may be untested
     "needs an account at a cloud",
 )
 ELSEWHERE = {  # what another test runs: how a command begins, and that test's file
-    "make demo": "tests/product/test_docs.py",
+    "make demo": "tests/product/test_demo.py",
     "ray job submit": "tests/product/test_jobs.py",
     "cluster/local.sh": "tests/product/test_jobs.py",
     "python finetune/benchmark.py": "tests/tuning/test_benchmark.py",
@@ -53,9 +54,9 @@ FOLDERS = ("pretrain", "finetune", "configs", "hymate", "docs", "tests")
 SHELL = ("python3 -m venv .venv", ". .venv/bin/activate", "export RAY_AUTH_MODE=token")
 SMALL = {
     "pretrain/run.py": "data.context=64 data.tokens_per_row=256 data.min_count=1 train.max_steps=4 train.eval_every=2 "
-    "train.warmup_steps=1 train.rows_per_step=2 train.eval_rows=2",
+    "train.warmup_steps=1 train.rows_per_step=2 train.eval_rows=2 train.log_every=1",
     "finetune/tune.py": "data.context=64 data.tokens_per_row=256 data.min_count=1 train.max_steps=4 "
-    "train.eval_every=2 train.warmup_steps=1 search.num_trials=2 search.grace_steps=2",
+    "train.eval_every=2 train.warmup_steps=1 search.num_trials=1",
     "hymate.explain": "num_predictions=4 num_subjects=1",
 }
 
@@ -215,10 +216,7 @@ def test_documented_commands_run(place: Path) -> None:
     assert len(ran) >= 20
     assert (place / "runs" / "mortality" / "report.md").is_file()
     assert (place / "predictions.parquet").is_file()
-    outcomes = [
-        json.loads((place / "runs" / name / "run.json").read_text())["outcome"] for name in ("pretrain", "again")
-    ]
-    assert outcomes[0]["val_loss"] == outcomes[1]["val_loss"]
+    check_repeated(place / "runs" / "pretrain", place / "runs" / "again")
     check_tasks(place / "runs" / "tune-readmission-mortality-length_of_stay")
 
 
@@ -235,7 +233,8 @@ def _words(command: Command) -> list[str] | None:
         case "tensorboard":
             return [str(Path(sys.executable).with_name("tensorboard")), "--inspect", *words[1:]]
         case "python":
-            return [sys.executable, *words[1:], *shlex.split(SMALL.get(_script(command.line), ""))]
+            small = "" if "--repeat" in words else SMALL.get(_script(command.line), "")
+            return [sys.executable, *words[1:], *shlex.split(small)]
     raise AssertionError(f"no test knows how to run: {command.line}")
 
 
@@ -245,6 +244,15 @@ def _check_pip(words: list[str]) -> None:
     assert words[1] in ("install", "wheel")
     for extra in re.findall(r"\[(\w+)\]", " ".join(words)):
         assert extra in extras, extra
+
+
+def check_repeated(first: Path, again: Path) -> None:
+    """A pretraining that was repeated from its record is the same bit for bit."""
+    records = [json.loads((run / "run.json").read_text()) for run in (first, again)]
+    assert records[0]["outcome"]["val_loss"] == records[1]["outcome"]["val_loss"]
+    assert records[1]["attempts"][0]["overrides"][:2] == ["--repeat", "runs/pretrain"]
+    losses = scalars(first, "train/loss")
+    assert len(losses) == records[0]["config"]["train"]["max_steps"] and scalars(again, "train/loss") == losses
 
 
 def check_tasks(run: Path) -> None:
@@ -269,20 +277,6 @@ def check_tasks(run: Path) -> None:
     report, bundle = (run / "report.md").read_text(), read_bundle(run)
     assert all(f"| {task} | held_out |" in report for task in tasks) and "| length_of_stay | " in report
     assert (bundle.tasks, bundle.in_days) == (tasks, ["length_of_stay"])
-
-
-@pytest.mark.slow
-def test_the_demo_ends_in_a_table(tmp_path: Path) -> None:
-    sizes = ["SUBJECTS=150", "PRETRAIN_STEPS=100", "TUNE_STEPS=100"]
-    venv = Path(sys.executable).parent.parent
-    with tempfile.TemporaryDirectory(prefix="hy", dir="/tmp") as ray_files:
-        environment = {**os.environ, "RAY_TMPDIR": ray_files, "TORCHDYNAMO_DISABLE": "1"}
-        arguments = ["make", "demo", "-o", f"{venv}/.installed", f"VENV={venv}", f"DEMO={tmp_path}", *sizes]
-        done = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    for expected in ("held_out", "best possible", "AUROC [95 % CI]", "bundle ", "tensorboard --logdir"):
-        assert expected in done.stdout
-    assert (tmp_path / "runs" / "readmission" / "bundle" / "model.safetensors").is_file()
 
 
 def write_challenge(folder: Path, num_stays: int) -> None:

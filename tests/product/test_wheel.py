@@ -74,8 +74,8 @@ def test_a_cohort_becomes_predictions_without_a_checkout(
     own = ["--config-dir", "own", "model=mine", "data.path=data"]
     command("pretrain", *own, *SMALL, "train.eval_rows=2", "train.num_workers=2")
     assert read_bundle(tmp_path / "runs" / "pretrain", kind="pretrained").model.d_model == 48
-    tuned = ["init=runs/pretrain", "task=readmission", "data.path=data", "search.num_trials=2", "report.boosting=false"]
-    command("tune", *tuned, *SMALL, "search.grace_steps=2")
+    tuned = ["init=runs/pretrain", "task=readmission", "data.path=data", "search.num_trials=1", "report.boosting=false"]
+    command("tune", *tuned, *SMALL)
     command("predict", "bundle=runs/tune-readmission", "task=readmission", "data.path=data", "out=predictions.parquet")
     assert pq.read_metadata(tmp_path / "predictions.parquet").num_rows > 0
     assert {path.name for path in tmp_path.iterdir()} == {"own", "data", "runs", "predictions.parquet"}

@@ -36,7 +36,7 @@ from hymate.training.keeper import Kept
 EVAL_EVERY = 5
 SHORT = ["data.context=64", "data.tokens_per_row=64", "data.min_count=1", "train.warmup_steps=1"]
 PRETRAIN = [*SHORT, "train.rows_per_step=2", "train.eval_rows=2", f"train.eval_every={EVAL_EVERY}", "train.log_every=1"]
-TUNE = [*SHORT, "train.max_steps=4", "train.eval_every=2", "search.num_trials=2", "search.grace_steps=2"]
+TUNE = [*SHORT, "train.max_steps=4", "train.eval_every=2", "search.num_trials=1"]
 SECRET = "gAheim"
 
 

@@ -89,24 +89,28 @@ def test_the_best_checkpoints_and_the_last_are_kept(undisturbed: tuple[Path, sub
     assert saved_steps(folder) == {*sorted(scores, key=lambda step: scores[step])[:2], STEPS}
 
 
+def configured(data: Path, runs: Path, *overrides: str) -> PretrainConfig:
+    return load("pretrain", command(data, runs, *overrides)[2:], PretrainConfig)
+
+
 def test_a_finished_run_is_not_run_again(
-    undisturbed: tuple[Path, subprocess.CompletedProcess[str]], data: Path, environment: dict[str, str]
+    undisturbed: tuple[Path, subprocess.CompletedProcess[str]], data: Path, capsys: pytest.CaptureFixture
 ) -> None:
     folder, done = undisturbed
     before = (folder / "bundle" / "model.safetensors").stat().st_mtime_ns
-    again = run(command(data, folder.parent), environment, folder)
-    assert again.stdout.splitlines() == done.stdout.splitlines()[-3:]
+    pretrain(configured(data, folder.parent))
+    assert capsys.readouterr().out.splitlines() == done.stdout.splitlines()[-3:]
     assert (folder / "bundle" / "model.safetensors").stat().st_mtime_ns == before
 
 
 def test_another_configuration_does_not_continue_the_run(
-    undisturbed: tuple[Path, subprocess.CompletedProcess[str]], data: Path, environment: dict[str, str]
+    undisturbed: tuple[Path, subprocess.CompletedProcess[str]], data: Path
 ) -> None:
     folder, _ = undisturbed
-    other = run(command(data, folder.parent, "train.learning_rate=0.01"), environment, folder)
-    assert other.returncode == 2
-    assert "train.learning_rate was 0.001, now 0.01; choose another run.name" in other.stderr
-    assert len(other.stderr.splitlines()) == 1
+    changed = r"train\.learning_rate was 0\.001, now 0\.01; choose another run\.name"
+    with pytest.raises(UserError, match=changed) as caught:
+        pretrain(configured(data, folder.parent, "train.learning_rate=0.01"))
+    assert "\n" not in str(caught.value)
 
 
 def test_killed_workers_a_killed_and_a_stopped_driver_change_nothing(
@@ -215,19 +219,6 @@ def test_a_run_that_diverges_ends_at_once_and_names_the_rows(
     assert outcome["state"] == "failed" and f"error: {outcome['reason']}" == line, outcome
 
 
-def test_a_run_is_repeated_from_its_record_bit_for_bit(
-    undisturbed: tuple[Path, subprocess.CompletedProcess[str]], environment: dict[str, str], tmp_path: Path
-) -> None:
-    folder, _ = undisturbed
-    line = [sys.executable, str(ROOT / "pretrain" / "run.py"), "--repeat", str(folder), f"run.dir={tmp_path}"]
-    repeated = run(line, environment, tmp_path)
-    assert repeated.returncode == 0, repeated.stderr
-    again = tmp_path / "pretrain"
-    assert scalars(again, "train/loss") == scalars(folder, "train/loss")
-    assert recorded(again)["outcome"]["val_loss"] == recorded(folder)["outcome"]["val_loss"]
-    assert recorded(again)["attempts"][0]["overrides"] == line[2:]
-
-
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -242,7 +233,7 @@ def test_what_cannot_run_is_refused_before_any_worker(
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(UserError, match=message) as caught:
-        pretrain(load("pretrain", command(data, tmp_path, *overrides)[2:], PretrainConfig))
+        pretrain(configured(data, tmp_path, *overrides))
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "pretrain").exists()
 
@@ -254,7 +245,7 @@ def test_a_dataset_without_a_tuning_split_is_refused(data: Path, tmp_path: Path)
     split = pc.replace_substring(table["split"], "tuning", "train")
     pq.write_table(table.set_column(1, pa.field("split", pa.string()), split), index)
     with pytest.raises(UserError, match="no subject is in the tuning split"):
-        pretrain(load("pretrain", command(tmp_path / "data", tmp_path)[2:], PretrainConfig))
+        pretrain(configured(tmp_path / "data", tmp_path))
 
 
 def test_the_run_folder_says_what_the_run_was(

@@ -294,7 +294,8 @@ def test_a_search_goes_on_without_a_reader_and_ends_in_order_at_sigterm(
     small_data: Path, pretrained: Path, environment: dict[str, str], tmp_path: Path
 ) -> None:
     line = command(
-        small_data, pretrained, tmp_path, "[1e-3]", "search.space.teacher_fraction=0", "train.max_steps=100000"
+        *(small_data, pretrained, tmp_path, "[1e-3]", "search.num_trials=1"),
+        *("search.space.teacher_fraction=0", "train.max_steps=100000"),
     )
     with subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as stopped:
         assert stopped.stdout is not None and stopped.stderr is not None
@@ -459,7 +460,7 @@ def test_tensorboard_has_curves_and_hyperparameters(run: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_finished_search_only_shows_its_results_again(run: Path, environment: dict[str, str]) -> None:
+def test_a_finished_search_only_shows_its_results_again(run: Path, capsys: pytest.CaptureFixture) -> None:
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
     record = json.loads((run / "run.json").read_text())
     assert set(record["inputs"]) == {"data.path", "init", "task.labels"}
@@ -467,12 +468,12 @@ def test_a_finished_search_only_shows_its_results_again(run: Path, environment: 
     trials = f"[1e-3,{DIVERGING}]"
     line = command(Path(config["data"]["path"]), Path(config["init"]), run.parent, trials, SAMPLE)
     smaller = [*line, "report.boosting=false"]  # on a machine that cannot hold its features
-    again = subprocess.run(smaller, env=environment, capture_output=True, text=True, timeout=120)
-    assert again.returncode == 0 and str(run / "bundle") in again.stdout, again.stderr
+    search(load("tune", smaller[2:], TuneConfig))
+    assert str(run / "bundle") in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()} == before
-    other = subprocess.run([*line, "train.seed=1"], env=environment, capture_output=True, text=True, timeout=120)
-    assert other.returncode == 2 and "train.seed was 0, now 1" in other.stderr
-    assert len(other.stderr.strip().splitlines()) == 1
+    with pytest.raises(UserError, match=r"train\.seed was 0, now 1") as caught:
+        search(load("tune", [*line[2:], "train.seed=1"], TuneConfig))
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.slow
