@@ -130,10 +130,10 @@ class Mamba2Mixer(MambaMixer):
         segment_BL: Tensor | None,
         reverse: bool,
     ) -> tuple[Tensor, BlockState]:
-        y_BLD, state = ops.mamba2(
+        given = ops.Mamba2(
             self.in_proj(u_BLD),
             self.conv1d.weight[:, 0],
-            self.conv1d.bias,
+            _bias(self.conv1d),
             self.dt_bias,
             -self.A_log.float().exp(),
             self.D,
@@ -145,6 +145,7 @@ class Mamba2Mixer(MambaMixer):
             state=state,
             reverse=reverse,
         )
+        y_BLD, state = ops.mamba2(given)
         return self.out_proj(y_BLD), state
 
 
@@ -191,10 +192,10 @@ class Mamba1Mixer(MambaMixer):
         segment_BL: Tensor | None,
         reverse: bool,
     ) -> tuple[Tensor, BlockState]:
-        y_BLD, state = ops.mamba1(
+        given = ops.Mamba1(
             self.in_proj(u_BLD),
             self.conv1d.weight[:, 0],
-            self.conv1d.bias,
+            _bias(self.conv1d),
             self.x_proj.weight,
             self.dt_proj.weight,
             self.dt_proj.bias,
@@ -205,7 +206,13 @@ class Mamba1Mixer(MambaMixer):
             state=state,
             reverse=reverse,
         )
+        y_BLD, state = ops.mamba1(given)
         return self.out_proj(y_BLD), state
+
+
+def _bias(conv: nn.Conv1d) -> Tensor:
+    """A convolution's bias, zeros where it has none."""
+    return conv.weight.new_zeros(conv.out_channels) if conv.bias is None else conv.bias
 
 
 def _dt_bias(n: int, dt_min: float, dt_max: float, floor: float) -> Tensor:

@@ -28,11 +28,13 @@ from torch.nn import functional as F
 
 from hymate.errors import UserError
 from hymate.ops.attention import continued_attention, packed_attention
-from hymate.ops.compose import State
+from hymate.ops.compose import Mamba1, Mamba2, State
 from hymate.ops.cross_entropy import linear_cross_entropy
 from hymate.ops.hazards import linear_hazard_loss
 
 __all__ = [
+    "Mamba1",
+    "Mamba2",
     "add_dropout",
     "continued_attention",
     "forced",
@@ -84,87 +86,14 @@ def _choose(kind: str) -> tuple[str, str]:
     raise UserError("a GPU needs mamba-ssm: install it (docs/gpu.md), or set device=cpu")
 
 
-def mamba2(
-    zxbcdt_BLE: Tensor,
-    conv_weight_XK: Tensor,
-    conv_bias_X: Tensor | None,
-    dt_bias_H: Tensor,
-    A_H: Tensor,
-    D_H: Tensor,
-    norm_weight_D: Tensor,
-    *,
-    groups: int = 1,
-    eps: float = 1e-5,
-    chunk_size: int = 64,
-    time_BLH: Tensor | None = None,
-    segment_BL: Tensor | None = None,
-    state: State | None = None,
-    reverse: bool = False,
-) -> tuple[Tensor, State]:
-    """What lies between the two projections of a Mamba-2 mixer (arXiv 2405.21060): (B, L, D) and the state after it.
-
-    The columns of zxbcdt are z (D), x (D), B and C (G N each), dt (H). Depthwise causal convolution and SiLU of x, B
-    and C (X = D + 2 G N); dt = softplus(dt + bias + time), where None is 0; per head h = exp(dt A) h + dt x B,
-    y = h C + D x; root-mean-square norm of y silu(z) over each group. A is negative.
-
-    The state, (B, X, K-1) and (B, H, P, N), enters the first segment that is processed and comes from the last.
-    `reverse` runs every row from its end to its start.
-    """
-    return _implementation(zxbcdt_BLE).mamba2(
-        zxbcdt_BLE,
-        conv_weight_XK,
-        conv_weight_XK.new_zeros(len(conv_weight_XK)) if conv_bias_X is None else conv_bias_X,
-        dt_bias_H,
-        A_H,
-        D_H,
-        norm_weight_D,
-        groups=groups,
-        eps=eps,
-        chunk_size=chunk_size,
-        time_BLH=time_BLH,
-        segment_BL=segment_BL,
-        state=state,
-        reverse=reverse,
-    )
+def mamba2(given: Mamba2) -> tuple[Tensor, State]:
+    """What `Mamba2` describes: (B, L, D) and the state after it."""
+    return _implementation(given.zxbcdt_BLE).mamba2(given)
 
 
-def mamba1(
-    xz_BLE: Tensor,
-    conv_weight_DK: Tensor,
-    conv_bias_D: Tensor | None,
-    x_weight_SD: Tensor,
-    dt_weight_DR: Tensor,
-    dt_bias_D: Tensor,
-    A_DN: Tensor,
-    D_D: Tensor,
-    *,
-    time_BLD: Tensor | None = None,
-    segment_BL: Tensor | None = None,
-    state: State | None = None,
-    reverse: bool = False,
-) -> tuple[Tensor, State]:
-    """What lies between the two projections of a Mamba mixer (arXiv 2312.00752): (B, L, D) and the state after it.
-
-    The columns of xz are x and z (D each). Depthwise causal convolution and SiLU of x; its projection (S = R + 2 N)
-    gives dt, B and C; dt = softplus(dt's projection + bias + time), where None is 0; h = exp(dt A) h + dt x B,
-    y = h C + D x; y silu(z).
-
-    The state is (B, D, K-1) and (B, D, N); otherwise as `mamba2`.
-    """
-    return _implementation(xz_BLE).mamba1(
-        xz_BLE,
-        conv_weight_DK,
-        conv_weight_DK.new_zeros(len(conv_weight_DK)) if conv_bias_D is None else conv_bias_D,
-        x_weight_SD,
-        dt_weight_DR,
-        dt_bias_D,
-        A_DN,
-        D_D,
-        time_BLD=time_BLD,
-        segment_BL=segment_BL,
-        state=state,
-        reverse=reverse,
-    )
+def mamba1(given: Mamba1) -> tuple[Tensor, State]:
+    """What `Mamba1` describes: (B, L, D) and the state after it."""
+    return _implementation(given.xz_BLE).mamba1(given)
 
 
 def add_dropout(x: Tensor, branch: Tensor, p: float) -> Tensor:

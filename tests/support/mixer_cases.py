@@ -95,13 +95,15 @@ def problem(name: str, case: Case) -> tuple[list[Tensor], Function]:
         states = [normal(B, D, K - 1), normal(B, D, N)]
         steps, options = D, {}
 
+    operator, given = {"mamba1": (ops.mamba1, ops.Mamba1), "mamba2": (ops.mamba2, ops.Mamba2)}[name]
+
     def function(x: Sequence[Tensor]) -> tuple[Tensor, ...]:
         rest = list(x)
         state = (rest.pop(-2), rest.pop()) if case.carried else None
         time = {"time_BLH" if name == "mamba2" else "time_BLD": rest.pop()} if case.timed else {}
         segment_BL = case.segment_BL if len(case.lengths) > 1 else None
         settings = {"segment_BL": segment_BL, "state": state, "reverse": case.reverse, **options, **time}
-        y, last = getattr(ops, name)(*rest, **settings)
+        y, last = operator(given(*rest, **settings))
         return y, *last
 
     inputs += [normal(B, L, steps)] if case.timed else []

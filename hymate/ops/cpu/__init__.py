@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from hymate.ops.compose import State
+from hymate.ops.compose import Mamba1, Mamba2, State
 from hymate.ops.cpu import launch, rowwise, selective, simd, ssd
 
 SSD_CHUNK = 64  # Mamba-2: most events between two saved states; what is between stays in cache
@@ -165,31 +165,16 @@ def _last_inputs(x_BLD: Tensor, past_BDK1: Tensor, segment_BL: Tensor | None, re
 
 class _Mamba2(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        zxbcdt_BLE: Tensor,
-        conv_weight_XK: Tensor,
-        conv_bias_X: Tensor,
-        dt_bias_H: Tensor,
-        A_H: Tensor,
-        D_H: Tensor,
-        norm_weight_D: Tensor,
-        past_BXK1: Tensor,
-        initial_BHPN: Tensor,
-        time_BLH: Tensor | None,
-        segment_BL: Tensor | None,
-        groups: int,
-        eps: float,
-        chunk: int,
-        reverse: bool,
-        keep: bool,
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, given: Mamba2, chunk: int, keep: bool, *tracked: Any) -> tuple[Tensor, Tensor]:
+        """tracked: what has a gradient, in the order of `Mamba2`: the two states apart, the hours last."""
+        zxbcdt_BLE, conv_weight_XK, conv_bias_X, *vectors, past_BXK1, initial_BHPN, time_BLH = tracked
+        segment_BL, groups, reverse = given.segment_BL, given.groups, given.reverse
         batch, length, _ = zxbcdt_BLE.shape
         _, heads, P, N = initial_BHPN.shape
         D, X = heads * P, len(conv_bias_X)
         (zxbcdt,) = _prepare(zxbcdt_BLE.dtype, zxbcdt_BLE.flatten(0, 1))
         z, xbc, raw = zxbcdt.split([D, X, heads], dim=1)
-        weights = _prepare(zxbcdt.dtype, dt_bias_H, A_H, D_H, norm_weight_D, initial_BHPN.flatten(0, 2))
+        weights = _prepare(zxbcdt.dtype, *vectors, initial_BHPN.flatten(0, 2))
         dt_bias, A, skip, norm_weight, initial = (w.view(-1, w.shape[-1]) for w in weights)
 
         convolution = _Convolution(zxbcdt.dtype, conv_weight_XK, conv_bias_X, past_BXK1, segment_BL, length, reverse)
@@ -207,13 +192,12 @@ class _Mamba2(torch.autograd.Function):
         y, final = xbc.new_empty(len(xbc), D), torch.empty_like(initial)
         _run(ssd.ssd_forward, len(spans) * len(runs), **plan, **inputs, y=y, saved=saved, final=final)
 
-        norm = dict(size=D // groups, x=y, z=z, weight=norm_weight, eps=y.new_full((1, 1), eps))
+        norm = dict(size=D // groups, x=y, z=z, weight=norm_weight, eps=y.new_full((1, 1), given.eps))
         out = torch.empty_like(y)
         _run(rowwise.norm_forward, -(-len(y) // rowwise.ROWS), **norm, y=out)
 
-        parameters = (conv_weight_XK, conv_bias_X, dt_bias_H, A_H, D_H, norm_weight_D)
-        ctx.save_for_backward(zxbcdt_BLE, *parameters, past_BXK1, initial_BHPN, xbc, dt, decay, y, saved)
-        ctx.convolution, ctx.plan, ctx.groups, ctx.eps = convolution, plan, groups, eps
+        ctx.save_for_backward(*tracked[:-1], xbc, dt, decay, y, saved)
+        ctx.convolution, ctx.plan, ctx.groups, ctx.eps = convolution, plan, groups, given.eps
         return out.view(batch, length, D).to(zxbcdt_BLE.dtype), final.view(initial_BHPN.shape)
 
     @staticmethod
@@ -247,42 +231,23 @@ class _Mamba2(torch.autograd.Function):
 
         dconv = ctx.convolution.backward(raw_xbc, dxbc, draw_xbc)
         gradients = (dzxbcdt, *dconv[:2], draw_dt.sum(0), dA.sum(0), dD.sum(0), dnorm.sum(0), dconv[2], dinitial)
-        dtime = draw_dt.unflatten(0, dout_BLD.shape[:2]).clone() if ctx.needs_input_grad[9] else None
-        return *_restore(gradients, originals), dtime, None, None, None, None, None, None
+        dtime = draw_dt.unflatten(0, dout_BLD.shape[:2]).clone() if ctx.needs_input_grad[-1] else None
+        return None, None, None, *_restore(gradients, originals), dtime
 
 
-def mamba2(
-    zxbcdt_BLE: Tensor,
-    conv_weight_XK: Tensor,
-    conv_bias_X: Tensor,
-    dt_bias_H: Tensor,
-    A_H: Tensor,
-    D_H: Tensor,
-    norm_weight_D: Tensor,
-    *,
-    groups: int,
-    eps: float,
-    chunk_size: int,
-    time_BLH: Tensor | None,
-    segment_BL: Tensor | None,
-    state: State | None,
-    reverse: bool,
-) -> tuple[Tensor, State]:
+def mamba2(given: Mamba2) -> tuple[Tensor, State]:
     """The inner part of a Mamba-2 mixer; about ``chunk_size`` events lie between two states kept for the backward."""
-    heads, D, X = len(A_H), len(norm_weight_D), len(conv_bias_X)
-    xbc_BLX = zxbcdt_BLE[..., D : D + X]
-    past = _past(state, xbc_BLX, conv_weight_XK.shape[1])
-    if state is None:
-        initial = A_H.new_zeros(len(past), heads, D // heads, (X - D) // (2 * groups))
+    heads, D, X = len(given.A_H), len(given.norm_weight_D), len(given.conv_bias_X)
+    xbc_BLX = given.zxbcdt_BLE[..., D : D + X]
+    past = _past(given.state, xbc_BLX, given.conv_weight_XK.shape[1])
+    if given.state is None:
+        initial = given.A_H.new_zeros(len(past), heads, D // heads, (X - D) // (2 * given.groups))
     else:
-        initial = state[1]
-    parameters = (conv_weight_XK, conv_bias_X, dt_bias_H, A_H, D_H, norm_weight_D)
-    chunk = min(-(-chunk_size // ssd.TIME) * ssd.TIME, SSD_CHUNK)
-    keep = torch.is_grad_enabled()
-    y, final = _Mamba2.apply(
-        zxbcdt_BLE, *parameters, past, initial, time_BLH, segment_BL, groups, eps, chunk, reverse, keep
-    )
-    return y, (_last_inputs(xbc_BLX, past, segment_BL, reverse), final)
+        initial = given.state[1]
+    weights = (given.conv_weight_XK, given.conv_bias_X, given.dt_bias_H, given.A_H, given.D_H, given.norm_weight_D)
+    chunk, keep = min(-(-given.chunk_size // ssd.TIME) * ssd.TIME, SSD_CHUNK), torch.is_grad_enabled()
+    y, final = _Mamba2.apply(given, chunk, keep, given.zxbcdt_BLE, *weights, past, initial, given.time_BLH)
+    return y, (_last_inputs(xbc_BLX, past, given.segment_BL, given.reverse), final)
 
 
 # ----------------------------------------------------------------------------------------------------- Mamba-1
@@ -292,23 +257,11 @@ class _Mamba1(torch.autograd.Function):
     """The products with the small projections are here, too: their outputs never leave the dtype of accumulation."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        xz_BLE: Tensor,
-        conv_weight_DK: Tensor,
-        conv_bias_D: Tensor,
-        x_weight_SD: Tensor,
-        dt_weight_DR: Tensor,
-        dt_bias_D: Tensor,
-        A_DN: Tensor,
-        D_D: Tensor,
-        past_BDK1: Tensor,
-        initial_BDN: Tensor,
-        time_BLD: Tensor | None,
-        segment_BL: Tensor | None,
-        reverse: bool,
-        keep: bool,
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, given: Mamba1, keep: bool, *tracked: Any) -> tuple[Tensor, Tensor]:
+        """tracked: as of `_Mamba2`."""
+        xz_BLE, conv_weight_DK, conv_bias_D, x_weight_SD, dt_weight_DR, dt_bias_D, A_DN, D_D, *_ = tracked
+        past_BDK1, initial_BDN, time_BLD = tracked[-3:]
+        segment_BL, reverse = given.segment_BL, given.reverse
         batch, length, _ = xz_BLE.shape
         _, D, N = initial_BDN.shape
         (xz,) = _prepare(xz_BLE.dtype, xz_BLE.flatten(0, 1))
@@ -331,8 +284,7 @@ class _Mamba1(torch.autograd.Function):
         outputs = dict(y=y, saved=saved, final=final)
         _run(selective.selective_forward, len(spans) * len(blocks), **plan, **inputs, **outputs)
 
-        parameters = (conv_weight_DK, conv_bias_D, x_weight_SD, dt_weight_DR, dt_bias_D, A_DN, D_D)
-        ctx.save_for_backward(xz_BLE, *parameters, past_BDK1, initial_BDN, x, small, raw, saved)
+        ctx.save_for_backward(*tracked[:-1], x, small, raw, saved)
         ctx.convolution, ctx.plan = convolution, plan
         return y.view(batch, length, D).to(xz_BLE.dtype), final.transpose(1, 2)
 
@@ -362,30 +314,17 @@ class _Mamba1(torch.autograd.Function):
         *dconv, dpast = ctx.convolution.backward(xz[:, :D], dx, dxz[:, :D])
         dA = dA.sum(0).T.contiguous()
         scan = (dx_weight, ddt_weight, dbias.sum(0), dA, dD.sum(0), dpast, dinitial.transpose(1, 2).contiguous())
-        dtime = draw.view(dy_BLD.shape) if ctx.needs_input_grad[10] else None
-        return *_restore((dxz, *dconv, *scan), originals), dtime, None, None, None
+        dtime = draw.view(dy_BLD.shape) if ctx.needs_input_grad[-1] else None
+        return None, None, *_restore((dxz, *dconv, *scan), originals), dtime
 
 
-def mamba1(
-    xz_BLE: Tensor,
-    conv_weight_DK: Tensor,
-    conv_bias_D: Tensor,
-    x_weight_SD: Tensor,
-    dt_weight_DR: Tensor,
-    dt_bias_D: Tensor,
-    A_DN: Tensor,
-    D_D: Tensor,
-    *,
-    time_BLD: Tensor | None,
-    segment_BL: Tensor | None,
-    state: State | None,
-    reverse: bool,
-) -> tuple[Tensor, State]:
+def mamba1(given: Mamba1) -> tuple[Tensor, State]:
     """The inner part of a Mamba-1 mixer."""
-    x_BLD = xz_BLE[..., : len(D_D)]
-    past = _past(state, x_BLD, conv_weight_DK.shape[1])
-    initial = A_DN.new_zeros(len(past), *A_DN.shape) if state is None else state[1]
-    parameters = (conv_weight_DK, conv_bias_D, x_weight_SD, dt_weight_DR, dt_bias_D, A_DN, D_D)
+    x_BLD, A_DN = given.xz_BLE[..., : len(given.D_D)], given.A_DN
+    past = _past(given.state, x_BLD, given.conv_weight_DK.shape[1])
+    initial = A_DN.new_zeros(len(past), *A_DN.shape) if given.state is None else given.state[1]
+    convolution, step = (given.conv_weight_DK, given.conv_bias_D), (given.dt_weight_DR, given.dt_bias_D)
+    weights = (*convolution, given.x_weight_SD, *step, A_DN, given.D_D)
     keep = torch.is_grad_enabled()
-    y, final = _Mamba1.apply(xz_BLE, *parameters, past, initial, time_BLD, segment_BL, reverse, keep)
-    return y, (_last_inputs(x_BLD, past, segment_BL, reverse), final)
+    y, final = _Mamba1.apply(given, keep, given.xz_BLE, *weights, past, initial, given.time_BLD)
+    return y, (_last_inputs(x_BLD, past, given.segment_BL, given.reverse), final)
