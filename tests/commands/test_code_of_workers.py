@@ -18,9 +18,9 @@ from commands import ROOT, ray_processes, run, wait_until
 
 from hymate.inference.bundle import read_bundle
 
-SMALL = ["model=debug", "data.context=64", "data.tokens_per_row=64", "data.min_count=1", "train.num_workers=2"]
+SMALL = ["model=debug", "data.context=64", "data.tokens_per_row=64", "data.min_count=1", "train.num_workers=1"]
 SMALL += [
-    "train.rows_per_step=2",
+    "train.rows_per_step=1",
     "train.max_steps=2",
     "train.warmup_steps=1",
     "train.eval_every=2",
@@ -72,7 +72,7 @@ def pretrains(checkout: Path, data: Path, environment: dict[str, str]) -> None:
     done = run([sys.executable, str(checkout / "pretrain" / "run.py"), *settings], environment, folder / "here")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert read_bundle(folder / "here" / "runs" / "pretrain", kind="pretrained").model.d_model == 32
-    assert len(list((folder / "ran").iterdir())) == 2, "the workers have run other code"
+    assert len(list((folder / "ran").iterdir())) == 1, "the worker has run other code"
 
 
 def settings(ray_files: str) -> dict[str, str]:

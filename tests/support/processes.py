@@ -39,12 +39,19 @@ OBJECTIVES = {
 }
 
 
+# new processes in which what takes seconds is imported already
+FORKED = multiprocessing.get_context("forkserver")
+FORKED.set_forkserver_preload(
+    ["deepspeed", "torch._dynamo", "hymate.tuning.trial", "hymate.training.loop", "hymate.ops.cpu"]
+)
+
+
 def run_workers(function: Callable[..., None], world_size: int, *args: Any) -> None:
     """Run `function(worker, *args)` in `world_size` processes of one group; fails if any of them does."""
-    context = multiprocessing.get_context("spawn")
+    os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is imported
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     processes = [
-        context.Process(target=_work, args=(function, rank, world_size, store.port, args)) for rank in range(world_size)
+        FORKED.Process(target=_work, args=(function, rank, world_size, store.port, args)) for rank in range(world_size)
     ]
     for process in processes:
         process.start()
