@@ -41,9 +41,7 @@ OBJECTIVES = {
 
 # new processes in which what takes seconds is imported already
 FORKED = multiprocessing.get_context("forkserver")
-FORKED.set_forkserver_preload(
-    ["deepspeed", "torch._dynamo", "hymate.tuning.trial", "hymate.training.loop", "hymate.ops.cpu"]
-)
+FORKED.set_forkserver_preload(["deepspeed", "torch._dynamo", "hymate.tuning.trial", "hymate.ops.cpu"])
 
 
 def run_workers(function: Callable[..., None], world_size: int, *args: Any) -> None:
