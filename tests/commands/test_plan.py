@@ -19,6 +19,7 @@ from small_models import vocabulary_of
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from hymate import ops
 from hymate.command import load
 from hymate.config import ModelConfig, ObjectiveConfig
 from hymate.data.histories import Histories
@@ -206,12 +207,10 @@ def test_kernels_in_shapes_keep_what_the_stand_ins_keep(mixer: str, reverse: boo
             inner = [(D + 2 * N, 4), (D + 2 * N,), (H,), (H,), (H,), (D,)]
         row = make((1, L, 2 * D if mixer == "mamba1" else 2 * D + 2 * N + H)).to(dtype)
         inputs = [tensor.requires_grad_() for tensor in (row, *map(make, inner))]
-        settings = {"segment_BL": torch.zeros(1, L, dtype=torch.int32), "state": None, "reverse": reverse}
-        settings["time_BLD" if mixer == "mamba1" else "time_BLH"] = None
-        if mixer == "mamba2":
-            settings |= {"groups": 1, "eps": 1e-5, "chunk_size": 64}
+        given = {"mamba1": ops.Mamba1, "mamba2": ops.Mamba2}[mixer]
+        segment_BL = torch.zeros(1, L, dtype=torch.int32)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            y, _ = getattr(fused, mixer)(*inputs, **settings)
+            y, _ = getattr(fused, mixer)(given(*inputs, segment_BL=segment_BL, reverse=reverse))
         y.sum().backward()
         return sum(tensor.untyped_storage().nbytes() for tensor in held.values())
 
