@@ -438,11 +438,14 @@ class ReportConfig:
     """What report.md shows besides the model's scores.
 
     boosting: whether gradient boosting is fitted for comparison.
+    ensemble: whether the bundle's risk is the mean of the network's and boosting's, which the report then compares with
+        each of both.
     subgroups: regular expressions of static codes; each code that one matches is a group, besides the sexes.
     age_bands: where a new band of ages at the prediction time begins, in years.
     """
 
     boosting: bool = True
+    ensemble: bool = False
     subgroups: list[str] = field(default_factory=list)
     age_bands: list[int] = field(default_factory=lambda: [18, 45, 65, 80])
 
@@ -453,7 +456,11 @@ class ReportConfig:
             except re.error as error:
                 raise ConfigError(f"subgroups: {pattern!r} is not a regular expression: {error}") from error
         rise = bool(self.age_bands) and self.age_bands == sorted(set(self.age_bands))
-        check(self, age_bands=(rise, "must rise, e.g. [18, 65]"))
+        check(
+            self,
+            age_bands=(rise, "must rise, e.g. [18, 65]"),
+            ensemble=(self.boosting or not self.ensemble, "needs report.boosting=true"),
+        )
 
 
 def _codes(definition: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

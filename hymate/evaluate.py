@@ -65,7 +65,7 @@ class EvaluateConfig(RequestConfig):
         super().__post_init__()
         check(self, recalibrate=(0 <= self.recalibrate < 1, "must be at least 0 and below 1"))
         not_negative(self, "seed")
-        ReportConfig(False, self.subgroups, self.age_bands)  # checks them
+        ReportConfig(False, False, self.subgroups, self.age_bands)  # checks them
 
 
 def run(config: EvaluateConfig) -> None:
@@ -108,7 +108,7 @@ def _evaluate(config: EvaluateConfig, bundle: Bundle, out: Location, data: str) 
         judged = metrics.scores(*every, scored.weight_E)
         judged |= decisions.assess(*every, groups, thresholds, scored.weight_E)
         judged |= {"split": config.split, "thresholds": chosen[0], "picture": f"{stem}.png"}
-        figures.plot_task(out / judged["picture"], scored.label_E, prob_N, scored.weight_E, judged, None)
+        figures.plot_task(out / judged["picture"], scored.label_E, prob_N, scored.weight_E, judged, {})
         if courses and policy:
             of_alarms, _ = alarms.judge(courses, prob_N[courses.order_N], policy)
             judged["alarms"] = {"model": of_alarms | {"chosen": chosen[1]}}

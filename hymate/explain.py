@@ -35,7 +35,7 @@ from hymate.config import positive
 from hymate.data.meds import US_PER_HOUR, write_parquet
 from hymate.errors import UserError
 from hymate.evaluation import figures
-from hymate.evaluation.attribution import FRACTIONS, Attribution, Case, Explainer, event_table
+from hymate.evaluation.attribution import FRACTIONS, Attribution, Case, Explainer, check_explainable, event_table
 from hymate.evaluation.explaining import Measured, Spread, work_beside
 from hymate.evaluation.tables import markdown
 from hymate.inference.bundle import Bundle
@@ -85,6 +85,7 @@ class ExplainConfig(RequestConfig):
 def run(config: ExplainConfig) -> None:
     """The command."""
     bundle, out = config.read_bundle(), locate(config.out)
+    check_explainable(bundle)
     require_folder(out, "out")
     request = config.request(bundle)
     with work_beside(out) as work:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
@@ -33,9 +33,9 @@ from hymate.inference.scoring import (
     day_table,
     last_rows,
     patient_vectors,
+    predict_last,
     predict_whole,
     prediction_table,
-    score,
 )
 from hymate.inference.states import HeldStates
 from hymate.inference.streaming import check_streamable
@@ -119,7 +119,7 @@ class Model:
             states = HeldStates(patients._states)
             outputs, *_ = predict_whole(self._model, self._bundle, histories, of_tasks, self._device, states)
         else:
-            outputs = score(self._model, last_rows(self._bundle, histories, of_tasks), self._device)
+            outputs, *_ = predict_last(self._model, self._bundle, histories, of_tasks, self._device)
         own = outputs.only(number)
         found_E = (own.days_ET if days else own.probability_ET)[:, 0]
         if is_one:
@@ -176,7 +176,8 @@ class Model:
         examples = united([labelled_examples(histories, times, "all", required=False)] * len(self.tasks))
         states = HeldStates(before._states)
         if len(examples):
-            predict_whole(self._model, self._bundle, histories, examples, self._device, states)
+            network = replace(self._bundle, boosting={})  # only it has a state
+            predict_whole(self._model, network, histories, examples, self._device, states)
         return Patients(everything, states, self._bundle.fingerprint)
 
     def _number(self, task: str | None) -> int:

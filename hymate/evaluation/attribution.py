@@ -34,6 +34,7 @@ from hymate.data.histories import Histories, History
 from hymate.data.loader import packed_row
 from hymate.data.meds import is_code
 from hymate.data.packing import pack, window_starts
+from hymate.errors import UserError
 from hymate.inference.bundle import Bundle, build_model
 from hymate.model.batch import UNKNOWN_ID, Batch, Variables
 from hymate.model.encoder import RiskModel
@@ -84,6 +85,7 @@ class Explainer:
     """
 
     def __init__(self, bundle: Bundle, histories: Histories, device: torch.device) -> None:
+        check_explainable(bundle)
         self.model = build_model(bundle).to(device).requires_grad_(False)
         self.device = device
         self.histories = histories
@@ -169,6 +171,15 @@ class Explainer:
             windows = [cases[i].history for i in members]
             row = packed_row(windows, end_S, self._bundle.vocabulary, self._id_of_code)
             yield members, self.model.ask(row).to(self.device)
+
+
+def check_explainable(bundle: Bundle) -> None:
+    """Raises UserError where the risk is not the network's alone."""
+    if bundle.boosting:
+        raise UserError(
+            "the bundle's risk is the mean of a network and boosting, and only a network can be explained: explain the "
+            "bundle of a search with report.ensemble=false"
+        )
 
 
 def event_table(codes: Sequence[str], case: Case, attribution: Attribution) -> pa.Table:

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Literal, Protocol
 
@@ -25,11 +25,12 @@ from sklearn.pipeline import make_pipeline
 from threadpoolctl import threadpool_limits
 
 from hymate.data.examples import Examples
-from hymate.data.features import FeatureConfig, FeatureSpec, FeatureTable, Rows
+from hymate.data.features import Column, FeatureConfig, FeatureSpec, FeatureTable, Rows
 from hymate.data.histories import Histories
 from hymate.errors import UserError
 from hymate.evaluation import calibration, metrics
 from hymate.evaluation.stored import chosen_in_parts, stored_tables
+from hymate.inference.boosting import Trees
 from hymate.machine import available_cpus, available_memory
 from hymate.storage.paths import Location, remove_tree
 
@@ -52,6 +53,7 @@ CLIP = (0.01, 0.99)  # quantiles of a feature in training: recording errors woul
 IMPORTANCE_LABELS, REPEATS = 2000, 3
 BYTES_A_CELL = 13  # of a feature table while a model is fitted: float32, scikit-learn's float64 copy, its bins
 BINNED_BYTES_A_CELL = 1  # LightGBM's bins
+INFINITE = 1e300  # how LightGBM writes a threshold that all numbers are below
 BINS_FROM, BINS_BYTES_A_CELL = 50_000, 16  # labels that LightGBM chooses bins from, and what it holds of them
 FEWEST_SAMPLED = 2_000  # labels that are worth fitting to, where there are more
 ROWS_AT_ONCE = 20_000  # of a feature table that is only predicted for
@@ -76,6 +78,16 @@ class Baseline:
         with _one_thread():
             parts = [self.classifier.predict_proba(part_NX[:, self.known_X])[:, 1] for part_NX in _read(value_EX)]
         return np.concatenate(parts)
+
+    def plain(self, spec: FeatureSpec) -> tuple[tuple[Column, ...], Trees]:
+        """Of boosting that was fitted to features of `spec`: those that its trees ask about, and the trees."""
+        assert isinstance(self.classifier, _FirstTrees | _Booster)
+        trees = self.classifier.plain()
+        asked_X, number_N = np.unique(trees.feature_N[trees.feature_N >= 0], return_inverse=True)
+        feature_N = trees.feature_N.copy()
+        feature_N[feature_N >= 0] = number_N
+        columns = tuple(spec.columns[x] for x in np.flatnonzero(self.known_X)[asked_X].tolist())
+        return columns, replace(trees, feature_N=feature_N)
 
 
 def _read(value_EX: np.ndarray | Rows) -> Iterator[np.ndarray]:
@@ -281,6 +293,24 @@ class _Booster:
     booster: Any
     trees: int
 
+    def plain(self) -> Trees:
+        """As a bundle has them; features are numbered as in fitting."""
+        nodes: list[tuple[int, float, bool, int, int, float]] = []
+
+        def add(node: Mapping[str, Any]) -> int:
+            at = len(nodes)
+            nodes.append((-1, 0.0, False, -1, -1, node.get("leaf_value", 0.0)))
+            if "split_feature" in node:
+                threshold = node["threshold"] if node["threshold"] < INFINITE else np.inf
+                missing_left = node["default_left"] if node["missing_type"] == "NaN" else threshold >= 0  # NaN is 0
+                children = add(node["left_child"]), add(node["right_child"])
+                nodes[at] = node["split_feature"], threshold, missing_left, *children, 0.0
+            return at
+
+        trees = self.booster.dump_model(num_iteration=self.trees)["tree_info"]
+        root_T = np.array([add(tree["tree_structure"]) for tree in trees])
+        return Trees(root_T, *_columns(zip(*nodes, strict=True)))
+
     def predict_proba(self, x: np.ndarray) -> np.ndarray:
         positive_N = self.booster.predict(x, num_iteration=self.trees, num_threads=1)
         return np.stack([1 - positive_N, positive_N], axis=1)
@@ -293,8 +323,31 @@ class _FirstTrees:
     boosting: HistGradientBoostingClassifier
     trees: int
 
+    def plain(self) -> Trees:
+        """As a bundle has them; features are numbered as in fitting. The first tree is the logit before all others."""
+        of_trees = [predictor.nodes for (predictor,) in self.boosting._predictors[: self.trees]]
+        node_N = np.concatenate(of_trees)
+        root_T = 1 + np.cumsum([0, *map(len, of_trees)])[:-1]
+        is_leaf_N, offset_N = node_N["is_leaf"].astype(bool), np.repeat(root_T, [len(nodes) for nodes in of_trees])
+        start = -1, 0.0, False, -1, -1, float(self.boosting._baseline_prediction[0, 0])
+        nodes = (
+            np.where(is_leaf_N, -1, node_N["feature_idx"]),
+            np.where(is_leaf_N, 0.0, node_N["num_threshold"]),
+            node_N["missing_go_to_left"].astype(bool),
+            *(np.where(is_leaf_N, -1, offset_N + node_N[side]) for side in ("left", "right")),
+            np.where(is_leaf_N, node_N["value"], 0.0),
+        )
+        columns = [np.append(first, rest) for first, rest in zip(start, nodes, strict=True)]
+        return Trees(np.append(0, root_T), *_columns(columns))
+
     def predict_proba(self, x: np.ndarray) -> np.ndarray:
         return next(islice(self.boosting.staged_predict_proba(x), self.trees - 1, None))
+
+
+def _columns(arrays: Iterable[Any]) -> Iterator[np.ndarray]:
+    """The arrays of `Trees` but for the roots, in their types."""
+    types = np.int32, np.float64, bool, np.int32, np.int32, np.float64
+    return (np.array(array, of) for array, of in zip(arrays, types, strict=True))
 
 
 def lightgbm() -> Any:
@@ -379,35 +432,75 @@ def importance(model: Baseline, table: FeatureTable, group_X: Sequence[str], see
     return dict(sorted(falls.items(), key=lambda item: -item[1]))
 
 
-def compare(
-    histories: Histories, examples: Mapping[str, Examples], probability_E: np.ndarray, seed: int, folder: Location
-) -> tuple[dict[str, Any], dict[str, np.ndarray] | None]:
-    """Gradient boosting beside another model, whose probabilities of the held-out examples are `probability_E`.
+@dataclass(frozen=True)
+class PlainTrees:
+    """Boosting as a bundle holds it; logit: of the tuning and held-out examples, before recalibration."""
 
-    examples: of each split; train and tuning have both classes. folder: as in `fitted_to`. Returns boosting's held-out
-    scores, recalibrated on the tuning split as the other model is, and how it was fitted, with the other model's
-    AUROC and AUPRC less its own as "difference", and its probabilities of the tuning and held-out examples; or why it
-    could not be fitted as "left_out", and None: what is compared with it has cost hours and must not be lost.
+    windows_hours: tuple[float, ...]
+    columns: tuple[Column, ...]
+    trees: Trees
+    logit: Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Boosted:
+    """Gradient boosting of a task, recalibrated on its tuning split.
+
+    asked: the held-out examples. probability: of the tuning and held-out ones. found: its held-out scores and how it
+    was fitted, as plain values. plain: where it was asked for.
+    """
+
+    asked: Examples
+    probability: Mapping[str, np.ndarray]
+    found: Mapping[str, Any]
+    plain: PlainTrees | None
+
+    @property
+    def recalibration(self) -> calibration.Recalibration:
+        return calibration.Recalibration(*(self.found["recalibration"][key] for key in ("temperature", "shift")))
+
+    def compared(self, probability_E: np.ndarray) -> dict[str, Any]:
+        """`found`, and as "difference" another model's held-out AUROC and AUPRC less its own."""
+        return {**self.found, "difference": difference(self.asked, probability_E, self.probability["held_out"])}
+
+
+def difference(asked: Examples, probability_E: np.ndarray, other_E: np.ndarray) -> dict[str, Any]:
+    """A model's AUROC and AUPRC less another's, with intervals that hold together."""
+    labels = asked.label_E, probability_E, other_E, asked.subject_id_E, asked.weight_E
+    return metrics.paired_difference(*labels, metrics.LEVEL_OF_BOTH)
+
+
+def boosted(
+    histories: Histories, examples: Mapping[str, Examples], seed: int, folder: Location, plain: bool = False
+) -> Boosted:
+    """Gradient boosting of the examples of each split; train and tuning have both classes.
+
+    folder: as in `fitted_to`. plain: whether a bundle will hold it. Raises UserError and MemoryError where it could not
+    be fitted.
     """
     started = time.monotonic()
-    try:
-        with fitted_to("gradient_boosting", histories, examples, FeatureConfig(), seed, folder) as fitted:
-            boosting, recalibration = recalibrated(fitted, "held_out")
-    except (UserError, MemoryError) as error:
-        return {"left_out": str(error)}, None
-    seconds = time.monotonic() - started
-    asked, boosting_E = examples["held_out"], boosting["held_out"]
-    label_E, subject_id_E, weight_E = asked.label_E, asked.subject_id_E, asked.weight_E
-    scores = metrics.scores(label_E, boosting_E, subject_id_E, weight_E)
+    with fitted_to("gradient_boosting", histories, examples, FeatureConfig(), seed, folder) as fitted:
+        probability, recalibration = recalibrated(fitted, "held_out")
+        seconds = time.monotonic() - started
+        trees = _plain(fitted) if plain else None
+    asked = examples["held_out"]
+    scores = metrics.scores(asked.label_E, probability["held_out"], asked.subject_id_E, asked.weight_E)
     found = {name: scores[name] for name in metrics.SHOWN} | {
-        "difference": metrics.paired_difference(
-            label_E, probability_E, boosting_E, subject_id_E, weight_E, metrics.LEVEL_OF_BOTH
-        ),
         "recalibration": recalibration,
         **fitted.summary(),
         "seconds": seconds,
     }
-    return found, boosting
+    return Boosted(asked, probability, found, trees)
+
+
+def _plain(fitted: Fitted) -> PlainTrees:
+    columns, trees = fitted.model.plain(fitted.spec)
+    at_X = [fitted.spec.columns.index(column) for column in columns]
+    logit = {
+        split: np.concatenate([trees.logit(part_NX[:, at_X]) for part_NX in _read(fitted.tables[split].value_EX)])
+        for split in ("tuning", "held_out")
+    }
+    return PlainTrees(fitted.spec.windows_hours, columns, trees, logit)
 
 
 def recalibrated(fitted: Fitted, scored: str) -> tuple[dict[str, np.ndarray], dict[str, float | None]]:

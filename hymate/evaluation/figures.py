@@ -22,9 +22,11 @@ from hymate.evaluation.decisions import GRID, net_benefit
 from hymate.storage.paths import Location, atomic_path
 
 # Okabe & Ito 2008: distinct for all kinds of colour vision
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#6E6E6E"
+BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#6E6E6E"
 RAISES, LOWERS, DULL, FAINT = "#b2182b", "#2166ac", "#8a8a8a", "#e6e6e6"  # the first two end the colour map RdBu_r
 ORDERS = {"attribution": RAISES, "attention": "#e08214", "random": DULL}
+COLOURS = {"model": BLUE, "gradient boosting": GREEN, "network alone": PURPLE}
+OTHERS = {"gradient boosting": "boosting", "network alone": "network"}  # where a task's part has their scores
 DPI, EXPLANATION_DPI = 110, 130
 REACHED = 0.01  # fraction of the probabilities that must reach a threshold for it to be plotted
 LABEL_WIDTH = 34
@@ -65,16 +67,21 @@ def _four_panels(path: Location) -> Iterator[Sequence[Axes]]:
 
 
 def plot_task(
-    path: Location, label_N: Array, prob_N: Array, weight_N: Array, found: Mapping[str, Any], boosting_N: Array | None
+    path: Location,
+    label_N: Array,
+    prob_N: Array,
+    weight_N: Array,
+    found: Mapping[str, Any],
+    others: Mapping[str, Array],
 ) -> None:
     """A task's ROC, precision-recall, calibration and decision curves.
 
-    found: `metrics.scores` and `decisions.assess` of the same labels, which have both classes, and "boosting" if
-    boosting_N has its probabilities.
+    found: `metrics.scores` and `decisions.assess` of the same labels, which have both classes. others: probabilities of
+    other models by their names, those of OTHERS.
     """
-    models = [("model", prob_N, found, {"color": BLUE})]
-    if boosting_N is not None:
-        models += [("gradient boosting", boosting_N, found["boosting"], {"color": GREEN, "linestyle": "--"})]
+    models = [("model", prob_N, found, {"color": COLOURS["model"]})]
+    for name, other_N in others.items():
+        models.append((name, other_N, found[OTHERS[name]], {"color": COLOURS[name], "linestyle": "--"}))
     points = found["operating_points"]
     with _four_panels(path) as (roc, precision_recall, calibration, decision):
         roc.plot([0, 1], [0, 1], color=GREY, linestyle=":", label="chance")
@@ -161,7 +168,8 @@ def plot_alarms(path: Location, found: Mapping[str, Any]) -> None:
     with _figure(path, 9.5, 4.1, DPI) as figure:
         worth, early = figure.subplots(1, 2)
         seen = [0.0]
-        for (name, of_model), colour in zip(found.items(), (BLUE, GREEN), strict=False):
+        for name, of_model in found.items():
+            colour = COLOURS[name]
             curve = {key: [row[key] for row in of_model["curve"]] for key in ("alarms_per_day", "utility")}
             worth.plot(*curve.values(), color=colour, label=name)
             if of_model["utility"]["value"] is not None:

@@ -1,7 +1,8 @@
 """What a search reports: results.json in sentences and tables, as report.md, as a model card and on the console.
 
 `found` is the content of results.json, `part` what it holds of one task: `metrics.scores` and `decisions.assess` of the
-held-out split, and as "boosting" what `baseline_models.compare` found, or why it was left out.
+held-out split, and as "boosting" what `Boosted.compared` gives, or why it was left out. Where the model is the mean of
+a network and boosting, "network" has the network's own scores.
 """
 
 from __future__ import annotations
@@ -214,6 +215,7 @@ def verdict(part: Mapping[str, Any]) -> str:
         return "The held-out labels are all of one class, so the model can't be judged."
     sentences = {
         "How good.": _ranking(part),
+        **({"A mean of two.": _mean(part)} if "network" in part else {}),
         **({"Would gradient boosting do?": _boosting(part)} if part.get("boosting") else {}),
         "Probabilities.": _probabilities(part),
         "Alerts.": _alerts(part),
@@ -231,6 +233,15 @@ def _ranking(part: Mapping[str, Any]) -> str:
         f"{part['num_positives']:,} are positive ({percent(part['prevalence'])}). AUROC is "
         f"{with_interval(part['auroc'])}: the chance that a positive is ranked above a negative; guessing gives 0.5. "
         f"AUPRC is {with_interval(part['auprc'])}; guessing gives {number(part['prevalence'])}."
+    )
+
+
+def _mean(part: Mapping[str, Any]) -> str:
+    difference = part["network"]["difference"]
+    return (
+        "The model is the mean of the network that the search found and of gradient boosting. The mean minus the "
+        f"network alone: AUROC {with_interval(difference['auroc'])}, AUPRC {with_interval(difference['auprc'])} (95 % "
+        "for both intervals together)."
     )
 
 
@@ -442,19 +453,21 @@ def _group_row(group: Mapping[str, Any]) -> list[str]:
 
 
 def score_rows(found: Mapping[str, Any]) -> list[list[str]]:
-    """Each task's held-out scores; below them boosting's and the difference, where it was fitted, and of a synthetic
-    cohort the best possible ones.
+    """Each task's held-out scores; below them those of the network alone, where the model is a mean, and boosting's,
+    where it was fitted, with the differences, and of a synthetic cohort the best possible ones.
     """
     header = ["split", "labels", "subjects", "prevalence", *SHOWN.values()]
     rows = [[*_task_column(found, "task"), *header]]
     for part in parts_of(found):
-        sizes = [part["split"], str(part["num_labels"]), str(part["num_subjects"]), number(part["prevalence"])]
+        scored = part["split"] + (", mean of both" if "network" in part else "")
+        sizes = [scored, str(part["num_labels"]), str(part["num_subjects"]), number(part["prevalence"])]
         rows.append([*_task_column(found, part["task"]), *sizes, *score_cells(part)])
         below = [*_task_column(found, "")]
-        boosting = part.get("boosting") or {}
-        if "difference" in boosting:
-            rows.append([*below, "gradient boosting", "", "", "", *score_cells(boosting)])
-            rows.append([*below, "difference [97.5 % CI]", "", "", "", *score_cells(boosting["difference"])])
+        for name, key in (("network alone", "network"), ("gradient boosting", "boosting")):
+            other = part.get(key) or {}
+            if "difference" in other:
+                rows.append([*below, name, "", "", "", *score_cells(other)])
+                rows.append([*below, "difference [97.5 % CI]", "", "", "", *score_cells(other["difference"])])
         if "ceiling" in part:
             rows.append([*below, "best possible", "", "", "", *score_cells(part["ceiling"])])
     return rows
@@ -470,8 +483,9 @@ def _recalibration_rows(found: Mapping[str, Any]) -> list[list[str]]:
     """Each model's temperature and shift, its calibration error before and after."""
     rows = [[*_task_column(found, "task"), "logits of", "temperature", "shift", "ECE before", "after"]]
     for part in parts_of(found):
-        for name, model in (("model", part), ("gradient boosting", part["boosting"] or {})):
-            if "recalibration" in model:
+        models = {"model": part, "network alone": part.get("network"), "gradient boosting": part["boosting"]}
+        for name, model in models.items():
+            if model and "recalibration" in model:
                 fitted = model["recalibration"]
                 changes = f"{fitted['temperature']:.2f}", f"{fitted['shift']:+.2f}"
                 errors = number(fitted["ece_before"]), number(model["ece"])

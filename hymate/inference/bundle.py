@@ -4,6 +4,7 @@ A bundle is a folder:
     model.safetensors   the weights in float32
     config.yaml         format version, kind, model and data settings, when events become known, tasks, checksums
     vocabulary.parquet  codes and their value statistics
+    boosting.parquet    only where the risk is the mean of the network's and boosting's: the trees (`boosting.py`)
     README.md           the model card (free to edit: it has no checksum)
 
 Nothing in a bundle is ever unpickled, and YAML is read with the safe loader only.
@@ -32,11 +33,13 @@ from hymate.storage.paths import Location, UrlPath, local_copy, new_folder
 from hymate.trees import build, dump_yaml, parse_yaml, to_tree
 
 if TYPE_CHECKING:
+    from hymate.inference.boosting import Boosting
     from hymate.model.encoder import RiskModel
 
-FORMAT_VERSION = 2  # 1 had no rules of when events become known
+FORMAT_VERSION = 3  # 2 has no boosting, which few bundles have; 1 had no rules of when events become known
 Kind = Literal["pretrained", "risk"]
 WEIGHTS, CONFIG, VOCABULARY, CARD = "model.safetensors", "config.yaml", "vocabulary.parquet", "README.md"
+BOOSTING = "boosting.parquet"
 CHECKED = (WEIGHTS, VOCABULARY)
 MAX_CONFIG_BYTES = 1 << 18  # ours have a few thousand
 
@@ -51,6 +54,7 @@ class Bundle:
     known: when events become known, in the histories that it was trained on.
     extra: plain values beside the settings (scores, thresholds, provenance).
     fingerprint: a digest of all that its predictions depend on; empty where it was not read from a folder.
+    boosting: by task, where the risk is the mean of the network's and boosting's.
     """
 
     kind: str
@@ -63,6 +67,7 @@ class Bundle:
     known: KnownConfig = field(default_factory=KnownConfig)
     extra: dict[str, Any] = field(default_factory=dict)
     fingerprint: str = ""
+    boosting: dict[str, Boosting] = field(default_factory=dict)
 
     def for_task(self, task: str) -> Bundle:
         """The same model with the head of one task alone. Raises UserError where it has none for it."""
@@ -71,7 +76,8 @@ class Bundle:
         own = f"heads.{task}."
         state = {k: v for k, v in self.state.items() if k.startswith(own) or not k.startswith("heads.")}
         in_days = [name for name in self.in_days if name == task]
-        return dataclasses.replace(self, tasks=[task], in_days=in_days, state=state)
+        boosting = {name: of_task for name, of_task in self.boosting.items() if name == task}
+        return dataclasses.replace(self, tasks=[task], in_days=in_days, state=state, boosting=boosting)
 
     def write(self, folder: Location, card: str = "") -> None:
         """Write it whole: a temporary folder takes the place of `folder` when it is complete.
@@ -82,16 +88,22 @@ class Bundle:
             state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state.items()}
             write_weights(state, new / WEIGHTS, {"format": "pt"})
             self.vocabulary.write(new / VOCABULARY)
+            beside: dict[str, Any] = {}
+            if self.boosting:
+                from hymate.inference.boosting import write_boosting  # late: few bundles have it
+
+                beside["boosting"] = write_boosting(self.boosting, new / BOOSTING)
             tree = {
-                "format_version": FORMAT_VERSION,
+                "format_version": FORMAT_VERSION if self.boosting else 2,
                 "kind": self.kind,
                 "model": to_tree(self.model),
                 "data": {key: value for key, value in to_tree(self.data).items() if key != "path"},
                 "known": to_tree(self.known),
                 "tasks": self.tasks,
                 "in_days": self.in_days,
+                **beside,
                 "extra": self.extra,
-                "sha256": {name: sha256_of(new / name) for name in CHECKED},
+                "sha256": {name: sha256_of(new / name) for name in _checked(beside)},
             }
             (new / CONFIG).write_text(dump_yaml(tree))
             (new / CARD).write_text(f"# HyMaTE {self.kind} model\n\n{card.strip()}\n")
@@ -112,7 +124,8 @@ def read_bundle(path: Location, kind: Kind | None = None) -> Bundle:
     tree = _read_config(folder)
     if kind is not None and tree["kind"] != kind:
         raise UserError(f"{folder} holds a {tree['kind']} model, but a {kind} model is needed here")
-    for name in CHECKED:
+    checked = _checked(tree)
+    for name in checked:
         _check_file(folder, name, tree["sha256"])
     try:
         model = build(ModelConfig, tree["model"], "model.")
@@ -121,15 +134,36 @@ def read_bundle(path: Location, kind: Kind | None = None) -> Bundle:
         tasks, in_days = ([str.__str__(task) for task in tree[key]] for key in ("tasks", "in_days"))
         if len(set(tasks)) < len(tasks) or not set(in_days) <= set(tasks):
             raise ValueError("tasks are named twice, or in_days names others")
+        if not set(tree["boosting"]) <= set(tasks) or not all(isinstance(x, dict) for x in tree["boosting"].values()):
+            raise ValueError("boosting is not by task")
     except (UserError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
         raise UserError(f"{folder / CONFIG} is not usable: {first_line(error)}") from error
     state = read_weights(folder / WEIGHTS)
     vocabulary = Vocabulary.read(folder / VOCABULARY)
-    sha256 = {name: tree["sha256"][name] for name in CHECKED}
-    rules = [to_tree(known)] if known.rules else []
-    identity = json.dumps([to_tree(model), tasks, sha256, *rules], sort_keys=True)
+    boosting = _read_boosting(folder, tree["boosting"])
+    sha256 = {name: tree["sha256"][name] for name in checked}
+    more = ([to_tree(known)] if known.rules else []) + ([tree["boosting"]] if boosting else [])
+    identity = json.dumps([to_tree(model), tasks, sha256, *more], sort_keys=True)
     fingerprint = hashlib.sha256(identity.encode()).hexdigest()
-    return Bundle(tree["kind"], model, data, vocabulary, state, tasks, in_days, known, tree["extra"], fingerprint)
+    settings = tree["kind"], model, data, vocabulary, state, tasks, in_days, known, tree["extra"], fingerprint
+    return Bundle(*settings, boosting)
+
+
+def _checked(tree: dict[str, Any]) -> tuple[str, ...]:
+    """The files whose checksums a configuration names."""
+    return (*CHECKED, BOOSTING) if tree.get("boosting") else CHECKED
+
+
+def _read_boosting(folder: Path, tree: dict[str, Any]) -> dict[str, Boosting]:
+    if not tree:
+        return {}
+    from hymate.inference.boosting import BoostingConfig, read_boosting  # late: few bundles have it
+
+    try:
+        configs = {task: build(BoostingConfig, of_task, f"boosting.{task}.") for task, of_task in tree.items()}
+    except UserError as error:
+        raise UserError(f"{folder / CONFIG} is not usable: {error}") from error
+    return read_boosting(folder / BOOSTING, configs)
 
 
 def write_weights(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
@@ -201,14 +235,14 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise UserError(
             f"{folder} has a newer bundle format than {FORMAT_VERSION}, the newest that is read here: update hymate"
         )
-    tree = {"in_days": [], "extra": {}, "known": {}, **tree}  # older bundles lack them
-    sections = dict.fromkeys(("model", "data", "known", "extra", "sha256"), dict)
+    tree = {"in_days": [], "extra": {}, "known": {}, "boosting": {}, **tree}  # older bundles lack them
+    sections = dict.fromkeys(("model", "data", "known", "boosting", "extra", "sha256"), dict)
     kinds = {"kind": str, "tasks": list, "in_days": list, **sections}
     for key, of in kinds.items():
         if not isinstance(tree.get(key), of):
             raise UserError(f"{path} is damaged: {key} is missing or malformed")
-    if tree["sha256"].keys() != set(CHECKED):
-        raise UserError(f"{path} is damaged: sha256 must name {' and '.join(CHECKED)} and nothing else")
+    if tree["sha256"].keys() != set(checked := _checked(tree)):
+        raise UserError(f"{path} is damaged: sha256 must name {' and '.join(checked)} and nothing else")
     if tree["kind"] not in ("pretrained", "risk"):
         raise UserError(f"{path} is of an unknown kind {tree['kind'][:40]!r}: expected pretrained or risk")
     return tree

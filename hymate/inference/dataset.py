@@ -37,7 +37,7 @@ from hymate.data.tasks import LabelSet, read_or_extract_labels
 from hymate.device import Wanted, choose, num_gpus, obstacle
 from hymate.errors import UserError
 from hymate.inference.bundle import Bundle, build_model, read_bundle
-from hymate.inference.scoring import Outputs, day_table, last_rows, predict, predict_whole, prediction_table, score
+from hymate.inference.scoring import Outputs, day_table, predict, predict_last, predict_whole, prediction_table
 from hymate.inference.states import StateFolder
 from hymate.machine import available_cpus
 from hymate.model.encoder import RiskModel
@@ -304,9 +304,7 @@ def _predicted(
         return Outputs.empty(0, 1), 0, 0
     if request.context == "all":
         return predict_whole(model, bundle, histories, examples, device, states)
-    rows = last_rows(bundle, histories, examples)
-    outputs = score(model, rows, device)
-    return outputs, rows.events_read, rows.events_unknown
+    return predict_last(model, bundle, histories, examples, device)
 
 
 def _pieces(
@@ -378,7 +376,7 @@ def _outputs_of_part(part: str, bundle: Location, data: Location, task: str, dev
         torch.set_num_threads(1)
     found, model = _model(str(bundle), task, device)
     examples = Examples.of_table(pq.read_table(readable(work / f"{part}.parquet")))
-    outputs = score(model, last_rows(found, _histories(str(data)), examples), torch.device(device))
+    outputs, *_ = predict_last(model, found, _histories(str(data)), examples, torch.device(device))
     columns = {"logit": outputs.logit_ET[:, 0], "log_days": outputs.log_days_ET[:, 0]}
     write_parquet(pa.table(columns), work / f"{part}-outputs.parquet")
 

@@ -1,4 +1,4 @@
-"""Predictions of a risk bundle for examples, and their tables.
+"""Predictions of a risk bundle for examples, and their tables: the network's, or the mean of its and boosting's.
 
 Shape legend: E examples, T tasks.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -111,7 +111,25 @@ def _of_examples(
 
 def predict(bundle: Bundle, histories: Histories, examples: Examples, device: torch.device) -> Outputs:
     """Predictions for each example, which must have the bundle's tasks (see `Bundle.for_task`)."""
-    return score(build_model(bundle).to(device), last_rows(bundle, histories, examples), device)
+    return predict_last(build_model(bundle).to(device), bundle, histories, examples, device)[0]
+
+
+def predict_last(
+    model: RiskModel, bundle: Bundle, histories: Histories, examples: Examples, device: torch.device
+) -> tuple[Outputs, int, int]:
+    """As `predict`; also how many events were read, and how many of them unknown. model: the bundle's, on `device`."""
+    rows = last_rows(bundle, histories, examples)
+    outputs = _averaged(score(model, rows, device), bundle, histories, examples)
+    return outputs, rows.events_read, rows.events_unknown
+
+
+def _averaged(outputs: Outputs, bundle: Bundle, histories: Histories, examples: Examples) -> Outputs:
+    """The network's outputs; the risks of the tasks that have boosting, too, averaged with its."""
+    logit_ET = outputs.logit_ET.copy()
+    for task, boosting in bundle.boosting.items():
+        number = bundle.tasks.index(task)
+        logit_ET[:, number] = boosting.mean(logit_ET[:, number], histories, examples)
+    return replace(outputs, logit_ET=logit_ET)
 
 
 def last_rows(
@@ -170,7 +188,7 @@ def predict_whole(
         Outputs(outputs.logit_ET[own_E], outputs.log_days_ET[own_E]).check()
         if states is not None and state and (kept is None or kept.num_events < state.num_events):
             states.save(history.subject_id, state, events_L)
-    return outputs, read, unknown
+    return _averaged(outputs, bundle, histories, examples), read, unknown
 
 
 def write_predictions(examples: Examples, outputs: Outputs, path: Location) -> None:

@@ -56,7 +56,7 @@ from hymate.tuning.trial import TrialConfig, distilled, require_starts, trial_co
 
 CHOSEN_BY = "loss"  # cross-entropy, as in hymate.evaluation.baseline_models: AUROC and AUPRC of few positives jump
 PRETRAINED = "pretrained"  # folder in the benchmark's
-CHANGEABLE = ELSEWHERE | {"split", "seeds", "budgets", "with_few_labels", "only", "max_concurrent"}
+CHANGEABLE = ELSEWHERE | {"split", "seeds", "budgets", "with_few_labels", "with_boosting", "only", "max_concurrent"}
 
 
 def benchmark(config: BenchmarkConfig) -> Location:

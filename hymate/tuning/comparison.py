@@ -16,16 +16,19 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
+from scipy.special import expit
 
 from hymate.data.examples import Examples
 from hymate.data.meds import read_parquet, write_parquet
 from hymate.errors import UserError
 from hymate.evaluation import figures, metrics, tables
+from hymate.evaluation.calibration import logit
 from hymate.runs import run_folder
 from hymate.storage.paths import Location, write_text
 from hymate.tuning.protocol import HELD_OUT, REFERENCE, BenchmarkConfig, ContenderRun
 
 LOOKS = "looks.json"
+AND_BOOSTING = " and boosting"  # behind the name of a contender: the mean of both
 Array = NDArray[Any]
 
 
@@ -77,8 +80,15 @@ class Scored:
     probability_RN: Array
 
 
+def _names(config: BenchmarkConfig) -> list[str]:
+    """All that are compared, the means with boosting last."""
+    return [*config.names, *(f"{name}{AND_BOOSTING}" for name in config.with_boosting)]
+
+
 def _read(config: BenchmarkConfig, name: str, budget: int) -> Scored | None:
     """The seeds that have all folds. Raises UserError where they were not scored on the same labels."""
+    if name.endswith(AND_BOOSTING):
+        return _averaged(_read(config, name.removesuffix(AND_BOOSTING), budget), _read(config, REFERENCE, budget))
     folder = folder_of(config)
     seeds = [[ContenderRun(name, budget, seed, fold) for fold in config.folds_of_split] for seed in range(config.seeds)]
     seeds = [runs for runs in seeds if all(run.results_path(folder).is_file() for run in runs)]
@@ -95,6 +105,24 @@ def _read(config: BenchmarkConfig, name: str, budget: int) -> Scored | None:
     return Scored(known, len(seeds), subject_N, label_N, weight_N, np.concatenate(probability_RN))
 
 
+def _averaged(scored: Scored | None, boosting: Scored | None) -> Scored | None:
+    """The mean of the logits of both, of the seeds that both have."""
+    if scored is None or boosting is None:
+        return None
+    seeds = {run["seed"] for run in scored.known} & {run["seed"] for run in boosting.known}
+    if not seeds:
+        return None
+    own, other = (
+        [(run, prob_N) for run, prob_N in zip(of.known, of.probability_RN, strict=True) if run["seed"] in seeds]
+        for of in (scored, boosting)
+    )
+    known, mean = [], []
+    for (run, prob_N), (of_boosting, boosting_N) in zip(own, other, strict=True):
+        known.append({**run, "seconds": run["seconds"] + of_boosting["seconds"]})
+        mean.append(expit((logit(prob_N) + logit(boosting_N)) / 2))
+    return dataclasses.replace(scored, known=known, seeds=len(seeds), probability_RN=np.stack(mean))
+
+
 def _by_subject_and_time(folds: Sequence[pa.Table]) -> pa.Table:
     """All folds of a seed in the order of every seed, however its folds were drawn; "fold": the one it came from."""
     fold_N = np.repeat(np.arange(len(folds)), [len(fold) for fold in folds])
@@ -107,7 +135,7 @@ def compare(config: BenchmarkConfig) -> dict[str, Any]:
     rows = []
     for budget in config.largest_first:
         reference = _read(config, REFERENCE, budget)
-        for name in config.names:
+        for name in _names(config):
             scored = _read(config, name, budget)
             if scored is None:
                 continue
@@ -217,6 +245,8 @@ def _report(config: BenchmarkConfig, found: Mapping[str, Any]) -> str:
         "fitted to some; the others choose among its candidates (checkpoints, numbers of trees, penalties) by "
         "cross-entropy and recalibrate its probabilities.\n\n"
     )
+    if config.with_boosting:
+        text += '"And boosting" is the mean of both logits, which is not recalibrated once more.\n\n'
     if config.split == "cross_validation":
         patients = f"{config.folds} folds of the train and tuning patients"
         text += (
@@ -245,7 +275,7 @@ def show(found: Mapping[str, Any]) -> None:
 def _draw(config: BenchmarkConfig, found: Mapping[str, Any], path: Location) -> None:
     """AUPRC over the budgets, and ROC, precision-recall and calibration of the seeds' mean probabilities."""
     curves = {}
-    for name in config.names:
+    for name in _names(config):
         scored = _read(config, name, config.largest_first[0])
         if scored is not None:
             curves[name] = (scored.label_N, np.nanmean(scored.probability_RN, axis=0), scored.weight_N)

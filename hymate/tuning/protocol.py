@@ -54,6 +54,7 @@ class BenchmarkConfig:
     seeds: how often everything is done, each time with other random numbers.
     budgets: labels that a run sees in all, those that choose and recalibrate included; 0 is all there are.
     with_few_labels: the contenders of all budgets but the largest.
+    with_boosting: contenders that are also compared as their mean with gradient boosting, seed by seed.
     choosing_fraction: fraction of the labels that choose the candidate (a network's evaluation, boosting's number of
         trees, logistic regression's penalty) by the least cross-entropy, and recalibrate it; the rest is fitted to.
     max_concurrent: runs at the same time; 0 is as many as the machine or cluster holds.
@@ -80,6 +81,7 @@ class BenchmarkConfig:
     seeds: int = 3
     only: list[str] = field(default_factory=list)
     budgets: list[int] = field(default_factory=lambda: [0])
+    with_boosting: list[str] = field(default_factory=list)
     choosing_fraction: float = 0.2
     max_concurrent: int = 0
     device: Wanted = "auto"
@@ -93,7 +95,7 @@ class BenchmarkConfig:
             seeds=(self.seeds >= 1, "must be at least 1"),
             folds=(self.folds >= 2, "must be at least 2"),
         )
-        for key in ("with_few_labels", "only"):
+        for key in ("with_few_labels", "only", "with_boosting"):
             if unknown := set(getattr(self, key)) - {*self.names}:
                 raise ConfigError(f"{key}: {', '.join(sorted(unknown))} is not a contender")
         if clash := set(BASELINES) & set(self.contenders):

@@ -35,6 +35,7 @@ CHANGEABLE = ELSEWHERE | {
     "train.zero_stage",
     "train.activation_checkpointing",
     "report.boosting",
+    "report.ensemble",
 }
 
 
@@ -117,6 +118,11 @@ def _labelled(task: TaskConfig, config: TuneConfig, histories: Histories) -> Lab
         groups = subgroups(histories, examples["held_out"], config.report.subgroups, config.report.age_bands)
     else:
         print(f"{task.name} has no held-out labels: the tuning split will be scored instead", flush=True)
+    if config.report.ensemble and len(np.unique(examples["held_out"].label_E > 0.5)) < 2:
+        raise UserError(
+            f"report.ensemble: task {task.name} has no held-out labels of both classes, so nothing would show whether "
+            "the mean is better: set it to false"
+        )
     return LabelledTask(task, label_set, examples, groups)
 
 

@@ -17,6 +17,7 @@ from hymate.data.synthetic.source import ceiling
 from hymate.data.tasks import LabelSet
 from hymate.errors import UserError
 from hymate.evaluation import alarms, baseline_models, calibration, decisions, figures, metrics, results
+from hymate.inference.boosting import Boosting, BoostingConfig
 from hymate.inference.bundle import Bundle, build_model
 from hymate.inference.dataset import spread_outputs
 from hymate.inference.scoring import Outputs, write_predictions
@@ -74,6 +75,7 @@ def judge_task(
 ) -> tuple[Bundle, dict[str, Any]]:
     """The model with the task's head recalibrated, and the task's part of results.json.
 
+    With settings.ensemble the model is the mean of the network and boosting.
     Its predictions and its picture are in the run's folder.
     """
     name, split, tuning = task.config.name, task.scored_split, task.examples["tuning"]
@@ -81,12 +83,17 @@ def judge_task(
     def score(bundle: Bundle, examples: Examples) -> Outputs:
         return spread_outputs(bundle.for_task(name), histories, examples, device, run_path / SCORING)
 
-    outputs = score(winner, tuning)
-    winner, recalibration, tuning_probability_E = _recalibrated(winner, name, tuning, outputs)
+    winner, recalibration, of_tuning = _recalibrated(winner, name, tuning, score(winner, tuning))
     scored = task.examples[split]
-    outputs = score(winner, scored)
+    network = model = _Outputs(of_tuning, score(winner, scored), recalibration)
+    boosting, of_boosting = None, None
+    if split == "held_out" and len(np.unique(scored.label_E > 0.5)) == 2:
+        boosting, of_boosting = _boosted(histories, task, run_path, settings, train.seed)
+    if settings.ensemble and boosting is not None:
+        winner, model = _averaged(winner, task, network, boosting)
+    outputs, recalibration = model.scored, model.recalibration
     write_predictions(scored, outputs, run_path / results.predictions_file(name, winner.tasks))
-    probability_E = outputs.probability_ET[:, 0]
+    tuning_probability_E, probability_E = model.probabilities
     label_E, subject_id_E, weight_E = scored.label_E, scored.subject_id_E, scored.weight_E
     scores = metrics.scores(label_E, probability_E, subject_id_E, weight_E)
     if name in winner.in_days:
@@ -98,10 +105,10 @@ def judge_task(
     drawn_E = tuning.sample_weights(train.eval_labels, train.seed)
     if (at := np.flatnonzero(drawn_E)).size < len(tuning):
         weight_N = (tuning.weight_E * drawn_E)[at]
-        areas = metrics.areas(tuning.label_E[at], tuning_probability_E[at], tuning.subject_id_E[at], weight_N)
+        areas = metrics.areas(tuning.label_E[at], network.probabilities[0][at], tuning.subject_id_E[at], weight_N)
         errors = {name: np.ptp(area["ci"]) / (2 * 1.96) for name, area in areas.items() if area["ci"]}
         part["compared_on"] = {"labels": len(at), "of": len(tuning), "standard_error": errors}
-    part["boosting"], part["picture"] = None, None
+    part["boosting"], part["picture"] = of_boosting, None
     if split == "held_out":
         part |= decisions.assess(
             label_E,
@@ -112,19 +119,18 @@ def judge_task(
             weight_E,
         )
         if scores["auroc"]["value"] is not None:
-            part["boosting"], boosting = {"left_out": "report.boosting=false"}, None
-            if settings.boosting:
-                print(f"fitting gradient boosting for {name} to compare; report.boosting=false skips it", flush=True)
-                part["boosting"], boosting = baseline_models.compare(
-                    histories, task.examples, probability_E, train.seed, run_path / baseline_models.FEATURES
-                )
+            others = {}
+            if model is not network:
+                others["network alone"] = network.probabilities
+                part["network"] = _of_network(network, scored, probability_E)
+            if boosting is not None:
+                others["gradient boosting"] = boosting.probability["tuning"], boosting.probability["held_out"]
+                part["boosting"] = boosting.compared(probability_E)
             part["picture"] = f"{name}.png"
-            boosting_E = None if boosting is None else boosting["held_out"]
-            figures.plot_task(run_path / part["picture"], label_E, probability_E, weight_E, part, boosting_E)
+            others_N = {other: probability for other, (_, probability) in others.items()}
+            figures.plot_task(run_path / part["picture"], label_E, probability_E, weight_E, part, others_N)
             if task.config.utility is not None:
-                models = {"model": (tuning_probability_E, probability_E)}
-                if boosting is not None:
-                    models["gradient boosting"] = boosting["tuning"], boosting["held_out"]
+                models = {"model": (tuning_probability_E, probability_E), **others}
                 part["alarms"] = alarms.assess(task.config.utility, tuning, scored, models)
                 part["alarms_picture"] = f"{name}-alarms.png"
                 figures.plot_alarms(run_path / part["alarms_picture"], part["alarms"])
@@ -133,12 +139,74 @@ def judge_task(
     return winner, part
 
 
+@dataclass(frozen=True)
+class _Outputs:
+    """A model's outputs of a task's tuning and scored examples, recalibrated on the former, and what that took."""
+
+    tuning: Outputs
+    scored: Outputs
+    recalibration: calibration.Recalibration
+
+    @property
+    def probabilities(self) -> tuple[np.ndarray, np.ndarray]:
+        return self.tuning.probability_ET[:, 0], self.scored.probability_ET[:, 0]
+
+
 def _recalibrated(
     winner: Bundle, task: str, tuning: Examples, outputs: Outputs
-) -> tuple[Bundle, calibration.Recalibration, np.ndarray]:
-    """The model with probabilities that fit the tuning split best, what that took, and these probabilities."""
+) -> tuple[Bundle, calibration.Recalibration, Outputs]:
+    """The model with probabilities that fit the tuning split best, what that took, and its outputs there."""
     recalibration = calibration.recalibrate(tuning.label_E, outputs.logit_ET[:, 0], tuning.weight_E)
     fitting = dataclasses.replace(outputs, logit_ET=recalibration(outputs.logit_ET).astype(np.float32))
     model = build_model(winner)
     model.recalibrate(task, recalibration.temperature, recalibration.shift)
-    return dataclasses.replace(winner, state=model.state_dict()), recalibration, fitting.probability_ET[:, 0]
+    return dataclasses.replace(winner, state=model.state_dict()), recalibration, fitting
+
+
+def _boosted(
+    histories: Histories, task: LabelledTask, run_path: Location, settings: ReportConfig, seed: int
+) -> tuple[baseline_models.Boosted | None, dict[str, Any] | None]:
+    """Gradient boosting of the task; or None, and why it is left out: what it is compared with has cost hours."""
+    if not settings.boosting:
+        return None, {"left_out": "report.boosting=false"}
+    print(f"fitting gradient boosting for {task.config.name} to compare; report.boosting=false skips it", flush=True)
+    folder = run_path / baseline_models.FEATURES
+    try:
+        return baseline_models.boosted(histories, task.examples, seed, folder, plain=settings.ensemble), None
+    except (UserError, MemoryError) as error:
+        alone = "; so the model is the network alone, in spite of report.ensemble=true" if settings.ensemble else ""
+        return None, {"left_out": f"{error}{alone}"}
+
+
+def _averaged(
+    winner: Bundle, task: LabelledTask, network: _Outputs, boosting: baseline_models.Boosted
+) -> tuple[Bundle, _Outputs]:
+    """The model with the task's boosting beside it, and the mean's outputs.
+
+    Both logits are recalibrated, weigh the same, and their mean is recalibrated: it is more timid than each of both.
+    """
+    plain, tuning = boosting.plain, task.examples["tuning"]
+    assert plain is not None
+    own = boosting.recalibration
+    mean_E = (network.tuning.logit_ET[:, 0] + own(plain.logit["tuning"])) / 2
+    fitted = calibration.recalibrate(tuning.label_E, mean_E, tuning.weight_E)
+    half = 0.5 / fitted.temperature
+    shift = half * own.shift + fitted.shift
+    config = BoostingConfig(plain.windows_hours, half, half / own.temperature, shift)
+    beside = {**winner.boosting, task.config.name: Boosting(config, plain.columns, plain.trees)}
+
+    def averaged(outputs: Outputs, split: str) -> Outputs:
+        return dataclasses.replace(outputs, logit_ET=config.mean(outputs.logit_ET[:, 0], plain.logit[split])[:, None])
+
+    mean = _Outputs(averaged(network.tuning, "tuning"), averaged(network.scored, "held_out"), fitted)
+    return dataclasses.replace(winner, boosting=beside), mean
+
+
+def _of_network(network: _Outputs, scored: Examples, mean_E: np.ndarray) -> dict[str, Any]:
+    """The held-out scores of the network alone, and as "difference" the mean's AUROC and AUPRC less its own."""
+    own_E, recalibration = network.probabilities[1], network.recalibration
+    scores = metrics.scores(scored.label_E, own_E, scored.subject_id_E, scored.weight_E)
+    return {name: scores[name] for name in metrics.SHOWN} | {
+        "difference": baseline_models.difference(scored, mean_E, own_E),
+        "recalibration": recalibration.record(scored.label_E, recalibration.undo(own_E), scored.weight_E),
+    }

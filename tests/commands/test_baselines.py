@@ -37,7 +37,7 @@ from hymate.data.synthetic.course import SyntheticConfig
 from hymate.data.tasks import read_or_extract_labels
 from hymate.errors import UserError
 from hymate.evaluation import baseline_models, calibration, metrics, stored
-from hymate.evaluation.baseline_models import compare, cross_fitted, fit, importance
+from hymate.evaluation.baseline_models import boosted, cross_fitted, fit, importance
 
 pytestmark = pytest.mark.slow
 
@@ -182,9 +182,8 @@ def test_a_model_is_compared_with_what_the_command_says(
     histories, labels = Histories.open(data), readmissions(data)
     examples = {split: labelled_examples(histories, labels, split) for split in SPLITS}
     model = np.random.default_rng(0).random(len(examples["held_out"]))
-    found, boosting = compare(histories, examples, model, 0, tmp_path / "features")
-    assert boosting is not None
-    boosting_E = boosting["held_out"]
+    boosting = boosted(histories, examples, 0, tmp_path / "features")
+    found, boosting_E = boosting.compared(model), boosting.probability["held_out"]
     assert not (tmp_path / "features").exists()
     assert json.loads(json.dumps(found)) == found
     assert boosting_E == pytest.approx(predictions["predicted_boolean_probability"].to_numpy(), abs=1e-6)
@@ -219,15 +218,14 @@ def test_boosting_takes_a_sample_where_memory_is_short(
     monkeypatch.setitem(sys.modules, "lightgbm", None)
     model = np.full(len(examples["held_out"]), 0.5)
     monkeypatch.setattr(baseline_models, "available_memory", lambda: 300 * 100 * 2 * baseline_models.BYTES_A_CELL)
-    found, boosting = compare(histories, examples, model, 0, tmp_path)
-    assert boosting is not None
-    boosting_E = boosting["held_out"]
+    boosting = boosted(histories, examples, 0, tmp_path)
+    found, boosting_E = boosting.compared(model), boosting.probability["held_out"]
     assert len(boosting_E) == len(examples["held_out"])
     assert 200 < found["num_fitted"] < 400 < len(examples["train"]) and found["auroc"]["value"] > 0.6
     monkeypatch.setattr(baseline_models, "available_memory", lambda: 1 << 20)
     monkeypatch.setattr(baseline_models, "FEWEST_SAMPLED", 1000)
-    found, boosting = compare(histories, examples, model, 0, tmp_path)
-    assert boosting is None and "need more memory than is free (1 MiB)" in found["left_out"]
+    with pytest.raises(UserError, match=r"need more memory than is free \(1 MiB\)"):
+        boosted(histories, examples, 0, tmp_path)
     with pytest.raises(UserError, match=r"needs [0-9]+ MiB of free memory, and 1 MiB are free"):
         cross_fitted(histories, examples["train"], examples["tuning"], 0, tmp_path)
 
@@ -247,9 +245,8 @@ def test_boosting_is_fitted_from_disk_where_memory_is_short(
     monkeypatch.setattr(baseline_models, "BYTES_A_CELL", 1 << 20)
     monkeypatch.setattr(baseline_models, "NUM_TREES", (30,))
     monkeypatch.setattr(stored, "PART_CELLS", 10_000)
-    found, boosting = compare(histories, examples, np.full(len(examples["held_out"]), 0.5), 0, tmp_path)
-    assert boosting is not None
-    boosting_E = boosting["held_out"]
+    boosting = boosted(histories, examples, 0, tmp_path)
+    found, boosting_E = boosting.found, boosting.probability["held_out"]
     assert (found["library"], found["num_fitted"]) == ("LightGBM", len(examples["train"]))
     spec = choose(histories, examples["train"], config)
     table = {split: features(histories, examples[split], spec) for split in SPLITS}
@@ -277,9 +274,8 @@ def test_a_comparison_counts_labels_by_their_weights(
     }
     held_out = examples["held_out"]
     model = rng.random(len(held_out))
-    found, boosting = compare(histories, examples, model, 0, tmp_path)
-    assert boosting is not None
-    boosting_E = boosting["held_out"]
+    boosting = boosted(histories, examples, 0, tmp_path)
+    found, boosting_E = boosting.compared(model), boosting.probability["held_out"]
     area, of_model = (roc_auc_score(held_out.label_E, p, sample_weight=held_out.weight_E) for p in (boosting_E, model))
     assert found["auroc"]["value"] == pytest.approx(area)
     assert found["difference"]["auroc"]["value"] == pytest.approx(of_model - area)
@@ -305,13 +301,13 @@ def test_a_cross_fitted_probability_knows_nothing_of_the_subjects_own_labels(
         cross_fitted(histories, single, tuning, 0, tmp_path)
 
 
-def test_what_cannot_be_compared_is_told_and_is_no_error(data: Path, tmp_path: Path) -> None:
+def test_too_few_labels_for_features_are_refused(data: Path, tmp_path: Path) -> None:
     histories, labels = Histories.open(data), readmissions(data)
     train = labelled_examples(histories, labels, "train")
     arrays = {name: value[:5] for name, value in vars(train).items() if name != "dropped"}
     few = Examples(**arrays)
-    found, boosting = compare(histories, {"train": few, "tuning": few}, np.zeros(0), 0, tmp_path)
-    assert found["left_out"].startswith("features.min_labels=10") and boosting is None
+    with pytest.raises(UserError, match=r"^features\.min_labels=10"):
+        boosted(histories, {"train": few, "tuning": few}, 0, tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------------- models

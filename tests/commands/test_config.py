@@ -248,6 +248,12 @@ def test_numbers_lists_and_dictionaries_are_read_as_such() -> None:
     assert config.report.age_bands == [18, 65] and config.report.boosting is False
 
 
+def test_a_mean_of_network_and_boosting_needs_boosting() -> None:
+    assert tune_config("task=mortality", "report.ensemble=true").report.ensemble
+    with pytest.raises(ConfigError, match=r"^report\.ensemble needs report\.boosting=true, got True$"):
+        tune_config("task=mortality", "report.ensemble=true", "report.boosting=false")
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

@@ -113,7 +113,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "flipped byte in the vocabulary": (lambda f: flip_a_byte(f, "vocabulary.parquet"), "damaged"),
     "truncated weights": (truncate_weights, "damaged"),
     "absurd header": (lie_about_the_header, "damaged"),
-    "newer format": (lambda folder: edit(folder, format_version=3), "update hymate"),
+    "newer format": (lambda folder: edit(folder, format_version=4), "update hymate"),
     "unknown kind": (lambda folder: edit(folder, kind="magic"), "unknown kind"),
     "not a bundle": (lambda folder: (folder / "config.yaml").write_text("a: 1"), "not a bundle"),
     "not YAML": (lambda folder: (folder / "config.yaml").write_text("a: [1"), "not a readable"),

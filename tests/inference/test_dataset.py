@@ -39,6 +39,6 @@ def test_many_examples_are_scored_in_parts(small_data: Path, tmp_path: Path, mon
         np.testing.assert_array_equal(first, second)
         np.testing.assert_allclose(first, getattr(alone, name), rtol=1e-4, atol=1e-5)
     monkeypatch.setattr(dataset, "available_cpus", lambda: 1)
-    monkeypatch.delattr(dataset, "score")  # a killed call's parts are not scored again
+    monkeypatch.delattr(dataset, "predict_last")  # a killed call's parts are not scored again
     again = dataset.spread_outputs(bundle, histories, examples, "cpu", tmp_path / "2")
     np.testing.assert_array_equal(again.logit_ET, found[1].logit_ET)

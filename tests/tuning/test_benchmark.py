@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from commands import ROOT, run, wait_until
-from scipy.special import expit
+from scipy.special import expit, logit
 from sklearn.metrics import average_precision_score, roc_auc_score
 from small_cohort import SIZES
 
@@ -33,6 +33,7 @@ from hymate.evaluation import baseline_models, calibration
 from hymate.inference.bundle import Bundle
 from hymate.runs import run_folder
 from hymate.training.pretraining import PretrainConfig
+from hymate.tuning import comparison
 from hymate.tuning.benchmark import benchmark, train_and_score, trial_of
 from hymate.tuning.comparison import compare, write_run
 from hymate.tuning.protocol import BenchmarkConfig, ContenderRun, Labelled
@@ -336,6 +337,30 @@ def test_areas_are_means_over_the_folds_of_each_seed(tmp_path: Path) -> None:
     ContenderRun("scratch", 0, 1, 1).results_path(tmp_path / "b/runs").unlink()
     _, row = compared(tmp_path)
     assert row["seeds"] == 1 and row["auroc"]["sd"] is None
+
+
+def test_a_contender_is_compared_as_its_mean_with_boosting(tmp_path: Path) -> None:
+    """Of each seed that both have, by the mean of the logits; boosting's part in it is that of the same fold."""
+    rng = np.random.default_rng(0)
+    label, fold_SN = rng.integers(0, 2, 200).astype(float), rng.integers(0, 2, (2, 200))
+    own_SN, boosting_SN = rng.uniform(0.01, 0.99, (2, 2, 200))
+    for seed in range(2):
+        written(tmp_path / "b/runs", "scratch", label, own_SN[seed], seed, fold_SN[seed])
+    given = configured("DATA", tmp_path, "seeds=2", "run.name=b", "with_boosting=[scratch]")
+    assert [row["name"] for row in compare(given)["rows"]] == ["scratch"]
+    written(tmp_path / "b/runs", "gradient_boosting", label, boosting_SN[1], 1, fold_SN[1])
+    *_, row = compare(given)["rows"]
+    assert (row["name"], row["seeds"], row["seconds"]) == ("scratch and boosting", 1, 2.0)
+    mean_N = expit((logit(own_SN[1]) + logit(boosting_SN[1])) / 2)
+    for name, area in (("auroc", roc_auc_score), ("auprc", average_precision_score)):
+        of_folds = [
+            area(label[at], mean_N[at], sample_weight=weight_of(label)[at]) for at in (fold_SN[1] == 0, fold_SN[1] == 1)
+        ]
+        assert row[name]["mean"] == pytest.approx(np.mean(of_folds))
+    comparison.write(given)
+    assert "And boosting" in (tmp_path / "b/cross_validation.md").read_text()
+    with pytest.raises(ConfigError, match="with_boosting: nobody is not a contender"):
+        configured("DATA", tmp_path, "with_boosting=[nobody]")
 
 
 def test_runs_of_other_labels_are_not_compared(tmp_path: Path) -> None:

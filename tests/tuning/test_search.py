@@ -194,6 +194,18 @@ def test_earlier_views_are_refused_for_labels_without_a_start(small_data: Path, 
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_mean_without_held_out_labels_is_refused(small_data: Path, tmp_path: Path) -> None:
+    """Nothing would show whether it is better than each of both."""
+    for split in ("train", "tuning"):
+        (tmp_path / "mine" / split).mkdir(parents=True)
+        labels = pq.read_table(small_data / "labels/readmission" / split / "0.parquet")
+        pq.write_table(labels, tmp_path / "mine" / split / "0.parquet")
+    given = ["model=debug", "report.ensemble=true", f"task.labels={tmp_path / 'mine'}", f"run.dir={tmp_path}/runs"]
+    with pytest.raises(UserError, match=r"^report\.ensemble: task readmission has no held-out labels of both[^\n]*$"):
+        search(configured(small_data, None, *given))
+    assert not (tmp_path / "runs").exists()
+
+
 def _table(rows: list[dict], schema: object) -> object:
     import pyarrow as pa
 

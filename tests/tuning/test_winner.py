@@ -21,8 +21,8 @@ from hymate.data.meds import SPLITS, SplitsConfig
 from hymate.data.tasks import read_or_extract_labels
 from hymate.evaluate import EvaluateConfig
 from hymate.evaluate import run as evaluate
-from hymate.evaluation import alarms, report, results
-from hymate.inference.bundle import Bundle
+from hymate.evaluation import alarms, baseline_models, metrics, report, results
+from hymate.inference.bundle import Bundle, read_bundle
 from hymate.model.encoder import RiskModel
 from hymate.predict import PredictConfig, run
 from hymate.tuning.trial import starting_point
@@ -47,8 +47,16 @@ def sepsis(*overrides: str) -> TaskConfig:
 
 @pytest.fixture(scope="module")
 def judged(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
+    return judge(tmp_path_factory.mktemp("judged"), ReportConfig())
+
+
+@pytest.fixture(scope="module")
+def averaged(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
+    return judge(tmp_path_factory.mktemp("averaged"), ReportConfig(ensemble=True))
+
+
+def judge(folder: Path, settings: ReportConfig) -> tuple[Path, dict]:
     """A folder with a bundle of new weights, predictions and picture, and the task's results."""
-    folder = tmp_path_factory.mktemp("judged")
     data = converted(write(folder / "raw", stays(range(1, 121), 0)), folder / "data", SplitsConfig(0.5, 0.25, 0.25))
     start = starting_point(DataConfig(str(data), context=64, tokens_per_row=512), SMALL, None)
     torch.manual_seed(0)
@@ -58,7 +66,7 @@ def judged(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
     labels = read_or_extract_labels(data, task)
     examples = {split: labelled_examples(histories, labels.table, split) for split in SPLITS}
     labelled = LabelledTask(task, labels, examples, {})
-    bundle, part = judge_task(bundle, histories, labelled, folder, ReportConfig(), TrainConfig(), "cpu")
+    bundle, part = judge_task(bundle, histories, labelled, folder, settings, TrainConfig(), "cpu")
     extra = {
         "thresholds": results.thresholds_of(part),
         "alarms": results.policies_of(part),
@@ -128,6 +136,62 @@ def test_another_hospital_is_scored_with_the_policy_of_the_bundle(judged: tuple[
     written = (tmp_path / "part" / "report.md").read_text()
     for text_ in ("% (of the bundle, chosen in its training), the normalised utility", "](recalibrated-alarms.png)"):
         assert text_ in written
+
+
+def test_the_mean_of_network_and_boosting_is_a_model_of_its_own(
+    judged: tuple[Path, dict], averaged: tuple[Path, dict], tmp_path: Path
+) -> None:
+    """The bundle predicts what was scored; the network and boosting are what they are without the option."""
+    (alone, of_network), (folder, part) = judged, averaged
+    assert json.loads(json.dumps(part, allow_nan=False)) == part
+    assert "network" not in of_network
+    for score in metrics.SHOWN:
+        assert part["network"][score] == of_network[score] and part["boosting"][score] == of_network["boosting"][score]
+    assert part["network"]["recalibration"] == of_network["recalibration"]
+    for other in ("network", "boosting"):
+        for area in metrics.AREAS:
+            ahead = part[area]["value"] - part[other][area]["value"]
+            assert part[other]["difference"][area]["value"] == pytest.approx(ahead)
+    assert set(part["alarms"]) == {"model", "network alone", "gradient boosting"}
+    tables = [pq.read_table(at / "predictions.parquet") for at in (folder, alone)]
+    mean_E, network_E = (table["predicted_boolean_probability"].to_numpy() for table in tables)
+    assert np.abs(mean_E - network_E).max() > 0.01
+    # their logits and boosting's lie on a plane: weights of both alike, up to what recalibrated them
+    request = ["task=sepsis", f"data.path={folder / 'data'}", "split=held_out", "workers=1"]
+    for bundle, expected_E in ((folder, mean_E), (alone, network_E)):
+        out = tmp_path / f"{bundle.name}.parquet"
+        run(load("predict", [*request, f"bundle={bundle / 'bundle'}", f"out={out}"], PredictConfig))
+        found_E = pq.read_table(out)["predicted_boolean_probability"].to_numpy()
+        np.testing.assert_allclose(found_E, expected_E, atol=1e-6)
+    boosting, plain = read_bundle(folder / "bundle").boosting["sepsis"].config, part["boosting"]["recalibration"]
+    assert boosting.network_weight == pytest.approx(boosting.boosting_weight * plain["temperature"])
+    assert boosting.network_weight == pytest.approx(0.5 / part["recalibration"]["temperature"])
+
+
+def test_the_report_has_a_row_for_each_of_mean_network_and_boosting(averaged: tuple[Path, dict]) -> None:
+    folder, part = averaged
+    end = results.TrialEnd(0, {}, "finished", 2, {"mean": 0.5, "step": 2}, None, None)
+    found = results.collect([part], "mean", [end], end) | {"initial_weights": "new", "bundle": "b"}
+    rows = {row[0]: row for row in report.score_rows(found)[1:]}
+    assert list(rows) == ["held_out, mean of both", "network alone", "difference [97.5 % CI]", "gradient boosting"]
+    for text_ in (report.report(found), report.card(found)):
+        assert "- **A mean of two.** The model is the mean of the network" in text_
+        assert "| network alone |" in text_ and "minus the network alone: AUROC" in text_
+    assert results.thresholds_of(found)["sepsis"] and (folder / part["picture"]).read_bytes().startswith(b"\x89PNG")
+
+
+def test_where_boosting_cannot_be_fitted_the_network_is_kept_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*given: object, **more: object) -> None:
+        raise MemoryError("too much")
+
+    monkeypatch.setattr(baseline_models, "fit", refuse)
+    folder, part = judge(tmp_path, ReportConfig(ensemble=True))
+    assert part["boosting"] == {
+        "left_out": "too much; so the model is the network alone, in spite of report.ensemble=true"
+    }
+    assert "network" not in part and not read_bundle(folder / "bundle").boosting
 
 
 def test_a_task_without_utility_has_no_alarms() -> None:
