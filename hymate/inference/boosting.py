@@ -170,6 +170,9 @@ def _of(table: pa.Table, config: BoostingConfig) -> Boosting:
         raise ValueError("a value is missing")
     tree_N, left_N, right_N = (table[name].to_numpy() for name in ("tree", "left", "right"))
     threshold_N, value_N = table["threshold"].to_numpy(), table["value"].to_numpy()
+    nulls = {name: table[name].is_null() for name in ("variable", "statistic", "window")}
+    if not nulls["variable"].equals(nulls["statistic"]) or not nulls["variable"].equals(nulls["window"]):
+        raise ValueError("a part of a feature is missing")
     asked = [Column(**row) for row in table.select(["variable", "statistic", "window"]).to_pylist()]
     is_leaf_N = np.array([column.variable is None for column in asked])
     columns = sorted({column for column in asked if column.variable is not None})

@@ -162,7 +162,7 @@ def _read_boosting(folder: Path, tree: dict[str, Any]) -> dict[str, Boosting]:
     try:
         configs = {task: build(BoostingConfig, of_task, f"boosting.{task}.") for task, of_task in tree.items()}
     except UserError as error:
-        raise UserError(f"{folder / CONFIG} is not usable: {error}") from error
+        raise UserError(f"{folder / CONFIG} is not usable: {first_line(error)}") from error
     return read_boosting(folder / BOOSTING, configs)
 
 

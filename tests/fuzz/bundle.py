@@ -16,19 +16,21 @@ from fuzz.histories import check_vocabulary
 from fuzz.mutations import FLOATS, NUMBERS, TEXTS, mutated_bytes, mutated_parquet, mutated_text
 from fuzz.reader import Files, Reader, files_of, frame_of, require
 from hymate.config import DataConfig, ModelConfig
+from hymate.data.features import AGE, Column
 from hymate.data.statistics import NUM_KNOTS, VOCABULARY_SCHEMA
 from hymate.data.vocabulary import Vocabulary
 
 
 class Bundles(Reader):
-    """A bundle into a model. Invariants: the settings are those of config.yaml, the weights and the vocabulary those of
-    their files, all finite, and the model computes."""
+    """A bundle into a model. Invariants: the settings are those of config.yaml; the weights, the vocabulary and the
+    trees those of their files; all finite; and the model computes."""
 
     name = "bundle"
 
     def __init__(self, scratch: Path) -> None:
         import torch
 
+        from hymate.inference.boosting import Boosting, BoostingConfig, Trees
         from hymate.inference.bundle import Bundle
         from hymate.model.encoder import RiskModel
 
@@ -51,15 +53,28 @@ class Bundles(Reader):
         settings = DataConfig("", context=64, tokens_per_row=128, min_count=1)
         state = RiskModel(model, vocabulary.size, ["stay"], ["stay"]).state_dict()
         bundle = Bundle("risk", model, settings, vocabulary, state, ["stay"], ["stay"], extra={"auroc": 0.8})
+        leaf = [-1, -1]
+        trees = Trees(
+            root_T=np.array([0, 3]),
+            feature_N=np.array([0, *leaf, 1, *leaf], np.int32),
+            threshold_N=np.array([0.5, 0, 0, np.inf, 0, 0]),
+            missing_left_N=np.array([True, False, False] * 2),
+            left_N=np.array([1, *leaf, 4, *leaf], np.int32),
+            right_N=np.array([2, *leaf, 5, *leaf], np.int32),
+            value_N=np.array([0, -0.1, 0.2, 0, -0.3, 0.4]),
+        )
+        columns = Column("LAB//0", "mean", 1), Column(AGE, "years")
+        bundle.boosting["stay"] = Boosting(BoostingConfig((24.0,), 0.5, 0.5, 0.1), columns, trees)
         bundle.write(scratch / "bundle")
         self.files = files_of(scratch / "bundle")
 
     def mutate(self, rng: random.Random) -> Files:
-        name = rng.choices(["config.yaml", "model.safetensors", "vocabulary.parquet"], [45, 30, 25])[0]
+        files = ["config.yaml", "model.safetensors", "vocabulary.parquet", "boosting.parquet"]
+        name = rng.choices(files, [40, 25, 20, 15])[0]
         data = self.files[name]
         if name == "config.yaml":
             return {name: mutated_text(rng, data) if rng.random() < 0.5 else mutated_tree(rng, data)}
-        if name == "vocabulary.parquet":
+        if name.endswith(".parquet"):
             data = mutated_parquet(rng, data, list(self.files.values()))
         else:
             data = mutated_weights(rng, data)
@@ -94,6 +109,12 @@ class Bundles(Reader):
             expected = np.frombuffer(body[start:stop], np.float32).reshape(entry["shape"])
             require(np.array_equal(bundle.state[name].numpy(), expected), "other numbers")
         check_vocabulary(bundle.vocabulary, frame_of(folder / "vocabulary.parquet", program))
+        for boosting in bundle.boosting.values():
+            trees, values = boosting.trees, frame_of(folder / "boosting.parquet", program)["value"]
+            require(set(trees.value_N.tolist()) <= set(values), "other leaves")
+            with np.errstate(over="ignore"):
+                logit_E = trees.logit(np.full((3, len(boosting.columns)), np.nan, np.float32))
+            require(len(logit_E) == 3, "another shape")
         if bundle.kind != "risk":
             return
         model = build_model(bundle)
