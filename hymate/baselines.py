@@ -73,7 +73,6 @@ class BaselinesConfig:
 
 
 def run(config: BaselinesConfig) -> None:
-    """The command."""
     if config.baseline == "lightgbm":
         lightgbm()
     root, out = locate(config.data.path), locate(config.out)

@@ -181,7 +181,6 @@ def _follow(receiver: socket.socket) -> None:
 
 
 def _leave(number: int) -> None:
-    """End at once."""
     _Watch.asked = _Watch.asked or number
     _end_at_once(f"stopped by {_name()}", 128 + number)
 
@@ -322,12 +321,10 @@ class Unread:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        """As of any stream."""
         self._do(lambda: self._stream.write(text))
         return len(text)
 
     def flush(self) -> None:
-        """As of any stream."""
         self._do(self._stream.flush)
 
     def __getattr__(self, name: str) -> Any:

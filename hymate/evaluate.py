@@ -69,7 +69,6 @@ class EvaluateConfig(RequestConfig):
 
 
 def run(config: EvaluateConfig) -> None:
-    """The command."""
     bundle, out = config.read_bundle(), locate(config.out)
     require_folder(out, "out")
     if not external.thresholds_of(bundle.extra, config.task.name) and not config.recalibrate:

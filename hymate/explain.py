@@ -83,7 +83,6 @@ class ExplainConfig(RequestConfig):
 
 
 def run(config: ExplainConfig) -> None:
-    """The command."""
     bundle, out = config.read_bundle(), locate(config.out)
     check_explainable(bundle)
     require_folder(out, "out")

@@ -182,7 +182,6 @@ class _Memory:
         self._rows: dict[tuple[bool, int], float] = {}
 
     def row(self, stage: int, num_events: int) -> float:
-        """A row of so many events."""
         key = stage == 3, num_events  # the other stages compute alike
         if key not in self._rows:
             shapes = replace(self.shapes, num_events=num_events)
@@ -190,11 +189,9 @@ class _Memory:
         return self._rows[key]
 
     def total(self, stage: int, gpus: int) -> float:
-        """At most."""
         return worker_bytes(self.parameters, stage, gpus).most(self.row(stage, self.shapes.num_events)) + self.reserved
 
     def parts(self) -> Iterator[list[str]]:
-        """For the table."""
         stage, gpus = self.config.train.zero_stage, self.config.gpus
         held, row = worker_bytes(self.parameters, stage, gpus), self.row(stage, self.shapes.num_events)
         a_row = f"a row ({row / self.shapes.num_events / 1e3:,.0f} kB an event)"

@@ -51,7 +51,6 @@ class PredictConfig(RequestConfig):
 
 
 def run(config: PredictConfig) -> None:
-    """The command."""
     try:
         _run(config)
     except FloatingPointError as error:  # weights that are finite can still be too large

@@ -54,7 +54,6 @@ class Stages:
             self._bar.advance(line)
 
     def once(self, stage: str, task: Callable[[], None]) -> None:
-        """Run `task()`."""
         line = self._bar.add_task(stage, total=1)
         if not self._journal.is_done(stage, ""):
             task()

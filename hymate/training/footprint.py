@@ -75,7 +75,6 @@ class Flops:
     backward: float
 
     def times(self, factor: float) -> Flops:
-        """So many of them."""
         return Flops(factor * self.forward, factor * self.backward)
 
 
@@ -94,11 +93,9 @@ class Shapes:
     precision: str
 
     def module(self) -> PretrainModel:
-        """The model."""
         return PretrainModel(self.model, self.objective, self.vocab_size)
 
     def loss(self, module: PretrainModel, row: Batch) -> Tensor:
-        """The model's, of a row."""
         with torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "bf16"):
             return module.loss(row)
 
@@ -150,7 +147,6 @@ def worker_bytes(num_parameters: int, zero_stage: int, num_workers: int) -> Work
 
 
 def row_bytes(shapes: Shapes, zero_stage: int, activation_checkpointing: bool) -> RowBytes:
-    """Of one row, forward and backward."""
     mode, linear = FakeTensorMode(), _linear(zero_stage)
     row = changed(_row(shapes), mode.from_tensor)
     with mode, LiveBytes() as live, as_on_gpu(linear):
@@ -166,7 +162,6 @@ def row_bytes(shapes: Shapes, zero_stage: int, activation_checkpointing: bool) -
 
 
 def event_flops(shapes: Shapes) -> dict[str, Flops]:
-    """Of each part of the model."""
     mode = FakeTensorMode()
     row = changed(_row(shapes), mode.from_tensor)
     with mode, as_on_gpu():
@@ -179,7 +174,6 @@ def event_flops(shapes: Shapes) -> dict[str, Flops]:
 
 
 def num_parameters(shapes: Shapes) -> int:
-    """P."""
     with torch.device("meta"):
         return sum(parameter.numel() for parameter in shapes.module().parameters())
 

@@ -98,7 +98,6 @@ class Standing:
     evaluations: list[dict[str, float]] = field(default_factory=list)
 
     def judge(self, score: float, mode: str) -> None:
-        """Take in a new score."""
         if self.best is None or (score < self.best if mode == "min" else score > self.best):
             self.best, self.stale = score, 0
         else:

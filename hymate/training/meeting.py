@@ -112,7 +112,6 @@ class Peer:
         return _take_interface(), ray.get_runtime_context().get_node_id()
 
     def run(self, seat: Seat, work: Callable[..., object], arguments: Sequence[Any]) -> None:
-        """Its part of the work."""
         with machine.own_temporary_files(), _joined(seat) as worker:
             work(worker, *(_value(each) for each in arguments))
 

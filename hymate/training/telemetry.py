@@ -93,7 +93,6 @@ class Telemetry:
             self._send()
 
     def close(self) -> None:
-        """Write what is left."""
         if self._writer is not None:
             self._writer.close()
             self._writer = None

@@ -193,7 +193,6 @@ def distilled(examples: Examples, teacher_ET: np.ndarray, fraction: float) -> Ex
 
 
 def labelled_rows(start: Bundle, trial: TrialConfig, histories: Histories, examples: Examples) -> Rows:
-    """The trial's, of examples."""
     own = dataclasses.replace(start, model=trial.model, data=trial.data)
     return scoring.last_rows(own, histories, examples, trial.train.seed, trial.early_fraction)
 

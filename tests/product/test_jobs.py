@@ -27,6 +27,8 @@ import pytest
 from commands import ROOT, points, run, step_of, wait_until
 from small_cohort import SIZES
 
+from hymate.command import load
+from hymate.data.prepare import PrepareConfig, prepare
 from hymate.inference.bundle import read_bundle
 
 EVAL_EVERY = 5
@@ -252,13 +254,8 @@ def test_a_search_runs_as_a_job(cluster: Cluster, checkout: Path, small_data: Pa
 
 def test_preparing_as_a_job_survives_a_killed_process(cluster: Cluster, checkout: Path, tmp_path: Path) -> None:
     """And writes what it writes in processes of this machine."""
-    meds = [sys.executable, "-m", "hymate.data.prepare", "source=synthetic", "synthetic.subjects=400"]
-    made = run(
-        [*meds, "synthetic.mean_events=200", "synthetic.shard_events=2000", f"out={tmp_path}/raw"],
-        dict(os.environ),
-        ROOT,
-    )
-    assert made.returncode == 0, made.stderr
+    sizes = ["synthetic.subjects=400", "synthetic.mean_events=200", "synthetic.shard_events=2000"]
+    prepare(load("prepare", ["source=synthetic", "workers=1", *sizes, f"out={tmp_path}/raw"], PrepareConfig))
     settings = ["known=none"]
     here = [sys.executable, "-m", "hymate.data.prepare", "source=meds", f"raw={tmp_path}/raw", f"out={tmp_path}/here"]
     made = run([*here, *settings], dict(os.environ), ROOT)

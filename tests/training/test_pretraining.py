@@ -27,6 +27,7 @@ from safetensors.torch import load_file
 
 from hymate.command import load
 from hymate.data.histories import Histories
+from hymate.data.prepare import PrepareConfig, prepare
 from hymate.errors import UserError
 from hymate.inference.bundle import read_bundle
 from hymate.runs import code
@@ -38,8 +39,8 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("synthetic") / "data"
-    arguments = ["source=synthetic", f"out={out}", "synthetic.subjects=60", "synthetic.mean_events=300"]
-    subprocess.run([sys.executable, "-m", "hymate.data.prepare", *arguments], cwd=ROOT, check=True)
+    given = ["source=synthetic", "workers=1", f"out={out}", "synthetic.subjects=60", "synthetic.mean_events=300"]
+    prepare(load("prepare", given, PrepareConfig))
     return out
 
 
