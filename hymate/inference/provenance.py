@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from hymate.data.histories import Histories
+from hymate.data.histories import Histories, read_metadata
+from hymate.data.sources.several import PLACES
 
 Seen = Literal["new", "same split", "another split", "other data", "not known"]
 CHUNK = 1 << 20  # patients at once
@@ -29,16 +30,21 @@ SENTENCES: dict[Seen, str] = {
 }
 
 
-def provenance(histories: Histories, initial_weights: Seen = "new") -> dict[str, str]:
+def provenance(histories: Histories, initial_weights: Seen = "new") -> dict[str, Any]:
     """A bundle's record of the dataset that it was trained on, as plain values.
 
     initial_weights: `seen` of the weights that training started from; "new" where they were drawn.
+
+    Of a dataset that was made of several, `learned_from_each` has the digest that each of them has by itself.
     """
+    several = (read_metadata(histories.path) or {}).get("datasets", [])
+    each = [_digest(histories, LEARNED_FROM, place) for place in range(len(several))]
     return {
         "fingerprint": histories.fingerprint,
         "patients": _digest(histories, histories.splits),
         "learned_from": _digest(histories, LEARNED_FROM),
         "initial_weights": initial_weights,
+        **({"learned_from_each": each} if each else {}),
     }
 
 
@@ -53,17 +59,23 @@ def seen(extra: Mapping[str, Any], histories: Histories) -> Seen:
         known = histories.fingerprint in (extra.get("data_fingerprint"), extra.get("fingerprint"))
         return "same split" if known else "not known"
     own = provenance(histories)
-    if own["learned_from"] == recorded.get("learned_from"):
+    each = recorded.get("learned_from_each")
+    if own["learned_from"] in [recorded.get("learned_from"), *(each if isinstance(each, list) else [])]:
         return next((known for known in SENTENCES if known == recorded.get("initial_weights")), "same split")
     return "another split" if own["patients"] == recorded.get("patients") else "other data"
 
 
-def _digest(histories: Histories, splits: Sequence[str]) -> str:
-    """Hash of the ids and numbers of events of some splits' patients, by id: two datasets may use the same ids."""
+def _digest(histories: Histories, splits: Sequence[str], place: int | None = None) -> str:
+    """Hash of the ids and numbers of events of some splits' patients, by id: two datasets may use the same ids.
+
+    place: of one of the datasets that this one was made of; its patients alone count, by the ids that they have there.
+    """
     index, found = histories.index, hashlib.sha256()
     for start in range(0, len(index), CHUNK):
         position_N = index.by_subject_P[start : start + CHUNK]
         position_N = position_N[np.any([index.is_in(position_N, split) for split in splits], axis=0)]
-        columns = [index.subject_id_P[position_N], index.num_events_P[position_N]]
-        found.update(np.stack(columns, axis=1, dtype=np.int64).tobytes())
+        row_N2 = np.stack([index.subject_id_P[position_N], index.num_events_P[position_N]], axis=1, dtype=np.int64)
+        if place is not None:
+            row_N2 = row_N2[row_N2[:, 0] % PLACES == place] // [PLACES, 1]
+        found.update(row_N2.tobytes())
     return found.hexdigest()

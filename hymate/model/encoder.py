@@ -348,11 +348,12 @@ def _task_head(config: ModelConfig, width_in: int, in_days: bool) -> PatientHead
     return head
 
 
-def load_pretrained(model: RiskModel, state: Mapping[str, Tensor]) -> None:
-    """Copy the backbone's weights out of a pretrained model's state, and the pooling's where it has the same.
+def load_pretrained(model: nn.Module, state: Mapping[str, Tensor], others: Sequence[str] = ("pooling",)) -> None:
+    """Copy the backbone's weights out of a pretrained model's state, and those of other parts where it has the same.
 
     Raises UserError when the backbone's don't fit.
     """
+    assert isinstance(model.backbone, HyMaTE)
     weights = {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}
     own = model.backbone.state_dict()
     for name in own:
@@ -362,10 +363,11 @@ def load_pretrained(model: RiskModel, state: Mapping[str, Tensor]) -> None:
                 "settings of the run they come from"
             )
     model.backbone.load_state_dict(weights)
-    pooling = {k.removeprefix("pooling."): v for k, v in state.items() if k.startswith("pooling.")}
-    new = model.pooling.state_dict()
-    if {k: v.shape for k, v in pooling.items()} == {k: v.shape for k, v in new.items()}:
-        model.pooling.load_state_dict(pooling)
+    for part in others:
+        weights = {k.removeprefix(f"{part}."): v for k, v in state.items() if k.startswith(f"{part}.")}
+        new = getattr(model, part).state_dict()
+        if {k: v.shape for k, v in weights.items()} == {k: v.shape for k, v in new.items()}:
+            getattr(model, part).load_state_dict(weights)
 
 
 def decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from hymate import cluster
-from hymate.config import DataConfig, ModelConfig, ObjectiveConfig, RunConfig, TrainConfig
+from hymate.config import DataConfig, ModelConfig, ObjectiveConfig, Place, RunConfig, TrainConfig
 from hymate.data.examples import Examples, pretraining_examples
 from hymate.data.histories import Histories
 from hymate.data.loader import Rows
@@ -21,8 +21,9 @@ from hymate.device import Wanted, decide
 from hymate.errors import ConfigError, UserError
 from hymate.hashing import permuted
 from hymate.inference.bundle import Bundle
-from hymate.inference.provenance import provenance
-from hymate.model.encoder import decay_groups
+from hymate.inference.initial import check_codes, initial_bundle, require_same_model
+from hymate.inference.provenance import Seen, provenance, seen
+from hymate.model.encoder import decay_groups, load_pretrained
 from hymate.model.pretrain_model import PretrainModel
 from hymate.runs import ELSEWHERE, check_same_run, claimed, run_folder
 from hymate.storage.paths import Location, require_folder
@@ -57,6 +58,8 @@ CHANGEABLE = ELSEWHERE | {
 class PretrainConfig:
     """Everything of a pretraining run.
 
+    init: run folder or bundle of a pretrained model: its weights, vocabulary and data.min_count are where this run
+        begins; null begins with new weights.
     device: "auto" takes a GPU for each worker if what the model needs for it is installed, else CPUs; or "cpu", "cuda".
     """
 
@@ -65,6 +68,7 @@ class PretrainConfig:
     objective: ObjectiveConfig
     train: TrainConfig
     run: RunConfig
+    init: Place | None = None
     device: Wanted = "auto"
 
     def __post_init__(self) -> None:
@@ -92,17 +96,24 @@ def pretrain(config: PretrainConfig) -> Location:
     """
     histories = open_checked(config.data)
     cluster_gpus = cluster.available_gpus(config.train)
-    folder, inputs = run_folder(config.run), histories.inputs
+    folder, inputs, start = run_folder(config.run), histories.inputs, None
+    if config.init is not None:
+        start = initial_bundle(config.init)
+        require_same_model(start, config.model)
+        config = replace(config, data=replace(config.data, min_count=start.data.min_count))
+        inputs = inputs | {"init": start.fingerprint}
     found = check_same_run(folder, config, inputs, CHANGEABLE)
     if found is None or not (folder / BUNDLE).is_dir():
         kept = Kept(folder / CHECKPOINTS, config.train.keep, MODE)
         kept.require_any_left()
+        if start is not None and config.init is not None:
+            check_codes(start, config.init, histories)
         config = decide(config, config.model, workers=config.train.num_workers, cluster_gpus=cluster_gpus)
         require_folder(folder, "run.dir")
         with claimed(folder, "pretrain", config, inputs) as run:
             job, text = functools.partial(pretraining_job, config), yaml.safe_dump(to_tree(config), sort_keys=False)
             ended = fit(Training(job, config.train, config.model, config.device, run, kept, text))
-            metrics = _export(config, kept, histories, folder / BUNDLE)
+            metrics = _export(config, start, kept, histories, folder / BUNDLE)
             found = run.found
             found |= {SCORE: metrics[SCORE], "step": metrics["step"], "bundle": str(folder / BUNDLE)}
             found["skipped_steps"] = ended.skipped
@@ -127,7 +138,8 @@ def open_checked(data: DataConfig) -> Histories:
 def pretraining_job(config: PretrainConfig, worker: Worker) -> Job:
     """Model, rows and evaluation of one worker."""
     histories = Histories.open(config.data.path)
-    vocabulary = Vocabulary.of(histories, config.data.min_count)
+    start = None if config.init is None else initial_bundle(config.init)
+    vocabulary = _vocabulary(config, start, histories)
     torch.manual_seed(config.train.seed)
     module = PretrainModel(config.model, config.objective, vocabulary.size)
     groups = decay_groups(module, config.train.weight_decay)
@@ -136,6 +148,8 @@ def pretraining_job(config: PretrainConfig, worker: Worker) -> Job:
     if config.objective.time_to_event_weight:
         sample = _rows(config, histories, vocabulary, some(examples, config.data, config.train))
         module.learn_times(row for row, _ in sample.once(0, 1))
+    if start is not None:
+        load_pretrained(module, start.state, [name for name, _ in module.named_children() if name != "backbone"])
     tuning_examples = pretraining_examples(histories, TUNING_SPLIT)
     tuning = _rows(config, histories, vocabulary, some(tuning_examples, config.data, config.train))
 
@@ -151,6 +165,10 @@ def pretraining_job(config: PretrainConfig, worker: Worker) -> Job:
         metric=SCORE,
         mode=MODE,
     )
+
+
+def _vocabulary(config: PretrainConfig, start: Bundle | None, histories: Histories) -> Vocabulary:
+    return Vocabulary.of(histories, config.data.min_count) if start is None else start.vocabulary
 
 
 def some(examples: Examples, data: DataConfig, train: TrainConfig) -> Examples:
@@ -177,14 +195,17 @@ def _rows(config: PretrainConfig, histories: Histories, vocabulary: Vocabulary, 
 # ------------------------------------------------------------------------------------------------------- bundle
 
 
-def _export(config: PretrainConfig, kept: Kept, histories: Histories, folder: Location) -> dict[str, float]:
+def _export(
+    config: PretrainConfig, start: Bundle | None, kept: Kept, histories: Histories, folder: Location
+) -> dict[str, float]:
     """Write the weights of the best whole checkpoint as the run's bundle; returns that one's metrics."""
     best = checkpoint.first_whole(kept.best_first())
     if best is None:
         raise UserError(f"no checkpoint in {kept.folder} is whole: put a copy back, or delete the run to begin again")
     numbers = {name: float(value) for name, value in best.metrics.items()}
-    card, vocabulary = _card(config, numbers, histories), Vocabulary.of(histories, config.data.min_count)
-    known, extra = histories.known, {"metrics": numbers, "provenance": provenance(histories)}
+    card, vocabulary = _card(config, numbers, histories), _vocabulary(config, start, histories)
+    before: Seen = "new" if start is None else seen(start.extra, histories)
+    known, extra = histories.known, {"metrics": numbers, "provenance": provenance(histories, before)}
     bundle = Bundle("pretrained", config.model, config.data, vocabulary, best.weights, known=known, extra=extra)
     bundle.write(folder, card)
     return numbers

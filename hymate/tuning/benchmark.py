@@ -29,10 +29,10 @@ from hymate.cluster import RemoteCall
 from hymate.data.features import FeatureConfig, choose, features
 from hymate.data.histories import Histories
 from hymate.data.tasks import read_or_extract_labels
-from hymate.data.vocabulary import Vocabulary
 from hymate.errors import ConfigError
 from hymate.evaluation import baseline_models, calibration
 from hymate.inference.bundle import Bundle, read_weights, write_weights
+from hymate.inference.initial import check_codes, initial_bundle, require_same_model
 from hymate.inference.scoring import predict
 from hymate.runs import ELSEWHERE, check_same_run, claimed, run_folder
 from hymate.storage.paths import Location, atomic_path, local_copy, locate, require_folder, write_text
@@ -52,7 +52,7 @@ from hymate.tuning.protocol import (
     Labelled,
     runs_of,
 )
-from hymate.tuning.trial import TrialConfig, distilled, require_starts, trial_config, trial_job
+from hymate.tuning.trial import TrialConfig, distilled, require_starts, starting_point, trial_config, trial_job
 
 CHOSEN_BY = "loss"  # cross-entropy, as in hymate.evaluation.baseline_models: AUROC and AUPRC of few positives jump
 PRETRAINED = "pretrained"  # folder in the benchmark's
@@ -75,6 +75,8 @@ def benchmark(config: BenchmarkConfig) -> Location:
     for run in {(run.budget, run.seed, run.fold): run for run in runs}.values():
         there.allotted(config, run).check(config, run)
     inputs = histories.inputs | {"task.labels": label_set.digest()}
+    if config.init is not None:
+        inputs["init"] = _check_init(config, config.init, histories)
     check_same_run(path, config, inputs, CHANGEABLE)
     with claimed(path, "benchmark", config, inputs) as claim:
         calls = _calls(config, [run for run in runs if not run.results_path(comparison.folder_of(config)).is_file()])
@@ -89,13 +91,23 @@ def benchmark(config: BenchmarkConfig) -> Location:
     return path
 
 
+def _check_init(config: BenchmarkConfig, init: str, histories: Histories) -> str:
+    """The digest of the bundle that the pretrained contenders start from. Raises UserError where one can't."""
+    bundle = initial_bundle(init)
+    for name, contender in config.contenders.items():
+        if contender.pretrained:
+            require_same_model(bundle, config.model_of(name))
+    check_codes(bundle, init, histories)
+    return bundle.fingerprint
+
+
 def _calls(config: BenchmarkConfig, waiting: Sequence[ContenderRun]) -> list[RemoteCall]:
     """The runs, each after the pretraining that it needs."""
     gpu = config.device == "cuda"
     calls: dict[str, RemoteCall] = {}
     for run in waiting:
         needs, pretrained = None, config.pretraining(run)
-        if pretrained is not None:
+        if pretrained is not None and config.init is None:
             needs = f"pretraining of {pretrained}, seed {run.seed}"
             calls.setdefault(needs, RemoteCall(needs, pretrain, (config, pretrained, run.seed), gpu))
         calls[str(run)] = RemoteCall(str(run), train_and_score, (config, run), gpu and run.name not in BASELINES, needs)
@@ -144,8 +156,11 @@ def _contender(
     config: BenchmarkConfig, run: ContenderRun, histories: Histories, own: Allotment, state: dict[str, Tensor] | None
 ) -> tuple[np.ndarray, np.ndarray, int]:
     """As `_baseline`, and how many parameters the model has."""
-    contender, vocabulary = config.contenders[run.name], Vocabulary.of(histories, config.data.min_count)
-    start = Bundle("pretrained", config.model_of(run.name), config.data, vocabulary, state or {})
+    contender = config.contenders[run.name]
+    init = config.init if contender.pretrained else None
+    start = starting_point(config.data, config.model_of(run.name), init)
+    if state is not None:
+        start = dataclasses.replace(start, state=state)
     trial = trial_of(config, contender, start, run.seed, own.fraction)
     fitting = own.fitting
     if trial.teacher_fraction:
@@ -161,7 +176,7 @@ def _contender(
         loop.train(job, settings, worker, report=report, telemetry=telemetry, resume=None, description=text)
 
     best = _best_weights(chosen, train)
-    bundle = Bundle("risk", trial.model, trial.data, vocabulary, best, trial.tasks, trial.in_days)
+    bundle = Bundle("risk", trial.model, trial.data, start.vocabulary, best, trial.tasks, trial.in_days)
     outputs = [predict(bundle, histories, examples, chosen) for examples in (own.choosing, own.test)]
     choosing_logit_E, test_logit_E = (output.logit_ET[:, 0] for output in outputs)
     return choosing_logit_E, test_logit_E, sum(weight.numel() for weight in best.values())
@@ -186,8 +201,8 @@ def pretrain(config: BenchmarkConfig, name: str, seed: int) -> tuple[dict[str, T
     torch.set_num_threads(config.train.cpus_per_worker)
     path = run_folder(config.run) / PRETRAINED / f"{name}-seed{seed}.safetensors"
     if not path.with_suffix(".json").is_file():  # it comes last
-        model, train_settings = config.model_of(name), dataclasses.replace(config.pretrain, seed=seed)
-        settings = PretrainConfig(config.data, model, config.objective, train_settings, config.run, config.device)
+        model, own = config.model_of(name), dataclasses.replace(config.pretrain, seed=seed)
+        settings = PretrainConfig(config.data, model, config.objective, own, config.run, device=config.device)
         started = time.monotonic()
         chosen = device.choose(config.device, model)
         telemetry = Telemetry(run_folder(config.run) / "tb" / f"{PRETRAINED}-{path.stem}", enabled=True)

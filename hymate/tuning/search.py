@@ -20,6 +20,7 @@ from hymate.evaluation import report, results
 from hymate.evaluation.baseline_models import FEATURES, cross_fitted
 from hymate.evaluation.subgroups import subgroups
 from hymate.inference.bundle import Bundle
+from hymate.inference.initial import check_codes
 from hymate.inference.provenance import SENTENCES, Seen, provenance, seen
 from hymate.runs import ELSEWHERE, Run, check_same_run, claimed, run_folder
 from hymate.storage.paths import Location, filling, locate, remove_tree, require_folder, write_text
@@ -86,6 +87,8 @@ def search(config: TuneConfig) -> Location:
         cluster_gpus = cluster.available_gpus(config.train)
     histories = Histories.open(config.data.path)
     start = starting_point(config.data, config.model, config.init)
+    if found is None and config.init is not None:
+        check_codes(start, config.init, histories)
     if found is None:
         config = decide(config, start.model, workers=config.train.num_workers, cluster_gpus=cluster_gpus)
     trials = draw_trials(config.tasks, config.search, config.train, start)

@@ -21,15 +21,13 @@ from hymate.device import Wanted
 from hymate.errors import ConfigError, UserError
 from hymate.evaluation import metrics
 from hymate.inference import scoring
-from hymate.inference.bundle import Bundle, read_bundle
+from hymate.inference.bundle import Bundle
+from hymate.inference.initial import initial_bundle, require_same_model
 from hymate.model.encoder import RiskModel, decay_groups, load_pretrained
-from hymate.storage.paths import Location, locate
+from hymate.storage.paths import Location
 from hymate.training import loop
 from hymate.trees import build, to_tree
 from hymate.tuning import space
-
-# model settings that a pretrained backbone leaves open: they change no shape of it and not what it computes
-OPEN_SETTINGS = ("dropout", "pooling", "num_queries", "members", "chunk_size")
 
 
 @dataclass(frozen=True)
@@ -97,14 +95,8 @@ def starting_point(data: DataConfig, model: ModelConfig | None, init: str | None
             raise ConfigError("init=null trains from scratch and needs a model: add model=small (or another size)")
         vocabulary = Vocabulary.of(Histories.open(data.path), data.min_count)
         return Bundle("pretrained", model, data, vocabulary, state={})
-    bundle = read_bundle(locate(init))
-    for field in dataclasses.fields(ModelConfig):
-        own = getattr(bundle.model, field.name)
-        given = own if model is None else getattr(model, field.name)
-        if given != own and field.name not in OPEN_SETTINGS:
-            raise ConfigError(
-                f"model.{field.name}={given} does not fit the bundle, which has {own}: leave model out, or init=null"
-            )
+    bundle = initial_bundle(init)
+    require_same_model(bundle, model or bundle.model)
     data = dataclasses.replace(data, min_count=bundle.data.min_count)
     return dataclasses.replace(bundle, model=model or bundle.model, data=data)
 

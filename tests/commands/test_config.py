@@ -126,7 +126,7 @@ def test_a_search_is_not_over_numbers_that_are_not_finite(number: str) -> None:
 # Each command with what it requires, and its keys that hold text.
 COMMANDS: dict[str, tuple[type, list[str], list[str]]] = {
     "prepare": (PrepareConfig, ["source=synthetic", "out=D"], ["out", "raw"]),
-    "pretrain": (PretrainConfig, [PATH], ["data.path", "run.dir"]),
+    "pretrain": (PretrainConfig, [PATH], ["data.path", "run.dir", "init"]),
     "tune": (
         TuneConfig,
         [PATH, "init=B", "task=[mortality,readmission]"],

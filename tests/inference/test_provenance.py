@@ -48,6 +48,18 @@ def test_the_same_split_is_known_and_another_one_told_apart(histories: Histories
     assert other_codes.fingerprint != histories.fingerprint and seen(bundle, other_codes) == "same split"
 
 
+def test_a_bundle_of_several_datasets_knows_each_of_them(histories: Histories, tmp_path: Path) -> None:
+    other = prepared(tmp_path / "other", seed=1)
+    places = [str(histories.path), str(other.path)]
+    prepare(PrepareConfig("meds", str(tmp_path / "both"), places, origins=["a", "b"], workers=1))
+    both = provenance(Histories.open(tmp_path / "both"))
+    assert both["learned_from_each"] == [provenance(part)["learned_from"] for part in (histories, other)]
+    for known in (histories, other, Histories.open(tmp_path / "both")):
+        assert seen({"provenance": both}, known) == "same split"
+    assert seen({"provenance": both}, prepared(tmp_path / "new", ("train", "held_out"))) == "other data"
+    assert seen({"provenance": {**both, "learned_from_each": 7}}, other) == "other data"
+
+
 def test_bundles_of_before_know_a_fingerprint_only(histories: Histories, tmp_path: Path) -> None:
     for name in ("data_fingerprint", "fingerprint"):
         assert seen({name: histories.fingerprint}, histories) == "same split"

@@ -1,0 +1,69 @@
+"""The pretrained bundle that a training starts from: the setting `init`."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from hymate.config import ModelConfig
+from hymate.data.codemap import FOLDER, CodeMap
+from hymate.data.histories import Histories
+from hymate.data.vocabulary import Vocabulary
+from hymate.errors import ConfigError, UserError
+from hymate.inference.bundle import Bundle, read_bundle
+from hymate.model.batch import FIRST_CODE_ID, UNKNOWN_ID
+from hymate.storage.paths import locate
+
+# model settings that a pretrained backbone leaves open: they change no shape of it and not what it computes
+OPEN_SETTINGS = ("dropout", "pooling", "num_queries", "members", "chunk_size")
+FEW, MANY = 0.05, 0.5  # fractions of the events: sex and birth, which most datasets code alike, are less than the first
+
+
+def initial_bundle(init: str) -> Bundle:
+    """What `init` names. Raises UserError as `read_bundle` does."""
+    return read_bundle(locate(init))
+
+
+def require_same_model(bundle: Bundle, model: ModelConfig) -> None:
+    """Raises ConfigError where a model differs from the bundle's in more than OPEN_SETTINGS."""
+    for field in dataclasses.fields(ModelConfig):
+        own, given = getattr(bundle.model, field.name), getattr(model, field.name)
+        if given != own and field.name not in OPEN_SETTINGS:
+            raise ConfigError(
+                f"model.{field.name}={given} does not fit the bundle of init, which has {own}: give the bundle's "
+                "model, or init=null"
+            )
+
+
+def check_codes(bundle: Bundle, init: str, histories: Histories) -> None:
+    """Warn where the bundle knows the codes of less than half of the dataset's training events.
+
+    Raises UserError where it knows next to none. Both name the code map that would help, if it is one of ours.
+    """
+    own = Vocabulary.of(histories, min_count=1)
+    known = _known(bundle, own.codes, own)
+    if known >= MANY:
+        return
+    by_map = {path.stem: _known(bundle, _renamed(path.stem, own), own) for path in sorted(FOLDER.glob("*.csv"))}
+    best = max(by_map, key=lambda name: by_map[name])
+    remedy = "prepare it with a code map to the bundle's codes (docs/data.md)"
+    if by_map[best] > known + FEW:
+        remedy = f"prepare it with codes={best}, by which these are {by_map[best]:.0%}"
+    line = f"init={init} knows the codes of {known:.1%} of this dataset's training events: {remedy}"
+    if known < FEW:
+        raise UserError(line)
+    print(f"warning: {line}", flush=True)
+
+
+def _known(bundle: Bundle, codes: list[str], own: Vocabulary) -> float:
+    """The fraction of a dataset's training events that the bundle knows, by the codes of the dataset's vocabulary."""
+    count_C = own.count_V[FIRST_CODE_ID:]
+    known_C = bundle.vocabulary.ids_of(codes) != UNKNOWN_ID
+    return float(np.sum(count_C, where=known_C) / max(count_C.sum(), 1))
+
+
+def _renamed(name: str, own: Vocabulary) -> list[str]:
+    """The codes of a vocabulary under a code map."""
+    lines = CodeMap.read(name).lines
+    return [lines[code].canonical if code in lines else code for code in own.codes]

@@ -1,0 +1,156 @@
+"""`init`: the bundle that pretraining, tuning and benchmarks start from."""
+
+from __future__ import annotations
+
+import multiprocessing
+from pathlib import Path
+
+import pytest
+import torch
+from raw_meds import config, write_raw
+from small_cohort import write_meds
+
+from hymate.command import load
+from hymate.data.examples import labelled_examples
+from hymate.data.histories import Histories
+from hymate.data.prepare import prepare
+from hymate.data.tasks import read_or_extract_labels
+from hymate.data.vocabulary import Vocabulary
+from hymate.errors import ConfigError, UserError
+from hymate.inference.bundle import Bundle
+from hymate.inference.initial import check_codes, initial_bundle
+from hymate.inference.provenance import provenance
+from hymate.model.pretrain_model import PretrainModel
+from hymate.training import loop
+from hymate.training.pretraining import PretrainConfig, pretrain, pretraining_job
+from hymate.tuning.benchmark import _calls, benchmark, train_and_score
+from hymate.tuning.protocol import BenchmarkConfig, ContenderRun
+from hymate.tuning.search import TuneConfig, search
+from hymate.tuning.trial import draw_trials, starting_point, trial_job
+
+MAP = "code,canonical_code\nLAB//marker,heart_rate\nLAB//sodium,sodium\nLAB//glucose,glucose\n"
+MODEL = ["model=debug", "model.pooling=variables", "model.members=2"]
+FORECAST = ["objective=forecast", "objective.horizon_hours=12"]
+CHALLENGE = ("HR//bpm", "Na//mEq/L", "Glucose//mg/dL")  # the same codes in PhysioNet 2012
+CUT = ["data.context=32", "data.tokens_per_row=256"]
+STEP = ["train.rows_per_step=1", "train.max_steps=1", "train.warmup_steps=0", "train.eval_every=1"]
+
+
+@pytest.fixture(scope="module")
+def canonical(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small cohort with codes that the bundle knows."""
+    folder = tmp_path_factory.mktemp("canonical")
+    (folder / "map.csv").write_text(MAP)
+    prepare(config(write_meds(folder / "raw"), folder / "data", codes=str(folder / "map.csv")))
+    return folder / "data"
+
+
+@pytest.fixture(scope="module")
+def init(canonical: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A bundle of the cohort, as pretraining writes it."""
+    folder = tmp_path_factory.mktemp("pretrained") / "bundle"
+    given = load("pretrain", [f"data.path={canonical}", *MODEL, *FORECAST, *CUT], PretrainConfig)
+    histories = Histories.open(canonical)
+    vocabulary, extra = Vocabulary.of(histories, 10), {"provenance": provenance(histories)}
+    torch.manual_seed(1)
+    state = PretrainModel(given.model, given.objective, vocabulary.size).state_dict()
+    Bundle("pretrained", given.model, given.data, vocabulary, state, extra=extra).write(folder)
+    return str(folder)
+
+
+def test_codes_that_the_bundle_does_not_know_are_pointed_out(
+    init: str, canonical: Path, small_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = initial_bundle(init)
+    check_codes(bundle, init, Histories.open(canonical))
+    assert capsys.readouterr().out == ""
+    with pytest.raises(UserError, match=r"^init=.*/bundle knows the codes of 0\.0% of .* with a code map to"):
+        check_codes(bundle, init, Histories.open(small_data))
+
+    rows = {
+        f"{split}/0": [(place * 100 + n, n, code, 1.0) for n in range(40) for code in CHALLENGE]
+        for place, split in enumerate(("train", "tuning", "held_out"), start=1)
+    }
+    prepare(config(write_raw(tmp_path / "challenge", rows), tmp_path / "a"))
+    with pytest.raises(UserError, match=r"knows .*: prepare it with codes=physionet2012, by which .* 100%$"):
+        check_codes(bundle, init, Histories.open(tmp_path / "a"))
+
+    mixed = {
+        shard: sorted(own + [(id, n, "heart_rate", 80.0) for id, n, code, _ in own if code == CHALLENGE[0]])
+        for shard, own in rows.items()
+    }
+    prepare(config(write_raw(tmp_path / "mixed", mixed), tmp_path / "b"))
+    check_codes(bundle, init, Histories.open(tmp_path / "b"))
+    line = f"warning: init={init} knows the codes of 25.0% of this dataset's training events: prepare it with codes="
+    assert capsys.readouterr().out.startswith(line)
+
+
+def test_a_search_without_common_codes_is_refused_before_it_begins(init: str, small_data: Path, tmp_path: Path) -> None:
+    settings = ["task=readmission", f"data.path={small_data}", f"run.dir={tmp_path}", f"init={init}", *CUT]
+    with pytest.raises(UserError, match="knows the codes of"):
+        search(load("tune", settings, TuneConfig))
+    given = [f"data.path={small_data}", f"run.dir={tmp_path}", f"init={init}", *CUT]
+    with pytest.raises(UserError, match="knows the codes of"):
+        pretrain(load("pretrain", [*given, *MODEL], PretrainConfig))
+    with pytest.raises(ConfigError, match=r"model\.d_model=128 does not fit .* 32: give the bundle's model"):
+        pretrain(load("pretrain", given, PretrainConfig))
+    compared = ["task=readmission", f"data.path={small_data}", f"run.dir={tmp_path}", f"init={init}", *CUT, "seeds=1"]
+    with pytest.raises(ConfigError, match=r"model\.d_model=64 does not fit .* 32: give"):
+        benchmark(load("benchmark", compared, BenchmarkConfig))
+    with pytest.raises(UserError, match="knows the codes of"):
+        benchmark(load("benchmark", [*compared, *MODEL], BenchmarkConfig))
+    assert not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------------------------------------------ training
+
+
+def test_fine_tuning_starts_from_it(init: str, canonical: Path) -> None:
+    settings = ["task=readmission", f"data.path={canonical}", f"init={init}", "search.num_trials=1", *CUT, *STEP]
+    given = load("tune", [*settings, "search.space.pooling=variables", "search.space.frozen=false"], TuneConfig)
+    start = starting_point(given.data, given.model, given.init)
+    (trial,) = draw_trials(given.tasks, given.search, given.train, start)
+    histories = Histories.open(canonical)
+    table = read_or_extract_labels(canonical, given.tasks[0]).table
+    examples = [labelled_examples(histories, table, split) for split in ("train", "tuning")]
+    with loop.single_process() as worker:
+        job = trial_job(start, trial, histories, *examples, "mean", worker)
+    begun = job.module.state_dict()
+    shipped = {
+        name: weight
+        for name, weight in initial_bundle(init).state.items()
+        if name.startswith(("backbone.", "pooling."))
+    }
+    assert shipped and all(torch.equal(begun[name], weight) for name, weight in shipped.items())
+
+
+def test_pretraining_goes_on_from_it(init: str, canonical: Path) -> None:
+    more = ["objective.code_weight=1", "objective.time_to_event_weight=1"]
+    settings = [f"data.path={canonical}", f"init={init}", *MODEL, *FORECAST, *more, *CUT, *STEP]
+    given = load("pretrain", settings, PretrainConfig)
+    with loop.single_process() as worker:
+        job = pretraining_job(given, worker)
+    bundle, begun = initial_bundle(init), job.module.state_dict()
+    assert all(torch.equal(begun[name], weight) for name, weight in bundle.state.items())
+    new = begun.keys() - bundle.state.keys()
+    assert {name.partition(".")[0] for name in new} == {"code_head", "time_head"}
+
+
+@pytest.mark.slow
+def test_a_benchmark_starts_from_it_instead_of_pretraining(init: str, canonical: Path, tmp_path: Path) -> None:
+    settings = [
+        "task=readmission",
+        f"data.path={canonical}",
+        f"run.dir={tmp_path}",
+        *MODEL,
+        f"init={init}",
+        *CUT,
+        *STEP,
+    ]
+    given = load("benchmark", [*settings, "only=[pretrained]", "folds=2", "seeds=1", "device=cpu"], BenchmarkConfig)
+    run = ContenderRun("pretrained", 0, 0, 0)
+    (call,) = _calls(given, [run])
+    assert (call.name, call.needs) == (str(run), None)
+    with multiprocessing.get_context("spawn").Pool(1) as processes:  # DeepSpeed trains once in one
+        processes.starmap(train_and_score, [(given, run)])
+    assert (tmp_path / "benchmark-readmission" / "runs" / "pretrained-all-seed0-fold0.json").is_file()
