@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -46,13 +47,13 @@ FORKED.set_forkserver_preload(["deepspeed", "torch._dynamo", "hymate.tuning.tria
 
 def run_workers(function: Callable[..., None], world_size: int, *args: Any) -> None:
     """Run `function(worker, *args)` in `world_size` processes of one group; fails if any of them does."""
-    os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is imported
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     processes = [
         FORKED.Process(target=_work, args=(function, rank, world_size, store.port, args)) for rank in range(world_size)
     ]
-    for process in processes:
-        process.start()
+    with mock.patch.dict(os.environ, DS_ACCELERATOR="cpu"):  # read when deepspeed is imported
+        for process in processes:
+            process.start()
     try:
         for process in processes:
             process.join(120)
