@@ -403,4 +403,5 @@ def _nothing(request: Request, asked: _Asked, found: Counts) -> UserError:
 
 
 def _other_codes(data: Location) -> UserError:
-    return UserError(f"{data} has none of the codes that the bundle knows: it is coded differently")
+    remedy = "give a code map (codes=map.csv) with its MEDS folder"
+    return UserError(f"{data} has none of the codes that the bundle knows: it is coded differently; {remedy}")

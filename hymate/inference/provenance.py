@@ -35,7 +35,8 @@ def provenance(histories: Histories, initial_weights: Seen = "new") -> dict[str,
 
     initial_weights: `seen` of the weights that training started from; "new" where they were drawn.
 
-    Of a dataset that was made of several, `learned_from_each` has the digest that each of them has by itself.
+    Of a dataset that was made of several, `learned_from_each` has the digest that each of them has by itself. `codes`
+    has the code maps that made its codes, where there are any.
     """
     several = (read_metadata(histories.path) or {}).get("datasets", [])
     each = [_digest(histories, LEARNED_FROM, place) for place in range(len(several))]
@@ -45,6 +46,7 @@ def provenance(histories: Histories, initial_weights: Seen = "new") -> dict[str,
         "learned_from": _digest(histories, LEARNED_FROM),
         "initial_weights": initial_weights,
         **({"learned_from_each": each} if each else {}),
+        **({"codes": ", ".join(histories.code_maps)} if histories.code_maps else {}),
     }
 
 

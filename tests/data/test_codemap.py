@@ -17,6 +17,7 @@ from small_models import vocabulary_of, write_risk_bundle
 
 from hymate.command import load
 from hymate.data.codemap import FOLDER, CodeMap
+from hymate.data.histories import Histories
 from hymate.data.meds import DataError
 from hymate.data.prepare import PrepareConfig, prepare
 from hymate.errors import UserError
@@ -24,6 +25,7 @@ from hymate.evaluate import EvaluateConfig
 from hymate.evaluate import run as evaluate
 from hymate.explain import ExplainConfig
 from hymate.explain import run as explain
+from hymate.inference.provenance import provenance
 from hymate.predict import PredictConfig
 from hymate.predict import run as predict
 from hymate.trees import dump_yaml
@@ -89,6 +91,12 @@ def test_codes_become_one_variable_in_one_unit(tmp_path: Path, capsys: pytest.Ca
     assert (out / "metadata/code_map.csv").read_text() == MAP
     (recorded,) = json.loads((out / "histories/metadata.json").read_text())["codes"]
     assert recorded == {"name": "map.csv", "sha256": CodeMap.read(codes).digest}
+    histories, of_map = Histories.open(out), f"map.csv {CodeMap.read(codes).digest}"
+    assert histories.inputs == {"data.path": histories.fingerprint, "data.codes": of_map}  # of a run's record
+    assert provenance(histories)["codes"] == of_map  # of a bundle
+    prepare(config(raw, tmp_path / "plain"))
+    plain = Histories.open(tmp_path / "plain")
+    assert plain.inputs.keys() == {"data.path"} and "codes" not in provenance(plain)
     assert "6 events of 4 codes are mapped; 1 codes of the map have no event: Nowhere" in capsys.readouterr().out
     prepare(config(raw, out, codes=write_map(tmp_path / "noted.csv", "# another note\n" + MAP)))  # nothing to do
     with pytest.raises(UserError, match="prepared from other data or settings"):

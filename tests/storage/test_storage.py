@@ -135,6 +135,21 @@ def test_what_fails_while_it_is_written_leaves_what_was_there(place: Location) -
     assert list(paths.files_below(place, "")) == ["file", "folder/marker", "folder/new"]
 
 
+def test_several_datasets_are_mapped_at_a_place_as_here(place: Location, tmp_path: Path) -> None:
+    """What `prepare` writes twice, it writes twice at a URL, too."""
+    raw = [str(write_meds(tmp_path / name, seed)) for seed, name in enumerate("AB")]
+    (tmp_path / "map.csv").write_text("code,canonical_code,factor\nLAB//glucose,glucose,18\n")
+    how = {"codes": [str(tmp_path / "map.csv"), None], "origins": ["a", "b"], "workers": 1}
+    counts = []
+    for out in (tmp_path / "here", place / "there"):
+        prepare(PrepareConfig("meds", str(out), raw, **how))  # type: ignore[arg-type]
+        metadata = json.loads((out / "histories/metadata.json").read_text())
+        histories = Histories.open(out)
+        counts.append((metadata["splits"], histories.codes, sorted(histories.index.subject_id_P.tolist())))
+        assert (out / "metadata/code_map-0.csv").is_file() and not (out / "histories/.work").exists()
+    assert counts[0] == counts[1] and "glucose" in counts[0][1]
+
+
 def test_names_that_lead_out_of_a_folder_are_refused(server: Server) -> None:
     client = boto3.client("s3")
     client.put_object(Bucket=BUCKET, Key="hostile/../../escaped", Body=b"x")
