@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
+from hymate.data.codemap import CodeMap
 from hymate.data.examples import Examples, labelled_examples, united
 from hymate.data.histories import Histories
 from hymate.data.meds import DATA_SCHEMA
@@ -44,16 +45,19 @@ from hymate.storage.paths import locate
 Table = Any  # of pyarrow, polars or pandas
 
 
-def load(bundle: str | os.PathLike[str], device: Wanted = "auto") -> Model:
+def load(bundle: str | os.PathLike[str], device: Wanted = "auto", codes: str | os.PathLike[str] | None = None) -> Model:
     """The model of a bundle.
 
     bundle: a risk bundle or the folder of a search, a local path or a URL.
     device: "auto" takes a GPU if what the model needs for it is installed, else the CPU; or "cpu", "cuda".
+    codes: code map of the events that it will be given, where their codes or units are not the model's: a CSV file, or
+        the name of one of ours.
 
     Raises UserError where there is no bundle, where it is damaged, and where it holds no risk model.
     """
     found = read_bundle(locate(os.fspath(bundle)), kind="risk")
-    return Model(found, choose(device, found.model))
+    mapped = None if codes is None else CodeMap.read(os.fspath(codes)).under(found.known)
+    return Model(found, choose(device, found.model), mapped)
 
 
 @dataclass(frozen=True)
@@ -87,10 +91,10 @@ class Model:
     Mistakes raise `hymate.errors.UserError`: one line, which quotes neither ids nor values.
     """
 
-    def __init__(self, bundle: Bundle, device: torch.device) -> None:
+    def __init__(self, bundle: Bundle, device: torch.device, codes: CodeMap | None = None) -> None:
         self.tasks: Sequence[str] = tuple(bundle.tasks)
         self.in_days: Sequence[str] = tuple(bundle.in_days)
-        self._bundle, self._device = bundle, device
+        self._bundle, self._device, self._codes = bundle, device, codes
         self._model = build_model(bundle).to(device)
 
     def predict(
@@ -113,7 +117,7 @@ class Model:
         patients = events if isinstance(events, Patients) else None
         if patients is not None:
             self._check(patients)
-        histories, examples, is_one = self._asked(events if patients is None else patients.events, at)
+        histories, examples, is_one = self._asked(self._events(events) if patients is None else patients.events, at)
         of_tasks = united([examples] * len(self.tasks))
         if patients is not None:
             states = HeldStates(patients._states)
@@ -132,7 +136,7 @@ class Model:
         A NumPy array, float32 (X,), where `at` is a time and `events` has one subject; else a pyarrow table by subject
         and time: subject_id, prediction_time and vector (lists of X).
         """
-        histories, examples, is_one = self._asked(events, at)
+        histories, examples, is_one = self._asked(self._events(events), at)
         of_tasks = united([examples] * len(self.tasks))
         vector_EX = patient_vectors(self._model, last_rows(self._bundle, histories, of_tasks), self._device)
         if is_one:
@@ -149,7 +153,7 @@ class Model:
         attributions of a prediction sum to its logit less that of the same history with nothing known of its events.
         """
         bundle = self._bundle.for_task(self.tasks[self._number(task)])
-        histories, examples, _ = self._asked(events, at)
+        histories, examples, _ = self._asked(self._events(events), at)
         explainer = Explainer(bundle, histories, self._device)
         cases = explainer.cases(examples, np.arange(len(examples)))
         pairs = zip(cases, explainer.attributions(cases), strict=True)
@@ -167,7 +171,7 @@ class Model:
         check_streamable(self._bundle.model)
         before = Patients(_bundle=self._bundle.fingerprint) if patients is None else patients
         self._check(before)
-        new = events_of(events)
+        new = self._events(events)
         everything = pa.concat_tables([before.events, new]).combine_chunks()
         touched = everything.filter(pc.is_in(everything["subject_id"], new["subject_id"].unique()))
         last = touched.group_by("subject_id").aggregate([("time", "max")]).drop_null()
@@ -195,11 +199,18 @@ class Model:
         if patients._bundle != self._bundle.fingerprint:
             raise UserError("another model has read these patients: append their events to this one, from None on")
 
-    def _asked(self, events: Table, at: str | datetime | Table) -> tuple[Histories, Examples, bool]:
+    def _events(self, given: Table) -> pa.Table:
+        """The events of a table with the model's codes."""
+        events = events_of(given)
+        return self._codes.apply_to_table(events, "events") if self._codes else events
+
+    def _asked(self, events: pa.Table, at: str | datetime | Table) -> tuple[Histories, Examples, bool]:
         """The histories, the times at which something is known of them, and whether that is one prediction."""
-        histories = histories_of(events_of(events), self._bundle.known)
+        histories = histories_of(events, self._bundle.known)
         if not self._bundle.vocabulary.ids_of(histories.codes).any():
-            raise UserError("events: none has a code that the model knows: they are coded differently")
+            raise UserError(
+                "events: none has a code that the model knows: load it with a code map (codes=)"
+            )
         times = times_of(at, histories.index.subject_id_P)
         examples = labelled_examples(histories, times, "all", required=False)
         if not len(examples):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +13,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from raw_meds import BIRTH, Row, config, files, read_back, write_raw, write_table
 from small_cohort import write_meds
 from small_models import vocabulary_of, write_risk_bundle
 
+import hymate
 from hymate.command import load
 from hymate.data.codemap import FOLDER, CodeMap
 from hymate.data.histories import Histories
@@ -144,6 +149,23 @@ def test_a_wrong_map_is_refused_in_a_line_before_anything_is_written(tmp_path: P
     assert not (tmp_path / "out").exists()
 
 
+@settings(max_examples=200)
+@given(
+    st.lists(
+        st.lists(st.sampled_from(["A", "b", '"', '""', ",", "1e999", "-2", "\x00", "\r", "\u2028", " "]), max_size=8)
+    )
+)
+def test_any_text_is_a_map_or_refused_in_a_line(lines: list[list[str]]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        text = "\n".join([HEADER, *map("".join, lines)])
+        try:
+            found = CodeMap.read(write_map(Path(folder) / "map.csv", text))
+        except UserError as error:
+            assert str(error).isprintable()
+        else:
+            assert all(math.isfinite(line.factor) and line.factor != 0 for line in found.lines.values())
+
+
 def test_a_map_that_is_not_there_or_no_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "map.csv").write_bytes(b"\xff\xfe\x00")
     for codes, message in (
@@ -242,6 +264,9 @@ def test_a_model_of_elsewhere_predicts_our_codes(
     np.testing.assert_allclose(predicted(tmp_path / "prepared")[risk].to_numpy(), mapped[risk].to_numpy(), atol=1e-6)
     with pytest.raises(UserError, match="is prepared, and codes are mapped when a dataset is prepared"):
         predicted(tmp_path / "prepared", f"codes={codes}")
+    events = pa.concat_tables(pq.read_table(file) for file in sorted((ours / "data").rglob("*.parquet")))
+    in_memory = hymate.load(bundle, "cpu", codes).predict(events, at=mapped.select(["subject_id", "prediction_time"]))
+    np.testing.assert_allclose(in_memory[risk].to_numpy(), mapped[risk].to_numpy(), atol=1e-6)
     if labels == "given":
         with pytest.raises(UserError, match="none of the codes that the bundle knows"):
             predicted(ours)
