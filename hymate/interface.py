@@ -208,7 +208,7 @@ class Model:
         """The histories, the times at which something is known of them, and whether that is one prediction."""
         histories = histories_of(events, self._bundle.known)
         if not self._bundle.vocabulary.ids_of(histories.codes).any():
-            raise UserError("events: none has a code that the model knows: load it with a code map (codes=)")
+            raise UserError("events: none has a code that the model knows: coded differently? codes= maps them")
         times = times_of(at, histories.index.subject_id_P)
         examples = labelled_examples(histories, times, "all", required=False)
         if not len(examples):
