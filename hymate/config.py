@@ -111,6 +111,8 @@ class ModelConfig:
         and a dense network of the static features), "fusion" (attention that forgets at learned rates and sees trends),
         "variables" (over variables, with their counts, extremes and trends), "last" (the last event's state) or
         "mean".
+    elapsed: whether the patient vector also says, in fine steps, how long the history has lasted: for labels of every
+        hour, where what is usual changes with the hours.
     num_queries: attention queries of the first three poolings; their results are concatenated.
     members: poolings and heads over the one encoder; each learns as if it were alone, and their logits are averaged.
     """
@@ -132,6 +134,7 @@ class ModelConfig:
     mlp_ratio: float = 2.0
     dropout: float = 0.1
     pooling: Literal["attention", "fusion", "variables", "last", "mean"] = "fusion"
+    elapsed: bool = False
     num_queries: int = 8
     members: int = 1
 

@@ -16,7 +16,7 @@ from hymate.model.batch import FIRST_CODE_ID, UNKNOWN_ID
 from hymate.storage.paths import locate
 
 # model settings that a pretrained backbone leaves open: they change no shape of it and not what it computes
-OPEN_SETTINGS = ("dropout", "pooling", "num_queries", "members", "chunk_size")
+OPEN_SETTINGS = ("dropout", "pooling", "elapsed", "num_queries", "members", "chunk_size")
 FEW, MANY = 0.05, 0.5  # fractions of the events: sex and birth, which most datasets code alike, are less than the first
 
 

@@ -112,10 +112,11 @@ class StreamingModel:
             lag_hours_A=ratio(end_S - state.last_time_us, US_PER_HOUR),
         )
         count_S = torch.full((1,), float(state.num_events), device=self._like.device)
+        hours_S = ratio(end_S - state.first_time_us, US_PER_HOUR).to(self._like.device)
         embedding = self._model.backbone.embedding
         with torch.no_grad():
             pooled = self._pooled(state.pooled, batch.lag_hours_A).to(self._like.dtype)
-            patient_AME = self._model.pooling.join(pooled, count_S, batch, embedding)
+            patient_AME = self._model.pooling.join(pooled, count_S, hours_S, batch, embedding)
             logit_AT, log_days_AT = self._model.outputs(patient_AME)
         return logit_AT[0].cpu().numpy(), log_days_AT[0].cpu().numpy()
 

@@ -254,11 +254,32 @@ class StaticNetwork(nn.Module):
         return torch.tanh(self.out(torch.tanh(self.hidden(x_SX))))
 
 
+class Elapsed(nn.Module):
+    """How long a window has lasted -> a vector: learned ones at eight moments an octave, from an hour to a year, and
+    lines between them. So what is usual by then is soon learned, and where it jumps.
+    """
+
+    OCTAVE, LAST = 8, 8 * 13
+
+    def __init__(self, d_model: int) -> None:
+        super().__init__()
+        self.moment = nn.Embedding(self.LAST + 1, d_model)
+        nn.init.normal_(self.moment.weight, std=0.5)
+
+    def forward(self, hours_A: Tensor) -> Tensor:
+        """(A,) -> (A, D)."""
+        place_A = (self.OCTAVE * wide(hours_A).clamp(min=1).log2()).clamp(max=self.LAST)
+        before_A = place_A.long().clamp(max=self.LAST - 1)
+        before_AD, after_AD = wide(self.moment(before_A)), wide(self.moment(before_A + 1))
+        return torch.lerp(before_AD, after_AD, (place_A - before_A).to(before_AD.dtype)[:, None])
+
+
 class PatientPooling(nn.Module):
     """Event states and static features -> `config.members` vectors for each patient's window, each by its own weights.
 
     Pooled events (by `config.pooling`), the mean of the static events' embeddings through a layer, and four
-    scalars: age, whether it is known, hours since the last event and number of events (both log-scaled).
+    scalars: age, whether it is known, hours since the last event and number of events (both log-scaled); with
+    `config.elapsed` also what `Elapsed` gives.
     With "attention", the paper's: pooled events, and a dense network of that mean and the age alone.
     """
 
@@ -275,7 +296,9 @@ class PatientPooling(nn.Module):
         else:
             self.static, scalars = MemberLinear(config.members, config.d_model, config.d_model), 4
         attention = self.fusion or self.variables
+        self.elapsed = Elapsed(config.d_model) if config.elapsed else None
         self.width = (attention.width if attention else config.d_model) + config.d_model + scalars
+        self.width += config.d_model if config.elapsed else 0
 
     def ask(self, batch: Batch, embedding: EventEmbedding) -> Batch:
         """The row with its variables, where they are what is pooled, or with where its answers end."""
@@ -304,10 +327,13 @@ class PatientPooling(nn.Module):
             pooled = moments_of_answers(wide(h_LD), equal_L1, equal_L1[0], batch).level_NQD
         else:
             pooled = segment_mean(h_LD, batch.segment_L, batch.num_segments)[:, None]
-        return self.join(pooled, count_A, batch, embedding), weight_LQ
+        hours_A = batch.time_hours_L[batch.last_of_answers] + batch.lag_hours_A
+        return self.join(pooled, count_A, hours_A, batch, embedding), weight_LQ
 
-    def join(self, pooled: Tensor, count_A: Tensor, batch: Batch, embedding: EventEmbedding) -> Tensor:
-        """Pooled events (A, M or 1, X), count_A of them, and the batch's static features and scalars -> (A, M, E)."""
+    def join(self, pooled: Tensor, count_A: Tensor, hours_A: Tensor, batch: Batch, embedding: EventEmbedding) -> Tensor:
+        """Pooled events (A, M or 1, X), count_A of them, hours since the first, and the batch's static features and
+        scalars -> (A, M, E).
+        """
         static_FD = embedding(batch.static_code_F, batch.static_value_F, batch.static_quantile_F)
         static_AD = batch.by_answer(segment_mean(static_FD, batch.static_segment_F, batch.num_segments))
         known_A = ~torch.isnan(batch.age_years_A)
@@ -318,4 +344,6 @@ class PatientPooling(nn.Module):
         else:
             logs_A2 = torch.stack([torch.log1p(batch.lag_hours_A), torch.log(count_A) / 10], -1).to(pooled.dtype)
             parts += [wide(F.gelu(self.static(static_AD))), age_A2[:, None], logs_A2[:, None]]
+        if self.elapsed is not None:
+            parts.append(self.elapsed(hours_A)[:, None])
         return torch.cat([part.expand(-1, parts[1].shape[1], -1) for part in parts], dim=-1)

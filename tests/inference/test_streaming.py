@@ -44,6 +44,7 @@ CONFIGS = {
     "mean": replace(MODEL, pooling="mean"),
     "last": replace(MODEL, pooling="last"),
     "variables": replace(MODEL, pooling="variables", num_queries=2),
+    "elapsed": replace(MODEL, elapsed=True),
     "members": replace(MODEL, members=3),
     "members over variables": replace(MODEL, pooling="variables", num_queries=2, members=3),
     "members of the mean": replace(MODEL, pooling="mean", members=2),

@@ -34,6 +34,7 @@ KINDS = {
     "last": replace(_SHORT, pooling="last"),
     "mean": replace(_SHORT, pooling="mean"),
     "variables": replace(_SHORT, pooling="variables", num_queries=3),
+    "elapsed": replace(_SHORT, pooling="last", elapsed=True),
     "three of fusion": replace(_SHORT, members=3),
     "three of variables": replace(_SHORT, pooling="variables", members=3),
     "timed": replace(_SHORT, layers="MM", time_aware_scan=True),
