@@ -188,8 +188,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     for name in (*FOLDERS, "Makefile", "mkdocs.yml", "pyproject.toml", "constraints.txt"):
         (folder / name).symlink_to(ROOT / name)
     write_challenge(folder / "RAW_DIR", num_stays=120)
-    hourly.write(folder / "UNSEEN_DIR", {n: hourly.text(map(hourly.hour, range(1, 9))) for n in range(1, 5)})
     hourly.write(folder / "RAW_2019_DIR", {n: hourly.text(map(hourly.hour, range(1, 9))) for n in range(1, 13)})
+    hourly.write(folder / "SEPSIS_DIR", septic_stays(range(1, 81)))
+    hourly.write(folder / "UNSEEN_DIR", septic_stays(range(101, 113)))
     write_meds(folder / "MEDS_DIR")
     shutil.copytree(folder / "MEDS_DIR" / "labels" / "readmission", folder / "LABELS_DIR")
     add_admissions(folder / "MEDS_DIR")
@@ -214,7 +215,8 @@ def test_documented_commands_run(place: Path) -> None:
                     assert done.returncode == 0, f"{page}: {command.line}\n{output}"
                     ran.add(command.line)
     assert len(ran) >= 20
-    assert (place / "runs" / "mortality" / "report.md").is_file()
+    for name in ("mortality", "sepsis", "sepsis-unseen"):
+        assert (place / "runs" / name / "report.md").is_file()
     assert (place / "predictions.parquet").is_file()
     check_repeated(place / "runs" / "pretrain", place / "runs" / "again")
     check_tasks(place / "runs" / "tune-readmission-mortality-length_of_stay")
@@ -224,7 +226,7 @@ def _words(command: Command) -> list[str] | None:
     """What is run for a command: small, with this Python; None where nothing is."""
     if command.untested or command.line.startswith((*ELSEWHERE, *SHELL)):
         return None
-    words = shlex.split(re.sub(r"model=(small|physionet)", "model=debug", command.line))
+    words = shlex.split(re.sub(r"model=(small|physionet(?:2019)?)", "model=debug", command.line))
     match Path(words[0]).name:
         case "make":
             return ["make", "-n", *words[1:]]  # its own tests run what a target does
@@ -292,6 +294,17 @@ def write_challenge(folder: Path, num_stays: int) -> None:
         (folder / "set-b" / f"{record}.txt").write_text("\n".join(lines) + "\n")
         outcomes.append(f"{record},10,5,{rng.integers(2, 20)},{5 if died else -1},{int(died)}")
     (folder / "Outcomes-b.txt").write_text("\n".join(outcomes) + "\n")
+
+
+def septic_stays(numbers: range) -> dict[int, bytes]:
+    """Files of PhysioNet 2019: ten hours each; who becomes septic, every fourth, has a higher heart rate."""
+    rng = np.random.default_rng(0)
+
+    def stay(septic: bool) -> bytes:
+        heart_rate = rng.normal(110 if septic else 80, 10, 10)
+        return hourly.text(hourly.hour(h, int(septic and h > 6), HR=round(heart_rate[h - 1])) for h in range(1, 11))
+
+    return {number: stay(number % 4 == 0) for number in numbers}
 
 
 def add_admissions(meds: Path) -> None:
