@@ -532,9 +532,8 @@ def cross_fitted(
         spec = chosen_in_parts(histories, train, FeatureConfig(), folder, here)
         kind, most = _affordable("gradient_boosting", len(train), len(spec.columns))
         if most < len(train):
-            needed = 2 * BYTES_A_CELL * len(spec.columns) * len(train)
-            if kind == "lightgbm":
-                needed = 2 * _binned_bytes(len(train), len(spec.columns))
+            shape = len(train), len(spec.columns)
+            needed = 2 * (_binned_bytes(*shape) if kind == "lightgbm" else BYTES_A_CELL * shape[0] * shape[1])
             raise UserError(f"it needs {needed >> 20} MiB of free memory, and {available_memory() >> 20} MiB are free")
         with stored_tables(histories, {"train": train, "tuning": tuning}, spec, folder, here) as tables:
 
@@ -543,8 +542,9 @@ def cross_fitted(
                 return model.probability(tables["train"].only(fold_E == fold).value_EX)
 
             probability_E = np.empty(len(train))
-            # a model of a table on disk has the memory to itself
-            with ThreadPoolExecutor(available_cpus() if kind == "gradient_boosting" else 1) as pool:
-                for fold, probability in enumerate(pool.map(left_out, range(FOLDS))):
+            with ThreadPoolExecutor(available_cpus()) as pool:
+                # a model of a table on disk has the memory to itself; and LightGBM is silent in this thread alone
+                folds = pool.map if kind == "gradient_boosting" else map
+                for fold, probability in enumerate(folds(left_out, range(FOLDS))):
                     probability_E[fold_E == fold] = probability
     return probability_E
