@@ -91,8 +91,10 @@ def _given(folder: Location, key: str, task: TaskConfig) -> LabelSet:
             f"{key}: labels in {folder} need a float_value, the days (0 or more, null where unknown), because "
             f"longer_than_days of task {task.name} is set: set it to null to learn boolean_value alone"
         )
-    if "start" not in table.column_names and pc.count_distinct(table["subject_id"]).as_py() == table.num_rows:
-        # a subject's only label is about all that is known of it: its first event is the start
+    one_each = pc.count_distinct(table["subject_id"]).as_py() == table.num_rows
+    if "start" not in table.column_names and one_each and (task.start is not None or task.definition is None):
+        # a subject's only label is about all that is known of it: its first event is the start. A definition without a
+        # start asks at an event of its own (readmission, at the discharge), which a label's being alone does not change
         table = table.append_column("start", pa.array([FIRST_TIME] * table.num_rows, pa.timestamp("us")))
     return LabelSet(table, sizes(table))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -221,8 +222,15 @@ def test_label_folders_may_bring_start_and_weight(tmp_path: Path) -> None:
     assert found.table["weight"].to_pylist() == [1.5, 1.0]
     assert found.digest() != given([1, 1], start=before).digest() != given([1, 1]).digest()
     assert "start" not in given([1, 1]).table.column_names
-    # a subject's only label is about all that is known of it
-    assert set(given([1, 2]).table["start"].cast(pa.int64()).to_pylist()) == {FIRST_TIME}
+    # a subject's only label is about all that is known of it, unless the definition says that it has no start
+    assert "start" not in given([1, 2]).table.column_names
+    for other in (
+        task("mortality"),
+        task("readmission", "task.definition=null"),
+        task("readmission", "task.start=trigger"),
+    ):
+        found = tasks.read_or_extract_labels(tmp_path, replace(other, labels=str(tmp_path / "mine")))
+        assert set(found.table["start"].cast(pa.int64()).to_pylist()) == {FIRST_TIME}
     given_labels(tmp_path / "mine" / "more", [3, 3])
     assert given([1, 1], weight=pa.array([2.0, 2.0])).table["weight"].to_pylist() == [2, 2, 1, 1]
 
