@@ -102,7 +102,7 @@ def test_codes_become_one_variable_in_one_unit(tmp_path: Path, capsys: pytest.Ca
     prepare(config(raw, tmp_path / "plain"))
     plain = Histories.open(tmp_path / "plain")
     assert plain.inputs.keys() == {"data.path"} and "codes" not in provenance(plain)
-    assert "6 events of 4 codes are mapped; 1 codes of the map have no event: Nowhere" in capsys.readouterr().out
+    assert "6 events of 4 codes are mapped; codes of the map without an event (1): Nowhere" in capsys.readouterr().out
     prepare(config(raw, out, codes=write_map(tmp_path / "noted.csv", "# another note\n" + MAP)))  # nothing to do
     with pytest.raises(UserError, match="prepared from other data or settings"):
         prepare(config(raw, out, codes=write_map(tmp_path / "other.csv", MAP.replace("0.5", "0.25"))))

@@ -77,7 +77,7 @@ class Mapped:
         line = f"{self.codes.name}: {found.total():,} events of {len(self.codes.lines) - len(absent)} codes are mapped"
         if absent:
             more = ", ..." if len(absent) > SHOWN else ""
-            line += f"; {len(absent)} codes of the map have no event: {', '.join(absent[:SHOWN])}{more}"
+            line += f"; codes of the map without an event ({len(absent)}): {', '.join(absent[:SHOWN])}{more}"
         print(line, flush=True)
 
     def _describe(self, path: Location, found: Counter[str]) -> None:
