@@ -131,7 +131,7 @@ class Model:
         return day_table(examples, found_E) if days else prediction_table(examples, found_E)
 
     def embed(self, events: Table, at: str | datetime | Table) -> np.ndarray | pa.Table:
-        """The patient vector: what the model knows of a patient at a time, from which its heads predict.
+        """The patient vector: what the network knows of a patient at a time, from which its heads predict.
 
         A NumPy array, float32 (X,), where `at` is a time and `events` has one subject; else a pyarrow table by subject
         and time: subject_id, prediction_time and vector (lists of X).
@@ -151,6 +151,8 @@ class Model:
         subject_id, prediction_time, time (null for static events), code, numeric_value, attention (null where the model
         has none), attribution (integrated gradients; in units of the logit, positive where it raised the risk). The
         attributions of a prediction sum to its logit less that of the same history with nothing known of its events.
+
+        Raises UserError where the risk is the mean of a network and boosting (`report.ensemble`).
         """
         bundle = self._bundle.for_task(self.tasks[self._number(task)])
         histories, examples, _ = self._asked(self._events(events), at)

@@ -36,7 +36,6 @@ CHANGEABLE = ELSEWHERE | {
     "train.zero_stage",
     "train.activation_checkpointing",
     "report.boosting",
-    "report.ensemble",
 }
 
 
