@@ -70,6 +70,7 @@ class BaselinesConfig:
 
     def __post_init__(self) -> None:
         not_negative(self, "seed")
+        self.task.require_whether("a baseline")
 
 
 def run(config: BaselinesConfig) -> None:

@@ -354,6 +354,25 @@ class UtilityConfig:
 
 
 @dataclass(frozen=True)
+class InTime:
+    """What is predicted of a task in time: by each of horizons_days the incidence of the event and, where one is named,
+    of the competing one.
+    """
+
+    horizons_days: list[float]
+    competing: str | None = None
+
+    def __post_init__(self) -> None:
+        days = self.horizons_days
+        rise = bool(days) and days == sorted(set(days)) and days[0] > 0
+        check(self, horizons_days=(rise, "must be days that rise, e.g. [7, 30, 90]"))
+
+    @property
+    def num_causes(self) -> int:
+        return 1 if self.competing is None else 2
+
+
+@dataclass(frozen=True)
 class TaskConfig:
     """A prediction task: a folder of MEDS labels, or an ACES definition that makes them.
 
@@ -378,6 +397,11 @@ class TaskConfig:
     longer_than_days: null, or the task is how long something lasts: the label is whether the label window ends more
         than this after the trigger, and the days themselves are learned and predicted beside it.
     utility: null, or what alarms are worth by the hours before the onset: the report then judges alarms, too.
+    kind: "binary": whether the label's event comes in its window. "time_to_event": when it comes, and whether
+        `competing` comes first; a label whose record ends before either counts for as long as it was seen, so the
+        rules above for competing events and censoring don't apply.
+    horizons_days: of a task in time: by when the event is predicted to have come, in days from the prediction; what
+        comes after the last is not looked at.
     """
 
     name: str
@@ -390,6 +414,8 @@ class TaskConfig:
     start: str | None = None
     longer_than_days: float | None = None
     utility: UtilityConfig | None = None
+    kind: Literal["binary", "time_to_event"] = "binary"
+    horizons_days: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         days = self.longer_than_days
@@ -398,9 +424,30 @@ class TaskConfig:
             name=(bool(self.name) and not {"/", "."} & set(self.name), "must be a folder name without a dot"),
             longer_than_days=(days is None or days > 0, "must be positive or null"),
         )
+        if self.in_time:
+            unfit = "must be left out with kind=time_to_event"
+            check(
+                self,
+                competing_rule=(self.competing_rule == "negative", unfit),
+                censoring_rule=(self.censoring_rule == "exclude", unfit),
+                longer_than_days=(days is None, unfit),
+                utility=(self.utility is None, unfit),
+            )
+        else:
+            check(self, horizons_days=(not self.horizons_days, "need kind=time_to_event"))
         for name, code in _codes(self.definition or {}):
             if not isinstance(code, str):
                 raise ConfigError(f"definition.predicates.{name}.code must be text, got {code!r}: {QUOTE_IT}")
+
+    @property
+    def in_time(self) -> InTime | None:
+        """What is predicted, where it is when and not only whether."""
+        return InTime(self.horizons_days, self.competing) if self.kind == "time_to_event" else None
+
+    def require_whether(self, what: str) -> None:
+        """Raises ConfigError where it is in time, which `what` can't do."""
+        if self.in_time:
+            raise ConfigError(f"task.kind=time_to_event: {what} can't do a task in time: give one of kind=binary")
 
 
 @dataclass(frozen=True)
@@ -409,7 +456,8 @@ class SearchConfig:
 
     num_trials: how many settings are tried.
     metric: what picks the best checkpoint on the tuning split: "mean" of AUROC, AUPRC and, where a task has days,
-        concordance; or one of the first two. With several tasks, the mean over them counts.
+        concordance; or one of the first two. Of a task in time it is the AUROC, the mean of those by its horizons. With
+        several tasks, the mean over them counts.
     max_concurrent: trials at the same time; 0 is as many as the machine or cluster holds.
     grace_steps: steps before ASHA may stop a trial.
     reduction_factor: ASHA lets one in so many trials go on to the next rung.

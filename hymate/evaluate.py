@@ -24,13 +24,13 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from hymate.config import DataPath, ReportConfig, TaskConfig, check, not_negative
+from hymate.config import DataPath, InTime, ReportConfig, TaskConfig, check, not_negative
 from hymate.data.examples import Examples, labelled_examples, require_both_classes
 from hymate.data.histories import Histories
 from hymate.data.prepare import PrepareConfig, prepare
 from hymate.data.tasks import read_or_extract_labels
 from hymate.errors import UserError
-from hymate.evaluation import alarms, calibration, decisions, external, figures, metrics, results
+from hymate.evaluation import alarms, calibration, decisions, external, figures, metrics, results, survival
 from hymate.evaluation.explaining import work_beside
 from hymate.evaluation.subgroups import subgroups
 from hymate.evaluation.transport import transport
@@ -50,7 +50,7 @@ class EvaluateConfig(RequestConfig):
 
     out: folder of the report.
     recalibrate: fraction of the patients that recalibrate the model and choose its thresholds; the others are scored.
-        0 scores all of them, by the model as it is alone.
+        0 scores all of them, by the model as it is alone, as always for a task in time.
     seed: of the draw of that fraction.
     subgroups: as `report.subgroups` in fine-tuning.
     age_bands: as `report.age_bands` in fine-tuning.
@@ -71,7 +71,8 @@ class EvaluateConfig(RequestConfig):
 def run(config: EvaluateConfig) -> None:
     bundle, out = config.read_bundle(), locate(config.out)
     require_folder(out, "out")
-    if not external.thresholds_of(bundle.extra, config.task.name) and not config.recalibrate:
+    decides = config.recalibrate or config.task.in_time or external.thresholds_of(bundle.extra, config.task.name)
+    if not decides:
         raise UserError(f"{config.bundle}: names no thresholds (an older hymate made it): give recalibrate=0.2")
     config.request(bundle)  # checks the code map
     data = config.data.path
@@ -88,6 +89,13 @@ def _evaluate(config: EvaluateConfig, bundle: Bundle, out: Location, data: str) 
     """The command for a prepared dataset; `data` is what the user calls it."""
     histories = open_for(bundle, locate(config.data.path))
     examples = _labelled(config, histories)
+    if config.task.in_time:
+        judged = _judged_in_time(config, bundle, config.task.in_time, examples, out)
+        judged |= _described(config, bundle, histories, examples, data)
+        write_text(external.report_in_time(judged), out / external.REPORT)
+        results.write(judged, out)
+        external.show_in_time(judged, out)
+        return
     fits_E = _recalibrates(config, examples)
     part, scored = examples.only(fits_E), examples.only(~fits_E)
     groups = subgroups(histories, scored, config.subgroups, config.age_bands)
@@ -118,7 +126,17 @@ def _evaluate(config: EvaluateConfig, bundle: Bundle, out: Location, data: str) 
         at_E = ~fits_E & ~np.isnan(examples.days_E)
         columns = examples.days_E, days_E, examples.subject_id_E, examples.weight_E
         found["days"] = metrics.day_scores(*(column_E[at_E] for column_E in columns))
-    found |= {
+    found |= _described(config, bundle, histories, examples, data)
+    write_text(external.report(found), out / external.REPORT)
+    results.write(found, out)
+    external.show(found, out)
+
+
+def _described(
+    config: EvaluateConfig, bundle: Bundle, histories: Histories, examples: Examples, data: str
+) -> dict[str, Any]:
+    """What is evaluated on what."""
+    return {
         "task": config.task.name,
         "bundle": config.bundle,
         "data": data,
@@ -127,9 +145,23 @@ def _evaluate(config: EvaluateConfig, bundle: Bundle, out: Location, data: str) 
         "before": external.scores_before(bundle.extra, config.task.name),
         "transport": transport(histories, examples, bundle.vocabulary, config.seed),
     }
-    write_text(external.report(found), out / external.REPORT)
-    results.write(found, out)
-    external.show(found, out)
+
+
+def _judged_in_time(
+    config: EvaluateConfig, bundle: Bundle, asked: InTime, examples: Examples, out: Location
+) -> dict[str, Any]:
+    """The scores of a task in time; its predictions and its picture are in the folder."""
+    (_, incidences), _ = predict_dataset(config.request(bundle), out / "predictions.parquet", config.workers)
+    table = pq.read_table(readable(incidences))
+    order_E = np.lexsort((examples.prediction_time_E, examples.subject_id_E))  # that of the file
+    incidence_ECH = np.empty((len(examples), asked.num_causes, len(asked.horizons_days)))
+    columns = [table[name].to_numpy() for name in table.column_names[2:]]
+    incidence_ECH[order_E] = np.stack(columns, axis=1).reshape(incidence_ECH.shape)
+    known = examples.days_E, examples.label_E, incidence_ECH, asked.horizons_days
+    found = survival.scores(*known, examples.subject_id_E, examples.weight_E)
+    found |= {"competing": asked.competing, "picture": "as-it-is.png"}
+    figures.plot_in_time(out / found["picture"], found)
+    return found
 
 
 def _decided(

@@ -85,6 +85,7 @@ class ExplainConfig(RequestConfig):
 def run(config: ExplainConfig) -> None:
     bundle, out = config.read_bundle(), locate(config.out)
     check_explainable(bundle)
+    bundle.require_whether("explain")
     require_folder(out, "out")
     request = config.request(bundle)
     with work_beside(out) as work:

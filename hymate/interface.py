@@ -53,9 +53,11 @@ def load(bundle: str | os.PathLike[str], device: Wanted = "auto", codes: str | o
     codes: code map of the events that it will be given, where their codes or units are not the model's: a CSV file, or
         the name of one of ours.
 
-    Raises UserError where there is no bundle, where it is damaged, and where it holds no risk model.
+    Raises UserError where there is no bundle, where it is damaged, and where it holds no risk model, or one of a task
+    in time.
     """
     found = read_bundle(locate(os.fspath(bundle)), kind="risk")
+    found.require_whether("hymate.load")
     mapped = None if codes is None else CodeMap.read(os.fspath(codes)).under(found.known)
     return Model(found, choose(device, found.model), mapped)
 

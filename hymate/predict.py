@@ -65,6 +65,7 @@ def _run(config: PredictConfig) -> None:
         require_folder(states, "states")
     if config.context == "all":
         check_streamable(bundle.model)
+        bundle.require_whether("context=all")
     written, found = predict_dataset(config.request(bundle, config.context, states), out, config.workers)
     left_out = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in found.left_out.items() if count)
     print(f"{found.unknown / max(found.read, 1):.1%} of the events read have codes that the bundle does not know")

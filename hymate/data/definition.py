@@ -265,7 +265,9 @@ class Found:
 
     rows: subject_id, trigger, prediction_time, start (see `find`), end of the window that has the label, event
         (whether its label's predicate holds there), event_time (when first) and, for each kind, whether the first of
-        all its events is of that kind; of triggers at which every window holds.
+        all its events is of that kind; of triggers at which every window holds. With `competing` also rival_before
+        (whether that predicate holds from the trigger to the prediction time) and rival_time (when first after it,
+        in the label window).
     num_triggers; excluded: for each window how many triggers it leaves out, of those that the ones before it, in the
         order of their evaluation, have left; then, by other names, those with nothing left to predict.
     """
@@ -275,13 +277,20 @@ class Found:
     excluded: dict[str, int]
 
 
-def find(config: Any, events: pl.DataFrame, start: str | None = None, kinds: Mapping[str, bool] | None = None) -> Found:
+def find(
+    config: Any,
+    events: pl.DataFrame,
+    start: str | None = None,
+    kinds: Mapping[str, bool] | None = None,
+    competing: str | None = None,
+) -> Found:
     """Triggers, windows and labels in `Predicates.events`.
 
     start: what a label is about begins at the "trigger" (null where the prediction time is before it), or at the last
         event of a predicate up to the prediction time (null where there is none), or is unknown (None).
     kinds: predicates that distinguish kinds of the label's event; where false, events at times of this kind make no
         label.
+    competing: a predicate of which it is asked when it first holds.
     """
     record, kinds = _Record(events), kinds or {}
     trigger = np.flatnonzero(record.count[config.trigger.predicate])
@@ -325,6 +334,11 @@ def find(config: Any, events: pl.DataFrame, start: str | None = None, kinds: Map
             **{kind: any_N & (record.counted(record.count[kind], subject_N, then) > 0) for kind in kinds},
         }
     )
+    if competing is not None:
+        rival_R, before = record.count[competing], _Span(time_N["trigger"], prediction_N, True, True)
+        there_N, rival_N = record.first(rival_R, subject_N, span._replace(start_N=prediction_N, at_start=False))
+        held_N = record.counted(rival_R, subject_N, before) > 0
+        rows = rows.with_columns(rival_before=pl.Series(held_N), rival_time=_times(rival_N, there_N))
     return Found(rows, len(trigger), excluded)
 
 

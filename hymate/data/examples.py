@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from hymate.config import TaskConfig
 from hymate.data.histories import Histories
+from hymate.data.label_files import EVENT
 from hymate.data.meds import LAST_TIME, SPLITS
 from hymate.data.positions import events_until
 from hymate.errors import UserError
@@ -51,9 +52,9 @@ class Examples:
     earliest_E: int64, the fewest of them that an earlier view with the same label may show (`Rows.early_fraction`):
         those up to the label's start; stop_E where there is no earlier view.
     prediction_time_E: int64, microseconds since 1970; NO_TIME in pretraining.
-    label_ET: float32, 1 or 0, or with a teacher between them; NaN where a task has no label at this time, and
-        where its label is null.
-    days_ET: float32; NaN likewise, and for tasks without days.
+    label_ET: float32, 1 or 0, or with a teacher between them; of a task in time what came first (EVENT, COMPETING or
+        0); NaN where a task has no label at this time, and where its label is null.
+    days_ET: float32; of a task in time until then; NaN likewise, and for tasks without days.
     weight_ET: float32, positive: how much each label counts (inverse probability of censoring); 1 where none is known.
     subject_id_E: int64.
     dropped: how many labels were left out, by reason.
@@ -176,14 +177,15 @@ def labelled_examples(histories: Histories, labels: pa.Table, split: str, requir
     """A task's labels of `split`'s subjects, each with the events at or before its prediction time.
 
     labels: MEDS labels (subject_id, prediction_time and, where known, boolean_value and the days as float_value) and,
-        where known, `start` and `weight` (see `hymate.data.label_files`).
+        where known, `start` and `weight` (see `hymate.data.label_files`); of a task in time as `LabelSet` has them.
     Dropped and counted: labels whose subject is not in the dataset (`unknown_subject`), and labels without any
     event up to the prediction time (`without_events`, and those of them that are positive). Sorted by position and
     time, whatever the labels' order. Raises UserError when no label is left, unless they are not `required`.
     """
     subject_id_N = labels["subject_id"].to_numpy().astype(np.int64)
     time_N = labels["prediction_time"].cast(pa.timestamp("us")).cast(pa.int64()).to_numpy()
-    label_N, days_N = _values(labels, "boolean_value"), _values(labels, "float_value")
+    truth = "cause" if "cause" in labels.column_names else "boolean_value"
+    label_N, days_N = _values(labels, truth), _values(labels, "float_value")
     weight_N = _values(labels, "weight") if "weight" in labels.column_names else np.ones_like(label_N)
 
     position_N = histories.index.find(subject_id_N)
@@ -251,6 +253,9 @@ def require_both_classes(task: TaskConfig, examples: Mapping[str, Examples]) -> 
         label_E, days_E = part.label_E, part.days_E
         positives = int((label_E > 0.5).sum())
         remedy = "prepare the dataset with more subjects in this split, or choose another task"
+        if task.in_time:
+            _require_seen(task, split, label_E, days_E, remedy)
+            continue
         if positives in (0, len(label_E)):
             lost = part.dropped.get("without_events", 0)
             lost_positives = part.dropped.get("positives_without_events", 0)
@@ -267,12 +272,29 @@ def require_both_classes(task: TaskConfig, examples: Mapping[str, Examples]) -> 
             raise UserError(f"task {task.name}: the {split} split needs two different float_values; {remedy}")
 
 
+def _require_seen(task: TaskConfig, split: str, cause_E: np.ndarray, days_E: np.ndarray, remedy: str) -> None:
+    """Raises UserError where a horizon of a task in time can't be judged."""
+    for horizon in np.asarray(task.horizons_days, np.float32):
+        came_E = (cause_E == EVENT) & (days_E <= horizon)
+        if not came_E.any():
+            raise UserError(
+                f"task {task.name}: nobody of the {split} split has the event within {horizon:g} days: leave this "
+                f"horizon out, or {remedy}"
+            )
+        if not ((days_E >= horizon) & ~came_E).any():
+            raise UserError(
+                f"task {task.name}: nobody of the {split} split was seen for {horizon:g} days without the event, so "
+                "what comes by then is not known: give shorter task.horizons_days"
+            )
+
+
 def examples_by_split(histories: Histories, task: TaskConfig, labels: pa.Table) -> dict[str, Examples]:
     """The `labelled_examples` of each of SPLITS; there may be none in held_out. Raises UserError where one of the
-    others has none, or labels of one class.
+    others has none, or labels of one class, or where a horizon of a task in time can't be judged in any.
     """
     examples = {split: labelled_examples(histories, labels, split, required=split != "held_out") for split in SPLITS}
-    require_both_classes(task, {split: examples[split] for split in ("train", "tuning")})
+    judged = [split for split in SPLITS if split != "held_out" or (task.in_time and len(examples[split]))]
+    require_both_classes(task, {split: examples[split] for split in judged})
     return examples
 
 

@@ -134,7 +134,7 @@ def _extract_shard(
     path: Location, task: TaskConfig, config: Any, known: KnownConfig, codes: CodeMap | None = None
 ) -> Extracted:
     predicates = read_predicates(path, config, known, codes)
-    found = find(config, predicates.events, task.start, task.kinds)
+    found = find(config, predicates.events, task.start, task.kinds, task.competing if task.in_time else None)
     died = pl.col(task.competing) > 0 if task.competing else pl.lit(False)
     subjects = predicates.events.group_by("subject_id").agg(
         last=pl.col("time").max(), died=pl.col("time").filter(died).min()

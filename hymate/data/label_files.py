@@ -9,6 +9,11 @@ Line n of the second file belongs to line n of the labels and repeats its keys:
     weight                          how much the label counts, 1e-6 to 1e6: its inverse probability of being observed
 
 `start` and `weight` may each be missing.
+
+Of a task in time (`TaskConfig.kind`) the labels' own columns hold what came first, and when:
+
+    integer_value                   0 nothing until the end of the record, EVENT, or COMPETING: the competing event
+    float_value                     days from the prediction time until then
 """
 
 from __future__ import annotations
@@ -43,6 +48,7 @@ LABEL_KINDS = {
     "float_value": is_number,
     "categorical_value": lambda kind: is_text(kind) or pa.types.is_null(kind),
 }
+EVENT, COMPETING = 1, 2
 SUFFIX = ".extra.pq"
 KEYS = tuple(LABEL_SCHEMA.names[:2])
 EXTRA_SCHEMA = pa.schema(

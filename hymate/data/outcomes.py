@@ -16,6 +16,14 @@ here, and every outcome is counted:
     labels, positives, subjects     what remains
 
 so triggers = excluded + died_before + censored + labels, + competing_deaths under `exclude`.
+
+Of a task in time every trigger at risk has a label: what came first, and when. There
+
+    died_before         the competing event came at the prediction time, or between the trigger and it: no label
+    competing_deaths    the competing event came first, up to the last horizon
+    censored            the record ends before either, and before the last horizon
+
+so triggers = excluded + died_before + labels.
 """
 
 from __future__ import annotations
@@ -29,18 +37,19 @@ import pyarrow as pa
 
 from hymate.config import TaskConfig
 from hymate.data.definition import Found
-from hymate.data.label_files import sizes
+from hymate.data.label_files import COMPETING, EVENT, sizes
 from hymate.data.meds import US_PER_DAY
-
-EVENT, COMPETING = 1, 2  # what came first, of a task in time; 0: nothing until the record's end
 
 
 def settled(rows: pl.DataFrame, task: TaskConfig) -> pl.DataFrame:
     """What becomes of each trigger, by the rules above, as further columns.
 
     dead: before the prediction time. dies: in the label window. competing: that, without the label's event. unseen: the
-    record ends in the window, without a death there. labelled: whether it gets a label, whose value is `event`.
+    record ends in the window, without a death there. labelled: whether it gets a label, whose value is `event`. Of a
+    task in time also `until`: when the first of both came, or how far the record was seen.
     """
+    if task.in_time:
+        return _first_of_both(rows, task)
     dead = (pl.col("died") <= pl.col("prediction_time")).fill_null(False)
     rows = rows.with_columns(dead=dead, dies=~dead & (pl.col("died") <= pl.col("end")).fill_null(False))
     rows = rows.with_columns(
@@ -54,15 +63,32 @@ def settled(rows: pl.DataFrame, task: TaskConfig) -> pl.DataFrame:
     return rows.with_columns(labelled=~lost)
 
 
+def _first_of_both(rows: pl.DataFrame, task: TaskConfig) -> pl.DataFrame:
+    """`settled`, of a task in time: of the event and the competing one at the same time, the event is first."""
+    if task.competing is None:
+        rows = rows.with_columns(rival_before=pl.lit(False), rival_time=pl.lit(None, pl.Datetime("us")))
+    horizon = pl.col("prediction_time") + pl.duration(microseconds=round(task.horizons_days[-1] * US_PER_DAY))
+    rows = rows.with_columns(ends=pl.min_horizontal("end", horizon), dead=pl.col("rival_before"))
+    came, rival = (pl.col(name) <= pl.col("ends") for name in ("event_time", "rival_time"))
+    later = (pl.col("event_time") > pl.col("rival_time")).fill_null(False)
+    rows = rows.with_columns(event=came.fill_null(False) & ~later, dies=rival.fill_null(False))
+    rows = rows.with_columns(competing=pl.col("dies") & ~pl.col("event"), labelled=~pl.col("dead"))
+    seen = pl.min_horizontal("last", "ends")
+    return rows.with_columns(
+        unseen=pl.col("labelled") & ~pl.col("event") & ~pl.col("competing") & (seen < horizon),
+        until=pl.when("event").then("event_time").when("competing").then("rival_time").otherwise(seen),
+    )
+
+
 def outcomes(found: Found, triggers: pl.DataFrame, task: TaskConfig) -> dict[str, int]:
     """The counts above, from what `settled` gives."""
     return {
         "triggers": found.num_triggers,
         "excluded": found.num_triggers - triggers.height,
         "died_before": int(triggers["dead"].sum()),
-        "competing_deaths": int(triggers["competing"].sum()),
-        "censored": int((triggers["unseen"] & ~triggers["labelled"]).sum()),
-        "positives_unseen": int((triggers["unseen"] & triggers["event"]).sum()),
+        "competing_deaths": int((triggers["competing"] & ~triggers["dead"]).sum()),
+        "censored": int((triggers["unseen"] & (triggers["labelled"] == bool(task.in_time))).sum()),
+        **({} if task.in_time else {"positives_unseen": int((triggers["unseen"] & triggers["event"]).sum())}),
         **sizes(label_table(triggers, task)),
     }
 
@@ -73,6 +99,10 @@ def label_table(rows: pl.DataFrame, task: TaskConfig) -> pa.Table:
     if task.longer_than_days is not None:
         days = (pl.col("end") - pl.col("trigger")).dt.total_microseconds() / US_PER_DAY
         values = {"boolean_value": days > task.longer_than_days, "float_value": days.cast(pl.Float32)}
+    if task.in_time:
+        days = (pl.col("until") - pl.col("prediction_time")).dt.total_microseconds() / US_PER_DAY
+        cause = pl.when("event").then(EVENT).when("competing").then(COMPETING).otherwise(0)
+        values |= {"integer_value": cause.cast(pl.Int64), "float_value": days.cast(pl.Float32)}
     extra = ["start"] if task.start is not None else []
     extra += ["weight"] if "weight" in rows.columns else []
     return rows.filter("labelled").select("subject_id", "prediction_time", *extra, **values).to_arrow()

@@ -15,7 +15,7 @@ from hymate.config import TaskConfig
 from hymate.data.extraction import SUMMARY, Details, extract, no_event_error
 from hymate.data.histories import read_metadata
 from hymate.data.known import KnownConfig
-from hymate.data.label_files import read_labels, sizes
+from hymate.data.label_files import COMPETING, EVENT, read_labels, sizes
 from hymate.data.meds import FIRST_TIME, read_splits
 from hymate.errors import UserError
 from hymate.storage.paths import Location, files_below, locate, present
@@ -26,7 +26,8 @@ RULES_VERSION = 6  # of definition.py and outcomes.py: a new one has labels that
 @dataclass(frozen=True)
 class LabelSet:
     """table: subject_id, prediction_time, boolean_value (float_value in days where the task has it) and, where known,
-    `start` and `weight` (see `hymate.data.label_files`).
+    `start` and `weight` (see `hymate.data.label_files`). Of a task in time `cause`, the files' integer_value, and the
+    days in float_value, both as seen up to the last horizon.
     counts: labels, positives and subjects; for extracted labels also the other counts of `hymate.data.outcomes`.
     details: of extracted labels.
     """
@@ -38,7 +39,7 @@ class LabelSet:
     def digest(self) -> str:
         """Of what a model learns from them."""
         found = hashlib.sha256()
-        for name in ("subject_id", "prediction_time", "boolean_value", "float_value", "start", "weight"):
+        for name in ("subject_id", "prediction_time", "boolean_value", "float_value", "start", "weight", "cause"):
             if name in self.table.column_names:
                 found.update(np.ascontiguousarray(self.table[name].to_numpy()).tobytes())
         return found.hexdigest()
@@ -73,30 +74,55 @@ def read_or_extract_labels(root: Location, task: TaskConfig, times_only: bool = 
     details = Details(summary["excluded"], summary["kinds"], summary["predicates"])
     if summary["never_positive"] and not times_only:
         raise no_event_error(task, "label's predicate", summary["never_positive"], details.unmatched())
-    return LabelSet(read_labels(folder), summary["counts"], details)
+    table = read_labels(folder)
+    return LabelSet(in_time(table, task, str(folder)) if task.in_time else table, summary["counts"], details)
 
 
 def _given(folder: Location, key: str, task: TaskConfig) -> LabelSet:
     if not folder.is_dir():
         raise UserError(f"{key}: {folder} is not a folder: give a folder of MEDS label Parquet files")
-    table = read_labels(folder)
-    if "boolean_value" not in table.column_names or table["boolean_value"].null_count:
-        raise UserError(f"{key}: labels in {folder} need a boolean_value without nulls")
+    table, where = read_labels(folder), f"{key}: labels in {folder}"
+    table = in_time(table, task, where) if task.in_time else _binary(table, task, where)
     if not table.num_rows:
         raise UserError(f"{key}: {folder} holds no labels")
-    if task.longer_than_days is None:
-        table = table.select([name for name in table.column_names if name != "float_value"])
-    elif "float_value" not in table.column_names or not _are_days(table["float_value"]):
-        raise UserError(
-            f"{key}: labels in {folder} need a float_value, the days (0 or more, null where unknown), because "
-            f"longer_than_days of task {task.name} is set: set it to null to learn boolean_value alone"
-        )
     one_each = pc.count_distinct(table["subject_id"]).as_py() == table.num_rows
     if "start" not in table.column_names and one_each and (task.start is not None or task.definition is None):
         # a subject's only label is about all that is known of it: its first event is the start. A definition without a
         # start asks at an event of its own (readmission, at the discharge), which a label's being alone does not change
         table = table.append_column("start", pa.array([FIRST_TIME] * table.num_rows, pa.timestamp("us")))
     return LabelSet(table, sizes(table))
+
+
+def _binary(table: pa.Table, task: TaskConfig, where: str) -> pa.Table:
+    if "boolean_value" not in table.column_names or table["boolean_value"].null_count:
+        raise UserError(f"{where} need a boolean_value without nulls")
+    if task.longer_than_days is None:
+        return table.select([name for name in table.column_names if name != "float_value"])
+    if "float_value" not in table.column_names or not _are_days(table["float_value"]):
+        raise UserError(
+            f"{where} need a float_value, the days (0 or more, null where unknown), because longer_than_days of task "
+            f"{task.name} is set: set it to null to learn boolean_value alone"
+        )
+    return table
+
+
+def in_time(table: pa.Table, task: TaskConfig, where: str) -> pa.Table:
+    """The labels of a task in time, as `LabelSet` has them. Raises UserError where they are none."""
+    for name, holds in (("integer_value", "what came first"), ("float_value", "the days until then")):
+        if name not in table.column_names or table[name].null_count:
+            raise UserError(f"{where} need {name}, {holds}, without nulls: task {task.name} is in time")
+    cause_N, days_N = table["integer_value"].to_numpy(), table["float_value"].to_numpy()
+    assert task.in_time is not None
+    if not np.isin(cause_N, range(1 + task.in_time.num_causes)).all():
+        competing = f" or {COMPETING} ({task.competing})" if task.competing else ", unless task.competing names another"
+        raise UserError(f"{where} need an integer_value of 0 (nothing came), {EVENT} (the event){competing}: mend it")
+    if not _are_days(table["float_value"]):
+        raise UserError(f"{where} need a float_value of finite days, 0 or more: mend it")
+    last = np.float32(task.horizons_days[-1])
+    cause_N = np.where(days_N > last, 0, cause_N)
+    kept = table.drop_columns([name for name in ("boolean_value", "integer_value") if name in table.column_names])
+    kept = kept.set_column(kept.column_names.index("float_value"), "float_value", pa.array(np.minimum(days_N, last)))
+    return kept.append_column("boolean_value", pa.array(cause_N == EVENT)).append_column("cause", pa.array(cause_N))
 
 
 def _are_days(column: pa.ChunkedArray) -> bool:
@@ -127,6 +153,7 @@ def _fingerprint(task: TaskConfig, shards: dict[str, Location], splits: pa.Table
         task.kinds,
         task.start,
         task.longer_than_days,
+        *([task.kind, task.horizons_days] if task.in_time else []),
         asdict(known),
         [(shard, path.stat().st_size) for shard, path in shards.items()],
         *([] if splits is None else [splits.to_pydict()]),

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from hymate.evaluation import tables, transport
+from hymate.evaluation import in_time, tables, transport
 from hymate.evaluation.alarms import Policy
 from hymate.evaluation.decisions import ENOUGH_POSITIVES, ENOUGH_SUBJECTS
 from hymate.evaluation.metrics import SHOWN
@@ -50,6 +50,10 @@ def show(found: Mapping[str, Any], out: Location) -> None:
     print(_changed(found))
     for note in _notes(found):
         print(f"Note: {note}")
+    _show_files(out)
+
+
+def _show_files(out: Location) -> None:
     for name, file in (("results", RESULTS), ("report", REPORT), ("predictions", "predictions.parquet")):
         print(f"{name:<12} {out / file}", flush=True)
 
@@ -73,20 +77,39 @@ def report(found: Mapping[str, Any]) -> str:
     return "\n\n".join([*parts, "## Limits", LIMITS]) + "\n"
 
 
+def report_in_time(found: Mapping[str, Any]) -> str:
+    """report.md of a task in time."""
+    parts = [f"# {_title(found)}", *(f"**Note:** {note}" for note in _learned_here(found))]
+    changed = transport.paragraph(found["transport"], found["horizons"][-1]["prevalence"], None)
+    parts += [in_time.verdict(found), f"**What changed.** {changed}", f"![{in_time.PICTURE_ALT}]({found['picture']})"]
+    return "\n\n".join([*parts, *in_time.sections(found), "## Limits", LIMITS]) + "\n"
+
+
+def show_in_time(found: Mapping[str, Any], out: Location) -> None:
+    """Print the scores of a task in time, and where everything is."""
+    tables.show(_title(found), in_time.horizon_rows(found))
+    for note in _learned_here(found):
+        print(f"Note: {note}")
+    _show_files(out)
+
+
 def _title(found: Mapping[str, Any]) -> str:
     return f"Task {found['task']}: a finished model on split {found['split']} of {found['data']}"
 
 
 def _notes(found: Mapping[str, Any]) -> list[str]:
-    judged, notes = found["models"][AS_IT_IS], []
-    if found["learned_here"] and found["split"] != "held_out":
-        notes.append(LEARNED_HERE.format(split=found["split"]))
+    judged, notes = found["models"][AS_IT_IS], _learned_here(found)
     if judged["num_positive_subjects"] < ENOUGH_POSITIVES or judged["num_subjects"] < ENOUGH_SUBJECTS:
         notes.append(
             f"Too few patients to judge the AUROC: {judged['num_subjects']}, of whom {judged['num_positive_subjects']} "
             f"have a positive label ({ENOUGH_SUBJECTS} and {ENOUGH_POSITIVES} are needed)."
         )
     return notes
+
+
+def _learned_here(found: Mapping[str, Any]) -> list[str]:
+    unseen = not found["learned_here"] or found["split"] == "held_out"
+    return [] if unseen else [LEARNED_HERE.format(split=found["split"])]
 
 
 def _changed(found: Mapping[str, Any]) -> str:

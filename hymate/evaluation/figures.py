@@ -161,6 +161,41 @@ def _plot_decision(axes: Axes, label_N: Array, prob_N: Array, weight_N: Array) -
     axes.legend(loc="upper right", frameon=False)
 
 
+def plot_in_time(path: Location, found: Mapping[str, Any]) -> None:
+    """Predicted and observed incidence by risk group, and calibration by each horizon; found: `survival.scores`."""
+    days = [row["days"] for row in found["horizons"]]
+    with _figure(path, 9.5, 4.3, DPI) as figure:
+        incidence, calibration = figure.subplots(1, 2)
+        for group, colour in zip(found["groups"], (GREEN, BLUE, ORANGE), strict=True):
+            at, observed = np.array(group["curve"]).T
+            incidence.step(at, observed, where="post", color=colour, label=group["group"])
+            incidence.plot([0, *days], [0, *group["predicted"]], "o--", color=colour, markersize=4)
+            for day, seen in zip(days, group["observed"], strict=True):
+                if seen["ci"]:
+                    incidence.vlines(day, *seen["ci"], color=colour, linewidth=4, alpha=0.25)
+        incidence.plot([], [], "o--", color=GREY, label="predicted")
+        incidence.plot([], [], color=GREY, label="observed (Aalen-Johansen, 95 % CI)")
+        incidence.set(title="Incidence by risk group", xlabel="days from the prediction", ylabel="incidence")
+        incidence.set(xlim=(0, days[-1] * 1.02), ylim=(0, None))
+        incidence.legend(loc="upper left", frameon=False, fontsize="small")
+        end = 0.0
+        for row, shade in zip(found["horizons"], np.linspace(0.35, 1, len(days)), strict=True):
+            curve = row["calibration"]["curve"]
+            points = np.array([[group["predicted"], group["observed"]["value"]] for group in curve])
+            low, high = np.array([group["observed"]["ci"] for group in curve]).T
+            arms = [points[:, 1] - low, high - points[:, 1]]
+            calibration.errorbar(
+                *points.T, yerr=arms, color=BLUE, alpha=shade, fmt="o-", capsize=2, label=f"{row['days']:g} days"
+            )
+            end = max(end, float(points.max()), float(high.max()))
+        calibration.plot([0, 1], [0, 1], color=GREY, linestyle=":")
+        calibration.set(title="Calibration", xlabel="predicted incidence", ylabel="observed incidence, 95 % CI")
+        calibration.set(xlim=(0, min(1.0, 1.05 * end)), ylim=(0, min(1.0, 1.05 * end)))
+        calibration.legend(loc="upper left", frameon=False)
+        for axes in (incidence, calibration):
+            axes.spines[["top", "right"]].set_visible(False)
+
+
 def plot_alarms(path: Location, found: Mapping[str, Any]) -> None:
     """Utility by the number of alarms, with the chosen policies, and who is found by which hour; found:
     `alarms.assess`.

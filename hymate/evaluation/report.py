@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from hymate.data.extraction import Details
-from hymate.evaluation import tables
+from hymate.evaluation import in_time, tables
 from hymate.evaluation.decisions import ENOUGH_POSITIVES, ENOUGH_SUBJECTS, FEWEST_SUBJECTS
 from hymate.evaluation.metrics import AREAS, SHOWN
 from hymate.evaluation.results import RESULTS, parts_of
@@ -88,7 +88,8 @@ def show(found: Mapping[str, Any], run_path: Location) -> None:
 def report(found: Mapping[str, Any]) -> str:
     """report.md: the verdict, a picture of each task where there is one, and what is behind them."""
     alt = "ROC, precision-recall, calibration, decision curve"
-    drawn = [f"![{alt}]({part['picture']})" for part in parts_of(found) if part["picture"]]
+    alts = ((in_time.PICTURE_ALT if in_time.is_in_time(part) else alt, part) for part in parts_of(found))
+    drawn = [f"![{alt}]({part['picture']})" for alt, part in alts if part["picture"]]
     drawn += [f"![{ALARMS_ALT}]({part['alarms_picture']})" for part in parts_of(found) if "alarms" in part]
     return "\n\n".join([f"# {_title(found)}", *_verdicts(found), *drawn, *_details(found)]) + "\n"
 
@@ -102,7 +103,8 @@ def _verdicts(found: Mapping[str, Any]) -> list[str]:
     parts = [f"**Note:** {note}." for note in _notes(found)]
     for part in parts_of(found):
         if part["split"] == "held_out":
-            parts += [*_task_column(found, f"**{part['task']}**"), verdict(part)]
+            of_kind = in_time.verdict if in_time.is_in_time(part) else verdict
+            parts += [*_task_column(found, f"**{part['task']}**"), of_kind(part)]
     return parts
 
 
@@ -110,13 +112,19 @@ def _details(found: Mapping[str, Any]) -> list[str]:
     """Markdown parts; how the numbers came about, and tables."""
     days, held_out = _day_rows(found), any(part["split"] == "held_out" for part in parts_of(found))
     scored = "The held-out split was scored once," if held_out else "The tuning split was scored"
+    recalibrated = _recalibration_rows(found)
     parts = [
         "## Scores",
         "Intervals are 95 %. Those of proportions are Wilson's, over patients (Kish's effective number, where patients "
         f"have unequal numbers of labels); the others resample patients. {scored} by the checkpoint that "
-        f"was best on the tuning split ({_criterion(found)}), after its logits were recalibrated on the tuning split. "
-        "So were gradient boosting's:",
-        markdown(_recalibration_rows(found)),
+        f"was best on the tuning split ({_criterion(found)})"
+        + (
+            ", after its logits were recalibrated on the tuning split. So were gradient boosting's:"
+            if len(recalibrated) > 1
+            else "."
+        ),
+        *([markdown(recalibrated)] if len(recalibrated) > 1 else []),
+        *([in_time.AS_LEARNED] if any(map(in_time.is_in_time, parts_of(found))) else []),
         markdown(score_rows(found)),
     ]
     parts += [_compared_on(part) for part in parts_of(found) if "compared_on" in part]
@@ -126,7 +134,8 @@ def _details(found: Mapping[str, Any]) -> list[str]:
         parts += [DAYS, markdown(days)]
     for part in parts_of(found):
         if part["split"] == "held_out":
-            parts += [*_task_column(found, f"# {part['task']}"), *sections(part)]
+            of_kind = in_time.sections if in_time.is_in_time(part) else sections
+            parts += [*_task_column(found, f"# {part['task']}"), *of_kind(part)]
     parts += ["## Labels", markdown(_split_rows(found))]
     for part in parts_of(found):
         if "triggers" in part["labels"]:
@@ -135,7 +144,7 @@ def _details(found: Mapping[str, Any]) -> list[str]:
             rows = [["count", "what"]]
             rows += [
                 [str(part["labels"][k]), text.format(rule=rule, censoring=censoring, unseen=unseen)]
-                for k, text in MEANING.items()
+                for k, text in (in_time.MEANING if in_time.is_in_time(part) else MEANING).items()
                 if k in part["labels"]
             ]
             parts += [f"How the labels{of_task} came about, in all splits:", markdown(rows)]
@@ -182,6 +191,8 @@ def _compared_on(part: Mapping[str, Any]) -> str:
 def _criterion(found: Mapping[str, Any]) -> str:
     parts = parts_of(found)
     scores = "AUROC, AUPRC and, for days, concordance" if any("days" in part for part in parts) else "AUROC and AUPRC"
+    if any(map(in_time.is_in_time, parts)):
+        scores = "the AUROC by each horizon" if len(parts) == 1 else f"{scores}, in time of the AUROC by each horizon"
     metric = f"mean of {scores}" if found["metric"] == "mean" else found["metric"].upper()
     return f"{metric}, averaged over the tasks" if len(parts) > 1 else metric
 
@@ -459,6 +470,9 @@ def score_rows(found: Mapping[str, Any]) -> list[list[str]]:
     header = ["split", "labels", "subjects", "prevalence", *SHOWN.values()]
     rows = [[*_task_column(found, "task"), *header]]
     for part in parts_of(found):
+        if in_time.is_in_time(part):
+            rows += [[*_task_column(found, part["task"]), *cells] for cells in in_time.score_cells(part)]
+            continue
         scored = part["split"] + (", mean of both" if "network" in part else "")
         sizes = [scored, str(part["num_labels"]), str(part["num_subjects"]), number(part["prevalence"])]
         rows.append([*_task_column(found, part["task"]), *sizes, *score_cells(part)])

@@ -18,7 +18,7 @@ from hymate.storage.paths import Location, write_text
 
 RESULTS = "results.json"
 COUNTS = ("num_labels", "num_positives", "num_subjects", "num_positive_subjects", "prevalence")
-SCORES = (*COUNTS, *metrics.SHOWN, "days")
+SCORES = (*COUNTS, *metrics.SHOWN, "days", "integrated_brier", "concordance")
 NO_HELD_OUT = (
     "there are no held-out labels: these scores are of the tuning split, which also chose and recalibrated the model, "
     "so they are too good"
@@ -58,6 +58,7 @@ def of_task(
         **label_set.summary(),
         "competing_rule": task.competing_rule,
         "censoring_rule": task.censoring_rule,
+        **({"competing": task.competing} if task.in_time else {}),
         "splits": {split: sizes(part) for split, part in examples.items()},
     }
 
@@ -66,7 +67,7 @@ def sizes(examples: Examples) -> dict[str, int]:
     """Of the labels of one task."""
     return {
         "labels": len(examples),
-        "positives": int((examples.label_E > 0.5).sum()),
+        "positives": int((examples.label_E == 1).sum()),
         "subjects": len(set(examples.subject_id_E.tolist())),
         **examples.dropped,
     }

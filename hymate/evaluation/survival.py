@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from hymate.data.outcomes import COMPETING, EVENT, censoring_weights
+from hymate.data.label_files import COMPETING, EVENT
+from hymate.data.outcomes import censoring_weights
 from hymate.evaluation import calibration, metrics
 
 Array = NDArray[Any]
@@ -67,6 +68,17 @@ def dynamic_auroc(
     for risk_N, horizon in zip(risk_NH.T, horizons_days, strict=True):
         at_n, label_n, weight_n = known_at(horizon, days_N, cause_N, weight_N)
         found.append(metrics.auroc(label_n, risk_N[at_n], weight_n))
+    return found
+
+
+def briers(
+    days_N: Array, cause_N: Array, risk_NH: Array, horizons_days: Sequence[float], weight_N: ArrayLike | None = None
+) -> list[float]:
+    """The Brier score at each horizon."""
+    found = []
+    for risk_N, horizon in zip(risk_NH.T, horizons_days, strict=True):
+        at_n, label_n, weight_n = known_at(horizon, days_N, cause_N, weight_N)
+        found.append(float(np.average((risk_N[at_n] - label_n) ** 2, weights=weight_n)))
     return found
 
 
@@ -122,7 +134,12 @@ def scores(
                 "observed": observed,
             }
         horizons.append(found)
+    came_N = cause_N == EVENT
     return {
+        "num_labels": len(days_N),
+        "num_positives": int(came_N.sum()),
+        "num_subjects": len(np.unique(subject_N)),
+        "num_positive_subjects": len(np.unique(subject_N[came_N])),
         "horizons": horizons,
         "integrated_brier": integrated_brier([found["brier"] for found in horizons], horizons_days),
         "concordance": concordance(days_N, cause_N, incidence_NCH[:, 0, -1], subject_N, own_N),

@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hymate.config import DataConfig, ModelConfig
+from hymate.config import DataConfig, InTime, ModelConfig
 from hymate.data.known import KnownConfig
 from hymate.data.vocabulary import Vocabulary
 from hymate.errors import UserError, first_line
@@ -51,6 +51,7 @@ class Bundle:
     kind: "pretrained" (state of PretrainModel) or "risk" (state of RiskModel, one head for each of `tasks`).
     data: how histories were cut and packed; its path is not written, for a bundle belongs to no dataset.
     in_days: those of the tasks that also predict how long something lasts.
+    in_time: those of the tasks that predict when, in the order of the tasks.
     known: when events become known, in the histories that it was trained on.
     extra: plain values beside the settings (scores, thresholds, provenance).
     fingerprint: a digest of all that its predictions depend on; empty where it was not read from a folder.
@@ -68,6 +69,7 @@ class Bundle:
     extra: dict[str, Any] = field(default_factory=dict)
     fingerprint: str = ""
     boosting: dict[str, Boosting] = field(default_factory=dict)
+    in_time: dict[str, InTime] = field(default_factory=dict)
 
     def for_task(self, task: str) -> Bundle:
         """The same model with the head of one task alone. Raises UserError where it has none for it."""
@@ -77,7 +79,16 @@ class Bundle:
         state = {k: v for k, v in self.state.items() if k.startswith(own) or not k.startswith("heads.")}
         in_days = [name for name in self.in_days if name == task]
         boosting = {name: of_task for name, of_task in self.boosting.items() if name == task}
-        return dataclasses.replace(self, tasks=[task], in_days=in_days, state=state, boosting=boosting)
+        in_time = {name: asked for name, asked in self.in_time.items() if name == task}
+        alone = dataclasses.replace(self, tasks=[task], in_days=in_days, in_time=in_time)
+        return dataclasses.replace(alone, state=state, boosting=boosting)
+
+    def require_whether(self, what: str) -> None:
+        """Raises UserError where a task is in time, which `what` can't do."""
+        if self.in_time:
+            raise UserError(
+                f"{what}: task {next(iter(self.in_time))} is in time: use predict (context=bundle) or evaluate"
+            )
 
     def write(self, folder: Location, card: str = "") -> None:
         """Write it whole: a temporary folder takes the place of `folder` when it is complete.
@@ -93,6 +104,7 @@ class Bundle:
                 from hymate.inference.boosting import write_boosting  # late: few bundles have it
 
                 beside["boosting"] = write_boosting(self.boosting, new / BOOSTING)
+            in_time = {task: to_tree(asked) for task, asked in self.in_time.items()}
             tree = {
                 "format_version": FORMAT_VERSION if self.boosting else 2,
                 "kind": self.kind,
@@ -102,6 +114,7 @@ class Bundle:
                 "tasks": self.tasks,
                 "in_days": self.in_days,
                 **beside,
+                **({"in_time": in_time} if in_time else {}),
                 "extra": self.extra,
                 "sha256": {name: sha256_of(new / name) for name in _checked(beside)},
             }
@@ -136,6 +149,11 @@ def read_bundle(path: Location, kind: Kind | None = None) -> Bundle:
             raise ValueError("tasks are named twice, or in_days names others")
         if not set(tree["boosting"]) <= set(tasks) or not all(isinstance(x, dict) for x in tree["boosting"].values()):
             raise ValueError("boosting is not by task")
+        in_time = {
+            task: build(InTime, tree["in_time"][task], f"in_time.{task}.") for task in tasks if task in tree["in_time"]
+        }
+        if in_time.keys() != tree["in_time"].keys() or in_time.keys() & {*in_days, *tree["boosting"]}:
+            raise ValueError("in_time names others than tasks, or some of in_days or boosting")
     except (UserError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
         raise UserError(f"{folder / CONFIG} is not usable: {first_line(error)}") from error
     state = read_weights(folder / WEIGHTS)
@@ -143,10 +161,11 @@ def read_bundle(path: Location, kind: Kind | None = None) -> Bundle:
     boosting = _read_boosting(folder, tree["boosting"])
     sha256 = {name: tree["sha256"][name] for name in checked}
     more = ([to_tree(known)] if known.rules else []) + ([tree["boosting"]] if boosting else [])
+    more += [tree["in_time"]] if in_time else []
     identity = json.dumps([to_tree(model), tasks, sha256, *more], sort_keys=True)
     fingerprint = hashlib.sha256(identity.encode()).hexdigest()
     settings = tree["kind"], model, data, vocabulary, state, tasks, in_days, known, tree["extra"], fingerprint
-    return Bundle(*settings, boosting)
+    return Bundle(*settings, boosting, in_time)
 
 
 def _checked(tree: dict[str, Any]) -> tuple[str, ...]:
@@ -196,7 +215,7 @@ def build_model(bundle: Bundle) -> RiskModel:
         num_weights = sum(tensor.numel() for tensor in bundle.state.values())
         if len(bundle.model.layers) + len(bundle.tasks) > len(bundle.state) or bundle.model.num_queries > num_weights:
             raise ValueError("it has more layers, tasks or queries than there are weights")
-        settings = bundle.model, bundle.vocabulary.size, bundle.tasks, bundle.in_days
+        settings = bundle.model, bundle.vocabulary.size, bundle.tasks, bundle.in_days, bundle.in_time
         with torch.device("meta"):  # without memory, of which a configuration could ask for any amount
             wanted = {name: tensor.shape for name, tensor in RiskModel(*settings).state_dict().items()}
         differing = sorted(wanted.items() ^ {name: tensor.shape for name, tensor in bundle.state.items()}.items())
@@ -235,8 +254,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise UserError(
             f"{folder} has a newer bundle format than {FORMAT_VERSION}, the newest that is read here: update hymate"
         )
-    tree = {"in_days": [], "extra": {}, "known": {}, "boosting": {}, **tree}  # older bundles lack them
-    sections = dict.fromkeys(("model", "data", "known", "boosting", "extra", "sha256"), dict)
+    tree = {"in_days": [], "in_time": {}, "extra": {}, "known": {}, "boosting": {}, **tree}  # older bundles lack them
+    sections = dict.fromkeys(("model", "data", "known", "boosting", "extra", "in_time", "sha256"), dict)
     kinds = {"kind": str, "tasks": list, "in_days": list, **sections}
     for key, of in kinds.items():
         if not isinstance(tree.get(key), of):

@@ -37,7 +37,15 @@ from hymate.data.tasks import LabelSet, read_or_extract_labels
 from hymate.device import Wanted, choose, num_gpus, obstacle
 from hymate.errors import UserError
 from hymate.inference.bundle import Bundle, build_model, read_bundle
-from hymate.inference.scoring import Outputs, day_table, predict, predict_last, predict_whole, prediction_table
+from hymate.inference.scoring import (
+    Outputs,
+    day_table,
+    incidence_table,
+    predict,
+    predict_last,
+    predict_whole,
+    prediction_table,
+)
 from hymate.inference.states import StateFolder
 from hymate.machine import available_cpus
 from hymate.model.encoder import RiskModel
@@ -98,8 +106,17 @@ class RequestConfig:
         not_negative(self, "workers")
 
     def read_bundle(self) -> Bundle:
-        """The model that predicts the task."""
-        return read_bundle(locate(self.bundle), kind="risk").for_task(self.task.name)
+        """The model that predicts the task. Raises UserError where it does so in another way."""
+        bundle = read_bundle(locate(self.bundle), kind="risk").for_task(self.task.name)
+        asked = bundle.in_time.get(self.task.name)
+        if asked != self.task.in_time:
+            learned = "whether, not when (task.kind=binary)"
+            if asked is not None:
+                days = ",".join(f"{horizon:g}" for horizon in asked.horizons_days)
+                competing = f"task.horizons_days=[{days}] and task.competing={asked.competing or 'null'}"
+                learned = f"when: give task.kind=time_to_event, {competing}"
+            raise UserError(f"{self.bundle}: task {self.task.name} has learned {learned}")
+        return bundle
 
     def request(self, bundle: Bundle, context: Context = "bundle", states: Location | None = None) -> Request:
         """What the command predicts. Raises UserError where there is no such device or code map."""
@@ -169,13 +186,15 @@ def predict_dataset(request: Request, out: Location, workers: int) -> tuple[list
 
     workers: processes, at most; 0 is as many as CPUs or GPUs have enough to do.
 
-    Where the task has days, theirs are beside `out`. The same call continues one that was killed. Returns the paths.
+    Where the task has days, or is in time, those or its incidences are beside `out`. The same call continues one that
+    was killed. Returns the paths.
     Raises UserError where nothing can be predicted, FloatingPointError where the model predicts what is no number.
     """
     for cached in (_given, _histories, _model):
         cached.cache_clear()  # an earlier call in this process may have found something else in the same place
     bundle = read_bundle(request.bundle, kind="risk").for_task(request.task.name)
-    targets = [out] + [out.with_stem(f"{out.stem}-days")] * bool(bundle.in_days)
+    besides = ["days"] * bool(bundle.in_days) + ["incidence"] * bool(bundle.in_time)
+    targets = [out] + [out.with_stem(f"{out.stem}-{name}") for name in besides]
     joined = out.name.endswith(".parquet")
     folder = out.parent / f"{out.name}.parts" if joined else out
     folders = [folder / target.stem for target in targets] if joined else targets
@@ -269,7 +288,9 @@ def _given(data: str, task: str, labels: str | None) -> pa.Table | None:
 
 
 def predict_part(part: str, request: Request, folders: list[Location], work: Location, labelled: bool) -> None:
-    """Write the predictions of one part into each of the folders (the second one's are days), and what it counted."""
+    """Write the predictions of one part into each of the folders (the second one's are days, or incidences by each
+    horizon), and what it counted.
+    """
     if multiprocessing.parent_process() is not None:
         torch.set_num_threads(1)  # the other CPUs have parts of their own
     bundle, model = _model(str(request.bundle), request.task.name, request.device)
@@ -280,10 +301,12 @@ def predict_part(part: str, request: Request, folders: list[Location], work: Loc
         for histories, examples, counts in _pieces(part, request, bundle, work):
             outputs, read, unknown = _predicted(model, bundle, histories, examples, request, states)
             total += counts + Counts(predictions=len(examples), read=read, unknown=unknown)
-            known = examples if labelled else examples.without_labels()
+            known = examples if labelled and not bundle.in_time else examples.without_labels()
             tables[0].append(prediction_table(known, outputs.probability_ET[:, 0]))
             if bundle.in_days:
                 tables[1].append(day_table(known, outputs.days_ET[:, 0]))
+            for task, asked in bundle.in_time.items():
+                tables[1].append(incidence_table(known, outputs.incidences(bundle.in_time, task), asked))
         total += Counts(states=dict(states.counts) if states else {})
     for folder, found in zip(folders, tables, strict=True):
         write_parquet(pa.concat_tables(found, promote_options="default"), folder / f"{part}.parquet")
@@ -368,7 +391,9 @@ def spread_outputs(bundle: Bundle, histories: Histories, examples: Examples, dev
         run.each(f"score {bundle.tasks[0]}", call)
     remove_tree(written)
     found = pa.concat_tables([pq.read_table(readable(work / f"{part}-outputs.parquet")) for part in parts])
-    return Outputs(*(found[name].to_numpy()[:, None] for name in ("logit", "log_days")))
+    logit_E1, log_days_E1 = (found[name].to_numpy()[:, None] for name in ("logit", "log_days"))
+    incidences = [found[name].to_numpy()[:, None] for name in found.column_names if name.startswith("incidence")]
+    return Outputs(logit_E1, log_days_E1, np.concatenate([logit_E1[:, :0], *incidences], axis=1))
 
 
 def _outputs_of_part(part: str, bundle: Location, data: Location, task: str, device: str, work: Location) -> None:
@@ -378,6 +403,7 @@ def _outputs_of_part(part: str, bundle: Location, data: Location, task: str, dev
     examples = Examples.of_table(pq.read_table(readable(work / f"{part}.parquet")))
     outputs, *_ = predict_last(model, found, _histories(str(data)), examples, torch.device(device))
     columns = {"logit": outputs.logit_ET[:, 0], "log_days": outputs.log_days_ET[:, 0]}
+    columns |= {f"incidence_{number}": column_E for number, column_E in enumerate(outputs.incidence_EX.T)}
     write_parquet(pa.table(columns), work / f"{part}-outputs.parquet")
 
 

@@ -6,7 +6,8 @@ Shape legend: E examples, T tasks.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hymate.config import InTime
 from hymate.data.examples import Examples
 from hymate.data.feeding import fed
 from hymate.data.histories import Histories
@@ -31,16 +33,19 @@ from hymate.storage.paths import Location
 
 @dataclass(frozen=True)
 class Outputs:
-    """A model's predictions for E examples and T tasks; float32. log_days_ET: log(1 + days), NaN for tasks without."""
+    """A model's predictions for E examples and T tasks; float32. log_days_ET: log(1 + days), NaN for tasks without.
+    incidence_EX: of all tasks in time, one after the other, see `incidences`.
+    """
 
     logit_ET: np.ndarray
     log_days_ET: np.ndarray
+    incidence_EX: np.ndarray
 
     @classmethod
     def empty(cls, num_examples: int, num_tasks: int) -> Outputs:
-        """To be filled."""
-        shape = (num_examples, num_tasks)
-        return cls(np.full(shape, np.nan, dtype=np.float32), np.full(shape, np.nan, dtype=np.float32))
+        """To be filled, of tasks that are not in time."""
+        shapes = (num_examples, num_tasks), (num_examples, num_tasks), (num_examples, 0)
+        return cls(*(np.full(shape, np.nan, dtype=np.float32) for shape in shapes))
 
     @property
     def probability_ET(self) -> np.ndarray:
@@ -52,13 +57,25 @@ class Outputs:
             return np.expm1(np.maximum(self.log_days_ET, 0))
 
     def only(self, task: int) -> Outputs:
-        """Those for one task, by its number."""
-        return Outputs(self.logit_ET[:, [task]], self.log_days_ET[:, [task]])
+        """Those for one task, by its number; it is not in time."""
+        return Outputs(self.logit_ET[:, [task]], self.log_days_ET[:, [task]], self.incidence_EX[:, :0])
+
+    def incidences(self, in_time: Mapping[str, InTime], task: str) -> np.ndarray:
+        """Of one of the model's tasks `in_time`: (E, C, H), the event and the competing one by each horizon."""
+        start = 0
+        for name, asked in in_time.items():
+            shape = asked.num_causes, len(asked.horizons_days)
+            stop = start + math.prod(shape)
+            if name == task:
+                return self.incidence_EX[:, start:stop].reshape(-1, *shape)
+            start = stop
+        raise KeyError(task)
 
     def check(self) -> None:
         """Raises FloatingPointError when anything but finite numbers was predicted."""
         in_days_T = ~np.isnan(self.log_days_ET).all(axis=0)
-        if not (np.isfinite(self.logit_ET).all() and np.isfinite(self.days_ET[:, in_days_T]).all()):
+        risks = self.logit_ET, self.incidence_EX, self.days_ET[:, in_days_T]
+        if not all(np.isfinite(found).all() for found in risks):
             raise FloatingPointError("the model's predictions are not finite numbers: its training has diverged")
 
 
@@ -69,9 +86,9 @@ def score(model: RiskModel, rows: Rows, device: torch.device, rank: int = 0, wor
     Raises FloatingPointError when the model gives anything but finite numbers.
     """
 
-    def said(batch: Batch) -> tuple[Tensor, Tensor]:
+    def said(batch: Batch) -> tuple[Tensor, ...]:
         found = model(batch)
-        return found["logit_AT"].float(), found["log_days_AT"].float()
+        return tuple(found[name].float() for name in ("logit_AT", "log_days_AT", "incidence_AX"))
 
     outputs = Outputs(*_of_examples(model, rows, device, said, rank, world_size))
     outputs.check()
@@ -185,7 +202,7 @@ def predict_whole(
             start = stop
             said = streaming.outputs(state, history, int(examples.prediction_time_E[example]))
             outputs.logit_ET[example], outputs.log_days_ET[example] = said
-        Outputs(outputs.logit_ET[own_E], outputs.log_days_ET[own_E]).check()
+        Outputs(outputs.logit_ET[own_E], outputs.log_days_ET[own_E], outputs.incidence_EX[own_E]).check()
         if states is not None and state and (kept is None or kept.num_events < state.num_events):
             states.save(history.subject_id, state, events_L)
     return _averaged(outputs, bundle, histories, examples), read, unknown
@@ -196,6 +213,14 @@ def write_predictions(examples: Examples, outputs: Outputs, path: Location) -> N
     write_parquet(prediction_table(examples, outputs.probability_ET[:, 0]), path)
     if not np.isnan(outputs.log_days_ET).any():
         write_parquet(day_table(examples, outputs.days_ET[:, 0]), path.with_stem(f"{path.stem}-days"))
+
+
+def write_incidences(examples: Examples, outputs: Outputs, asked: InTime, task: str, path: Location) -> None:
+    """The predictions of one task in time into `path`, and by each horizon into a file beside it."""
+    unknown = examples.without_labels()
+    write_parquet(prediction_table(unknown, outputs.probability_ET[:, 0]), path)
+    incidence_ECH = outputs.incidences({task: asked}, task)
+    write_parquet(incidence_table(unknown, incidence_ECH, asked), path.with_stem(f"{path.stem}-incidence"))
 
 
 def prediction_table(examples: Examples, probability_E: np.ndarray) -> pa.Table:
@@ -210,6 +235,18 @@ def day_table(examples: Examples, days_E: np.ndarray) -> pa.Table:
     """Predicted days, by subject and time, in the manner of the MEDS prediction schema, which has none for numbers."""
     known = {} if np.isnan(examples.days_E).all() else {"float_value": pa.array(examples.days_E, from_pandas=True)}
     return _by_subject_and_time(examples, {**known, "predicted_float_value": pa.array(days_E, pa.float32())})
+
+
+def incidence_table(examples: Examples, incidence_ECH: np.ndarray, asked: InTime) -> pa.Table:
+    """The incidences of a task in time, by subject and time: of the event "predicted_incidence_7d" and so on by each
+    horizon, of the competing one "predicted_competing_7d".
+    """
+    columns = {
+        f"predicted_{kind}_{horizon:g}d": pa.array(incidence_ECH[:, cause, number], pa.float32())
+        for cause, kind in enumerate(("incidence", "competing")[: asked.num_causes])
+        for number, horizon in enumerate(asked.horizons_days)
+    }
+    return _by_subject_and_time(examples, columns)
 
 
 def _by_subject_and_time(examples: Examples, values: dict[str, pa.Array]) -> pa.Table:

@@ -9,6 +9,8 @@ Shape legend (with `hymate.model.batch`):
     B  batch rows of a mixer        D  d_model                          V  vocabulary size
     Q  pooling queries              E  width of the patient vector      T  tasks
     M  members: poolings and heads over the one encoder
+    C  causes of a task in time, J bins of its hazards, H its horizons; X all incidences of the tasks in time: of
+       each task in turn C * H
 """
 
 from __future__ import annotations
@@ -23,14 +25,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hymate import ops
-from hymate.config import ModelConfig
+from hymate.config import InTime, ModelConfig
 from hymate.errors import UserError
 from hymate.model.batch import Batch
 from hymate.model.embedding import EMBEDDINGS
+from hymate.model.hazards import cumulative_incidence, edges_of, first_hazards, log_likelihood
 from hymate.model.mixers import BlockState, Mamba1Mixer, Mamba2Mixer
 from hymate.model.objectives import LossModel
 from hymate.model.pooling import MemberLinear, PatientPooling
 
+TIME_BINS = 8  # of the hazards of a task in time
 TYPICAL_DAYS = 5.0  # what a new head predicts, so that it need not learn the scale first
 
 
@@ -254,8 +258,50 @@ class PatientHead(nn.Module):
         return self.out(self.dropout(F.gelu(self.hidden(self.norm(patient_AME)))))
 
 
+class IncidenceHead(PatientHead):
+    """When which of the causes of a task in time comes first: each one's hazard a day, constant in bins of time.
+
+    edges: days between the bins; learned, as the first hazards, by `start_from`.
+    """
+
+    edges: Tensor
+    horizons_H: Tensor
+
+    def __init__(self, config: ModelConfig, width_in: int, asked: InTime) -> None:
+        super().__init__(config, width_in, asked.num_causes * TIME_BINS)
+        self.num_causes = asked.num_causes
+        self.register_buffer("edges", torch.linspace(0, asked.horizons_days[-1], TIME_BINS + 1)[1:-1])
+        self.register_buffer("horizons_H", torch.tensor(asked.horizons_days), persistent=False)
+
+    def log_hazards(self, patient_AME: Tensor) -> Tensor:
+        """Float32 (A, M, C, J)."""
+        return self(patient_AME).float().unflatten(2, (self.num_causes, TIME_BINS))
+
+    def incidence(self, log_hazard_AMCJ: Tensor) -> Tensor:
+        """By each horizon, the mean over members: (A, C, H)."""
+        members = log_hazard_AMCJ.shape[1]
+        each_NCH = cumulative_incidence(log_hazard_AMCJ.flatten(0, 1), self.horizons_H, self.edges)
+        return each_NCH.unflatten(0, (-1, members)).mean(dim=1)
+
+    def log_likelihood(self, log_hazard_AMCJ: Tensor, days_A: Tensor, cause_A: Tensor) -> Tensor:
+        """Of what came first, the mean over members: (A,)."""
+        members = log_hazard_AMCJ.shape[1]
+        days_N, cause_N = (x_A.repeat_interleave(members) for x_A in (days_A, cause_A))
+        each_N = log_likelihood(log_hazard_AMCJ.flatten(0, 1), days_N, cause_N, self.edges)
+        return each_N.unflatten(0, (-1, members)).mean(dim=1)
+
+    def start_from(self, days_N: Tensor, cause_N: Tensor) -> None:
+        """Edges between which as many events come, and each cause's mean hazards, of what came to some patients."""
+        assert self.out.bias is not None
+        with torch.no_grad():
+            self.edges.copy_(edges_of(days_N[cause_N > 0], TIME_BINS))
+            hazard_CJ = first_hazards(days_N, cause_N, self.edges, self.num_causes)
+            self.out.bias.copy_(hazard_CJ.log().flatten())
+
+
 class RiskModel(LossModel):
-    """HyMaTE with one head for each task: its logit, and for the tasks `in_days` also log(1 + days).
+    """HyMaTE with one head for each task: its logit, and for the tasks `in_days` also log(1 + days). For those
+    `in_time` the incidences by each of their horizons; their logit is that of the event's incidence by the last.
 
     What the members say is averaged; each learns as if it were alone (deep ensembles, Lakshminarayanan et al. 2017).
 
@@ -264,14 +310,31 @@ class RiskModel(LossModel):
     """
 
     def __init__(
-        self, config: ModelConfig, vocab_size: int, tasks: Sequence[str], in_days: Collection[str] = ()
+        self,
+        config: ModelConfig,
+        vocab_size: int,
+        tasks: Sequence[str],
+        in_days: Collection[str] = (),
+        in_time: Mapping[str, InTime] | None = None,
     ) -> None:
         super().__init__()
         self.backbone = HyMaTE(config, vocab_size)
         self.pooling = PatientPooling(config)
-        self.heads = nn.ModuleDict({task: _task_head(config, self.pooling.width, task in in_days) for task in tasks})
+        width, in_time = self.pooling.width, in_time or {}
+        self.heads = nn.ModuleDict(
+            {
+                task: IncidenceHead(config, width, in_time[task])
+                if task in in_time
+                else _task_head(config, width, task in in_days)
+                for task in tasks
+            }
+        )
         self._in_days = [number for number, task in enumerate(tasks) if task in in_days]
-        names = [f"{task}/loss" for task in tasks] + [f"{tasks[number]}/days_loss" for number in self._in_days]
+        self._in_time = [number for number, task in enumerate(tasks) if task in in_time]
+        self._binary = [number for number, task in enumerate(tasks) if task not in in_time]
+        names = [f"{tasks[number]}/loss" for number in self._binary]
+        names += [f"{tasks[number]}/days_loss" for number in self._in_days]
+        names += [f"{tasks[number]}/loss" for number in self._in_time]
         self.terms = dict.fromkeys(names, 1 / len(tasks))
 
     def ask(self, batch: Batch) -> Batch:
@@ -284,45 +347,73 @@ class RiskModel(LossModel):
 
     def outputs(self, patient_AME: Tensor) -> tuple[Tensor, Tensor]:
         """Logits and log(1 + days), NaN for tasks without days: float32 (S, T) each."""
-        logit_ATM, log_days_ATM = self._of_members(patient_AME)
+        logit_ATM, log_days_ATM, _ = self._of_members(patient_AME)
         return logit_ATM.mean(dim=2), log_days_ATM.mean(dim=2)
 
-    def _of_members(self, patient_AME: Tensor) -> tuple[Tensor, Tensor]:
-        out = [head(patient_AME).float() for head in self.heads.values()]
-        days = [o_SMO[..., 1] if o_SMO.shape[2] == 2 else torch.full_like(o_SMO[..., 0], torch.nan) for o_SMO in out]
-        return torch.stack([o_SMO[..., 0] for o_SMO in out], dim=1), torch.stack(days, dim=1)
+    def _of_members(self, patient_AME: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Logits and log(1 + days) (A, T, M), and of each task in time the logarithms of hazards (A, M, C, J)."""
+        logits, days, log_hazards = [], [], []
+        for head in self.heads.values():
+            if isinstance(head, IncidenceHead):
+                log_hazards.append(head.log_hazards(patient_AME))
+                risk_A1 = head.incidence(log_hazards[-1])[:, 0, -1:]
+                logits.append(torch.logit(risk_A1, eps=1e-7).expand(-1, patient_AME.shape[1]))
+                days.append(torch.full_like(logits[-1], torch.nan))
+                continue
+            o_AMO = head(patient_AME).float()
+            logits.append(o_AMO[..., 0])
+            days.append(o_AMO[..., 1] if o_AMO.shape[2] == 2 else torch.full_like(o_AMO[..., 0], torch.nan))
+        return torch.stack(logits, dim=1), torch.stack(days, dim=1), log_hazards
+
+    def _incidence_heads(self) -> list[IncidenceHead]:
+        return [head for head in self.heads.values() if isinstance(head, IncidenceHead)]
+
+    def learn_times(self, label_ET: Tensor, days_ET: Tensor) -> None:
+        """Take bins and first hazards of the tasks in time from the training labels."""
+        for number, head in zip(self._in_time, self._incidence_heads(), strict=True):
+            known_E = ~label_ET[:, number].isnan()
+            head.start_from(days_ET[known_E, number], label_ET[known_E, number])
 
     def count_targets(self, batch: Batch) -> Tensor:
         """The sum of the weights of the labels that each of `terms` has in a row: (K,), float64."""
         return torch.cat([_weighed(target_SX, w_SX).sum(0) for target_SX, w_SX in self._targets(batch)]).double()
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """ "logit_AT", "log_days_AT" and "sum_K": the weighted sum over labels of the binary cross-entropy and, for
-        days, of the Huber loss of their logarithms; of members the mean of theirs.
+        """ "logit_AT", "log_days_AT", "incidence_AX" and "sum_K": the weighted sum over labels of the binary
+        cross-entropy, for days of the Huber loss of their logarithms, in time of minus the log-likelihood; of members
+        the mean of theirs.
         """
-        logit_ATM, log_days_ATM = self._of_members(self.patient(batch)[0])
+        logit_ATM, log_days_ATM, log_hazards = self._of_members(self.patient(batch)[0])
 
         def summed(error: Callable[..., Tensor], predicted_SXM: Tensor, target_SX: Tensor, weight_SX: Tensor) -> Tensor:
             target_SXM = torch.nan_to_num(target_SX)[:, :, None].expand_as(predicted_SXM)
             error_SX = error(predicted_SXM, target_SXM, reduction="none").mean(dim=2)
             return (error_SX * _weighed(target_SX, weight_SX)).sum(dim=0)
 
-        labels, days = self._targets(batch)
-        risks = summed(F.binary_cross_entropy_with_logits, logit_ATM, *labels)
-        sum_K = torch.cat([risks, summed(F.huber_loss, self._of_days(log_days_ATM), *days)])
-        logit_AT, log_days_AT = logit_ATM.mean(dim=2), log_days_ATM.mean(dim=2)
+        labels, days, (cause_SX, weight_SX) = self._targets(batch)
+        risks = summed(F.binary_cross_entropy_with_logits, _columns(logit_ATM, self._binary), *labels)
+        sums = [risks, summed(F.huber_loss, _columns(log_days_ATM, self._in_days), *days)]
+        days_SX = torch.nan_to_num(_columns(batch.days_AT, self._in_time))
+        weight_SX, incidences = _weighed(cause_SX, weight_SX), [logit_ATM.new_zeros(len(logit_ATM), 0)]
+        for number, (head, log_hazard_AMCJ) in enumerate(zip(self._incidence_heads(), log_hazards, strict=True)):
+            cause_A = torch.nan_to_num(cause_SX[:, number])
+            found_A = head.log_likelihood(log_hazard_AMCJ, days_SX[:, number], cause_A)
+            sums.append(-(found_A * weight_SX[:, number]).sum(dim=0, keepdim=True))
+            incidences.append(head.incidence(log_hazard_AMCJ).flatten(1))
+        said = {"logit_AT": logit_ATM.mean(dim=2), "log_days_AT": log_days_ATM.mean(dim=2)}
+        said["incidence_AX"] = torch.cat(incidences, dim=1)
         if not self.training:
-            logit_AT, log_days_AT = logit_AT.detach(), log_days_AT.detach()
-        return {"sum_K": sum_K, "logit_AT": logit_AT, "log_days_AT": log_days_AT}
+            said = {name: tensor.detach() for name, tensor in said.items()}
+        return {"sum_K": torch.cat(sums), **said}
 
-    def _targets(self, batch: Batch) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """Labels and their weights; the logarithms of days and theirs, of the tasks that have them."""
-        log_days_SX = self._of_days(batch.days_AT).log1p()
-        return (batch.label_AT, batch.label_weight_AT), (log_days_SX, self._of_days(batch.label_weight_AT))
-
-    def _of_days(self, x_ST: Tensor) -> Tensor:
-        """The columns of the tasks that have days; slices, for a list of indices would be sent to the device."""
-        return torch.cat([x_ST[:, :0], *(x_ST[:, task : task + 1] for task in self._in_days)], dim=1)
+    def _targets(self, batch: Batch) -> list[tuple[Tensor, Tensor]]:
+        """Labels and their weights; the logarithms of days and theirs, of the tasks that have them; what came first and
+        theirs, of the tasks in time.
+        """
+        label_SX, days_SX = _columns(batch.label_AT, self._binary), _columns(batch.days_AT, self._in_days)
+        cause_SX = _columns(batch.label_AT, self._in_time)
+        targets = (label_SX, self._binary), (days_SX.log1p(), self._in_days), (cause_SX, self._in_time)
+        return [(target_SX, _columns(batch.label_weight_AT, tasks)) for target_SX, tasks in targets]
 
     def recalibrate(self, task: str, temperature: float, shift: float) -> None:
         """Make the task's logits what they are now / temperature + shift, by its head's last weights."""
@@ -333,6 +424,11 @@ class RiskModel(LossModel):
         with torch.no_grad():
             last.weight[:, :, 0] /= temperature
             bias[:, 0] = bias[:, 0] / temperature + shift
+
+
+def _columns(x_ST: Tensor, tasks: Sequence[int]) -> Tensor:
+    """Those of some tasks; slices, for a list of indices would be sent to the device."""
+    return torch.cat([x_ST[:, :0], *(x_ST[:, task : task + 1] for task in tasks)], dim=1)
 
 
 def _weighed(target_SX: Tensor, weight_SX: Tensor) -> Tensor:

@@ -1,6 +1,8 @@
 """Hazards that are constant within bins of time: (0, e1], (e1, e2], ..., and all hours after the last edge.
 
-Shape legend: N times, J bins, that is J - 1 edges.
+Times are in any unit, and hazards one over it.
+
+Shape legend: N times, J bins, that is J - 1 edges; C causes, of which one comes first; H horizons.
 """
 
 from __future__ import annotations
@@ -30,3 +32,34 @@ def edges_of(hours_N: Tensor, num_bins: int) -> Tensor:
     """Edges between which as many of the times lie in each bin, but for ties."""
     last_J = (torch.arange(1, num_bins) * len(hours_N) // num_bins - 1).clamp(min=0)
     return hours_N.sort().values[last_J]
+
+
+def first_hazards(time_N: Tensor, cause_N: Tensor, edges: Tensor, num_causes: int) -> Tensor:
+    """The hazards (C, J) of all: events over the time at risk, with half an event more at the cause's mean hazard.
+
+    cause_N: 1 to C, or 0 where none had come by then.
+    """
+    passed_J = hours_in_bins(time_N.double(), edges.double()).sum(dim=0)
+    bin_N = bin_of(time_N, edges)
+    count_CJ = torch.stack(
+        [torch.bincount(bin_N[cause_N == cause + 1], minlength=len(passed_J)) for cause in range(num_causes)]
+    )
+    mean_C1 = (count_CJ.sum(dim=1, keepdim=True) + 0.5) / passed_J.sum()
+    return (count_CJ + 0.5) / (passed_J + 0.5 / mean_C1)
+
+
+def log_likelihood(log_hazard_NCJ: Tensor, time_N: Tensor, cause_N: Tensor, edges: Tensor) -> Tensor:
+    """Of the first cause, 1 to C, that came at each time, or of none until then, 0: (N,)."""
+    C = log_hazard_NCJ.shape[1]
+    at_NC1 = bin_of(time_N, edges)[:, None, None].expand(-1, C, 1)
+    came_NC = cause_N[:, None] == torch.arange(1, C + 1, device=cause_N.device)
+    cumulative_N = (log_hazard_NCJ.exp().sum(dim=1) * hours_in_bins(time_N, edges)).sum(dim=1)
+    return (log_hazard_NCJ.gather(2, at_NC1)[..., 0] * came_NC).sum(dim=1) - cumulative_N
+
+
+def cumulative_incidence(log_hazard_NCJ: Tensor, time_H: Tensor, edges: Tensor) -> Tensor:
+    """How likely each cause has come first by each time: (N, C, H)."""
+    ended_NHJ = log_hazard_NCJ.exp().sum(dim=1)[:, None] * hours_in_bins(time_H, edges)
+    before_NHJ = ended_NHJ.cumsum(dim=2) - ended_NHJ
+    in_bin_NHJ = (-before_NHJ).exp() * -torch.expm1(-ended_NHJ)
+    return (log_hazard_NCJ.softmax(dim=1)[:, :, None] * in_bin_NHJ[:, None]).sum(dim=3)

@@ -90,6 +90,7 @@ class BenchmarkConfig:
     device: Wanted = "auto"
 
     def __post_init__(self) -> None:
+        self.task.require_whether("the benchmark")
         if not self.budgets or min(self.budgets) < 0 or len(set(self.budgets)) < len(self.budgets):
             raise ConfigError(f"budgets must be different numbers of labels, 0 for all there are; got {self.budgets}")
         check(

@@ -45,7 +45,7 @@ SILENCED = (
     "ray.tune.tune",  # it repeats that a trial failed, not why
     "ray.tune.execution.experiment_state",  # prints a traceback for Tune's own record where the disk is full
 )
-SCORES = ("step", "mean", "auroc", "auprc", "concordance", "loss")
+SCORES = ("step", "mean", "auroc", "auprc", "concordance", "brier", "loss")
 SECONDS_BETWEEN_LINES = 10.0
 
 

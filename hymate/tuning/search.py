@@ -65,6 +65,13 @@ class TuneConfig:
         if len(set(names)) < len(names):
             raise ConfigError(f"task: {', '.join(names)} must have different names")
         space.check(self.search.space, "search.space")
+        in_time = [task.name for task in self.tasks if task.in_time]
+        if self.search.metric == "auprc" and in_time:
+            raise ConfigError(f"search.metric=auprc: task {in_time[0]} is in time and has none: give mean or auroc")
+        if self.report.ensemble and in_time:
+            raise ConfigError(
+                f"report.ensemble: task {in_time[0]} is in time, for which there is no boosting: set it to false"
+            )
 
     @property
     def tasks(self) -> list[TaskConfig]:
@@ -213,7 +220,9 @@ def _teacher(tasks: Sequence[LabelledTask], histories: Histories, seed: int, run
 def _export(bundle: Bundle, histories: Histories, found: dict[str, Any], run_path: Location) -> None:
     extra = {
         **{split: scores for split in ("held_out", "tuning") if (scores := results.scores_of(found, split))},
-        "recalibration": {part["task"]: part["recalibration"] for part in results.parts_of(found)},
+        "recalibration": {
+            part["task"]: part["recalibration"] for part in results.parts_of(found) if "recalibration" in part
+        },
         "thresholds": results.thresholds_of(found),
         "alarms": results.policies_of(found),
         "provenance": provenance(histories, found["initial_weights"]),

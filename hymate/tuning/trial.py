@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import yaml
 
-from hymate.config import DataConfig, ModelConfig, SearchConfig, TaskConfig, TrainConfig
+from hymate.config import DataConfig, InTime, ModelConfig, SearchConfig, TaskConfig, TrainConfig
 from hymate.data.examples import Examples
 from hymate.data.histories import Histories
 from hymate.data.loader import Rows
@@ -19,7 +19,7 @@ from hymate.data.tasks import LabelSet
 from hymate.data.vocabulary import Vocabulary
 from hymate.device import Wanted
 from hymate.errors import ConfigError, UserError
-from hymate.evaluation import metrics
+from hymate.evaluation import metrics, survival
 from hymate.inference import scoring
 from hymate.inference.bundle import Bundle
 from hymate.inference.initial import initial_bundle, require_same_model
@@ -35,6 +35,7 @@ class TrialConfig:
     """One point of the search space.
 
     in_days: those of the tasks that also predict days.
+    in_time: those of the tasks that predict when, in their order.
     frozen: the backbone keeps its pretrained weights; pooling and heads alone are trained.
     early_fraction: fraction of the training examples that are shown as they were earlier (`Rows`).
     teacher_fraction: fraction of each training label that is replaced by the teacher's probability.
@@ -50,6 +51,7 @@ class TrialConfig:
     frozen: bool = False
     early_fraction: float = 0.0
     teacher_fraction: float = 0.0
+    in_time: dict[str, InTime] = dataclasses.field(default_factory=dict)
 
     @property
     def description(self) -> str:
@@ -136,6 +138,12 @@ def trial_config(
         tree = {**to_tree(section), **{name: settings[name] for name in names if name in settings}}
         return build(type(section), tree, f"{where}: ")
 
+    in_time = {task.name: task.in_time for task in tasks if task.in_time is not None}
+    for name in ("early_fraction", "teacher_fraction"):
+        if in_time and settings[name]:
+            raise ConfigError(
+                f"{where}.{name}: task {next(iter(in_time))} is in time, which this can't do: set it to 0"
+            )
     return TrialConfig(
         tasks=[task.name for task in tasks],
         in_days=[task.name for task in tasks if task.longer_than_days is not None],
@@ -147,6 +155,7 @@ def trial_config(
         frozen=settings["frozen"],
         early_fraction=float(settings["early_fraction"]),
         teacher_fraction=float(settings["teacher_fraction"]),
+        in_time=in_time,
     )
 
 
@@ -163,7 +172,7 @@ def require_starts(task: TaskConfig, label_set: LabelSet, key: str) -> None:
 def risk_model(start: Bundle, trial: TrialConfig) -> RiskModel:
     """The trial's model: new weights from the run's seed, then the pretrained ones over them, where they fit."""
     torch.manual_seed(trial.train.seed)
-    model = RiskModel(trial.model, start.vocabulary.size, trial.tasks, trial.in_days)
+    model = RiskModel(trial.model, start.vocabulary.size, trial.tasks, trial.in_days, trial.in_time)
     if start.state:
         load_pretrained(model, start.state)
     model.backbone.requires_grad_(not trial.frozen)
@@ -189,14 +198,23 @@ def labelled_rows(start: Bundle, trial: TrialConfig, histories: Histories, examp
     return scoring.last_rows(own, histories, examples, trial.train.seed, trial.early_fraction)
 
 
-def tuning_scores(examples: Examples, outputs: scoring.Outputs, tasks: Sequence[str]) -> dict[str, float]:
+def tuning_scores(
+    examples: Examples, outputs: scoring.Outputs, tasks: Sequence[str], in_time: Mapping[str, InTime] | None = None
+) -> dict[str, float]:
     """What a checkpoint is chosen by: AUROC, AUPRC, concordance where a task has days, and their mean; the
     cross-entropy is for the record. Of several tasks the mean of each, and each task's own as "<task>/auroc".
 
     Days count by their concordance, not by their error: like AUROC it is the chance that a pair is ranked rightly, so
-    that the mean is one of like quantities.
+    that the mean is one of like quantities. Of a task in time AUROC is the mean of the dynamic ones by each horizon,
+    and the only score; the integrated Brier score is for the record.
     """
-    by_task = {task: _task_scores(examples, outputs, number) for number, task in enumerate(tasks)}
+    in_time = in_time or {}
+    by_task = {
+        task: _scores_in_time(examples, number, outputs.incidences(in_time, task)[:, 0], in_time[task])
+        if task in in_time
+        else _task_scores(examples, outputs, number)
+        for number, task in enumerate(tasks)
+    }
     names = dict.fromkeys(name for scores in by_task.values() for name in scores)
     overall = {name: float(np.mean([scores[name] for scores in by_task.values() if name in scores])) for name in names}
     if len(tasks) > 1:
@@ -220,6 +238,17 @@ def _task_scores(examples: Examples, outputs: scoring.Outputs, task: int) -> dic
     return {**known, "mean": sum(known.values()) / len(known), "loss": loss}
 
 
+def _scores_in_time(examples: Examples, task: int, risk_EH: np.ndarray, asked: InTime) -> dict[str, float]:
+    at = ~np.isnan(examples.label_ET[:, task])
+    days_N, cause_N, weight_N = (x[at, task] for x in (examples.days_ET, examples.label_ET, examples.weight_ET))
+    known = days_N, cause_N, risk_EH[at], asked.horizons_days, weight_N
+    # a sample of the tuning split may have nobody with the event by the first horizon
+    areas = [area for area in survival.dynamic_auroc(*known) if area is not None]
+    assert areas, "the tuning split has the event and who did not have it"
+    brier = survival.integrated_brier(survival.briers(*known), asked.horizons_days)
+    return {"auroc": float(np.mean(areas)), "mean": float(np.mean(areas)), "brier": brier}
+
+
 def trial_job(
     start: Bundle,
     trial: TrialConfig,
@@ -235,9 +264,10 @@ def trial_job(
 
     def evaluate(model: Any) -> dict[str, float]:
         outputs = scoring.score(model, tuning_rows, worker.device, worker.rank, worker.world_size)
-        return tuning_scores(tuning, outputs, trial.tasks)
+        return tuning_scores(tuning, outputs, trial.tasks, trial.in_time)
 
     model = risk_model(start, trial)
+    model.learn_times(torch.from_numpy(training.label_ET), torch.from_numpy(training.days_ET))
     return loop.Job(
         module=model,
         groups=parameter_groups(model, trial),

@@ -9,18 +9,18 @@ from typing import Any
 
 import numpy as np
 
-from hymate.config import ReportConfig, TaskConfig, TrainConfig
+from hymate.config import InTime, ReportConfig, TaskConfig, TrainConfig
 from hymate.data.examples import Examples
 from hymate.data.histories import Histories
 from hymate.data.known import KnownConfig
 from hymate.data.synthetic.source import ceiling
 from hymate.data.tasks import LabelSet
 from hymate.errors import UserError
-from hymate.evaluation import alarms, baseline_models, calibration, decisions, figures, metrics, results
+from hymate.evaluation import alarms, baseline_models, calibration, decisions, figures, metrics, results, survival
 from hymate.inference.boosting import Boosting, BoostingConfig
 from hymate.inference.bundle import Bundle, build_model
 from hymate.inference.dataset import spread_outputs
-from hymate.inference.scoring import Outputs, write_predictions
+from hymate.inference.scoring import Outputs, write_incidences, write_predictions
 from hymate.storage.paths import Location
 from hymate.training import checkpoint
 from hymate.tuning.trial import TrialConfig
@@ -61,7 +61,8 @@ def bundle_of(start: Bundle, trial: TrialConfig, best: results.TrialEnd, known: 
     """The best checkpoint, not yet recalibrated; known: the rules of the dataset that it was trained on."""
     assert best.checkpoint is not None
     state = checkpoint.read_verified_weights(best.checkpoint)
-    return Bundle("risk", trial.model, trial.data, start.vocabulary, state, trial.tasks, trial.in_days, known)
+    described = trial.model, trial.data, start.vocabulary, state, trial.tasks, trial.in_days, known
+    return Bundle("risk", *described, in_time=trial.in_time)
 
 
 def judge_task(
@@ -78,6 +79,8 @@ def judge_task(
     With settings.ensemble the model is the mean of the network and boosting.
     Its predictions and its picture are in the run's folder.
     """
+    if task.config.in_time:
+        return winner, _judge_in_time(winner, histories, task, task.config.in_time, run_path, device)
     name, split, tuning = task.config.name, task.scored_split, task.examples["tuning"]
 
     def score(bundle: Bundle, examples: Examples) -> Outputs:
@@ -150,6 +153,21 @@ class _Outputs:
     @property
     def probabilities(self) -> tuple[np.ndarray, np.ndarray]:
         return self.tuning.probability_ET[:, 0], self.scored.probability_ET[:, 0]
+
+
+def _judge_in_time(
+    winner: Bundle, histories: Histories, task: LabelledTask, asked: InTime, run_path: Location, device: str
+) -> dict[str, Any]:
+    """A task in time's part of results.json; its hazards stay as they were learned."""
+    name, scored = task.config.name, task.examples[task.scored_split]
+    outputs = spread_outputs(winner.for_task(name), histories, scored, device, run_path / SCORING)
+    write_incidences(scored, outputs, asked, name, run_path / results.predictions_file(name, winner.tasks))
+    seen = scored.days_E, scored.label_E, outputs.incidences({name: asked}, name), asked.horizons_days
+    scores = survival.scores(*seen, scored.subject_id_E, scored.weight_E)
+    part = results.of_task(task.config, scores, task.labels, task.examples, task.scored_split)
+    part |= {"boosting": None, "picture": f"{name}.png"}
+    figures.plot_in_time(run_path / part["picture"], part)
+    return part
 
 
 def _recalibrated(

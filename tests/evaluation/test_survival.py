@@ -11,7 +11,7 @@ from lifelines.utils import concordance_index
 from sksurv.metrics import brier_score, cumulative_dynamic_auc
 from sksurv.nonparametric import cumulative_incidence_competing_risks
 
-from hymate.data.outcomes import COMPETING, EVENT
+from hymate.data.label_files import COMPETING, EVENT
 from hymate.evaluation import metrics, survival
 
 HORIZONS = [2.0, 5.0, 9.0]

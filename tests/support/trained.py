@@ -1,4 +1,4 @@
-"""A model of readmission in the synthetic cohort, trained in this process: the demo's recipe without pretraining."""
+"""Models of the synthetic cohort, trained in this process: the demo's recipe without pretraining."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 from hymate.command import load
-from hymate.config import DataConfig, ModelConfig, TrainConfig
+from hymate.config import DataConfig, ModelConfig, TaskConfig, TrainConfig
 from hymate.data.examples import labelled_examples
 from hymate.data.histories import Histories
 from hymate.data.prepare import PrepareConfig, prepare
@@ -31,14 +31,19 @@ def synthetic_cohort(folder: Path, subjects: int) -> Path:
     return folder / "data"
 
 
-def trained_bundle(data: Path, steps: int) -> Bundle:
+def task_of(data: Path, name: str) -> TaskConfig:
+    return load("predict", [f"task={name}", "bundle=none", f"data.path={data}", "out=none"], PredictConfig).task
+
+
+def trained_bundle(data: Path, steps: int, name: str = "readmission") -> Bundle:
     """The last checkpoint of a training run on `data`."""
-    given = ["task=readmission", "bundle=none", f"data.path={data}", "out=none"]
-    table = read_or_extract_labels(data, load("predict", given, PredictConfig).task).table
+    task = task_of(data, name)
+    in_time = {} if task.in_time is None else {name: task.in_time}
+    table = read_or_extract_labels(data, task).table
     start = starting_point(DataConfig(str(data), context=256, tokens_per_row=4096), MODEL, None)
     schedule = TrainConfig(rows_per_step=1, max_steps=steps, warmup_steps=30, eval_every=steps, zero_stage=0)
     rates = {"backbone_lr": LEARNING_RATE, "head_lr": LEARNING_RATE}
-    trial = TrialConfig(["readmission"], [], start.data, MODEL, schedule, **rates)
+    trial = TrialConfig([name], [], start.data, MODEL, schedule, **rates, in_time=in_time)
     state = {}
 
     def report(scores: dict[str, float], checkpoint: Path) -> None:
@@ -51,4 +56,4 @@ def trained_bundle(data: Path, steps: int) -> Bundle:
         job = trial_job(start, trial, histories, *examples, "mean", worker)
         silent = Telemetry(data.parent / "run", enabled=False)
         loop.train(job, trial.train, worker, report=report, telemetry=silent, resume=None)
-    return Bundle("risk", trial.model, trial.data, start.vocabulary, state, trial.tasks)
+    return Bundle("risk", trial.model, trial.data, start.vocabulary, state, trial.tasks, in_time=in_time)
