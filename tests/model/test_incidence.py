@@ -149,7 +149,7 @@ def test_incidence_of_a_known_law_is_found_although_many_are_lost() -> None:
     assert 0.25 < (cause_N == 0).float().mean() < 0.5
 
     torch.manual_seed(0)
-    head = IncidenceHead(ModelConfig(d_model=8, dropout=0.0), 2, InTime([5.0, 10.0, 30.0], "rival"))
+    head = IncidenceHead(ModelConfig(d_model=8, headdim=8, dropout=0.0), 2, InTime([5.0, 10.0, 30.0], "rival"))
     head.start_from(days_N, cause_N)
     assert (head.edges.diff() > 0).all()
     patient_N1E = F.one_hot(torch.tensor(kind_N), 2).float()[:, None]
