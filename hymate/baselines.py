@@ -43,7 +43,7 @@ from hymate.evaluation.baseline_models import (
     recalibrated,
 )
 from hymate.evaluation.report import score_rows
-from hymate.evaluation.results import NO_HELD_OUT, RESULTS
+from hymate.evaluation.results import NO_HELD_OUT, RESULTS, sizes
 from hymate.inference.scoring import prediction_table
 from hymate.runs import RECORD, claimed
 from hymate.storage.paths import Location, locate, require_folder, write_text
@@ -120,6 +120,7 @@ def _scored(
         "seconds": seconds,
         "importance": _importances(fitted, histories, examples["tuning"], config.seed),
         **label_set.summary(),
+        "splits": {split: sizes(part) for split, part in examples.items()},
     }
     if (best := ceiling(root, config.task.name, scored)) is not None:
         found["ceiling"] = best

@@ -6,7 +6,8 @@ Legend, besides that of `hymate.model.batch`: E examples, N labels, P subjects i
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -291,11 +292,31 @@ def _require_seen(task: TaskConfig, split: str, cause_E: np.ndarray, days_E: np.
 def examples_by_split(histories: Histories, task: TaskConfig, labels: pa.Table) -> dict[str, Examples]:
     """The `labelled_examples` of each of SPLITS; there may be none in held_out. Raises UserError where one of the
     others has none, or labels of one class, or where a horizon of a task in time can't be judged in any.
+    What is left out is printed.
     """
     examples = {split: labelled_examples(histories, labels, split, required=split != "held_out") for split in SPLITS}
     judged = [split for split in SPLITS if split != "held_out" or (task.in_time and len(examples[split]))]
     require_both_classes(task, {split: examples[split] for split in judged})
+    note_dropped(task, examples.values())
     return examples
+
+
+def note_dropped(task: TaskConfig, parts: Iterable[Examples]) -> dict[str, int]:
+    """Print how many labels of a task were left out of some splits, if any, and return the counts."""
+    total = Counter[str]()
+    for part in parts:
+        total.update(part.dropped)
+        total["unknown_subject"] = part.dropped["unknown_subject"]  # each part counts those of all splits
+    unknown, early, positive = (
+        total[name] for name in ("unknown_subject", "without_events", "positives_without_events")
+    )
+    if unknown or early:
+        print(
+            f"Note: task {task.name}: {unknown + early} labels are left out: {unknown} of subjects who are not in the "
+            f"dataset, {early} ({positive} positive) before the first event of their subject",
+            flush=True,
+        )
+    return dict(total)
 
 
 def united(parts: Sequence[Examples]) -> Examples:

@@ -15,7 +15,7 @@ from hymate.config import TaskConfig
 from hymate.data.extraction import SUMMARY, Details, extract, no_event_error
 from hymate.data.histories import read_metadata
 from hymate.data.known import KnownConfig
-from hymate.data.label_files import COMPETING, EVENT, read_labels, sizes
+from hymate.data.label_files import COMPETING, EVENT, KEYS, read_labels, sizes
 from hymate.data.meds import FIRST_TIME, read_splits
 from hymate.errors import UserError
 from hymate.storage.paths import Location, files_below, locate, present
@@ -85,6 +85,12 @@ def _given(folder: Location, key: str, task: TaskConfig) -> LabelSet:
     table = in_time(table, task, where) if task.in_time else _binary(table, task, where)
     if not table.num_rows:
         raise UserError(f"{key}: {folder} holds no labels")
+    values = [name for name in ("boolean_value", "float_value", "cause") if name in table.column_names]
+    distinct, times = (table.group_by([*KEYS, *more]).aggregate([]).num_rows for more in (values, []))
+    if contradicting := distinct - times:
+        raise UserError(
+            f"{key}: {contradicting} labels in {folder} contradict another one of the same subject and time: keep one"
+        )
     one_each = pc.count_distinct(table["subject_id"]).as_py() == table.num_rows
     if "start" not in table.column_names and one_each and (task.start is not None or task.definition is None):
         # a subject's only label is about all that is known of it: its first event is the start. A definition without a

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from hymate import cluster, device
 from hymate.cluster import RemoteCall
+from hymate.data.examples import note_dropped
 from hymate.data.features import FeatureConfig, choose, features
 from hymate.data.histories import Histories
 from hymate.data.tasks import read_or_extract_labels
@@ -74,11 +75,13 @@ def benchmark(config: BenchmarkConfig) -> Location:
     there = Labelled.of(histories, label_set.table, config.split)
     for run in {(run.budget, run.seed, run.fold): run for run in runs}.values():
         there.allotted(config, run).check(config, run)
+    left_out = note_dropped(config.task, [there.development, *([there.held_out] if there.held_out else [])])
     inputs = histories.inputs | {"task.labels": label_set.digest()}
     if config.init is not None:
         inputs["init"] = _check_init(config, config.init, histories)
     check_same_run(path, config, inputs, CHANGEABLE)
     with claimed(path, "benchmark", config, inputs) as claim:
+        claim.found["left_out"] = left_out
         calls = _calls(config, [run for run in runs if not run.results_path(comparison.folder_of(config)).is_file()])
         if calls:
             with cluster.ray_session(config.train.cpus_per_worker, device=config.device):

@@ -9,6 +9,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from datetime import datetime
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -136,16 +137,26 @@ def test_without_a_held_out_split_the_tuning_split_is_scored(data: Path, tmp_pat
     assert "held_out" not in shown.replace(str(tmp_path), "")
 
 
-def test_labels_without_held_out_patients_are_scored_on_the_tuning_split(data: Path, tmp_path: Path) -> None:
+def test_labels_without_held_out_patients_are_scored_on_the_tuning_split(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     splits = read_splits(data)
     held_out = splits.filter(pc.equal(splits["split"], "held_out"))["subject_id"]
     table = read_or_extract_labels(
         data, load("baselines", ["task=readmission", "data.path=D", "out=O"], BaselinesConfig).task
     ).table
     table = table.filter(pc.invert(pc.is_in(table["subject_id"], held_out))).select(LABEL_SCHEMA.names[:3])
-    write_parquet(table, tmp_path / "labels" / "0.parquet")
+    early = pa.array([datetime(1800, 1, 1)], table.schema.field("prediction_time").type)
+    unknown = table.slice(0, 2).set_column(0, "subject_id", pa.array([10**9, 10**9 + 1]))
+    too_early = table.slice(0, 1).set_column(1, "prediction_time", early)
+    write_parquet(pa.concat_tables([table, unknown, too_early]), tmp_path / "labels" / "0.parquet")
     found, _ = scored(data, tmp_path / "out", "baseline=logistic_regression", f"task.labels={tmp_path / 'labels'}")
     assert found["split"] == "tuning" and found["auroc"] == found["tuning"]["auroc"]
+    # labels that cannot be used are told and recorded
+    assert "Note: task readmission: 3 labels are left out: 2 of subjects who are not in" in capsys.readouterr().out
+    splits = found["splits"].values()
+    assert {part["unknown_subject"] for part in splits} == {2} and sum(p["without_events"] for p in splits) == 1
+    assert sum(part["labels"] for part in splits) == len(table)
 
 
 def test_a_seed_gives_the_same_predictions(data: Path, finished: Callable[[str], Finished], tmp_path: Path) -> None:

@@ -251,6 +251,19 @@ def test_label_folders_may_bring_start_and_weight(tmp_path: Path) -> None:
         tasks.read_or_extract_labels(tmp_path, task("readmission", f"task.labels={tmp_path / 'mine'}"))
 
 
+def test_labels_of_one_time_must_not_contradict_each_other(tmp_path: Path) -> None:
+    def given(second: bool) -> tasks.LabelSet:
+        folder = given_labels(tmp_path / "mine", [1, 2])
+        table = pq.read_table(folder / "0.parquet")
+        other = table.set_column(2, "boolean_value", pa.array([True, second]))
+        pq.write_table(pa.concat_tables([table, other]), folder / "0.parquet")
+        return tasks.read_or_extract_labels(tmp_path, task("mortality", f"task.labels={folder}"))
+
+    assert given(True).counts["labels"] == 4  # said twice is no contradiction
+    with pytest.raises(UserError, match=r"^task\.labels: 1 labels in [^\n]*mine contradict another one[^\n]*$"):
+        given(False)
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

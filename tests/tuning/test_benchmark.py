@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from commands import ROOT, run, wait_until
@@ -25,7 +26,7 @@ from small_cohort import SIZES
 from hymate.command import load
 from hymate.data.features import FeatureConfig, choose, features
 from hymate.data.histories import Histories
-from hymate.data.label_files import read_labels
+from hymate.data.label_files import LABEL_SCHEMA, read_labels
 from hymate.data.meds import write_parquet
 from hymate.data.vocabulary import Vocabulary
 from hymate.errors import ConfigError, UserError
@@ -138,6 +139,17 @@ def test_what_cannot_be_run_is_refused_before_anything_is_trained(
     with pytest.raises(UserError, match=line):
         benchmark(configured(small_data, tmp_path, *wrong))
     assert not list(tmp_path.iterdir())
+
+
+def test_labels_that_cannot_be_used_are_told(
+    small_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = read_labels(small_data / "labels" / "readmission").select(LABEL_SCHEMA.names[:3])
+    unknown = table.slice(0, 2).set_column(0, "subject_id", pa.array([10**9, 10**9 + 1]))
+    write_parquet(pa.concat_tables([table, unknown]), tmp_path / "mine" / "0.parquet")
+    with pytest.raises(UserError, match="nowhere"):  # before anything is trained
+        benchmark(configured(small_data, tmp_path, f"task.labels={tmp_path / 'mine'}", f"init={tmp_path}/nowhere"))
+    assert "Note: task readmission: 2 labels are left out: 2 of subjects who are not in" in capsys.readouterr().out
 
 
 def test_a_mistake_in_a_run_is_one_line_and_the_runs_beside_it_end_well(
