@@ -19,6 +19,7 @@ Legend: R rows, the distant times of each subject in order; N triggers.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -42,6 +43,8 @@ LONGEST = timedelta(days=3_652_059)  # years 1 to 9999
 MICROSECOND = timedelta(microseconds=1)
 ANY_EVENT, RECORD_START, RECORD_END = "_ANY_EVENT", "_RECORD_START", "_RECORD_END"
 LAST_OF_DAY = timedelta(days=1) - MICROSECOND  # when a death of a date happened; it is known at the midnight after
+DEAD = re.compile("DIED|DEAD|DEATH|DECEASED|EXPIRED")  # in the codes of discharges
+UNCLEAR = re.compile(r"|UNK|.*UNKNOWN.*|OTHER|N/?A|NAN|NONE|NULL|MISSING|UNSPECIFIED|NOT .*|\W+")
 CODE_ALONE = "_code_of_{}"  # a predicate with bounds on its value, without them
 OVER, KNOWN = "over before the prediction time", "its event is at or before the prediction time"
 LATE, WHOLE = "_late", "_whole"
@@ -145,17 +148,21 @@ class Predicates:
     matches: for each plain predicate how many of the shard's events match: of those with a time, or for a static one
         of those without. A predicate with bounds on its value is there a second time, without them (CODE_ALONE). For
         each derived predicate at how many times it holds.
+    deaths: how many deaths have a date and no time of day, by where on that day they were put.
     """
 
     events: pl.DataFrame
     matches: dict[str, int]
+    deaths: dict[str, int]
 
 
 def read_predicates(path: Location, config: Any, known: KnownConfig, mapped: CodeMap | None = None) -> Predicates:
     """Evaluate the predicates on one MEDS data file; DataError where it cannot be read, UserError without a column.
 
-    A MEDS_DEATH at 00:00 is a date without a time of day (registries give no more). The patient was alive when
-    discharged alive on that day, so such a death is taken to come at the end of its day.
+    A MEDS_DEATH at 00:00 is a date without a time of day (registries give no more). It is taken to come at the end of
+    its day, for a patient who was discharged alive on that day was alive then. Where the code of the last discharge of
+    the day does not say so (death, unknown, or nothing), and no admission follows, the patient most likely died in
+    hospital: it comes at that discharge.
 
     An admission and a discharge at one time are a transfer, or the ends of one stay: stamps may have days alone. They
     are one stay where the patient is out of hospital afterwards: the admission is then taken to come before. known
@@ -167,10 +174,8 @@ def read_predicates(path: Location, config: Any, known: KnownConfig, mapped: Cod
             plain[CODE_ALONE.format(name)] = type(found)(found.code, static=found.static)
     data = _read(path, _columns(plain), mapped)
     codes = data["code"].drop_nulls().unique().to_list()
-    death = pl.col("code").str.contains(f"^{meds.death_code}(//.*)?$")
-    date_only = pl.col("time") == pl.col("time").dt.truncate("1d")
-    data = data.with_columns(time=pl.when(death & date_only).then(pl.col("time") + LAST_OF_DAY).otherwise("time"))
-    data = _one_after_the_other(data, *known.stays(codes))
+    begin, end = known.stays(codes)
+    data, deaths = _deaths_of_dates(_one_after_the_other(data, begin, end), begin, end)
     counts = {name: p.MEDS_eval_expr().cast(pl.Int64) for name, p in plain.items()}
     late = known.late(codes)
     data = data.select("subject_id", "time", pl.col("code").is_in(late).alias(LATE), **counts)
@@ -186,7 +191,39 @@ def read_predicates(path: Location, config: Any, known: KnownConfig, mapped: Cod
         )
     matches |= {name: int((events[name] > 0).sum()) for name in config.derived_predicates}
     label = config.windows[config.label_window].label
-    return Predicates(events.with_columns(of_stamps[label].alias(SEEN)), matches)
+    return Predicates(events.with_columns(of_stamps[label].alias(SEEN)), matches, deaths)
+
+
+def _deaths_of_dates(data: pl.DataFrame, begin: list[str], end: list[str]) -> tuple[pl.DataFrame, dict[str, int]]:
+    """Events whose deaths without a time of day have one (see `read_predicates`), and how many there are, by case.
+
+    begin, end: the codes that begin and end a stay.
+    """
+    time, code, day = pl.col("time"), pl.col("code"), pl.col("time").dt.truncate("1d")
+    dated = code.str.contains(f"^{meds.death_code}(//.*)?$") & (time == day)
+    last = (
+        data.filter(time.is_not_null(), code.is_in([*begin, *end]))
+        .filter(time == time.max().over("subject_id", day))
+        .group_by("subject_id", day.alias("day"))
+        .agg(
+            discharged=time.first(),
+            inside=code.is_in(begin).any(),
+            alive=code.is_in([each for each in end if _left_alive(each)]).any(),
+        )
+        .filter(~pl.col("inside"))
+    )
+    data = data.with_columns(day=day).join(last, on=["subject_id", "day"], how="left", maintain_order="left")
+    alive = pl.col("alive")  # null: no discharge ends a stay on that day
+    at = pl.when(dated & ~alive).then("discharged").when(dated).then(time + LAST_OF_DAY).otherwise("time")
+    of_case = {"after a discharge alive": alive, "at a discharge": ~alive, "without a discharge": alive.is_null()}
+    counts = data.select(**{name: (dated & case).sum() for name, case in of_case.items()}).row(0, named=True)
+    return data.with_columns(time=at).drop("day", "discharged", "inside", "alive"), counts
+
+
+def _left_alive(discharge: str) -> bool:
+    """Whether a discharge's code says that the patient left alive: it names where to, or how."""
+    said = [part for part in map(str.strip, discharge.upper().split("//")[1:]) if not UNCLEAR.fullmatch(part)]
+    return bool(said) and not any(DEAD.search(part) for part in said)
 
 
 def _one_after_the_other(data: pl.DataFrame, begin: list[str], end: list[str]) -> pl.DataFrame:

@@ -7,7 +7,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -35,11 +35,13 @@ class Details:
     excluded: how many triggers each window leaves out.
     kinds: how many first events in the label window are of each of the task's kinds, counted or left out.
     predicates: how many events of the dataset each plain predicate of the definition matches.
+    deaths: how many of the dataset's deaths have a date and no time of day, by where on that day they were put.
     """
 
     excluded: dict[str, int]
     kinds: dict[str, int]
     predicates: dict[str, int]
+    deaths: dict[str, int] = field(default_factory=dict)  # older results have none
 
     def unmatched(self) -> dict[str, str]:
         """The predicates that match no event, and why where it is known; see `Predicates.matches`."""
@@ -143,7 +145,7 @@ def _extract_shard(
     triggers = settled(rows, task)
     at_risk = triggers.filter(~pl.col("dead"))
     kinds = {kind: int(at_risk[kind].sum()) for kind in task.kinds}
-    details = Details(found.excluded, kinds, predicates.matches)
+    details = Details(found.excluded, kinds, predicates.matches, predicates.deaths)
     return Extracted(triggers, outcomes(found, triggers, task), details)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from hymate.data.meds import FIRST_TIME, read_splits
 from hymate.errors import UserError
 from hymate.storage.paths import Location, files_below, locate, present
 
-RULES_VERSION = 6  # of definition.py and outcomes.py: a new one has labels that were kept extracted again
+RULES_VERSION = 7  # of definition.py and outcomes.py: a new one has labels that were kept extracted again
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def read_or_extract_labels(root: Location, task: TaskConfig, times_only: bool = 
     summary = _summary(folder)
     if summary.get("fingerprint") != fingerprint:
         summary = extract(task, shards, splits, known, folder, fingerprint)
-    details = Details(summary["excluded"], summary["kinds"], summary["predicates"])
+    details = Details(**{spec.name: summary[spec.name] for spec in fields(Details)})
     if summary["never_positive"] and not times_only:
         raise no_event_error(task, "label's predicate", summary["never_positive"], details.unmatched())
     table = read_labels(folder)

@@ -205,6 +205,8 @@ def _label_details(details: Details) -> list[str]:
     if details.kinds:
         sentences.append(f"First events in the label window by kind, also where left out: {_counted(details.kinds)}.")
     sentences.append(f"Events that each predicate matches: {_counted(details.predicates)}.")
+    if any(details.deaths.values()):
+        sentences.append(f"Deaths with a date and no time, by where they count: {_counted(details.deaths)}.")
     if without := {name: why for name, why in details.unmatched().items() if name not in details.kinds}:
         named = ", ".join(f"{name} ({why})" if why else name for name, why in without.items())
         sentences.append(f"**No event matches {named}: check the codes.**")

@@ -27,6 +27,8 @@ from stays import (
 
 from hymate.data import tasks
 
+UNKNOWN = "HOSPITAL_DISCHARGE//UNKNOWN"
+
 # ------------------------------------------------------------------------------------------------- readmission
 
 # history, its labels, and what it adds to the counts
@@ -85,6 +87,11 @@ READMISSION: dict[str, tuple[History, Labels, dict[str, int]]] = {
         [(0, ADMITTED), (2.625, HOME), (2.625, DEATH)],
         {2.625: False},
         {"competing_deaths": 1},
+    ),
+    "dated death on the day of a discharge that says nothing": (
+        [*stay(0, 3, UNKNOWN), (2.625, DEATH)],
+        {},
+        {"died_before": 1},
     ),
     # times may be dates: an admission and a discharge at one time are one stay, unless the patient stays on
     "a stay of one day": ([(2.625, ADMITTED), (2.625, HOME), (80, LAB)], {2.625: False}, {}),
@@ -235,6 +242,20 @@ MORTALITY: dict[str, tuple[History, Labels]] = {
     "died at home": ([*stay(0, 5), (5.4, DEATH)], {1: False}),
     "dated death on the day of a discharge alive": ([*stay(0, 5), (4.625, DEATH)], {1: False}),
     "dated death on the day of a discharge coded as death": ([*stay(0, 5, DIED), (4.625, DEATH)], {1: True}),
+    "dated death on the day of a discharge that says nothing": ([*stay(0, 5, UNKNOWN), (4.625, DEATH)], {1: True}),
+    "dated death on the day of a discharge without a suffix": (
+        [*stay(0, 5, "HOSPITAL_DISCHARGE"), (4.625, DEATH)],
+        {1: True},
+    ),
+    "dated death at a discharge of a date": ([(0, ADMITTED), (4.625, UNKNOWN), (4.625, DEATH)], {1: True}),
+    "dated death on the day of a discharge by another word": (
+        [*stay(0, 5, "HOSPITAL_DISCHARGE//Expired"), (4.625, DEATH)],
+        {1: True},
+    ),
+    "dated death on the day of a transfer to nobody knows where": (
+        [*stay(0, 5, UNKNOWN), *stay(5.1, 9), (4.625, DEATH)],
+        {1: False},
+    ),
     "dated death without a discharge": ([(0, ADMITTED), (4.625, DEATH)], {1: True}),
     "dated death on the second day, with its discharge": ([*stay(0, 1.2, DIED), (0.625, DEATH)], {1: True}),
     "died in the second day": (stay(0, 1.5, DIED), {1: True}),
@@ -245,6 +266,15 @@ MORTALITY: dict[str, tuple[History, Labels]] = {
     "admitted anew within 24 hours": ([(0, ADMITTED), *stay(0.5, 5)], {1.5: False}),
     "transfer at the same instant": ([*stay(0, 3), *stay(3, 9, DIED)], {1: False, 4: True}),
 }
+
+
+def test_dated_deaths_are_counted_by_where_they_were_put(tmp_path: Path) -> None:
+    dead = (4.625, DEATH)
+    stays = [[*stay(0, 5), dead], [*stay(0, 5, UNKNOWN), dead], [*stay(0, 5, DIED), dead], [(0, ADMITTED), dead]]
+    write_histories(tmp_path, [*stays, [*stay(0, 5), (4.7, DEATH)]])  # the last has a time of day
+    found = tasks.read_or_extract_labels(tmp_path, task("mortality"))
+    assert found.details.deaths == {"after a discharge alive": 1, "at a discharge": 2, "without a discharge": 1}
+    assert found.counts["positives"] == 4  # the last died before the discharge
 
 
 @pytest.mark.parametrize("case", MORTALITY)
