@@ -1,4 +1,4 @@
-"""A task in time from training to report, prediction and evaluation; and what can't do one."""
+"""A task in time from training to report, prediction and evaluation, against the law; what can't do one."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ COLUMNS = [f"predicted_{kind}_{days}d" for kind in ("incidence", "competing") fo
 def judged(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
     """A folder with data, a trained bundle, predictions and a picture; the task's results."""
     folder = tmp_path_factory.mktemp("in-time")
-    data = synthetic_cohort(folder, subjects=200)
+    data = synthetic_cohort(folder, subjects=600)
     histories, task = Histories.open(data), task_of(data, NAME)
     labels = read_or_extract_labels(data, task)
     examples = examples_by_split(histories, task, labels.table)
     labelled = LabelledTask(task, labels, examples, {})
-    bundle = trained_bundle(data, steps=40, name=NAME)
+    bundle = trained_bundle(data, steps=200, name=NAME)
     bundle, part = judge_task(bundle, histories, labelled, folder, ReportConfig(), TrainConfig(), "cpu")
     dataclasses.replace(bundle, extra={"held_out": {NAME: {}}}).write(folder / "bundle")
     return folder, part
@@ -89,6 +89,22 @@ def test_incidence_rises_with_the_horizon_and_leaves_room_for_the_competing_even
         rising = np.stack([incidence[f"predicted_{kind}_{days}d"] for days in (7, 30, 90)])
         assert (np.diff(rising, axis=0) >= 0).all() and (rising >= 0).all()
     assert (incidence["predicted_incidence_90d"] + incidence["predicted_competing_90d"] <= 1).all()
+
+
+def test_predicted_incidence_follows_the_law(judged: tuple[Path, dict]) -> None:
+    """The law's probability is the incidence of readmission by 30 days: a later one comes after day 30."""
+    folder, part = judged
+    table = pq.read_table(folder / "predictions-incidence.parquet")
+    oracle = pq.read_table(folder / "data" / "oracle" / "readmission.parquet").to_pylist()
+    of_law = {(row["subject_id"], row["prediction_time"]): row["probability"] for row in oracle}
+    keys = zip(table["subject_id"].to_pylist(), table["prediction_time"].to_pylist(), strict=True)
+    law_N = np.array([of_law.get(key, np.nan) for key in keys])
+    known_N = ~np.isnan(law_N)
+    assert 0.7 < known_N.mean() < 1  # of those that are lost the oracle says nothing
+    predicted_N = table["predicted_incidence_30d"].to_numpy()[known_N]
+    assert np.corrcoef(predicted_N, law_N[known_N])[0, 1] > 0.35
+    assert predicted_N.mean() == pytest.approx(law_N[known_N].mean(), abs=0.08)
+    assert part["horizons"][1]["lost"] > 0 and part["horizons"][1]["auroc"]["value"] > 0.6
 
 
 def test_predict_and_evaluate_say_what_the_search_said(judged: tuple[Path, dict], tmp_path: Path) -> None:
