@@ -80,8 +80,10 @@ def run(config: BaselinesConfig) -> None:
     require_folder(out, "out")
     histories = Histories.open(root)
     label_set = read_or_extract_labels(root, config.task)
-    examples = examples_by_split(histories, config.task, label_set.table)
-    if not len(examples["held_out"]):
+    # held-out patients without a label are a mistake in the labels; a dataset may have no held-out patients
+    needs_held_out = "held_out" in histories.splits
+    examples = examples_by_split(histories, config.task, label_set.table, needs_held_out)
+    if not needs_held_out:
         del examples["held_out"]
     (out / RECORD).unlink(missing_ok=True)  # each run is a new one
     inputs = {"data.path": histories.fingerprint, "task.labels": label_set.digest()}

@@ -289,12 +289,15 @@ def _require_seen(task: TaskConfig, split: str, cause_E: np.ndarray, days_E: np.
             )
 
 
-def examples_by_split(histories: Histories, task: TaskConfig, labels: pa.Table) -> dict[str, Examples]:
-    """The `labelled_examples` of each of SPLITS; there may be none in held_out. Raises UserError where one of the
-    others has none, or labels of one class, or where a horizon of a task in time can't be judged in any.
-    What is left out is printed.
+def examples_by_split(
+    histories: Histories, task: TaskConfig, labels: pa.Table, needs_held_out: bool = False
+) -> dict[str, Examples]:
+    """The `labelled_examples` of each of SPLITS; there may be none in held_out, unless it `needs_held_out`. Raises
+    UserError where one of the others has none, or labels of one class, or where a horizon of a task in time can't be
+    judged in any. What is left out is printed.
     """
-    examples = {split: labelled_examples(histories, labels, split, required=split != "held_out") for split in SPLITS}
+    may_lack = () if needs_held_out else ("held_out",)
+    examples = {split: labelled_examples(histories, labels, split, required=split not in may_lack) for split in SPLITS}
     judged = [split for split in SPLITS if split != "held_out" or (task.in_time and len(examples[split]))]
     require_both_classes(task, {split: examples[split] for split in judged})
     note_dropped(task, examples.values())

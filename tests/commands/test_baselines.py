@@ -137,22 +137,28 @@ def test_without_a_held_out_split_the_tuning_split_is_scored(data: Path, tmp_pat
     assert "held_out" not in shown.replace(str(tmp_path), "")
 
 
-def test_labels_without_held_out_patients_are_scored_on_the_tuning_split(
+def labels_of(data: Path) -> pa.Table:
+    task = load("baselines", ["task=readmission", "data.path=D", "out=O"], BaselinesConfig).task
+    return read_or_extract_labels(data, task).table.select(LABEL_SCHEMA.names[:3])
+
+
+def test_labels_of_no_held_out_patient_are_refused(data: Path, tmp_path: Path) -> None:
+    splits, table = read_splits(data), labels_of(data)
+    held_out = splits.filter(pc.equal(splits["split"], "held_out"))["subject_id"]
+    write_parquet(table.filter(pc.invert(pc.is_in(table["subject_id"], held_out))), tmp_path / "labels" / "0.parquet")
+    with pytest.raises(UserError, match=r"^no label is of .* split 'held_out': of .* in train, .* in tuning"):
+        scored(data, tmp_path / "out", "baseline=logistic_regression", f"task.labels={tmp_path / 'labels'}")
+
+
+def test_labels_that_cannot_be_used_are_said_and_recorded(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    splits = read_splits(data)
-    held_out = splits.filter(pc.equal(splits["split"], "held_out"))["subject_id"]
-    table = read_or_extract_labels(
-        data, load("baselines", ["task=readmission", "data.path=D", "out=O"], BaselinesConfig).task
-    ).table
-    table = table.filter(pc.invert(pc.is_in(table["subject_id"], held_out))).select(LABEL_SCHEMA.names[:3])
+    table = labels_of(data)
     early = pa.array([datetime(1800, 1, 1)], table.schema.field("prediction_time").type)
     unknown = table.slice(0, 2).set_column(0, "subject_id", pa.array([10**9, 10**9 + 1]))
     too_early = table.slice(0, 1).set_column(1, "prediction_time", early)
     write_parquet(pa.concat_tables([table, unknown, too_early]), tmp_path / "labels" / "0.parquet")
     found, _ = scored(data, tmp_path / "out", "baseline=logistic_regression", f"task.labels={tmp_path / 'labels'}")
-    assert found["split"] == "tuning" and found["auroc"] == found["tuning"]["auroc"]
-    # labels that cannot be used are told and recorded
     assert "Note: task readmission: 3 labels are left out: 2 of subjects who are not in" in capsys.readouterr().out
     splits = found["splits"].values()
     assert {part["unknown_subject"] for part in splits} == {2} and sum(p["without_events"] for p in splits) == 1
