@@ -42,6 +42,7 @@ KEYS = {"predicates", "patient_demographics", "trigger", "windows", "description
 LONGEST = timedelta(days=3_652_059)  # years 1 to 9999
 MICROSECOND = timedelta(microseconds=1)
 ANY_EVENT, RECORD_START, RECORD_END = "_ANY_EVENT", "_RECORD_START", "_RECORD_END"
+TRANSFER = timedelta(hours=6)  # as in configs/task/readmission.yaml
 LAST_OF_DAY = timedelta(days=1) - MICROSECOND  # when a death of a date happened; it is known at the midnight after
 DEAD = re.compile("DIED|DEAD|DEATH|DECEASED|EXPIRED")  # in the codes of discharges
 UNCLEAR = re.compile(r"|UNK|.*UNKNOWN.*|OTHER|N/?A|NAN|NONE|NULL|MISSING|UNSPECIFIED|NOT .*|\W+")
@@ -302,9 +303,10 @@ class Found:
 
     rows: subject_id, trigger, prediction_time, start (see `find`), end of the window that has the label, event
         (whether its label's predicate holds there), event_time (when first) and, for each kind, whether the first of
-        all its events is of that kind; of triggers at which every window holds. With `competing` also rival_before
-        (whether that predicate holds from the trigger to the prediction time) and rival_time (when first after it,
-        in the label window).
+        all its events is of that kind, transferred (whether the label window ends at an event and the trigger comes
+        again within 6 hours of it: the stay goes on elsewhere); of triggers at which every window holds. With
+        `competing` also rival_before (whether that predicate holds from the trigger to the prediction time) and
+        rival_time (when first after it, in the label window).
     num_triggers; excluded: for each window how many triggers it leaves out, of those that the ones before it, in the
         order of their evaluation, have left; then, by other names, those with nothing left to predict.
     """
@@ -368,6 +370,7 @@ def find(
             "end": _times(span.end_N, always_N),
             "event": event_N,
             "event_time": _times(first_N, event_N),
+            "transferred": _transferred(config, record, subject_N, span.end_N),
             **{kind: any_N & (record.counted(record.count[kind], subject_N, then) > 0) for kind in kinds},
         }
     )
@@ -377,6 +380,15 @@ def find(
         held_N = record.counted(rival_R, subject_N, before) > 0
         rows = rows.with_columns(rival_before=pl.Series(held_N), rival_time=_times(rival_N, there_N))
     return Found(rows, len(trigger), excluded)
+
+
+def _transferred(config: Any, record: _Record, subject_N: np.ndarray, end_N: np.ndarray) -> np.ndarray:
+    """Whether the trigger comes again where the label window ends, or soon after; never where it ends by the clock."""
+    window, trigger = config.windows[config.label_window], config.trigger.predicate
+    if getattr(window.end_endpoint_expr, "end_event", RECORD_END) in (RECORD_END, trigger):
+        return np.zeros(len(subject_N), dtype=bool)
+    soon = _Span(end_N, end_N + TRANSFER // MICROSECOND, True, True)
+    return record.counted(record.count[trigger], subject_N, soon) > 0
 
 
 Edge = tuple[np.ndarray, np.ndarray]  # time_N int64 in microseconds, void where not known_N

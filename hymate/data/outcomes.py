@@ -13,6 +13,7 @@ here, and every outcome is counted:
     censored            the record ends inside the window, without a death there: no label. Under `censoring_rule:
                         exclude` with the label's event or without, under the other rules without
     positives_unseen    with the label's event, and the record ends inside the window, without a death there
+    transfers           labels whose window ends in a discharge with an admission within 6 hours; where there are any
     labels, positives, subjects     what remains
 
 so triggers = excluded + died_before + censored + labels, + competing_deaths under `exclude`.
@@ -82,6 +83,7 @@ def _first_of_both(rows: pl.DataFrame, task: TaskConfig) -> pl.DataFrame:
 
 def outcomes(found: Found, triggers: pl.DataFrame, task: TaskConfig) -> dict[str, int]:
     """The counts above, from what `settled` gives."""
+    transfers = int((triggers["labelled"] & triggers["transferred"]).sum())
     return {
         "triggers": found.num_triggers,
         "excluded": found.num_triggers - triggers.height,
@@ -89,6 +91,7 @@ def outcomes(found: Found, triggers: pl.DataFrame, task: TaskConfig) -> dict[str
         "competing_deaths": int((triggers["competing"] & ~triggers["dead"]).sum()),
         "censored": int((triggers["unseen"] & (triggers["labelled"] == bool(task.in_time))).sum()),
         **({} if task.in_time else {"positives_unseen": int((triggers["unseen"] & triggers["event"]).sum())}),
+        **({"transfers": transfers} if transfers else {}),
         **sizes(label_table(triggers, task)),
     }
 

@@ -45,6 +45,7 @@ MEANING = {
     "competing_deaths": "death inside the label window without the event: {rule}",
     "censored": "the record ends inside the label window, without a death there: no label{censoring}",
     "positives_unseen": "with the event, and the record ends inside the label window: {unseen}",
+    "transfers": "labels of a stay that goes on elsewhere within 6 hours, where what follows does not count",
     "labels": "labels",
     "positives": "positive labels",
     "subjects": "subjects with a label",
@@ -199,9 +200,7 @@ def _criterion(found: Mapping[str, Any]) -> str:
 
 def _label_details(details: Details) -> list[str]:
     """Sentences on what the definition's windows and predicates found."""
-    sentences = []
-    if any(details.excluded.values()):
-        sentences.append(f"Excluded by window: {_counted(details.excluded)}.")
+    sentences = [f"Excluded by window: {_counted(details.excluded)}."] if any(details.excluded.values()) else []
     if details.kinds:
         sentences.append(f"First events in the label window by kind, also where left out: {_counted(details.kinds)}.")
     sentences.append(f"Events that each predicate matches: {_counted(details.predicates)}.")

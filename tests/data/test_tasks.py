@@ -314,6 +314,35 @@ def test_length_of_stay_rules(history: History, expected: Labels, stayed: float 
     assert [row["float_value"] for row in rows] == ([] if stayed is None else [pytest.approx(stayed)])
 
 
+TRANSFER = (
+    '+task.definition.windows.transfer={start: target.end, end: "start + 6h", start_inclusive: true, '
+    'end_inclusive: true, has: {hospital_admission: "(None, 0)"}}'
+)
+ARRIVAL = (
+    '+task.definition.windows.arrival={start: "end - 6h", end: trigger, start_inclusive: true, '
+    'end_inclusive: true, has: {hospital_discharge: "(None, 0)"}}'
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "history", "expected", "overrides", "without"),
+    [
+        ("mortality", [*stay(0, 3), *stay(3.01, 4.5, DIED)], {1: False, 4.01: True}, [TRANSFER], {4.01: True}),
+        ("length_of_stay", [*stay(0, 5), *stay(5.01, 10)], {1: False, 6.01: False}, [TRANSFER, ARRIVAL], {}),
+    ],
+)
+def test_labels_of_stays_that_a_transfer_cuts_are_counted_and_can_be_left_out(
+    name: str, history: History, expected: Labels, overrides: list[str], without: Labels, tmp_path: Path
+) -> None:
+    found, counts = extract(tmp_path, history, task(name))
+    assert (found, counts["transfers"]) == (expected, 1)
+    found, counts = extract(tmp_path, history, task(name, *overrides))
+    assert (found, "transfers" in counts) == (without, False)
+    assert counts["excluded"] == len(overrides)
+    later = [(day if day < 4 else day + 0.3, code) for day, code in stay(0, 3) + stay(4, 6)]
+    assert "transfers" not in extract(tmp_path, later, task(name))[1]
+
+
 # ----------------------------------------------------------------------------------------------------- real data
 
 
