@@ -21,6 +21,7 @@ from hymate.storage.paths import Location
 
 REPORT = "report.md"
 TUNED = "chosen on the tuning split"  # thresholds
+RECALIBRATED = ", after its logits were recalibrated on the tuning split. So were gradient boosting's:"
 VERDICT_AIM = 0.9  # the specificity of the operating point in the verdict
 GROUPS_A_KIND = 8  # shown, the largest; results.json has all
 NAMED = 3  # groups that the verdict names of each kind of trouble
@@ -118,12 +119,7 @@ def _details(found: Mapping[str, Any]) -> list[str]:
         "## Scores",
         "Intervals are 95 %. Those of proportions are Wilson's, over patients (Kish's effective number, where patients "
         f"have unequal numbers of labels); the others resample patients. {scored} by the checkpoint that "
-        f"was best on the tuning split ({_criterion(found)})"
-        + (
-            ", after its logits were recalibrated on the tuning split. So were gradient boosting's:"
-            if len(recalibrated) > 1
-            else "."
-        ),
+        f"was best on the tuning split ({_criterion(found)}){'.' if len(recalibrated) == 1 else RECALIBRATED}",
         *([markdown(recalibrated)] if len(recalibrated) > 1 else []),
         *([in_time.AS_LEARNED] if any(map(in_time.is_in_time, parts_of(found))) else []),
         markdown(score_rows(found)),
