@@ -283,6 +283,11 @@ def _refuse_what_is_no_setting(argument: str, schema: type) -> None:
     _refuse_credentials(name if equals else "an argument", value if equals else key)
     if name == "train.use_gpu" and "device" in trees.hints(schema):
         raise ConfigError(f"{name} is not a known key: device=cuda, cpu or auto (without train.) has taken its place")
+    if re.match(r"hydra($|[./@])", name):
+        raise ConfigError(
+            f"{name} is not a known key, as Hydra's own do nothing here: --help lists the command's; "
+            "run.dir and run.name, or out, say where results go"
+        )
     if UNPRINTABLE.search(argument):
         raise ConfigError(f"{argument!a} holds a control character, or is not UTF-8: rename what it names")
     if argument.startswith("-"):
