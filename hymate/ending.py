@@ -213,6 +213,15 @@ def _name() -> str:
 
 
 @contextlib.contextmanager
+def imports() -> Iterator[None]:
+    """Around the imports of a command: an error ends it as in `command`, a signal at once."""
+    try:
+        yield
+    except Exception as error:
+        sys.exit(_status(error))
+
+
+@contextlib.contextmanager
 def command() -> Iterator[None]:
     """Around the whole of a command: whatever ends it is one line on stderr and an exit status.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import getpass
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -24,7 +25,8 @@ def settle() -> None:
     """Set HOME, XDG_CACHE_HOME or USER where libraries would fail without; processes started later inherit them.
 
     Containers often have a home that is read-only or missing, and a user id without a name. Raises UserError where
-    there is no place for temporary files or no current folder.
+    there is no place for temporary files or no current folder, or where OMP_NUM_THREADS, which libraries read when they
+    are imported, is not a number.
     """
     try:
         tempfile.gettempdir()
@@ -34,6 +36,8 @@ def settle() -> None:
         os.getcwd()
     except FileNotFoundError as error:
         raise UserError("the current folder has been deleted: change to another one") from error
+    if not re.fullmatch(r"[\d\s,]*", threads := os.environ.get("OMP_NUM_THREADS", "")):
+        raise UserError(f"OMP_NUM_THREADS={threads} is not a number: unset it, or set it to how many threads to use")
     home = Path(os.path.expanduser("~"))  # it stays ~ where there is none
     if not home.is_absolute() or not home.is_dir():
         os.environ["HOME"] = str(own_folder())

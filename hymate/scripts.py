@@ -27,6 +27,8 @@ def command(name: str | None = None) -> NoReturn:
     ending.watch()  # the imports take seconds
     name = name or Path(sys.argv[0]).stem.removeprefix("hymate-")
     module, schema, run = COMMANDS[name]
-    loaded = import_module(module)
-    import_module("hymate.command").main(name, getattr(loaded, schema), getattr(loaded, run))
+    with ending.imports():
+        import_module("hymate.machine").settle()  # libraries fail in their own words when they are imported
+        loaded, main = import_module(module), import_module("hymate.command").main
+    main(name, getattr(loaded, schema), getattr(loaded, run))
     sys.exit()

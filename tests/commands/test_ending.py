@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -13,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from commands import PATIENCE_S, ROOT
+from commands import PATIENCE_S, ROOT, run
 
 from hymate.ending import describe
 
@@ -183,6 +184,20 @@ def test_an_error_is_one_line_and_its_traceback_is_kept(body: str, status: int, 
     assert said.startswith(line) and len(said.splitlines()) == bool(line)
     kept = [path.read_text() for path in tmp_path.iterdir()]
     assert len(kept) == line.endswith("(traceback: ") and all("Traceback" in text for text in kept)
+
+
+@pytest.mark.parametrize(
+    ("before", "status", "line"),
+    [
+        ("echo 'raise ImportError(\"no\\nmemory\")' >numpy.py", 1, "error: ImportError: no .traceback: "),
+        ("export OMP_NUM_THREADS=abc", 2, "error: OMP_NUM_THREADS=abc is not a number: unset it, "),
+        ("mkdir gone; cd gone; rmdir ../gone", 2, "error: the current folder has been deleted: change to another one"),
+    ],
+)
+def test_an_error_of_the_imports_is_one_line(before: str, status: int, line: str, tmp_path: Path) -> None:
+    script = f"{before}; exec {shlex.quote(sys.executable)} -m hymate.baselines data.path=DIR task=mortality out=OUT"
+    done = run(["bash", "-c", script], {**ENVIRONMENT, "TMPDIR": str(tmp_path)}, tmp_path)
+    assert done.returncode == status and re.match(line, done.stderr) and done.stderr.count("\n") == 1, done.stderr
 
 
 def test_a_traceback_is_shown_to_who_asks() -> None:
