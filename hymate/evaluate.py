@@ -37,7 +37,7 @@ from hymate.evaluation.transport import transport
 from hymate.hashing import seeded_hash
 from hymate.inference.bundle import Bundle
 from hymate.inference.dataset import RequestConfig, is_prepared, most, open_for, predict_dataset
-from hymate.inference.provenance import seen
+from hymate.inference.provenance import initial_weights, trained_on
 from hymate.storage.paths import Location, locate, readable, require_folder, write_text
 
 OF_BUNDLE = "of the bundle, chosen in its training"  # thresholds and policies
@@ -141,7 +141,8 @@ def _described(
         "bundle": config.bundle,
         "data": data,
         "split": config.split,
-        "learned_here": seen(bundle.extra, histories) in ("same split", "another split"),
+        "trained_on": trained_on(bundle.extra, histories),
+        "initial_weights": initial_weights(bundle.extra),
         "before": external.scores_before(bundle.extra, config.task.name),
         "transport": transport(histories, examples, bundle.vocabulary, config.seed),
     }

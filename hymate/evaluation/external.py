@@ -15,6 +15,7 @@ from hymate.evaluation.metrics import SHOWN
 from hymate.evaluation.report import ALARMS_ALT, LIMITS, REPORT, score_cells, sections, verdict
 from hymate.evaluation.results import RESULTS, SCORES
 from hymate.evaluation.tables import markdown, number, percent, percent_with_interval, with_interval
+from hymate.inference.provenance import SENTENCES
 from hymate.storage.paths import Location
 
 __all__ = ["AS_IT_IS", "RECALIBRATED", "REPORT", "policy_of", "report", "scores_before", "show", "thresholds_of"]
@@ -22,7 +23,7 @@ __all__ = ["AS_IT_IS", "RECALIBRATED", "REPORT", "policy_of", "report", "scores_
 AS_IT_IS, RECALIBRATED = "as it is", "recalibrated"
 LEARNED_HERE = (
     "The model learned from patients of this dataset, or was chosen on them, and split={split} may hold them, so its "
-    "scores may be too good. Give split=held_out, or data that it has never seen."
+    "scores may be too good. Give split=held_out of the split that it was trained on, or data that it has never seen."
 )
 
 
@@ -79,7 +80,7 @@ def report(found: Mapping[str, Any]) -> str:
 
 def report_in_time(found: Mapping[str, Any]) -> str:
     """report.md of a task in time."""
-    parts = [f"# {_title(found)}", *(f"**Note:** {note}" for note in _learned_here(found))]
+    parts = [f"# {_title(found)}", *(f"**Note:** {note}" for note in _seen_before(found))]
     changed = transport.paragraph(found["transport"], found["horizons"][-1]["prevalence"], None)
     parts += [in_time.verdict(found), f"**What changed.** {changed}", f"![{in_time.PICTURE_ALT}]({found['picture']})"]
     return "\n\n".join([*parts, *in_time.sections(found), "## Limits", LIMITS]) + "\n"
@@ -88,7 +89,7 @@ def report_in_time(found: Mapping[str, Any]) -> str:
 def show_in_time(found: Mapping[str, Any], out: Location) -> None:
     """Print the scores of a task in time, and where everything is."""
     tables.show(_title(found), in_time.horizon_rows(found))
-    for note in _learned_here(found):
+    for note in _seen_before(found):
         print(f"Note: {note}")
     _show_files(out)
 
@@ -98,7 +99,7 @@ def _title(found: Mapping[str, Any]) -> str:
 
 
 def _notes(found: Mapping[str, Any]) -> list[str]:
-    judged, notes = found["models"][AS_IT_IS], _learned_here(found)
+    judged, notes = found["models"][AS_IT_IS], _seen_before(found)
     if judged["num_positive_subjects"] < ENOUGH_POSITIVES or judged["num_subjects"] < ENOUGH_SUBJECTS:
         notes.append(
             f"Too few patients to judge the AUROC: {judged['num_subjects']}, of whom {judged['num_positive_subjects']} "
@@ -107,9 +108,12 @@ def _notes(found: Mapping[str, Any]) -> list[str]:
     return notes
 
 
-def _learned_here(found: Mapping[str, Any]) -> list[str]:
-    unseen = not found["learned_here"] or found["split"] == "held_out"
-    return [] if unseen else [LEARNED_HERE.format(split=found["split"])]
+def _seen_before(found: Mapping[str, Any]) -> list[str]:
+    own, initial = found["trained_on"], found["initial_weights"]
+    if own == "another split" or (own == "same split" and found["split"] != "held_out"):
+        return [LEARNED_HERE.format(split=found["split"])]
+    maybe = initial in ("other data", "not known") or (initial == "another split" and own == "same split")
+    return [f"{SENTENCES[initial].capitalize()}."] if maybe else []
 
 
 def _changed(found: Mapping[str, Any]) -> str:

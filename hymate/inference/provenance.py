@@ -51,10 +51,19 @@ def provenance(histories: Histories, initial_weights: Seen = "new") -> dict[str,
 
 
 def seen(extra: Mapping[str, Any], histories: Histories) -> Seen:
-    """Whether training that a bundle records in its `extra` may have seen held-out patients of a dataset.
+    """Whether the training of a bundle or of its initial weights may have seen held-out patients of a dataset.
 
-    "same split" where it has not; bundles of before record a fingerprint of dataset and split only, and may be of
-    "another split" or "other data".
+    As `trained_on` with "same split" where neither has; else what the initial weights had seen counts.
+    """
+    own, initial = trained_on(extra, histories), initial_weights(extra)
+    return own if own != "same split" or initial == "new" else initial
+
+
+def trained_on(extra: Mapping[str, Any], histories: Histories) -> Seen:
+    """What a dataset is to the training that a bundle records in its `extra`, whatever its initial weights had seen.
+
+    "same split" where the dataset's train and tuning patients were those of the training. Bundles of before record a
+    fingerprint of dataset and split only: where it is not this dataset's, it is "not known".
     """
     recorded = extra.get("provenance")
     if not isinstance(recorded, Mapping):
@@ -63,8 +72,15 @@ def seen(extra: Mapping[str, Any], histories: Histories) -> Seen:
     own = provenance(histories)
     each = recorded.get("learned_from_each")
     if own["learned_from"] in [recorded.get("learned_from"), *(each if isinstance(each, list) else [])]:
-        return next((known for known in SENTENCES if known == recorded.get("initial_weights")), "same split")
+        return "same split"
     return "another split" if own["patients"] == recorded.get("patients") else "other data"
+
+
+def initial_weights(extra: Mapping[str, Any]) -> Seen:
+    """What a bundle records of its initial weights: `seen` of them, for the dataset that the bundle was trained on."""
+    recorded = extra.get("provenance")
+    initial = recorded.get("initial_weights") if isinstance(recorded, Mapping) else None
+    return next((known for known in SENTENCES if known == initial), "new")
 
 
 def _digest(histories: Histories, splits: Sequence[str], place: int | None = None) -> str:

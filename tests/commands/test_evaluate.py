@@ -15,6 +15,7 @@ from small_cohort import SIZES, write_meds
 from small_models import write_risk_bundle
 
 from hymate.command import load
+from hymate.data.histories import Histories
 from hymate.data.meds import write_parquet
 from hymate.data.prepare import PrepareConfig, prepare
 from hymate.data.vocabulary import Vocabulary
@@ -22,12 +23,13 @@ from hymate.errors import ConfigError, UserError
 from hymate.evaluate import EvaluateConfig, run
 from hymate.evaluation import metrics
 from hymate.inference.bundle import build_model, read_bundle
-from hymate.inference.provenance import provenance
+from hymate.inference.provenance import Seen, provenance
 from hymate.predict import PredictConfig
 from hymate.predict import run as predict
 
 pytestmark = pytest.mark.slow
 
+LEARNED, WEIGHTS = "model learned from patients of this dataset", "initial weights come from training on"
 CHOSEN = [[0.8, 0.3], [0.9, 0.4], [0.95, 0.5]]
 
 
@@ -112,17 +114,27 @@ def test_what_changed_is_said(bundle: Path, elsewhere: Path, small_data: Path, t
     assert same["rarer"] == same["values"] == same["unknown_codes"] == [] and same["unknown"] == 0
 
 
-def test_patients_that_the_model_learned_from_are_pointed_out(bundle: Path, small_data: Path, tmp_path: Path) -> None:
-    from hymate.data.histories import Histories
-
-    own = read_bundle(bundle)
-    histories = Histories.open(small_data)
-    extra = own.extra | {"provenance": provenance(histories)}
+@pytest.mark.parametrize(
+    ("trained_on", "initial", "of_held_out"),
+    [
+        ("same split", "new", ""),
+        ("same split", "other data", WEIGHTS),
+        ("same split", "another split", WEIGHTS),
+        ("another split", "new", LEARNED),
+    ],
+)
+def test_patients_that_the_model_learned_from_are_pointed_out(
+    trained_on: str, initial: Seen, of_held_out: str, bundle: Path, small_data: Path, tmp_path: Path
+) -> None:
+    own, recorded = read_bundle(bundle), provenance(Histories.open(small_data), initial)
+    recorded |= {"learned_from": "others"} if trained_on == "another split" else {}
+    extra = own.extra | {"provenance": recorded}
     trained = write_risk_bundle(tmp_path / "trained", own.vocabulary, state=own.state, extra=extra)
-    assert evaluated(trained, small_data, tmp_path / "all")["learned_here"]
-    assert "its scores may be too good" in " ".join((tmp_path / "all" / "report.md").read_text().split())
-    evaluated(trained, small_data, tmp_path / "held_out", "split=held_out")
-    assert "too good" not in (tmp_path / "held_out" / "report.md").read_text()
+    for split, noted in (("all", LEARNED), ("held_out", of_held_out)):
+        found = evaluated(trained, small_data, tmp_path / split, f"split={split}", "recalibrate=0")
+        assert (found["trained_on"], found["initial_weights"]) == (trained_on, initial)
+        report = (tmp_path / split / "report.md").read_text()
+        assert [note for note in (LEARNED, WEIGHTS) if f"**Note:** The {note}" in report] == [noted] * bool(noted)
 
 
 def test_what_cannot_be_evaluated_is_refused(bundle: Path, small_data: Path, tmp_path: Path) -> None:

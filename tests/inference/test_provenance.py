@@ -13,7 +13,7 @@ from small_cohort import write_meds
 from hymate.data.histories import Histories
 from hymate.data.meds import write_parquet
 from hymate.data.prepare import PrepareConfig, prepare
-from hymate.inference.provenance import SENTENCES, provenance, seen
+from hymate.inference.provenance import SENTENCES, initial_weights, provenance, seen, trained_on
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,9 @@ def test_bundles_of_before_know_a_fingerprint_only(histories: Histories, tmp_pat
 
 def test_what_the_first_weights_had_seen_is_handed_on(histories: Histories) -> None:
     for before in SENTENCES:
-        assert seen({"provenance": provenance(histories, before)}, histories) == before
+        bundle = {"provenance": provenance(histories, before)}
+        assert seen(bundle, histories) == initial_weights(bundle) == before
+        assert trained_on(bundle, histories) == "same split"
 
 
 @pytest.mark.parametrize("recorded", [None, [], {}, {"learned_from": [], "patients": {}}])
