@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,16 @@ from small_cohort import SIZES, write_meds
 from small_models import write_risk_bundle
 
 from hymate.command import load
+from hymate.data.examples import labelled_examples
 from hymate.data.histories import Histories
-from hymate.data.meds import write_parquet
+from hymate.data.meds import DATA_SCHEMA, write_parquet
 from hymate.data.prepare import PrepareConfig, prepare
+from hymate.data.tasks import read_or_extract_labels
 from hymate.data.vocabulary import Vocabulary
 from hymate.errors import ConfigError, UserError
 from hymate.evaluate import EvaluateConfig, run
 from hymate.evaluation import metrics
+from hymate.evaluation.transport import transport
 from hymate.inference.bundle import build_model, read_bundle
 from hymate.inference.provenance import Seen, provenance
 from hymate.predict import PredictConfig
@@ -112,6 +116,30 @@ def test_what_changed_is_said(bundle: Path, elsewhere: Path, small_data: Path, t
 
     same = evaluated(bundle, small_data, tmp_path / "same")["transport"]
     assert same["rarer"] == same["values"] == same["unknown_codes"] == [] and same["unknown"] == 0
+
+
+@pytest.mark.parametrize(("min_count", "notes"), [(1, 0), (100, 300)])
+def test_nothing_changed_in_the_data_that_a_vocabulary_comes_from(min_count: int, notes: int, tmp_path: Path) -> None:
+    raw = write_meds(tmp_path / "raw")
+    born, noted, dead = (datetime(year, 1, 1) for year in (1950, 2000, 2030))  # deaths follow all predictions
+    added = [("MEDS_BIRTH", born), ("SEX//F", None), ("MEDS_DEATH", dead)]
+    added += [(f"NOTE//{k}//", noted) for k in range(notes)]
+    for file in (raw / "data").rglob("*.parquet"):
+        events = pq.read_table(file).to_pylist()
+        for id in {event["subject_id"] for event in events}:
+            own: dict[str, Any] = {"subject_id": id, "numeric_value": None}
+            # each note has a code of its own, yet most events are notes
+            events += [own | {"code": f"{code}{id if code[-1] == '/' else ''}", "time": time} for code, time in added]
+        events.sort(key=lambda event: (event["subject_id"], event["time"] or datetime.min))
+        write_parquet(pa.Table.from_pylist(events, DATA_SCHEMA), file)
+    prepare(PrepareConfig(source="meds", raw=str(raw), out=str(tmp_path / "data"), workers=1))
+    config = load("evaluate", ["task=readmission", "bundle=b", "data.path=d", "out=o"], EvaluateConfig)
+    histories = Histories.open(tmp_path / "data")
+    histories = histories.with_splits(dict.fromkeys(histories.splits, "all"))
+    labels = read_or_extract_labels(histories.path, config.task).table
+    examples, vocabulary = labelled_examples(histories, labels, "all"), Vocabulary.of(histories, min_count)
+    found = transport(histories, examples, vocabulary, 0)
+    assert found["rarer"] == found["values"] == [] and (found["unknown"] == 0) == (min_count == 1)
 
 
 @pytest.mark.parametrize(
