@@ -177,8 +177,8 @@ def check_explainable(bundle: Bundle) -> None:
     """Raises UserError where the risk is not the network's alone."""
     if bundle.boosting:
         raise UserError(
-            "the bundle's risk is the mean of a network and boosting, and only a network can be explained: explain the "
-            "bundle of a search with report.ensemble=false"
+            "the bundle's risk is the mean of a network and boosting, and only a network can be explained: tune "
+            "with report.ensemble=false, and explain that bundle"
         )
 
 
