@@ -282,7 +282,7 @@ def _require_seen(task: TaskConfig, split: str, cause_E: np.ndarray, days_E: np.
                 f"task {task.name}: nobody of the {split} split has the event within {horizon:g} days: leave this "
                 f"horizon out, or {remedy}"
             )
-        if not ((days_E >= horizon) & ~came_E).any():
+        if not (((days_E >= horizon) | (cause_E > 0)) & ~came_E).any():  # a competing event settles it, too
             raise UserError(
                 f"task {task.name}: nobody of the {split} split was seen for {horizon:g} days without the event, so "
                 "what comes by then is not known: give shorter task.horizons_days"

@@ -175,3 +175,4 @@ def test_a_horizon_that_cannot_be_judged_is_refused() -> None:
         require_both_classes(config, {"train": examples([1, 0], [8, 90])})
     with pytest.raises(UserError, match="nobody of the tuning split was seen for 90 days"):
         require_both_classes(config, {"tuning": examples([1, 0], [7, 89])})
+    require_both_classes(config, {"tuning": examples([1, 2], [7, 10])})  # who died cannot come back

@@ -333,7 +333,7 @@ def inference_there(case: Case) -> dict[str, dict[str, int]]:
 def test_inference_waits_for_its_results(elsewhere: Callable[..., Any], model: str) -> None:
     waits = elsewhere(inference_there, Case(model, "fine-tuning"))
     assert sum(waits["evaluated"].values()) == 1, waits
-    assert sum(waits["scored"].values()) == 3, waits  # of all rows: the examples, their logits and days
+    assert sum(waits["scored"].values()) == 4, waits  # of all rows: the examples, their logits, days and incidences
     inputs = {place: number for place, number in waits["explained"].items() if place.startswith("batch.py")}
     assert sum(waits["explained"].values()) - sum(inputs.values()) <= 7, waits  # the parts of each row
 

@@ -323,7 +323,7 @@ def add_admissions(meds: Path) -> None:
             first.setdefault(event["subject_id"], event["time"])
         for subject, time in first.items():
             start = int(time.timestamp() * 1_000_000)
-            stay, back = 5 + subject % 5, 10 if subject % 3 == 0 else 60
+            stay, back = 5 + subject % 5, 5 if subject % 3 == 0 else 60
             days = {0: "ADMISSION//EMERGENCY", stay: "DISCHARGE//HOME", stay + back: "ADMISSION//EMERGENCY"}
             days |= {stay + back + 3: "DISCHARGE//DIED" if subject % 4 == 0 else "DISCHARGE//HOME", 400: "VISIT"}
             for day, kind in days.items():

@@ -94,7 +94,9 @@ def test_a_benchmark_that_is_killed_goes_on_and_compares(
     assert all(row["fitting"] + row["choosing"] == row["budget"] for row in found["rows"])
     assert len(found["looks"]) == 1 and "Look 1 of this benchmark" in (folder / "held_out.md").read_text()
     assert (folder / "held_out.png").stat().st_size > 10_000
-    assert json.loads((folder / "run.json").read_text())["outcome"] == {"state": "finished", "looks": 1}
+    left_out = {"unknown_subject": 0, "without_events": 0, "positives_without_events": 0}
+    outcome = json.loads((folder / "run.json").read_text())["outcome"]
+    assert outcome == {"state": "finished", "looks": 1, "left_out": left_out}
 
     # what is shown again is no new look; what is compared anew is one
     benchmark(configured(small_data, tmp_path, *more))
