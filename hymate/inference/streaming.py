@@ -153,9 +153,10 @@ class StreamingModel:
             return kept.later((int(time_us_L[-1]) - before.last_time_us) / US_PER_HOUR) + sums
         if pooling.kind == "last":
             last_1QD = h_LD[-1:, None].double()
-            nothing_1Q = last_1QD.new_zeros(1, 1)
+            none_1Q = last_1QD.new_zeros(1, 1)
             hours_1 = batch.time_hours_L[-1:].double()
-            return Moments(hours_1, nothing_1Q, nothing_1Q, nothing_1Q, last_1QD, torch.zeros_like(last_1QD))
+            # tensors that share memory cannot be written
+            return Moments(hours_1, none_1Q, none_1Q.clone(), none_1Q.clone(), last_1QD, torch.zeros_like(last_1QD))
         score_LQ = h_LD.new_zeros(len(h_LD), 1) if pooling.fusion is None else pooling.fusion.score(h_LD)
         rate_Q = (score_LQ[0] if pooling.fusion is None else pooling.fusion.rates(score_LQ)).double()
         new = moments_of_answers(h_LD.double(), score_LQ.double(), rate_Q, batch)

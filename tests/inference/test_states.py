@@ -105,9 +105,12 @@ def test_whole_histories_score_as_in_one_packed_pass(
     assert not same(whole, predicted(cropped, small_data, tmp_path))
 
 
+@pytest.mark.parametrize("pooling", ["fusion", "variables", "mean", "last"])
 def test_kept_states_go_on_with_the_new_events_alone(
-    small_data: Path, yesterday: Path, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    pooling: str, small_data: Path, yesterday: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    config = replace(SMALL, pooling=pooling)
+    bundle = write_risk_bundle(tmp_path / "bundle", vocabulary_of(small_data), config, context=8)
     states = tmp_path / "states"
     overrides = ("context=all", f"states={states}")
     before = predicted(bundle, yesterday, tmp_path, *overrides)
