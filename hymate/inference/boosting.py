@@ -87,7 +87,7 @@ def _add(value_EX, root_T, feature_N, threshold_N, missing_left_N, left_N, right
 
 @dataclass(frozen=True)
 class BoostingConfig:
-    """What config.yaml says of a task's boosting.
+    """A task's boosting, as config.yaml keeps it.
 
     The network's logit and the trees' are recalibrated, averaged with equal weights, and the mean is recalibrated. All
     of this is linear, so three numbers remain.

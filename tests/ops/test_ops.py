@@ -180,7 +180,7 @@ def test_the_first_operator_leaves_the_number_of_threads_alone() -> None:
 
 @pytest.mark.slow
 def test_precompiling_leaves_nothing_to_compile() -> None:
-    """By what Numba says of its files. Most kernels are on disk already: compiling all of them takes a minute."""
+    """Numba's log names the files it loads and saves. Most kernels are on disk: compiling all takes a minute."""
     environment = {**os.environ, "NUMBA_DEBUG_CACHE": "1"}
     step = """
 import torch

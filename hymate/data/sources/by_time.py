@@ -35,7 +35,6 @@ from hymate.data.meds import (
     STATIC_TIME,
     US_PER_DAY,
     DataError,
-    Source,
     SplitsConfig,
     is_code,
     iter_events,
@@ -43,7 +42,7 @@ from hymate.data.meds import (
     read_splits,
     write_parquet,
 )
-from hymate.data.sources.mapped import rewrite
+from hymate.data.sources.mapped import Rewritten, rewrite
 from hymate.storage.paths import Location, files_below, present, readable, write_text
 
 ENTRIES, DATES, LEFT_OUT = (f"{FOLDER}/{WORK}/by_time/{name}" for name in ("entries", "dates.json", "left_out"))
@@ -52,24 +51,13 @@ FEW = 0.01  # of the subjects may have odd dates
 
 
 @dataclass(frozen=True)
-class ByTime:
+class ByTime(Rewritten):
     """Another source with its subjects split by time, whatever splits it brings."""
 
-    source: Source
     splits: SplitsConfig
-
-    @property
-    def name(self) -> str:
-        return self.source.name
 
     def fingerprint(self) -> str:
         return hashlib.sha256(f"{self.source.fingerprint()} {self.splits} by time".encode()).hexdigest()
-
-    def shards(self) -> list[str]:
-        return self.source.shards()
-
-    def counts(self) -> dict[str, int]:
-        return self.source.counts()
 
     def write_shard(self, shard: str, out: Location) -> None:
         self.source.write_shard(shard, out)

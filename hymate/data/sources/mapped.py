@@ -32,25 +32,31 @@ SHOWN = 10  # codes that a line names at most
 
 
 @dataclass(frozen=True)
-class Mapped:
-    """Another source, with a code map applied to each shard once it is written."""
+class Rewritten:
+    """Another source, whose shards are changed once they are written."""
 
     source: Source
-    codes: CodeMap
 
     @property
     def name(self) -> str:
         return self.source.name
-
-    def fingerprint(self) -> str:
-        made_of = f"{self.source.fingerprint()} {self.codes.digest} {sorted(self.codes.late)}"
-        return hashlib.sha256(made_of.encode()).hexdigest()
 
     def shards(self) -> list[str]:
         return self.source.shards()
 
     def counts(self) -> dict[str, int]:
         return self.source.counts()
+
+
+@dataclass(frozen=True)
+class Mapped(Rewritten):
+    """Another source, with a code map applied to each shard once it is written."""
+
+    codes: CodeMap
+
+    def fingerprint(self) -> str:
+        made_of = f"{self.source.fingerprint()} {self.codes.digest} {sorted(self.codes.late)}"
+        return hashlib.sha256(made_of.encode()).hexdigest()
 
     def write_shard(self, shard: str, out: Location) -> None:
         self.source.write_shard(shard, out)
