@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import shutil
+import sys
 import tempfile
 import time
 import warnings
@@ -392,7 +393,18 @@ def single_process(device: torch.device = CPU) -> Iterator[Worker]:
         try:
             yield Worker(0, 1, 0, device)
         finally:
-            dist.destroy_process_group()
+            leave_group()
+
+
+def leave_group() -> None:
+    """End the process group, and those DeepSpeed keeps, which would stand in the way of training again here."""
+    if "deepspeed" in sys.modules:
+        import deepspeed
+
+        if deepspeed.comm.is_initialized():
+            deepspeed.comm.destroy_process_group()
+            return
+    dist.destroy_process_group()
 
 
 # ----------------------------------------------------------------------------------------- schedule and measures

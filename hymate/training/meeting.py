@@ -30,7 +30,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from hymate import machine, runs
 from hymate.errors import first_line
-from hymate.training.loop import Worker
+from hymate.training.loop import Worker, leave_group
 
 TOGETHER_S, ANSWER_S = 120.0, 5.0  # from when all workers have their places; of a worker that is alive
 GLOO, NCCL = "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"  # the interface that each of the libraries takes
@@ -175,7 +175,7 @@ def _joined(seat: Seat) -> Iterator[Worker]:
         _hear_from_all(worker.device)
         yield worker
     finally:
-        dist.destroy_process_group()
+        leave_group()
 
 
 def _value(argument: Any) -> Any:

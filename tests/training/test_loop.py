@@ -19,7 +19,7 @@ from hymate.model.encoder import RiskModel
 from hymate.model.objectives import LossModel, mean_loss
 from hymate.model.pretrain_model import PretrainModel
 from hymate.training.checkpoint import read_state
-from hymate.training.loop import Worker, build_engine, changed_rate, mean_outputs, train, train_step
+from hymate.training.loop import Worker, build_engine, changed_rate, mean_outputs, single_process, train, train_step
 
 SHORT = replace(TRAIN, num_workers=1, warmup_steps=1)
 SOONER = replace(SHORT, max_steps=2)
@@ -66,6 +66,14 @@ def failing_to_send(worker: Worker, folder: Path) -> None:
 def test_a_checkpoint_that_cannot_be_sent_is_not_left_behind(tmp_path: Path) -> None:
     run_workers(failing_to_send, 1, tmp_path)
     assert not list(tmp_path.glob("hymate-step-*"))
+
+
+def test_a_process_can_train_again() -> None:
+    for _ in range(2):
+        module = nn.Linear(2, 1)
+        with single_process() as worker:
+            engine = build_engine(module, torch.optim.AdamW(module.parameters()), TRAIN, worker)
+            assert engine(torch.ones(1, 2)).shape == (1, 1)
 
 
 def test_another_length_says_what_it_does_to_the_learning_rate() -> None:
