@@ -11,7 +11,7 @@ token=${RAY_AUTH_TOKEN_PATH:-$HOME/.ray/auth_token}
 command -v ray >/dev/null || PATH=$(cd "$(dirname "$0")/.." && pwd)/.venv/bin:$PATH # a job's `python` is this one too
 
 export RAY_AUTH_MODE=token                     # whoever reaches an open Ray can run code as you
-export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0     # that is how Ray is told to listen on the loopback interface only
+export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0     # makes Ray listen on the loopback interface only
 export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0 # there is no other machine that work could move to
 export RAY_JOB_STOP_WAIT_TIME_S=120            # seconds that a stopped job has to save where it stands; 3 by default
 

@@ -55,11 +55,11 @@ fi
 
 RAY_ADDRESS=$head:$port python pretrain/run.py "${settings[@]}" "$@" &
 driver=$!
-told=
-trap 'told=1; kill -TERM $driver' TERM # by Slurm: out of time in five minutes, preempted or cancelled
+asked=
+trap 'asked=1; kill -TERM $driver' TERM # by Slurm: out of time in five minutes, preempted or cancelled
 status=0
 wait $driver || status=$?
-if [ -n "$told" ]; then # the signal ended that wait
+if [ -n "$asked" ]; then # the signal ended that wait
     status=0
     wait $driver || status=$?
     # a cancelled job is no longer running, and one that Slurm preempts is queued again by Slurm

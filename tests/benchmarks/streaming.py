@@ -113,7 +113,7 @@ def measure(folder: Path, num_events: int, repeats: int) -> None:
     (small,) = histories.read(histories.positions("train"))
     model.append(None, model.events(small)[:2])  # compiles the operators
     loaded = resident_mib("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again
 
     (history,) = histories.read(histories.positions("held_out"))
     events_L = model.events(history)

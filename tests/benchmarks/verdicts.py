@@ -102,8 +102,8 @@ def helps(kind: Kind, distortion: str) -> Array:
         return np.zeros(len(decisions.GRID), bool)
     middle, spread = logit(kind[0]), kind[1]
     true_M = middle + spread * norm.ppf((np.arange(20_000) + 0.5) / 20_000)
-    risk_M, told_M = expit(true_M), expit(DISTORTED[distortion](middle, true_M))
-    gain_T = [np.mean((told_M >= t) * (risk_M - t)) - max(0, np.mean(risk_M - t)) for t in decisions.GRID]
+    risk_M, stated_M = expit(true_M), expit(DISTORTED[distortion](middle, true_M))
+    gain_T = [np.mean((stated_M >= t) * (risk_M - t)) - max(0, np.mean(risk_M - t)) for t in decisions.GRID]
     return np.array(gain_T) > 1e-9
 
 
@@ -175,7 +175,7 @@ def group_accusations(num_labels: int, patients: str, groups: int, cohorts: int)
 
 def boosting_differences(num_labels: int, patients: str, cohorts: int) -> Array:
     """How often two models that are equally good are called apart: in AUROC, in AUPRC, in either."""
-    told = []
+    found_by_cohort = []
     for number in range(cohorts):
         label_N, prob_N, subject_N = calibrated(number, num_labels, patients)
         rng = np.random.default_rng(number)
@@ -183,20 +183,20 @@ def boosting_differences(num_labels: int, patients: str, cohorts: int) -> Array:
         found = metrics.paired_difference(label_N, a_N, b_N, subject_N, level=metrics.LEVEL_OF_BOTH)
         ends = [found[name]["ci"] or [0.0, 0.0] for name in metrics.AREAS]
         apart = [not low <= 0 <= high for low, high in ends]
-        told.append([*apart, any(apart)])
-    return np.mean(told, axis=0)
+        found_by_cohort.append([*apart, any(apart)])
+    return np.mean(found_by_cohort, axis=0)
 
 
 def chance_errors(num_labels: int, patients: str, cohorts: int) -> tuple[float, float, float]:
     """A calibrated model's calibration error, how much of it was called chance before, and how much is now: means."""
-    told = []
+    found_by_cohort = []
     for number in range(cohorts):
         label_N, prob_N, subject_N = calibrated(number, num_labels, patients)
         rng = np.random.default_rng(number)
         drawn = [metrics.ece(rng.binomial(1, prob_N), prob_N) for _ in range(50)]
         found = calibration.calibration_error(label_N, prob_N, subject_N)
-        told.append([found["ece"], np.mean(np.array(drawn, float)), found["by_chance"]])
-    error, before, after = np.mean(np.array(told, float), axis=0)
+        found_by_cohort.append([found["ece"], np.mean(np.array(drawn, float)), found["by_chance"]])
+    error, before, after = np.mean(np.array(found_by_cohort, float), axis=0)
     return float(error), float(before), float(after)
 
 

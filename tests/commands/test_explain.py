@@ -86,11 +86,11 @@ def test_the_parts_sum_to_what_knowing_the_events_changes(
     np.testing.assert_allclose([a.gap for a in found], parts - (logit_S - unknown_S), atol=1e-5)
 
 
-def test_what_a_pooling_over_variables_is_told_is_attributed_too() -> None:
+def test_the_features_of_a_pooling_over_variables_are_attributed_too() -> None:
     model, row = decided(risk_model(replace(SMALL, pooling="variables"), vocab_size=30)), random_row([5, 1, 20], seed=3)
     for found in integrated_gradients(model, row):
         assert abs(found.gap) < 0.01 * max(1.0, abs(found.logit - found.baseline))
-    with torch.no_grad():  # now nothing but what the pooling is told depends on the events
+    with torch.no_grad():  # now nothing but the pooling's features depends on the events
         model.pooling.variables.states.weight.zero_()
     for found in integrated_gradients(model, row):
         assert abs(found.event_L).max() > 1e-3

@@ -128,7 +128,7 @@ def test_labels_without_outcomes_give_the_prediction_columns_alone(
     assert table.num_rows == times.num_rows
 
 
-def test_the_share_of_unknown_codes_is_told(
+def test_the_fraction_of_unknown_codes_is_named(
     small_data: Path, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     predicted(bundle, small_data, tmp_path / "p.parquet")

@@ -89,7 +89,7 @@ def test_the_end_of_a_command_says_nothing_of_the_one_that_took_the_run_over(tmp
     assert all(attempt["ended"] for attempt in record["attempts"])
 
 
-def test_a_run_that_is_deleted_and_begun_anew_is_not_the_one_that_ends(tmp_path: Path) -> None:
+def test_a_run_that_is_deleted_and_begun_again_is_not_the_one_that_ends(tmp_path: Path) -> None:
     with pytest.raises(KeyError), claimed(tmp_path, "pretrain", CONFIG, INPUTS):
         (tmp_path / "run.json").unlink()
         raise KeyError("what its user must see")
@@ -97,8 +97,8 @@ def test_a_run_that_is_deleted_and_begun_anew_is_not_the_one_that_ends(tmp_path:
     with claimed(tmp_path, "pretrain", CONFIG, INPUTS):
         (tmp_path / "run.json").unlink()
         attempt(tmp_path, val_loss=1.5)
-        anew = (tmp_path / "run.json").read_text()
-    assert (tmp_path / "run.json").read_text() == anew
+        restarted = (tmp_path / "run.json").read_text()
+    assert (tmp_path / "run.json").read_text() == restarted
 
 
 def test_what_a_finished_run_found_is_known(tmp_path: Path) -> None:
@@ -250,9 +250,9 @@ def test_a_search_that_is_taken_over_writes_nothing_into_the_other_ones_trials(t
         for taken_over in (False, True):
             with claim(tmp_path / "run") if taken_over else nullcontext():
                 progress.on_trial_error(1, [], trial)
-            told = tmp_path / "run" / "trials" / "trial-0" / "error.txt"
-            assert told.is_file() is not taken_over
-            told.unlink(missing_ok=True)
+            traceback = tmp_path / "run" / "trials" / "trial-0" / "error.txt"
+            assert traceback.is_file() is not taken_over
+            traceback.unlink(missing_ok=True)
 
 
 def test_workers_get_absolute_paths_and_nothing_else_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

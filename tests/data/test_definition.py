@@ -241,7 +241,7 @@ def test_every_predicate_s_events_are_counted(tmp_path: Path, capsys: pytest.Cap
     counted = {"hospital_admission": 2, "hospital_discharge": 1, "died": 0, "high": 1, "at_b": 1, "female": 1}
     assert {name: found.details.predicates[name] for name in counted} == counted
     assert set(found.details.unmatched()) == {"died", "observation", "planned"}
-    assert "no event matches died: check the codes" in capsys.readouterr().err  # kinds are told by their counts
+    assert "no event matches died: check the codes" in capsys.readouterr().err  # kinds have counts
 
 
 @pytest.mark.parametrize(

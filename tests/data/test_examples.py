@@ -98,7 +98,7 @@ def test_nothing_left_is_one_line_that_names_the_cause(histories: Histories, spl
         assert len(labelled_examples(histories, labels, split, required=False)) == 0
 
 
-def test_labels_that_are_alike_for_want_of_events_are_told_as_that(histories: Histories) -> None:
+def test_labels_that_are_alike_for_want_of_events_are_reported_as_that(histories: Histories) -> None:
     ids = histories.index.subject_id_P[histories.positions("train")][:4].tolist()
     for early in (True, False):  # these lie before the first event
         labels = label_table(ids, [-1e5, -1e5, 50, 50], [early, early, not early, not early])

@@ -217,14 +217,14 @@ def test_codes_of_mimic_style_data_enter_when_they_become_known(
         "clinic_dates": {"moved": 0, "left_out": 0},
         "outcome": {"moved": 0, "left_out": 1},
     }
-    told = sentences(histories.known, histories.known_events)
-    assert told == [
+    found = sentences(histories.known, histories.known_events)
+    assert found == [
         "billing: 3 events moved to 720 hours after the end of their stay, 1 events left out "
         "(not known within the record)",
         "death_dates: 1 events moved to the end of their day",
         "outcome: 1 events left out",
     ]
-    assert all(sentence in capsys.readouterr().err.replace("\n", " ") for sentence in told[:1])
+    assert all(sentence in capsys.readouterr().err.replace("\n", " ") for sentence in found[:1])
     vocabulary = pq.read_table(out / "histories/vocabulary.parquet").to_pylist()
     count = {row["code"]: (row["count"], row["value_count"], row["median"]) for row in vocabulary}
     assert count["PROCEDURE//ICD//10//X"] == (1, 1, 1.5) and count["OUTCOME//DIED"] == (0, 0, 0)

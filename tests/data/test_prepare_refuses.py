@@ -204,7 +204,7 @@ def test_bad_input_found_by_a_worker_process(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_splits_with_other_names_are_told_and_refused_where_they_matter(
+def test_splits_with_other_names_are_named_and_refused_where_they_matter(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = {shard.replace("tuning", "val").replace("held_out", "test"): own for shard, own in ROWS.items()}

@@ -1,6 +1,6 @@
 """The synthetic cohort: is it MEDS, is its law the one it states, and does its oracle say what is in the events?
 
-`Reference` reads the law off the written events anew, one subject after the other, and shares nothing with the
+`Reference` reads the law off the written events again, one subject after the other, and shares nothing with the
 simulation but the coefficients.
 """
 

@@ -263,7 +263,7 @@ MORTALITY: dict[str, tuple[History, Labels]] = {
     "discharged at 24 hours": (stay(0, 1), {}),
     "died within 24 hours": (stay(0, 0.9, DIED), {}),
     "stay not seen to end": ([(0, ADMITTED), (9, LAB)], {}),
-    "admitted anew within 24 hours": ([(0, ADMITTED), *stay(0.5, 5)], {1.5: False}),
+    "admitted again within 24 hours": ([(0, ADMITTED), *stay(0.5, 5)], {1.5: False}),
     "transfer at the same instant": ([*stay(0, 3), *stay(3, 9, DIED)], {1: False, 4: True}),
 }
 
@@ -367,8 +367,8 @@ def counted_by_hand(path: Path) -> dict[str, Counter[str]]:
             labelled["readmission"] += outcome in ("positives", "negatives", "competing_deaths")
         for t in sorted(set(admissions)):
             ends = [e for e in (*discharges, *deaths) if e > t]
-            anew = any(t < a <= t + timedelta(days=1) for a in admissions)
-            if anew or not ends or min(ends) <= t + timedelta(days=1):
+            again = any(t < a <= t + timedelta(days=1) for a in admissions)
+            if again or not ends or min(ends) <= t + timedelta(days=1):
                 continue
             counts["mortality"].update(["labels", *(["positives"] if min(ends) in deaths else [])])
             counts["length_of_stay"].update(["labels", *(["positives"] if min(ends) - t > timedelta(days=7) else [])])
@@ -403,8 +403,8 @@ def test_mimic_counts_equal_a_count_by_hand(shared_data: Path, tmp_path: Path) -
             by_hand.setdefault(name, Counter()).update(counts)
     for name, expected in by_hand.items():
         result = tasks.read_or_extract_labels(tmp_path, task(name))
-        told = [key for key in expected if key != "negatives"]
-        assert {key: result.counts[key] for key in told} == {key: expected[key] for key in told}, name
+        counted = [key for key in expected if key != "negatives"]
+        assert {key: result.counts[key] for key in counted} == {key: expected[key] for key in counted}, name
         assert result.counts["labels"] == len(result.table)
     assert by_hand["readmission"] == {
         "triggers": 214,

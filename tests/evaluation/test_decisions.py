@@ -234,14 +234,14 @@ def test_nothing_is_called_useful_where_one_patient_has_most_labels() -> None:
 
 
 @pytest.mark.parametrize(("label", "prob"), [([], []), ([1] * 9, [0.5] * 9), ([0, 1] * 9, [0.5] * 18)])
-def test_nothing_is_useful_where_nothing_can_be_told_apart(label: list[int], prob: list[float]) -> None:
+def test_nothing_is_useful_where_risks_are_no_better_than_chance(label: list[int], prob: list[float]) -> None:
     assert decisions.useful_range(label, prob, np.arange(len(label))) is None
 
 
 # ---------------------------------------------------------------------------------------------------- one task
 
 
-def test_a_group_whose_risks_are_wrong_is_told_and_a_tiny_one_is_not_shown() -> None:
+def test_a_group_whose_risks_are_wrong_is_named_and_a_tiny_one_is_not_shown() -> None:
     label, true, subject = cohort(3000)
     prob = expit(true)
     off = np.arange(3000) % 3 == 0

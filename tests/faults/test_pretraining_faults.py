@@ -133,7 +133,7 @@ def test_a_worker_is_killed(when: str, disturbed: Disturbed, undisturbed: Path, 
         seconds = disturbed.seconds_to_recover(driver)
         finish(driver)
     assert_same(disturbed.folder, undisturbed)
-    table.append((f"`kill -9` of a worker {when}", "all workers start anew", disturbed.redone, seconds))
+    table.append((f"`kill -9` of a worker {when}", "all workers start again", disturbed.redone, seconds))
 
 
 # ------------------------------------------------------------------------------------------------------- driver

@@ -89,10 +89,10 @@ def fuzz(name: str, first: int, count: int, findings: Path | None, seconds: floa
                 break
         process.kill()
         process.join()
-    told = ", ".join(f"{number} {outcome}" for outcome, number in sorted(outcomes.items()))
+    counted = ", ".join(f"{number} {outcome}" for outcome, number in sorted(outcomes.items()))
     took = time.monotonic() - began
     print(
-        f"{name}: seeds {first} to {seed - 1}: {outcomes.total()} inputs: {told}; {took:.0f} s, {peak >> 10} MiB",
+        f"{name}: seeds {first} to {seed - 1}: {outcomes.total()} inputs: {counted}; {took:.0f} s, {peak >> 10} MiB",
         flush=True,
     )
     return outcomes

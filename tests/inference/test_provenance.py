@@ -35,7 +35,7 @@ def prepared(folder: Path, exchanged: tuple[str, str] | None = None, seed: int =
     return Histories.open(folder / "data")
 
 
-def test_the_same_split_is_known_and_another_one_told_apart(histories: Histories, tmp_path: Path) -> None:
+def test_the_same_split_is_known_and_another_one_is_not(histories: Histories, tmp_path: Path) -> None:
     bundle = {"provenance": provenance(histories)}
     assert seen(bundle, histories) == "same split"
     assert seen(bundle, prepared(tmp_path / "a", ("train", "held_out"))) == "another split"

@@ -1,4 +1,4 @@
-"""Kept states: predictions equal those of reading everything anew, and a state that does not fit is never used."""
+"""Kept states: predictions equal those of reading the whole history, and a state that does not fit is never used."""
 
 from __future__ import annotations
 

@@ -186,13 +186,13 @@ def _answered(row: Batch) -> Batch:
 
 
 def _steps(built: Engine, device: str, several_answers: bool) -> list[Tensor]:
-    """What two steps of three rows tell."""
-    told = []
+    """The sums of two steps of three rows."""
+    results = []
     steps = ([_answered(row) if several_answers else row for row in repacked(_patients(), 3, seed=n)] for n in range(2))
     for rows in fed(steps, torch.device(device), built.ask):
         sums = loop.train_step(built, rows, torch.device(device))
-        told.append(torch.stack([sums[name] for name in sorted(sums)]))
-    return told
+        results.append(torch.stack([sums[name] for name in sorted(sums)]))
+    return results
 
 
 def _engine(case: Case, device: str) -> Engine:
@@ -209,10 +209,10 @@ def steps_there(case: Case) -> dict[str, int]:
     with watch() as seen, ops.forced("fused"), standing_in():
         there = _engine(case, NAME)
         seen.waits.clear()
-        told = _steps(there, NAME, case.several_answers)
+        results = _steps(there, NAME, case.several_answers)
         waits = dict(seen.waits)
         tolerance = {"rtol": 0.1, "atol": 0.1} if case.bf16 else {"rtol": 2e-3, "atol": 1e-5}
-        torch.testing.assert_close([each.cpu() for each in told], expected, **tolerance)
+        torch.testing.assert_close([each.cpu() for each in results], expected, **tolerance)
         if not case.bf16:
             for own, other in zip(there.module.parameters(), here.module.parameters(), strict=True):
                 torch.testing.assert_close(own.detach().cpu(), other.detach(), rtol=1e-2, atol=2e-3)
@@ -240,7 +240,7 @@ class Rows(RandomRows):
         return row
 
 
-def _train(device: str, told: Recorder, stop: Callable[[], bool] = lambda: False) -> loop.Standing:
+def _train(device: str, recorder: Recorder, stop: Callable[[], bool] = lambda: False) -> loop.Standing:
     """The loop around the engine here, which neither evaluates nor saves."""
     config = replace(
         TRAIN, num_workers=1, rows_per_step=2, max_steps=MAX_STEPS, warmup_steps=1, eval_every=100, log_every=LOG_EVERY
@@ -252,27 +252,27 @@ def _train(device: str, told: Recorder, stop: Callable[[], bool] = lambda: False
     loop.start = lambda *_: (built, loop.Standing())  # type: ignore[assignment]
     loop.evaluate = lambda *_: {}  # type: ignore[assignment,return-value]
     loop.save = lambda *_, **__: 0.0  # type: ignore[assignment]
-    return loop.train(job, config, worker, report=lambda *_: None, telemetry=told, resume=None, stop=stop)
+    return loop.train(job, config, worker, report=lambda *_: None, telemetry=recorder, resume=None, stop=stop)
 
 
 def loop_there() -> tuple[dict[str, int], dict[str, Any], dict[str, Any]]:
-    """The waits, and what was told there and on a CPU."""
+    """The waits, and what was recorded there and on a CPU."""
     from absent_device import NAME, watch
 
     results: list[dict[str, Any]] = []
     waits: dict[str, int] = {}
     for device in ("cpu", NAME):
-        told, asked = Recorder(), count()
+        recorder, asked = Recorder(), count()
         with contextlib.ExitStack() as stack:
             if device == NAME:
                 seen = stack.enter_context(watch())
                 stack.enter_context(ops.forced("fused"))
                 stack.enter_context(standing_in())
-            standing = _train(device, told)
+            standing = _train(device, recorder)
             stopped = _train(device, Recorder(), stop=lambda a=asked: next(a) >= 3)  # type: ignore[misc]
             if device == NAME:
                 waits = {place: number for place, number in seen.waits.items() if "loop.py" in place}
-        points = {name: curve for name, curve in told.points.items() if name.startswith("train/")}
+        points = {name: curve for name, curve in recorder.points.items() if name.startswith("train/")}
         results.append({"points": points, "skipped": standing.skipped, "stopped": stopped.step})
     return waits, results[0], results[1]
 

@@ -53,8 +53,8 @@ def test_a_rehearsal_reports_every_part_and_outlives_one_that_fails(tmp_path: Pa
     measured = {each["what"]: each for part in parts.values() for each in part["measured"]}
     assert measured["bf16 matrix product, 64 square"]["tflops"] > 0
     for what in ("base, mamba2, plain", "base, mamba1, DeepSpeed ZeRO 2", "base, 1,024 events, activations kept"):
-        told = measured[what]
-        assert told["events_per_second"] > 0 and told["peak_gib"] > 0
+        speed = measured[what]
+        assert speed["events_per_second"] > 0 and speed["peak_gib"] > 0
     assert measured["base, mamba2, DeepSpeed ZeRO 2"]["fraction_of_matrix_rate"] > 0
     assert measured["HyMaTE, packed, real lengths"]["filled"] > 0.8
     assert measured["base, prediction here and on the CPU"]["largest_difference_of_logits"] == 0

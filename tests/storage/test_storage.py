@@ -262,7 +262,7 @@ def test_names_are_kept_as_they_are(server: Server, tmp_path: Path, monkeypatch:
 # ------------------------------------------------------------------------------------------------------ outages
 
 
-def test_a_missing_bucket_is_told_at_once(server: Server) -> None:
+def test_a_missing_bucket_is_named_at_once(server: Server) -> None:
     with pytest.raises(StorageError, match=r"s3://no-such-bucket: .*NO_SUCH_BUCKET.*check the address"):
         write_text("text", locate("s3://no-such-bucket/file"))
 
@@ -291,7 +291,9 @@ def test_writing_outlasts_an_outage(server: Server, caplog: pytest.LogCaptureFix
 
 
 @pytest.mark.slow
-def test_an_outage_that_does_not_end_is_told_and_harms_nothing(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_outage_that_does_not_end_is_named_and_harms_nothing(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv(remote.PATIENCE, "1")
     path = locate(f"s3://{BUCKET}/long-outage/table.parquet")
     table = pa.table({"number": np.arange(10)})

@@ -42,7 +42,7 @@ class Case:
 
 
 _SMALL = Case(lengths=(9, 1, 30, 1, 17), heads=2, groups=1, headdim=16)
-# for what takes too long to be tried on random ones: a GPU compiles anew for most of them
+# for what takes too long to be tried on random ones: a GPU compiles again for most of them
 FEW = {
     "packed": _SMALL,
     "reversed": replace(_SMALL, reverse=True),

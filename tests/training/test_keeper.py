@@ -22,14 +22,14 @@ from hymate.training.telemetry import Telemetry
 
 
 class Notes(Telemetry):
-    """Keeps what is told."""
+    """Keeps its notes."""
 
     def __init__(self) -> None:
         super().__init__(Path("unused"), enabled=False)
-        self.told: list[str] = []
+        self.texts: list[str] = []
 
     def note(self, text: str) -> None:
-        self.told.append(text)
+        self.texts.append(text)
 
 
 def whole(folder: Path) -> None:
@@ -43,7 +43,9 @@ def whole(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("num_damaged", [0, 1, 2, 3])
-def test_the_newest_whole_checkpoint_is_found_and_what_is_passed_over_is_told(tmp_path: Path, num_damaged: int) -> None:
+def test_the_newest_whole_checkpoint_is_found_and_what_is_passed_over_is_named(
+    tmp_path: Path, num_damaged: int
+) -> None:
     kept, notes = Kept(tmp_path, 3), Notes()
     for step in (1, 2, 3):
         whole(tmp_path / f"step-{step:09d}")
@@ -52,7 +54,7 @@ def test_the_newest_whole_checkpoint_is_found_and_what_is_passed_over_is_told(tm
     with single_process() as worker, newest_whole(kept, worker, notes) as (found, damages):
         assert found == (tmp_path / f"step-{3 - num_damaged:09d}" if num_damaged < 3 else None)
     assert len(damages) == num_damaged and all("model.safetensors is not what was written" in each for each in damages)
-    assert notes.told == ([f"{each}; the checkpoint before is used" for each in damages] if num_damaged < 3 else [])
+    assert notes.texts == ([f"{each}; the checkpoint before is used" for each in damages] if num_damaged < 3 else [])
 
 
 def add(kept: Kept, scratch: Path, step: int, score: float | None) -> None:

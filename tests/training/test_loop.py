@@ -25,7 +25,7 @@ SHORT = replace(TRAIN, num_workers=1, warmup_steps=1)
 SOONER = replace(SHORT, max_steps=2)
 
 
-def told(folder: Path) -> list[tuple[int, list[float]]]:
+def evaluated(folder: Path) -> list[tuple[int, list[float]]]:
     """Of each checkpoint its step, and the steps at which the run had been evaluated."""
     states = [read_state(path) for path in sorted(folder.glob("step-*"))]
     return [(state["step"], [scores["step"] for scores in state["evaluations"]]) for state in states]
@@ -40,11 +40,11 @@ def stopped_then_ended_there(worker: Worker, folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_that_is_told_to_end_where_it_was_stopped_is_evaluated_there_once(tmp_path: Path) -> None:
+def test_a_run_whose_last_step_is_where_it_was_stopped_is_evaluated_there_once(tmp_path: Path) -> None:
     run_workers(stopped_then_ended_there, 1, tmp_path)
-    assert told(tmp_path / "stopped") == [(2, [])]
-    assert told(tmp_path / "ended") == [(2, [2])]
-    assert told(tmp_path / "again") == []
+    assert evaluated(tmp_path / "stopped") == [(2, [])]
+    assert evaluated(tmp_path / "ended") == [(2, [2])]
+    assert evaluated(tmp_path / "again") == []
 
 
 def failing_to_send(worker: Worker, folder: Path) -> None:

@@ -45,8 +45,8 @@ def _train_cases(worker: Worker, folder: Path) -> None:
             job.module.register_forward_pre_hook(_work)
         train(job, config, worker, report=lambda metrics, part: None, telemetry=recorder, resume=None)
         if worker.rank == 0:
-            told = {"points": recorder.points, "last": recorder.last}
-            (folder / f"{slow}-{stage}.json").write_text(json.dumps(told))
+            recorded = {"points": recorder.points, "last": recorder.last}
+            (folder / f"{slow}-{stage}.json").write_text(json.dumps(recorded))
 
 
 class Progress(Recorder):
@@ -58,7 +58,7 @@ class Progress(Recorder):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the first of three workers tells of each case."""
+    """What the first of three workers recorded of each case."""
     folder = tmp_path_factory.mktemp("workers")
     run_workers(_train_cases, 3, folder)
     return folder
@@ -67,10 +67,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize(("slow", "stage"), CASES)
 def test_a_slow_worker_shows(trained: Path, slow: str, stage: int) -> None:
-    told = json.loads((trained / f"{slow}-{stage}.json").read_text())
+    recorded = json.loads((trained / f"{slow}-{stage}.json").read_text())
 
     def by_rank(name: str) -> list[float]:
-        curves = [told["points"][f"worker_{name}/{rank}"] for rank in range(3)]
+        curves = [recorded["points"][f"worker_{name}/{rank}"] for rank in range(3)]
         assert all(list(curve) == ["2", "4"] for curve in curves)
         return [curve["4"] for curve in curves]
 
@@ -80,4 +80,4 @@ def test_a_slow_worker_shows(trained: Path, slow: str, stage: int) -> None:
     assert all(a + b <= 1 for a, b in zip(data, collective, strict=True))
     assert (data[SLOW] > 0.5) == (slow == "data")
     assert all(0.05 < gib < 100 for gib in by_rank("memory_gib"))
-    assert "trouble" in told["last"]  # what it says of such times is in the doctest: a busy machine slows all of them
+    assert "trouble" in recorded["last"]  # its sentence is in the doctest: a busy machine slows all

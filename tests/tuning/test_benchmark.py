@@ -98,7 +98,7 @@ def test_a_benchmark_that_is_killed_goes_on_and_compares(
     outcome = json.loads((folder / "run.json").read_text())["outcome"]
     assert outcome == {"state": "finished", "looks": 1, "left_out": left_out}
 
-    # what is shown again is no new look; what is compared anew is one
+    # what is shown again is no new look; another comparison is one
     benchmark(configured(small_data, tmp_path, *more))
     assert len(json.loads((folder / "looks.json").read_text())) == 1
     benchmark(configured(small_data, tmp_path, *more[:-1], "only=[gradient_boosting]", "budgets=[60]"))
@@ -143,7 +143,7 @@ def test_what_cannot_be_run_is_refused_before_anything_is_trained(
     assert not list(tmp_path.iterdir())
 
 
-def test_labels_that_cannot_be_used_are_told(
+def test_labels_that_cannot_be_used_are_counted(
     small_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     table = read_labels(small_data / "labels" / "readmission").select(LABEL_SCHEMA.names[:3])

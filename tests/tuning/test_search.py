@@ -409,7 +409,7 @@ def test_a_search_without_held_out_labels_makes_all_but_their_scores(
 
 
 @pytest.mark.slow
-def test_a_failed_trial_is_told_and_sinks_nothing(run: Path) -> None:
+def test_a_failed_trial_is_shown_and_sinks_nothing(run: Path) -> None:
     found = json.loads((run / "results.json").read_text())
     (failed,) = [trial for trial in found["trials"] if trial["index"] != found["best_trial"]]
     assert failed["status"] == "failed" and failed["parameters"]["head_lr"] == DIVERGING
