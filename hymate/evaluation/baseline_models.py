@@ -231,6 +231,7 @@ def _fitted(
     if kind == "gradient_boosting":
         boosting = HistGradientBoostingClassifier(
             max_iter=max(NUM_TREES),
+            max_bins=min(255, max(2, len(positive_E))),  # no feature fills more; empty ones only take time
             learning_rate=LEARNING_RATE,
             max_leaf_nodes=NUM_LEAVES,
             min_samples_leaf=LEAF_LABELS,
@@ -420,14 +421,13 @@ def importance(model: Baseline, table: FeatureTable, group_X: Sequence[str], see
 
     whole = auroc()
     groups = np.array(group_X)
-    falls = {}
+    falls: dict[str, float] = {}
     for group in sorted(set(group_X) - {""}):
         own_X = groups == group
         kept = value_EX[:, own_X]
-        falls[group] = 0.0
         for _ in range(REPEATS):
             value_EX[:, own_X] = kept[rng.permutation(len(kept))]
-            falls[group] += (whole - auroc()) / REPEATS
+            falls[group] = falls.get(group, 0.0) + (whole - auroc()) / REPEATS
         value_EX[:, own_X] = kept
     return dict(sorted(falls.items(), key=lambda item: -item[1]))
 
