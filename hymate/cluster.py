@@ -39,6 +39,7 @@ SETTINGS = {
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_STATE_ACTOR_RECONCILIATION": "0",  # it asks a dashboard that we do not start
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_prestart_worker_first_driver": "0",  # these workers would lack what ours are given, and so stay idle
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_get_check_signal_interval_milliseconds": "100",  # how soon a waiting driver sees a signal
     "RAY_task_oom_retries": str(MOST_RETRIES),  # Ray would try for ever what a machine's memory can never hold
@@ -132,6 +133,7 @@ def ray_session(cpus_per_worker: int, num_workers: int = 1, device: Wanted = "cp
             else:
                 from hymate.device import num_gpus  # late: PyTorch takes a second, and preparing needs none of it
 
+                _leave_out_what_only_clusters_need()
                 ray.init(
                     address="local",
                     num_cpus=available_cpus(),
@@ -146,6 +148,17 @@ def ray_session(cpus_per_worker: int, num_workers: int = 1, device: Wanted = "cp
         finally:
             ray.shutdown()
             ending.take_back()
+
+
+def _leave_out_what_only_clusters_need() -> None:
+    """Of what Ray starts on this machine: the dashboard's server, which starts even where no dashboard is wanted, the
+    monitors of the autoscaler and of logs that we do not print, and the dashboard's part in each machine's agent.
+    """
+    from ray._private import utils
+    from ray._private.node import Node
+
+    Node.start_api_server = Node.start_monitor = Node.start_log_monitor = lambda *_, **__: None
+    utils.get_dashboard_dependency_error = lambda: ImportError("not wanted here")
 
 
 def _take_code() -> Callable[[], None]:
