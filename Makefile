@@ -5,6 +5,7 @@ DEMO ?= demo
 SUBJECTS ?= 1500
 PRETRAIN_STEPS ?= 150
 TUNE_STEPS ?= 800
+ICU ?= build/icu
 QUICK ?=
 # of tests, side by side: one more than cores, for each waits for Ray now and then; each takes up to 5 GB
 PROCESSES ?= 3
@@ -21,7 +22,7 @@ ANY_PY = $(if $(wildcard $(PY)),$(PY),$(PYTHON))
 
 GPU_PYTHON ?= 3.12
 
-.PHONY: demo check test constraints test-gpu kernels wheels test-faults bench docs figures clean
+.PHONY: demo icu check test constraints test-gpu kernels wheels test-faults bench docs figures clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -41,6 +42,18 @@ demo: $(VENV)/.installed
 	@$(PY) finetune/tune.py task=readmission data.path=$(DEMO)/data init=$(DEMO)/runs/pretrain search=quick \
 		data.context=256 data.tokens_per_row=4096 train.rows_per_step=1 train.max_steps=$(TUNE_STEPS) train.eval_every=100 \
 		report.ensemble=true run.dir=$(DEMO)/runs run.name=readmission
+
+# the encoder that ships as init=icu, of the files of both challenges; hymate/bundles/icu/README.md is written by hand
+icu: $(VENV)/.installed
+	@test -d "$(P2012)" && test -d "$(P2019)" || { echo "make icu P2012=DIR P2019=DIR: the files of each challenge"; exit 2; }
+	$(PY) -m hymate.data.prepare source=physionet2012 raw="$(P2012)" out=$(ICU)/physionet2012
+	$(PY) -m hymate.data.prepare source=physionet2019 raw="$(P2019)" out=$(ICU)/physionet2019
+	$(PY) -m hymate.data.prepare source=meds 'raw=[$(ICU)/physionet2012,$(ICU)/physionet2019]' \
+		'codes=[physionet2012,physionet2019]' out=$(ICU)/both
+	$(PY) pretrain/run.py data.path=$(ICU)/both model=physionet objective=both objective.horizon_hours=12 train=zero0 \
+		train.num_workers=2 data.context=2048 data.tokens_per_row=8192 train.max_steps=400 train.warmup_steps=40 \
+		train.learning_rate=2e-3 train.eval_rows=16 run.dir=$(ICU)/runs run.name=icu
+	cp $(addprefix $(ICU)/runs/icu/bundle/,model.safetensors config.yaml vocabulary.parquet) hymate/bundles/icu/
 
 # lint, types, and the tests that are quick: before every commit
 check: $(VENV)/.installed

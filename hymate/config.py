@@ -14,7 +14,8 @@ from hymate.places import UNPRINTABLE, parse_place
 
 QUOTE_IT = "put it in quotes, and in a shell those in others: 'KEY=\"TEXT\"'"
 Place = Annotated[str, parse_place]  # a local path or a URL
-SHIPPED_NAME = r"[a-z0-9_]+"  # of a code map in configs/codes/
+Init = Annotated[str, parse_place, "or the name of a bundle that ships"]
+SHIPPED_NAME = r"[a-z0-9_]+"  # of a code map in configs/codes/ and of a bundle in hymate/bundles/
 
 
 def parse_codes(text: str) -> None:

@@ -47,7 +47,7 @@ from typing import Any, TypeVar
 
 import hymate
 from hymate import ending
-from hymate.config import SHIPPED_NAME, Codes, Place, RunConfig
+from hymate.config import SHIPPED_NAME, Codes, Init, Place, RunConfig
 from hymate.errors import ConfigError, UserError
 from hymate.storage.paths import Location, UrlPath, locate, write_text
 from hymate.trees import build, flattened, to_tree
@@ -95,7 +95,9 @@ def _absolute(hint: Any, value: Any, key: str) -> Any:
     if isinstance(value, list):
         of_items = next((typing.get_args(kind)[0] for kind in kinds if typing.get_origin(kind) is list), None)
         return [_absolute(of_items, item, f"{key}[{place}]") for place, item in enumerate(value)]
-    is_place = Place in kinds or (Codes in kinds and not re.fullmatch(SHIPPED_NAME, str(value)))
+    is_name = bool(re.fullmatch(SHIPPED_NAME, str(value)))
+    is_place = Place in kinds or (Codes in kinds and not is_name)
+    is_place |= Init in kinds and not (is_name and not os.path.exists(value))  # a folder of that name comes first
     return _absolute_path(key, value) if is_place and isinstance(value, str) else value
 
 

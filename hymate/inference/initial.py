@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 
@@ -13,16 +14,28 @@ from hymate.data.vocabulary import Vocabulary
 from hymate.errors import ConfigError, UserError
 from hymate.inference.bundle import Bundle, read_bundle
 from hymate.model.batch import FIRST_CODE_ID, UNKNOWN_ID
+from hymate.runs import PACKAGE
 from hymate.storage.paths import locate
 
-# model settings that a pretrained backbone leaves open: they change no shape of it and not what it computes
-OPEN_SETTINGS = ("dropout", "pooling", "elapsed", "num_queries", "members", "chunk_size")
+SHIPPED = PACKAGE / "bundles"  # inside the package, so that Ray's workers have them, too
+# model settings that a pretrained backbone leaves open: they change no shape of it. Only the window changes what it
+# computes, for histories that are longer: so a model that saw them whole is fine-tuned into one that streams
+OPEN_SETTINGS = ("dropout", "pooling", "elapsed", "num_queries", "members", "chunk_size", "window")
 FEW, MANY = 0.05, 0.5  # fractions of the events: sex and birth, which most datasets code alike, are less than the first
 
 
 def initial_bundle(init: str) -> Bundle:
-    """What `init` names. Raises UserError as `read_bundle` does."""
-    return read_bundle(locate(init))
+    """What `init` names: the place of a run or bundle, or one of SHIPPED. Raises UserError as `read_bundle` does."""
+    place = locate(init)
+    if isinstance(place, Path) and not place.exists():
+        names = sorted(file.parent.name for file in SHIPPED.glob("*/config.yaml"))
+        if init not in names:
+            raise UserError(
+                f"init={init}: there is no such folder: give that of a bundle or of a finished run, or the name of one "
+                f"of ours: {', '.join(names)}"
+            )
+        place = SHIPPED / init
+    return read_bundle(place)
 
 
 def require_same_model(bundle: Bundle, model: ModelConfig) -> None:

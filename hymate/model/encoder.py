@@ -447,7 +447,8 @@ def _task_head(config: ModelConfig, width_in: int, in_days: bool) -> PatientHead
 def load_pretrained(model: nn.Module, state: Mapping[str, Tensor], others: Sequence[str] = ("pooling",)) -> None:
     """Copy the backbone's weights out of a pretrained model's state, and those of other parts where it has the same.
 
-    Raises UserError when the backbone's don't fit.
+    A pooling with fewer members takes the first ones, and `elapsed` may be in only one of both. Raises UserError when
+    the backbone's weights don't fit.
     """
     assert isinstance(model.backbone, HyMaTE)
     weights = {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}
@@ -461,9 +462,13 @@ def load_pretrained(model: nn.Module, state: Mapping[str, Tensor], others: Seque
     model.backbone.load_state_dict(weights)
     for part in others:
         weights = {k.removeprefix(f"{part}."): v for k, v in state.items() if k.startswith(f"{part}.")}
-        new = getattr(model, part).state_dict()
-        if {k: v.shape for k, v in weights.items()} == {k: v.shape for k, v in new.items()}:
-            getattr(model, part).load_state_dict(weights)
+        new = model.get_submodule(part).state_dict()
+        if part == "pooling":
+            weights = {k: v[: len(new[k])] if k in new else v for k, v in weights.items()}
+        one_has = {k for k in weights.keys() ^ new.keys() if k.startswith("elapsed.")}
+        weights = {k: v for k, v in weights.items() if k not in one_has}
+        if {k: v.shape for k, v in weights.items()} == {k: v.shape for k, v in new.items() if k not in one_has}:
+            model.get_submodule(part).load_state_dict({**new, **weights})
 
 
 def decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

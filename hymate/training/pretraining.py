@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from hymate import cluster
-from hymate.config import DataConfig, ModelConfig, ObjectiveConfig, Place, RunConfig, TrainConfig
+from hymate.config import DataConfig, Init, ModelConfig, ObjectiveConfig, RunConfig, TrainConfig
 from hymate.data.examples import Examples, pretraining_examples
 from hymate.data.histories import Histories
 from hymate.data.loader import Rows
@@ -58,8 +58,8 @@ CHANGEABLE = ELSEWHERE | {
 class PretrainConfig:
     """Everything of a pretraining run.
 
-    init: run folder or bundle of a pretrained model: its weights, vocabulary and data.min_count are where this run
-        begins; null begins with new weights.
+    init: run folder or bundle of a pretrained model, or the name of one that ships: its weights, vocabulary and
+        data.min_count are where this run begins; null begins with new weights.
     device: "auto" takes a GPU for each worker if what the model needs for it is installed, else CPUs; or "cpu", "cuda".
     """
 
@@ -68,7 +68,7 @@ class PretrainConfig:
     objective: ObjectiveConfig
     train: TrainConfig
     run: RunConfig
-    init: Place | None = None
+    init: Init | None = None
     device: Wanted = "auto"
 
     def __post_init__(self) -> None:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from hymate.config import DataConfig, ModelConfig, ObjectiveConfig, Place, RunConfig, TaskConfig, TrainConfig, check
+from hymate.config import DataConfig, Init, ModelConfig, ObjectiveConfig, RunConfig, TaskConfig, TrainConfig, check
 from hymate.data.examples import Examples, labelled_examples
 from hymate.data.histories import Histories
 from hymate.device import Wanted
@@ -58,8 +58,8 @@ class BenchmarkConfig:
     choosing_fraction: fraction of the labels that choose the candidate (a network's evaluation, boosting's number of
         trees, logistic regression's penalty) by the least cross-entropy, and recalibrate it; the rest is fitted to.
     max_concurrent: runs at the same time; 0 is as many as the machine or cluster holds.
-    init: run folder or bundle of a pretrained model: where the pretrained contenders start; null pretrains them first,
-        for each seed.
+    init: run folder or bundle of a pretrained model, or the name of one that ships: where the pretrained contenders
+        start; null pretrains them first, for each seed.
     pretrain: each seed's pretraining, without labels.
     train: each contender's fine-tuning.
     contenders: by name, what each changes in `model` (`model`) and in `point` (`point`), and whether it starts from
@@ -86,7 +86,7 @@ class BenchmarkConfig:
     with_boosting: list[str] = field(default_factory=list)
     choosing_fraction: float = 0.2
     max_concurrent: int = 0
-    init: Place | None = None
+    init: Init | None = None
     device: Wanted = "auto"
 
     def __post_init__(self) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from hymate import cluster
-from hymate.config import DataConfig, ModelConfig, Place, ReportConfig, RunConfig, SearchConfig, TaskConfig, TrainConfig
+from hymate.config import DataConfig, Init, ModelConfig, ReportConfig, RunConfig, SearchConfig, TaskConfig, TrainConfig
 from hymate.data.examples import Examples, examples_by_split, united
 from hymate.data.histories import Histories
 from hymate.data.known import differing, sentences
@@ -44,7 +44,7 @@ class TuneConfig:
     """`finetune/tune.py`'s configuration.
 
     task: one task, or several by their names: one model with a head for each.
-    init: run folder or bundle of a pretrained model; null trains from scratch.
+    init: run folder or bundle of a pretrained model, or the name of one that ships; null trains from scratch.
     model: needed when init is null; with init it may be left out.
     device: "auto" takes a GPU for each worker of a trial if what the model needs for it is installed, else CPUs; or
         "cpu", "cuda".
@@ -55,7 +55,7 @@ class TuneConfig:
     task: TaskConfig | dict[str, TaskConfig]
     search: SearchConfig
     run: RunConfig
-    init: Place | None
+    init: Init | None
     model: ModelConfig | None = None
     report: ReportConfig = field(default_factory=ReportConfig)
     device: Wanted = "auto"

@@ -30,7 +30,8 @@ from hymate.evaluate import EvaluateConfig
 from hymate.evaluate import run as evaluate
 from hymate.explain import ExplainConfig
 from hymate.explain import run as explain
-from hymate.inference.provenance import provenance
+from hymate.inference.initial import initial_bundle
+from hymate.inference.provenance import provenance, seen
 from hymate.predict import PredictConfig
 from hymate.predict import run as predict
 from hymate.trees import dump_yaml
@@ -337,6 +338,8 @@ def test_the_maps_that_ship_make_the_real_datasets_one(shared_data: Path, tmp_pa
             pytest.skip(f"no {name}/ in the real data")
         places[name] = str(tmp_path / name)
         prepare(PrepareConfig(name, places[name], str(shared_data / name), workers=1))  # type: ignore[arg-type]
+        made = initial_bundle("icu").extra, Histories.open(places[name])
+        assert seen(*made) == "same split", "the bundle that ships knows whom it learned from"
     raw = [*places.values(), str(demo)]
     prepare(PrepareConfig("meds", str(tmp_path / "all"), raw, list(names), names, workers=1))
     metadata = json.loads((tmp_path / "all/histories/metadata.json").read_text())

@@ -13,6 +13,7 @@ import pytest
 from commands import ROOT, run
 
 from hymate.inference.bundle import read_bundle
+from hymate.inference.initial import SHIPPED, initial_bundle
 from hymate.scripts import COMMANDS
 
 SMALL = ["data.context=64", "data.tokens_per_row=128", "data.min_count=1", "train.rows_per_step=2", "train.max_steps=2"]
@@ -53,8 +54,10 @@ def test_the_wheel_has_every_source_and_configuration(installed: Path) -> None:
     (package,) = installed.parent.glob("lib/python3*/site-packages/hymate")
     sources = {file.relative_to(ROOT / "hymate") for file in (ROOT / "hymate").rglob("*.py")}
     configurations = {file.relative_to(ROOT) for file in (ROOT / "configs").rglob("*.*")}
-    files = {file.relative_to(package) for kind in ("py", "yaml", "csv") for file in package.rglob(f"*.{kind}")}
-    assert files == sources | configurations
+    bundles = {file.relative_to(ROOT / "hymate") for file in SHIPPED.rglob("*.*")}
+    kinds = ("py", "yaml", "csv", "safetensors", "parquet", "md")
+    files = {file.relative_to(package) for kind in kinds for file in package.rglob(f"*.{kind}")}
+    assert files == sources | configurations | bundles
     assert (package / "py.typed").is_file()  # type checkers read the package's types
 
 
@@ -79,6 +82,15 @@ def test_a_cohort_becomes_predictions_without_a_checkout(
     command("predict", "bundle=runs/tune-readmission", "task=readmission", "data.path=data", "out=predictions.parquet")
     assert pq.read_metadata(tmp_path / "predictions.parquet").num_rows > 0
     assert {path.name for path in tmp_path.iterdir()} == {"own", "data", "runs", "predictions.parquet"}
+
+
+def test_the_bundle_that_ships_is_read_from_the_wheel(
+    installed: Path, environment: dict[str, str], tmp_path: Path
+) -> None:
+    code = "from hymate.inference import initial as i; print(i.SHIPPED, i.initial_bundle('icu').fingerprint)"
+    done = run([str(installed / "python"), "-c", code], environment, tmp_path)
+    folder, fingerprint = done.stdout.split()
+    assert (Path(folder).is_relative_to(installed.parent), fingerprint) == (True, initial_bundle("icu").fingerprint)
 
 
 @pytest.mark.parametrize("name", sorted(COMMANDS.keys() - {"prepare", "pretrain", "tune", "predict"}))

@@ -3,30 +3,34 @@
 from __future__ import annotations
 
 import multiprocessing
+import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
+from commands import ROOT
 from raw_meds import config, write_raw
 from small_cohort import write_meds
 
 from hymate.command import load
 from hymate.data.examples import labelled_examples
 from hymate.data.histories import Histories
-from hymate.data.prepare import prepare
+from hymate.data.prepare import PrepareConfig, prepare
 from hymate.data.tasks import read_or_extract_labels
 from hymate.data.vocabulary import Vocabulary
 from hymate.errors import ConfigError, UserError
-from hymate.inference.bundle import Bundle
-from hymate.inference.initial import check_codes, initial_bundle
+from hymate.inference.bundle import CARD, Bundle
+from hymate.inference.initial import SHIPPED, check_codes, initial_bundle
 from hymate.inference.provenance import provenance
 from hymate.model.pretrain_model import PretrainModel
+from hymate.runs import absolute
 from hymate.training import loop
 from hymate.training.pretraining import PretrainConfig, pretrain, pretraining_job
 from hymate.tuning.benchmark import _calls, benchmark, train_and_score
 from hymate.tuning.protocol import BenchmarkConfig, ContenderRun
 from hymate.tuning.search import TuneConfig, search
-from hymate.tuning.trial import draw_trials, starting_point, trial_job
+from hymate.tuning.trial import draw_trials, risk_model, starting_point, trial_job
 
 MAP = "code,canonical_code\nLAB//marker,heart_rate\nLAB//sodium,sodium\nLAB//glucose,glucose\n"
 MODEL = ["model=debug", "model.pooling=variables", "model.members=2"]
@@ -154,3 +158,81 @@ def test_a_benchmark_starts_from_it_instead_of_pretraining(init: str, canonical:
     with multiprocessing.get_context("spawn").Pool(1) as processes:  # DeepSpeed trains once in one
         processes.starmap(train_and_score, [(given, run)])
     assert (tmp_path / "benchmark-readmission" / "runs" / "pretrained-all-seed0-fold0.json").is_file()
+
+
+# ------------------------------------------------------------------------------------------------- those that ship
+
+
+def test_a_bundle_that_ships_goes_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = initial_bundle("icu")
+    assert (bundle.kind, bundle.fingerprint) == ("pretrained", initial_bundle(str(SHIPPED / "icu")).fingerprint)
+    monkeypatch.chdir(tmp_path)
+
+    def init_of(init: str) -> str | None:
+        return absolute(load("tune", ["task=mortality", "data.path=data", f"init={init}"], TuneConfig)).init
+
+    assert init_of("icu") == "icu"  # no path, which other machines might not have
+    assert init_of("runs/icu") == str(tmp_path / "runs" / "icu")
+    (tmp_path / "icu").mkdir()
+    assert init_of("icu") == str(tmp_path / "icu")  # one's own folder comes first
+
+
+def test_a_wrong_name_is_refused_with_those_that_ship(small_data: Path, tmp_path: Path) -> None:
+    settings = ["task=readmission", f"data.path={small_data}", f"run.dir={tmp_path}", "init=icux"]
+    line = "^init=icux: there is no such folder: give that of a bundle or of a finished run, or the name .* ours: icu$"
+    with pytest.raises(UserError, match=line):
+        search(absolute(load("tune", settings, TuneConfig)))
+    assert not list(tmp_path.iterdir())
+
+
+def test_its_card_names_licences_and_the_pretraining_that_made_it() -> None:
+    """The card is written by hand: what it says of the weights is compared with what they say of themselves."""
+    bundle, card = initial_bundle("icu"), (SHIPPED / "icu" / CARD).read_text()
+    sources = (
+        "Open Data Commons Attribution License 1.0",
+        "Creative Commons Attribution 4.0",
+        "Goldberger",
+        "MIMIC-IV",
+    )
+    for named in (*sources, "2012;39:245-248", "2020;48:210-217", bundle.extra["provenance"]["fingerprint"]):
+        assert named in card, named
+    for name, value in bundle.extra["metrics"].items():
+        assert f"| {name} | {value:.4g} |" in card
+    files = [file.stat().st_size for file in (SHIPPED / "icu").iterdir()]
+    assert len(files) == 4 and sum(files) < 4e6
+
+
+def test_the_command_that_makes_it_makes_this_one(tmp_path: Path) -> None:
+    """`make icu`: all settings are taken, and its model, context and rule for rare codes are the bundle's."""
+    made = ["make", "-n", "-o", ".venv/.installed", "icu", f"P2012={tmp_path}", f"P2019={tmp_path}", "ICU=built"]
+    done = subprocess.run(made, cwd=ROOT, capture_output=True, text=True, check=True)
+    lines = done.stdout.replace("\\\n", " ").splitlines()
+    commands = {words[1]: words[2:] for words in map(shlex.split, lines) if words[0].endswith("python")}
+    given = load("pretrain", commands["pretrain/run.py"], PretrainConfig)
+    bundle = initial_bundle("icu")
+    assert (given.model, given.data.context, given.data.min_count) == (
+        bundle.model,
+        bundle.data.context,
+        bundle.data.min_count,
+    )
+    *prepared, several = (shlex.split(line)[3:] for line in lines if "hymate.data.prepare" in line)
+    assert len(prepared) == 2
+    for settings in (*prepared, several):
+        load("prepare", settings, PrepareConfig)
+    assert lines[-1].startswith("cp built/runs/icu/bundle/") and lines[-1].endswith(" hymate/bundles/icu/")
+
+
+@pytest.mark.parametrize("model", ["physionet", "physionet2019"])
+def test_both_recipes_start_from_its_encoder_and_its_variables(model: str, canonical: Path) -> None:
+    settings = ["task=readmission", f"data.path={canonical}", "init=icu", f"model={model}", f"search={model}", *STEP]
+    given = load("tune", settings, TuneConfig)
+    start = starting_point(given.data, given.model, given.init)
+    trial, *_ = draw_trials(given.tasks, given.search, given.train, start)
+    begun = risk_model(start, trial).state_dict()
+    parts = ("backbone.", "pooling.")
+    pretrained = {name: weight for name, weight in start.state.items() if name.startswith(parts)}
+    new = {name for name in begun if name.startswith(parts)} - pretrained.keys()
+    assert new == ({"pooling.elapsed.moment.weight"} if start.model.elapsed else set())
+    for name, weight in pretrained.items():  # fewer members: the first ones
+        assert torch.equal(begun[name], weight[: len(begun[name])]), name
+    assert len(begun["pooling.static.weight"]) == start.model.members == {"physionet": 8, "physionet2019": 1}[model]
