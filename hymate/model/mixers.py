@@ -33,6 +33,9 @@ class MambaMixer(nn.Module, ABC):
     and where a checkpoint has none: then steps are as without.
     """
 
+    in_proj: nn.Linear
+    out_proj: nn.Linear
+    A_log: nn.Parameter
     time_weight: nn.Parameter | None
 
     def forward(
@@ -49,21 +52,20 @@ class MambaMixer(nn.Module, ABC):
         segment_BL: int32 patient index of each event, None for one patient a row.
         reverse: every patient's history is read from its end to its start.
         """
-        return self._mix(u_BLD, gap_hours_BL, None, segment_BL, reverse)[0]
+        return self._mix(u_BLD, gap_hours_BL, segment_BL=segment_BL, reverse=reverse)[0]
 
     def carry(self, u_BLD: Tensor, gap_hours_BL: Tensor | None, state: BlockState | None) -> tuple[Tensor, BlockState]:
         """`forward` of one patient a row after the events that left `state`, and the state that these leave."""
-        return self._mix(u_BLD, gap_hours_BL, state, None, False)
+        return self._mix(u_BLD, gap_hours_BL, state=state)
+
+    def _mix(self, u_BLD: Tensor, gap_hours_BL: Tensor | None, **row: Any) -> tuple[Tensor, BlockState]:
+        inner_BLE, A = self.in_proj(u_BLD), -self.A_log.float().exp()
+        y_BLD, state = self._operate(inner_BLE, A, self._time(gap_hours_BL), **row)
+        return self.out_proj(y_BLD), state
 
     @abstractmethod
-    def _mix(
-        self,
-        u_BLD: Tensor,
-        gap_hours_BL: Tensor | None,
-        state: BlockState | None,
-        segment_BL: Tensor | None,
-        reverse: bool,
-    ) -> tuple[Tensor, BlockState]: ...
+    def _operate(self, inner_BLE: Tensor, A: Tensor, time_BLX: Tensor | None, **row: Any) -> tuple[Tensor, BlockState]:
+        """What lies between the two projections. row: segment_BL, state and reverse, as `hymate.ops` takes them."""
 
     def _init_time(self, time_aware: bool, num_steps: int) -> None:
         """num_steps: of an event, one for each head or channel."""
@@ -122,31 +124,21 @@ class Mamba2Mixer(MambaMixer):
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias)
         self._init_time(time_aware, self.nheads)
 
-    def _mix(
-        self,
-        u_BLD: Tensor,
-        gap_hours_BL: Tensor | None,
-        state: BlockState | None,
-        segment_BL: Tensor | None,
-        reverse: bool,
-    ) -> tuple[Tensor, BlockState]:
+    def _operate(self, inner_BLE: Tensor, A: Tensor, time_BLX: Tensor | None, **row: Any) -> tuple[Tensor, BlockState]:
         given = ops.Mamba2(
-            self.in_proj(u_BLD),
+            inner_BLE,
             self.conv1d.weight[:, 0],
             _bias(self.conv1d),
             self.dt_bias,
-            -self.A_log.float().exp(),
+            A,
             self.D,
             self.norm.weight,
             groups=self.ngroups,
             chunk_size=self.chunk_size,
-            time_BLH=self._time(gap_hours_BL),
-            segment_BL=segment_BL,
-            state=state,
-            reverse=reverse,
+            time_BLH=time_BLX,
+            **row,
         )
-        y_BLD, state = ops.mamba2(given)
-        return self.out_proj(y_BLD), state
+        return ops.mamba2(given)
 
 
 class Mamba1Mixer(MambaMixer):
@@ -184,30 +176,20 @@ class Mamba1Mixer(MambaMixer):
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias)
         self._init_time(time_aware, self.d_inner)
 
-    def _mix(
-        self,
-        u_BLD: Tensor,
-        gap_hours_BL: Tensor | None,
-        state: BlockState | None,
-        segment_BL: Tensor | None,
-        reverse: bool,
-    ) -> tuple[Tensor, BlockState]:
+    def _operate(self, inner_BLE: Tensor, A: Tensor, time_BLX: Tensor | None, **row: Any) -> tuple[Tensor, BlockState]:
         given = ops.Mamba1(
-            self.in_proj(u_BLD),
+            inner_BLE,
             self.conv1d.weight[:, 0],
             _bias(self.conv1d),
             self.x_proj.weight,
             self.dt_proj.weight,
             self.dt_proj.bias,
-            -self.A_log.float().exp(),
+            A,
             self.D,
-            time_BLD=self._time(gap_hours_BL),
-            segment_BL=segment_BL,
-            state=state,
-            reverse=reverse,
+            time_BLD=time_BLX,
+            **row,
         )
-        y_BLD, state = ops.mamba1(given)
-        return self.out_proj(y_BLD), state
+        return ops.mamba1(given)
 
 
 def _bias(conv: nn.Conv1d) -> Tensor:
