@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from hymate.config import DataConfig, InTime, ModelConfig
 from hymate.data.known import KnownConfig
@@ -216,7 +217,8 @@ def build_model(bundle: Bundle) -> RiskModel:
         if len(bundle.model.layers) + len(bundle.tasks) > len(bundle.state) or bundle.model.num_queries > num_weights:
             raise ValueError("it has more layers, tasks or queries than there are weights")
         settings = bundle.model, bundle.vocabulary.size, bundle.tasks, bundle.in_days, bundle.in_time
-        with torch.device("meta"):  # without memory, of which a configuration could ask for any amount
+        # without memory, of which a configuration could ask for any amount
+        with torch.device("meta"), _WithoutValues():
             wanted = {name: tensor.shape for name, tensor in RiskModel(*settings).state_dict().items()}
         differing = sorted(wanted.items() ^ {name: tensor.shape for name, tensor in bundle.state.items()}.items())
         if differing:
@@ -227,6 +229,17 @@ def build_model(bundle: Bundle) -> RiskModel:
     model = RiskModel(*settings)
     model.load_state_dict(bundle.state)
     return model.eval()
+
+
+class _WithoutValues(TorchFunctionMode):
+    """Weights without memory need no first values, for which PyTorch would import its compiler: a second's work."""
+
+    KEEP_SHAPE = ("add", "clamp", "exp", "expm1", "log", "mul", "neg", "__rdiv__")  # of the numbers themselves
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", None) == nn.init.__name__:
+            return None
+        return args[0] if func.__name__ in self.KEEP_SHAPE else func(*args, **(kwargs or {}))
 
 
 def find_bundle(path: Location) -> Location:
