@@ -14,13 +14,16 @@ PY = $(BIN)/python
 # the versions that the suite last passed with; CONSTRAINTS=/dev/null for the newest that pyproject.toml takes
 CONSTRAINTS ?= constraints.txt
 PIP = $(BIN)/pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) $(PIP_ARGS)
-# the tests of a file run in one process; what took longest is said at the end
-PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(PROCESSES) --dist loadfile --no-loadscope-reorder --durations=15
+# the tests of a file run in one process; what took longest is said at the end. Ray's workers would wait for the tests
+PYTEST = OMP_NUM_THREADS=1 RAY_worker_niceness=0 $(PY) -m pytest -q -n $(PROCESSES) --dist loadfile --no-loadscope-reorder --durations=15
 
 # a virtual environment where there is one; a machine with a GPU may have its own Python with torch, and no internet
 ANY_PY = $(if $(wildcard $(PY)),$(PY),$(PYTHON))
 
 GPU_PYTHON ?= 3.12
+
+# an image may say otherwise; each command and worker would compile all that it imports, which takes a second
+export PYTHONDONTWRITEBYTECODE =
 
 .PHONY: demo icu check test constraints test-gpu kernels wheels test-faults bench docs figures clean
 
