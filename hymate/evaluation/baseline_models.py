@@ -1,7 +1,8 @@
 """Gradient boosting and other plain models of aggregate features, and their comparison with another model.
 
-Gradient boosting is scikit-learn's, which needs the whole table in memory, as long as that is there; then LightGBM's,
-where it is installed, which reads the table from disk and holds a byte a cell; then that of a sample of labels.
+Gradient boosting is scikit-learn's, which needs the whole table in memory, as long as that is there and the table is
+small; else LightGBM's, where it is installed, which is faster, reads the table from disk and holds a byte a cell; else
+that of a sample of labels.
 
 Shape legend: E examples, X features (see `hymate.data.features`), M marks of what is missing.
 """
@@ -52,6 +53,7 @@ CLIP = (0.01, 0.99)  # quantiles of a feature in training: recording errors woul
 
 IMPORTANCE_LABELS, REPEATS = 2000, 3
 BYTES_A_CELL = 13  # of a feature table while a model is fitted: float32, scikit-learn's float64 copy, its bins
+CELLS_IN_MEMORY = 7_000_000  # of a table that scikit-learn fits in a minute; LightGBM takes a tenth of that
 BINNED_BYTES_A_CELL = 1  # LightGBM's bins
 INFINITE = 1e300  # how LightGBM writes a threshold that all numbers are below
 BINS_FROM, BINS_BYTES_A_CELL = 50_000, 16  # labels that LightGBM chooses bins from, and what it holds of them
@@ -126,10 +128,11 @@ class Fitted:
 
 
 def _affordable(kind: Kind, num_labels: int, num_features: int) -> tuple[Kind, int]:
-    """How the labels are fitted in half of the memory that is free, and to how many of them."""
+    """How the labels are fitted, in half of the memory that is free, and to how many of them."""
     free = available_memory() // 2
     in_memory = free // (BYTES_A_CELL * num_features)
-    if kind == "logistic_regression" or (kind == "gradient_boosting" and num_labels <= in_memory):
+    soon = min(in_memory, CELLS_IN_MEMORY // num_features)
+    if kind == "logistic_regression" or (kind == "gradient_boosting" and num_labels <= soon):
         return kind, in_memory
     try:
         lightgbm()
@@ -154,17 +157,18 @@ def fitted_to(
     config: FeatureConfig,
     seed: int,
     folder: Location,
+    here: bool = False,
 ) -> Iterator[Fitted]:
     """A baseline that chose its features from the train split's examples, was fitted to them and chosen on the tuning
     split's; where there are more labels than memory for them, to a sample that stands for all.
 
     folder: holds the features of all `examples` while the block runs, and what a kill leaves of them. They are made by
-    processes, or on a cluster.
+    processes, or on a cluster. here: no cluster makes them.
 
     Raises UserError where the memory does not suffice for a sample either.
     """
     with _features_in(folder):
-        spec = chosen_in_parts(histories, examples["train"], config, folder, here=False)
+        spec = chosen_in_parts(histories, examples["train"], config, folder, here)
         num_labels, num_features = len(examples["train"]), len(spec.columns)
         kind, most = _affordable(kind, num_labels, num_features)
         if most < min(num_labels, FEWEST_SAMPLED):
@@ -177,7 +181,7 @@ def fitted_to(
             needed = _binned_bytes(len(train), num_features) >> 20
             print(f"LightGBM: {len(train):,} labels x {num_features:,} features, about {needed:,} MiB of memory")
         examples = {**examples, "train": train}
-        with stored_tables(histories, examples, spec, folder, here=False) as tables:
+        with stored_tables(histories, examples, spec, folder, here) as tables:
             yield Fitted(fit(kind, tables["train"], tables["tuning"], seed), tables, LIBRARY[kind])
 
 

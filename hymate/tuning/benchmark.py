@@ -2,7 +2,7 @@
 
 Gradient boosting and logistic regression (`hymate.evaluation.baseline_models`), encoders from scratch, HyMaTE from
 scratch and pretrained, and the paper's model. They are scored by cross-validation over the train and tuning patients,
-or on the held-out ones. A budget of labels counts every label that a run sees: most are fitted to, the others choose
+or on the held-out ones. A budget counts every patient whose labels a run sees: most are fitted to, the others choose
 among the run's candidates and recalibrate it, by the same rule for everyone.
 
 Each (contender, budget, seed, fold) is one call that leaves its predictions in the run's folder; what is there already
@@ -27,7 +27,7 @@ from torch import Tensor
 from hymate import cluster, device
 from hymate.cluster import RemoteCall
 from hymate.data.examples import note_dropped
-from hymate.data.features import FeatureConfig, choose, features
+from hymate.data.features import FeatureConfig
 from hymate.data.histories import Histories
 from hymate.data.tasks import read_or_extract_labels
 from hymate.errors import ConfigError
@@ -128,7 +128,7 @@ def train_and_score(
     state, pretraining_seconds = pretrained or (None, 0.0)
     started = time.monotonic()
     if run.name in BASELINES:
-        choosing_logit_E, test_logit_E, parameters = _baseline(run, histories, own)
+        choosing_logit_E, test_logit_E, parameters = _baseline(config, run, histories, own)
     else:
         choosing_logit_E, test_logit_E, parameters = _contender(config, run, histories, own, state)
     recalibrated = calibration.recalibrate(own.choosing.label_E, choosing_logit_E, own.choosing.weight_E)
@@ -145,14 +145,21 @@ def train_and_score(
     )
 
 
-def _baseline(run: ContenderRun, histories: Histories, own: Allotment) -> tuple[np.ndarray, np.ndarray, None]:
+def _baseline(
+    config: BenchmarkConfig, run: ContenderRun, histories: Histories, own: Allotment
+) -> tuple[np.ndarray, np.ndarray, None]:
     """Logits of the examples to choose by and of the test examples."""
     kind = next(name for name in BASELINES if name == run.name)
-    spec = choose(histories, own.fitting, FeatureConfig())
-    fitting, choosing, test = (features(histories, part, spec) for part in (own.fitting, own.choosing, own.test))
-    model = baseline_models.fit(kind, fitting, choosing, run.seed)
-    choosing_logit_E, test_logit_E = (calibration.logit(model.probability(part.value_EX)) for part in (choosing, test))
+    asked = {"train": own.fitting, "tuning": own.choosing, "test": own.test}
+    folder = _features_folder(config, run)
+    with baseline_models.fitted_to(kind, histories, asked, FeatureConfig(), run.seed, folder, here=True) as fitted:
+        choosing_logit_E, test_logit_E = (calibration.logit(fitted.probability(part)) for part in ("tuning", "test"))
     return choosing_logit_E, test_logit_E, None
+
+
+def _features_folder(config: BenchmarkConfig, run: ContenderRun) -> Location:
+    """For the features of boosting, as a baseline or as a teacher, while they are needed."""
+    return run_folder(config.run) / baseline_models.FEATURES / run.stem
 
 
 def _contender(
@@ -167,7 +174,7 @@ def _contender(
     trial = trial_of(config, contender, start, run.seed, own.fraction)
     fitting = own.fitting
     if trial.teacher_fraction:
-        folder = run_folder(config.run) / baseline_models.FEATURES / run.stem
+        folder = _features_folder(config, run)
         teacher_E = baseline_models.cross_fitted(histories, fitting, own.choosing, run.seed, folder, here=True)
         fitting = distilled(fitting, teacher_E[:, None], trial.teacher_fraction)
     chosen = device.choose(config.device, start.model)

@@ -144,8 +144,8 @@ def compare(config: BenchmarkConfig) -> dict[str, Any]:
                 {
                     "name": name,
                     "budget": budget,
-                    "fitting": known[0]["fitting"],
-                    "choosing": known[0]["choosing"],
+                    "fitting": round(np.mean([run["fitting"] for run in known])),
+                    "choosing": round(np.mean([run["choosing"] for run in known])),
                     **_areas(scored, reference),
                     "ece": _mean_ece(scored),
                     "parameters": known[0]["parameters"],
@@ -214,9 +214,11 @@ def _tables(found: Mapping[str, Any]) -> dict[str, list[list[str]]]:
     head = ["model", "seeds", "AUROC", "AUPRC", "AUROC minus boosting's", "AUPRC minus boosting's"]
     head += ["seeds averaged", "calibration error", "parameters", "training, s"]
     cells: dict[str, list[list[str]]] = {}
+    titles: dict[int, str] = {}
     for row in found["rows"]:
-        fitting, choosing = row["fitting"], row["choosing"]
-        title = f"{fitting + choosing:,} labels: {fitting:,} to fit, {choosing:,} to choose"
+        patients = f"{row['budget']:,} patients" if row["budget"] else "all patients"
+        labels = f"{row['fitting']:,} labels to fit, {row['choosing']:,} to choose"
+        title = titles.setdefault(row["budget"], f"{patients}: {labels}")  # means over a contender's runs
         areas = [row[name] for name in metrics.AREAS]
         spread = ["" if area["sd"] is None else f" ± {area['sd']:.3f}" for area in areas]
         low_high = ["" if area["ci"] is None else " [{:.3f}, {:.3f}]".format(*area["ci"]) for area in areas]
@@ -241,9 +243,9 @@ def _report(config: BenchmarkConfig, found: Mapping[str, Any]) -> str:
     """The split's Markdown file."""
     text = (
         "Mean and standard deviation over seeds, with 95 % CI over patients; differences from gradient boosting are on "
-        "the same patients, averaged over seeds likewise. Each number of labels counts all that a run uses: it is "
-        "fitted to some; the others choose among its candidates (checkpoints, numbers of trees, penalties) by "
-        "cross-entropy and recalibrate its probabilities.\n\n"
+        "the same patients, averaged over seeds likewise. The number of patients counts all whose labels a run uses: "
+        "it is fitted to those of some; those of the others choose among its candidates (checkpoints, numbers of "
+        "trees, penalties) by cross-entropy and recalibrate its probabilities.\n\n"
     )
     if config.with_boosting:
         text += '"And boosting" is the mean of both logits, which is not recalibrated once more.\n\n'

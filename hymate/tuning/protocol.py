@@ -52,11 +52,12 @@ class BenchmarkConfig:
     folds: of cross-validation; each seed draws its own.
     only: names of the contenders to run now; the others can follow. Empty: all of them.
     seeds: how often everything is done, each time with other random numbers.
-    budgets: labels that a run sees in all, those that choose and recalibrate included; 0 is all there are.
+    budgets: patients whose labels a run sees, those that choose and recalibrate included; 0 is all there are.
     with_few_labels: the contenders of all budgets but the largest.
     with_boosting: contenders that are also compared as their mean with gradient boosting, seed by seed.
-    choosing_fraction: fraction of the labels that choose the candidate (a network's evaluation, boosting's number of
-        trees, logistic regression's penalty) by the least cross-entropy, and recalibrate it; the rest is fitted to.
+    choosing_fraction: fraction of the patients whose labels choose the candidate (a network's evaluation, boosting's
+        number of trees, logistic regression's penalty) by the least cross-entropy, and recalibrate it; the rest is
+        fitted to.
     max_concurrent: runs at the same time; 0 is as many as the machine or cluster holds.
     init: run folder or bundle of a pretrained model, or the name of one that ships: where the pretrained contenders
         start; null pretrains them first, for each seed.
@@ -92,7 +93,7 @@ class BenchmarkConfig:
     def __post_init__(self) -> None:
         self.task.require_whether("the benchmark")
         if not self.budgets or min(self.budgets) < 0 or len(set(self.budgets)) < len(self.budgets):
-            raise ConfigError(f"budgets must be different numbers of labels, 0 for all there are; got {self.budgets}")
+            raise ConfigError(f"budgets must be different numbers of patients, 0 for all there are; got {self.budgets}")
         check(
             self,
             choosing_fraction=(0 < self.choosing_fraction < 1, "must be between 0 and 1"),
@@ -154,7 +155,7 @@ class BenchmarkConfig:
 
 @dataclass(frozen=True)
 class ContenderRun:
-    """One training: a contender, `budget` labels (0: all there are), a seed, and the fold that it is scored on.
+    """One training: a contender, the labels of `budget` patients (0: of all), a seed and the fold that it is scored on.
 
     name: a baseline's or a contender's. fold: None for the held-out split.
     """
@@ -171,13 +172,13 @@ class ContenderRun:
         return f"{self.name}-{self.budget or 'all'}-seed{self.seed}-{scored_on}"
 
     @property
-    def labels_in_words(self) -> str:
-        """In words, which labels it has: the same for every contender."""
+    def patients_in_words(self) -> str:
+        """In words, whose labels it has: the same for every contender."""
         scored_on = "" if self.fold is None else f", fold {self.fold}"
-        return f"{self.budget or 'all'} labels, seed {self.seed}{scored_on}"
+        return f"{self.budget or 'all'} patients, seed {self.seed}{scored_on}"
 
     def __str__(self) -> str:
-        return f"{self.name} on {self.labels_in_words}"
+        return f"{self.name} on {self.patients_in_words}"
 
     def results_path(self, folder: Location) -> Location:
         """Of the run's results; this file is written last, so where it is the run is complete."""
@@ -216,14 +217,14 @@ class Allotment:
 
     def check(self, config: BenchmarkConfig, run: ContenderRun) -> None:
         """Raises UserError where a part is smaller than the budget wants it, or has one class only."""
-        there = len(self.fitting) + len(self.choosing)
+        there = sum(len(np.unique(part.subject_id_E)) for part in (self.fitting, self.choosing))
         if there < run.budget:
-            raise UserError(f"budgets={config.budgets}: {run.labels_in_words}: there are only {there} labels")
+            raise UserError(f"budgets={config.budgets}: {run.patients_in_words}: only {there} patients have labels")
         for purpose, examples in (("fit", self.fitting), ("choose by", self.choosing), ("score on", self.test)):
             positives = int((examples.label_E > 0.5).sum())
             if positives in (0, len(examples)):
                 raise UserError(
-                    f"task {config.task.name}: {run.labels_in_words}: {positives} positive and "
+                    f"task {config.task.name}: {run.patients_in_words}: {positives} positive and "
                     f"{len(examples) - positives} negative labels to {purpose}, but both are needed: take a larger "
                     "budget or fewer folds"
                 )
@@ -247,7 +248,7 @@ class Labelled:
         return cls(development, held_out[0] if held_out else None)
 
     def allotted(self, config: BenchmarkConfig, run: ContenderRun) -> Allotment:
-        """The labels of a run: each seed draws its own folds, and its own patients until the budget is reached.
+        """The labels of a run: each seed draws its own folds, and its own patients, with all of their labels.
 
         Smaller budgets are parts of larger ones. Those to choose by are every so many of the patients in the order of
         outcome and draw, so that both parts have the same prevalence.
@@ -258,9 +259,9 @@ class Labelled:
             pool, test = pool.only(fold_E != run.fold), pool.only(fold_E == run.fold)
         assert test is not None, "a run without a fold is scored on the held-out labels"
         rank_E, there = _shuffled(pool.subject_id_E, rng), len(pool)
-        drawn = np.zeros(len(pool), dtype=bool)
-        drawn[np.argsort(rank_E, kind="stable")[: run.budget or None]] = True
-        pool, rank_E = pool.only(drawn), rank_E[drawn]
+        if run.budget:
+            drawn_E = rank_E < run.budget
+            pool, rank_E = pool.only(drawn_E), rank_E[drawn_E]
         subject_P, first_E, subject_E = np.unique(pool.subject_id_E, return_index=True, return_inverse=True)
         positive_P = np.bincount(subject_E, pool.label_E > 0.5) > 0
         order_P = np.lexsort((rank_E[first_E], positive_P))

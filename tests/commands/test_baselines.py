@@ -247,8 +247,9 @@ def test_boosting_takes_a_sample_where_memory_is_short(
         cross_fitted(histories, examples["train"], examples["tuning"], 0, tmp_path)
 
 
-def test_boosting_is_fitted_from_disk_where_memory_is_short(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("shortage", "value"), [("BYTES_A_CELL", 1 << 20), ("CELLS_IN_MEMORY", 1_000)])
+def test_boosting_is_fitted_from_disk_where_memory_or_time_is_short(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shortage: str, value: int
 ) -> None:
     """To all labels, and as well as LightGBM does it in memory."""
     package = pytest.importorskip("lightgbm")
@@ -259,7 +260,7 @@ def test_boosting_is_fitted_from_disk_where_memory_is_short(
     monkeypatch.setattr(baseline_models, "BINS_FROM", 10_000)
     binned = baseline_models._binned_bytes(len(examples["train"]), 100)
     monkeypatch.setattr(baseline_models, "available_memory", lambda: 2 * binned)
-    monkeypatch.setattr(baseline_models, "BYTES_A_CELL", 1 << 20)
+    monkeypatch.setattr(baseline_models, shortage, value)
     monkeypatch.setattr(baseline_models, "NUM_TREES", (30,))
     monkeypatch.setattr(stored, "PART_CELLS", 10_000)
     boosting = boosted(histories, examples, 0, tmp_path)

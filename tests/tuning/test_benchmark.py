@@ -82,16 +82,18 @@ def test_a_benchmark_that_is_killed_goes_on_and_compares(
 
     # the held-out labels, with fewer and more of the others to learn from: one look
     more = ["split=held_out", "only=[gradient_boosting,scratch]", "with_few_labels=[gradient_boosting]"]
-    more.append("budgets=[60,140]")
+    more.append("budgets=[30,70]")
     two = run(command(small_data, tmp_path, *more), environment, tmp_path)
     assert two.returncode == 0, two.stderr
     found = json.loads((folder / "held_out.json").read_text())
     assert [(row["name"], row["budget"]) for row in found["rows"]] == [
-        ("gradient_boosting", 140),
-        ("scratch", 140),
-        ("gradient_boosting", 60),
+        ("gradient_boosting", 70),
+        ("scratch", 70),
+        ("gradient_boosting", 30),
     ]
-    assert all(row["fitting"] + row["choosing"] == row["budget"] for row in found["rows"])
+    assert all(row["fitting"] + row["choosing"] == 2 * row["budget"] for row in found["rows"])
+    report = (folder / "held_out.md").read_text()
+    assert "## 70 patients: 112 labels to fit, 28 to choose" in report and "## 30 patients: 48 labels" in report
     assert len(found["looks"]) == 1 and "Look 1 of this benchmark" in (folder / "held_out.md").read_text()
     assert (folder / "held_out.png").stat().st_size > 10_000
     left_out = {"unknown_subject": 0, "without_events": 0, "positives_without_events": 0}
@@ -101,9 +103,9 @@ def test_a_benchmark_that_is_killed_goes_on_and_compares(
     # what is shown again is no new look; another comparison is one
     benchmark(configured(small_data, tmp_path, *more))
     assert len(json.loads((folder / "looks.json").read_text())) == 1
-    benchmark(configured(small_data, tmp_path, *more[:-1], "only=[gradient_boosting]", "budgets=[60]"))
+    benchmark(configured(small_data, tmp_path, *more[:-1], "only=[gradient_boosting]", "budgets=[30]"))
     looks = json.loads((folder / "looks.json").read_text())
-    assert [[row["budget"] for row in look["seen"]] for look in looks] == [[140, 140, 60], [60]]
+    assert [[row["budget"] for row in look["seen"]] for look in looks] == [[70, 70, 30], [30]]
     assert f"Look 2 of this benchmark at these labels**, after {looks[0]['at']}" in (folder / "held_out.md").read_text()
     check_cross_validation(folder)
 
@@ -128,9 +130,9 @@ def check_cross_validation(folder: Path) -> list[dict]:
 @pytest.mark.parametrize(
     ("wrong", "line"),
     [
-        (["folds=60"], "all labels, seed 0, fold 0: . positive and . negative labels to score on"),
-        (["budgets=[100]"], "100 labels, seed 0, fold 0: there are only 84 labels"),
-        (["budgets=[2]", "split=held_out"], "2 labels, seed 0: . positive and . negative labels to"),
+        (["folds=60"], "all patients, seed 0, fold 0: . positive and . negative labels to score on"),
+        (["budgets=[50]"], "50 patients, seed 0, fold 0: only 42 patients have labels"),
+        (["budgets=[2]", "split=held_out"], "2 patients, seed 0: . positive and . negative labels to"),
         (["point.early_fraction=0.5"], "point.early_fraction: the labels of readmission have no start"),
         (["train.cpus_per_worker=1000"], "needs 1000 CPUs"),
     ],
@@ -158,13 +160,13 @@ def test_a_mistake_in_a_run_is_one_line_and_the_runs_beside_it_end_well(
     small_data: Path, tmp_path: Path, environment: dict[str, str]
 ) -> None:
     # too few labels for boosting's features, which shows when they are chosen
-    few = ["budgets=[14]", "choosing_fraction=0.5", "split=held_out", "max_concurrent=2"]
+    few = ["budgets=[7]", "choosing_fraction=0.5", "split=held_out", "max_concurrent=2"]
     few.append("only=[gradient_boosting,scratch]")
     failed = run(command(small_data, tmp_path, *few), environment, tmp_path)
     assert failed.returncode == 2, failed.stderr
-    assert "gradient_boosting on 14 labels, seed 0 failed; 1 left" in failed.stdout
+    assert "gradient_boosting on 7 patients, seed 0 failed; 1 left" in failed.stdout
     assert len(failed.stderr.strip().splitlines()) == 1 and "leave no feature of 6 training labels" in failed.stderr
-    assert (tmp_path / "benchmark-readmission" / "runs" / "scratch-14-seed0-held_out.json").is_file()
+    assert (tmp_path / "benchmark-readmission" / "runs" / "scratch-7-seed0-held_out.json").is_file()
     record = json.loads((tmp_path / "benchmark-readmission" / "run.json").read_text())
     assert record["outcome"]["state"] == "failed" and "no feature" in record["outcome"]["reason"]
 
@@ -195,23 +197,25 @@ def test_folds_hold_every_development_patient_once_and_no_held_out_one(small_dat
     assert own.test.subject_id_E.min() > DEVELOPMENT >= own.fitting.subject_id_E.max()
 
 
-def test_a_budget_counts_every_label_and_both_parts_have_the_same_prevalence(small_data: Path) -> None:
-    config, (_, there) = configured(small_data, "runs", "budgets=[40,41,80]"), labelled(small_data, "held_out")
+def test_a_budget_counts_every_patient_and_both_parts_have_the_same_prevalence(small_data: Path) -> None:
+    """A patient comes with all labels, here two."""
+    config, (_, there) = configured(small_data, "runs", "budgets=[20,21,40]"), labelled(small_data, "held_out")
     for seed in range(5):
-        allotted = {budget: there.allotted(config, ContenderRun("any", budget, seed, None)) for budget in (40, 41, 80)}
+        allotted = {budget: there.allotted(config, ContenderRun("any", budget, seed, None)) for budget in (20, 21, 40)}
         seen = {}
         for budget, own in allotted.items():
-            assert len(own.fitting) + len(own.choosing) == budget
+            assert len(own.fitting) + len(own.choosing) == 2 * budget
             seen[budget] = {*own.fitting.subject_id_E, *own.choosing.subject_id_E}
             assert own.choosing.label_E.mean() == pytest.approx(own.fitting.label_E.mean(), abs=0.2)
-            assert own.fraction == budget / (2 * DEVELOPMENT)  # and so its steps do not depend on the other budgets
-        assert seen[40] <= seen[41] <= seen[80]
+            assert len(seen[budget]) == budget
+            assert own.fraction == budget / DEVELOPMENT  # and so its steps do not depend on the other budgets
+        assert seen[20] <= seen[21] <= seen[40]
 
 
 @pytest.mark.parametrize("name", ["logistic_regression", "distilled"])
 def test_a_run_learns_nothing_from_labels_beyond_its_budget(small_data: Path, tmp_path: Path, name: str) -> None:
-    config = configured(small_data, tmp_path, "budgets=[60,0]", "split=held_out")
-    one = ContenderRun(name, 60, 0, None)
+    config = configured(small_data, tmp_path, "budgets=[30,0]", "split=held_out")
+    one = ContenderRun(name, 30, 0, None)
     own = labelled(small_data, "held_out")[1].allotted(config, one)
     seen = {*own.fitting.subject_id_E, *own.choosing.subject_id_E}
     table = read_labels(small_data / "labels" / "readmission")
@@ -391,7 +395,7 @@ def test_runs_of_other_labels_are_not_compared(tmp_path: Path) -> None:
     ("wrong", "line"),
     [
         ("only=[boosting]", "only: boosting is not a contender"),
-        ("budgets=[-1]", "budgets must be different numbers of labels, 0 for all there are; got [-1]"),
+        ("budgets=[-1]", "budgets must be different numbers of patients, 0 for all there are; got [-1]"),
         ("choosing_fraction=1", "choosing_fraction must be between 0 and 1"),
         ("train.num_workers=2", "the runs of a benchmark train on one worker each"),
         ("folds=1", "folds must be at least 2"),
