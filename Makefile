@@ -22,7 +22,7 @@ ANY_PY = $(if $(wildcard $(PY)),$(PY),$(PYTHON))
 
 GPU_PYTHON ?= 3.12
 
-# an image may say otherwise; each command and worker would compile all that it imports, which takes a second
+# an image may say otherwise; then each command, worker and test process compiles all that it imports
 export PYTHONDONTWRITEBYTECODE =
 
 .PHONY: demo icu check test constraints test-gpu kernels wheels test-faults bench docs figures clean
