@@ -171,6 +171,7 @@ def given(bundle: Path, data: Path, out: Path, *overrides: str) -> list[str]:
     return ["task=readmission", f"bundle={bundle}", f"data.path={data}", f"out={out}", *overrides]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("overrides", [[], ["context=all", "states=STATES"]])
 def test_predictions_come_from_the_cpu_where_a_gpu_lacks_its_kernels(
@@ -192,6 +193,7 @@ def test_predictions_come_from_the_cpu_where_a_gpu_lacks_its_kernels(
     assert (tmp_path / "p.parquet").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_explanations_come_from_the_cpu_where_a_gpu_lacks_its_kernels(
     machine: Machine, small_data: Path, bundle: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import permutations
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -36,6 +37,7 @@ def test_a_computed_order_has_everything_once(size: int, key: int) -> None:
     assert np.array_equal(permuted(some_N, size, key), order_N[some_N])
 
 
+@pytest.mark.slow
 def test_every_order_of_few_things_is_as_likely() -> None:
     for size in (2, 3, 5):
         orders = dict.fromkeys(permutations(range(size)), 0)

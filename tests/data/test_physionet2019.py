@@ -284,6 +284,7 @@ def test_codes_are_described(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------------------------------- real data
 
 
+@pytest.mark.slow
 def test_real_stays_match_a_plain_reading(shared_data: Path, tmp_path: Path) -> None:
     archive = shared_data / "physionet2019" / "training_setA.tar.xz"
     if not archive.is_file():

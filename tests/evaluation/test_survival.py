@@ -122,6 +122,7 @@ def test_concordance_of_competing_events_equals_a_count_of_all_pairs(cases: list
     assert found is None if not pairs else found == pytest.approx(right / pairs)
 
 
+@pytest.mark.slow
 def test_scores_of_the_right_incidence_are_calibrated_and_those_of_a_wrong_one_are_not() -> None:
     rng = np.random.default_rng(4)
     event_N, competing_N = rng.choice([0.02, 0.05, 0.2], 6000), np.full(6000, 0.05)

@@ -19,6 +19,7 @@ from hymate.inference.scoring import predict
 from hymate.tuning.trial import TrialConfig, risk_model, starting_point
 
 
+@pytest.mark.slow
 def test_many_examples_are_scored_in_parts(small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = DataConfig(str(small_data), context=32, tokens_per_row=64, min_count=1)
     start = starting_point(settings, SMALL, None)

@@ -32,6 +32,9 @@ NAME = "time_to_readmission"
 COLUMNS = [f"predicted_{kind}_{days}d" for kind in ("incidence", "competing") for days in (7, 30, 90)]
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def judged(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
     """A folder with data, a trained bundle, predictions and a picture; the task's results."""

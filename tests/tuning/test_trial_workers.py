@@ -79,6 +79,7 @@ def learn_at_each_stage(worker: loop.Worker, data: Path, folder: Path) -> None:
         learn(worker, trial_on(data, worker.world_size, stage), folder / str(stage))
 
 
+@pytest.mark.slow
 def test_two_workers_learn_what_one_does(small_data: Path, tmp_path: Path) -> None:
     """But for the order in which their gradients are summed."""
     for name in ("alone", *map(str, STAGES)):
@@ -108,6 +109,7 @@ def write_scored(worker: loop.Worker, data: Path, folder: Path) -> None:
     np.save(folder / f"{worker.rank}.npy", scored(data, worker.rank, worker.world_size))
 
 
+@pytest.mark.slow
 def test_each_of_several_workers_gets_the_predictions_of_one(
     small_data: Path, tmp_path: Path, one_thread: None
 ) -> None:
