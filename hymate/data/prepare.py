@@ -231,7 +231,7 @@ def _run(config: PrepareConfig, source: Source, out: Location, fingerprint: str,
     if config.datasets:
         record["contradictions"] = json.loads((out / FOLDER / WORK / CONTRADICTIONS).read_text())
     if config.splits.by == "time":
-        record |= {"split_dates": split_dates(out), "left_out": counts_left_out(out, run.shards)}
+        record |= {"split_dates": split_dates(out), "left_out": counts_left_out(out)}
     _write_index(out, run.shards, source, known, record)
 
 

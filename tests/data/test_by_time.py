@@ -16,6 +16,7 @@ from hymate.data.histories import Histories
 from hymate.data.label_files import read_labels
 from hymate.data.meds import US_PER_DAY, DataError, SplitsConfig
 from hymate.data.prepare import PrepareConfig, prepare
+from hymate.data.sources import by_time
 
 START = int(datetime.datetime(2015, 3, 1, 9, tzinfo=datetime.UTC).timestamp()) * 1_000_000
 BY_TIME = SplitsConfig(train=0.6, tuning=0.2, held_out=0.2, by="time")
@@ -98,6 +99,28 @@ def test_what_was_interrupted_goes_on(tmp_path: Path, monkeypatch: pytest.Monkey
             raise KeyboardInterrupt
 
         patch.setattr("hymate.data.prepare.count_shard", killed)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(config(raw, tmp_path / "out", splits=BY_TIME))
+    prepare(config(raw, tmp_path / "out", splits=BY_TIME))
+    assert read_back(tmp_path / "out") == read_back(tmp_path / "whole")
+    assert _metadata(tmp_path / "out") == _metadata(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("rewritten", ["rewrite", "write_labels"])
+def test_what_was_left_out_is_counted_once_whenever_it_was_interrupted(
+    rewritten: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here when a file was rewritten, and nothing else was done."""
+    raw = write(tmp_path / "raw")
+    prepare(config(raw, tmp_path / "whole", splits=BY_TIME))
+    whole = getattr(by_time, rewritten)
+
+    def killed(*given: Any) -> None:
+        whole(*given)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(by_time, rewritten, killed)
         with pytest.raises(KeyboardInterrupt):
             prepare(config(raw, tmp_path / "out", splits=BY_TIME))
     prepare(config(raw, tmp_path / "out", splits=BY_TIME))

@@ -17,7 +17,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import meds
@@ -46,6 +46,7 @@ from hymate.data.sources.mapped import Rewritten, rewrite
 from hymate.storage.paths import Location, files_below, present, readable, write_text
 
 ENTRIES, DATES, LEFT_OUT = (f"{FOLDER}/{WORK}/by_time/{name}" for name in ("entries", "dates.json", "left_out"))
+EVENTS, LABELS = f"{LEFT_OUT}/events", f"{LEFT_OUT}/labels"  # how many, of each file
 CENTURY_US = 36525 * US_PER_DAY
 FEW = 0.01  # of the subjects may have odd dates
 
@@ -105,34 +106,39 @@ def leave_out_later(shard: str, out: Location) -> None:
             later = _later(batch, "time", splits, dates)
             left_out += int(later.sum())
             yield pa.Table.from_batches([batch]).filter(pa.array(~later))
+        _count(left_out, out / EVENTS / f"{shard}.json")
 
     rewrite(kept(), path)
-    write_text(json.dumps(left_out), out / LEFT_OUT / f"{shard}.json")
 
 
 def leave_out_later_labels(out: Location) -> None:
     """Leave out the labels whose prediction time is after their subjects' split."""
-    folder, left_out = out / "labels", 0
+    folder = out / "labels"
     splits, dates = Splits(out, beside=out / FOLDER / WORK / "splits"), _dates(out)
     subjects = read_splits(out)["subject_id"]
-    for path in (files_below(folder, ".parquet") if present(folder) else {}).values():
+    for name, path in (files_below(folder, ".parquet") if present(folder) else {}).items():
         labels = read_file(path)
         labels = labels.filter(pc.is_in(labels["subject_id"], subjects))
         later = _later(labels, "prediction_time", splits, dates)
-        left_out += int(later.sum())
+        _count(int(later.sum()), out / LABELS / f"{name}.json")
         if later.all():
-            path.unlink()
             beside(path).unlink(missing_ok=True)
+            path.unlink()
         elif later.any():
             write_labels(labels.filter(pa.array(~later)), path)
-    write_text(json.dumps(left_out), out / LEFT_OUT / "labels.json")
 
 
-def counts_left_out(out: Location, shards: Sequence[str]) -> dict[str, int]:
+def _count(left_out: int, path: Location) -> None:
+    """Note it before the file is rewritten: after a kill in between, nothing that is later is found in it."""
+    before = json.loads(path.read_text()) if path.is_file() else 0
+    write_text(json.dumps(max(before, left_out)), path)
+
+
+def counts_left_out(out: Location) -> dict[str, int]:
     """How many events and labels were left out because they are after their subjects' split."""
-    of = {name: json.loads((out / LEFT_OUT / f"{name}.json").read_text()) for name in [*shards, "labels"]}
-    labels = of.pop("labels")
-    return {"events after their split's dates: left out": sum(of.values()), "labels after them: left out": labels}
+    names = {EVENTS: "events after their split's dates: left out", LABELS: "labels after them: left out"}
+    found = {name: files_below(out / folder, ".json").values() for folder, name in names.items()}
+    return {name: sum(json.loads(file.read_text()) for file in files) for name, files in found.items()}
 
 
 def _later(rows: pa.Table | pa.RecordBatch, name: str, splits: Splits, dates: dict[str, int]) -> np.ndarray:
