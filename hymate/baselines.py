@@ -26,29 +26,19 @@ from typing import Any
 
 from hymate.config import DataPath, Place, TaskConfig, not_negative
 from hymate.data.examples import Examples, examples_by_split
-from hymate.data.features import FeatureConfig, features
+from hymate.data.features import FeatureConfig
 from hymate.data.histories import Histories
 from hymate.data.meds import write_parquet
 from hymate.data.synthetic.source import ceiling
 from hymate.data.tasks import LabelSet, read_or_extract_labels
 from hymate.evaluation import metrics, tables
-from hymate.evaluation.baseline_models import (
-    FEATURES,
-    IMPORTANCE_LABELS,
-    Fitted,
-    Kind,
-    fitted_to,
-    importance,
-    lightgbm,
-    recalibrated,
-)
+from hymate.evaluation.baseline_fits import FEATURES, fitted_to, recalibrated
+from hymate.evaluation.baseline_models import Kind, lightgbm
 from hymate.evaluation.report import score_rows
 from hymate.evaluation.results import NO_HELD_OUT, RESULTS, sizes
 from hymate.inference.scoring import prediction_table
 from hymate.runs import RECORD, claimed
 from hymate.storage.paths import Location, locate, require_folder, write_text
-
-DETAILED_VARIABLES = 10
 
 
 @dataclass(frozen=True)
@@ -101,9 +91,10 @@ def _scored(
     root, out = locate(config.data.path), locate(config.out)
     started = time.monotonic()
     scored = "held_out" if "held_out" in examples else "tuning"
-    with fitted_to(config.baseline, histories, examples, config.features, config.seed, out / FEATURES) as fitted:
-        seconds = time.monotonic() - started
-        probability, recalibration = recalibrated(fitted, scored)
+    asked = config.baseline, histories, examples, config.features, config.seed, out / FEATURES
+    fitted = fitted_to(*asked, important=True)
+    seconds = time.monotonic() - started
+    probability, recalibration = recalibrated(fitted, examples, scored)
     scores = {
         split: metrics.scores(examples[split].label_E, p_E, examples[split].subject_id_E, examples[split].weight_E)
         for split, p_E in probability.items()
@@ -120,26 +111,13 @@ def _scored(
         "recalibration": recalibration,
         **fitted.summary(),
         "seconds": seconds,
-        "importance": _importances(fitted, histories, examples["tuning"], config.seed),
+        "importance": fitted.importance,
         **label_set.summary(),
         "splits": {split: sizes(part) for split, part in examples.items()},
     }
     if (best := ceiling(root, config.task.name, scored)) is not None:
         found["ceiling"] = best
     return found
-
-
-def _importances(fitted: Fitted, histories: Histories, examples: Examples, seed: int) -> dict[str, dict[str, float]]:
-    """Of all variables, and of the features of the most important ones."""
-    model, tuning = fitted.model, features(histories, examples.sampled(2 * IMPORTANCE_LABELS, seed), fitted.spec)
-    variable_X = [column.variable for column in tuning.spec.columns]
-    variables = importance(model, tuning, variable_X, seed)
-    detailed = set(list(variables)[:DETAILED_VARIABLES])
-    named = zip(tuning.spec.names, variable_X, strict=True)
-    return {
-        "variables": variables,
-        "features": importance(model, tuning, [name if v in detailed else "" for name, v in named], seed),
-    }
 
 
 def _show(found: dict[str, Any], out: Location) -> None:

@@ -64,7 +64,9 @@ try:
     except RuntimeError:
         sys.exit("this machine is not part of it")
     alive = [node for node in cluster.get_all_node_info().values() if node.state == node.ALIVE]
-    print(int(sum(node.resources_total.get("GPU", 0) for node in alive)))
+    gpus = sum(node.resources_total.get("GPU", 0) for node in alive)
+    work = [node.resources_total for node in alive if node.resources_total.get("CPU", 0) >= 1]
+    print(int(gpus), int(max((total.get("memory", 0) for total in work), default=0)))
 except Exception as error:
     sys.exit(f"{getattr(error, 'strerror', None) or error}")
 """
@@ -79,13 +81,19 @@ def named() -> bool:
     return bool(address)
 
 
+def most_memory() -> int | None:
+    """Bytes that the machine with the most of them, of the cluster at RAY_ADDRESS, has for tasks; None without one."""
+    address = os.environ.get("RAY_ADDRESS")
+    return _ask(address)[1] if address else None
+
+
 def available_gpus(train: TrainConfig) -> int | None:
     """How many GPUs the cluster at RAY_ADDRESS has; None where the run has this machine alone.
 
     Raises UserError, before anything is computed, where the run's workers find no place.
     """
     if address := os.environ.get("RAY_ADDRESS"):
-        return _ask(address)
+        return _ask(address)[0]
     cpus, wanted = available_cpus(), train.num_workers * train.cpus_per_worker
     if wanted > cpus:
         raise UserError(
@@ -234,14 +242,16 @@ def run_calls(calls: Sequence[RemoteCall], cpus: int, max_concurrent: int = 0) -
         raise failure
 
 
-def each(call: Callable[[str], object], shards: Sequence[str], gpu: bool = False) -> Iterator[str]:
-    """Call it for every shard, each call a Ray task of one CPU, or GPU; yields shards as they are done, in any order.
+def each(call: Callable[[str], object], shards: Sequence[str], gpu: bool = False, num_bytes: int = 0) -> Iterator[str]:
+    """Call it for every shard, each call a Ray task of one CPU, or GPU, and so much memory; yields shards as they are
+    done, in any order.
 
     What a lost machine or a killed process was doing is done again. Ray must be running.
     """
     import ray
 
-    remote = ray.remote(num_cpus=1, num_gpus=float(gpu), max_retries=MOST_RETRIES, scheduling_strategy="SPREAD")(_call)
+    needs = {"num_cpus": 1, "num_gpus": float(gpu), "memory": num_bytes or None}
+    remote = ray.remote(**needs, max_retries=MOST_RETRIES, scheduling_strategy="SPREAD")(_call)
     sent, todo = ray.put(call), iter(shards)
     running: dict[Any, str] = {}
     try:
@@ -278,9 +288,9 @@ def _call(call: Callable[[str], object], shard: str) -> None:
 
 
 def _mistake(error: Exception) -> Exception | None:
-    """What went wrong inside a task where one line is enough: a user's mistake, or a run that diverged."""
+    """What went wrong inside a task where one line is enough: a user's mistake, a run that diverged, no memory."""
     cause = getattr(error, "cause", None)
-    return cause if isinstance(cause, UserError | FloatingPointError) else None
+    return cause if isinstance(cause, UserError | FloatingPointError | MemoryError) else None
 
 
 def has_workers() -> bool:
@@ -292,8 +302,8 @@ def has_workers() -> bool:
     return any("TrainWorker" in actor["ActorClassName"] and actor["JobID"] == job for actor in alive)
 
 
-def _ask(address: str) -> int:
-    """How many GPUs the cluster at RAY_ADDRESS has. Raises UserError where none answers there."""
+def _ask(address: str) -> tuple[int, int]:
+    """How many GPUs the cluster at RAY_ADDRESS has, and `most_memory`. Raises UserError where none answers there."""
     if "://" in address or address == "local":
         raise UserError(
             f"RAY_ADDRESS={address} is not the address of a cluster: give HOST:PORT of its head (ray start prints it), "
@@ -308,7 +318,8 @@ def _ask(address: str) -> int:
     if asked.returncode:
         lines = asked.stderr.strip().splitlines()
         _refuse(address, lines[-1] if lines else "no answer")
-    return int(asked.stdout.split()[-1])
+    gpus, memory = asked.stdout.split()[-2:]
+    return int(gpus), int(memory)
 
 
 def _connect(address: str, settings: Mapping[str, Any]) -> None:

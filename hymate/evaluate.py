@@ -38,6 +38,7 @@ from hymate.hashing import seeded_hash
 from hymate.inference.bundle import Bundle
 from hymate.inference.dataset import RequestConfig, is_prepared, most, open_for, predict_dataset
 from hymate.inference.provenance import initial_weights, trained_on
+from hymate.inference.scoring import RISK
 from hymate.storage.paths import Location, locate, readable, require_folder, write_text
 
 OF_BUNDLE = "of the bundle, chosen in its training"  # thresholds and policies
@@ -211,7 +212,7 @@ def _predicted(
     files, _ = predict_dataset(config.request(bundle), out / "predictions.parquet", config.workers)
     order_E = np.lexsort((examples.prediction_time_E, examples.subject_id_E))  # that of the files
     columns = []
-    for file, name in zip(files, ("predicted_boolean_probability", "predicted_float_value"), strict=False):
+    for file, name in zip(files, (RISK, "predicted_float_value"), strict=False):
         column_E = np.empty(len(examples), np.float64)
         column_E[order_E] = pq.read_table(readable(file))[name].to_numpy()
         columns.append(column_E)

@@ -49,9 +49,9 @@ from hymate.inference.dataset import (
     open_for,
     predict_dataset,
 )
+from hymate.inference.scoring import RISK
 from hymate.storage.paths import Location, locate, readable, require_folder, write_text
 
-RISK = "predicted_boolean_probability"
 SHOWN, ROWS = 15, 12  # variables in explanation.md, and with a row of their own in a timeline
 FALL, RISE = "deletion: the logit falls by", "insertion: the logit rises by"
 AWAY, SHORT = "deletion: the logit moves by", "insertion: the logit is still off by"

@@ -26,7 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from hymate import cluster
 from hymate.ending import without_ctrl_c
 from hymate.errors import UserError
-from hymate.machine import available_cpus
+from hymate.machine import available_cpus, available_memory
 from hymate.storage.paths import Location, UrlPath, remove_tree, write_text
 from hymate.storage.remote import StorageError
 
@@ -66,6 +66,12 @@ def worth(num_bytes: int) -> int:
     return min(available_cpus(), 1 + num_bytes // WORTH_BYTES)
 
 
+def free_memory(here: bool = False) -> int:
+    """Bytes that one shard's work may take: what the cluster's largest machine has for tasks, or this one has free."""
+    of_cluster = None if here else cluster.most_memory()
+    return available_memory() if of_cluster is None else of_cluster
+
+
 @contextlib.contextmanager
 def stages(
     shards: Sequence[str],
@@ -73,16 +79,18 @@ def stages(
     workers: int,
     here: bool = False,
     gpus: bool = False,
+    num_bytes: int = 0,
     quiet: bool = False,
 ) -> Iterator[Stages]:
     """Stages over `shards`, with a progress bar: on the cluster at RAY_ADDRESS, unless all is to stay `here`; else in
-    so many processes, in this one where `workers` is 1. gpus: each has a GPU of its own. quiet: without the bar.
+    so many processes, in this one where `workers` is 1. gpus: each has a GPU of its own. num_bytes: of memory that is
+    kept for each shard on a cluster, see `free_memory`. quiet: without the bar.
     """
     columns = (TextColumn("{task.description:15}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with contextlib.ExitStack() as stack:
         pool: Pool = _in_this_process
         if not here and cluster.named():
-            pool = stack.enter_context(_on_cluster(gpus))
+            pool = stack.enter_context(_on_cluster(gpus, num_bytes))
         elif workers > 1:
             pool = stack.enter_context(_processes(workers, gpus))
         bar = stack.enter_context(Progress(*columns, console=Console(stderr=True, quiet=quiet)))
@@ -96,9 +104,9 @@ def _in_this_process(task: Callable[[str], None], todo: Sequence[str]) -> Iterat
 
 
 @contextlib.contextmanager
-def _on_cluster(gpus: bool) -> Iterator[Pool]:
+def _on_cluster(gpus: bool, num_bytes: int) -> Iterator[Pool]:
     with cluster.ray_session(cpus_per_worker=1, device="cuda" if gpus else "cpu"):
-        yield lambda task, todo: cluster.each(functools.partial(_with_one_thread, task), todo, gpus)
+        yield lambda task, todo: cluster.each(functools.partial(_with_one_thread, task), todo, gpus, num_bytes)
 
 
 @contextlib.contextmanager

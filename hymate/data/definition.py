@@ -438,8 +438,7 @@ def _evaluated(config: Any, record: _Record, trigger: np.ndarray) -> tuple[dict[
 class _Record:
     """The rows of `Predicates.events`, searched by subject and time.
 
-    key_R rises with subject and time (its rank among all times, the least of equal ones), so that one search finds a
-    place among all subjects' rows.
+    key_R rises with subject and time, so that one search finds a place among all subjects' rows.
     """
 
     def __init__(self, events: pl.DataFrame) -> None:
@@ -451,15 +450,15 @@ class _Record:
         self.first_S = np.flatnonzero(new_R)
         self.last_S = np.append(self.first_S[1:], len(new_R)) - 1
         self.subject_id_S = subject_id_R[self.first_S]
-        self._sorted_R = np.sort(self.time_R)
-        self._key_R = self._key(self.subject_R, np.searchsorted(self._sorted_R, self.time_R))
+        self._time_U = np.unique(self.time_R)
+        self._key_R = self._key(self.subject_R, np.searchsorted(self._time_U, self.time_R))
 
     def _key(self, subject_N: np.ndarray, rank_N: np.ndarray) -> np.ndarray:
-        return subject_N * (len(self._sorted_R) + 1) + rank_N
+        return subject_N * (len(self._time_U) + 1) + rank_N
 
     def _rows_before(self, subject_N: np.ndarray, time_N: np.ndarray, and_at: bool) -> np.ndarray:
         """How many rows, other subjects' included, come before each time (or at it)."""
-        rank_N = np.searchsorted(self._sorted_R, time_N, side="right" if and_at else "left")
+        rank_N = np.searchsorted(self._time_U, time_N, side="right" if and_at else "left")
         return np.searchsorted(self._key_R, self._key(subject_N, rank_N))
 
     def counted(self, count_R: np.ndarray, subject_N: np.ndarray, span: _Span) -> np.ndarray:

@@ -21,9 +21,10 @@ from hymate.data.known import KnownConfig
 from hymate.data.label_files import write_labels
 from hymate.data.meds import read_parquet, write_parquet
 from hymate.data.outcomes import label_table, outcomes, settled, weighed
+from hymate.data.parts import run_parts
 from hymate.errors import UserError
 from hymate.storage.paths import Location, locked, new_folder, remove_tree, write_text
-from hymate.work import Journal, stages, worth
+from hymate.work import worth
 
 SUMMARY = "counts.json"
 
@@ -77,11 +78,9 @@ def extract(
     config, work = parse(task), folder.parent / f".{folder.name}"
     try:
         with locked(work / "lock"), new_folder(folder, SUMMARY) as new:
-            journal = Journal(work / "journal.jsonl", fingerprint)
             workers = worth(sum(path.stat().st_size for path in shards.values()))
             keep = partial(_keep_shard, shards=shards, task=task, known=known, work=work)
-            with stages(list(shards), journal, workers, quiet=not sys.stderr.isatty()) as run:
-                run.each(f"labels of {task.name}", keep)
+            run_parts(f"labels of {task.name}", keep, list(shards), work, fingerprint, workers)
             extracted = {shard: _kept_shard(shard, work) for shard in shards}
             triggers = [each.triggers for each in extracted.values()]
             for shard, rows in zip(shards, triggers if splits is None else weighed(triggers, splits), strict=True):

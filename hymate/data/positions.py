@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,9 +12,9 @@ import numpy as np
 
 from hymate.data.histories import Histories
 from hymate.data.packing import blocks
+from hymate.data.parts import run_parts
 from hymate.machine import available_cpus
 from hymate.storage.paths import Location
-from hymate.work import Journal, stages
 
 WORTH_EVENTS = 100_000_000  # take longer to read than another process takes to start
 PARTS = 4  # of a process, for some histories are longer than others
@@ -39,9 +38,7 @@ def events_until(histories: Histories, position_E: np.ndarray, times: Sequence[t
         for part, own in parts.items():
             np.savez(folder / f"{part}.npz", position_E=position_E[own], times=np.stack([t[own] for t, _ in times]))
         call = functools.partial(_count_part, data=histories.path, sides=[side for _, side in times], folder=folder)
-        journal = Journal(folder / "journal.jsonl")
-        with stages(list(parts), journal, workers, here=True, quiet=not sys.stderr.isatty()) as run:
-            run.each("find labels", call)
+        run_parts("find labels", call, list(parts), folder, "", workers, here=True)
         return np.concatenate([np.load(folder / f"{part}.npy") for part in parts], axis=1)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -85,18 +86,35 @@ def _given(folder: Location, key: str, task: TaskConfig) -> LabelSet:
     table = in_time(table, task, where) if task.in_time else _binary(table, task, where)
     if not table.num_rows:
         raise UserError(f"{key}: {folder} holds no labels")
-    values = [name for name in ("boolean_value", "float_value", "cause") if name in table.column_names]
-    distinct, times = (table.group_by([*KEYS, *more]).aggregate([]).num_rows for more in (values, []))
-    if contradicting := distinct - times:
-        raise UserError(
-            f"{key}: {contradicting} labels in {folder} contradict another one of the same subject and time: keep one"
-        )
+    _require_agreement(table, ("boolean_value", "float_value", "cause"), key, folder)
     one_each = pc.count_distinct(table["subject_id"]).as_py() == table.num_rows
     if "start" not in table.column_names and one_each and (task.start is not None or task.definition is None):
         # a subject's only label is about all that is known of it: its first event is the start. A definition without a
         # start asks at an event of its own (readmission, at the discharge), which a label's being alone does not change
         table = table.append_column("start", pa.array([FIRST_TIME] * table.num_rows, pa.timestamp("us")))
     return LabelSet(table, sizes(table))
+
+
+def read_times(folder: Location, key: str, task: TaskConfig) -> pa.Table:
+    """The prediction times in a folder of labels, in `LabelSet`'s columns; nobody needs to know their labels yet.
+
+    Raises UserError where labels of one subject and time contradict each other.
+    """
+    table = read_labels(folder)
+    if not task.in_time:  # its labels are not read where only the times are wanted
+        values = ("boolean_value",) if task.longer_than_days is None else ("boolean_value", "float_value")
+        _require_agreement(table, values, key, folder)
+    return table
+
+
+def _require_agreement(table: pa.Table, values: Sequence[str], key: str, folder: Location) -> None:
+    """Raises UserError where labels of one subject and time differ in one of these columns, which need not be there."""
+    known = [name for name in values if name in table.column_names]
+    distinct, times = (table.group_by([*KEYS, *more]).aggregate([]).num_rows for more in (known, []))
+    if contradicting := distinct - times:
+        raise UserError(
+            f"{key}: {contradicting} labels in {folder} contradict another one of the same subject and time: keep one"
+        )
 
 
 def _binary(table: pa.Table, task: TaskConfig, where: str) -> pa.Table:

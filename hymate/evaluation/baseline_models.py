@@ -1,8 +1,4 @@
-"""Gradient boosting and other plain models of aggregate features, and their comparison with another model.
-
-Gradient boosting is scikit-learn's, which needs the whole table in memory, as long as that is there and the table is
-small; else LightGBM's, where it is installed, which is faster, reads the table from disk and holds a byte a cell; else
-that of a sample of labels.
+"""Gradient boosting and other plain models of a table of aggregate features.
 
 Shape legend: E examples, X features (see `hymate.data.features`), M marks of what is missing.
 """
@@ -10,10 +6,7 @@ Shape legend: E examples, X features (see `hymate.data.features`), M marks of wh
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Literal, Protocol
@@ -26,14 +19,10 @@ from sklearn.pipeline import make_pipeline
 from threadpoolctl import threadpool_limits
 
 from hymate.data.examples import Examples
-from hymate.data.features import Column, FeatureConfig, FeatureSpec, FeatureTable, Rows
-from hymate.data.histories import Histories
+from hymate.data.features import Column, FeatureSpec, FeatureTable, Rows
 from hymate.errors import UserError
-from hymate.evaluation import calibration, metrics
-from hymate.evaluation.stored import chosen_in_parts, stored_tables
+from hymate.evaluation import metrics
 from hymate.inference.boosting import Trees
-from hymate.machine import available_cpus, available_memory
-from hymate.storage.paths import Location, remove_tree
 
 Kind = Literal["gradient_boosting", "logistic_regression", "lightgbm"]
 LIBRARY: dict[Kind, str] = {
@@ -44,20 +33,15 @@ LIBRARY: dict[Kind, str] = {
 
 # Of both kinds of boosting; chosen on the train and tuning splits of PhysioNet 2012, sets b + c.
 LEARNING_RATE, NUM_LEAVES, LEAF_LABELS, L2, FEATURE_FRACTION, ROW_FRACTION = 0.02, 15, 20, 1.0, 0.1, 0.8
-FOLDS = 5  # of cross-fitting
-FEATURES = ".features"  # in a run's folder, while they are needed
 NUM_TREES = (150, 600)  # 600 where many variables matter; where few do they learn noise
 STRENGTHS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)  # of logistic regression: 1 / penalty
 MOST_ITERATIONS = 2000
 CLIP = (0.01, 0.99)  # quantiles of a feature in training: recording errors would otherwise set its scale
 
 IMPORTANCE_LABELS, REPEATS = 2000, 3
-BYTES_A_CELL = 13  # of a feature table while a model is fitted: float32, scikit-learn's float64 copy, its bins
-CELLS_IN_MEMORY = 7_000_000  # of a table that scikit-learn fits in a minute; LightGBM takes a tenth of that
-BINNED_BYTES_A_CELL = 1  # LightGBM's bins
+DETAILED_VARIABLES = 10
 INFINITE = 1e300  # how LightGBM writes a threshold that all numbers are below
-BINS_FROM, BINS_BYTES_A_CELL = 50_000, 16  # labels that LightGBM chooses bins from, and what it holds of them
-FEWEST_SAMPLED = 2_000  # labels that are worth fitting to, where there are more
+BINS_FROM = 50_000  # labels that LightGBM chooses bins from
 ROWS_AT_ONCE = 20_000  # of a feature table that is only predicted for
 
 
@@ -78,7 +62,7 @@ class Baseline:
     def probability(self, value_EX: np.ndarray | Rows) -> np.ndarray:
         """Probability of each row of a feature table, float64 (E,)."""
         with _one_thread():
-            parts = [self.classifier.predict_proba(part_NX[:, self.known_X])[:, 1] for part_NX in _read(value_EX)]
+            parts = [self.classifier.predict_proba(part_NX[:, self.known_X])[:, 1] for part_NX in read_rows(value_EX)]
         return np.concatenate(parts)
 
     def plain(self, spec: FeatureSpec) -> tuple[tuple[Column, ...], Trees]:
@@ -92,108 +76,13 @@ class Baseline:
         return columns, replace(trees, feature_N=feature_N)
 
 
-def _read(value_EX: np.ndarray | Rows) -> Iterator[np.ndarray]:
+def read_rows(value_EX: np.ndarray | Rows) -> Iterator[np.ndarray]:
     """The rows of a table, some at a time."""
     for start in range(0, len(value_EX), ROWS_AT_ONCE):
         yield value_EX[start : start + ROWS_AT_ONCE]
 
 
 # ------------------------------------------------------------------------------------------------------- models
-
-
-@dataclass(frozen=True)
-class Fitted:
-    """A baseline, the features that it was fitted to and is asked about, of each split, and of which library it is."""
-
-    model: Baseline
-    tables: Mapping[str, FeatureTable]
-    library: str
-
-    @property
-    def spec(self) -> FeatureSpec:
-        return self.tables["train"].spec
-
-    def summary(self) -> dict[str, Any]:
-        """What was chosen, and how many features of how many training labels it was fitted to, as plain values."""
-        return {
-            "chosen": self.model.chosen,
-            "num_features": len(self.spec.columns),
-            "num_fitted": len(self.tables["train"].examples),
-            "library": self.library,
-        }
-
-    def probability(self, split: str) -> np.ndarray:
-        """Of each example of a split, float64 (E,); never the whole table at once."""
-        return self.model.probability(self.tables[split].value_EX)
-
-
-def _affordable(kind: Kind, num_labels: int, num_features: int) -> tuple[Kind, int]:
-    """How the labels are fitted, in half of the memory that is free, and to how many of them."""
-    free = available_memory() // 2
-    in_memory = free // (BYTES_A_CELL * num_features)
-    soon = min(in_memory, CELLS_IN_MEMORY // num_features)
-    if kind == "logistic_regression" or (kind == "gradient_boosting" and num_labels <= soon):
-        return kind, in_memory
-    try:
-        lightgbm()
-    except UserError:
-        if kind == "lightgbm":
-            raise
-        return kind, in_memory
-    most = (free - _binned_bytes(0, num_features)) // (BINNED_BYTES_A_CELL * num_features)
-    return ("lightgbm", most) if kind == "lightgbm" or most > in_memory else (kind, in_memory)
-
-
-def _binned_bytes(num_labels: int, num_features: int) -> int:
-    """What LightGBM holds while it is fitted to labels whose features are on disk."""
-    return (BINNED_BYTES_A_CELL * num_labels + BINS_BYTES_A_CELL * BINS_FROM) * num_features
-
-
-@contextmanager
-def fitted_to(
-    kind: Kind,
-    histories: Histories,
-    examples: Mapping[str, Examples],
-    config: FeatureConfig,
-    seed: int,
-    folder: Location,
-    here: bool = False,
-) -> Iterator[Fitted]:
-    """A baseline that chose its features from the train split's examples, was fitted to them and chosen on the tuning
-    split's; where there are more labels than memory for them, to a sample that stands for all.
-
-    folder: holds the features of all `examples` while the block runs, and what a kill leaves of them. They are made by
-    processes, or on a cluster. here: no cluster makes them.
-
-    Raises UserError where the memory does not suffice for a sample either.
-    """
-    with _features_in(folder):
-        spec = chosen_in_parts(histories, examples["train"], config, folder, here)
-        num_labels, num_features = len(examples["train"]), len(spec.columns)
-        kind, most = _affordable(kind, num_labels, num_features)
-        if most < min(num_labels, FEWEST_SAMPLED):
-            raise UserError(
-                f"{num_features} features of {FEWEST_SAMPLED} labels need more memory than is free "
-                f"({available_memory() >> 20} MiB)"
-            )
-        train = examples["train"].sampled(most, seed)
-        if kind == "lightgbm":
-            needed = _binned_bytes(len(train), num_features) >> 20
-            print(f"LightGBM: {len(train):,} labels x {num_features:,} features, about {needed:,} MiB of memory")
-        examples = {**examples, "train": train}
-        with stored_tables(histories, examples, spec, folder, here) as tables:
-            yield Fitted(fit(kind, tables["train"], tables["tuning"], seed), tables, LIBRARY[kind])
-
-
-@contextmanager
-def _features_in(folder: Location) -> Iterator[None]:
-    """Features are kept in the folder while the block runs; a kill leaves them for the same command."""
-    try:
-        yield
-    except Exception:
-        remove_tree(folder)
-        raise
-    remove_tree(folder)
 
 
 def fit(kind: Kind, train: FeatureTable, tuning: FeatureTable, seed: int) -> Baseline:
@@ -203,7 +92,7 @@ def fit(kind: Kind, train: FeatureTable, tuning: FeatureTable, seed: int) -> Bas
     The same seed gives the same model. Raises UserError where the model's package is not installed.
     """
     known_X = np.zeros(len(train.spec.columns), bool)
-    for part_NX in _read(train.value_EX):
+    for part_NX in read_rows(train.value_EX):
         known_X |= ~np.isnan(part_NX).all(axis=0)
     positive_E, weight_E = train.examples.label_E > 0.5, train.examples.weight_E
     with _one_thread():
@@ -436,119 +325,16 @@ def importance(model: Baseline, table: FeatureTable, group_X: Sequence[str], see
     return dict(sorted(falls.items(), key=lambda item: -item[1]))
 
 
-@dataclass(frozen=True)
-class PlainTrees:
-    """Boosting as a bundle holds it; logit: of the tuning and held-out examples, before recalibration."""
-
-    windows_hours: tuple[float, ...]
-    columns: tuple[Column, ...]
-    trees: Trees
-    logit: Mapping[str, np.ndarray]
-
-
-@dataclass(frozen=True)
-class Boosted:
-    """Gradient boosting of a task, recalibrated on its tuning split.
-
-    asked: the held-out examples. probability: of the tuning and held-out ones. found: its held-out scores and how it
-    was fitted, as plain values. plain: where it was asked for.
-    """
-
-    asked: Examples
-    probability: Mapping[str, np.ndarray]
-    found: Mapping[str, Any]
-    plain: PlainTrees | None
-
-    @property
-    def recalibration(self) -> calibration.Recalibration:
-        return calibration.Recalibration(*(self.found["recalibration"][key] for key in ("temperature", "shift")))
-
-    def compared(self, probability_E: np.ndarray) -> dict[str, Any]:
-        """`found`, and as "difference" another model's held-out AUROC and AUPRC less its own."""
-        return {**self.found, "difference": difference(self.asked, probability_E, self.probability["held_out"])}
-
-
-def difference(asked: Examples, probability_E: np.ndarray, other_E: np.ndarray) -> dict[str, Any]:
-    """A model's AUROC and AUPRC less another's, with intervals that hold together."""
-    labels = asked.label_E, probability_E, other_E, asked.subject_id_E, asked.weight_E
-    return metrics.paired_difference(*labels, metrics.LEVEL_OF_BOTH)
-
-
-def boosted(
-    histories: Histories, examples: Mapping[str, Examples], seed: int, folder: Location, plain: bool = False
-) -> Boosted:
-    """Gradient boosting of the examples of each split; train and tuning have both classes.
-
-    folder: as in `fitted_to`. plain: whether a bundle will hold it. Raises UserError and MemoryError where it could not
-    be fitted.
-    """
-    started = time.monotonic()
-    with fitted_to("gradient_boosting", histories, examples, FeatureConfig(), seed, folder) as fitted:
-        probability, recalibration = recalibrated(fitted, "held_out")
-        seconds = time.monotonic() - started
-        trees = _plain(fitted) if plain else None
-    asked = examples["held_out"]
-    scores = metrics.scores(asked.label_E, probability["held_out"], asked.subject_id_E, asked.weight_E)
-    found = {name: scores[name] for name in metrics.SHOWN} | {
-        "recalibration": recalibration,
-        **fitted.summary(),
-        "seconds": seconds,
+def importances(model: Baseline, table: FeatureTable, seed: int) -> dict[str, dict[str, float]]:
+    """Of all variables, and of the features of the most important ones, among a sample of the examples."""
+    about = 2 * IMPORTANCE_LABELS
+    drawn_E = table.examples.sample_weights(about, seed) > 0
+    sample = FeatureTable(table.spec, table.examples.sampled(about, seed), table.value_EX[drawn_E])
+    variable_X = [column.variable for column in sample.spec.columns]
+    variables = importance(model, sample, variable_X, seed)
+    detailed = set(list(variables)[:DETAILED_VARIABLES])
+    named = zip(sample.spec.names, variable_X, strict=True)
+    return {
+        "variables": variables,
+        "features": importance(model, sample, [name if v in detailed else "" for name, v in named], seed),
     }
-    return Boosted(asked, probability, found, trees)
-
-
-def _plain(fitted: Fitted) -> PlainTrees:
-    columns, trees = fitted.model.plain(fitted.spec)
-    at_X = [fitted.spec.columns.index(column) for column in columns]
-    logit = {
-        split: np.concatenate([trees.logit(part_NX[:, at_X]) for part_NX in _read(fitted.tables[split].value_EX)])
-        for split in ("tuning", "held_out")
-    }
-    return PlainTrees(fitted.spec.windows_hours, columns, trees, logit)
-
-
-def recalibrated(fitted: Fitted, scored: str) -> tuple[dict[str, np.ndarray], dict[str, float | None]]:
-    """Probabilities of the tuning and `scored` examples, recalibrated on the tuning split; `Recalibration.record`."""
-    raw = {split: fitted.probability(split) for split in {"tuning", scored}}
-    tuning, asked = fitted.tables["tuning"].examples, fitted.tables[scored].examples
-    recalibration = calibration.recalibrate(tuning.label_E, calibration.logit(raw["tuning"]), tuning.weight_E)
-    probability = {split: recalibration.probability(raw_E) for split, raw_E in raw.items()}
-    return probability, recalibration.record(asked.label_E, raw[scored], asked.weight_E)
-
-
-def cross_fitted(
-    histories: Histories, train: Examples, tuning: Examples, seed: int, folder: Location, here: bool = False
-) -> np.ndarray:
-    """Gradient boosting's probability of each training example (E,), by a model that learned from no example of the
-    same subject: the folds are of subjects. The tuning split chooses each model's number of trees.
-
-    folder: as in `fitted_to`. here: no cluster makes the features. Raises UserError where there are too few labels to
-    do without a fold, and where the memory does not suffice.
-    """
-    subject_S, subject_E = np.unique(train.subject_id_E, return_inverse=True)
-    fold_E = (np.random.default_rng(seed).permutation(len(subject_S)) % FOLDS)[subject_E]
-    known_E = ~np.isnan(train.label_E)
-    for fold in range(FOLDS):
-        if len(np.unique(train.label_E[known_E & (fold_E != fold)])) < 2:
-            raise UserError(f"too few labels for {FOLDS} folds: without one of them there is only one class")
-
-    with _features_in(folder):
-        spec = chosen_in_parts(histories, train, FeatureConfig(), folder, here)
-        kind, most = _affordable("gradient_boosting", len(train), len(spec.columns))
-        if most < len(train):
-            shape = len(train), len(spec.columns)
-            needed = 2 * (_binned_bytes(*shape) if kind == "lightgbm" else BYTES_A_CELL * shape[0] * shape[1])
-            raise UserError(f"it needs {needed >> 20} MiB of free memory, and {available_memory() >> 20} MiB are free")
-        with stored_tables(histories, {"train": train, "tuning": tuning}, spec, folder, here) as tables:
-
-            def left_out(fold: int) -> np.ndarray:
-                model = fit(kind, tables["train"].only(known_E & (fold_E != fold)), tables["tuning"], seed)
-                return model.probability(tables["train"].only(fold_E == fold).value_EX)
-
-            probability_E = np.empty(len(train))
-            with ThreadPoolExecutor(available_cpus()) as pool:
-                # a model of a table on disk has the memory to itself; and LightGBM is silent in this thread alone
-                folds = pool.map if kind == "gradient_boosting" else map
-                for fold, probability in enumerate(folds(left_out, range(FOLDS))):
-                    probability_E[fold_E == fold] = probability
-    return probability_E

@@ -9,10 +9,9 @@ Shape legend: that of `hymate.evaluation.attribution`; R removed variables.
 from __future__ import annotations
 
 import functools
-import io
+import hashlib
 import multiprocessing
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
@@ -27,15 +26,18 @@ import torch
 from hymate.data.examples import labelled_examples
 from hymate.data.histories import Histories
 from hymate.data.meds import DATA_SCHEMA, iter_events, write_parquet
+from hymate.data.parts import load_arrays, read_input, run_parts, save_arrays
 from hymate.evaluation.attribution import Attribution, Case, Explainer, deletion_and_insertion
 from hymate.inference.bundle import read_bundle
 from hymate.inference.dataset import Request, is_prepared, open_for
-from hymate.storage.paths import Location, atomic_path, files_below, locate, readable, remove_tree
-from hymate.work import Journal, stages, worth
+from hymate.inference.scoring import RISK
+from hymate.storage.paths import Location, files_below, locate, readable, remove_tree
+from hymate.work import worth
 
 PART = 16  # predictions, each of which costs hundreds of passes
 WORTH_PARTS = 4  # take longer than another process takes to start
 REMOVED = 40  # variables whose removal is scored, those with the largest attributions; each costs a pass
+FOUND = "-attributions"
 ORDERS = ("attribution", "size", "attention", "random")  # in which events are deleted and inserted
 
 
@@ -73,18 +75,17 @@ class Spread:
         self, request: Request, predictions: pa.Table, chosen: np.ndarray, work: Location, workers: int
     ) -> None:
         self._request, self._work, self._workers = request, work, workers
-        for folder in ("shards", "cases"):
-            remove_tree(work / folder)  # of an explanation that was killed
         _explainer.cache_clear()
         asked = predictions.select(["subject_id", "prediction_time"]).take(chosen)
+        # the risks differ where the model does, or what it read
+        seen = [predictions[name].to_numpy().tobytes() for name in (*asked.column_names, RISK)]
+        self._made_of = f"{hashlib.sha256(b''.join([*seen, chosen.tobytes()])).hexdigest()}{request.made_of}"
         if not is_prepared(request.data):
-            files = files_below(request.data / meds.data_subdirectory, ".parquet")
-            keep = functools.partial(
-                _keep, request=request, subjects=asked["subject_id"].unique(), folder=work / "shards"
-            )
-            size = sum(file.stat().st_size for file in files.values())
+            files, folder = files_below(request.data / meds.data_subdirectory, ".parquet"), work / "shards"
             names = sorted(name.removesuffix(".parquet") for name in files)
-            self._run("read", keep, names, min(workers, worth(size)), gpus=False)
+            keep = functools.partial(_keep, request=request, subjects=asked["subject_id"].unique(), folder=folder)
+            processes = min(workers, worth(sum(file.stat().st_size for file in files.values())))
+            run_parts("read", keep, names, folder, self._made_of, processes)
         self.explainer = _explainer(*self._key)
         # what a case reads may depend on the subject's other predictions
         of_subjects = predictions.filter(pc.is_in(predictions["subject_id"], asked["subject_id"].unique()))
@@ -103,30 +104,23 @@ class Spread:
         request = self._request
         return str(request.bundle), str(request.data), request.task.name, request.device, str(self._work)
 
-    def _run(self, stage: str, call: Callable[[str], None], parts: Sequence[str], workers: int, gpus: bool) -> None:
-        path = self._work / f"{stage}.jsonl"
-        path.unlink(missing_ok=True)  # of an explanation that was killed, like the folders
-        with stages(parts, Journal(path), workers, gpus=gpus, quiet=not sys.stderr.isatty()) as run:
-            run.each(stage, call)
-
     def measured(self, first: int) -> Measured:
         """All that is known of the cases from `first` on."""
-        cases, folder = self.cases[first:], self._work / "cases"
+        cases, folder, into = self.cases[first:], self._work / "attributions", self._work / "removals"
         starts = range(0, len(cases), PART)
         parts = [f"{start // PART:06d}" for start in starts]
-        for part, start in zip(parts, starts, strict=True):
-            write_parquet(self._places.slice(first + start, PART), folder / f"{part}.parquet")
-        gpus = self._request.device == "cuda"
-        workers = min(self._workers, max(1, len(parts) // WORTH_PARTS))
-        self._run("attributions", functools.partial(_attribute, key=self._key, folder=folder), parts, workers, gpus)
-        attributions = [a for part in parts for a in _attributions(folder / f"{part}-attributions.parquet")]
+        inputs = {part: self._places.slice(first + at, PART) for part, at in zip(parts, starts, strict=True)}
+        workers, gpus = min(self._workers, max(1, len(parts) // WORTH_PARTS)), self._request.device == "cuda"
+        attribute = functools.partial(_attribute, key=self._key, folder=folder)
+        run_parts("attributions", attribute, parts, folder, self._made_of, workers, inputs=inputs, gpus=gpus)
+        attributions = [a for part in parts for a in _attributions(part, folder)]
         removed = most_important(self.explainer, cases, attributions)
         # the random order of all events is one sequence, of which each part takes its own
         before = np.cumsum([0, *(len(case.history) for case in cases)])
         skipped = {part: int(before[start]) for part, start in zip(parts, starts, strict=True)}
-        move = functools.partial(_move, key=self._key, folder=folder, removed=removed, skipped=skipped)
-        self._run("removals", move, parts, workers, gpus)
-        found = [_load(folder / f"{part}-moved.npz") for part in parts]
+        move = functools.partial(_move, key=self._key, folder=folder, removed=removed, skipped=skipped, into=into)
+        run_parts("removals", move, parts, into, f"{self._made_of} {removed}", workers, gpus=gpus)
+        found = [load_arrays(into / f"{part}.npz") for part in parts]
         moved = {
             order: np.concatenate([of_part[order] for of_part in found], axis=2)
             for order in ORDERS
@@ -192,19 +186,19 @@ def _explainer(bundle: str, data: str, task: str, device: str, work: str) -> Exp
 
 def _cases(part: str, key: tuple[str, str, str, str, str], folder: Location) -> tuple[Explainer, list[Case]]:
     explainer = _explainer(*key)
-    return explainer, explainer.cases_at(pq.read_table(readable(folder / f"{part}.parquet")))
+    return explainer, explainer.cases_at(read_input(part, folder))
 
 
 def _attribute(part: str, key: tuple[str, str, str, str, str], folder: Location) -> None:
     explainer, cases = _cases(part, key, folder)
     found = explainer.attributions(cases)
     columns = {spec.name: [getattr(attribution, spec.name) for attribution in found] for spec in fields(Attribution)}
-    write_parquet(pa.table(columns), folder / f"{part}-attributions.parquet")
+    write_parquet(pa.table(columns), folder / f"{part}{FOUND}.parquet")
 
 
-def _attributions(path: Location) -> list[Attribution]:
+def _attributions(part: str, folder: Location) -> list[Attribution]:
     """What `_attribute` wrote."""
-    rows = (row.values() for row in pq.read_table(readable(path)).to_pylist())
+    rows = (row.values() for row in read_input(f"{part}{FOUND}", folder).to_pylist())
     cases: list[list[Any]] = [[np.array(x) if isinstance(x, list) else x for x in row] for row in rows]
     return [Attribution(*case) for case in cases]
 
@@ -215,20 +209,10 @@ def _move(
     folder: Location,
     removed: Sequence[int],
     skipped: dict[str, int],
+    into: Location,
 ) -> None:
     explainer, cases = _cases(part, key, folder)
     bits = np.random.PCG64(0)
     bits.advance(skipped[part])
-    attributions = _attributions(folder / f"{part}-attributions.parquet")
-    moved = movements(explainer, cases, attributions, np.random.Generator(bits))
-    _save(folder / f"{part}-moved.npz", {"change": changes(explainer, cases, removed), **moved})
-
-
-def _save(path: Location, arrays: dict[str, np.ndarray]) -> None:
-    with atomic_path(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, **arrays)  # type: ignore[arg-type]
-
-
-def _load(path: Location) -> dict[str, np.ndarray]:
-    with np.load(io.BytesIO(path.read_bytes())) as arrays:
-        return dict(arrays)
+    moved = movements(explainer, cases, _attributions(part, folder), np.random.Generator(bits))
+    save_arrays(into / f"{part}.npz", change=changes(explainer, cases, removed), **moved)

@@ -7,23 +7,18 @@ be larger than the memory. What is killed goes on where it was.
 from __future__ import annotations
 
 import functools
-import hashlib
-import io
-import json
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
 
 import numpy as np
-import pyarrow.parquet as pq
+import pyarrow as pa
 
 from hymate.data.examples import Examples
 from hymate.data.features import FeatureConfig, FeatureSpec, FeatureTable, Rows, chosen, features, filled
 from hymate.data.histories import Histories
-from hymate.data.meds import write_parquet
-from hymate.storage.paths import Location, atomic_path, local_copy, readable
-from hymate.work import Journal, stages, worth
+from hymate.data.parts import load_arrays, open_histories, read_input, run_parts, save_arrays
+from hymate.storage.paths import Location, atomic_path, local_copy
+from hymate.work import worth
 
 PART = 20_000  # labels whose columns are counted at a time
 PART_CELLS = 16_000_000  # of a part's table: 64 MB
@@ -33,21 +28,19 @@ EVENT_BYTES = 16  # of a history
 def chosen_in_parts(
     histories: Histories, train: Examples, config: FeatureConfig, folder: Location, here: bool
 ) -> FeatureSpec:
-    """`hymate.data.features.choose`, in parts; `folder` keeps what is done until the columns are known."""
-    parts = train.in_parts(PART)
-    windows_hours = config.windows(train)
-    call = functools.partial(_count, data=histories.path, windows_hours=windows_hours, folder=folder / "columns")
-    _run("columns", call, histories, parts, json.dumps(asdict(config)), folder / "columns", here)
-    counted = (np.load(io.BytesIO((folder / "columns" / f"{part}.npy").read_bytes())) for part in parts)
-    filled_2WV = functools.reduce(np.add, counted)
+    """`hymate.data.features.choose`, in parts; `folder` keeps what is done."""
+    parts, windows_hours = train.in_parts(PART), config.windows(train)
+    folder = folder / "columns"
+    call = functools.partial(_count, data=histories.path, windows_hours=windows_hours, folder=folder)
+    _run("columns", call, histories, parts, repr(windows_hours), folder, here)
+    filled_2WV = functools.reduce(np.add, (load_arrays(folder / f"{part}.npz")["filled"] for part in parts))
     return chosen(histories.codes, filled_2WV, len(train), windows_hours, config)
 
 
-@contextmanager
-def stored_tables(
+def store_tables(
     histories: Histories, examples: Mapping[str, Examples], spec: FeatureSpec, folder: Location, here: bool
-) -> Iterator[dict[str, FeatureTable]]:
-    """`hymate.data.features.features` of each split, in files in `folder`; those of a URL are copied here."""
+) -> str:
+    """`hymate.data.features.features` of each split, in files in `folder`; returns what they are made of."""
     about = max(1, PART_CELLS // len(spec.columns))
     parts = {
         f"{split}-{name}": part
@@ -56,11 +49,24 @@ def stored_tables(
     }
     folder = folder / "tables"
     call = functools.partial(_compute, data=histories.path, spec=spec, folder=folder)
-    _run("features", call, histories, parts, repr(spec), folder, here, 4 * len(spec.columns))
-    with local_copy(folder) as local:
-        mapped = {part: np.load(local / f"{part}.npy", mmap_mode="r") for part in parts}
-        of_split = {split: [mapped[part] for part in parts if part.startswith(f"{split}-")] for split in examples}
-        yield {split: FeatureTable(spec, examples[split], Rows.of(of_split[split])) for split in examples}
+    return _run("features", call, histories, parts, repr(spec), folder, here, 4 * len(spec.columns))
+
+
+@contextmanager
+def stored_tables(spec: FeatureSpec, folder: Location) -> Iterator[dict[str, FeatureTable]]:
+    """What `store_tables` left, by split; what is at a URL is copied here."""
+    with local_copy(folder / "tables") as local:
+        of_split: dict[str, list[str]] = {}
+        for path in sorted(local.glob("*.npy")):
+            of_split.setdefault(path.stem.partition("-")[0], []).append(path.stem)
+        yield {
+            split: FeatureTable(
+                spec,
+                Examples.of_table(pa.concat_tables(read_input(part, local) for part in parts)),
+                Rows.of([np.load(local / f"{part}.npy", mmap_mode="r") for part in parts]),
+            )
+            for split, parts in of_split.items()
+        }
 
 
 def _run(
@@ -72,41 +78,26 @@ def _run(
     folder: Location,
     here: bool,
     bytes_a_label: int = 0,
-) -> None:
-    """Call it for every part, whose examples it finds in `folder`."""
-    _histories.cache_clear()  # an earlier call in this process may have found something else in the same place
-    digests = " ".join(f"{part} {examples.digest()}" for part, examples in parts.items())
-    fingerprint = hashlib.sha256(f"{histories.fingerprint} {made_of} {digests}".encode()).hexdigest()
-    journal = Journal(folder / "journal.jsonl", fingerprint)
+) -> str:
+    """Call it for every part, whose examples it finds in `folder`; returns what the results are made of."""
     num_bytes = 0
-    for part, examples in parts.items():
-        write_parquet(examples.table(), folder / f"{part}.parquet")
+    for examples in parts.values():
+        made_of += f" {examples.digest()}"
         position_H = np.unique(examples.position_E)
         num_bytes += EVENT_BYTES * int(histories.index.num_events_P[position_H].sum()) + bytes_a_label * len(examples)
+    inputs = {part: examples.table() for part, examples in parts.items()}
     workers = min(worth(num_bytes), len(parts))
-    with stages(list(parts), journal, workers, here, quiet=not sys.stderr.isatty()) as run:
-        run.each(stage, call)
+    made_of = f"{histories.fingerprint} {made_of}"
+    run_parts(stage, call, list(parts), folder, made_of, workers, inputs=inputs, here=here)
+    return made_of
 
 
 def _count(part: str, data: Location, windows_hours: tuple[float, ...], folder: Location) -> None:
-    _save(filled(_histories(data), _examples(part, folder), windows_hours), folder / f"{part}.npy")
+    examples = Examples.of_table(read_input(part, folder))
+    save_arrays(folder / f"{part}.npz", filled=filled(open_histories(data), examples, windows_hours))
 
 
 def _compute(part: str, data: Location, spec: FeatureSpec, folder: Location) -> None:
-    table = features(_histories(data), _examples(part, folder), spec)
-    assert isinstance(table.value_EX, np.ndarray)
-    _save(table.value_EX, folder / f"{part}.npy")
-
-
-@functools.lru_cache(maxsize=1)
-def _histories(data: Location) -> Histories:
-    return Histories.open(data)
-
-
-def _examples(part: str, folder: Location) -> Examples:
-    return Examples.of_table(pq.read_table(readable(folder / f"{part}.parquet")))
-
-
-def _save(array: np.ndarray, path: Location) -> None:
-    with atomic_path(path) as temporary, temporary.open("wb") as file:
-        np.save(file, array)
+    table = features(open_histories(data), Examples.of_table(read_input(part, folder)), spec)
+    with atomic_path(folder / f"{part}.npy") as temporary, temporary.open("wb") as file:
+        np.save(file, table.value_EX[:])

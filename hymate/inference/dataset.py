@@ -14,7 +14,7 @@ import multiprocessing
 import uuid
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 import meds
@@ -30,10 +30,10 @@ from hymate.data.examples import Examples, labelled_examples
 from hymate.data.extraction import labels_of_shard
 from hymate.data.histories import Histories, Splits, read_metadata
 from hymate.data.known import differing
-from hymate.data.label_files import read_labels
 from hymate.data.meds import SplitsConfig, iter_events, write_parquet
+from hymate.data.parts import load_arrays, open_histories, read_input, run_parts, save_arrays
 from hymate.data.sources.meds import MedsSource, check_shard
-from hymate.data.tasks import LabelSet, read_or_extract_labels
+from hymate.data.tasks import LabelSet, read_or_extract_labels, read_times
 from hymate.device import Wanted, choose, num_gpus, obstacle
 from hymate.errors import UserError
 from hymate.inference.bundle import Bundle, build_model, read_bundle
@@ -50,10 +50,11 @@ from hymate.inference.states import StateFolder
 from hymate.machine import available_cpus
 from hymate.model.encoder import RiskModel
 from hymate.storage.paths import Location, files_below, locate, present, readable, remove_tree, write_text
-from hymate.work import Journal, stages, worth
+from hymate.work import worth
 
 PART = 20_000  # labels of a part of a prepared dataset, about
 WORK = ".work"  # in the folder of the parts: the journal, and what parts are asked and count
+GIVEN = ".labels"  # there: what no shard is called
 
 
 Context = Literal["bundle", "all"]
@@ -173,9 +174,10 @@ def open_for(bundle: Bundle, data: Location) -> Histories:
 
 def asked_of(histories: Histories, task: TaskConfig, split: str) -> Examples:
     """The task's prediction times in a split of a prepared dataset; a folder of labels needs no boolean_value."""
-    labels = read_labels(locate(task.labels)) if task.labels is not None else None
-    if labels is None:
+    if task.labels is None:
         labels = read_or_extract_labels(histories.path, task, times_only=True).table
+    else:
+        labels = read_times(locate(task.labels), "task.labels", task)
     if split == "all":
         histories = histories.with_splits(dict.fromkeys(histories.splits, split))
     return labelled_examples(histories, labels, split)
@@ -190,8 +192,7 @@ def predict_dataset(request: Request, out: Location, workers: int) -> tuple[list
     was killed. Returns the paths.
     Raises UserError where nothing can be predicted, FloatingPointError where the model predicts what is no number.
     """
-    for cached in (_given, _histories, _model):
-        cached.cache_clear()  # an earlier call in this process may have found something else in the same place
+    _model.cache_clear()  # an earlier call in this process may have found something else in the same place
     bundle = read_bundle(request.bundle, kind="risk").for_task(request.task.name)
     besides = ["days"] * bool(bundle.in_days) + ["incidence"] * bool(bundle.in_time)
     targets = [out] + [out.with_stem(f"{out.stem}-{name}") for name in besides]
@@ -201,17 +202,20 @@ def predict_dataset(request: Request, out: Location, workers: int) -> tuple[list
     work = folder / WORK
     asked = _ranges(request, bundle) if is_prepared(request.data) else _shards(request)
     made_of = f"{bundle.fingerprint} {request.context} {request.split} {asked.made_of}{request.made_of}"
-    fingerprint = hashlib.sha256(made_of.encode()).hexdigest()
     if not joined and present(folder) and not present(work) and any(folder.iterdir()):
         raise UserError(f"{folder}: holds other files: choose a new folder for out=")
-    refusal = None if joined else f"{folder}: holds other predictions: choose another out="
-    journal = Journal(work / "journal.jsonl", fingerprint, refusal)
-    for part, examples in asked.examples.items():
-        write_parquet(examples.table(), work / f"{part}.parquet")
-    call = functools.partial(predict_part, request=request, folders=folders, work=work, labelled=asked.labelled)
-    processes = 1 if request.states else min(most(workers, request.device), asked.worth, len(asked.parts))
-    with stages(asked.parts, journal, processes, request.states is not None, request.device == "cuda") as run:
-        run.each("predict", call)
+    run_parts(
+        "predict",
+        functools.partial(predict_part, request=request, folders=folders, work=work, labelled=asked.labelled),
+        asked.parts,
+        work,
+        made_of,
+        1 if request.states else min(most(workers, request.device), asked.worth, len(asked.parts)),
+        inputs=asked.inputs,
+        refusal=None if joined else f"{folder}: holds other predictions: choose another out=",
+        here=request.states is not None,
+        gpus=request.device == "cuda",
+    )
     counts = [Counts(**json.loads((work / f"{part}.json").read_text())) for part in asked.parts]
     found = functools.reduce(Counts.__add__, counts, Counts(left_out=asked.left_out))
     if asked.num_labels and (unknown := asked.num_labels - found.labels):
@@ -235,16 +239,16 @@ def most(workers: int, device: str) -> int:
 
 @dataclass(frozen=True)
 class _Asked:
-    """What is predicted, in parts. examples: of each part of a prepared dataset. labelled: whether all have a label.
-    left_out: labels, by reason. num_labels: how many there are, where subjects may be unknown. made_of: a digest.
-    worth: how many processes have enough to do.
+    """What is predicted, in parts. inputs: the examples of each part of a prepared dataset; the labels GIVEN for a MEDS
+    folder. labelled: whether all have a label. left_out: labels, by reason. num_labels: how many there are, where
+    subjects may be unknown. made_of: a digest. worth: how many processes have enough to do.
     """
 
     parts: list[str]
     labelled: bool
     made_of: str
     worth: int
-    examples: dict[str, Examples] = field(default_factory=dict)
+    inputs: dict[str, pa.Table] = field(default_factory=dict)
     left_out: dict[str, int] = field(default_factory=dict)
     num_labels: int = 0
 
@@ -256,13 +260,14 @@ def _ranges(request: Request, bundle: Bundle) -> _Asked:
     parts = examples.in_parts(PART)
     labelled = not np.isnan(examples.label_E).any()
     made_of = f"{histories.fingerprint} {examples.digest()}"
-    return _Asked(list(parts), labelled, made_of, len(parts), parts, examples.dropped)
+    inputs = {part: own.table() for part, own in parts.items()}
+    return _Asked(list(parts), labelled, made_of, len(parts), inputs, examples.dropped)
 
 
 def _shards(request: Request) -> _Asked:
     """The parts of a MEDS folder: its shards."""
     source = MedsSource(request.data, SplitsConfig(), 0)
-    shards, labels = source.shards(), _given(str(request.data), request.task.name, request.task.labels)
+    shards, labels = source.shards(), _given(request)
     if request.split != "all" and not present(request.data / meds.subject_splits_filepath):
         raise UserError(f"{request.data}: has no {meds.subject_splits_filepath}: predict split=all")
     files = files_below(request.data / meds.data_subdirectory, ".parquet").values()
@@ -274,14 +279,16 @@ def _shards(request: Request) -> _Asked:
         return _Asked(shards, True, f"{source.fingerprint()} {request.task.definition}", processes)
     labelled = "boolean_value" in labels.column_names and not labels["boolean_value"].null_count
     digest = f"{source.fingerprint()} {LabelSet(labels, {}).digest()}"
-    return _Asked(shards, labelled, digest, processes, num_labels=labels.num_rows)
+    return _Asked(shards, labelled, digest, processes, {GIVEN: labels}, num_labels=labels.num_rows)
 
 
-@functools.lru_cache(maxsize=1)
-def _given(data: str, task: str, labels: str | None) -> pa.Table | None:
+def _given(request: Request) -> pa.Table | None:
     """The labels given for a MEDS folder, by subject; None where they are to be extracted."""
-    folder = locate(data) / "labels" / task if labels is None else locate(labels)
-    return read_labels(folder).sort_by("subject_id") if labels is not None or present(folder) else None
+    task, own = request.task, request.data / "labels" / request.task.name
+    if task.labels is None and not present(own):
+        return None
+    folder, key = (own, f"task.name={task.name}") if task.labels is None else (locate(task.labels), "task.labels")
+    return read_times(folder, key, task).sort_by("subject_id")
 
 
 # -------------------------------------------------------------------------------------------------------- a part
@@ -336,13 +343,16 @@ def _pieces(
     """What is predicted at a time: all that is asked of a prepared dataset in a part; of a MEDS shard whole subjects,
     some at a time, with what of the labels is theirs.
     """
-    if (asked := work / f"{part}.parquet").is_file():
-        yield _histories(str(request.data)), Examples.of_table(pq.read_table(readable(asked))), Counts()
+    if (work / f"{part}.parquet").is_file():
+        yield open_histories(request.data), Examples.of_table(read_input(part, work)), Counts()
         return
     path = request.data / meds.data_subdirectory / f"{part}.parquet"
     check_shard(path, path)
-    given = _given(str(request.data), request.task.name, request.task.labels)
-    labels = given if given is not None else labels_of_shard(path, request.task, bundle.known, request.codes)
+    if (work / f"{GIVEN}.parquet").is_file():
+        subjects = pq.read_table(readable(path), columns=["subject_id"])["subject_id"].unique()
+        labels = read_input(GIVEN, work, filters=pc.field("subject_id").isin(subjects))
+    else:
+        labels = labels_of_shard(path, request.task, bundle.known, request.codes)
     labels = labels.sort_by("subject_id")
     label_subject_N = labels["subject_id"].to_numpy()
     splits = None if request.split == "all" else Splits(request.data, beside=work / ".splits")
@@ -370,49 +380,41 @@ def spread_outputs(bundle: Bundle, histories: Histories, examples: Examples, dev
     device: "cuda" is a GPU of this machine or, where it has none that does, of the cluster. folder: what a killed call
     had done is found in it.
     """
-    parts = examples.in_parts(PART)
+    parts, task = examples.in_parts(PART), bundle.tasks[0]
     on_gpu = device == "cuda"
     usable = not on_gpu or obstacle(bundle.model) is None
     if usable and len(parts) == 1:
         return predict(bundle, histories, examples, torch.device(device))
-    for cached in (_histories, _model):
-        cached.cache_clear()
+    _model.cache_clear()
     written = folder / f"bundle-{uuid.uuid4().hex}"  # a cluster's processes keep what they have read of another
     bundle.write(written)
     made_of = f"{read_bundle(written).fingerprint} {histories.fingerprint} {examples.digest()}"
     work = folder / hashlib.sha256(made_of.encode()).hexdigest()[:16]
-    for part, own in parts.items():
-        write_parquet(own.table(), work / f"{part}.parquet")
-    call = functools.partial(
-        _outputs_of_part, bundle=written, data=histories.path, task=bundle.tasks[0], device=device, work=work
+    run_parts(
+        f"score {task}",
+        functools.partial(_outputs_of_part, written=written, data=histories.path, task=task, device=device, work=work),
+        list(parts),
+        work,
+        made_of,
+        min(most(0, device), len(parts)),
+        inputs={part: own.table() for part, own in parts.items()},
+        gpus=on_gpu,
     )
-    processes = min(num_gpus() if on_gpu else available_cpus(), len(parts))
-    with stages(list(parts), Journal(work / "journal.jsonl", made_of, str(work)), processes, gpus=on_gpu) as run:
-        run.each(f"score {bundle.tasks[0]}", call)
     remove_tree(written)
-    found = pa.concat_tables([pq.read_table(readable(work / f"{part}-outputs.parquet")) for part in parts])
-    logit_E1, log_days_E1 = (found[name].to_numpy()[:, None] for name in ("logit", "log_days"))
-    incidences = [found[name].to_numpy()[:, None] for name in found.column_names if name.startswith("incidence")]
-    return Outputs(logit_E1, log_days_E1, np.concatenate([logit_E1[:, :0], *incidences], axis=1))
+    found = [load_arrays(work / f"{part}.npz") for part in parts]
+    return Outputs(*(np.concatenate([of_part[spec.name] for of_part in found]) for spec in fields(Outputs)))
 
 
-def _outputs_of_part(part: str, bundle: Location, data: Location, task: str, device: str, work: Location) -> None:
+def _outputs_of_part(part: str, written: Location, data: Location, task: str, device: str, work: Location) -> None:
     if multiprocessing.parent_process() is not None:
         torch.set_num_threads(1)
-    found, model = _model(str(bundle), task, device)
-    examples = Examples.of_table(pq.read_table(readable(work / f"{part}.parquet")))
-    outputs, *_ = predict_last(model, found, _histories(str(data)), examples, torch.device(device))
-    columns = {"logit": outputs.logit_ET[:, 0], "log_days": outputs.log_days_ET[:, 0]}
-    columns |= {f"incidence_{number}": column_E for number, column_E in enumerate(outputs.incidence_EX.T)}
-    write_parquet(pa.table(columns), work / f"{part}-outputs.parquet")
+    bundle, model = _model(str(written), task, device)
+    examples = Examples.of_table(read_input(part, work))
+    outputs, *_ = predict_last(model, bundle, open_histories(data), examples, torch.device(device))
+    save_arrays(work / f"{part}.npz", **vars(outputs))
 
 
 # ----------------------------------------------------------------------------------------------------------- both
-
-
-@functools.lru_cache(maxsize=1)
-def _histories(data: str) -> Histories:
-    return Histories.open(data)
 
 
 @functools.lru_cache(maxsize=1)

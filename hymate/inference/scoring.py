@@ -30,6 +30,8 @@ from hymate.model.batch import UNKNOWN_ID, Batch
 from hymate.model.encoder import RiskModel
 from hymate.storage.paths import Location
 
+RISK = "predicted_boolean_probability"  # of the MEDS prediction schema
+
 
 @dataclass(frozen=True)
 class Outputs:
@@ -227,7 +229,7 @@ def prediction_table(examples: Examples, probability_E: np.ndarray) -> pa.Table:
     """The MEDS prediction table, by subject and time; boolean_value only where every example has a label."""
     values = {} if np.isnan(examples.label_E).any() else {"boolean_value": pa.array(examples.label_E > 0.5, pa.bool_())}
     values["predicted_boolean_value"] = pa.array(probability_E >= 0.5, pa.bool_())
-    values["predicted_boolean_probability"] = pa.array(probability_E, pa.float32())
+    values[RISK] = pa.array(probability_E, pa.float32())
     return _by_subject_and_time(examples, values)
 
 

@@ -1,6 +1,6 @@
 """The benchmark: contenders trained on the same labels with several seeds, and scored on the same patients.
 
-Gradient boosting and logistic regression (`hymate.evaluation.baseline_models`), encoders from scratch, HyMaTE from
+Gradient boosting and logistic regression (`hymate.evaluation.baseline_fits`), encoders from scratch, HyMaTE from
 scratch and pretrained, and the paper's model. They are scored by cross-validation over the train and tuning patients,
 or on the held-out ones. A budget counts every patient whose labels a run sees: most are fitted to, the others choose
 among the run's candidates and recalibrate it, by the same rule for everyone.
@@ -31,7 +31,7 @@ from hymate.data.features import FeatureConfig
 from hymate.data.histories import Histories
 from hymate.data.tasks import read_or_extract_labels
 from hymate.errors import ConfigError
-from hymate.evaluation import baseline_models, calibration
+from hymate.evaluation import baseline_fits, calibration
 from hymate.inference.bundle import Bundle, read_weights, write_weights
 from hymate.inference.initial import check_codes, initial_bundle, require_same_model
 from hymate.inference.scoring import predict
@@ -152,14 +152,14 @@ def _baseline(
     kind = next(name for name in BASELINES if name == run.name)
     asked = {"train": own.fitting, "tuning": own.choosing, "test": own.test}
     folder = _features_folder(config, run)
-    with baseline_models.fitted_to(kind, histories, asked, FeatureConfig(), run.seed, folder, here=True) as fitted:
-        choosing_logit_E, test_logit_E = (calibration.logit(fitted.probability(part)) for part in ("tuning", "test"))
+    fitted = baseline_fits.fitted_to(kind, histories, asked, FeatureConfig(), run.seed, folder, here=True)
+    choosing_logit_E, test_logit_E = (calibration.logit(fitted.probability[part]) for part in ("tuning", "test"))
     return choosing_logit_E, test_logit_E, None
 
 
 def _features_folder(config: BenchmarkConfig, run: ContenderRun) -> Location:
     """For the features of boosting, as a baseline or as a teacher, while they are needed."""
-    return run_folder(config.run) / baseline_models.FEATURES / run.stem
+    return run_folder(config.run) / baseline_fits.FEATURES / run.stem
 
 
 def _contender(
@@ -175,7 +175,7 @@ def _contender(
     fitting = own.fitting
     if trial.teacher_fraction:
         folder = _features_folder(config, run)
-        teacher_E = baseline_models.cross_fitted(histories, fitting, own.choosing, run.seed, folder, here=True)
+        teacher_E = baseline_fits.cross_fitted(histories, fitting, own.choosing, run.seed, folder, here=True)
         fitting = distilled(fitting, teacher_E[:, None], trial.teacher_fraction)
     chosen = device.choose(config.device, start.model)
     telemetry = Telemetry(run_folder(config.run) / "tb" / run.stem, enabled=True)

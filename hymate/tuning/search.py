@@ -17,7 +17,7 @@ from hymate.data.tasks import read_or_extract_labels
 from hymate.device import Wanted, decide
 from hymate.errors import ConfigError, UserError
 from hymate.evaluation import report, results
-from hymate.evaluation.baseline_models import FEATURES, cross_fitted
+from hymate.evaluation.baseline_fits import FEATURES, cross_fitted
 from hymate.evaluation.subgroups import subgroups
 from hymate.inference.bundle import Bundle
 from hymate.inference.initial import check_codes

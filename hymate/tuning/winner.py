@@ -16,7 +16,7 @@ from hymate.data.known import KnownConfig
 from hymate.data.synthetic.source import ceiling
 from hymate.data.tasks import LabelSet
 from hymate.errors import UserError
-from hymate.evaluation import alarms, baseline_models, calibration, decisions, figures, metrics, results, survival
+from hymate.evaluation import alarms, baseline_fits, calibration, decisions, figures, metrics, results, survival
 from hymate.inference.boosting import Boosting, BoostingConfig
 from hymate.inference.bundle import Bundle, build_model
 from hymate.inference.dataset import spread_outputs
@@ -183,21 +183,21 @@ def _recalibrated(
 
 def _boosted(
     histories: Histories, task: LabelledTask, run_path: Location, settings: ReportConfig, seed: int
-) -> tuple[baseline_models.Boosted | None, dict[str, Any] | None]:
+) -> tuple[baseline_fits.Boosted | None, dict[str, Any] | None]:
     """Gradient boosting of the task; or None, and why it is left out: what it is compared with has cost hours."""
     if not settings.boosting:
         return None, {"left_out": "report.boosting=false"}
     print(f"fitting gradient boosting for {task.config.name} to compare; report.boosting=false skips it", flush=True)
-    folder = run_path / baseline_models.FEATURES
+    folder = run_path / baseline_fits.FEATURES
     try:
-        return baseline_models.boosted(histories, task.examples, seed, folder, plain=settings.ensemble), None
+        return baseline_fits.boosted(histories, task.examples, seed, folder, plain=settings.ensemble), None
     except (UserError, MemoryError) as error:
         alone = "; so the model is the network alone, in spite of report.ensemble=true" if settings.ensemble else ""
         return None, {"left_out": f"{error}{alone}"}
 
 
 def _averaged(
-    winner: Bundle, task: LabelledTask, network: _Outputs, boosting: baseline_models.Boosted
+    winner: Bundle, task: LabelledTask, network: _Outputs, boosting: baseline_fits.Boosted
 ) -> tuple[Bundle, _Outputs]:
     """The model with the task's boosting beside it, and the mean's outputs.
 
@@ -225,6 +225,6 @@ def _of_network(network: _Outputs, scored: Examples, mean_E: np.ndarray) -> dict
     own_E, recalibration = network.probabilities[1], network.recalibration
     scores = metrics.scores(scored.label_E, own_E, scored.subject_id_E, scored.weight_E)
     return {name: scores[name] for name in metrics.SHOWN} | {
-        "difference": baseline_models.difference(scored, mean_E, own_E),
+        "difference": baseline_fits.difference(scored, mean_E, own_E),
         "recalibration": recalibration.record(scored.label_E, recalibration.undo(own_E), scored.weight_E),
     }

@@ -23,7 +23,6 @@ from meds_evaluation.schema import PredictionSchema
 from scipy.special import expit, logit
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from hymate import baselines
 from hymate.baselines import BaselinesConfig, run
 from hymate.command import load
 from hymate.data.examples import Examples, labelled_examples
@@ -37,8 +36,9 @@ from hymate.data.synthetic.codes import DISTRACTORS
 from hymate.data.synthetic.course import SyntheticConfig
 from hymate.data.tasks import read_or_extract_labels
 from hymate.errors import UserError
-from hymate.evaluation import baseline_models, calibration, metrics, stored
-from hymate.evaluation.baseline_models import boosted, cross_fitted, fit, importance
+from hymate.evaluation import baseline_fits, baseline_models, calibration, metrics, stored
+from hymate.evaluation.baseline_fits import boosted, cross_fitted
+from hymate.evaluation.baseline_models import fit, importance
 
 pytestmark = pytest.mark.slow
 
@@ -66,7 +66,8 @@ def few_trees() -> Iterator[None]:
         patch.setattr(baseline_models, "NUM_TREES", (30, 120))
         patch.setattr(baseline_models, "LEARNING_RATE", 0.1)
         patch.setattr(baseline_models, "STRENGTHS", (1e-3, 1e-2))
-        patch.setattr(baselines, "DETAILED_VARIABLES", 2)
+        patch.setattr(baseline_models, "DETAILED_VARIABLES", 2)
+        patch.setattr(baseline_fits, "available_cpus", lambda: 1)  # other processes know nothing of this
         patch.setattr(baseline_models, "REPEATS", 1)
         yield
 
@@ -195,7 +196,7 @@ def test_a_model_is_compared_with_what_the_command_says(
     data: Path, finished: Callable[[str], Finished], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scores, predictions = finished("gradient_boosting").found, finished("gradient_boosting").predictions
-    monkeypatch.setattr(baseline_models, "FeatureConfig", lambda: FeatureConfig((48.0,), max_features=400))
+    monkeypatch.setattr(baseline_fits, "FeatureConfig", lambda: FeatureConfig((48.0,), max_features=400))
     histories, labels = Histories.open(data), readmissions(data)
     examples = {split: labelled_examples(histories, labels, split) for split in SPLITS}
     model = np.random.default_rng(0).random(len(examples["held_out"]))
@@ -207,7 +208,7 @@ def test_a_model_is_compared_with_what_the_command_says(
     for same in ("auroc", "auprc", "brier", "ece", "recalibration", "chosen", "num_features"):
         assert found[same] == scores[same]
     # its calibration is that of a model recalibrated on the tuning labels, as a search's is
-    spec = choose(histories, examples["train"], baseline_models.FeatureConfig())
+    spec = choose(histories, examples["train"], baseline_fits.FeatureConfig())
     table = {split: features(histories, examples[split], spec) for split in SPLITS}
     raw = fit("gradient_boosting", table["train"], table["tuning"], seed=0)
     fitted = calibration.recalibrate(examples["tuning"].label_E, logit(raw.probability(table["tuning"].value_EX)))
@@ -230,17 +231,17 @@ def test_boosting_takes_a_sample_where_memory_is_short(
     """Or is left out in a line; the held-out labels are all scored."""
     histories, made = Histories.open(data), readmissions(data)
     examples = {split: labelled_examples(histories, made, split) for split in SPLITS}
-    monkeypatch.setattr(baseline_models, "FeatureConfig", lambda: FeatureConfig((48.0,), max_features=100))
-    monkeypatch.setattr(baseline_models, "FEWEST_SAMPLED", 100)
+    monkeypatch.setattr(baseline_fits, "FeatureConfig", lambda: FeatureConfig((48.0,), max_features=100))
+    monkeypatch.setattr(baseline_fits, "FEWEST_SAMPLED", 100)
     monkeypatch.setitem(sys.modules, "lightgbm", None)
     model = np.full(len(examples["held_out"]), 0.5)
-    monkeypatch.setattr(baseline_models, "available_memory", lambda: 300 * 100 * 2 * baseline_models.BYTES_A_CELL)
+    monkeypatch.setattr(baseline_fits, "free_memory", lambda *_: 300 * 100 * 2 * baseline_fits.BYTES_A_CELL)
     boosting = boosted(histories, examples, 0, tmp_path)
     found, boosting_E = boosting.compared(model), boosting.probability["held_out"]
     assert len(boosting_E) == len(examples["held_out"])
     assert 200 < found["num_fitted"] < 400 < len(examples["train"]) and found["auroc"]["value"] > 0.6
-    monkeypatch.setattr(baseline_models, "available_memory", lambda: 1 << 20)
-    monkeypatch.setattr(baseline_models, "FEWEST_SAMPLED", 1000)
+    monkeypatch.setattr(baseline_fits, "free_memory", lambda *_: 1 << 20)
+    monkeypatch.setattr(baseline_fits, "FEWEST_SAMPLED", 1000)
     with pytest.raises(UserError, match=r"need more memory than is free \(1 MiB\)"):
         boosted(histories, examples, 0, tmp_path)
     with pytest.raises(UserError, match=r"needs [0-9]+ MiB of free memory, and 1 MiB are free"):
@@ -256,11 +257,12 @@ def test_boosting_is_fitted_from_disk_where_memory_or_time_is_short(
     histories, made = Histories.open(data), readmissions(data)
     examples = {split: labelled_examples(histories, made, split) for split in SPLITS}
     config = FeatureConfig((48.0,), max_features=100)
-    monkeypatch.setattr(baseline_models, "FeatureConfig", lambda: config)
-    monkeypatch.setattr(baseline_models, "BINS_FROM", 10_000)
-    binned = baseline_models._binned_bytes(len(examples["train"]), 100)
-    monkeypatch.setattr(baseline_models, "available_memory", lambda: 2 * binned)
-    monkeypatch.setattr(baseline_models, shortage, value)
+    monkeypatch.setattr(baseline_fits, "FeatureConfig", lambda: config)
+    for module in (baseline_models, baseline_fits):
+        monkeypatch.setattr(module, "BINS_FROM", 10_000)
+    binned = baseline_fits._needed("lightgbm", len(examples["train"]), 100)
+    monkeypatch.setattr(baseline_fits, "free_memory", lambda *_: 2 * binned)
+    monkeypatch.setattr(baseline_fits, shortage, value)
     monkeypatch.setattr(baseline_models, "NUM_TREES", (30,))
     monkeypatch.setattr(stored, "PART_CELLS", 10_000)
     boosting = boosted(histories, examples, 0, tmp_path)
@@ -282,7 +284,7 @@ def test_boosting_is_fitted_from_disk_where_memory_or_time_is_short(
 def test_a_comparison_counts_labels_by_their_weights(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(baseline_models, "FeatureConfig", lambda: FeatureConfig((48.0,), max_features=100))
+    monkeypatch.setattr(baseline_fits, "FeatureConfig", lambda: FeatureConfig((48.0,), max_features=100))
     histories, made = Histories.open(data), readmissions(data)
     examples = {split: labelled_examples(histories, made, split) for split in SPLITS}
     rng = np.random.default_rng(0)
@@ -303,7 +305,7 @@ def test_a_comparison_counts_labels_by_their_weights(
 def test_a_cross_fitted_probability_knows_nothing_of_the_subjects_own_labels(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(baseline_models, "FeatureConfig", lambda: FeatureConfig((48.0,), max_features=100))
+    monkeypatch.setattr(baseline_fits, "FeatureConfig", lambda: FeatureConfig((48.0,), max_features=100))
     histories, labels = Histories.open(data), readmissions(data)
     train, tuning = (labelled_examples(histories, labels, split) for split in ("train", "tuning"))
     subject_id, count = np.unique(train.subject_id_E, return_counts=True)

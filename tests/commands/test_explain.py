@@ -268,12 +268,15 @@ def test_parts_and_a_meds_folder_change_nothing(
     raw, labels = write_meds(tmp_path / "raw"), small_data / "labels" / "readmission"
     (tmp_path / "tmp").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
-    with monkeypatch.context() as interrupting:  # what it leaves is continued, or done again
+    asked = bundle, raw, tmp_path / "parts", "num_predictions=12", f"task.labels={labels}"
+    with monkeypatch.context() as interrupting:
         interrupting.setattr(explaining, "most_important", Mock(side_effect=KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            explained(bundle, raw, tmp_path / "parts", "num_predictions=4", "workers=1", f"task.labels={labels}")
+            explained(*asked, "workers=1")
     assert (tmp_path / ".parts.parts").stat().st_mode & 0o077 == 0
-    explained(bundle, raw, tmp_path / "parts", "num_predictions=12", "workers=2", f"task.labels={labels}")
+    with monkeypatch.context() as patch:
+        patch.setattr(explaining, "_attribute", Mock(side_effect=AssertionError))  # nothing is done again
+        explained(*asked, "workers=2")
     assert {path.name for path in tmp_path.iterdir()} == {"whole", "parts", "raw", "tmp"}
     for name in ("variables.parquet", "patients/events.parquet"):
         one, other = (pq.read_table(tmp_path / out / name).to_pydict() for out in ("whole", "parts"))

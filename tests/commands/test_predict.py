@@ -128,6 +128,19 @@ def test_labels_without_outcomes_give_the_prediction_columns_alone(
     assert table.num_rows == times.num_rows
 
 
+@pytest.mark.parametrize("given", ["prepared", "MEDS"])
+def test_labels_that_contradict_each_other_are_refused(
+    given: str, small_data: Path, bundle: Path, tmp_path: Path
+) -> None:
+    data = small_data if given == "prepared" else write_meds(tmp_path / "raw")
+    labels = read_labels(small_data / "labels" / "readmission")
+    turned = labels.set_column(2, "boolean_value", pa.compute.invert(labels["boolean_value"])).slice(0, 3)
+    write_parquet(pa.concat_tables([labels, turned]), tmp_path / "labels" / "0.parquet")
+    with pytest.raises(UserError, match=r"^task\.labels: 3 labels in [^\n]*labels contradict another one[^\n]*$"):
+        predicted(bundle, data, tmp_path / "p.parquet", f"task.labels={tmp_path / 'labels'}")
+    assert not list(tmp_path.glob("p.*"))
+
+
 def test_the_fraction_of_unknown_codes_is_named(
     small_data: Path, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -51,7 +51,8 @@ def test_the_numbers_of_one_table(
     monkeypatch.setattr(stored, "PART_CELLS", cells)
     spec = choose(histories, examples["train"], CONFIG)
     assert stored.chosen_in_parts(histories, examples["train"], CONFIG, tmp_path, here=True) == spec
-    with stored.stored_tables(histories, examples, spec, tmp_path, here=True) as tables:
+    stored.store_tables(histories, examples, spec, tmp_path, here=True)
+    with stored.stored_tables(spec, tmp_path) as tables:
         assert len(list((tmp_path / "tables").glob("train-*.npy"))) == (40 if cells == 1 else 1)
         for split, table in tables.items():
             expected = features(histories, examples[split], spec).value_EX[:]
@@ -77,15 +78,16 @@ def test_what_is_done_is_not_done_again(
 
     monkeypatch.setattr(stored, "_compute", killed)
     tuning = {"tuning": examples["tuning"]}
-    with pytest.raises(KeyboardInterrupt), stored.stored_tables(histories, tuning, spec, tmp_path, here=True):
-        pass
-    with stored.stored_tables(histories, tuning, spec, tmp_path, here=True) as tables:
+    with pytest.raises(KeyboardInterrupt):
+        stored.store_tables(histories, tuning, spec, tmp_path, here=True)
+    stored.store_tables(histories, tuning, spec, tmp_path, here=True)
+    with stored.stored_tables(spec, tmp_path) as tables:
         expected = features(histories, examples["tuning"], spec).value_EX[:]
         np.testing.assert_array_equal(tables["tuning"].value_EX[:], expected)
     assert len(calls) == 20 + 1 and len(set(calls)) == 20
     others = {"tuning": examples["tuning"].without_labels()}
-    with stored.stored_tables(histories, others, spec, tmp_path, here=True):
-        assert len(calls) == 2 * 20 + 1
+    stored.store_tables(histories, others, spec, tmp_path, here=True)
+    assert len(calls) == 2 * 20 + 1
 
 
 @pytest.mark.slow
@@ -101,7 +103,8 @@ def test_parts_at_a_url_of_two_processes(
         there = locate(f"s3://{BUCKET}/features")
         tuning = {"tuning": examples["tuning"]}
         assert stored.chosen_in_parts(histories, examples["tuning"], CONFIG, there, here=True) == spec
-        with stored.stored_tables(histories, tuning, spec, there, here=True) as tables:
+        stored.store_tables(histories, tuning, spec, there, here=True)
+        with stored.stored_tables(spec, there) as tables:
             np.testing.assert_array_equal(tables["tuning"].value_EX[:], expected)
             assert len(list((there / "tables").glob("*.npy"))) == 2
 

@@ -6,6 +6,7 @@ Each run must end in the result of one host alone, bit by bit.
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from commands import PATIENCE_S, ROOT, wait_until
@@ -23,6 +25,7 @@ from hosts import PORT, Host, Network, joined, network, start_ray
 from pretraining_runs import assert_same, command, known_checkpoints, scalars
 from s3 import BUCKET, Server, serving
 from s3 import environment as s3_environment
+from small_models import vocabulary_of, write_risk_bundle
 
 from hymate.storage import paths
 
@@ -369,6 +372,62 @@ def test_a_host_is_killed_in_each_step_from_raw_data_to_predictions(
     assert one.drop_columns([RISK]).equals(other.drop_columns([RISK]))
     assert abs(one[RISK].to_numpy() - other[RISK].to_numpy()).max() < 1e-6
     table.append(("a host is killed during a prediction", "its parts are predicted elsewhere", "its tasks", seconds))
+
+
+def test_a_host_is_killed_while_boosting_is_fitted(
+    machines: Machines, runs: str, small_data: Path, tmp_path: Path, table: list
+) -> None:
+    command_ = [*module("hymate.baselines"), "task=readmission", "features.max_features=40"]
+    subprocess.run([*command_, f"data.path={small_data}", f"out={tmp_path}/out"], check=True)
+    seconds = loses_a_tasks_host(
+        machines, [*command_, f"data.path={DATA}", f"out={runs}/out"], f"{runs}/out/.features/fit"
+    )
+    with paths.local_copy(paths.locate(f"{runs}/out")) as copy:
+        one, other = (json.loads((folder / "results.json").read_text()) for folder in (copy, tmp_path / "out"))
+        assert one | {"seconds": 0} == other | {"seconds": 0}
+        one, other = (pq.read_table(folder / "predictions.parquet") for folder in (copy, tmp_path / "out"))
+        assert one.equals(other)
+    table.append(("a host is killed while boosting is fitted", "it is fitted elsewhere", "the fit", seconds))
+
+
+def test_a_host_is_killed_while_risks_are_explained(
+    machines: Machines, runs: str, small_data: Path, tmp_path: Path, table: list
+) -> None:
+    bundle = write_risk_bundle(tmp_path / "bundle", vocabulary_of(small_data), context=24, seed=1)
+    paths.upload_files(bundle, paths.locate(f"{runs}/bundle"))
+    command_ = [*module("hymate.explain"), "task=readmission", "num_subjects=1", "num_predictions=100"]
+    here = [f"data.path={small_data}", f"bundle={bundle}", f"out={tmp_path}/out", "workers=1"]
+    subprocess.run([*command_, *here], check=True, env={**os.environ, "HYMATE_OPS": "reference"})
+    there = [f"data.path={DATA}", f"bundle={runs}/bundle", f"out={runs}/out"]
+    seconds = loses_a_tasks_host(machines, [*command_, *there], f"{runs}/.out.parts/attributions")
+    with paths.local_copy(paths.locate(f"{runs}/out")) as copy:
+        one, other = (pq.read_table(folder / "variables.parquet").to_pydict() for folder in (copy, tmp_path / "out"))
+    assert one["code"] == other["code"] and one["predictions"] == other["predictions"]
+    for name in list(one)[2:]:
+        np.testing.assert_allclose(np.array(one[name], float), np.array(other[name], float), atol=1e-5)
+    table.append(
+        ("a host is killed while risks are explained", "its parts are explained elsewhere", "its tasks", seconds)
+    )
+
+
+def loses_a_tasks_host(machines: Machines, arguments: list[str], work: str) -> float:
+    """A command on a head without a CPU for tasks and on two hosts, of which one dies that has a task, once `work` is
+    there; seconds from then to the end.
+    """
+    head, *others = machines.cluster(3, *NO_DASHBOARD, "--num-cpus", "0")
+    with machines.running(arguments, head, head) as driver:
+        driver.until(lambda: paths.locate(f"{work}/journal.jsonl").is_file(), "it is under way")
+        busy: list[Host] = []
+        driver.until(lambda: busy.extend(filter(has_a_task, others)) or busy, "a task runs")
+        busy[0].kill()
+        killed = time.monotonic()
+        driver.finish()
+    return time.monotonic() - killed
+
+
+def has_a_task(host: Host) -> bool:
+    """Whether one of Ray's processes of the host works."""
+    return host.run("pgrep", "-f", "^ray::_call").returncode == 0
 
 
 def module(name: str) -> list[str]:

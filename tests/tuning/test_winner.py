@@ -21,7 +21,7 @@ from hymate.data.meds import SPLITS, SplitsConfig
 from hymate.data.tasks import read_or_extract_labels
 from hymate.evaluate import EvaluateConfig
 from hymate.evaluate import run as evaluate
-from hymate.evaluation import alarms, baseline_models, metrics, report, results
+from hymate.evaluation import alarms, baseline_fits, metrics, report, results
 from hymate.inference.bundle import Bundle, read_bundle
 from hymate.model.encoder import RiskModel
 from hymate.predict import PredictConfig, run
@@ -186,7 +186,7 @@ def test_where_boosting_cannot_be_fitted_the_network_is_kept_alone(
     def refuse(*given: object, **more: object) -> None:
         raise MemoryError("too much")
 
-    monkeypatch.setattr(baseline_models, "fit", refuse)
+    monkeypatch.setattr(baseline_fits, "fit", refuse)
     folder, part = judge(tmp_path, ReportConfig(ensemble=True))
     assert part["boosting"] == {
         "left_out": "too much; so the model is the network alone, in spite of report.ensemble=true"

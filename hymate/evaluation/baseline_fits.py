@@ -1,0 +1,285 @@
+"""Baselines of more labels than a command's own machine may hold: features on disk, and each fit a task.
+
+Gradient boosting is scikit-learn's, which needs the whole table in memory, as long as that is there and the table is
+small; else LightGBM's, where it is installed, which is faster, reads the table from disk and holds a byte a cell; else
+that of a sample of labels. On a cluster a fit asks for the memory, on whatever machine has it.
+
+Shape legend: E examples, X features (see `hymate.data.features`).
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+
+from hymate.data.examples import Examples
+from hymate.data.features import Column, FeatureConfig, FeatureSpec
+from hymate.data.histories import Histories
+from hymate.data.parts import load_arrays, run_parts, save_arrays
+from hymate.errors import UserError
+from hymate.evaluation import calibration, metrics
+from hymate.evaluation.baseline_models import BINS_FROM, LIBRARY, Kind, fit, importances, lightgbm, read_rows
+from hymate.evaluation.stored import chosen_in_parts, store_tables, stored_tables
+from hymate.inference.boosting import Trees
+from hymate.machine import available_cpus
+from hymate.storage.paths import Location, remove_tree
+from hymate.work import free_memory
+
+FOLDS = 5  # of cross-fitting
+FEATURES = ".features"  # in a run's folder, while they are needed
+FEWEST_SAMPLED = 2_000  # labels that are worth fitting to, where there are more
+BYTES_A_CELL = 13  # of a feature table while a model is fitted: float32, scikit-learn's float64 copy, its bins
+CELLS_IN_MEMORY = 7_000_000  # of a table that scikit-learn fits in a minute; LightGBM takes a tenth of that
+BINNED_BYTES_A_CELL = 1  # LightGBM's bins
+BINS_BYTES_A_CELL = 16  # of the labels that it chooses bins from
+SPARE = 2  # times what a fit holds must be free: its task holds other things, too
+
+
+@dataclass(frozen=True)
+class PlainTrees:
+    """Boosting as a bundle holds it; logit: of the tuning and held-out examples, before recalibration."""
+
+    windows_hours: tuple[float, ...]
+    columns: tuple[Column, ...]
+    trees: Trees
+    logit: Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What is known of a baseline once it was fitted.
+
+    probability: of each example of all splits but the training one, float64 (E,). num_fitted: training labels. library:
+    whose it is. importance: `importances`, and plain, where they were asked for.
+    """
+
+    probability: Mapping[str, np.ndarray]
+    spec: FeatureSpec
+    chosen: dict[str, float]
+    num_fitted: int
+    library: str
+    importance: dict[str, dict[str, float]]
+    plain: PlainTrees | None
+
+    def summary(self) -> dict[str, Any]:
+        """What was chosen, and how many features of how many training labels it was fitted to, as plain values."""
+        return {
+            "chosen": self.chosen,
+            "num_features": len(self.spec.columns),
+            "num_fitted": self.num_fitted,
+            "library": self.library,
+        }
+
+
+def fitted_to(
+    kind: Kind,
+    histories: Histories,
+    examples: Mapping[str, Examples],
+    config: FeatureConfig,
+    seed: int,
+    folder: Location,
+    here: bool = False,
+    important: bool = False,
+    plain: bool = False,
+) -> Fitted:
+    """A baseline that chose its features from the train split's examples, was fitted to them and chosen on the tuning
+    split's; where there are more labels than memory for them, to a sample that stands for all.
+
+    folder: holds the features of all `examples` until then, and what a kill leaves. All is done in processes, or on a
+    cluster; here: not there. important, plain: whether importances, and boosting as a bundle holds it, are wanted.
+
+    Raises UserError where the memory does not suffice for a sample either.
+    """
+    with _features_in(folder):
+        spec = chosen_in_parts(histories, examples["train"], config, folder, here)
+        shape, free = (len(examples["train"]), len(spec.columns)), free_memory(here)
+        kind, most = _affordable(kind, *shape, free // SPARE)
+        if most < min(shape[0], FEWEST_SAMPLED):
+            raise UserError(
+                f"{shape[1]} features of {FEWEST_SAMPLED} labels need more memory than is free ({free >> 20} MiB)"
+            )
+        train = examples["train"].sampled(most, seed)
+        needed = _needed(kind, len(train), shape[1])
+        if kind == "lightgbm":
+            print(f"LightGBM: {len(train):,} labels x {shape[1]:,} features, about {needed >> 20:,} MiB of memory")
+        made_of = store_tables(histories, {**examples, "train": train}, spec, folder, here)
+        made_of += f" {kind} {seed} {important} {plain}"
+        call = functools.partial(_fit, kind=kind, spec=spec, seed=seed, folder=folder, important=important, plain=plain)
+        run_parts("fit", call, ["model"], folder / "fit", made_of, here=here, num_bytes=SPARE * needed)
+        return _fitted(load_arrays(folder / "fit" / "model.npz"), spec, len(train), LIBRARY[kind])
+
+
+def _affordable(kind: Kind, num_labels: int, num_features: int, num_bytes: int) -> tuple[Kind, int]:
+    """How the labels are fitted, in so much memory, and to how many of them."""
+    in_memory = num_bytes // (BYTES_A_CELL * num_features)
+    soon = min(in_memory, CELLS_IN_MEMORY // num_features)
+    if kind == "logistic_regression" or (kind == "gradient_boosting" and num_labels <= soon):
+        return kind, in_memory
+    try:
+        lightgbm()
+    except UserError:
+        if kind == "lightgbm":
+            raise
+        return kind, in_memory
+    most = (num_bytes - _needed("lightgbm", 0, num_features)) // (BINNED_BYTES_A_CELL * num_features)
+    return ("lightgbm", most) if kind == "lightgbm" or most > in_memory else (kind, in_memory)
+
+
+def _needed(kind: Kind, num_labels: int, num_features: int) -> int:
+    """Bytes that a fit holds, of LightGBM's besides the features, which are on disk."""
+    if kind == "lightgbm":
+        return (BINNED_BYTES_A_CELL * num_labels + BINS_BYTES_A_CELL * BINS_FROM) * num_features
+    return BYTES_A_CELL * num_labels * num_features
+
+
+@contextmanager
+def _features_in(folder: Location) -> Iterator[None]:
+    """Features are kept in the folder while the block runs; a kill leaves them for the same command."""
+    try:
+        yield
+    except Exception:
+        remove_tree(folder)
+        raise
+    remove_tree(folder)
+
+
+def _fit(part: str, kind: Kind, spec: FeatureSpec, seed: int, folder: Location, important: bool, plain: bool) -> None:
+    """Fit it to the tables in the folder, and write what `_fitted` reads."""
+    with stored_tables(spec, folder) as tables:
+        model = fit(kind, tables["train"], tables["tuning"], seed)
+        asked = {split: table.value_EX for split, table in tables.items() if split != "train"}
+        arrays = {f"probability {split}": model.probability(value_EX) for split, value_EX in asked.items()}
+        if plain:
+            columns, trees = model.plain(spec)
+            column_Y = np.array([spec.columns.index(column) for column in columns], np.int64)
+            arrays |= {**vars(trees), "column_Y": column_Y}
+            for split, value_EX in asked.items():
+                logits = [trees.logit(part_NX[:, column_Y]) for part_NX in read_rows(value_EX)]
+                arrays[f"logit {split}"] = np.concatenate(logits)
+        found = {"chosen": model.chosen, "importance": importances(model, tables["tuning"], seed) if important else {}}
+    save_arrays(folder / "fit" / f"{part}.npz", **arrays, found=np.array(json.dumps(found)))
+
+
+def _fitted(arrays: Mapping[str, np.ndarray], spec: FeatureSpec, num_fitted: int, library: str) -> Fitted:
+    def by_split(name: str) -> dict[str, np.ndarray]:
+        return {key.removeprefix(name): array for key, array in arrays.items() if key.startswith(name)}
+
+    found, plain = json.loads(str(arrays["found"])), None
+    if "column_Y" in arrays:
+        columns = tuple(spec.columns[x] for x in arrays["column_Y"].tolist())
+        trees = Trees(*(arrays[field.name] for field in fields(Trees)))
+        plain = PlainTrees(spec.windows_hours, columns, trees, by_split("logit "))
+    probability = by_split("probability ")
+    return Fitted(probability, spec, found["chosen"], num_fitted, library, found["importance"], plain)
+
+
+def recalibrated(
+    fitted: Fitted, examples: Mapping[str, Examples], scored: str
+) -> tuple[dict[str, np.ndarray], dict[str, float | None]]:
+    """Probabilities of the tuning and `scored` examples, recalibrated on the tuning split; `Recalibration.record`."""
+    raw, tuning, asked = fitted.probability, examples["tuning"], examples[scored]
+    recalibration = calibration.recalibrate(tuning.label_E, calibration.logit(raw["tuning"]), tuning.weight_E)
+    probability = {split: recalibration.probability(raw[split]) for split in {"tuning", scored}}
+    return probability, recalibration.record(asked.label_E, raw[scored], asked.weight_E)
+
+
+@dataclass(frozen=True)
+class Boosted:
+    """Gradient boosting of a task, recalibrated on its tuning split.
+
+    asked: the held-out examples. probability: of the tuning and held-out ones. found: its held-out scores and how it
+    was fitted, as plain values. plain: where it was asked for.
+    """
+
+    asked: Examples
+    probability: Mapping[str, np.ndarray]
+    found: Mapping[str, Any]
+    plain: PlainTrees | None
+
+    @property
+    def recalibration(self) -> calibration.Recalibration:
+        return calibration.Recalibration(*(self.found["recalibration"][key] for key in ("temperature", "shift")))
+
+    def compared(self, probability_E: np.ndarray) -> dict[str, Any]:
+        """`found`, and as "difference" another model's held-out AUROC and AUPRC less its own."""
+        return {**self.found, "difference": difference(self.asked, probability_E, self.probability["held_out"])}
+
+
+def difference(asked: Examples, probability_E: np.ndarray, other_E: np.ndarray) -> dict[str, Any]:
+    """A model's AUROC and AUPRC less another's, with intervals that hold together."""
+    labels = asked.label_E, probability_E, other_E, asked.subject_id_E, asked.weight_E
+    return metrics.paired_difference(*labels, metrics.LEVEL_OF_BOTH)
+
+
+def boosted(
+    histories: Histories, examples: Mapping[str, Examples], seed: int, folder: Location, plain: bool = False
+) -> Boosted:
+    """Gradient boosting of the examples of each split; train and tuning have both classes.
+
+    folder, plain: as in `fitted_to`. Raises UserError and MemoryError where it could not be fitted.
+    """
+    started = time.monotonic()
+    fitted = fitted_to("gradient_boosting", histories, examples, FeatureConfig(), seed, folder, plain=plain)
+    probability, recalibration = recalibrated(fitted, examples, "held_out")
+    seconds, asked = time.monotonic() - started, examples["held_out"]
+    scores = metrics.scores(asked.label_E, probability["held_out"], asked.subject_id_E, asked.weight_E)
+    found = {name: scores[name] for name in metrics.SHOWN} | {
+        "recalibration": recalibration,
+        **fitted.summary(),
+        "seconds": seconds,
+    }
+    return Boosted(asked, probability, found, fitted.plain)
+
+
+def cross_fitted(
+    histories: Histories, train: Examples, tuning: Examples, seed: int, folder: Location, here: bool = False
+) -> np.ndarray:
+    """Gradient boosting's probability of each training example (E,), by a model that learned from no example of the
+    same subject: the folds are of subjects. The tuning split chooses each model's number of trees.
+
+    folder: as in `fitted_to`. here: a task of a cluster does it, alone. Raises UserError where there are too few labels
+    to do without a fold, and where the memory does not suffice.
+    """
+    fold_E = _folds(train, seed)
+    for fold in range(FOLDS):
+        if len(np.unique(train.label_E[~np.isnan(train.label_E) & (fold_E != fold)])) < 2:
+            raise UserError(f"too few labels for {FOLDS} folds: without one of them there is only one class")
+
+    with _features_in(folder):
+        spec = chosen_in_parts(histories, train, FeatureConfig(), folder, here)
+        shape, free = (len(train), len(spec.columns)), free_memory(here)
+        kind, most = _affordable("gradient_boosting", *shape, free // SPARE)
+        needed = SPARE * _needed(kind, *shape)
+        if most < len(train):
+            raise UserError(f"it needs {needed >> 20} MiB of free memory, and {free >> 20} MiB are free")
+        made_of = store_tables(histories, {"train": train, "tuning": tuning}, spec, folder, here)
+        call = functools.partial(_fit_without, kind=kind, spec=spec, seed=seed, folder=folder)
+        made_of += f" {kind} {seed}"
+        folds, workers = [str(fold) for fold in range(FOLDS)], 1 if here else min(available_cpus(), free // needed)
+        run_parts("folds", call, folds, folder / "fit", made_of, workers, here=here, num_bytes=needed)
+        probability_E = np.empty(len(train))
+        for fold in range(FOLDS):
+            probability_E[fold_E == fold] = load_arrays(folder / "fit" / f"{fold}.npz")["probability_N"]
+    return probability_E
+
+
+def _folds(train: Examples, seed: int) -> np.ndarray:
+    """Each example's fold (E,), that of its subject."""
+    subject_S, subject_E = np.unique(train.subject_id_E, return_inverse=True)
+    return (np.random.default_rng(seed).permutation(len(subject_S)) % FOLDS)[subject_E]
+
+
+def _fit_without(fold: str, kind: Kind, spec: FeatureSpec, seed: int, folder: Location) -> None:
+    """Fit boosting to the other folds, and write its probabilities of this one."""
+    with stored_tables(spec, folder) as tables:
+        train = tables["train"]
+        own_E, known_E = _folds(train.examples, seed) == int(fold), ~np.isnan(train.examples.label_E)
+        model = fit(kind, train.only(known_E & ~own_E), tables["tuning"], seed)
+        save_arrays(folder / "fit" / f"{fold}.npz", probability_N=model.probability(train.only(own_E).value_EX))
