@@ -50,8 +50,11 @@ def _count_part(part: str, data: Location, sides: Sequence[Side], folder: Path) 
 
 def _count(histories: Histories, position_E: np.ndarray, times: Sequence[tuple[np.ndarray, Side]]) -> np.ndarray:
     count_E = np.empty((len(times), len(position_E)), dtype=np.int64)
-    for block in blocks(histories.index.num_events_P[position_E]):
-        for example, history in zip(block.tolist(), histories.read(position_E[block]), strict=True):
+    start_H = np.flatnonzero(np.diff(position_E, prepend=-1))
+    position_H, stop_H = position_E[start_H], np.append(start_H[1:], len(position_E))
+    for block in blocks(histories.index.num_events_P[position_H]):
+        for h, history in zip(block.tolist(), histories.read(position_H[block]), strict=True):
+            own = slice(start_H[h], stop_H[h])
             for number, (time_E, side) in enumerate(times):
-                count_E[number, example] = np.searchsorted(history.time, time_E[example], side=side)
+                count_E[number, own] = np.searchsorted(history.time, time_E[own], side=side)
     return count_E
