@@ -204,7 +204,17 @@ def test_its_card_names_licences_and_the_pretraining_that_made_it() -> None:
 
 def test_the_command_that_makes_it_makes_this_one(tmp_path: Path) -> None:
     """`make icu`: all settings are taken, and its model, context and rule for rare codes are the bundle's."""
-    made = ["make", "-n", "-o", ".venv/.installed", "icu", f"P2012={tmp_path}", f"P2019={tmp_path}", "ICU=built"]
+    made = [
+        "make",
+        "--no-print-directory",
+        "-n",
+        "-o",
+        ".venv/.installed",
+        "icu",
+        f"P2012={tmp_path}",
+        f"P2019={tmp_path}",
+        "ICU=built",
+    ]
     done = subprocess.run(made, cwd=ROOT, capture_output=True, text=True, check=True)
     lines = done.stdout.replace("\\\n", " ").splitlines()
     commands = {words[1]: words[2:] for words in map(shlex.split, lines) if words[0].endswith("python")}
