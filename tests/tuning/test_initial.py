@@ -186,7 +186,7 @@ def test_a_wrong_name_is_refused_with_those_that_ship(small_data: Path, tmp_path
 
 
 def test_its_card_names_licences_and_the_pretraining_that_made_it() -> None:
-    """The card is written by hand: what it says of the weights is compared with what they say of themselves."""
+    """The card is written by hand, so its figures are compared with the bundle."""
     bundle, card = initial_bundle("icu"), (SHIPPED / "icu" / CARD).read_text()
     sources = (
         "Open Data Commons Attribution License 1.0",
