@@ -37,6 +37,7 @@ FEATURES = ".features"  # in a run's folder, while they are needed
 FEWEST_SAMPLED = 2_000  # labels that are worth fitting to, where there are more
 BYTES_A_CELL = 13  # of a feature table while a model is fitted: float32, scikit-learn's float64 copy, its bins
 CELLS_IN_MEMORY = 7_000_000  # of a table that scikit-learn fits in a minute; LightGBM takes a tenth of that
+WORTH_CELLS = 500_000  # take longer to fit to than another process takes to start
 BINNED_BYTES_A_CELL = 1  # LightGBM's bins
 BINS_BYTES_A_CELL = 16  # of the labels that it chooses bins from
 SPARE = 2  # times what a fit holds must be free: its task holds other things, too
@@ -262,7 +263,8 @@ def cross_fitted(
         made_of = store_tables(histories, {"train": train, "tuning": tuning}, spec, folder, here)
         call = functools.partial(_fit_without, kind=kind, spec=spec, seed=seed, folder=folder)
         made_of += f" {kind} {seed}"
-        folds, workers = [str(fold) for fold in range(FOLDS)], 1 if here else min(available_cpus(), free // needed)
+        folds = [str(fold) for fold in range(FOLDS)]
+        workers = 1 if here or shape[0] * shape[1] < WORTH_CELLS else min(available_cpus(), free // needed)
         run_parts("folds", call, folds, folder / "fit", made_of, workers, here=here, num_bytes=needed)
         probability_E = np.empty(len(train))
         for fold in range(FOLDS):

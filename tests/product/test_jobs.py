@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import os
 import re
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -15,7 +15,7 @@ import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ import numpy as np
 import psutil
 import pyarrow.parquet as pq
 import pytest
-from commands import ROOT, points, run, step_of, wait_until
+from commands import ROOT, listening, points, ray_processes, run, step_of, wait_until
 from small_cohort import SIZES
 
 from hymate.command import load
@@ -164,9 +164,7 @@ def test_the_cluster_is_closed_to_others(cluster: Cluster) -> None:
         urllib.request.urlopen(f"{cluster.address}/api/jobs/")
     assert (cluster.folder / "token").stat().st_mode & 0o777 == 0o600
     assert cluster.folder.stat().st_mode & 0o777 == 0o700
-    ray = [cluster.process, *cluster.process.children(recursive=True)]
-    sockets = [held for process in ray for held in process.net_connections("tcp") if held.status == psutil.CONN_LISTEN]
-    hosts = {ipaddress.ip_address(held.laddr.ip.removeprefix("::ffff:")) for held in sockets}
+    hosts = listening(cluster.process)
     assert hosts and all(host.is_loopback for host in hosts), hosts
 
 
@@ -267,12 +265,14 @@ def test_preparing_as_a_job_survives_a_killed_process(cluster: Cluster, checkout
     submitted = submit(cluster, checkout, line, submission_id="prepare")
     assert submitted.returncode == 0, submitted.stderr
 
-    def tasks() -> list[psutil.Process]:
-        return [p for p in cluster.process.children(recursive=True) if p.name().startswith("ray::_call")]
+    def kill_tasks() -> set[int]:
+        tasks = ray_processes(str(cluster.folder), "ray::_call")
+        for task in tasks:
+            with suppress(ProcessLookupError):  # it ended meanwhile
+                os.kill(task, signal.SIGKILL)
+        return tasks
 
-    wait_until(lambda: tasks() or cluster.job("prepare")["status"] == "FAILED", "a task runs")
-    for task in tasks():
-        task.kill()
+    wait_until(lambda: kill_tasks() or cluster.job("prepare")["status"] == "FAILED", "a task runs")
     wait_until(lambda: cluster.job("prepare")["status"] not in ("PENDING", "RUNNING"), "the job ends")
     assert cluster.job("prepare")["status"] == "SUCCEEDED", cluster.job("prepare")
     files = {file.relative_to(tmp_path / "here") for file in (tmp_path / "here").rglob("*.parquet")}

@@ -8,10 +8,13 @@ import re
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -99,11 +102,21 @@ def processes() -> dict[int, tuple[int, str]]:
     return found
 
 
-def ray_processes(folder: str) -> set[int]:
+def ray_processes(folder: str, name: str = "") -> set[int]:
     """Those of a Ray whose files are in `folder`: named on their command line, or, for workers, which change theirs and
-    live a little longer than what started them, written to.
+    live a little longer than what started them, written to. name: how their command line begins.
     """
-    return {pid for pid, (_, line) in processes().items() if f"{folder}/" in line or f"{folder}/" in _output(pid)}
+    named = {pid: line for pid, (_, line) in processes().items() if line.startswith(name)}
+    return {pid for pid, line in named.items() if f"{folder}/" in line or f"{folder}/" in _output(pid)}
+
+
+def listening(process: psutil.Process) -> set[IPv4Address | IPv6Address]:
+    """The addresses at which a process and those that it started listen."""
+    sockets = []
+    for each in (process, *process.children(recursive=True)):
+        with suppress(psutil.NoSuchProcess):  # it ended meanwhile
+            sockets += [held for held in each.net_connections("tcp") if held.status == psutil.CONN_LISTEN]
+    return {ip_address(held.laddr.ip.removeprefix("::ffff:")) for held in sockets}
 
 
 def _output(pid: int) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from commands import PATIENCE_S, ROOT
+from commands import PATIENCE_S, ROOT, listening, processes
 
 from hymate import cluster
 from hymate.config import TrainConfig
@@ -55,12 +55,11 @@ def test_a_ray_of_our_own_listens_on_loopback_without_a_dashboard(
 ) -> None:
     process, address, _ = session
     assert ipaddress.ip_address(address.rpartition(":")[0]).is_loopback
-    all_of_it = [process, *process.children(recursive=True)]
-    sockets = [held for part in all_of_it for held in part.net_connections("tcp") if held.status == psutil.CONN_LISTEN]
-    hosts = {ipaddress.ip_address(held.laddr.ip.removeprefix("::ffff:")) for held in sockets}
+    hosts = listening(process)
     assert hosts and all(host.is_loopback for host in hosts), hosts
-    words = [word for part in all_of_it for word in part.cmdline()]
-    assert any("raylet" in word for word in words) and not any("dashboard/dashboard.py" in word for word in words)
+    running = processes()
+    lines = [running[part.pid][1] for part in process.children(recursive=True) if part.pid in running]
+    assert any("raylet" in line for line in lines) and not any("dashboard/dashboard.py" in line for line in lines)
 
 
 @pytest.mark.slow
