@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import importlib
 import logging
@@ -25,7 +26,7 @@ import hymate
 from hymate import ending
 from hymate.config import TrainConfig
 from hymate.errors import UserError, first_line
-from hymate.machine import available_cpus
+from hymate.machine import GARBAGE_EVERY, available_cpus
 
 if TYPE_CHECKING:
     from hymate.device import Wanted
@@ -185,6 +186,7 @@ def _take_code() -> Callable[[], None]:
     the_drivers = digest()
 
     def take() -> None:
+        gc.set_threshold(GARBAGE_EVERY)
         first = [str(PACKAGE.parent)] if digest() == the_drivers else []
         sys.path[:0] = first
         importlib.import_module("hymate")

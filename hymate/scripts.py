@@ -28,11 +28,10 @@ def command(name: str | None = None) -> NoReturn:
     ending.watch()  # the imports take seconds
     name = name or Path(sys.argv[0]).stem.removeprefix("hymate-")
     module, schema, run = COMMANDS[name]
-    gc.disable()  # what imports make stays: to go through it again and again takes a seventh of their time
     with ending.imports():
-        import_module("hymate.machine").settle()  # libraries fail in their own words when they are imported
+        machine = import_module("hymate.machine")
+        machine.settle()  # libraries fail in their own words when they are imported
+        gc.set_threshold(machine.GARBAGE_EVERY)
         loaded, main = import_module(module), import_module("hymate.command").main
-    gc.freeze()
-    gc.enable()
     main(name, getattr(loaded, schema), getattr(loaded, run))
     sys.exit()

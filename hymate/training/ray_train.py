@@ -66,12 +66,34 @@ def fit(training: Training) -> Standing:
 def _trainer(training: Training) -> Any:
     from ray import train
     from ray.train.torch import TorchTrainer
+    from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+    from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+    from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 
     from hymate.training.meeting import Meeting
+
+    alone = not cluster.named()
+    # processes that serve Ray's datasets, and, where Ray ends with this command, what frees its machines afterwards
+    unused = (DatasetsCallback, *((PlacementGroupCleanerCallback,) if alone else ()))
+
+    class ThisMachine(FixedScalingPolicy):
+        """Asks for no further machines, for which Ray starts another process."""
+
+        def _nothing(self, *_: Any) -> None: ...
+
+        after_controller_start = _maybe_send_resource_request = _nothing
 
     class Trainer(TorchTrainer):
         def _register_sigint_handler(self, controller: Any) -> None:
             """Ray's own would drop what has not been saved."""
+
+        def _create_default_callbacks(self) -> list[Any]:
+            return [each for each in super()._create_default_callbacks() if not isinstance(each, unused)]
+
+        def _initialize_and_run_controller(self, **given: Any) -> Any:
+            if alone:
+                given["scaling_policy"] = ThisMachine(self.scaling_config)
+            return super()._initialize_and_run_controller(**given)
 
     settings, on_gpu = training.train, training.device == "cuda"
     return Trainer(
