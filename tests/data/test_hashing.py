@@ -39,9 +39,9 @@ def test_a_computed_order_has_everything_once(size: int, key: int) -> None:
 
 @pytest.mark.slow
 def test_every_order_of_few_things_is_as_likely() -> None:
-    for size in (2, 3, 5):
+    for size in (2, 3, 4):
         orders = dict.fromkeys(permutations(range(size)), 0)
-        for key in range(6000):
+        for key in range(1000):
             orders[tuple(permuted(np.arange(size), size, key).tolist())] += 1
         assert chisquare(list(orders.values())).pvalue > 0.001
 

@@ -226,7 +226,7 @@ def _words(command: Command) -> list[str] | None:
     """What is run for a command: small, with this Python; None where nothing is."""
     if command.untested or command.line.startswith((*ELSEWHERE, *SHELL)):
         return None
-    words = shlex.split(re.sub(r"model=(small|physionet(?:2019)?)", "model=debug", command.line))
+    words = shlex.split(re.sub(r"model=(small|base|physionet(?:2019)?)", "model=debug", command.line))
     match Path(words[0]).name:
         case "make":
             return ["make", "-n", *words[1:]]  # its own tests run what a target does
