@@ -53,7 +53,7 @@ def decided(model: RiskModel) -> RiskModel:
 # ---------------------------------------------------------------------------------------- integrated gradients
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     config=st.sampled_from([SMALL, PAPER]),
     lengths=lengths_lists,
@@ -97,7 +97,7 @@ def test_the_features_of_a_pooling_over_variables_are_attributed_too() -> None:
         assert abs(found.gap) < 0.01 * max(1.0, abs(found.logit - found.baseline))
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(lengths=lengths_lists, seed=st.integers(0, 100))
 def test_who_shares_the_row_changes_no_attribution(lengths: list[int], seed: int) -> None:
     model, row = decided(risk_model(SMALL, vocab_size=30)), random_row(lengths, seed=seed)

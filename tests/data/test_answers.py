@@ -50,7 +50,7 @@ def hourly(stays: Histories, every: int = 3) -> Examples:
     return labelled_examples(stays, table, "train")
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     stops=st.lists(st.lists(st.integers(1, 60), min_size=1, max_size=30).map(sorted), min_size=1, max_size=6),
     context=st.integers(1, 40),

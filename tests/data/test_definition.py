@@ -103,7 +103,7 @@ def random_windows(draw: st.DrawFn) -> dict[str, dict[str, Any]]:
     return windows
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(
     windows=random_windows(),
     histories=st.lists(

@@ -126,7 +126,7 @@ cohorts = st.lists(subjects, min_size=1, max_size=5).map(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(cohorts, st.sampled_from([1, 20, 500_000]))
 def test_every_feature_is_what_a_plain_loop_computes(cohort: list[Subject], block_events: int) -> None:
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
@@ -141,7 +141,7 @@ def test_every_feature_is_what_a_plain_loop_computes(cohort: list[Subject], bloc
         np.testing.assert_allclose(found[e], np.array(wanted, np.float32), rtol=1e-4, atol=1e-3)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(cohorts, st.lists(st.tuples(st.integers(1, 50), codes, numbers), max_size=10))
 def test_what_comes_after_the_prediction_time_changes_nothing(
     cohort: list[Subject], later: list[tuple[int, int, float]]

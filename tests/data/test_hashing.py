@@ -7,7 +7,7 @@ from itertools import permutations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chisquare, kstest
 
@@ -28,7 +28,6 @@ def test_arrays_and_tensors_are_hashed_alike() -> None:
     assert splitmix64(torch.from_numpy(state)).tolist() == splitmix64(state).tolist()
 
 
-@settings(deadline=None)
 @given(size=st.integers(1, 3000), key=st.integers(0, 2**64 - 1))
 def test_a_computed_order_has_everything_once(size: int, key: int) -> None:
     order_N = permuted(np.arange(size), size, key)

@@ -46,7 +46,7 @@ def tables(draw: st.DrawFn) -> list[dict[str, Any]]:
     ]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(rows=tables(), rows_at_once=st.integers(1, 5))
 def test_an_index_says_what_the_file_says(rows: list[dict[str, Any]], rows_at_once: int) -> None:
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
@@ -87,7 +87,6 @@ def test_unknown_subjects_are_nowhere() -> None:
     assert Index.of_table(INDEX_SCHEMA.empty_table()).find(np.array([1])).tolist() == [-1]
 
 
-@settings(deadline=None)
 @given(ids=st.lists(st.integers(-5, 5), max_size=9), at_once=st.integers(1, 4))
 def test_a_subject_is_there_once(ids: list[int], at_once: int) -> None:
     rows = [{"subject_id": id, "split": "train", "shard": "0", "row_group": 0, "row": 0, "num_events": 1} for id in ids]

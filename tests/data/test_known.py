@@ -144,7 +144,7 @@ def plain(rows: list[Row], known: KnownConfig) -> list[Row]:
 
 
 @pytest.mark.slow
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(subjects=st.lists(subject_rows, min_size=1, max_size=3), known=rules_of, now=st.integers(-DAY, 5 * DAY))
 def test_every_prefix_of_a_history_is_what_was_known_then(
     subjects: list[list[tuple]], known: KnownConfig, now: int

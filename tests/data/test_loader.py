@@ -55,7 +55,7 @@ def test_rows_run_on_across_epochs(rows: Rows, monkeypatch: pytest.MonkeyPatch, 
     assert len({batch.seed for batch in batches}) == len(batches)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     world_size=st.sampled_from([1, 2, 4]),
     resumed=st.sampled_from([1, 2, 4]),

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hymate.data.packing import pack
@@ -38,7 +38,6 @@ def histories(num: int, budget: int, seed: int) -> np.ndarray:
     return np.clip(lengths, 1, budget).astype(np.int64)
 
 
-@settings(deadline=None)
 @given(packable())
 def test_every_index_once_and_no_row_above_budget(case: tuple[np.ndarray, int]) -> None:
     lengths, budget = case
@@ -47,7 +46,6 @@ def test_every_index_once_and_no_row_above_budget(case: tuple[np.ndarray, int]) 
     assert all(0 < lengths[row].sum() <= budget for row in rows)
 
 
-@settings(deadline=None)
 @given(packable())
 def test_no_two_rows_would_fit_into_one(case: tuple[np.ndarray, int]) -> None:
     lengths, budget = case
@@ -55,7 +53,6 @@ def test_no_two_rows_would_fit_into_one(case: tuple[np.ndarray, int]) -> None:
     assert len(sums) < 2 or sums[0] + sums[1] > budget
 
 
-@settings(deadline=None)
 @given(st.integers(1, 60), st.integers(2, 300), st.integers(0, 2**32 - 1))
 def test_within_the_bound_of_the_optimum(num_rows: int, budget: int, seed: int) -> None:
     """Full rows cut at random: `num_rows` is the optimum, 11/9 of it + 4 the bound of Johnson (1973)."""

@@ -145,7 +145,7 @@ def test_codes_are_described(tmp_path: Path) -> None:
     assert dict(zip(codes["code"].to_pylist(), codes["description"].to_pylist(), strict=True)) == CODES
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.integers(0, 2**32), st.sampled_from([(0.8, 0.1, 0.1), (0.5, 0.25, 0.25), (1, 0, 0), (0, 0, 1), (0, 1, 0)]))
 def test_splits_are_stratified_and_seeded(seed: int, fractions: tuple[float, float, float]) -> None:
     made = source(Path(), SplitsConfig(*fractions), seed)

@@ -104,7 +104,7 @@ rows_of_subject = st.lists(
 )
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(st.lists(st.lists(rows_of_subject, min_size=1, max_size=4), min_size=1, max_size=3), st.integers(1, 9))
 def test_any_dataset_comes_back_whatever_the_chunk(shards: list[list[list[tuple]]], chunk: int) -> None:
     rows: dict[str, list[Row]] = {}

@@ -71,7 +71,7 @@ def test_quantiles_of_a_large_code_come_from_a_fair_sample() -> None:
     assert np.abs(ranks - PROBABILITIES).max() < 0.04  # 3.6 standard errors of a rank in a sample of 2,048
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(order=st.permutations(range(4)), pieces=st.integers(1, 5))
 def test_merging_depends_on_neither_order_nor_chunks(order: list[int], pieces: int) -> None:
     rng = np.random.default_rng(1)
@@ -139,7 +139,7 @@ def test_normalise_survives_recording_errors_and_missing_values() -> None:
     assert z[4] == 0 and quantile[4] == 0  # in the middle of its ties
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(hnp.arrays(np.float32, 50, elements=st.floats(-100, 100, width=32)))
 def test_quantiles_rise_with_the_value_and_match_ranks(values: np.ndarray) -> None:
     known = vocabulary({"K": values.tolist()})

@@ -85,7 +85,7 @@ STAYS = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(STAYS, st.integers(0, 2**32), st.integers(0, 10**6))
 def test_the_utility_is_that_of_the_challenge(stays: list[list[int]], seed: int, late: int) -> None:
     rng = np.random.default_rng(seed)
@@ -117,7 +117,7 @@ def test_examples_may_come_in_any_order() -> None:
     assert judge(mixed, probability[order][mixed.order_N], Policy(0.4, 6))[0] == usual
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(STAYS, st.integers(0, 2**32), st.sampled_from([0, 1, 2, 5, 24]))
 def test_an_alarm_is_held(stays: list[list[int]], seed: int, hold: int) -> None:
     probability = np.random.default_rng(seed).random(sum(map(len, stays)))
@@ -128,7 +128,7 @@ def test_an_alarm_is_held(stays: list[list[int]], seed: int, hold: int) -> None:
     assert found.tolist() == expected
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(STAYS.filter(lambda stays: any(1 in stay for stay in stays)), st.integers(0, 2**32))
 def test_the_chosen_threshold_is_worth_as_much_as_any(stays: list[list[int]], seed: int) -> None:
     probability = np.random.default_rng(seed).choice(np.linspace(0.01, 0.99, 30), sum(map(len, stays)))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from benchmarks import verdicts
 from comparing import assert_alike
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import expit
 from scipy.stats import binomtest
@@ -105,7 +105,6 @@ def test_the_calibration_curve_holds_every_label_once_in_order() -> None:
     assert total == pytest.approx(label.sum())
 
 
-@settings(deadline=None)
 @given(st.integers(1, 3000), st.data())
 def test_proportions_have_wilsons_interval(num: int, data: st.DataObject) -> None:
     count = data.draw(st.sampled_from([0, num]) | st.integers(0, num))

@@ -18,7 +18,7 @@ cases = st.lists(st.tuples(st.booleans(), st.integers(0, 6).map(lambda k: k / 6)
 two_classes = cases.filter(lambda rows: len({label for label, _ in rows}) == 2)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(two_classes)
 def test_metrics_equal_scikit_learn_with_ties(rows: list[tuple[bool, float]]) -> None:
     label, score = map(np.array, zip(*rows, strict=True))
@@ -27,7 +27,7 @@ def test_metrics_equal_scikit_learn_with_ties(rows: list[tuple[bool, float]]) ->
     assert metrics.brier(label, score) == pytest.approx(brier_score_loss(label, score), abs=1e-12)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(two_classes, st.integers(0, 5))
 def test_a_sample_weighs_like_repeated_labels(rows: list[tuple[bool, float]], seed: int) -> None:
     label, score = map(np.array, zip(*rows, strict=True))
@@ -182,7 +182,7 @@ weighted = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(weighted)
 def test_integer_weights_equal_repeated_labels(rows: list[tuple[bool, float, int, int]]) -> None:
     label, score, days, weight = (np.array(column, dtype=float) for column in zip(*rows, strict=True))
@@ -210,7 +210,7 @@ def test_integer_weights_equal_repeated_labels(rows: list[tuple[bool, float, int
         assert_alike(found, repeated)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(weighted, st.sampled_from([1.0, 0.25, 3.0]))
 def test_equal_weights_change_nothing(rows: list[tuple[bool, float, int, int]], each: float) -> None:
     label, score, days, _ = (np.array(column, dtype=float) for column in zip(*rows, strict=True))
@@ -252,7 +252,7 @@ def test_impossible_weights_are_refused(weight: list[float]) -> None:
 lengths = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 6), st.integers(0, 3)), min_size=1, max_size=25)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(lengths)
 def test_concordance_equals_a_count_of_all_pairs(rows: list[tuple[int, int, int]]) -> None:
     concordant = pairs = 0.0

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from s3 import BUCKET, environment, serving
 
@@ -110,7 +110,6 @@ def test_parts_at_a_url_of_two_processes(
 
 
 @given(st.lists(st.integers(1, 9), max_size=12), st.integers(1, 20))
-@settings(deadline=None)
 def test_no_part_cuts_a_subject(labels_S: list[int], about: int) -> None:
     position_E = np.repeat(np.arange(len(labels_S)), labels_S)
     some_ET = np.zeros((len(position_E), 1), np.float32)

@@ -36,7 +36,7 @@ def test_incidence_equals_lifelines(cause: int) -> None:
     np.testing.assert_allclose(survival.aalen_johansen(days_N, cause_N, HORIZONS, cause=cause), expected_H, atol=1e-12)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(rows)
 def test_incidence_with_ties_and_weights_is_a_sum_over_days(cases: list[tuple[int, int, int]]) -> None:
     days_N, cause_N, times_N = map(np.array, zip(*cases, strict=True))
@@ -53,7 +53,7 @@ def test_incidence_with_ties_and_weights_is_a_sum_over_days(cases: list[tuple[in
         np.testing.assert_allclose(found, expected, atol=1e-12)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(rows, st.sampled_from([EVENT, COMPETING]))
 def test_the_weights_of_what_is_known_give_the_incidence(cases: list[tuple[int, int, int]], cause: int) -> None:
     days_N, cause_N, times_N = map(np.array, zip(*cases, strict=True))
@@ -106,7 +106,7 @@ def test_concordance_equals_lifelines_with_ties() -> None:
     assert survival.concordance(days_N, cause_N, risk_N, np.arange(150))["value"] == pytest.approx(expected)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(rows, st.integers(0, 9))
 def test_concordance_of_competing_events_equals_a_count_of_all_pairs(cases: list[tuple], seed: int) -> None:
     days_N, cause_N, times_N = map(np.array, zip(*cases, strict=True))

@@ -134,7 +134,7 @@ def test_chunks_equal_one_pass(name: str, chunk_events: int, vocabulary: Vocabul
     assert outputs(streaming, state, history, now) == pytest.approx(one_pass(model, vocabulary, history, now), abs=1e-6)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     name=st.sampled_from(sorted(CONFIGS)),
     length=st.integers(1, 60),

@@ -22,7 +22,7 @@ from hymate.model.pretrain_model import PretrainModel
     span=st.floats(0, 1),
     seed=st.integers(0, 2**62),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_hidden_events_are_reproducible_and_leave_the_rest_alone(lengths, fraction, span, seed) -> None:
     row = random_row(lengths)
     row = replace(row, seed_S=(row.seed_S + seed) % 2**62)
@@ -35,7 +35,7 @@ def test_hidden_events_are_reproducible_and_leave_the_rest_alone(lengths, fracti
 
 
 @given(num_rows=st.integers(1, 6), seed=st.integers(0, 99), horizon=st.sampled_from([1.0, 5.0, 24.0]))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_targets_and_their_losses_are_the_same_in_any_packing(num_rows: int, seed: int, horizon: float) -> None:
     """On an hourly grid, where events lie exactly at the end of a horizon; of time to event, also for members."""
     row = random_row((9, 1, 30, 14, 3, 21), vocab_size=12, seed=seed)
@@ -98,7 +98,7 @@ def test_forecast_targets_equal_a_plain_loop() -> None:
 
 
 @given(lengths=st.lists(st.integers(1, 20), min_size=1, max_size=4), points=st.integers(1, 3), seed=st.integers(0, 99))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_histories_until_an_anchor_hold_what_is_seen_up_to_it(lengths, points, seed) -> None:
     row = random_row(lengths, vocab_size=12, seed=seed)
     ahead = forecast_targets(row, ObjectiveConfig(forecast_weight=1.0, forecast_points=points))

@@ -71,7 +71,7 @@ def answered_rows(draw: st.DrawFn) -> Batch:
 
 
 @pytest.mark.parametrize("name", CAUSAL)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(row=answered_rows())
 def test_answers_of_a_segment_are_those_of_segments_of_their_own(name: str, row: Batch) -> None:
     assert_alike(model_of(CAUSAL[name]), row)
@@ -92,7 +92,7 @@ def test_answers_do_not_depend_on_who_shares_the_row(name: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     steepness=st.sampled_from([0.0, 10.0, -10.0, 1000.0, -1000.0]),
     rate=st.sampled_from([0.0, 1e-4, 50.0]),

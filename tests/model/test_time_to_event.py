@@ -54,7 +54,7 @@ def model_of(config: ModelConfig, objective: ObjectiveConfig = OBJECTIVE) -> tup
     hourly=st.booleans(),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_what_comes_next_equals_a_plain_loop(lengths: list[int], fraction: float, hourly: bool, seed: int) -> None:
     row = random_row(lengths, vocab_size=6, seed=seed)
     row.code_L[::5] = UNKNOWN_ID

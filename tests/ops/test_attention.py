@@ -43,7 +43,7 @@ def computed(lengths: list[int], window: int | None, causal: bool = True) -> Cou
     window=st.sampled_from([None, 1, 5, 16]),
     causal=st.booleans(),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_every_position_computed_is_an_event_and_segments_add_up(
     lengths: list[int], window: int | None, causal: bool
 ) -> None:

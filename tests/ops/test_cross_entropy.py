@@ -26,7 +26,7 @@ def plain(x: Tensor, weight: Tensor, bias: Tensor, target: Tensor) -> tuple[Tens
 
 
 @given(events=st.integers(1, 40), vocabulary=st.integers(2, 30), piece=st.sampled_from([1, 50, 200, 10**6]))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_pieces_equal_the_whole(events: int, vocabulary: int, piece: int) -> None:
     inputs, target = problem(events, vocabulary)
     with pytest.MonkeyPatch.context() as patch:

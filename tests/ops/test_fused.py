@@ -46,7 +46,7 @@ PACKED = torch.tensor([0, 9, 10, 40, 57], dtype=torch.int32)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MIXERS)
 @given(case=cases(), has_causal_conv1d=st.booleans(), width=st.integers(1, 5))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_what_surrounds_the_kernels_equals_the_reference(
     name: str, case: Case, has_causal_conv1d: bool, width: int
 ) -> None:
@@ -189,7 +189,7 @@ def test_the_stand_ins_refuse_what_the_kernels_refuse() -> None:
     width=st.sampled_from([8, 16, 12]),
     torch_has_it=st.booleans(),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_attention_on_a_gpu_equals_plain_attention(
     lengths: list[int], window: int | None, causal: bool, width: int, torch_has_it: bool
 ) -> None:

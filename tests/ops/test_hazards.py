@@ -61,7 +61,7 @@ def plain(inputs: list[Tensor], known: list[Tensor]) -> Tensor:
     piece=st.sampled_from([1, 30, 80, 10**6]),
     seed=st.integers(0, 2**31),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_pieces_equal_the_plain_likelihood(anchors: int, bins: int, codes: int, piece: int, seed: int) -> None:
     inputs, known = problem(anchors, bins, codes, seed, torch.float64)
     with pytest.MonkeyPatch.context() as patch:
@@ -107,7 +107,7 @@ def test_no_array_as_large_as_all_hazards_is_made(monkeypatch: pytest.MonkeyPatc
 
 
 @given(hours=st.lists(st.floats(0.01, 100), min_size=1, max_size=50, unique=True), bins=st.integers(1, 6))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_learned_bins_hold_as_many_times_each(hours: list[float], bins: int) -> None:
     hours_N = torch.tensor(hours, dtype=torch.float64)
     edges = edges_of(hours_N, bins)

@@ -23,7 +23,7 @@ from hymate.ops.cpu.precompile import KERNELS
 
 @pytest.mark.parametrize("name", MIXERS)
 @given(case=cases())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_cpu_equals_reference_in_float64(name: str, case: Case) -> None:
     inputs, function = problem(name, case)
     expected = outputs_and_gradients(inputs, function, "reference")
@@ -32,7 +32,7 @@ def test_cpu_equals_reference_in_float64(name: str, case: Case) -> None:
 
 @pytest.mark.parametrize("name", MIXERS)
 @given(case=cases(), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_cpu_in_lower_precision_stays_near_the_reference(name: str, case: Case, dtype: torch.dtype) -> None:
     """As under autocast: events in the lower precision, weights and states in float32."""
     inputs, function = problem(name, case)
@@ -125,7 +125,7 @@ def test_extreme_gates_stay_finite_and_nan_is_not_swallowed(name: str) -> None:
     causal=st.booleans(),
     seed=st.integers(0, 2**31),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_packed_attention_equals_a_dense_masked_softmax(
     lengths: list[int], window: int | None, causal: bool, seed: int
 ) -> None:

@@ -125,7 +125,7 @@ def test_a_checkpoint_says_where_the_run_stands_and_holds_no_pickle(root: Path) 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FILES)
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(data=st.data())
 def test_a_file_that_is_gone_cut_short_or_changed_in_one_bit_is_found(
     root: Path, name: str, data: st.DataObject

@@ -72,7 +72,7 @@ def steps(folder: Location) -> set[int]:
     return {int(path.name.split("-")[1]) for path in folder.glob("step-*")}
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(scores=st.lists(st.floats(0, 1), min_size=1, max_size=12), num_best=st.integers(1, 4))
 def test_the_best_and_the_last_are_kept(
     tmp_path_factory: pytest.TempPathFactory, scores: list[float], num_best: int

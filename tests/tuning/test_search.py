@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from commands import PATIENCE_S, starts, wait_until, with_pretended_gpu
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from sklearn.metrics import roc_auc_score
@@ -76,7 +76,6 @@ def configured(data: Path, init: Path | None, *overrides: str) -> TuneConfig:
 # -------------------------------------------------------------------------------------------------------- space
 
 
-@settings(deadline=None)
 @given(num_trials=st.integers(1, 20), seed=st.integers(0, 100))
 def test_points_spread_evenly_over_the_space(num_trials: int, seed: int) -> None:
     drawn = space.draw(
