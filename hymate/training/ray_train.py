@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -72,7 +73,7 @@ def _trainer(training: Training) -> Any:
 
     from hymate.training.meeting import Meeting
 
-    alone = not cluster.named()
+    alone = not os.environ.get("RAY_ADDRESS")
     # processes that serve Ray's datasets, and, where Ray ends with this command, what frees its machines afterwards
     unused = (DatasetsCallback, *((PlacementGroupCleanerCallback,) if alone else ()))
 
