@@ -13,7 +13,7 @@ BIN = $(VENV)/bin
 PY = $(BIN)/python
 # the versions that the suite last passed with; CONSTRAINTS=/dev/null for the newest that pyproject.toml takes
 CONSTRAINTS ?= constraints.txt
-PIP = $(BIN)/pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) $(PIP_ARGS)
+PIP = $(BIN)/pip install --quiet --no-compile --disable-pip-version-check --constraint $(CONSTRAINTS) $(PIP_ARGS)
 # the tests of a file run in one process; what took longest is said at the end. Ray's workers would wait for the tests
 PYTEST = OMP_NUM_THREADS=1 RAY_worker_niceness=0 $(PY) -m pytest -q -n $(PROCESSES) --dist loadfile --no-loadscope-reorder --durations=15
 
@@ -31,6 +31,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) "torch>=2.6,<2.14"
 	$(PIP) --editable ".[dev]"
+	@$(PY) -m compileall -q -j 0 $(VENV)/lib > /dev/null || true  # what pip does on one core; some packages hold broken files
 	$(PY) -m hymate.ops.cpu.precompile
 	@touch $@
 
@@ -68,8 +69,7 @@ check: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-	$(PYTEST)
+	$(BIN)/mypy & types=$$!; $(PYTEST) && wait $$types
 
 # after a `make test CONSTRAINTS=/dev/null` that passed in a fresh environment
 constraints: $(VENV)/.installed
