@@ -1,8 +1,12 @@
-"""TrainConfig -> DeepSpeed configuration."""
+"""TrainConfig -> DeepSpeed configuration, and DeepSpeed without PyTorch's inductor."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+
+import torch
 
 from hymate.config import TrainConfig
 
@@ -40,3 +44,17 @@ def deepspeed_config(train: TrainConfig, world_size: int, num_parameters: int) -
         },
         "steps_per_print": NEVER,
     }
+
+
+@contextmanager
+def nothing_compiled() -> Iterator[None]:
+    """Leave functions as they are where DeepSpeed would have them compiled.
+
+    To see whether the optimiser is Muon it imports that one, and with it all that compiles: two seconds a worker.
+    """
+    compile_function = torch.compile
+    torch.compile = lambda function: function
+    try:
+        yield
+    finally:
+        torch.compile = compile_function

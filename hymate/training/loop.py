@@ -36,7 +36,7 @@ from hymate.model.embedding import EventEmbedding
 from hymate.model.encoder import GatedMLP, HyMaTE
 from hymate.model.objectives import LossModel, mean_loss
 from hymate.training import checkpoint
-from hymate.training.deepspeed import deepspeed_config
+from hymate.training.deepspeed import deepspeed_config, nothing_compiled
 from hymate.training.memory import keep_freed_memory
 from hymate.training.stragglers import Clock, WorkerTimes, curves, trouble
 from hymate.training.telemetry import Telemetry
@@ -372,7 +372,7 @@ def build_engine(module: nn.Module, optimizer: torch.optim.Optimizer, config: Tr
     # a shared-memory kernel for inference only; DeepSpeed would compile it with the machine's C++ compiler
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     num_parameters = sum(parameter.numel() for parameter in module.parameters())
-    with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()), nothing_compiled():
         engine, *_ = deepspeed.initialize(
             model=module.to(worker.device),
             optimizer=optimizer,
