@@ -161,13 +161,15 @@ def ray_session(cpus_per_worker: int, num_workers: int = 1, device: Wanted = "cp
 
 def _leave_out_what_only_clusters_need() -> None:
     """Of what Ray starts on this machine: the dashboard's server, which starts even where no dashboard is wanted, the
-    monitors of the autoscaler and of logs that we do not print, and the dashboard's part in each machine's agent.
+    monitors of the autoscaler and of logs that we do not print, the dashboard's part in each machine's agent, and an
+    import of Ray before each worker's own.
     """
-    from ray._private import utils
+    from ray._private import ray_constants, utils
     from ray._private.node import Node
 
     Node.start_api_server = Node.start_monitor = Node.start_log_monitor = lambda *_, **__: None
     utils.get_dashboard_dependency_error = lambda: ImportError("not wanted here")
+    ray_constants.SETUP_WORKER_FILENAME = str(PACKAGE / "start_worker.py")
 
 
 def _take_code() -> Callable[[], None]:

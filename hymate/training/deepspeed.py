@@ -53,7 +53,7 @@ def nothing_compiled() -> Iterator[None]:
     To see whether the optimiser is Muon it imports that one, and with it all that compiles: two seconds a worker.
     """
     compile_function = torch.compile
-    torch.compile = lambda function: function
+    torch.compile = lambda function: function  # type: ignore[assignment]
     try:
         yield
     finally:

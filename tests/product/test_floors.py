@@ -22,7 +22,7 @@ FLOORS = (
     ("ops",),
     ("model",),
     ("storage",),
-    ("device", "runs", "cluster", "work", "command"),
+    ("device", "runs", "start_worker", "cluster", "work", "command"),
     ("data",),
     ("inference",),
     ("training",),
