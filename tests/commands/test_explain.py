@@ -101,8 +101,8 @@ def test_the_features_of_a_pooling_over_variables_are_attributed_too() -> None:
 @given(lengths=lengths_lists, seed=st.integers(0, 100))
 def test_who_shares_the_row_changes_no_attribution(lengths: list[int], seed: int) -> None:
     model, row = decided(risk_model(SMALL, vocab_size=30)), random_row(lengths, seed=seed)
-    for s, packed in enumerate(integrated_gradients(model, row)):
-        (alone,) = integrated_gradients(model, segment_of(row, s))
+    for s, packed in enumerate(integrated_gradients(model, row, num_steps=4)):
+        (alone,) = integrated_gradients(model, segment_of(row, s), num_steps=4)
         for name in ("event_L", "static_F", "attention_L"):
             np.testing.assert_allclose(getattr(packed, name), getattr(alone, name), atol=1e-5, err_msg=name)
         assert packed.attention_L is not None and packed.attention_L.sum() == pytest.approx(1, abs=1e-5)
@@ -262,13 +262,13 @@ def test_parts_and_a_meds_folder_change_nothing(
     small_data: Path, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In two processes, of a folder that was never prepared: the tables of one process and prepared data."""
-    explained(bundle, small_data, tmp_path / "whole", "num_predictions=12", "workers=1")
+    explained(bundle, small_data, tmp_path / "whole", "num_predictions=6", "workers=1")
     monkeypatch.setattr(explaining, "PART", 2)
-    monkeypatch.setattr(explaining, "WORTH_PARTS", 3)
+    monkeypatch.setattr(explaining, "WORTH_PARTS", 1)
     raw, labels = write_meds(tmp_path / "raw"), small_data / "labels" / "readmission"
     (tmp_path / "tmp").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
-    asked = bundle, raw, tmp_path / "parts", "num_predictions=12", f"task.labels={labels}"
+    asked = bundle, raw, tmp_path / "parts", "num_predictions=6", f"task.labels={labels}"
     with monkeypatch.context() as interrupting:
         interrupting.setattr(explaining, "most_important", Mock(side_effect=KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
@@ -317,11 +317,11 @@ def test_what_cannot_be_explained_is_refused(
 def test_planted_drivers_rank_before_planted_distractors_and_the_order_is_faithful(tmp_path: Path) -> None:
     """The whole claim, on a longer training, is measured by tests/benchmarks/faithfulness.py."""
     data = synthetic_cohort(tmp_path, subjects=1500)
-    bundle = trained_bundle(data, steps=300)  # of more labels each than rows have segments: longer, it overfits
+    bundle = trained_bundle(data, steps=200)  # of more labels each than rows have segments: longer, it overfits
     histories = Histories.open(data)
     examples = labelled_examples(histories, read_labels(data / "labels" / "readmission"), "held_out")
     explainer = Explainer(bundle, histories, CPU)
-    cases = explainer.cases(examples, np.arange(0, len(examples), len(examples) // 80))
+    cases = explainer.cases(examples, np.arange(0, len(examples), len(examples) // 30))
     attributions = explainer.attributions(cases)
 
     removed = most_important(explainer, cases, attributions)
