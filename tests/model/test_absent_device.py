@@ -186,9 +186,9 @@ def _answered(row: Batch) -> Batch:
 
 
 def _steps(built: Engine, device: str, several_answers: bool) -> list[Tensor]:
-    """The sums of two steps of three rows."""
+    """The sums of two steps of two rows."""
     results = []
-    steps = ([_answered(row) if several_answers else row for row in repacked(_patients(), 3, seed=n)] for n in range(2))
+    steps = ([_answered(row) if several_answers else row for row in repacked(_patients(), 2, seed=n)] for n in range(2))
     for rows in fed(steps, torch.device(device), built.ask):
         sums = loop.train_step(built, rows, torch.device(device))
         results.append(torch.stack([sums[name] for name in sorted(sums)]))
@@ -197,7 +197,7 @@ def _steps(built: Engine, device: str, several_answers: bool) -> list[Tensor]:
 
 def _engine(case: Case, device: str) -> Engine:
     model = _model(case).to(device)
-    return Engine(model, torch.optim.AdamW(model.parameters(), lr=1e-2, fused=device != "cpu"), 3, case.bf16)
+    return Engine(model, torch.optim.AdamW(model.parameters(), lr=1e-2, fused=device != "cpu"), 2, case.bf16)
 
 
 def steps_there(case: Case) -> dict[str, int]:
@@ -246,7 +246,6 @@ def _train(device: str, recorder: Recorder, stop: Callable[[], bool] = lambda: F
         TRAIN, num_workers=1, rows_per_step=2, max_steps=MAX_STEPS, warmup_steps=1, eval_every=100, log_every=LOG_EVERY
     )
     built = _engine(Case("mamba2", "masked_event"), device)
-    built.rows_per_step = 2
     job = loop.Job(built.module, built.optimizer.param_groups, Rows(), lambda _: {}, "val_loss", "min")
     worker = loop.Worker(0, 1, 0, torch.device(device))
     loop.start = lambda *_: (built, loop.Standing())  # type: ignore[assignment]

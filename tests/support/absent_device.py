@@ -25,7 +25,6 @@ import torch
 from torch import Tensor
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 import hymate
@@ -102,9 +101,10 @@ class Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         name = func.name().removeprefix("aten::").split(".")[0]
-        leaves = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
-        there = [leaf for leaf in leaves if isinstance(leaf, AbsentTensor)]
-        here = [leaf for leaf in leaves if not isinstance(leaf, AbsentTensor)]
+        there: list[Tensor] = []
+        here: list[Tensor] = []
+        for tensor in _tensors(*args, *kwargs.values()):
+            (there if isinstance(tensor, AbsentTensor) else here).append(tensor)
         device = kwargs.get("device")
         to_it = device is not None and torch.device(device).type == NAME
         if name in ("is_pinned", "_pin_memory"):
@@ -120,7 +120,7 @@ class Watch(TorchDispatchMode):
         self._judge(func, name, args, kwargs, there, here)
         if to_it:
             kwargs["device"] = torch.device("cpu")
-        out = STAND_INS.get(name, func)(*tree_map(_held, args), **tree_map(_held, kwargs))
+        out = STAND_INS.get(name, func)(*_mapped(_held, args), **_mapped(_held, kwargs))
         if torch.Tag.inplace_view in func.tags:
             with no_dispatch():
                 func(*args, **kwargs)  # the disguise has a shape, too
@@ -178,14 +178,14 @@ class Watch(TorchDispatchMode):
 
     def _returned(self, args: Any, out: Any) -> Any:
         """What came out, on the device; what was written in place is the argument itself."""
-        written = {id(_held(leaf)): leaf for leaf in tree_flatten(args)[0] if isinstance(leaf, AbsentTensor)}
+        written = {id(_held(each)): each for each in _tensors(*args) if isinstance(each, AbsentTensor)}
 
         def wrapped(x: Any) -> Any:
             if not isinstance(x, Tensor):
                 return x
             return written.get(id(x)) if id(x) in written else AbsentTensor(x)
 
-        return tree_map(wrapped, out)
+        return _mapped(wrapped, out)
 
 
 def _gru_cell(
@@ -215,6 +215,27 @@ STAND_INS: dict[str, Callable[..., Any]] = {
 
 def _held(x: Any) -> Any:
     return x.held if isinstance(x, AbsentTensor) else x
+
+
+# operators take and give tuples and lists: torch's trees, which know more, would take most of a step's time
+
+
+def _tensors(*given: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    for x in given:
+        if isinstance(x, Tensor):
+            found.append(x)
+        elif isinstance(x, (tuple, list)):
+            found += _tensors(*x)
+    return found
+
+
+def _mapped(function: Callable[[Any], Any], x: Any) -> Any:
+    if isinstance(x, (tuple, list)):
+        return type(x)([_mapped(function, each) for each in x])
+    if isinstance(x, dict):
+        return {key: _mapped(function, value) for key, value in x.items()}
+    return function(x)
 
 
 # ------------------------------------------------------------------------------------- what torch asks of a device
@@ -301,7 +322,7 @@ def _autocast(name: str, lowered: bool) -> Callable[..., Any]:
             return x
 
         with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)):
-            return getattr(aten, name)(*tree_map(cast, args), **tree_map(cast, kwargs))
+            return getattr(aten, name)(*_mapped(cast, args), **_mapped(cast, kwargs))
 
     return kernel
 
