@@ -1,10 +1,11 @@
-"""Fine-tuning: the search space, what a trial trains, and a whole search that is killed and continued."""
+"""Fine-tuning: the search space, what a trial trains, and a whole search that is stopped and continued."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -17,11 +18,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from commands import PATIENCE_S, starts, wait_until, with_pretended_gpu
+from commands import starts, wait_until, with_pretended_gpu
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from sklearn.metrics import roc_auc_score
 from small_cohort import SIZES
 from small_models import SMALL, vocabulary_of
 
@@ -33,6 +33,7 @@ from hymate.data.label_files import read_labels
 from hymate.device import CPU
 from hymate.errors import ConfigError, UserError
 from hymate.evaluation.calibration import recalibrate
+from hymate.evaluation.results import TrialEnd
 from hymate.inference.bundle import Bundle, read_bundle
 from hymate.inference.provenance import SENTENCES, provenance
 from hymate.inference.scoring import predict, prediction_table
@@ -48,6 +49,7 @@ from hymate.tuning.trial import (
     starting_point,
     trial_config,
 )
+from hymate.tuning.winner import best_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -206,7 +208,6 @@ def test_a_mean_without_held_out_labels_is_refused(small_data: Path, tmp_path: P
 
 
 def _table(rows: list[dict], schema: object) -> object:
-    import pyarrow as pa
 
     return pa.Table.from_pylist(rows, schema)
 
@@ -220,7 +221,7 @@ SAMPLE = f"train.eval_labels={SIZES['tuning']}"  # half of them
 def command(data: Path, init: Path, runs: Path, head_lrs: str, *overrides: str) -> list[str]:
     """Two short trials with head learning rates `head_lrs`."""
     short = ["train.max_steps=8", "train.eval_every=2", "train.warmup_steps=1", "train.patience=0", "train.log_every=2"]
-    short += ["search.num_trials=2", "search.grace_steps=8", "search.max_failures=0"]
+    short += ["search.num_trials=2", "search.grace_steps=8", "search.max_failures=1"]
     given = ["task=readmission", f"data.path={data}", f"init={init}", f"run.dir={runs}", "run.name=r"]
     lrs = ["~search.space.head_lr", f"+search.space.head_lr={{choice:{head_lrs}}}", "search.space.frozen=false"]
     lrs += ["search.space.teacher_fraction=0.5"]
@@ -231,22 +232,24 @@ def command(data: Path, init: Path, runs: Path, head_lrs: str, *overrides: str) 
 def run(
     small_data: Path, pretrained: Path, environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """A search in which one trial diverges, killed in the middle and continued by the same command, on a machine with a
-    GPU for which the kernels are missing.
+    """A search in which one trial diverges, without a reader and stopped in the middle, then continued by the same
+    command, on a machine with a GPU for which the kernels are missing.
     """
     runs = tmp_path_factory.mktemp("tuned")
     environment = with_pretended_gpu(environment, tmp_path_factory.mktemp("pretended"))
     line = command(small_data, pretrained, runs, f"[1e-3,{DIVERGING}]", SAMPLE)
-    with subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as killed:
-        assert killed.stdout is not None
-        said = []
-        for text in killed.stdout:
-            said.append(text)
-            if len(_steps(runs / "r")) >= 2:
-                killed.send_signal(signal.SIGKILL)
-                break
-        assert killed.wait(60) == -signal.SIGKILL, "".join(said)
+    with subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as stopped:
+        assert stopped.stdout is not None and stopped.stderr is not None
+        stopped.stdout.readline()
+        stopped.stdout.close()
+        wait_until(lambda: len(_steps(runs / "r")) >= 2 or stopped.poll() is not None, "the search goes on")
+        stopped.send_signal(signal.SIGTERM)
+        (runs / "stopped.txt").write_text(stopped.stderr.read())
+    assert stopped.returncode == 143, (runs / "stopped.txt").read_text()
+    assert json.loads((runs / "r" / "run.json").read_text())["outcome"] == {"state": "stopped"}
     assert not (runs / "r" / "results.json").exists()
+    begun = [len(starts(runs / "r" / "tb" / f"trial-{index}")) for index in range(2)]
+    (runs / "begun.json").write_text(json.dumps(begun))
     done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     (runs / "said.txt").write_text(done.stdout)
@@ -285,11 +288,13 @@ def test_trials_share_the_examples_that_the_search_found(small_data: Path, tmp_p
 
 
 @pytest.mark.slow
-def test_a_killed_search_goes_on_where_it_was(run: Path) -> None:
+def test_a_stopped_search_goes_on_where_it_was(run: Path) -> None:
     assert _steps(run) == [2, 4, 6, 8]
     good = json.loads((run / "results.json").read_text())["best_trial"]
     first, second = starts(run / "tb" / f"trial-{good}")
     assert first == 0 and second >= 2, "the trial began again from scratch"
+    *_, said = (run.parent / "stopped.txt").read_text().splitlines()
+    assert said == "stopped by SIGTERM: the same command continues it"
 
 
 @pytest.mark.slow
@@ -298,26 +303,6 @@ def test_a_search_runs_on_the_cpu_where_a_gpu_lacks_its_kernels(run: Path) -> No
     (line,) = (run.parent / "warned.txt").read_text().splitlines()
     assert line.startswith("computing on cpu: a GPU is there, but mamba-ssm is not installed"), line
     assert json.loads((run / "run.json").read_text())["config"]["device"] == "cpu"
-
-
-@pytest.mark.slow
-def test_a_search_goes_on_without_a_reader_and_ends_in_order_at_sigterm(
-    small_data: Path, pretrained: Path, environment: dict[str, str], tmp_path: Path
-) -> None:
-    line = command(
-        *(small_data, pretrained, tmp_path, "[1e-3]", "search.num_trials=1"),
-        *("search.space.teacher_fraction=0", "train.max_steps=100000"),
-    )
-    with subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as stopped:
-        assert stopped.stdout is not None and stopped.stderr is not None
-        stopped.stdout.readline()
-        stopped.stdout.close()
-        wait_until(lambda: len(_steps(tmp_path / "r")) >= 2 or stopped.poll() is not None, "the search goes on")
-        stopped.send_signal(signal.SIGTERM)
-        said = stopped.stderr.read()
-        assert stopped.wait(PATIENCE_S) == 143, said
-    assert said == "stopped by SIGTERM: the same command continues it\n"
-    assert json.loads((tmp_path / "r" / "run.json").read_text())["outcome"] == {"state": "stopped"}
 
 
 @pytest.mark.slow
@@ -367,54 +352,21 @@ def test_a_finished_search_leaves_everything_it_promises(run: Path, small_data: 
 
 
 @pytest.mark.slow
-def test_a_search_without_held_out_labels_makes_all_but_their_scores(
-    small_data: Path, pretrained: Path, environment: dict[str, str], tmp_path: Path
-) -> None:
-    for split in ("train", "tuning"):
-        (tmp_path / "mine" / split).mkdir(parents=True)
-        labels = pq.read_table(small_data / "labels/readmission" / split / "0.parquet")
-        pq.write_table(labels, tmp_path / "mine" / split / "0.parquet")
-        weight = pa.array(np.linspace(0.5, 3, len(labels)), pa.float32())
-        weights = labels.select(["subject_id", "prediction_time"]).append_column("weight", weight)
-        pq.write_table(weights, tmp_path / "mine" / split / "0.extra.pq")
-    unknown = read_bundle(pretrained)  # of before there was a record of its data
-    pretrained = tmp_path / "unknown"
-    dataclasses.replace(unknown, extra={}).write(pretrained)
-    one = ["search.num_trials=1", "search.space.teacher_fraction=0", f"task.labels={tmp_path / 'mine'}"]
-    line = command(small_data, pretrained, tmp_path / "runs", "[0.001]", *one)
-    done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    run = tmp_path / "runs" / "r"
-    found = json.loads((run / "results.json").read_text())
-    assert found["split"] == "tuning" and found["num_labels"] == 2 * SIZES["tuning"]
-    assert found["splits"]["held_out"]["labels"] == 0
-    bundle = read_bundle(run, kind="risk")
-    assert "held_out" not in bundle.extra and bundle.extra["tuning"]["auroc"] == found["auroc"]
-    for text in ((run / "report.md").read_text(), (run / "bundle" / "README.md").read_text(), done.stdout):
-        assert "there are no held-out labels" in " ".join(text.split())
-        assert "held-out predictions for" not in text
-    assert "no held-out labels" in found["note"] and "(200 are needed)" in found["note"]
-    # labels count by their weights, and it is not known what the first weights have seen
-    assert found["weights"] == {"lowest": 0.5, "highest": 3.0} and found["initial_weights"] == "not known"
-    written = pq.read_table(run / "predictions.parquet")
-    label, prob = (written[name].to_numpy() for name in ("boolean_value", "predicted_boolean_probability"))
-    assert found["auroc"]["value"] == pytest.approx(roc_auc_score(label, prob, sample_weight=weight.to_numpy()))
-    assert found["brier"] == pytest.approx(np.average((prob - label) ** 2, weights=weight.to_numpy()), abs=1e-6)
-    best = found["trials"][0]["best"]
-    assert best["auroc"] == pytest.approx(found["auroc"]["value"])
-    for text in ((run / "report.md").read_text(), done.stdout):
-        assert "0.50 to 3.00, in training and in every score" in " ".join(text.split())
-        assert SENTENCES["not known"] in " ".join(text.split())
-
-
-@pytest.mark.slow
 def test_a_failed_trial_is_shown_and_sinks_nothing(run: Path) -> None:
     found = json.loads((run / "results.json").read_text())
     (failed,) = [trial for trial in found["trials"] if trial["index"] != found["best_trial"]]
     assert failed["status"] == "failed" and failed["parameters"]["head_lr"] == DIVERGING
     assert failed["error"].startswith("FloatingPointError")
     assert failed["error"] in (run / "report.md").read_text()
-    assert f"trial-{failed['index']} failed: FloatingPointError" in (run.parent / "said.txt").read_text()
+    said = (run.parent / "said.txt").read_text()
+    assert f"trial-{failed['index']} failed: FloatingPointError" in said
+    assert re.search("trials [01] done, [01] running, 1 failed", said), said
+    begun = json.loads((run.parent / "begun.json").read_text())[failed["index"]]
+    assert len(starts(run / "tb" / f"trial-{failed['index']}")) == begun + 1, (
+        "it was tried again, which ends the same way"
+    )
+    with pytest.raises(UserError, match="all 1 trials failed, the first with FloatingPointError"):
+        best_of([TrialEnd(**failed)], "mean", run)
 
 
 @pytest.mark.slow
@@ -485,18 +437,3 @@ def test_a_finished_search_only_shows_its_results_again(run: Path, capsys: pytes
     with pytest.raises(UserError, match=r"train\.seed was 0, now 1") as caught:
         search(load("tune", [*line[2:], "train.seed=1"], TuneConfig))
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.slow
-def test_a_search_whose_trials_all_fail_says_why(
-    small_data: Path, pretrained: Path, environment: dict[str, str], tmp_path: Path
-) -> None:
-    line = command(
-        small_data, pretrained, tmp_path, f"[{DIVERGING}]", "search.num_trials=1", "search.space.teacher_fraction=0"
-    )
-    failed = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=300)
-    assert failed.returncode == 2
-    assert "all 1 trials failed, the first with FloatingPointError" in failed.stderr
-    assert "0 done, 0 running, 1 failed" in failed.stdout
-    assert len(starts(tmp_path / "r" / "tb" / "trial-0")) == 1, "it was tried again, which ends the same way"
-    assert not (tmp_path / "r" / "results.json").exists() and not (tmp_path / "r" / "bundle").exists()
