@@ -1,4 +1,4 @@
-"""A search whose trial or driver is killed: the same trials, the same scores."""
+"""A search whose trial or driver is killed: the same trials, the same scores; a benchmark that is killed."""
 
 from __future__ import annotations
 
@@ -153,3 +153,24 @@ def test_the_disk_is_full_while_a_search_saves(
         assert what_was_found(folder) == expected
     happens = "it ends; after making room the same command continues"
     table.append(("the disk of a search is full", happens, f"below {EVAL_EVERY} a trial", seconds))
+
+
+def test_a_benchmark_is_killed(small_data: Path, environment: dict[str, str], tmp_path: Path, table: list) -> None:
+    folder = tmp_path / "benchmark-readmission"
+    settings = ["task=readmission", f"data.path={small_data}", f"run.dir={tmp_path}", "model=debug", "data.context=32"]
+    settings += ["data.tokens_per_row=256", "data.min_count=1", "train.max_steps=4", "train.eval_every=2"]
+    settings += ["train.warmup_steps=1", "folds=2", "seeds=1", "only=[gradient_boosting,scratch]", "max_concurrent=1"]
+    arguments = [sys.executable, str(ROOT / "finetune" / "benchmark.py"), *settings]
+    first = folder / "runs" / "gradient_boosting-all-seed0-fold0.json"
+    with subprocess.Popen(arguments, env=environment, cwd=tmp_path, stdout=subprocess.DEVNULL) as driver:
+        wait_until(lambda: first.is_file() or driver.poll() is not None, "the first run is there")
+        driver.kill()
+    assert driver.returncode == -signal.SIGKILL and not (folder / "cross_validation.json").exists()
+    there = {path: path.stat().st_mtime_ns for path in (folder / "runs").iterdir() if path.stem == first.stem}
+    since = time.monotonic()
+    done = run(arguments, environment, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert there and {path: path.stat().st_mtime_ns for path in there} == there
+    assert len(json.loads((folder / "cross_validation.json").read_text())["rows"]) == 2
+    happens = "it goes on with the runs that are not there"
+    table.append(("`kill -9` of a benchmark", happens, "at most one run", time.monotonic() - since))
