@@ -18,7 +18,7 @@ from hymate.storage import paths
 from hymate.training.checkpoint import verify
 from hymate.training.keeper import Kept
 
-STEPS, EVAL_EVERY = 60, 10
+STEPS, EVAL_EVERY = 40, 10
 
 
 def command(data: Path, runs: Path, *overrides: str) -> list[str]:
