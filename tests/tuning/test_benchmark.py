@@ -59,13 +59,23 @@ def configured(data: Path | str, folder: Path | str, *overrides: str) -> Benchma
     return load("benchmark", given, BenchmarkConfig)
 
 
-def test_a_benchmark_compares_and_goes_on_after_a_mistake_in_a_run(
+@pytest.mark.usefixtures("one_thread")  # a run sets the number of threads
+def test_a_benchmark_compares_and_goes_on_with_what_is_not_there_and_after_a_mistake(
     small_data: Path, tmp_path: Path, environment: dict[str, str]
 ) -> None:
     """That it goes on when it is killed is in tests/faults."""
     folder, half = tmp_path / "benchmark-readmission", "choosing_fraction=0.5"
+
+    def boosted(budget: int, fold: int | None, *overrides: str) -> dict[Path, int]:
+        """Boosting's files, made here, and when."""
+        one = ContenderRun("gradient_boosting", budget, 0, fold)
+        train_and_score(configured(small_data, tmp_path, half, *overrides), one, None)
+        return {path: path.stat().st_mtime_ns for path in (folder / "runs").glob(f"{one.stem}.*")}
+
+    there = boosted(0, 0) | boosted(0, 1)
     one = run(command(small_data, tmp_path, ONLY, half), environment, tmp_path)
     assert one.returncode == 0, one.stderr
+    assert len(there) == 4 and {path: path.stat().st_mtime_ns for path in there} == there
     reference, model = check_cross_validation(folder)
     difference = model["auroc"]["difference"]["value"]
     assert difference == pytest.approx(model["auroc"]["mean"] - reference["auroc"]["mean"])
@@ -73,6 +83,8 @@ def test_a_benchmark_compares_and_goes_on_after_a_mistake_in_a_run(
     # the held-out labels, with fewer and more of the others to learn from; 7 patients have too few for boosting's
     # features, which shows when these are chosen: one line, and the runs beside it end well
     few = [half, "split=held_out", "only=[gradient_boosting,scratch]", "with_few_labels=[gradient_boosting]"]
+    for budget in (30, 70):
+        boosted(budget, None, "split=held_out")
     failed = run(command(small_data, tmp_path, *few, "budgets=[7,30,70]", "max_concurrent=2"), environment, tmp_path)
     assert failed.returncode == 2, failed.stderr
     assert re.search("gradient_boosting on 7 patients, seed 0 failed; [01] left", failed.stdout), failed.stdout
