@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import re
 import typing
@@ -13,8 +14,10 @@ from typing import Any
 
 import pytest
 import yaml
+from hydra import compose
 from omegaconf import OmegaConf
 
+from hymate import command as command_lines
 from hymate.baselines import BaselinesConfig
 from hymate.command import CONFIGS, load, main
 from hymate.config import RunConfig, TaskConfig
@@ -37,6 +40,15 @@ CHOICES = [
     for group in ("model", "objective", "train")
     for file in sorted((CONFIGS / group).glob("*.yaml"))
 ]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def composed_once() -> Iterator[None]:
+    """Hydra composes the same choices of the same files once: it takes four fifths of what a configuration takes."""
+    once = functools.cache(lambda name, overrides: compose(name, overrides=list(overrides)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command_lines, "compose", lambda name, overrides: once(name, tuple(overrides)))
+        yield
 
 
 def pretrain_config(*overrides: str) -> PretrainConfig:
@@ -148,21 +160,8 @@ TEXTS = [
     *("1.10", "1_000", "1e5", "12e4567", "7216e91", "+5", "-3", "007", "0x1F", ".5", "1.", "inf", "nan", "true", "OFF"),
     *("None", "~", "a=b", "=x", "date=2026-11-26/d", "d(1)", "or(a, b)", "(copy)", "d#1", "données", "Müller 患者"),
     *("it's", 'a "b" c', "'a'b'", '"a', "a'", "a,b", "a, b", "a: b", ";", "100%", "%20", "a&b", "*", "?", "a?b"),
-    *(
-        "$HOME",
-        "${run.name}",
-        "a${",
-        "\\${x}",
-        "\\\\${x}",
-        "{a: 1}",
-        "{",
-        "[1, 2]",
-        "[a",
-        "a]",
-        "^ADM.*",
-        "a//b",
-        "...",
-    ),
+    *("$HOME", "${run.name}", "a${", "\\${x}", "\\\\${x}", "{a: 1}", "{"),
+    *("[1, 2]", "[a", "a]", "^ADM.*", "a//b", "..."),
     *("a b", " a ", "a ", "C:\\data\\new", "\\", "a\\", "a\\\\", "-x", "--x", "@x", "!x", "|", "<x>", "`x`", "\u200b"),
 ]
 
