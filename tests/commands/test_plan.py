@@ -81,10 +81,11 @@ def test_the_command_prints_what_fits_and_claims_no_measurement(capsys: pytest.C
 
 
 def test_the_largest_row_fits_and_a_much_longer_one_does_not(capsys: pytest.CaptureFixture[str]) -> None:
-    config = load("plan", ["model=debug", "gpus=1", "data.tokens_per_row=8192", "memory_gib=[3]"], PlanConfig)
+    sizes = ["data.context=1000", "data.tokens_per_row=2048", "memory_gib=[2.3]"]
+    config = load("plan", ["model=debug", "gpus=1", *sizes], PlanConfig)
     plan(config)
     ((_, _, largest),) = table(capsys.readouterr().out, "GPU")
-    room = 3 * GIB - 2 * GIB
+    room = 2.3 * GIB - 2 * GIB
 
     def needed(num_events: int) -> float:
         row = replace(shapes(config.model, num_events, vocab_size=30000, history_events=1000))
