@@ -219,7 +219,7 @@ def test_documented_commands_run(place: Path) -> None:
         assert (place / "runs" / name / "report.md").is_file()
     assert (place / "predictions.parquet").is_file()
     check_repeated(place / "runs" / "pretrain", place / "runs" / "again")
-    check_tasks(place / "runs" / "tune-readmission-mortality-length_of_stay")
+    check_tasks(place / "runs" / "tune-mortality-length_of_stay-time_to_readmission")
 
 
 def _words(command: Command) -> list[str] | None:
@@ -258,27 +258,34 @@ def check_repeated(first: Path, again: Path) -> None:
 
 
 def check_tasks(run: Path) -> None:
-    """A run of three tasks left a head, scores and predictions for each."""
-    tasks = ["readmission", "mortality", "length_of_stay"]
+    """A run of three tasks, each of another kind, left a head, scores and predictions for each."""
+    chosen_by = {  # the metrics of each task
+        "mortality": ["auroc", "auprc"],
+        "length_of_stay": ["auroc", "auprc", "concordance"],
+        "time_to_readmission": ["auroc"],
+    }
     found = json.loads((run / "results.json").read_text())
-    assert [part["task"] for part in found["tasks"]] == tasks and "auroc" not in found
-    scored = ["auroc", "auprc"]
+    assert [part["task"] for part in found["tasks"]] == list(chosen_by) and "auroc" not in found
     best = found["trials"][found["best_trial"]]["best"]
-    means = []
+    means = [np.mean([best[f"{task}/{name}"] for name in names]) for task, names in chosen_by.items()]
+    assert best["mean"] == pytest.approx(np.mean(means))
     for part in found["tasks"]:
-        own = [*scored, "concordance"] if part["task"] == "length_of_stay" else scored
-        means.append(sum(best[f"{part['task']}/{name}"] for name in own) / len(own))
         table = pq.read_table(run / "predictions" / f"{part['task']}.parquet")
-        label, prob = (table[name].to_numpy() for name in ("boolean_value", "predicted_boolean_probability"))
-        assert len(label) == part["num_labels"] and part["auroc"]["value"] == pytest.approx(auroc(label, prob))
-        assert ("days" in part) == (part["task"] == "length_of_stay")
-    assert best["mean"] == pytest.approx(sum(means) / 3)
+        assert len(table) == part["num_labels"]
+        assert ("days" in part, "horizons" in part) == (
+            part["task"] == "length_of_stay",
+            part["task"] == "time_to_readmission",
+        )
+        if "horizons" not in part:
+            label, prob = (table[name].to_numpy() for name in ("boolean_value", "predicted_boolean_probability"))
+            assert part["auroc"]["value"] == pytest.approx(auroc(label, prob))
     days = pq.read_table(run / "predictions" / "length_of_stay-days.parquet")
     error = np.abs(days["float_value"].to_numpy() - days["predicted_float_value"].to_numpy())
-    assert found["tasks"][2]["days"]["mae"]["value"] == pytest.approx(error.mean(), rel=1e-5)
+    assert found["tasks"][1]["days"]["mae"]["value"] == pytest.approx(error.mean(), rel=1e-5)
     report, bundle = (run / "report.md").read_text(), read_bundle(run)
-    assert all(f"| {task} | held_out |" in report for task in tasks) and "| length_of_stay | " in report
-    assert (bundle.tasks, bundle.in_days) == (tasks, ["length_of_stay"])
+    assert all(f"| {task} | held_out" in report for task in chosen_by) and "| length_of_stay | " in report
+    assert (bundle.tasks, bundle.in_days) == (list(chosen_by), ["length_of_stay"])
+    assert list(bundle.in_time) == ["time_to_readmission"]
 
 
 def write_challenge(folder: Path, num_stays: int) -> None:
