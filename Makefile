@@ -5,6 +5,7 @@ DEMO ?= demo
 SUBJECTS ?= 1500
 PRETRAIN_STEPS ?= 150
 TUNE_STEPS ?= 800
+TRIALS ?= 4
 ICU ?= build/icu
 QUICK ?=
 # of tests, side by side: one more than cores, for each waits for Ray now and then; each takes up to 5 GB
@@ -42,9 +43,9 @@ demo: $(VENV)/.installed
 	@$(PY) pretrain/run.py data.path=$(DEMO)/data model=debug train=zero2 train.num_workers=2 \
 		data.context=512 data.tokens_per_row=4096 train.learning_rate=3e-3 train.max_steps=$(PRETRAIN_STEPS) train.eval_every=50 \
 		train.eval_rows=8 run.dir=$(DEMO)/runs run.name=pretrain
-	@echo "3/3  fine-tuning for readmission: a search over 4 trials that learn from gradient boosting, too"
+	@echo "3/3  fine-tuning for readmission: a search over $(TRIALS) trials that learn from gradient boosting, too"
 	@$(PY) finetune/tune.py task=readmission data.path=$(DEMO)/data init=$(DEMO)/runs/pretrain search=quick \
-		data.context=256 data.tokens_per_row=4096 train.rows_per_step=1 train.max_steps=$(TUNE_STEPS) train.eval_every=100 \
+		search.num_trials=$(TRIALS) data.context=256 data.tokens_per_row=4096 train.rows_per_step=1 train.max_steps=$(TUNE_STEPS) train.eval_every=100 \
 		report.ensemble=true run.dir=$(DEMO)/runs run.name=readmission
 
 # the encoder that ships as init=icu, of the files of both challenges; hymate/bundles/icu/README.md is written by hand

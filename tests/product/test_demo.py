@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from commands import ROOT, run
 
-SIZES = ["SUBJECTS=80", "PRETRAIN_STEPS=51", "TUNE_STEPS=31"]  # a step beyond the warm-up's 50 and 30
+SIZES = ["SUBJECTS=80", "PRETRAIN_STEPS=51", "TUNE_STEPS=31", "TRIALS=2"]  # a step beyond the warm-up's 50 and 30
 
 
 @pytest.mark.slow
