@@ -18,6 +18,9 @@ PIP = $(BIN)/pip install --quiet --no-compile --disable-pip-version-check --cons
 # the tests of a file run in one process; what took longest is said at the end. Ray's workers would wait for the tests
 PYTEST = OMP_NUM_THREADS=1 RAY_worker_niceness=0 $(PY) -m pytest -q -n $(PROCESSES) --dist loadfile --no-loadscope-reorder --durations=15
 
+# many tests compute in float64: compiled once here, not in each of their processes
+DOUBLE = $(PY) -m hymate.ops.cpu.precompile float64
+
 # a virtual environment where there is one; a machine with a GPU may have its own Python with torch, and no internet
 ANY_PY = $(if $(wildcard $(PY)),$(PY),$(PYTHON))
 
@@ -65,12 +68,12 @@ check: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(PYTEST) -m "not slow"
+	$(DOUBLE) && $(PYTEST) -m "not slow"
 
 test: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy & types=$$!; $(PYTEST) && wait $$types
+	$(BIN)/mypy & types=$$!; $(DOUBLE) && $(PYTEST) && wait $$types
 
 # after a `make test CONSTRAINTS=/dev/null` that passed in a fresh environment
 constraints: $(VENV)/.installed
