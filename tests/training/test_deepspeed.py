@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,8 @@ def _train_cases(worker: Worker, folder: Path, cases: dict[str, dict[str, Any]])
 
         with mock.patch.object(nn.Module, "compile", functools.partialmethod(nn.Module.compile, backend="aot_eager")):
             recorder, job = run_training(worker, config, folder / name, module_hook=watch)
+        # what compiles takes seconds to import, and is for the case that compiles, the last
+        assert config.compile or "torch._inductor.compile_fx" not in sys.modules
         if worker.rank == 0:
             stored = {str(parameter.dtype) for parameter in job.module.parameters()}
             result = {
