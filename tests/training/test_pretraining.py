@@ -50,7 +50,7 @@ def recorded(run_folder: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def cluster(environment: dict[str, str]) -> Iterator[dict[str, str]]:
-    """Settings that lead to a running cluster: what is not about a Ray of a run's own need not start one."""
+    """Settings that lead to a running cluster: a test that is not about how Ray starts need not start one."""
     ray = str(Path(sys.executable).with_name("ray"))
     port = "26379"
     settings = {**environment, "RAY_AUTH_MODE": "disabled", "RAY_ADDRESS": f"127.0.0.1:{port}"}
