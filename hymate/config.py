@@ -188,8 +188,7 @@ class ObjectiveConfig:
     forecast_points: times of each history that are forecast from.
     forecast_variables: how many of the most frequent codes are forecast.
     time_to_event_fraction: fraction of the events after which it is predicted when codes come next.
-    time_to_event_bins: bins of time; edges and first hazards are learned from about `train.eval_rows` rows of the
-        training split.
+    time_to_event_bins: bins of time; edges and first hazards are learned from about 64 rows of the training split.
     time_to_event_rank: of the product of patient and code that gives the hazards.
     """
 

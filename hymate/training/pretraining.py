@@ -37,6 +37,7 @@ CHECKPOINTS, BUNDLE = "checkpoints", "bundle"
 SCORE = "val_loss"
 MODE: Literal["min"] = "min"
 TRAIN_SPLIT, TUNING_SPLIT = "train", "tuning"
+TIMES_ROWS = 64  # of which the bins of time and their first hazards are learned
 # Keys that a run may change when it is continued: they move it to other machines or end it sooner or later.
 CHANGEABLE = ELSEWHERE | {
     "train.num_workers",
@@ -146,12 +147,13 @@ def pretraining_job(config: PretrainConfig, worker: Worker) -> Job:
     examples = pretraining_examples(histories, TRAIN_SPLIT)
     training = _rows(config, histories, vocabulary, examples)
     if config.objective.time_to_event_weight:
-        sample = _rows(config, histories, vocabulary, some(examples, config.data, config.train))
+        sample = _rows(config, histories, vocabulary, some(examples, config.data, TIMES_ROWS, config.train.seed))
         module.learn_times(row for row, _ in sample.once(0, 1))
     if start is not None:
         load_pretrained(module, start.state, [name for name, _ in module.named_children() if name != "backbone"])
     tuning_examples = pretraining_examples(histories, TUNING_SPLIT)
-    tuning = _rows(config, histories, vocabulary, some(tuning_examples, config.data, config.train))
+    tuning_examples = some(tuning_examples, config.data, config.train.eval_rows, config.train.seed)
+    tuning = _rows(config, histories, vocabulary, tuning_examples)
 
     def evaluate(engine: Any) -> dict[str, float]:
         outputs = mean_outputs(engine, tuning.once(worker.rank, worker.world_size), worker)
@@ -171,10 +173,10 @@ def _vocabulary(config: PretrainConfig, start: Bundle | None, histories: Histori
     return Vocabulary.of(histories, config.data.min_count) if start is None else start.vocabulary
 
 
-def some(examples: Examples, data: DataConfig, train: TrainConfig) -> Examples:
-    """A seeded choice of examples that fills about `eval_rows` rows, in their own order; at least one."""
-    most = train.eval_rows * data.tokens_per_row
-    order = permuted(np.arange(min(most, len(examples))), len(examples), train.seed)  # each has an event at least
+def some(examples: Examples, data: DataConfig, num_rows: int, seed: int) -> Examples:
+    """A seeded choice of examples that fills about so many rows, in their own order; at least one."""
+    most = num_rows * data.tokens_per_row
+    order = permuted(np.arange(min(most, len(examples))), len(examples), seed)  # each has an event at least
     events = np.minimum(examples.stop_E[order], data.context).cumsum()
     count = max(1, int(np.searchsorted(events, most, side="right")))
     return examples.only(np.sort(order[:count]))

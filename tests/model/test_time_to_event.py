@@ -165,15 +165,18 @@ def test_bins_and_first_hazards_are_those_of_what_comes() -> None:
         assert log_rate == pytest.approx(math.log((events + 0.5) / at_risk), abs=1e-4)
 
 
-def test_every_worker_learns_the_same_bins(small_data: Path) -> None:
+def test_every_worker_learns_the_same_bins_however_much_it_evaluates_on(small_data: Path) -> None:
     config = PretrainConfig(
         DataConfig(str(small_data), context=64, tokens_per_row=128, min_count=1),
         KINDS["mamba2"],
         OBJECTIVE,
-        TrainConfig(num_workers=2, eval_rows=4),
+        TrainConfig(num_workers=2, eval_rows=1),
         RunConfig("any"),
     )
-    jobs = [pretraining_job(config, Worker(rank, 2, rank, torch.device("cpu"))) for rank in range(2)]
+    more = replace(config, train=replace(config.train, eval_rows=4))
+    jobs = [
+        pretraining_job(each, Worker(rank, 2, rank, torch.device("cpu"))) for rank, each in enumerate((config, more))
+    ]
     first, second = (job.module.state_dict() for job in jobs)
     assert all(torch.equal(first[name], second[name]) for name in first)
     unlearned = PretrainModel(config.model, OBJECTIVE, VOCAB).state_dict()
