@@ -180,7 +180,10 @@ def test_the_first_operator_leaves_the_number_of_threads_alone() -> None:
 
 @pytest.mark.slow
 def test_precompiling_leaves_nothing_to_compile() -> None:
-    """Numba's log names the files it loads and saves. Most kernels are on disk: compiling all takes a minute."""
+    """Numba's log names the files it loads and saves. Most kernels are on disk: compiling all takes a minute.
+
+    Processes print a line and its end separately, so two of them can share a line.
+    """
     environment = {**os.environ, "NUMBA_DEBUG_CACHE": "1"}
     step = """
 import torch
@@ -193,6 +196,6 @@ for mixer in (Mamba1Mixer(16, d_state=4), Mamba2Mixer(16, d_state=4, headdim=16)
     compiled = []
     for command in (["-m", "hymate.ops.cpu.precompile"], ["-c", step]):
         done = subprocess.run([sys.executable, *command], env=environment, check=True, capture_output=True, text=True)
-        compiled.append(set(re.findall(r"data (?:loaded from|saved to) '.*/([\w.]+)-", done.stdout)))
+        compiled.append(set(re.findall(r"data (?:loaded from|saved to) '[^']*/([\w.]+)-", done.stdout)))
     assert len(compiled[0]) == len(KERNELS)
     assert compiled[1] - compiled[0] == {"launch._for_each_unit"}  # its own parallel loop compiles in half a second
