@@ -1,7 +1,8 @@
-"""TrainConfig -> DeepSpeed configuration, and DeepSpeed without PyTorch's inductor."""
+"""TrainConfig -> DeepSpeed configuration, and DeepSpeed and AdamW without PyTorch's compiler."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,7 +21,7 @@ def reduce_bucket_size(num_parameters: int) -> int:
 
 
 def deepspeed_config(train: TrainConfig, world_size: int, num_parameters: int) -> dict[str, Any]:
-    """The DeepSpeed configuration of one run; the optimiser itself (torch AdamW) is passed to the engine.
+    """The DeepSpeed configuration of one run; the optimiser itself (`AdamW`) is passed to the engine.
 
     A worker computes one packed row at a time and accumulates the gradients of its part of `rows_per_step`.
     bf16 is autocast around float32 parameters: weights, A_log, dt_bias, gradients and what ZeRO moves between
@@ -43,7 +44,18 @@ def deepspeed_config(train: TrainConfig, world_size: int, num_parameters: int) -
             "lower_precision_safe_modules": [],
         },
         "steps_per_print": NEVER,
+        "zero_allow_untested_optimizer": True,  # it knows PyTorch's AdamW by its class, not by what it inherits
     }
+
+
+class AdamW(torch.optim.AdamW):
+    """PyTorch's, with the same numbers. Its own methods import all that compiles when first called: two seconds."""
+
+    add_param_group = inspect.unwrap(torch.optim.AdamW.add_param_group)
+    zero_grad = inspect.unwrap(torch.optim.AdamW.zero_grad)
+    state_dict = inspect.unwrap(torch.optim.AdamW.state_dict)
+    load_state_dict = inspect.unwrap(torch.optim.AdamW.load_state_dict)
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
 
 
 @contextmanager

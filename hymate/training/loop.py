@@ -36,7 +36,7 @@ from hymate.model.embedding import EventEmbedding
 from hymate.model.encoder import GatedMLP, HyMaTE
 from hymate.model.objectives import LossModel, mean_loss
 from hymate.training import checkpoint
-from hymate.training.deepspeed import deepspeed_config, nothing_compiled
+from hymate.training.deepspeed import AdamW, deepspeed_config, nothing_compiled
 from hymate.training.memory import keep_freed_memory
 from hymate.training.stragglers import Clock, WorkerTimes, curves, trouble
 from hymate.training.telemetry import Telemetry
@@ -342,7 +342,7 @@ def start(job: Job, config: TrainConfig, worker: Worker, resume: Path | None) ->
     if resume is not None:
         checkpoint.load_weights(job.module, resume)
     betas, on_gpu = (config.beta1, config.beta2), worker.device.type != "cpu"
-    optimizer = torch.optim.AdamW(job.groups, betas=betas, weight_decay=config.weight_decay, fused=on_gpu)
+    optimizer = AdamW(job.groups, betas=betas, weight_decay=config.weight_decay, fused=on_gpu)
     engine = build_engine(job.module, optimizer, config, worker)
     if resume is None:
         checkpoint.create_adam_state(engine, steps=0)  # the first step may be skipped, and then saved

@@ -19,7 +19,9 @@ from processes import TRAIN, RandomRows, run_training, run_workers
 from safetensors.torch import load_file
 
 from hymate.model.batch import Batch
+from hymate.training import loop
 from hymate.training.checkpoint import Damaged, read_verified_weights, verify
+from hymate.training.deepspeed import AdamW
 from hymate.training.loop import Unrecoverable, Worker
 
 CONFIG = replace(TRAIN, max_steps=4, eval_every=2)
@@ -175,7 +177,7 @@ class Poisoned(RandomRows):
         return row
 
 
-class Fused(torch.optim.AdamW):
+class Fused(AdamW):
     """A GPU's, whose kernel looks by itself whether a gradient was not finite."""
 
     def __init__(self, *args: Any, **settings: Any) -> None:
@@ -189,7 +191,7 @@ def _skipping(worker: Worker, root: Path) -> None:
     for case, stage in SKIPPING.items():
         config = replace(CONFIG, num_workers=worker.world_size, zero_stage=stage, max_steps=5, eval_every=1)
         whole, again = (f"skipping-{case}", f"skipping-again-{case}")
-        with mock.patch.object(torch.optim, "AdamW", Fused if case == "fused" else torch.optim.AdamW):
+        with mock.patch.object(loop, "AdamW", Fused if case == "fused" else AdamW):
             for name, resume in ((whole, None), (again, root / whole / "step-3")):
                 recorder, _ = run_training(worker, config, root / name, resume=resume, rows=Poisoned({1, 3}))
                 if worker.rank == 0:
