@@ -32,6 +32,7 @@ from hymate.data.packing import pack
 from hymate.model.batch import Batch
 from hymate.model.encoder import HyMaTE, RiskModel, decay_groups
 from hymate.model.pretrain_model import PretrainModel
+from hymate.training.deepspeed import AdamW
 
 TASK = "readmission"
 
@@ -150,11 +151,11 @@ def training(report: Report, setting: Setting, name: str, mixer: str) -> None:
     report.attempt(f"{name}, {mixer}, plain, train.compile=true", functools.partial(plain, compiled=True))
 
 
-def model_and_adamw(setting: Setting, config: ModelConfig) -> tuple[PretrainModel, torch.optim.AdamW]:
+def model_and_adamw(setting: Setting, config: ModelConfig) -> tuple[PretrainModel, AdamW]:
     torch.manual_seed(0)
     module = PretrainModel(config, ObjectiveConfig(), VOCABULARY).to(setting.device)
     fused = setting.device.type == "cuda"
-    return module, torch.optim.AdamW(decay_groups(module, 0.05), lr=1e-4, betas=(0.9, 0.98), fused=fused)
+    return module, AdamW(decay_groups(module, 0.05), lr=1e-4, betas=(0.9, 0.98), fused=fused)
 
 
 def plain_step(setting: Setting, module: PretrainModel, optimizer: torch.optim.Optimizer, batch: Batch) -> None:

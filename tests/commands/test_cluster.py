@@ -276,7 +276,7 @@ echo RUNNING
 """
 FAKE_SCONTROL = """#!/usr/bin/env bash
 case $1 in
-show) printf 'localhost\\nlocalhost\\n' ;;
+show) tr , '\\n' <<<"$3" ;;
 requeue) touch "requeued-$2" ;;
 esac
 """
@@ -303,13 +303,14 @@ def slurm_job(small_data: Path, tmp_path: Path) -> Iterator[tuple[list[str], dic
         "SLURM_JOB_ID": job,
         "SLURM_JOB_NUM_NODES": "2",
     }
-    environment |= {"SLURM_JOB_NODELIST": "localhost", "SLURM_CPUS_PER_TASK": "1", "RAY_worker_niceness": "0"}
+    environment |= {"SLURM_JOB_NODELIST": "localhost,localhost", "SLURM_CPUS_PER_TASK": "1", "RAY_worker_niceness": "0"}
     environment |= {"HYMATE_OPS": "reference", "TORCHDYNAMO_DISABLE": "1"}
     sizes = ["data.context=64", "data.tokens_per_row=64", "data.min_count=1", "model=debug", "train.eval_rows=2"]
     sizes += [
         "train.warmup_steps=1",
         "train.eval_every=3",
         "train.log_every=1",
+        "train.rows_per_step=2",
         f"data.path={small_data}",
         f"run.dir={tmp_path}/runs",
     ]
@@ -319,6 +320,7 @@ def slurm_job(small_data: Path, tmp_path: Path) -> Iterator[tuple[list[str], dic
 
 @pytest.mark.slow
 def test_a_preempted_slurm_job_goes_on(slurm_job: tuple[list[str], dict[str, str], Path], tmp_path: Path) -> None:
+    """On two machines, then on one, with as many rows a step."""
     command, environment, folder = slurm_job
     files, runs = f"/tmp/hymate-{environment['SLURM_JOB_ID']}", tmp_path / "runs" / "pretrain"
 
@@ -337,12 +339,13 @@ def test_a_preempted_slurm_job_goes_on(slurm_job: tuple[list[str], dict[str, str
         return job.stdout.read() if job.stdout else ""
 
     first = start("train.max_steps=1000000")
-    wait_until(lambda: step_of(runs) > 6 or first.poll() is not None, "the first checkpoints are there")
+    wait_until(lambda: step_of(runs) > 3 or first.poll() is not None, "the first checkpoints are there")
     first.send_signal(signal.SIGTERM)
     said = ended(first)
     assert first.returncode == 143, said
     assert (folder / f"requeued-{environment['SLURM_JOB_ID']}").is_file()
     last = max(json.loads(path.read_text())["step"] for path in (runs / "checkpoints").glob("*/state.json"))
+    environment |= {"SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "localhost"}
     again = start(f"train.max_steps={last + 3}")
     assert f"bundle: {runs}/bundle" in ended(again) and again.returncode == 0
     assert read_bundle(runs, kind="pretrained").model.d_model == 32

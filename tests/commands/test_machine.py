@@ -1,4 +1,4 @@
-"""Machines that lack what libraries take for granted."""
+"""Machines that lack what libraries take for granted, or have other code than the command's."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from commands import PATIENCE_S, ROOT
 
 from hymate import machine
 from hymate.errors import UserError
+from hymate.inference.bundle import read_bundle
 
 
 @pytest.fixture
@@ -94,15 +95,27 @@ def test_a_folder_that_others_can_write_to_holds_no_caches(temporary: Path, monk
 # ------------------------------------------------------------------------------------- a container as they often are
 
 MAY_READ = "-all,+dac_read_search"  # the interpreter, whoever it belongs to
+LEAVES_A_FILE = """
+_train = train
+
+def train(*args, **kwargs):
+    import os, pathlib, sys
+    standing = _train(*args, **kwargs)
+    pathlib.Path({folder!r}, str(os.getpid())).write_text("\\n".join(sys.modules))
+    return standing
+"""
 
 
 @pytest.fixture
 def stranger() -> Iterator[tuple[list[str], dict[str, str], Path]]:
-    """What makes a command one of a user without a name or a home, its environment, and a folder for all users."""
-    if os.geteuid() != 0 or shutil.which("setpriv") is None:
-        pytest.skip("needs root and setpriv, to become another user")
-    words = ["setpriv", "--reuid", "54321", "--regid", "54321", "--clear-groups"]
-    words += ["--inh-caps", MAY_READ, "--ambient-caps", MAY_READ]
+    """What makes a command one of a user without a name or a home, its environment, and a folder for all users.
+
+    Who is not root stays who they are: nothing makes a command another user's.
+    """
+    words: list[str] = []
+    if os.geteuid() == 0 and shutil.which("setpriv"):
+        words = ["setpriv", "--reuid", "54321", "--regid", "54321", "--clear-groups"]
+        words += ["--inh-caps", MAY_READ, "--ambient-caps", MAY_READ]
     with tempfile.TemporaryDirectory(prefix="hy", dir="/tmp", ignore_cleanup_errors=True) as folder:
         temporary = Path(folder) / ("x" * 200)
         temporary.mkdir()
@@ -116,6 +129,8 @@ def stranger() -> Iterator[tuple[list[str], dict[str, str], Path]]:
 
 def test_kernels_find_a_place_where_the_code_is_read_only(stranger: tuple[list[str], dict[str, str], Path]) -> None:
     words, environment, folder = stranger
+    if not words:
+        pytest.skip("needs root and setpriv, to become another user")
     shutil.copytree(ROOT / "hymate", folder / "hymate", ignore=shutil.ignore_patterns("__pycache__"))
     line = [*words, sys.executable, "-c", "import hymate.ops.cpu"]
     environment["PYTHONPATH"] = str(folder)
@@ -124,17 +139,32 @@ def test_kernels_find_a_place_where_the_code_is_read_only(stranger: tuple[list[s
 
 
 @pytest.mark.slow
-def test_a_run_trains_without_a_home_or_a_name_and_with_a_long_path_to_temporary_files(
+def test_a_run_trains_without_a_home_or_a_name_and_with_a_long_path_to_temporary_files_by_the_code_beside_it(
     stranger: tuple[list[str], dict[str, str], Path], small_data: Path
 ) -> None:
+    """The command is a checkout's that is not installed, and given in a folder that has another hymate."""
     words, environment, folder = stranger
-    line = [*words, sys.executable, str(ROOT / "pretrain" / "run.py"), f"data.path={small_data}"]
+    checkout, ran, here = folder / "checkout", folder / "ran", folder / "here"
+    for name in ("pretrain", "configs", "hymate"):
+        shutil.copytree(ROOT / name, checkout / name)
+    ran.mkdir()
+    ran.chmod(0o777)
+    with (checkout / "hymate" / "training" / "loop.py").open("a") as file:
+        file.write(LEAVES_A_FILE.format(folder=str(ran)))
+    (here / "hymate").mkdir(parents=True)
+    (here / "hymate" / "__init__.py").write_text("raise SystemError('this is not the one')")
+    line = [*words, sys.executable, str(checkout / "pretrain" / "run.py"), f"data.path={small_data}"]
     line += [f"run.dir={folder}/runs", "model=debug", "data.context=64", "data.tokens_per_row=64", "data.min_count=1"]
     line += ["train.max_steps=1", "train.eval_every=1", "train.eval_rows=1", "train.warmup_steps=0"]
     line += ["train.rows_per_step=1", "train.num_workers=1"]
     environment["HYMATE_OPS"] = "reference"  # compiling takes longer than all the rest
-    done = subprocess.run(line, env=environment, cwd=folder, capture_output=True, text=True, timeout=PATIENCE_S)
+    environment.pop("PYTHONPATH", None)
+    done = subprocess.run(line, env=environment, cwd=here, capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 0 and not done.stderr, done.stdout + done.stderr
+    assert read_bundle(folder / "runs" / "pretrain", kind="pretrained").model.d_model == 32
+    workers = list(ran.iterdir())
+    assert len(workers) == 1, "the worker has run other code"
+    assert "torch._dynamo" not in workers[0].read_text().splitlines(), "it takes two seconds to import"
 
 
 def test_temporary_files_of_a_killed_process_go_with_the_next_one(

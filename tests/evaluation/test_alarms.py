@@ -220,11 +220,11 @@ def _doubled(examples: Examples) -> Examples:
     return Examples(**columns)
 
 
-def test_half_a_million_labels_take_seconds() -> None:
-    scored, probability = cohort(13_000, 2)
+def test_a_hundred_thousand_labels_take_a_second() -> None:
+    scored, probability = cohort(2_700, 2)
     started = time.process_time()
     found = alarms.assess(DEFAULT, scored, scored, {"model": (probability, probability)})
-    assert len(scored) > 490_000 and found["model"]["utility"]["ci"]
+    assert len(scored) > 100_000 and found["model"]["utility"]["ci"]
     print(f"{len(scored):,} labels: {time.process_time() - started:.1f} s")
 
 

@@ -125,15 +125,15 @@ def test_concordance_of_competing_events_equals_a_count_of_all_pairs(cases: list
 @pytest.mark.slow
 def test_scores_of_the_right_incidence_are_calibrated_and_those_of_a_wrong_one_are_not() -> None:
     rng = np.random.default_rng(4)
-    event_N, competing_N = rng.choice([0.02, 0.05, 0.2], 6000), np.full(6000, 0.05)
+    event_N, competing_N = rng.choice([0.02, 0.05, 0.2], 2500), np.full(2500, 0.05)
     both_N = event_N + competing_N
-    until_N, lost_N = rng.exponential(1 / both_N), rng.exponential(20, 6000)
-    cause_N = np.where(rng.random(6000) < event_N / both_N, EVENT, COMPETING)
+    until_N, lost_N = rng.exponential(1 / both_N), rng.exponential(20, 2500)
+    cause_N = np.where(rng.random(2500) < event_N / both_N, EVENT, COMPETING)
     days_N, cause_N = np.minimum(until_N, lost_N).astype(np.float32), np.where(until_N <= lost_N, cause_N, 0)
     came_NH = 1 - np.exp(-both_N[:, None] * np.array(HORIZONS))
     right_NCH = np.stack([event_N / both_N, competing_N / both_N], axis=1)[:, :, None] * came_NH[:, None]
     found, wrong = (
-        survival.scores(days_N, cause_N, p_NCH, HORIZONS, np.arange(6000)) for p_NCH in (right_NCH, right_NCH / 2)
+        survival.scores(days_N, cause_N, p_NCH, HORIZONS, np.arange(2500)) for p_NCH in (right_NCH, right_NCH / 2)
     )
     for row, off in zip(found["horizons"], wrong["horizons"], strict=True):
         low, high = row["calibration"]["observed"]["ci"]

@@ -13,7 +13,7 @@ from fuzz.inputs import GOOD, READERS, bench
 from fuzz.reader import files_of
 
 CORPUS = Path(__file__).parent / "corpus"
-MUTATIONS = 200
+MUTATIONS = 100
 
 
 @pytest.mark.parametrize("name", READERS)

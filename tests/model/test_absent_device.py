@@ -38,6 +38,7 @@ from hymate.model.encoder import RiskModel
 from hymate.model.objectives import LossModel
 from hymate.model.pretrain_model import PretrainModel
 from hymate.training import loop, stragglers
+from hymate.training.deepspeed import AdamW
 
 pytestmark = pytest.mark.slow
 
@@ -134,20 +135,26 @@ class Engine:
 
 @dataclass(frozen=True)
 class Case:
-    """What trains: of MODELS, one of OBJECTIVES or "fine-tuning"; several_answers: of a segment."""
+    """What trains: of MODELS, one of OBJECTIVES or "fine-tuning"; several_answers: of a segment.
+
+    steps: of two rows each. What a second one finds (an optimiser's state, rows that were fed ahead) is no model's.
+    """
 
     model: str
     objective: str
     bf16: bool = False
     checkpointing: bool = False
     several_answers: bool = False
+    steps: int = 1
 
 
 CASES = [
-    *(Case(model, "both") for model in MODELS if model not in SEES_AHEAD),
-    *(Case(model, "fine-tuning") for model in MODELS),
+    *(Case(model, "both") for model in MODELS if model not in SEES_AHEAD and model != "mamba2"),
+    *(Case(model, "fine-tuning") for model in MODELS if model != "members"),
     *(Case(model, "masked_event") for model in SEES_AHEAD),
     *(Case(model, "fine-tuning", several_answers=True) for model in MODELS if model not in SEES_AHEAD),
+    Case("mamba2", "both", steps=2),
+    Case("members", "fine-tuning", steps=2),
     Case("mamba2", "forecast"),
     Case("mamba2", "time_to_event"),
     Case("members", "time_to_event", bf16=True),
@@ -185,10 +192,13 @@ def _answered(row: Batch) -> Batch:
     return answered_at(row, [[*range(0, length - 1, 2), length - 1, length - 1] for length in row.lengths])
 
 
-def _steps(built: Engine, device: str, several_answers: bool) -> list[Tensor]:
-    """The sums of two steps of two rows."""
+def _steps(built: Engine, device: str, case: Case) -> list[Tensor]:
+    """The sums of each step."""
     results = []
-    steps = ([_answered(row) if several_answers else row for row in repacked(_patients(), 2, seed=n)] for n in range(2))
+    steps = (
+        [_answered(row) if case.several_answers else row for row in repacked(_patients(), 2, seed=n)]
+        for n in range(case.steps)
+    )
     for rows in fed(steps, torch.device(device), built.ask):
         sums = loop.train_step(built, rows, torch.device(device))
         results.append(torch.stack([sums[name] for name in sorted(sums)]))
@@ -197,19 +207,19 @@ def _steps(built: Engine, device: str, several_answers: bool) -> list[Tensor]:
 
 def _engine(case: Case, device: str) -> Engine:
     model = _model(case).to(device)
-    return Engine(model, torch.optim.AdamW(model.parameters(), lr=1e-2, fused=device != "cpu"), 2, case.bf16)
+    return Engine(model, AdamW(model.parameters(), lr=1e-2, fused=device != "cpu"), 2, case.bf16)
 
 
 def steps_there(case: Case) -> dict[str, int]:
-    """The waits of two steps, whose results are those of a CPU's."""
+    """The waits of the steps, whose results are those of a CPU's."""
     from absent_device import NAME, watch
 
     here = _engine(case, "cpu")
-    expected = _steps(here, "cpu", case.several_answers)
+    expected = _steps(here, "cpu", case)
     with watch() as seen, ops.forced("fused"), standing_in():
         there = _engine(case, NAME)
         seen.waits.clear()
-        results = _steps(there, NAME, case.several_answers)
+        results = _steps(there, NAME, case)
         waits = dict(seen.waits)
         tolerance = {"rtol": 0.1, "atol": 0.1} if case.bf16 else {"rtol": 2e-3, "atol": 1e-5}
         torch.testing.assert_close([each.cpu() for each in results], expected, **tolerance)
@@ -245,7 +255,7 @@ def _train(device: str, recorder: Recorder, stop: Callable[[], bool] = lambda: F
     config = replace(
         TRAIN, num_workers=1, rows_per_step=2, max_steps=MAX_STEPS, warmup_steps=1, eval_every=100, log_every=LOG_EVERY
     )
-    built = _engine(Case("mamba2", "masked_event"), device)
+    built = _engine(Case("transformer", "masked_event"), device)
     job = loop.Job(built.module, built.optimizer.param_groups, Rows(), lambda _: {}, "val_loss", "min")
     worker = loop.Worker(0, 1, 0, torch.device(device))
     loop.start = lambda *_: (built, loop.Standing())  # type: ignore[assignment]

@@ -2,7 +2,7 @@
 
 `make test-gpu` runs the parts marked `gpu` (not yet run on one). Without a GPU the same code runs from CPU to CPU at
 one stage, so that it has run before its first time on one. A process for each device, because DeepSpeed keeps the one
-that it was imported for; no Ray.
+that it was imported for, and CUDA allows no forked one; no Ray.
 """
 
 from __future__ import annotations
@@ -11,17 +11,19 @@ import functools
 import json
 import math
 import multiprocessing
+import os
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pyarrow.parquet as pq
 import pytest
 import torch
 from commands import PATIENCE_S
-from processes import TRAIN, RandomRows, pretraining_job, run_training
+from processes import FORKED, TRAIN, RandomRows, pretraining_job, run_training
 from random_histories import random_history, random_vocabulary
 from rows import in_double, random_row
 from safetensors.torch import load_file
@@ -93,8 +95,10 @@ def needs(device: str, model: ModelConfig) -> None:
 
 def run_alone(function: Callable[..., None], device: str, *args: Any) -> None:
     """`function(worker, *args)` in a new process that is a process group by itself; fails if it does."""
-    process = multiprocessing.get_context("spawn").Process(target=_work, args=(function, device, args))
-    process.start()
+    with mock.patch.dict(os.environ, {"DS_ACCELERATOR": "cpu"} if device == "cpu" else {}):
+        start = FORKED if device == "cpu" else multiprocessing.get_context("spawn")
+        process = start.Process(target=_work, args=(function, device, args))
+        process.start()
     try:
         process.join(PATIENCE_S)
         assert process.exitcode == 0

@@ -1,4 +1,4 @@
-"""Pretraining over two hosts that have nothing in common but a network and a storage."""
+"""Pretraining over two hosts that have nothing in common but a network and a storage, not even their code."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from commands import ROOT
 from hosts import PORT, network, start_ray
 from pretraining_runs import command
 from s3 import BUCKET, environment, serving
@@ -21,13 +22,17 @@ SHORT += ["train.max_steps=4", "train.eval_every=2", "train.warmup_steps=1"]
 
 @pytest.mark.slow
 def test_hosts_whose_names_mean_nothing_to_others_train_together(small_data: Path, tmp_path: Path) -> None:
-    """Debian and Ubuntu have a host's own name at 127.0.1.1."""
+    """Debian and Ubuntu have a host's own name at 127.0.1.1. The other host has, in the same place, other code."""
     with network(tmp_path) as net, serving(tmp_path, net.outside) as server, environment(server.environment):
         upload_files(small_data, locate(f"s3://{BUCKET}/data"))
         head, other = net.add("127.0.1.1"), net.add(None)
         settings = {**server.environment, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "1" * 64}
         settings |= {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "HYMATE_OPS": "reference"}
         start_ray(head, None, settings, "--include-dashboard", "false")
+        (other.folder / "tmp" / "hymate").mkdir()
+        (other.folder / "tmp" / "hymate" / "__init__.py").write_text("raise SystemError('this is not the one')")
+        assert other.run("mount", "--bind", "/tmp/hymate", str(ROOT / "hymate")).returncode == 0
+        assert "this is not the one" in other.run("python", "-c", "import hymate").stderr
         start_ray(other, head, settings)
         arguments = command(
             Path("unused"), Path("unused"), f"data.path=s3://{BUCKET}/data", f"run.dir=s3://{BUCKET}/runs", *SHORT

@@ -62,9 +62,9 @@ class Cluster:
     def process(self) -> psutil.Process:
         return psutil.Process(int((self.folder / "pid").read_text()))
 
-    def job(self, submission_id: str) -> dict[str, Any]:
-        """What Ray says about a job."""
-        request = urllib.request.Request(f"{self.address}/api/jobs/{submission_id}")
+    def job(self, submission_id: str, what: str = "") -> dict[str, Any]:
+        """What Ray says about a job. what: "/logs" for what it printed."""
+        request = urllib.request.Request(f"{self.address}/api/jobs/{submission_id}{what}")
         request.add_header("Authorization", f"Bearer {(self.folder / 'token').read_text()}")
         with urllib.request.urlopen(request) as answer:
             return json.load(answer)
@@ -197,19 +197,20 @@ def stopped(
     stop = run(["ray", "job", "stop", "--address", cluster.address, "first"], cluster.environment, checkout)
     assert stop.returncode == 0, stop.stderr
     assert cluster.job("first")["status"] == "STOPPED"
+    # the cluster says that it has one, which is not there
+    said = cluster.job("first", "/logs")["logs"]
+    assert "computing on cpu: train.num_workers=2 needs 2 GPUs, and the cluster has 1; device=cuda wai" in said
     return line.replace(" --no-wait", ""), runs / "pretrain", points(runs / "pretrain", "train/loss")
 
 
 @pytest.fixture(scope="module")
 def pretrained(cluster: Cluster, checkout: Path, stopped: tuple[str, Path, list[Any]]) -> Path:
-    """The stopped run, submitted once more and finished."""
+    """The stopped run, submitted once more, with one worker of two, and finished."""
     line, folder, before = stopped
-    steps = f"train.max_steps={len(before) + EVAL_EVERY}"
-    again = submit(cluster, checkout, line, steps, submission_id="second")
+    changes = [f"train.max_steps={len(before) + EVAL_EVERY}", "train.num_workers=1", "device=cpu"]
+    again = submit(cluster, checkout, line, *changes, submission_id="second")
     assert again.returncode == 0, again.stdout + again.stderr
     assert f"bundle: {folder}/bundle" in again.stdout
-    # the cluster says that it has one, which is not there
-    assert "computing on cpu: train.num_workers=2 needs 2 GPUs, and the cluster has 1; device=cuda wai" in again.stdout
     return folder
 
 
