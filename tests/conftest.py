@@ -35,7 +35,6 @@ LONGEST = (
     "test_wheel.py",
     "test_demo.py",
     "test_storage.py",
-    "test_privacy.py",
     "test_explain.py",
     "test_cluster.py",
     "test_codemap.py",

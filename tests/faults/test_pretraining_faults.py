@@ -5,6 +5,7 @@ Each run must end in the undisturbed run's losses, step by step and bit by bit, 
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import re
@@ -264,6 +265,38 @@ def test_the_disk_is_full_while_saving(
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     with serving(tmp_path_factory.mktemp("server")) as server, s3_environment(server.environment):
         yield server
+
+
+def test_the_driver_of_a_run_at_a_url_is_killed(
+    server: Server, disturbed: Disturbed, undisturbed: Path, data: Path, tmp_path: Path, table: list
+) -> None:
+    """Its curves are there while it runs; once all of its processes have ended, the same command continues."""
+    environment, runs = {**disturbed.environment, **server.environment}, f"s3://{BUCKET}/killed"
+    arguments, folder = command(data, tmp_path, f"run.dir={runs}"), paths.locate(f"{runs}/pretrain")
+    with started(arguments, environment, tmp_path) as driver:
+        disturbed.until(lambda: known_checkpoints(runs) >= 1, driver)
+        with paths.local_copy(folder / "tb") as events:
+            seen = [step for step, _ in scalars(events.parent, "train/loss")]
+        assert len(seen) >= EVAL_EVERY and seen == [*range(1, len(seen) + 1)]
+        driver.kill()
+    wait_until(lambda: not ray_processes(environment["RAY_TMPDIR"]), "the killed driver's cluster has ended")
+    with paths.local_copy(folder) as copy:
+        resumed = max(saved_steps(copy))
+        assert resumed < STEPS and not (copy / "bundle").exists()
+    since = time.monotonic()
+    done = run(arguments, environment, tmp_path)
+    assert done.returncode == 0, done.stderr
+    with paths.local_copy(folder) as copy:
+        assert_same(copy, undisturbed)
+        stalls = [step for step, _ in scalars(copy, "checkpoint/stall_fraction")]
+    # how long the last checkpoint before the kill took was known, and to be stored, only after it
+    due = [*range(EVAL_EVERY, STEPS + 1, EVAL_EVERY)]
+    assert stalls in (due, [step for step in due if step != resumed])
+    attempts = json.loads((folder / "run.json").read_text())["attempts"]
+    assert [attempt["ended"] is None for attempt in attempts] == [True, False]
+    happens = "the same command, once its cluster has ended, continues"
+    seconds = time.monotonic() - since
+    table.append(("`kill -9` of the driver of a run at a URL", happens, f"below {2 * EVAL_EVERY}", seconds))
 
 
 def test_the_storage_is_out_of_reach_for_a_while(

@@ -27,8 +27,13 @@ from commands import ROOT, Command, documented, pages
 from pretraining_runs import scalars
 from small_cohort import write_meds
 from small_models import vocabulary_of, write_risk_bundle
+from trained import task_of
 
 from hymate.command import load
+from hymate.data.examples import labelled_examples
+from hymate.data.histories import Histories
+from hymate.data.meds import SPLITS
+from hymate.data.tasks import read_or_extract_labels
 from hymate.evaluation.metrics import auroc
 from hymate.inference.bundle import read_bundle
 
@@ -40,11 +45,13 @@ REASONS = (  # for which a command may be untested
     "needs several machines",
     "needs an account at a cloud",
 )
-ELSEWHERE = {  # what another test runs: how a command begins, and that test's file
+ELSEWHERE = {  # what something else runs: how a command begins, and the file that has it run
     "make demo": "tests/product/test_demo.py",
     "ray job submit": "tests/product/test_jobs.py",
     "cluster/local.sh": "tests/product/test_jobs.py",
     "python finetune/benchmark.py": "tests/tuning/test_benchmark.py",
+    "python finetune/tune.py search=quick": "tests/product/test_demo.py",
+    "python -m hymate.ops.cpu.precompile": "Makefile",
 }
 PAGES_ELSEWHERE = {
     "docs/storage.md": "tests/storage/test_storage.py",
@@ -54,7 +61,7 @@ FOLDERS = ("pretrain", "finetune", "configs", "hymate", "docs", "tests")
 SHELL = ("python3 -m venv .venv", ". .venv/bin/activate", "export RAY_AUTH_MODE=token")
 SMALL = {
     "pretrain/run.py": "data.context=64 data.tokens_per_row=256 data.min_count=1 train.max_steps=4 train.eval_every=2 "
-    "train.warmup_steps=1 train.rows_per_step=2 train.eval_rows=2 train.log_every=1",
+    "train.warmup_steps=1 train.rows_per_step=2 train.eval_rows=2 train.log_every=1 train.num_workers=1",
     "finetune/tune.py": "data.context=64 data.tokens_per_row=256 data.min_count=1 train.max_steps=4 "
     "train.eval_every=2 train.warmup_steps=1 search.num_trials=1",
     "hymate.explain": "num_predictions=4 num_subjects=1",
@@ -188,7 +195,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     for name in (*FOLDERS, "Makefile", "mkdocs.yml", "pyproject.toml", "constraints.txt"):
         (folder / name).symlink_to(ROOT / name)
     write_challenge(folder / "RAW_DIR", num_stays=120)
-    hourly.write(folder / "RAW_2019_DIR", {n: hourly.text(map(hourly.hour, range(1, 9))) for n in range(1, 13)})
     hourly.write(folder / "SEPSIS_DIR", septic_stays(range(1, 81)))
     hourly.write(folder / "UNSEEN_DIR", septic_stays(range(101, 113)))
     write_meds(folder / "MEDS_DIR")
@@ -220,6 +226,7 @@ def test_documented_commands_run(place: Path) -> None:
     assert (place / "predictions.parquet").is_file()
     check_repeated(place / "runs" / "pretrain", place / "runs" / "again")
     check_tasks(place / "runs" / "tune-mortality-length_of_stay-time_to_readmission")
+    check_several(place / "ALL_DIR")
 
 
 def _words(command: Command) -> list[str] | None:
@@ -286,6 +293,16 @@ def check_tasks(run: Path) -> None:
     assert all(f"| {task} | held_out" in report for task in chosen_by) and "| length_of_stay | " in report
     assert (bundle.tasks, bundle.in_days) == (list(chosen_by), ["length_of_stay"])
     assert list(bundle.in_time) == ["time_to_readmission"]
+
+
+def check_several(data: Path) -> None:
+    """Of three datasets made one, each task has the labels of one, in every split: the ids end in its place."""
+    histories = Histories.open(data)
+    for place, name in enumerate(("mortality", "sepsis", "readmission")):
+        labels = read_or_extract_labels(data, task_of(data, name)).table
+        for split in SPLITS:
+            examples = labelled_examples(histories, labels, split)
+            assert len(examples) and set(examples.subject_id_E % 100) == {place}, (name, split)
 
 
 def write_challenge(folder: Path, num_stays: int) -> None:
