@@ -44,12 +44,12 @@ def deepspeed_config(train: TrainConfig, world_size: int, num_parameters: int) -
             "lower_precision_safe_modules": [],
         },
         "steps_per_print": NEVER,
-        "zero_allow_untested_optimizer": True,  # it knows PyTorch's AdamW by its class, not by what it inherits
+        "zero_allow_untested_optimizer": True,  # it has tested PyTorch's AdamW, and takes a subclass for another
     }
 
 
 class AdamW(torch.optim.AdamW):
-    """PyTorch's, with the same numbers. Its own methods import all that compiles when first called: two seconds."""
+    """PyTorch's, with the same numbers. PyTorch's methods import its compiler when first called, for two seconds."""
 
     add_param_group = inspect.unwrap(torch.optim.AdamW.add_param_group)
     zero_grad = inspect.unwrap(torch.optim.AdamW.zero_grad)

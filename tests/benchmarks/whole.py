@@ -50,7 +50,7 @@ class Peaks:
             except OSError:
                 continue
             kind = "worker" if line.startswith("ray::") and "Agent" not in line else "Ray"
-            kind = "command" if pid == command else kind
+            kind = "command" if command in (pid, _parent(pid)) else kind  # a child has its memory until it is another
             self.of[kind] = max(self.of[kind], peak_mib(pid))
 
 
@@ -95,6 +95,13 @@ class Machines:
         died = "-" if killed is None else f"{killed:.0f}"
         memory = " | ".join(f"{peaks.of[kind]:,.0f}" for kind in KINDS)
         print(f"| {name} | {time.monotonic() - began:,.0f} | {died} | {memory} |", flush=True)
+
+
+def _parent(pid: int) -> int | None:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return None
 
 
 def _child(pid: int) -> int | None:
