@@ -48,9 +48,10 @@ until grep -q "Ray runtime started" "$log"; do # no machine can join before
 done
 if [ "${#machines[@]}" -gt 1 ]; then
     others=$(IFS=, && echo "${machines[*]:1}") num_others=$((${#machines[@]} - 1))
-    # Ray ends on a machine that was cut off for a minute: it starts again
+    # Ray ends on a machine that was cut off for a minute: it starts again. Its stack traces stay in its own files
     "${step[@]}" --nodes $num_others --ntasks $num_others --nodelist "$others" \
-        bash -c 'while true; do "$@"; sleep 5; done' join "${ray[@]}" --address "$head:$port" &
+        bash -c 'while true; do "$@" 2>&1 | sed -u "/----- BEGIN/,/----- END/d"; sleep 5; done' \
+        join "${ray[@]}" --address "$head:$port" &
 fi
 
 RAY_ADDRESS=$head:$port python pretrain/run.py "${settings[@]}" "$@" &

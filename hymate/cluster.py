@@ -47,6 +47,7 @@ SETTINGS = {
 }
 OBJECT_STORE_BYTES = 128 << 20  # Ray's minimum is 75 MB; workers exchange nothing through it
 LOOK_EVERY_S, HEADLESS_S = 5.0, 40.0  # Ray ends a process that has lost the head for 60 s
+QUIET_S = 8.0  # without a finished shard, until it is looked why
 ANSWER_S = 22.0  # of a cluster, the start of a Python included
 # Ray itself tries for minutes, deaf to signals: another process asks
 ASK = """
@@ -250,14 +251,17 @@ def each(call: Callable[[str], object], shards: Sequence[str], gpu: bool = False
     """Call it for every shard, each call a Ray task of one CPU, or GPU, and so much memory; yields shards as they are
     done, in any order.
 
-    What a lost machine or a killed process was doing is done again. Ray must be running.
+    What a lost machine or a killed process was doing is done again. What keeps the tasks waiting is printed. Ray must
+    be running.
     """
     import ray
 
+    needed = {"CPU": 1, "GPU": int(gpu), "memory": num_bytes}
     needs = {"num_cpus": 1, "num_gpus": float(gpu), "memory": num_bytes or None}
     remote = ray.remote(**needs, max_retries=MOST_RETRIES, scheduling_strategy="SPREAD")(_call)
     sent, todo = ray.put(call), iter(shards)
     running: dict[Any, str] = {}
+    said: str | None = None
     try:
         while True:
             slots = int(ray.cluster_resources().get("GPU" if gpu else "CPU", 1))
@@ -265,7 +269,13 @@ def each(call: Callable[[str], object], shards: Sequence[str], gpu: bool = False
             running |= {remote.remote(sent, shard): shard for shard in islice(todo, max(0, at_once - len(running)))}
             if not running:
                 return
-            (done,), _ = ray.wait(list(running))
+            ready, _ = ray.wait(list(running), timeout=QUIET_S)
+            if not ready:
+                if (known := _hindrance(needed, "is done again elsewhere")) and known != said:
+                    print(known, flush=True)
+                    said = known
+                continue
+            (done,), said = ready, None
             shard = running.pop(done)
             try:
                 ray.get(done)
@@ -380,6 +390,12 @@ def hindrance(train: TrainConfig, device: Wanted) -> str | None:
 
     None where all hosts are there; empty where it is said already.
     """
+    needed = _needed(train.cpus_per_worker, train.num_workers, device)
+    return _hindrance(needed, "goes on from its last checkpoint, once there are hosts enough")
+
+
+def _hindrance(needed: Mapping[str, int], then: str) -> str | None:
+    """then: what becomes of what ran on a host that is given up."""
     import ray
 
     if not _answers(ray.get_runtime_context().gcs_address):
@@ -389,7 +405,8 @@ def hindrance(train: TrainConfig, device: Wanted) -> str | None:
     there = {node["NodeManagerAddress"] for node in alive}
     lost = {_named(node) for node in nodes if not node["Alive"] and node["NodeManagerAddress"] not in there}
     total = {kind: sum(node["Resources"].get(kind, 0) for node in alive) for kind in ("CPU", "GPU")}
-    if missing := _missing(_needed(train.cpus_per_worker, train.num_workers, device), total):
+    total["memory"] = max((node["Resources"].get("memory", 0) for node in alive), default=0)  # a task is on one host
+    if missing := _missing(needed, total):
         gone = f". Ray has given up {' and '.join(sorted(lost))}" if lost else ""
         return f"waiting for machines: {missing}{gone}. Start Ray there again or on another host (cluster/join.sh)"
     with ThreadPoolExecutor(16) as pool:
@@ -398,7 +415,7 @@ def hindrance(train: TrainConfig, device: Wanted) -> str | None:
     if silent:
         return (
             f"no answer from {' and '.join(sorted(silent))}: is its network cut, or is it overloaded? After a "
-            "minute Ray gives it up; what ran there goes on from its last checkpoint, once there are hosts enough"
+            f"minute Ray gives it up; what ran there {then}"
         )
     return None
 
@@ -455,6 +472,8 @@ def _needed(cpus_per_worker: int, num_workers: int, device: Wanted) -> dict[str,
 def _missing(needed: Mapping[str, int], resources: Mapping[str, float]) -> str | None:
     """What the cluster lacks for all workers to have a place."""
     for kind, number in needed.items():
-        if number > resources.get(kind, 0):
-            return f"the run needs {number} {kind}s, the cluster has {int(resources.get(kind, 0))}"
+        if number > (has := resources.get(kind, 0)):
+            if kind == "memory":
+                return f"a task needs {number / 2**30:.1f} GiB of memory, the largest machine has {has / 2**30:.1f}"
+            return f"the run needs {number} {kind}{'s' * (number > 1)}, the cluster has {int(has)}"
     return None

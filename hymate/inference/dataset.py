@@ -203,7 +203,7 @@ def predict_dataset(request: Request, out: Location, workers: int) -> tuple[list
     asked = _ranges(request, bundle) if is_prepared(request.data) else _shards(request)
     made_of = f"{bundle.fingerprint} {request.context} {request.split} {asked.made_of}{request.made_of}"
     if not joined and present(folder) and not present(work) and any(folder.iterdir()):
-        raise UserError(f"{folder}: holds other files: choose a new folder for out=")
+        raise UserError(f"{folder}: holds files already: choose a new folder for out=, or delete it")
     run_parts(
         "predict",
         functools.partial(predict_part, request=request, folders=folders, work=work, labelled=asked.labelled),

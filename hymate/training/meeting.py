@@ -159,6 +159,8 @@ def run_together(work: Callable[..., object], arguments: Sequence[Any], num_work
     cause = first_causes(errors)[0]
     if isinstance(cause, RayActorError):  # its text is for Ray's makers
         raise RuntimeError("a worker of the trial was killed, perhaps for want of memory, or its host lost") from cause
+    if not met.done():
+        raise _not_together(hosts, _plain(first_line(getattr(cause, "cause", cause)))) from cause
     raise cause
 
 

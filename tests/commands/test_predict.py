@@ -95,7 +95,7 @@ def test_predicting_in_parts_goes_on_after_a_kill(
     assert_alike(in_parts.sort_by([("subject_id", "ascending"), ("prediction_time", "ascending")]), together)
     assert {file: file.stat().st_mtime_ns for file in written} == written, "what was done is done again"
     assert not (tmp_path / "parts" / ".work").exists()
-    with pytest.raises(UserError, match="parts: holds other files: choose a new folder for out"):
+    with pytest.raises(UserError, match="parts: holds files already: choose a new folder for out=, or delete it"):
         predicted(bundle, data, tmp_path / "parts")
 
 

@@ -376,6 +376,29 @@ def test_a_host_is_killed_in_each_step_from_raw_data_to_predictions(
     table.append(("a host is killed during a prediction", "its parts are predicted elsewhere", "its tasks", seconds))
 
 
+def test_a_host_on_which_data_are_prepared_is_cut_off(
+    machines: Machines, runs: str, tmp_path: Path, table: list
+) -> None:
+    made = "source=synthetic synthetic.subjects=240 synthetic.mean_events=300 synthetic.shard_events=2000"
+    subprocess.run([*module("hymate.data.prepare"), *made.split(), f"out={tmp_path}/raw"], check=True)
+    raw, data = f"{runs}/raw", f"{runs}/data"
+    paths.upload_files(tmp_path / "raw", paths.locate(raw))
+    head, other = machines.cluster(2, *NO_DASHBOARD, "--num-cpus", "0")
+    with machines.running(
+        [*module("hymate.data.prepare"), "source=meds", f"raw={raw}", f"out={data}"], head, head
+    ) as driver:
+        driver.until(lambda: len(parquets(f"{data}/data")) >= 3, "it is under way")
+        other.cut()
+        cut = time.monotonic()
+        driver.until(lambda: f"no answer from {other.name} ({other.address})" in driver.said(), "it is said")
+        seen = time.monotonic() - cut
+        other.mend()
+        mended = time.monotonic()
+        driver.finish()
+    happens = f"said after {seen:.0f} s; it goes on once the network is whole"
+    table.append(("a host on which data are prepared is cut off", happens, 0, time.monotonic() - mended))
+
+
 def test_a_host_is_killed_while_boosting_is_fitted(
     machines: Machines, runs: str, small_data: Path, tmp_path: Path, table: list
 ) -> None:
