@@ -42,7 +42,7 @@ Host = tuple[str, str, str]  # name, address, interface
 
 
 class NotTogether(Exception):
-    """Workers that don't reach each other. Its text is for the console: it names hosts, which no run folder does."""
+    """Workers that don't reach each other. Its text, which names hosts, is for the console, not for records."""
 
 
 def first_causes(errors: Iterable[BaseException]) -> list[BaseException]:

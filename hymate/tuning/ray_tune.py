@@ -28,6 +28,7 @@ from hymate.runs import Run
 from hymate.storage.paths import Location, remove_tree, require_room, write_text
 from hymate.training import checkpoint, loop
 from hymate.training.keeper import Kept, Sender, newest_whole
+from hymate.training.meeting import NotTogether
 from hymate.training.ray_train import ray_storage
 from hymate.training.telemetry import PROGRESS, Telemetry, read_progress
 from hymate.tuning import space
@@ -196,7 +197,7 @@ def _trial_end(result: tune.Result, study: Study) -> TrialEnd:
         step=step,
         best={key: value for key, value in best.metrics.items() if key.rsplit("/")[-1] in SCORES} if best else {},
         checkpoint=best.folder if best else None,
-        error=None if error is None else _cause(error),
+        error=None if error is None else _recorded(_cause(error)),
     )
 
 
@@ -209,6 +210,12 @@ def _parameters(trial: TrialConfig) -> dict[str, Any]:
 def _cause(traceback: str) -> str:
     """The last line of a remote traceback, which names the exception."""
     return next((line.strip() for line in reversed(traceback.splitlines()) if line.strip()), "unknown cause")
+
+
+def _recorded(cause: str) -> str:
+    """Without the names of hosts, which are for the console."""
+    kind = cause.partition(": ")[0]
+    return kind if kind.endswith(NotTogether.__name__) else cause
 
 
 class Progress(tune.Callback):

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -123,6 +124,20 @@ def test_a_search_is_killed(
     table.append((f"`kill -9` of {victim} while trials run{workers}", happens, f"below {EVAL_EVERY} a trial", seconds))
 
 
+def test_workers_of_a_trial_do_not_reach_each_other(
+    small_data: Path, environment: dict[str, str], tmp_path: Path
+) -> None:
+    """The console names hosts and what to set; the record of the run names no host."""
+    wrong = {**environment, "GLOO_SOCKET_IFNAME": "nowhere0"}
+    done = run([*command(small_data, tmp_path, 2), "search.max_failures=0", "search.num_trials=1"], wrong, tmp_path)
+    line = next(line for line in done.stdout.splitlines() if line.startswith("trial-0 failed: "))
+    host = f"{socket.gethostname()} is 127.0.0.1 on nowhere0"
+    assert done.returncode == 2, done.stderr
+    assert host in line and "Set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME" in line
+    assert "trials failed, the first with hymate.training.meeting.NotTogether (" in done.stderr
+    assert "nowhere0" not in (tmp_path / "r" / "run.json").read_text()
+
+
 def test_the_disk_is_full_while_a_search_saves(
     small_data: Path,
     environment: dict[str, str],
@@ -152,7 +167,7 @@ def test_the_disk_is_full_while_a_search_saves(
             assert driver.wait(PATIENCE_S) == 0
         assert what_was_found(folder) == expected
     happens = "it ends; after making room the same command continues"
-    table.append(("the disk of a search is full", happens, f"below {EVAL_EVERY} a trial", seconds))
+    table.append(("the disk is full while a search saves", happens, f"below {EVAL_EVERY} a trial", seconds))
 
 
 def test_a_benchmark_is_killed(small_data: Path, environment: dict[str, str], tmp_path: Path, table: list) -> None:
