@@ -10,19 +10,21 @@ Age, sex, unit and the hours since the hospital admission are static events, fro
 
 What cannot be used is left out and counted, so that one bad line does not cost a dataset: see `_Reading`.
 
-Shape legend: L lines of a file, C columns of a file, H hours of a stay, V VARIABLES, E events, N stays.
+Shape legend: L lines of a file, C columns of a file, P of them COLUMNS, O COLUMNS, H hours of a stay, V VARIABLES,
+E events, N stays.
 """
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import functools
 import hashlib
 import math
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -91,6 +93,7 @@ CODES = {
     "Unit//SICU": "Surgical ICU",
 }
 COLUMNS = (*VARIABLES, *NUMBERS, *CATEGORIES, HOUR, LABEL)
+_HOUR, _LABEL = COLUMNS.index(HOUR), COLUMNS.index(LABEL)
 _CODE_ID = {code: id for id, code in enumerate(CODES)}
 _ADMITTED_US = int(ORIGIN.replace(tzinfo=datetime.UTC).timestamp()) * 1_000_000
 
@@ -107,6 +110,30 @@ class _Stay:
     static: list[tuple[int, float]]
 
 
+@dataclass(frozen=True)
+class _Header:
+    """A file's first line. num_columns: its columns; own_P, place_P: which of COLUMNS they are, and where they stand;
+    absent: the COLUMNS it lacks; num_others: columns that are none of them; is_usable: whether lines can be read by it.
+    """
+
+    num_columns: int
+    own_P: list[int]
+    place_P: list[int]
+    absent: list[str]
+    num_others: int
+    is_usable: bool
+
+
+@functools.lru_cache(maxsize=8)  # the files of a set share one
+def _header(line: bytes) -> _Header:
+    names = [name.strip().decode(errors="replace") for name in line.split(b"|")]
+    place = {own: names.index(name) for own, name in enumerate(COLUMNS) if name in names}
+    own = [COLUMNS[own] for own in place]
+    is_usable = HOUR in own and sum(map(names.count, own)) == len(own)
+    absent = [name for name in COLUMNS if name not in names]
+    return _Header(len(names), list(place), list(place.values()), absent, len(set(names)) - len(own), is_usable)
+
+
 @dataclass
 class _Reading:
     """Reads files. counts: how often what was found, in words that also say what becomes of it."""
@@ -115,49 +142,51 @@ class _Reading:
 
     def stay(self, text: bytes) -> _Stay | None:
         """A file's stay; None where it has no hour."""
-        header, *lines = text.splitlines() or [b""]
-        names = [name.strip().decode(errors="replace") for name in header.split(b"|")]
-        place = {name: names.index(name) for name in COLUMNS if name in names}
-        if HOUR not in place or sum(names.count(name) for name in place) > len(place):
+        first, *lines = text.splitlines() or [b""]
+        header = _header(first)
+        if not header.is_usable:
             self.counts[f"files left out: no header with {HOUR}, or with a column twice"] += 1
             return None
-        for name in COLUMNS:
-            self._found(name not in place, f"files without the column {name}: nothing of it")
-        self._found(len(set(names) - set(place)), "columns that the challenge does not have: ignored")
-        value_LC = self._values([line.split(b"|") for line in lines if line.strip()], len(names))
-        hour_L = value_LC[:, place[HOUR]]
+        for name in header.absent:
+            self.counts[f"files without the column {name}: nothing of it"] += 1
+        self._found(header.num_others, "columns that the challenge does not have: ignored")
+        given_LC = self._values([line for line in lines if line.strip()], header.num_columns)
+        value_LO = np.full((len(given_LC), len(COLUMNS)), np.nan)
+        value_LO[:, header.own_P] = given_LC[:, header.place_P]
+        hour_L = value_LO[:, _HOUR]
         whole_L = (hour_L >= 0) & (hour_L <= LAST_HOUR) & (hour_L == np.floor(hour_L))
         self._found((~whole_L).sum(), f"lines left out: {HOUR} is no whole number of hours")
-        value_LC, hour_L = value_LC[whole_L], hour_L[whole_L].astype(np.int64)
-        if not len(hour_L):
+        value_HO, hour_H = value_LO[whole_L], hour_L[whole_L].astype(np.int64)
+        if not len(hour_H):
             self.counts["files left out: no line with an hour"] += 1
             return None
-        self._found((np.diff(hour_L) < 0).any(), "files whose lines were out of order: sorted by hour")
-        hour_H, first_H = np.unique(hour_L, return_index=True)
-        self._found(len(hour_L) - len(hour_H), "lines left out: an earlier line has their hour")
-        value_HC = value_LC[first_H]
+        later_H = np.diff(hour_H)
+        if (later_H <= 0).any():
+            self._found((later_H < 0).any(), "files whose lines were out of order: sorted by hour")
+            num_lines = len(hour_H)
+            hour_H, first_H = np.unique(hour_H, return_index=True)
+            self._found(num_lines - len(hour_H), "lines left out: an earlier line has their hour")
+            value_HO = value_HO[first_H]
+        label_H = value_HO[:, _LABEL] if LABEL in header.absent else self._labels(value_HO[:, _LABEL])
+        return _Stay(hour_H, value_HO[:, : len(VARIABLES)], label_H, self._static(value_HO))
 
-        def column(name: str) -> np.ndarray:
-            return value_HC[:, place[name]] if name in place else np.full(len(hour_H), np.nan)
-
-        value_HV = np.stack([column(name) for name in VARIABLES], axis=1)
-        label_H = self._labels(column(LABEL)) if LABEL in place else column(LABEL)
-        return _Stay(hour_H, value_HV, label_H, self._static({name: column(name) for name in (*NUMBERS, *CATEGORIES)}))
-
-    def _values(self, rows: list[list[bytes]], width: int) -> np.ndarray:
+    def _values(self, lines: list[bytes], width: int) -> np.ndarray:
         """(L, C) float64 of the lines with as many fields as the header; NaN where there is no finite float32."""
-        whole = [row for row in rows if len(row) == width]
-        self._found(len(rows) - len(whole), "lines left out: not as many fields as the header")
-        try:
-            # most fields are NaN: to see that is quicker than to read it
-            flat = [math.nan if text == b"NaN" else float(text) for text in chain.from_iterable(whole)]
-        except ValueError:
-            flat = [self._number(text) for text in chain.from_iterable(whole)]
-        value_LC = np.array(flat, dtype=np.float64).reshape(len(whole), width)
+        whole = [line for line in lines if line.count(b"|") == width - 1]
+        self._found(len(lines) - len(whole), "lines left out: not as many fields as the header")
+        fields = b"|".join(whole)
+        flat = np.empty(0)
+        if not fields.translate(None, b"0123456789.-|Na"):  # of more than these, NumPy takes for numbers what is none
+            with contextlib.suppress(ValueError, DeprecationWarning), warnings.catch_warnings(action="error"):
+                flat = np.fromstring(fields, sep="|")
+        if len(flat) != len(whole) * width:
+            flat = np.array([self._number(text) for line in whole for text in line.split(b"|")], dtype=np.float64)
+        value_LC = flat.reshape(len(whole), width)
         with np.errstate(over="ignore"):
             infinite_LC = np.isinf(value_LC.astype(np.float32))
-        self._found(infinite_LC.sum(), "values too large for float32: no event")
-        value_LC[infinite_LC] = np.nan
+        if infinite_LC.any():
+            self._found(infinite_LC.sum(), "values too large for float32: no event")
+            value_LC[infinite_LC] = np.nan
         return value_LC
 
     def _number(self, text: bytes) -> float:
@@ -169,7 +198,7 @@ class _Reading:
 
     def _labels(self, given_H: np.ndarray) -> np.ndarray:
         """1 from the first 1 on, as the challenge defines its label; NaN where none was given."""
-        label_H = np.where(np.isin(given_H, (0, 1)), given_H, np.nan)
+        label_H = np.where((given_H == 0) | (given_H == 1), given_H, np.nan)
         self._found(np.isnan(label_H).sum(), "lines whose label is neither 0 nor 1: no label, their events stay")
         kept_H = np.where(np.isnan(label_H), np.nan, np.fmax.accumulate(label_H))
         self._found((kept_H > label_H).sum(), "labels that went back from 1 to 0: kept at 1")
@@ -177,12 +206,13 @@ class _Reading:
         self._found(at_first.sum(), "stays labelled from the first line on, so with an unknown onset: kept")
         return kept_H
 
-    def _static(self, columns: dict[str, np.ndarray]) -> list[tuple[int, float]]:
+    def _static(self, value_HO: np.ndarray) -> list[tuple[int, float]]:
         found = []
-        for name, value_H in columns.items():
-            for value in value_H[~np.isnan(value_H)][:1]:
+        for own, name in enumerate((*NUMBERS, *CATEGORIES), start=len(VARIABLES)):
+            value_H = value_HO[:, own]
+            for value in value_H[~np.isnan(value_H)][:1].tolist():
                 if name in NUMBERS:
-                    found.append((_CODE_ID[name], float(value)))
+                    found.append((_CODE_ID[name], value))
                 elif value in CATEGORIES[name]:
                     found.append((_CODE_ID[CATEGORIES[name][value]], math.nan))
                 else:
