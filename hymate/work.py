@@ -10,6 +10,7 @@ import functools
 import json
 import multiprocessing
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -34,6 +35,7 @@ from hymate.storage.remote import StorageError
 Pool = Callable[[Callable[[str], None], Sequence[str]], Iterator[str]]
 WORTH_BYTES = 32 << 20  # take longer to read than another process takes to start
 JOURNAL_S = 10.0  # between two journals at a URL
+SAY_EVERY_S = 30.0  # how far the work is, where a bar would fill a log
 
 
 @dataclass(frozen=True)
@@ -48,10 +50,14 @@ class Stages:
     def each(self, stage: str, task: Callable[[str], None]) -> None:
         """Run `task(shard)`, which pickles, for every shard."""
         todo = [shard for shard in self.shards if not self._journal.is_done(stage, shard)]
-        line = self._bar.add_task(stage, total=len(self.shards), completed=len(self.shards) - len(todo))
-        for shard in self._pool(task, todo):
+        before, said = len(self.shards) - len(todo), time.monotonic()
+        line = self._bar.add_task(stage, total=len(self.shards), completed=before)
+        for done, shard in enumerate(self._pool(task, todo), start=before + 1):
             self._journal.record(stage, shard)
             self._bar.advance(line)
+            if self._bar.console.quiet and time.monotonic() - said > SAY_EVERY_S:
+                print(f"{stage}: {done:,} of {len(self.shards):,} done", file=sys.stderr, flush=True)
+                said = time.monotonic()
 
     def once(self, stage: str, task: Callable[[], None]) -> None:
         line = self._bar.add_task(stage, total=1)
@@ -80,11 +86,10 @@ def stages(
     here: bool = False,
     gpus: bool = False,
     num_bytes: int = 0,
-    quiet: bool = False,
 ) -> Iterator[Stages]:
-    """Stages over `shards`, with a progress bar: on the cluster at RAY_ADDRESS, unless all is to stay `here`; else in
-    so many processes, in this one where `workers` is 1. gpus: each has a GPU of its own. num_bytes: of memory that is
-    kept for each shard on a cluster, see `free_memory`. quiet: without the bar.
+    """Stages over `shards`, with a progress bar or, in a log, a line now and then: on the cluster at RAY_ADDRESS,
+    unless all is to stay `here`; else in so many processes, in this one where `workers` is 1. gpus: each has a GPU of
+    its own. num_bytes: of memory that is kept for each shard on a cluster, see `free_memory`.
     """
     columns = (TextColumn("{task.description:15}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with contextlib.ExitStack() as stack:
@@ -93,7 +98,7 @@ def stages(
             pool = stack.enter_context(_on_cluster(gpus, num_bytes))
         elif workers > 1:
             pool = stack.enter_context(_processes(workers, gpus))
-        bar = stack.enter_context(Progress(*columns, console=Console(stderr=True, quiet=quiet)))
+        bar = stack.enter_context(Progress(*columns, console=Console(stderr=True, quiet=not sys.stderr.isatty())))
         yield Stages(shards, stack.enter_context(journal), pool, bar)
 
 

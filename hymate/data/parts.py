@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import io
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -44,7 +43,7 @@ def run_parts(
     journal = Journal(folder / "journal.jsonl", fingerprint, refusal)
     for name, table in inputs.items():
         write_parquet(table, folder / f"{name}.parquet")
-    with stages(parts, journal, workers, quiet=not sys.stderr.isatty(), **options) as run:
+    with stages(parts, journal, workers, **options) as run:
         run.each(stage, call)
 
 

@@ -30,6 +30,7 @@ from raw_meds import (
     write_table,
 )
 
+from hymate import work
 from hymate.data import prepare as module
 from hymate.data.histories import HISTORY_SCHEMA, Histories
 from hymate.data.label_files import read_labels
@@ -223,6 +224,15 @@ def test_mimic_demo(tmp_path: Path, shared_data: Path) -> None:
 
 
 # --------------------------------------------------------------------------------------- finished, and interrupted
+
+
+def test_a_log_says_how_far_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(work, "SAY_EVERY_S", -1.0)
+    prepare(config(write_raw(tmp_path / "raw"), tmp_path / "out"))
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("count codes")]
+    assert said == [f"count codes: {done} of {len(ROWS)} done" for done in range(1, len(ROWS) + 1)]
 
 
 def test_finished_it_does_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
