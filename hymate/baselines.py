@@ -36,7 +36,7 @@ from hymate.evaluation.baseline_fits import FEATURES, fitted_to, recalibrated
 from hymate.evaluation.baseline_models import Kind, lightgbm
 from hymate.evaluation.report import score_rows
 from hymate.evaluation.results import NO_HELD_OUT, RESULTS, sizes
-from hymate.inference.scoring import prediction_table
+from hymate.inference.predictions import prediction_table
 from hymate.runs import RECORD, claimed
 from hymate.storage.paths import Location, locate, require_folder, write_text
 

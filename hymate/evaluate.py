@@ -37,8 +37,8 @@ from hymate.evaluation.transport import transport
 from hymate.hashing import seeded_hash
 from hymate.inference.bundle import Bundle
 from hymate.inference.dataset import RequestConfig, is_prepared, most, open_for, predict_dataset
+from hymate.inference.predictions import RISK
 from hymate.inference.provenance import initial_weights, trained_on
-from hymate.inference.scoring import RISK
 from hymate.storage.paths import Location, locate, readable, require_folder, write_text
 
 OF_BUNDLE = "of the bundle, chosen in its training"  # thresholds and policies

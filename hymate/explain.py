@@ -49,7 +49,7 @@ from hymate.inference.dataset import (
     open_for,
     predict_dataset,
 )
-from hymate.inference.scoring import RISK
+from hymate.inference.predictions import RISK
 from hymate.storage.paths import Location, locate, readable, require_folder, write_text
 
 SHOWN, ROWS = 15, 12  # variables in explanation.md, and with a row of their own in a timeline

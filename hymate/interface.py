@@ -30,14 +30,8 @@ from hymate.device import Wanted, choose
 from hymate.errors import UserError
 from hymate.evaluation.attribution import Explainer, event_table
 from hymate.inference.bundle import Bundle, build_model, read_bundle
-from hymate.inference.scoring import (
-    day_table,
-    last_rows,
-    patient_vectors,
-    predict_last,
-    predict_whole,
-    prediction_table,
-)
+from hymate.inference.predictions import day_table, prediction_table
+from hymate.inference.scoring import last_rows, patient_vectors, predict_last, predict_whole
 from hymate.inference.states import HeldStates
 from hymate.inference.streaming import check_streamable
 from hymate.storage.paths import locate

@@ -32,6 +32,7 @@ import pyarrow as pa
 
 from hymate.config import TaskConfig
 from hymate.data.codemap import CodeMap
+from hymate.data.details import CODE_ALONE
 from hymate.data.known import KnownConfig
 from hymate.data.meds import UNREADABLE, DataError, open_parquet, unreadable_error
 from hymate.errors import ConfigError, UserError, first_line
@@ -46,7 +47,6 @@ TRANSFER = timedelta(hours=6)  # as in configs/task/readmission.yaml
 LAST_OF_DAY = timedelta(days=1) - MICROSECOND  # when a death of a date happened; it is known at the midnight after
 DEAD = re.compile("DIED|DEAD|DEATH|DECEASED|EXPIRED")  # in the codes of discharges
 UNCLEAR = re.compile(r"|UNK|.*UNKNOWN.*|OTHER|N/?A|NAN|NONE|NULL|MISSING|UNSPECIFIED|NOT .*|\W+")
-CODE_ALONE = "_code_of_{}"  # a predicate with bounds on its value, without them
 OVER, KNOWN = "over before the prediction time", "its event is at or before the prediction time"
 LATE, WHOLE = "_late", "_whole"
 SEEN = "_seen"  # the label's predicate, without events that become known later than their stamps

@@ -7,7 +7,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, fields
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,7 +16,8 @@ import pyarrow as pa
 
 from hymate.config import TaskConfig
 from hymate.data.codemap import CodeMap
-from hymate.data.definition import CODE_ALONE, find, parse, read_predicates
+from hymate.data.definition import find, parse, read_predicates
+from hymate.data.details import SUMMARY, Details, no_event_error
 from hymate.data.known import KnownConfig
 from hymate.data.label_files import write_labels
 from hymate.data.meds import read_parquet, write_parquet
@@ -25,33 +26,6 @@ from hymate.data.parts import run_parts
 from hymate.errors import UserError
 from hymate.storage.paths import Location, locked, new_folder, remove_tree, write_text
 from hymate.work import worth
-
-SUMMARY = "counts.json"
-
-
-@dataclass(frozen=True)
-class Details:
-    """What an extraction finds beside the labels.
-
-    excluded: how many triggers each window leaves out.
-    kinds: how many first events in the label window are of each of the task's kinds, counted or left out.
-    predicates: how many events of the dataset each plain predicate of the definition matches.
-    deaths: how many of the dataset's deaths have a date and no time of day, by where on that day they were put.
-    """
-
-    excluded: dict[str, int]
-    kinds: dict[str, int]
-    predicates: dict[str, int]
-    deaths: dict[str, int] = field(default_factory=dict)  # older results have none
-
-    def unmatched(self) -> dict[str, str]:
-        """The predicates that match no event, and why where it is known; see `Predicates.matches`."""
-        found = {}
-        for name, count in self.predicates.items():
-            if not count and not name.startswith(CODE_ALONE.format("")):
-                of_code = self.predicates.get(CODE_ALONE.format(name), 0)
-                found[name] = f"{of_code} events have the code of {name}, but no value in its range" if of_code else ""
-        return found
 
 
 class Extracted(NamedTuple):
@@ -166,19 +140,6 @@ def _never(config: Any, name: str, without: Mapping[str, str]) -> list[str]:
         return []
     inputs = config.predicates[name].input_predicates if name in config.derived_predicates else []
     return sorted({other for each in inputs for other in _never(config, each, without)}) or [name]
-
-
-def no_event_error(task: TaskConfig, role: str, names: list[str], without: Mapping[str, str]) -> UserError:
-    assert task.definition is not None
-    keys = [
-        f"task.definition.{'predicates' if name in task.definition['predicates'] else 'patient_demographics'}.{name}"
-        for name in names
-    ]
-    why = "".join(f" ({without[name]})" for name in names if without[name])
-    return UserError(
-        f"task {task.name}: no event matches its {role} {', '.join(names)}{why}: set {' and '.join(keys)} to the codes "
-        "of this dataset (metadata/codes.parquet)"
-    )
 
 
 def _warn(task: TaskConfig, config: Any, details: Details) -> None:

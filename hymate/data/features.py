@@ -26,8 +26,7 @@ import numpy as np
 
 from hymate.config import check, positive
 from hymate.data.examples import NO_TIME, Examples
-from hymate.data.histories import Histories
-from hymate.data.loader import ages
+from hymate.data.histories import Histories, ages
 from hymate.data.packing import blocks
 from hymate.data.sweep import STATISTICS, count_filled, windows_us, write_statistics
 from hymate.errors import UserError
@@ -321,7 +320,7 @@ def _blocks(histories: Histories, examples: Examples) -> Iterator[_Block]:
             first=first,
             time_B=time_B,
             stop_B=stop_B,
-            age_years_B=ages([history.birth_time for history in own], time_B).numpy(),
+            age_years_B=ages([history.birth_time for history in own], time_B),
             row_H=row_H,
             history_L=history_L,
             place_L=np.arange(len(history_L)) - np.repeat(np.cumsum(num_events) - num_events, num_events),

@@ -27,6 +27,7 @@ from hymate.data.meds import (
     SPLITS,
     STATIC_TIME,
     UNREADABLE,
+    US_PER_YEAR,
     Events,
     is_code,
     iter_events,
@@ -88,6 +89,13 @@ class History:
     def keep(self, kept: slice | np.ndarray) -> History:
         """The same subject with some of the events alone: a slice, or booleans (L,)."""
         return replace(self, time=self.time[kept], code=self.code[kept], value=self.value[kept])
+
+
+def ages(birth_time: Sequence[int | None], time_N: np.ndarray) -> np.ndarray:
+    """In years, float32 (N,), at times of subjects with these births; NaN where the birth is unknown."""
+    known_N = np.array([birth is not None for birth in birth_time])
+    age_us_N = time_N - np.array([birth or 0 for birth in birth_time], dtype=np.int64)  # taken in integers
+    return (np.where(known_N, age_us_N, np.nan) / US_PER_YEAR).astype(np.float32)
 
 
 # ------------------------------------------------------------------------------------------------------ writing

@@ -32,15 +32,14 @@ import torch
 
 from hymate.data.examples import NO_TIME, Consecutive, Examples
 from hymate.data.feeding import prefetched
-from hymate.data.histories import Histories, History
+from hymate.data.histories import Histories, History, ages
 from hymate.data.meds import US_PER_HOUR
 from hymate.data.packing import BLOCK_EVENTS, answered_together, pack
 from hymate.data.vocabulary import Vocabulary
 from hymate.hashing import SPLITMIX_STEP, permuted, splitmix64
-from hymate.model.batch import HOURS_PER_YEAR, UNKNOWN_ID, Batch
+from hymate.model.batch import UNKNOWN_ID, Batch
 
 ROWS_AHEAD = 8  # rows that the background thread keeps ready
-US_PER_YEAR = int(HOURS_PER_YEAR) * US_PER_HOUR
 EVALUATION = -1  # the "epoch" of an unshuffled pass
 
 # What a random number is for; a part of its hash, so that no two uses share numbers.
@@ -293,7 +292,7 @@ def packed_row(
         static_value_F=torch.from_numpy(static_z_F),
         static_quantile_F=torch.from_numpy(static_quantile_F),
         static_segment_F=torch.from_numpy(np.repeat(segment_S, [len(window.static_code) for window in windows])),
-        age_years_A=ages([windows[s].birth_time for s in segment_L[last_A]], end_A),
+        age_years_A=torch.from_numpy(ages([windows[s].birth_time for s in segment_L[last_A]], end_A)),
         lag_hours_A=ratio(end_A - last_time_A, US_PER_HOUR),
         example_A=torch.arange(len(end_A)),
         label_AT=torch.empty(len(end_A), 0),
@@ -326,12 +325,6 @@ def _first_of_groups(histories: Histories, position_N: np.ndarray | Consecutive)
     first = position_N.searchsorted(histories.index.start_G)
     first_G = first[np.diff(first, append=len(position_N)) > 0]
     return np.append(first_G, len(position_N))
-
-
-def ages(birth_time: list[int | None], end_S: np.ndarray) -> torch.Tensor:
-    known_S = np.array([birth is not None for birth in birth_time])
-    age_us_S = end_S - np.array([birth or 0 for birth in birth_time], dtype=np.int64)
-    return ratio(np.where(known_S, age_us_S, np.nan), US_PER_YEAR)
 
 
 def ratio(difference_us: np.ndarray, unit_us: int) -> torch.Tensor:

@@ -37,6 +37,7 @@ Named = Location | str  # what errors name
 UTC = ("UTC", "Etc/UTC", "+00:00", "Z")  # as Parquet files name it
 US_PER_HOUR = 3_600_000_000
 US_PER_DAY = 24 * US_PER_HOUR
+US_PER_YEAR = 8766 * US_PER_HOUR  # of 365.25 days
 UNREADABLE = (pa.ArrowException, OSError, UnicodeDecodeError)  # what pyarrow raises at a damaged file
 # Times that Python and ACES can hold, in microseconds since 1970; their differences fit an integer.
 FIRST_TIME, LAST_TIME = (int(np.datetime64(f"{year:04d}-01-01", "us").astype(np.int64)) for year in (1, 10_000))

@@ -37,6 +37,7 @@ import polars as pl
 import pyarrow as pa
 
 from hymate.config import TaskConfig
+from hymate.data.censoring import censoring_weights
 from hymate.data.definition import Found
 from hymate.data.label_files import COMPETING, EVENT, sizes
 from hymate.data.meds import US_PER_DAY
@@ -133,19 +134,3 @@ def weighed(shards: Sequence[pl.DataFrame], splits: pa.Table) -> list[pl.DataFra
     rows = rows.with_columns(weight=pl.Series(weight, dtype=pl.Float32))
     heights = [shard.height for shard in shards]
     return [rows.slice(stop - height, height) for height, stop in zip(heights, accumulate(heights), strict=True)]
-
-
-def censoring_weights(followed_N: np.ndarray, censored_N: np.ndarray, weight_N: np.ndarray | None = None) -> np.ndarray:
-    """One over the Kaplan-Meier probability of being followed up to just before each time (Robins & Finkelstein 2000).
-
-    followed_N: time to the event or the end of the window, or, where censored_N, to the end of the record. At one time
-    events come before censoring. Those that are followed thus stand for those that were lost before. weight_N: how much
-    each counts already.
-    """
-    order_N = np.lexsort((censored_N, followed_N))
-    own_N = np.ones(len(order_N)) if weight_N is None else weight_N[order_N]
-    at_risk_N = np.cumsum(own_N[::-1])[::-1]
-    followed = np.cumprod(np.where(censored_N[order_N], 1 - own_N / at_risk_N, 1.0))
-    weight_N = np.empty(len(order_N))
-    weight_N[order_N] = 1 / np.concatenate([[1.0], followed[:-1]])[: len(order_N)]
-    return weight_N

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from hymate.config import TaskConfig
-from hymate.data.extraction import SUMMARY, Details, extract, no_event_error
+from hymate.data.details import SUMMARY, Details, no_event_error
 from hymate.data.histories import read_metadata
 from hymate.data.known import KnownConfig
 from hymate.data.label_files import COMPETING, EVENT, KEYS, read_labels, sizes
@@ -71,6 +71,8 @@ def read_or_extract_labels(root: Location, task: TaskConfig, times_only: bool = 
     fingerprint = _fingerprint(task, shards, splits, known)
     summary = _summary(folder)
     if summary.get("fingerprint") != fingerprint:
+        from hymate.data.extraction import extract  # late: most runs find labels that are kept, and need no polars
+
         summary = extract(task, shards, splits, known, folder, fingerprint)
     details = Details(**{spec.name: summary[spec.name] for spec in fields(Details)})
     if summary["never_positive"] and not times_only:

@@ -9,13 +9,9 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
-from sklearn.base import BaseEstimator, TransformerMixin
-from sklearn.ensemble import HistGradientBoostingClassifier
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
 from threadpoolctl import threadpool_limits
 
 from hymate.data.examples import Examples
@@ -23,6 +19,10 @@ from hymate.data.features import Column, FeatureSpec, FeatureTable, Rows
 from hymate.errors import UserError
 from hymate.evaluation import metrics
 from hymate.inference.boosting import Trees
+
+if TYPE_CHECKING:  # imported where it is fitted: with pandas it takes more than a second
+    from sklearn.ensemble import HistGradientBoostingClassifier
+    from sklearn.linear_model import LogisticRegression
 
 Kind = Literal["gradient_boosting", "logistic_regression", "lightgbm"]
 LIBRARY: dict[Kind, str] = {
@@ -95,19 +95,18 @@ def fit(kind: Kind, train: FeatureTable, tuning: FeatureTable, seed: int) -> Bas
     for part_NX in read_rows(train.value_EX):
         known_X |= ~np.isnan(part_NX).all(axis=0)
     positive_E, weight_E = train.examples.label_E > 0.5, train.examples.weight_E
-    with _one_thread():
-        if kind == "lightgbm":
-            fitted = _binned_boosting(train.value_EX, known_X, positive_E, weight_E, seed)
-        else:
-            value_EX, is_count_X = train.value_EX[:][:, known_X], train.spec.is_count_X[known_X]
-            fitted = _fitted(kind, value_EX, positive_E, weight_E, is_count_X, seed)
+    if kind == "lightgbm":
+        fitted = _binned_boosting(train.value_EX, known_X, positive_E, weight_E, seed)
+    else:
+        value_EX, is_count_X = train.value_EX[:][:, known_X], train.spec.is_count_X[known_X]
+        fitted = _fitted(kind, value_EX, positive_E, weight_E, is_count_X, seed)
     models = [Baseline(classifier, known_X, chosen) for chosen, classifier in fitted]
     return min(models, key=lambda model: _cross_entropy(tuning.examples, model.probability(tuning.value_EX)))
 
 
 def _one_thread() -> threadpool_limits:
     """Of OpenMP: sums in one order on every machine, and no threads that wait spinning for cores that others use,
-    which has made a fit of seconds take minutes.
+    which has made a fit of seconds take minutes. It holds for libraries that are imported by then.
     """
     return threadpool_limits(limits=1, user_api="openmp")
 
@@ -121,27 +120,29 @@ def _fitted(
     seed: int,
 ) -> list[tuple[dict[str, float], Classifier]]:
     """What is tried, and what it is called by in Baseline.chosen; nothing is random in logistic regression."""
-    if kind == "gradient_boosting":
-        # with weights scikit-learn seeks each bin's edge by itself, which takes longer than all the rest
-        equal = bool(np.all(weight_E == 1.0))
-        boosting = HistGradientBoostingClassifier(
-            max_iter=max(NUM_TREES),
-            max_bins=min(255, max(2, len(positive_E))),  # no feature fills more; empty ones only take time
-            learning_rate=LEARNING_RATE,
-            max_leaf_nodes=NUM_LEAVES,
-            min_samples_leaf=LEAF_LABELS,
-            l2_regularization=L2,
-            max_features=FEATURE_FRACTION,
-            early_stopping=False,
-            random_state=seed,
-        ).fit(value_EX, positive_E, sample_weight=None if equal else weight_E)
-        return [({"trees": n}, _FirstTrees(boosting, n)) for n in NUM_TREES]
-    candidates = [
-        ({"C": c}, make_pipeline(_Design(is_count_X), LogisticRegression(C=c, max_iter=MOST_ITERATIONS)))
-        for c in STRENGTHS
-    ]
-    weights = {"logisticregression__sample_weight": weight_E}
-    return [(chosen, classifier.fit(value_EX, positive_E, **weights)) for chosen, classifier in candidates]
+    from sklearn.ensemble import HistGradientBoostingClassifier
+    from sklearn.linear_model import LogisticRegression
+
+    with _one_thread():
+        if kind == "gradient_boosting":
+            # with weights scikit-learn seeks each bin's edge by itself, which takes longer than all the rest
+            equal = bool(np.all(weight_E == 1.0))
+            boosting = HistGradientBoostingClassifier(
+                max_iter=max(NUM_TREES),
+                max_bins=min(255, max(2, len(positive_E))),  # no feature fills more; empty ones only take time
+                learning_rate=LEARNING_RATE,
+                max_leaf_nodes=NUM_LEAVES,
+                min_samples_leaf=LEAF_LABELS,
+                l2_regularization=L2,
+                max_features=FEATURE_FRACTION,
+                early_stopping=False,
+                random_state=seed,
+            ).fit(value_EX, positive_E, sample_weight=None if equal else weight_E)
+            return [({"trees": n}, _FirstTrees(boosting, n)) for n in NUM_TREES]
+        design = _Design.of(value_EX, is_count_X)
+        given = design(value_EX), positive_E, weight_E
+        models = {c: LogisticRegression(C=c, max_iter=MOST_ITERATIONS).fit(*given) for c in STRENGTHS}
+        return [({"C": c}, _Linear(design, model)) for c, model in models.items()]
 
 
 def _binned_boosting(
@@ -178,7 +179,8 @@ def _binned_boosting(
         verbosity=-1,
     )
     data = package.Dataset(Known(), label=positive_E, weight=weight_E, params=settings)
-    booster = package.train(settings, data, num_boost_round=max(NUM_TREES))
+    with _one_thread():
+        booster = package.train(settings, data, num_boost_round=max(NUM_TREES))
     return [({"trees": n}, _Booster(booster, n)) for n in NUM_TREES]
 
 
@@ -260,35 +262,51 @@ def lightgbm() -> Any:
     return lightgbm
 
 
-class _Design(BaseEstimator, TransformerMixin):
+@dataclass(frozen=True)
+class _Design:
     """Features for a linear model: logarithms of counts, clipped, standardised, the mean where missing.
 
     Beside them one mark for each pattern of missing values: the features of a variable are missing together.
     """
 
-    def __init__(self, is_count_X: np.ndarray) -> None:
-        self.is_count_X = is_count_X
+    is_count_X: np.ndarray
+    limits_2X: np.ndarray
+    mean_X: np.ndarray
+    scale_X: np.ndarray
+    marked_M: np.ndarray
 
-    def fit(self, value_EX: np.ndarray, y: object = None) -> _Design:
+    @classmethod
+    def of(cls, value_EX: np.ndarray, is_count_X: np.ndarray) -> _Design:
         """From training values; every column has one."""
         missing_EX = np.isnan(value_EX)
         _, pattern_M = np.unique(np.packbits(missing_EX, axis=0), axis=1, return_index=True)
-        self.marked_M_ = pattern_M[missing_EX[:, pattern_M].any(axis=0)]
-        value_EX = self._logarithmic(value_EX)
-        self.limits_2X_ = np.nanquantile(value_EX, CLIP, axis=0)
-        clipped_EX = value_EX.clip(*self.limits_2X_)
-        self.mean_X_, deviation_X = np.nanmean(clipped_EX, axis=0), np.nanstd(clipped_EX, axis=0)
-        self.scale_X_ = np.where(deviation_X > 0, deviation_X, 1)
-        return self
+        marked_M = pattern_M[missing_EX[:, pattern_M].any(axis=0)]
+        value_EX = _logarithmic(value_EX, is_count_X)
+        limits_2X = np.nanquantile(value_EX, CLIP, axis=0)
+        clipped_EX = value_EX.clip(*limits_2X)
+        mean_X, deviation_X = np.nanmean(clipped_EX, axis=0), np.nanstd(clipped_EX, axis=0)
+        return cls(is_count_X, limits_2X, mean_X, np.where(deviation_X > 0, deviation_X, 1), marked_M)
 
-    def transform(self, value_EX: np.ndarray) -> np.ndarray:
-        z_EX = (self._logarithmic(value_EX).clip(*self.limits_2X_) - self.mean_X_) / self.scale_X_
-        return np.hstack([np.nan_to_num(z_EX), np.isnan(value_EX[:, self.marked_M_])])
+    def __call__(self, value_EX: np.ndarray) -> np.ndarray:
+        z_EX = (_logarithmic(value_EX, self.is_count_X).clip(*self.limits_2X) - self.mean_X) / self.scale_X
+        return np.hstack([np.nan_to_num(z_EX), np.isnan(value_EX[:, self.marked_M])])
 
-    def _logarithmic(self, value_EX: np.ndarray) -> np.ndarray:
-        value_EX = value_EX.astype(np.float64)
-        value_EX[:, self.is_count_X] = np.log1p(value_EX[:, self.is_count_X])
-        return value_EX
+
+def _logarithmic(value_EX: np.ndarray, is_count_X: np.ndarray) -> np.ndarray:
+    value_EX = value_EX.astype(np.float64)
+    value_EX[:, is_count_X] = np.log1p(value_EX[:, is_count_X])
+    return value_EX
+
+
+@dataclass(frozen=True)
+class _Linear:
+    """A linear model of a design."""
+
+    design: _Design
+    model: LogisticRegression
+
+    def predict_proba(self, x: np.ndarray) -> np.ndarray:
+        return self.model.predict_proba(self.design(x))
 
 
 def _cross_entropy(examples: Examples, probability_E: np.ndarray) -> float:

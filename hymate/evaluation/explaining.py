@@ -30,7 +30,7 @@ from hymate.data.parts import load_arrays, read_input, run_parts, save_arrays
 from hymate.evaluation.attribution import Attribution, Case, Explainer, deletion_and_insertion
 from hymate.inference.bundle import read_bundle
 from hymate.inference.dataset import Request, is_prepared, open_for
-from hymate.inference.scoring import RISK
+from hymate.inference.predictions import RISK
 from hymate.storage.paths import Location, files_below, locate, readable, remove_tree
 from hymate.work import worth
 

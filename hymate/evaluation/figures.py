@@ -8,18 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from sklearn.metrics import precision_recall_curve, roc_curve
 
 from hymate.evaluation.decisions import GRID, net_benefit
+from hymate.evaluation.metrics import curves
 from hymate.storage.paths import Location, atomic_path
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Okabe & Ito 2008: distinct for all kinds of colour vision
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#6E6E6E"
@@ -49,6 +49,8 @@ Array = NDArray[Any]
 @contextmanager
 def _figure(path: Location, width: float, height: float, dpi: int) -> Iterator[Figure]:
     """Written as a PNG when the block ends."""
+    from matplotlib.figure import Figure  # late: half a second that a command which ends before its pictures saves
+
     figure = Figure(figsize=(width, height), layout="constrained")
     yield figure
     with atomic_path(path) as temporary:
@@ -90,7 +92,7 @@ def plot_task(
         )
         for name, p_N, scores, style in models:
             labels = [f"{name}, area {scores[area]['value']:.3f}" for area in ("auroc", "auprc")]
-            _plot_roc(roc, label_N, p_N, weight_N, drop_intermediate=False, label=labels[0], **style)
+            _plot_roc(roc, label_N, p_N, weight_N, label=labels[0], **style)
             _plot_precision_recall(precision_recall, label_N, p_N, weight_N, label=labels[1], **style)
         roc.plot(
             [1 - point["specificity"]["value"] for point in points],
@@ -108,19 +110,15 @@ def plot_task(
         _plot_decision(decision, label_N, prob_N, weight_N)
 
 
-def _plot_roc(
-    axes: Axes, label_N: Array, prob_N: Array, weight_N: Array, drop_intermediate: bool = True, **style: Any
-) -> None:
-    false_positive, true_positive, _ = roc_curve(
-        label_N, prob_N, sample_weight=weight_N, drop_intermediate=drop_intermediate
-    )
-    axes.plot(false_positive, true_positive, **style)
+def _plot_roc(axes: Axes, label_N: Array, prob_N: Array, weight_N: Array, **style: Any) -> None:
+    false_positive_G, recall_G, _ = curves(label_N, prob_N, weight_N)
+    axes.plot(np.append(0, false_positive_G), np.append(0, recall_G), **style)
     axes.set(title="ROC", xlabel="1 - specificity", ylabel="sensitivity", xlim=(0, 1), ylim=(0, 1.01))
 
 
 def _plot_precision_recall(axes: Axes, label_N: Array, prob_N: Array, weight_N: Array, **style: Any) -> None:
-    precision, recall, _ = precision_recall_curve(label_N, prob_N, sample_weight=weight_N)
-    axes.step(recall[:-1], precision[:-1], **style)  # the last point is (0, 1) by convention, not a threshold
+    _, recall_G, precision_G = curves(label_N, prob_N, weight_N)
+    axes.step(np.append(0, recall_G), np.append(precision_G[0], precision_G), **style)  # the area below is the AUPRC
     axes.set(title="Precision and recall", xlabel="recall (sensitivity)", ylabel="precision (PPV)")
     axes.set(xlim=(0, 1), ylim=(0, 1.01))
 
@@ -319,7 +317,6 @@ def plot_timeline(
     R = len(labels)
     x_L = _position(hours_before_L)
     limit = max(float(np.abs(attribution_L).max()), 1e-6)
-    colour = ScalarMappable(Normalize(-limit, limit), "RdBu_r")
     heights = [R] if attention_L is None else [R, 3.2]
     with _figure(path, 11, 1.7 + 0.34 * sum(heights), EXPLANATION_DPI) as figure:
         grid = figure.add_gridspec(len(heights), 2, width_ratios=[4, 1], height_ratios=heights)
@@ -330,7 +327,10 @@ def plot_timeline(
             x_L[order],
             row_L[order],
             s=6 + 150 * weight_L[order],
-            c=colour.to_rgba(attribution_L[order]),
+            c=attribution_L[order],
+            cmap="RdBu_r",
+            vmin=-limit,
+            vmax=limit,
             edgecolors=DULL,
             linewidths=0.4,
         )

@@ -45,6 +45,15 @@ def auprc(label_N: ArrayLike, score_N: ArrayLike, weight_N: ArrayLike | None = N
     return _defined(_areas(label_N, score_N, weights(weight_N, label_N)[None])[1])
 
 
+def curves(label_N: ArrayLike, score_N: ArrayLike, weight_N: ArrayLike | None = None) -> tuple[Array, Array, Array]:
+    """False positive rate, recall and precision (G,) where all scores from a distinct one up count as positive, of the
+    highest first; both classes must be there. `auroc` and `auprc` are the areas under them.
+    """
+    label_N, score_N = _checked(label_N, score_N, low=-np.inf, high=np.inf)
+    (positive_G,), (negative_G,) = _passing(label_N, score_N, weights(weight_N, label_N)[None])
+    return negative_G / negative_G[-1], positive_G / positive_G[-1], positive_G / (positive_G + negative_G)
+
+
 def brier(label_N: ArrayLike, prob_N: ArrayLike, weight_N: ArrayLike | None = None) -> float | None:
     """Mean squared difference of probability and label (Brier 1950); 0 is best."""
     label_N, prob_N = _checked(label_N, prob_N)
@@ -300,13 +309,7 @@ def _areas(label_N: ArrayLike, score_N: ArrayLike, weight_BN: Array) -> Array:
     label_N, score_N = _checked(label_N, score_N, low=-np.inf, high=np.inf)
     if not len(label_N):
         return np.full((2, len(weight_BN)), np.nan)
-    order_N = np.argsort(-score_N, kind="stable")
-    end_G = np.append(np.flatnonzero(np.diff(score_N[order_N])), len(score_N) - 1)
-    weight_BN = weight_BN[:, order_N]
-    # weight of the positives, and of the negatives, scored at least as high as each group; not one from the other's
-    # difference to all, where a heavy label would swallow the light ones
-    positive_BG = np.cumsum(weight_BN * label_N[order_N], axis=1)[:, end_G]
-    negative_BG = np.cumsum(weight_BN * (1 - label_N[order_N]), axis=1)[:, end_G]
+    positive_BG, negative_BG = _passing(label_N, score_N, weight_BN)
     all_BG = positive_BG + negative_BG
     gained_BG = np.diff(positive_BG, axis=1, prepend=0)
     positives_B, negatives_B = positive_BG[:, -1], negative_BG[:, -1]
@@ -318,6 +321,17 @@ def _areas(label_N: ArrayLike, score_N: ArrayLike, weight_BN: Array) -> Array:
         pr_B = (gained_BG * precision_BG).sum(1) / positives_B
     pr_B[negatives_B == 0] = np.nan
     return np.stack([roc_B, pr_B])
+
+
+def _passing(label_N: Array, score_N: Array, weight_BN: Array) -> tuple[Array, Array]:
+    """(B, G) each: weight of the positives, and of the negatives, scored at least as high as each group."""
+    order_N = np.argsort(-score_N, kind="stable")
+    end_G = np.append(np.flatnonzero(np.diff(score_N[order_N])), len(score_N) - 1)
+    weight_BN = weight_BN[:, order_N]
+    # not one from the other's difference to all, where a heavy label would swallow the light ones
+    positive_BG = np.cumsum(weight_BN * label_N[order_N], axis=1)[:, end_G]
+    negative_BG = np.cumsum(weight_BN * (1 - label_N[order_N]), axis=1)[:, end_G]
+    return positive_BG, negative_BG
 
 
 def concordances(days_N: Array, predicted_N: Array, weight_BN: Array, ended_N: Array | None = None) -> Array:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from hymate.data.extraction import Details
+from hymate.data.details import Details
 from hymate.evaluation import in_time, tables
 from hymate.evaluation.decisions import ENOUGH_POSITIVES, ENOUGH_SUBJECTS, FEWEST_SUBJECTS
 from hymate.evaluation.metrics import AREAS, SHOWN

@@ -13,7 +13,7 @@ import numpy as np
 
 from hymate.data.examples import Examples
 from hymate.data.histories import Histories
-from hymate.data.loader import US_PER_YEAR
+from hymate.data.meds import US_PER_YEAR
 from hymate.errors import ConfigError
 
 SEX = r"(?i)^(gender|sex)(?![a-z])"

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from hymate.data.censoring import censoring_weights
 from hymate.data.label_files import COMPETING, EVENT
-from hymate.data.outcomes import censoring_weights
 from hymate.evaluation import calibration, metrics
 
 Array = NDArray[Any]

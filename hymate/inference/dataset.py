@@ -27,7 +27,6 @@ import torch
 from hymate.config import Codes, DataPath, Place, TaskConfig, not_negative
 from hymate.data.codemap import CodeMap
 from hymate.data.examples import Examples, labelled_examples
-from hymate.data.extraction import labels_of_shard
 from hymate.data.histories import Histories, Splits, read_metadata
 from hymate.data.known import differing
 from hymate.data.meds import SplitsConfig, iter_events, write_parquet
@@ -37,15 +36,8 @@ from hymate.data.tasks import LabelSet, read_or_extract_labels, read_times
 from hymate.device import Wanted, choose, num_gpus, obstacle
 from hymate.errors import UserError
 from hymate.inference.bundle import Bundle, build_model, read_bundle
-from hymate.inference.scoring import (
-    Outputs,
-    day_table,
-    incidence_table,
-    predict,
-    predict_last,
-    predict_whole,
-    prediction_table,
-)
+from hymate.inference.predictions import day_table, incidence_table, prediction_table
+from hymate.inference.scoring import Outputs, predict, predict_last, predict_whole
 from hymate.inference.states import StateFolder
 from hymate.machine import available_cpus
 from hymate.model.encoder import RiskModel
@@ -352,6 +344,8 @@ def _pieces(
         subjects = pq.read_table(readable(path), columns=["subject_id"])["subject_id"].unique()
         labels = read_input(GIVEN, work, filters=pc.field("subject_id").isin(subjects))
     else:
+        from hymate.data.extraction import labels_of_shard  # late: whoever gives labels needs no polars
+
         labels = labels_of_shard(path, request.task, bundle.known, request.codes)
     labels = labels.sort_by("subject_id")
     label_subject_N = labels["subject_id"].to_numpy()

@@ -1,4 +1,4 @@
-"""Predictions of a risk bundle for examples, and their tables: the network's, or the mean of its and boosting's.
+"""Predictions of a risk bundle for examples: the network's, or the mean of its and boosting's.
 
 Shape legend: E examples, T tasks.
 """
@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -24,13 +23,12 @@ from hymate.data.histories import Histories
 from hymate.data.loader import Rows
 from hymate.data.meds import write_parquet
 from hymate.inference.bundle import Bundle, build_model
+from hymate.inference.predictions import day_table, incidence_table, prediction_table
 from hymate.inference.states import States
 from hymate.inference.streaming import StreamingModel
 from hymate.model.batch import UNKNOWN_ID, Batch
 from hymate.model.encoder import RiskModel
 from hymate.storage.paths import Location
-
-RISK = "predicted_boolean_probability"  # of the MEDS prediction schema
 
 
 @dataclass(frozen=True)
@@ -223,37 +221,3 @@ def write_incidences(examples: Examples, outputs: Outputs, asked: InTime, task: 
     write_parquet(prediction_table(unknown, outputs.probability_ET[:, 0]), path)
     incidence_ECH = outputs.incidences({task: asked}, task)
     write_parquet(incidence_table(unknown, incidence_ECH, asked), path.with_stem(f"{path.stem}-incidence"))
-
-
-def prediction_table(examples: Examples, probability_E: np.ndarray) -> pa.Table:
-    """The MEDS prediction table, by subject and time; boolean_value only where every example has a label."""
-    values = {} if np.isnan(examples.label_E).any() else {"boolean_value": pa.array(examples.label_E > 0.5, pa.bool_())}
-    values["predicted_boolean_value"] = pa.array(probability_E >= 0.5, pa.bool_())
-    values[RISK] = pa.array(probability_E, pa.float32())
-    return _by_subject_and_time(examples, values)
-
-
-def day_table(examples: Examples, days_E: np.ndarray) -> pa.Table:
-    """Predicted days, by subject and time, in the manner of the MEDS prediction schema, which has none for numbers."""
-    known = {} if np.isnan(examples.days_E).all() else {"float_value": pa.array(examples.days_E, from_pandas=True)}
-    return _by_subject_and_time(examples, {**known, "predicted_float_value": pa.array(days_E, pa.float32())})
-
-
-def incidence_table(examples: Examples, incidence_ECH: np.ndarray, asked: InTime) -> pa.Table:
-    """The incidences of a task in time, by subject and time: of the event "predicted_incidence_7d" and so on by each
-    horizon, of the competing one "predicted_competing_7d".
-    """
-    columns = {
-        f"predicted_{kind}_{horizon:g}d": pa.array(incidence_ECH[:, cause, number], pa.float32())
-        for cause, kind in enumerate(("incidence", "competing")[: asked.num_causes])
-        for number, horizon in enumerate(asked.horizons_days)
-    }
-    return _by_subject_and_time(examples, columns)
-
-
-def _by_subject_and_time(examples: Examples, values: dict[str, pa.Array]) -> pa.Table:
-    columns = {
-        "subject_id": pa.array(examples.subject_id_E, pa.int64()),
-        "prediction_time": pa.array(examples.prediction_time_E, pa.timestamp("us")),
-    }
-    return pa.table(columns | values).sort_by([("subject_id", "ascending"), ("prediction_time", "ascending")])

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from hymate.config import ModelConfig
-from hymate.data.histories import History
-from hymate.data.loader import ages, ratio
+from hymate.data.histories import History, ages
+from hymate.data.loader import ratio
 from hymate.data.meds import US_PER_HOUR
 from hymate.data.vocabulary import Vocabulary
 from hymate.errors import UserError
@@ -108,7 +108,7 @@ class StreamingModel:
         end_S = np.array([prediction_time_us])
         batch = self._batch(
             static_F=static_F,
-            age_years_A=ages([history.birth_time], end_S),
+            age_years_A=torch.from_numpy(ages([history.birth_time], end_S)),
             lag_hours_A=ratio(end_S - state.last_time_us, US_PER_HOUR),
         )
         count_S = torch.full((1,), float(state.num_events), device=self._like.device)

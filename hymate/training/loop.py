@@ -124,6 +124,10 @@ class Unrecoverable(UserError):
     """What ends a run for good: every rank raises it alike, and new workers would come to the same end."""
 
 
+class NotTogether(Exception):
+    """Workers that don't reach each other. Its text, which names hosts, is for the console, not for records."""
+
+
 # --------------------------------------------------------------------------------------------------------- loop
 
 

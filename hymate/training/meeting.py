@@ -30,7 +30,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from hymate import machine, runs
 from hymate.errors import first_line
-from hymate.training.loop import Worker, leave_group
+from hymate.training.loop import NotTogether, Worker, leave_group
 
 TOGETHER_S, ANSWER_S = 120.0, 5.0  # from when all workers have their places; of a worker that is alive
 GLOO, NCCL = "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"  # the interface that each of the libraries takes
@@ -39,10 +39,6 @@ MOST_NAMED = 8
 FOLLOWED = ("Connection closed by peer", "Connection reset by peer", "DistBackendError", "Broken pipe")
 
 Host = tuple[str, str, str]  # name, address, interface
-
-
-class NotTogether(Exception):
-    """Workers that don't reach each other. Its text, which names hosts, is for the console, not for records."""
 
 
 def first_causes(errors: Iterable[BaseException]) -> list[BaseException]:

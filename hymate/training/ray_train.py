@@ -19,7 +19,7 @@ from hymate.runs import SUPERSEDED, Run
 from hymate.storage.paths import Location, UrlPath, naming_a_full_disk
 from hymate.training import checkpoint, loop
 from hymate.training.keeper import Kept, Sender, newest_whole
-from hymate.training.loop import Job, Standing, Unrecoverable, Worker, anyone
+from hymate.training.loop import Job, NotTogether, Standing, Unrecoverable, Worker, anyone
 from hymate.training.telemetry import STARTING, Telemetry, progress_line
 
 
@@ -192,7 +192,7 @@ def _train_worker(training: Training) -> Standing:
 
 def _explain(error: Any) -> NoReturn:
     """Print the error that stopped training, not those it caused on other workers, and exit with status 1."""
-    from hymate.training.meeting import NotTogether, first_causes
+    from hymate.training.meeting import first_causes
 
     failures = getattr(error, "worker_failures", {})
     causes = first_causes(failures.values())

@@ -28,7 +28,6 @@ from hymate.runs import Run
 from hymate.storage.paths import Location, remove_tree, require_room, write_text
 from hymate.training import checkpoint, loop
 from hymate.training.keeper import Kept, Sender, newest_whole
-from hymate.training.meeting import NotTogether
 from hymate.training.ray_train import ray_storage
 from hymate.training.telemetry import PROGRESS, Telemetry, read_progress
 from hymate.tuning import space
@@ -215,7 +214,7 @@ def _cause(traceback: str) -> str:
 def _recorded(cause: str) -> str:
     """Without the names of hosts, which are for the console."""
     kind = cause.partition(": ")[0]
-    return kind if kind.endswith(NotTogether.__name__) else cause
+    return kind if kind.endswith(loop.NotTogether.__name__) else cause
 
 
 class Progress(tune.Callback):

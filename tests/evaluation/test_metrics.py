@@ -9,7 +9,13 @@ import pytest
 from comparing import assert_alike
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.metrics import average_precision_score, brier_score_loss, roc_auc_score
+from sklearn.metrics import (
+    average_precision_score,
+    brier_score_loss,
+    precision_recall_curve,
+    roc_auc_score,
+    roc_curve,
+)
 
 from hymate.evaluation import metrics
 
@@ -229,6 +235,11 @@ def test_weighted_areas_are_scikit_learns() -> None:
         average_precision_score(label, prob, sample_weight=weight)
     )
     assert metrics.brier(label, prob, weight) == pytest.approx(brier_score_loss(label, prob, sample_weight=weight))
+    false_positive, recall, precision = metrics.curves(label, prob, weight)
+    theirs = roc_curve(label, prob, sample_weight=weight, drop_intermediate=False)
+    np.testing.assert_allclose([false_positive, recall], np.array(theirs[:2])[:, 1:])  # they begin at (0, 0)
+    theirs = precision_recall_curve(label, prob, sample_weight=weight)
+    np.testing.assert_allclose([precision, recall], np.array(theirs[:2])[:, -2::-1])  # they end at (0, 1)
 
 
 @pytest.mark.parametrize("heavy", range(4))

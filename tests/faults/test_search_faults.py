@@ -134,7 +134,7 @@ def test_workers_of_a_trial_do_not_reach_each_other(
     host = f"{socket.gethostname()} is 127.0.0.1 on nowhere0"
     assert done.returncode == 2, done.stderr
     assert host in line and "Set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME" in line
-    assert "trials failed, the first with hymate.training.meeting.NotTogether (" in done.stderr
+    assert "trials failed, the first with hymate.training.loop.NotTogether (" in done.stderr
     assert "nowhere0" not in (tmp_path / "r" / "run.json").read_text()
 
 

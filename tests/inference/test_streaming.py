@@ -18,8 +18,7 @@ from small_models import PAPER, SMALL, timed, vocabulary_of
 from hymate import ops
 from hymate.config import ModelConfig
 from hymate.data.histories import History
-from hymate.data.loader import US_PER_YEAR
-from hymate.data.meds import US_PER_HOUR
+from hymate.data.meds import US_PER_HOUR, US_PER_YEAR
 from hymate.data.vocabulary import Vocabulary
 from hymate.errors import UserError
 from hymate.inference.streaming import PatientState, StreamingModel

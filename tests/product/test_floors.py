@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -140,10 +141,24 @@ def test_the_encoder_needs_neither_pyarrow_nor_hydra() -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_preparing_needs_neither_pytorch_nor_scikit_learn() -> None:
-    code = "import sys, hymate.data.prepare; print([name for name in ('torch', 'sklearn') if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]", "each of its processes would take seconds to begin"
+def test_commands_import_what_they_need_and_no_more() -> None:
+    """Each of these takes from a fifth of a second to two seconds of every command and of every process of Ray."""
+    large = {"deepspeed", "matplotlib", "pandas", "polars", "ray", "scipy.optimize", "scipy.stats", "sklearn"}
+    unwanted = {  # one after the other in the same process
+        **dict.fromkeys(("hymate.data.prepare", "hymate.baselines"), large | {"torch"}),
+        **dict.fromkeys((f"hymate.{name}" for name in ("training.pretraining", "plan", "predict", "explain")), large),
+        **dict.fromkeys((f"hymate.{name}" for name in ("evaluate", "tuning.search", "tuning.benchmark")), large),
+        "hymate.tuning.ray_tune": large - {"pandas", "ray"} | {"ray.train.torch"},
+    }
+    code = (
+        "import importlib, json, sys\n"
+        "for name, unwanted in json.loads(sys.argv[1]):\n"
+        "    importlib.import_module(name)\n"
+        "    assert not (found := sys.modules.keys() & set(unwanted)), f'{name} imports {found}'\n"
+    )
+    given = json.dumps([(name, sorted(libraries)) for name, libraries in unwanted.items()])
+    done = subprocess.run([sys.executable, "-c", code, given], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_test_files_share_through_support_alone() -> None:

@@ -10,8 +10,7 @@ import pyarrow as pa
 
 from hymate.data.histories import History
 from hymate.data.label_files import LABEL_SCHEMA
-from hymate.data.loader import US_PER_YEAR
-from hymate.data.meds import DATA_SCHEMA, US_PER_HOUR, write_parquet
+from hymate.data.meds import DATA_SCHEMA, US_PER_HOUR, US_PER_YEAR, write_parquet
 from hymate.data.prepare import PrepareConfig, prepare
 from hymate.storage.paths import write_text
 

@@ -34,8 +34,9 @@ from hymate.device import CPU
 from hymate.errors import ConfigError, UserError
 from hymate.evaluation.calibration import recalibrate
 from hymate.inference.bundle import Bundle, read_bundle
+from hymate.inference.predictions import prediction_table
 from hymate.inference.provenance import SENTENCES, provenance
-from hymate.inference.scoring import predict, prediction_table
+from hymate.inference.scoring import predict
 from hymate.model.pretrain_model import PretrainModel
 from hymate.tuning import space
 from hymate.tuning.search import TuneConfig, search
