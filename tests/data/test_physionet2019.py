@@ -292,8 +292,10 @@ def test_real_stays_match_a_plain_reading(shared_data: Path, tmp_path: Path) -> 
     plain: dict[int, list[dict[str, str]]] = {}
     with tarfile.open(archive, "r|xz") as tar:
         for member in tar:
+            if len(plain) == 300:
+                break
             file = tar.extractfile(member)
-            if file is not None and len(plain) < 300:
+            if file is not None:
                 (tmp_path / "raw").mkdir(exist_ok=True)
                 content = file.read()
                 (tmp_path / "raw" / Path(member.name).name).write_bytes(content)

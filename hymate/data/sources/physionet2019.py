@@ -127,11 +127,11 @@ class _Header:
 @functools.lru_cache(maxsize=8)  # the files of a set share one
 def _header(line: bytes) -> _Header:
     names = [name.strip().decode(errors="replace") for name in line.split(b"|")]
-    place = {own: names.index(name) for own, name in enumerate(COLUMNS) if name in names}
-    own = [COLUMNS[own] for own in place]
-    is_usable = HOUR in own and sum(map(names.count, own)) == len(own)
+    own = [name for name in COLUMNS if name in names]
+    own_P, place_P = [COLUMNS.index(name) for name in own], [names.index(name) for name in own]
     absent = [name for name in COLUMNS if name not in names]
-    return _Header(len(names), list(place), list(place.values()), absent, len(set(names)) - len(own), is_usable)
+    is_usable = HOUR in own and sum(map(names.count, own)) == len(own)
+    return _Header(len(names), own_P, place_P, absent, len(set(names)) - len(own), is_usable)
 
 
 @dataclass
