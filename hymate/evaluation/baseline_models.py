@@ -327,21 +327,25 @@ def importance(model: Baseline, table: FeatureTable, group_X: Sequence[str], see
     chosen_E = np.concatenate(classes)
     value_EX, examples = table.value_EX[chosen_E], table.examples.only(chosen_E)
 
-    def auroc() -> float:
-        area = metrics.auroc(examples.label_E, model.probability(value_EX), examples.weight_E)
+    def auroc(probability_E: np.ndarray) -> float:
+        area = metrics.auroc(examples.label_E, probability_E, examples.weight_E)
         assert area is not None, "the examples have both classes"
         return area
 
-    whole = auroc()
+    whole = auroc(model.probability(value_EX))
     groups = np.array(group_X)
-    falls: dict[str, float] = {}
-    for group in sorted(set(group_X) - {""}):
-        own_X = groups == group
-        kept = value_EX[:, own_X]
-        for _ in range(REPEATS):
-            value_EX[:, own_X] = kept[rng.permutation(len(kept))]
-            falls[group] = falls.get(group, 0.0) + (whole - auroc()) / REPEATS
-        value_EX[:, own_X] = kept
+    permuted = [group for group in sorted(set(group_X) - {""}) for _ in range(REPEATS)]
+    falls = dict.fromkeys(permuted, 0.0)
+    at_once = max(1, ROWS_AT_ONCE // len(value_EX))  # a call of the classifier takes longer than a few rows
+    for start in range(0, len(permuted), at_once):
+        names = permuted[start : start + at_once]
+        value_GEX = np.repeat(value_EX[None], len(names), axis=0)
+        for own_EX, group in zip(value_GEX, names, strict=True):
+            own_X = groups == group
+            own_EX[:, own_X] = value_EX[:, own_X][rng.permutation(len(value_EX))]
+        probability_GE = model.probability(value_GEX.reshape(-1, value_EX.shape[1])).reshape(len(names), -1)
+        for group, probability_E in zip(names, probability_GE, strict=True):
+            falls[group] += (whole - auroc(probability_E)) / REPEATS
     return dict(sorted(falls.items(), key=lambda item: -item[1]))
 
 
