@@ -52,6 +52,7 @@ ELSEWHERE = {  # what something else runs: how a command begins, and the file th
     "python finetune/benchmark.py": "tests/tuning/test_benchmark.py",
     "python finetune/tune.py search=quick": "tests/product/test_demo.py",
     "python -m hymate.ops.cpu.precompile": "Makefile",
+    "python -m hymate.plan model=base gpus=8 data.tokens_per_row": "tests/commands/test_plan.py",
 }
 PAGES_ELSEWHERE = {
     "docs/storage.md": "tests/storage/test_storage.py",

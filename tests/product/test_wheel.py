@@ -135,7 +135,8 @@ def left(installed: Path, environment: dict[str, str], tmp_path_factory: pytest.
     (folder / "own" / "model" / "mine.yaml").write_text(MINE)
     command("prepare", 0o007, "source=meds", f"raw={raw}", "out=data", "workers=2")
     pretrain = ["--config-dir", "own", "model=mine", "data.path=data", *SHORT, "train.eval_rows=2"]
-    command("pretrain", 0o007, *pretrain, "train.num_workers=2")
+    pretrain += ["train.num_workers=1"]
+    command("pretrain", 0o007, *pretrain)
     lrs = ["~search.space.head_lr", "+search.space.head_lr={choice:[1e-3,1e36]}", "search.space.frozen=false"]
     search = ["task=readmission", "init=runs/pretrain", "data.path=data", "search.max_failures=0"]
     command("tune", 0o077, *search, *SHORT, *lrs, "search.num_trials=2")
