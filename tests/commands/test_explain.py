@@ -262,13 +262,14 @@ def test_parts_and_a_meds_folder_change_nothing(
     small_data: Path, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In two processes, of a folder that was never prepared: the tables of one process and prepared data."""
-    explained(bundle, small_data, tmp_path / "whole", "num_predictions=6", "workers=1")
+    few = ["num_predictions=6", "num_subjects=1"]
+    explained(bundle, small_data, tmp_path / "whole", *few, "workers=1")
     monkeypatch.setattr(explaining, "PART", 2)
     monkeypatch.setattr(explaining, "WORTH_PARTS", 1)
     raw, labels = write_meds(tmp_path / "raw"), small_data / "labels" / "readmission"
     (tmp_path / "tmp").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
-    asked = bundle, raw, tmp_path / "parts", "num_predictions=6", f"task.labels={labels}"
+    asked = bundle, raw, tmp_path / "parts", *few, f"task.labels={labels}"
     with monkeypatch.context() as interrupting:
         interrupting.setattr(explaining, "most_important", Mock(side_effect=KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):

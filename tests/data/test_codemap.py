@@ -295,7 +295,7 @@ def test_a_model_of_elsewhere_is_explained_and_evaluated_on_our_codes(
     for name, data, more in (("theirs", write_meds(tmp_path / "theirs"), []), ("ours", raw, [f"codes={codes}"])):
         out = tmp_path / name / "explained"
         given = ["task=readmission", f"bundle={bundle}", f"data.path={data}", "workers=1", *more]
-        explain(load("explain", [*given, f"out={out}", "num_predictions=6"], ExplainConfig))
+        explain(load("explain", [*given, f"out={out}", "num_predictions=6", "num_subjects=1"], ExplainConfig))
         evaluate(load("evaluate", [*given, f"out={tmp_path / name / 'evaluated'}"], EvaluateConfig))
         results = json.loads((tmp_path / name / "evaluated" / "results.json").read_text())
         assert results.pop("data") == str(data)
