@@ -331,7 +331,7 @@ def test_the_maps_that_ship_describe_a_variable_in_one_way() -> None:
 @pytest.mark.slow
 def test_the_maps_that_ship_make_the_real_datasets_one(shared_data: Path, tmp_path: Path) -> None:
     """No unit contradicts another after mapping, and each pair shares as many measured variables as it can, which a
-    thousand stays of each split show.
+    thousand stays of a split, at most, show.
     """
     names = ["physionet2012", "physionet2019", "mimic_iv_demo"]
     demo, places = shared_data / "mimic_iv_demo_meds", {}
