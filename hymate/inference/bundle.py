@@ -234,7 +234,7 @@ def build_model(bundle: Bundle) -> RiskModel:
 class _WithoutValues(TorchFunctionMode):
     """Weights without memory need no first values, for which PyTorch would import its compiler: a second's work."""
 
-    KEEP_SHAPE = ("add", "clamp", "exp", "expm1", "log", "mul", "neg", "__rdiv__")  # of the numbers themselves
+    KEEP_SHAPE = ("add", "clamp", "div_", "exp", "expm1", "log", "mul", "neg", "__rdiv__")  # of the numbers themselves
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__module__", None) == nn.init.__name__:

@@ -59,8 +59,8 @@ class FusionPooling(nn.Module):
         self.members, self.width = members, (1 + timed) * num_queries * d_model
         self.log_rate_Q: nn.Parameter | None = None
         if timed:
-            horizon_Q = torch.tensor(list(islice(cycle(HORIZONS_HOURS), num_queries)))
-            self.log_rate_Q = nn.Parameter(-horizon_Q.log().repeat(members))
+            horizon_Q = torch.tensor(members * list(islice(cycle(HORIZONS_HOURS), num_queries)))
+            self.log_rate_Q = nn.Parameter(-horizon_Q.log())
 
     def forward(self, h_LD: Tensor, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """(L, D) -> pooled (A, M, Q * D or, timed, twice that), weights (L, M * Q) that sum to 1 over each segment; no

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -46,6 +48,16 @@ def test_a_bundle_read_back_predicts_the_same(bundle: Path) -> None:
     assert "Some words." in (bundle / "README.md").read_text()
     row = random_row((5, 9), vocab_size=read.vocabulary.size)
     torch.testing.assert_close(build_model(read)(row)["logit_AT"], risk_model()(row)["logit_AT"], rtol=0, atol=0)
+
+
+def test_building_a_model_imports_nothing_of_what_compiles(bundle: Path) -> None:
+    """PyTorch does for some operations without values: 0.4 s of every process that predicts."""
+    code = (
+        "import sys; from pathlib import Path; from hymate.inference.bundle import build_model, read_bundle\n"
+        "build_model(read_bundle(Path(sys.argv[1])))\n"
+        "assert not (found := sys.modules.keys() & {'sympy', 'torch._dynamo'}), found"
+    )
+    subprocess.run([sys.executable, "-c", code, str(bundle)], check=True)
 
 
 def test_a_bundle_of_before_an_option_has_its_default(bundle: Path) -> None:
