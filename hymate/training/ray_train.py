@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import os
 import sys
@@ -11,7 +10,6 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NoReturn
-from unittest import mock
 
 from hymate import cluster, ending, machine
 from hymate.config import ModelConfig, TrainConfig
@@ -68,11 +66,9 @@ def fit(training: Training) -> Standing:
 
 def _trainer(training: Training) -> Any:
     from ray import train
-    from ray.runtime_context import RuntimeContext
     from ray.train.torch import TorchTrainer
     from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
     from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
-    from ray.train.v2._internal.execution.controller import TrainController
     from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 
     from hymate.training.meeting import Meeting
@@ -96,14 +92,9 @@ def _trainer(training: Training) -> Any:
             return [each for each in super()._create_default_callbacks() if not isinstance(each, unused)]
 
         def _initialize_and_run_controller(self, **given: Any) -> Any:
-            """Where Ray ends with this command, in its process: one of its own would import all that this one has."""
-            if not alone:
-                return super()._initialize_and_run_controller(**given)
-            given["scaling_policy"] = ThisMachine(self.scaling_config)
-            with mock.patch.object(RuntimeContext, "current_actor", None):  # workers would ask it for Ray's checkpoints
-                controller = TrainController(**given)
-                asyncio.run(controller.run())
-            return controller.get_result()
+            if alone:
+                given["scaling_policy"] = ThisMachine(self.scaling_config)
+            return super()._initialize_and_run_controller(**given)
 
     settings, on_gpu = training.train, training.device == "cuda"
     return Trainer(
