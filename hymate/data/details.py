@@ -1,6 +1,6 @@
 """What an extraction of labels finds beside them, for those who read kept labels and for reports.
 
-`hymate.data.extraction` extracts; it takes polars, which these need not import.
+`hymate.data.extraction` extracts; it takes polars, which its readers need not import.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from hymate.errors import UserError
 from hymate.evaluation import metrics
 from hymate.inference.boosting import Trees
 
-if TYPE_CHECKING:  # imported where it is fitted: with pandas it takes more than a second
+if TYPE_CHECKING:  # scikit-learn is imported where it is used: with pandas it takes more than a second
     from sklearn.ensemble import HistGradientBoostingClassifier
     from sklearn.linear_model import LogisticRegression
 
@@ -300,7 +300,7 @@ def _logarithmic(value_EX: np.ndarray, is_count_X: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _Linear:
-    """A linear model of a design."""
+    """Logistic regression on a `_Design`."""
 
     design: _Design
     model: LogisticRegression
@@ -336,7 +336,7 @@ def importance(model: Baseline, table: FeatureTable, group_X: Sequence[str], see
     groups = np.array(group_X)
     permuted = [group for group in sorted(set(group_X) - {""}) for _ in range(REPEATS)]
     falls = dict.fromkeys(permuted, 0.0)
-    at_once = max(1, ROWS_AT_ONCE // len(value_EX))  # a call of the classifier takes longer than a few rows
+    at_once = max(1, ROWS_AT_ONCE // len(value_EX))  # a call costs more than predicting a few rows
     for start in range(0, len(permuted), at_once):
         names = permuted[start : start + at_once]
         value_GEX = np.repeat(value_EX[None], len(names), axis=0)

@@ -63,7 +63,7 @@ def recalibrate(label_N: ArrayLike, logit_N: ArrayLike, weight_N: ArrayLike | No
     0.050 as trained, 0.032 with a temperature, 0.018 with both. PRIOR_LABELS draw towards no change, which keeps both
     finite and 50 labels from doing more harm than they must.
     """
-    from scipy.optimize import minimize  # late: it takes longer than what most processes import this module for
+    from scipy.optimize import minimize  # late: most processes never recalibrate
 
     label_N, logit_N = np.asarray(label_N, dtype=np.float64), np.asarray(logit_N, dtype=np.float64)
     weight_N = metrics.weights(weight_N, label_N)

@@ -49,7 +49,7 @@ Array = NDArray[Any]
 @contextmanager
 def _figure(path: Location, width: float, height: float, dpi: int) -> Iterator[Figure]:
     """Written as a PNG when the block ends."""
-    from matplotlib.figure import Figure  # late: half a second that a command which ends before its pictures saves
+    from matplotlib.figure import Figure  # late: half a second, and not every command draws
 
     figure = Figure(figsize=(width, height), layout="constrained")
     yield figure

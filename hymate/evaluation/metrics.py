@@ -46,8 +46,8 @@ def auprc(label_N: ArrayLike, score_N: ArrayLike, weight_N: ArrayLike | None = N
 
 
 def curves(label_N: ArrayLike, score_N: ArrayLike, weight_N: ArrayLike | None = None) -> tuple[Array, Array, Array]:
-    """False positive rate, recall and precision (G,) where all scores from a distinct one up count as positive, of the
-    highest first; both classes must be there. `auroc` and `auprc` are the areas under them.
+    """False positive rate, recall and precision (G,) at each distinct score as the threshold, the highest first; both
+    classes must be there. `auroc` and `auprc` are the areas under them.
     """
     label_N, score_N = _checked(label_N, score_N, low=-np.inf, high=np.inf)
     (positive_G,), (negative_G,) = _passing(label_N, score_N, weights(weight_N, label_N)[None])
@@ -324,7 +324,7 @@ def _areas(label_N: ArrayLike, score_N: ArrayLike, weight_BN: Array) -> Array:
 
 
 def _passing(label_N: Array, score_N: Array, weight_BN: Array) -> tuple[Array, Array]:
-    """(B, G) each: weight of the positives, and of the negatives, scored at least as high as each group."""
+    """(B, G) each: weight of the positives, and of the negatives, scored at least as high as each distinct score."""
     order_N = np.argsort(-score_N, kind="stable")
     end_G = np.append(np.flatnonzero(np.diff(score_N[order_N])), len(score_N) - 1)
     weight_BN = weight_BN[:, order_N]

@@ -1,4 +1,4 @@
-"""Tables of predictions, as the MEDS prediction schema has them, for whatever made these.
+"""Tables of predictions, as the MEDS prediction schema has them, whichever model made them.
 
 Shape legend: E examples, C causes, H horizons.
 """

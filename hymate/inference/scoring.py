@@ -1,4 +1,4 @@
-"""Predictions of a risk bundle for examples: the network's, or the mean of its and boosting's.
+"""Predictions of a risk bundle for examples: the network's, or its mean with boosting's.
 
 Shape legend: E examples, T tasks.
 """

@@ -1,6 +1,6 @@
 """Self-supervised objectives: which events are hidden, what lies ahead of a moment, and when each code comes next.
 
-Both depend only on a segment and its seed (`Batch.seed_S`): not on the row that it stands in, on a global random state,
+All depend only on a segment and its seed (`Batch.seed_S`): not on the row that it stands in, on a global random state,
 or on the numbers that dropout draws. So they are the same in any packing, on any number of workers and after a resume.
 
 A loss is a weighted sum of terms, each the mean over its targets in all rows of an optimiser step, on all workers.

@@ -10,8 +10,8 @@ Age, sex, unit and the hours since the hospital admission are static events, fro
 
 What cannot be used is left out and counted, so that one bad line does not cost a dataset: see `_Reading`.
 
-Shape legend: L lines of a file, C columns of a file, P of them COLUMNS, O COLUMNS, H hours of a stay, V VARIABLES,
-E events, N stays.
+Shape legend: L lines of a file, C columns of a file, P those of them in COLUMNS, O all COLUMNS, H hours of a stay,
+V VARIABLES, E events, N stays.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ CODES = {
     "Unit//MICU": "Medical ICU",
     "Unit//SICU": "Surgical ICU",
 }
-COLUMNS = (*VARIABLES, *NUMBERS, *CATEGORIES, HOUR, LABEL)
+COLUMNS = (*VARIABLES, *NUMBERS, *CATEGORIES, HOUR, LABEL)  # values are found by this order
 _HOUR, _LABEL = COLUMNS.index(HOUR), COLUMNS.index(LABEL)
 _CODE_ID = {code: id for id, code in enumerate(CODES)}
 _ADMITTED_US = int(ORIGIN.replace(tzinfo=datetime.UTC).timestamp()) * 1_000_000
@@ -176,7 +176,7 @@ class _Reading:
         self._found(len(lines) - len(whole), "lines left out: not as many fields as the header")
         fields = b"|".join(whole)
         flat = np.empty(0)
-        if not fields.translate(None, b"0123456789.-|Na"):  # of more than these, NumPy takes for numbers what is none
+        if not fields.translate(None, b"0123456789.-|Na"):  # with others NumPy takes text for numbers
             with contextlib.suppress(ValueError, DeprecationWarning), warnings.catch_warnings(action="error"):
                 flat = np.fromstring(fields, sep="|")
         if len(flat) != len(whole) * width:
