@@ -10,6 +10,7 @@ intervals are those of `estimates`. All are 95 %.
 
 Shape legend:
     N  labels
+    M  labels that have a score, the highest first
     G  groups of labels with equal scores (ties), best first
     P  patients
     B  bootstrap samples
@@ -19,9 +20,10 @@ Shape legend:
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from numba import njit
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import ndtr, ndtri, stdtrit  # scipy.stats takes half a second to import
 
@@ -37,20 +39,22 @@ ELEMENTS_AT_ONCE = 2_000_000  # of the (B, N) weights: bounds the bootstrap's me
 
 def auroc(label_N: ArrayLike, score_N: ArrayLike, weight_N: ArrayLike | None = None) -> float | None:
     """Area under the ROC curve: the chance that a positive is scored above a negative, ties counting half."""
-    return _defined(_areas(label_N, score_N, weights(weight_N, label_N)[None])[0])
+    return _defined(_Ranked.of(label_N, score_N).areas(weights(weight_N, label_N)[None])[0])
 
 
 def auprc(label_N: ArrayLike, score_N: ArrayLike, weight_N: ArrayLike | None = None) -> float | None:
     """Average precision: precision at each distinct score, weighted by the recall gained there (no interpolation)."""
-    return _defined(_areas(label_N, score_N, weights(weight_N, label_N)[None])[1])
+    return _defined(_Ranked.of(label_N, score_N).areas(weights(weight_N, label_N)[None])[1])
 
 
 def curves(label_N: ArrayLike, score_N: ArrayLike, weight_N: ArrayLike | None = None) -> tuple[Array, Array, Array]:
     """False positive rate, recall and precision (G,) at each distinct score as the threshold, the highest first; both
     classes must be there. `auroc` and `auprc` are the areas under them.
     """
-    label_N, score_N = _checked(label_N, score_N, low=-np.inf, high=np.inf)
-    (positive_G,), (negative_G,) = _passing(label_N, score_N, weights(weight_N, label_N)[None])
+    ranked, weight_N = _Ranked.of(label_N, score_N), weights(weight_N, label_N)
+    # not one from the other's difference to all, where a heavy label would swallow the light ones
+    weight_M, positive_M = weight_N[ranked.place_M], ranked.positive_M
+    positive_G, negative_G = (np.cumsum(weight_M * of_M)[ranked.last_M] for of_M in (positive_M, ~positive_M))
     return negative_G / negative_G[-1], positive_G / positive_G[-1], positive_G / (positive_G + negative_G)
 
 
@@ -131,13 +135,8 @@ def areas(
     label_N: ArrayLike, score_N: ArrayLike, subject_N: ArrayLike, weight_N: ArrayLike | None = None
 ) -> dict[str, dict[str, Any]]:
     """ "auroc" and "auprc", each as `estimates` gives it, at `widened` level."""
-    label_N, score_N = _checked(label_N, score_N, low=-np.inf, high=np.inf)
-
-    def statistics(weight_BN: Array) -> Array:
-        return _areas(label_N, score_N, weight_BN)
-
-    level = widened(0.95, label_N, subject_N)
-    return dict(zip(AREAS, estimates(statistics, len(AREAS), subject_N, weight_N, level), strict=True))
+    ranked, level = _Ranked.of(label_N, score_N), widened(0.95, label_N, subject_N)
+    return dict(zip(AREAS, estimates(ranked.areas, len(AREAS), subject_N, weight_N, level), strict=True))
 
 
 def paired_difference(
@@ -153,11 +152,10 @@ def paired_difference(
     Each is as `estimates` gives it, at `widened` level: both scores are computed on the same resampled patients, which
     cancels what the two have in common. Scores are any finite numbers; each vector has its own scale.
     """
-    label_N, a_N = _checked(label_N, a_N, low=-np.inf, high=np.inf)
-    _, b_N = _checked(label_N, b_N, low=-np.inf, high=np.inf)
+    a, b = _Ranked.of(label_N, a_N), _Ranked.of(label_N, b_N)
 
     def differences(weight_BN: Array) -> Array:
-        return _areas(label_N, a_N, weight_BN) - _areas(label_N, b_N, weight_BN)
+        return a.areas(weight_BN) - b.areas(weight_BN)
 
     level = widened(level, label_N, subject_N)
     return dict(zip(AREAS, estimates(differences, len(AREAS), subject_N, weight_N, level), strict=True))
@@ -172,14 +170,10 @@ def mean_difference(
     A score is NaN where a model has none, as in cross-validation outside its fold.
     """
     label_N = np.asarray(label_N)
-
-    def mean_areas(score_RN: Array, weight_BN: Array) -> Array:
-        scored_RN = ~np.isnan(score_RN)
-        each = zip(score_RN, scored_RN, strict=True)
-        return np.mean([_areas(label_N[at], score_N[at], weight_BN[:, at]) for score_N, at in each], axis=0)
+    a_R, b_R = ([_Ranked.of(label_N, score_N, ~np.isnan(score_N)) for score_N in score_RN] for score_RN in (a_RN, b_RN))
 
     def means(weight_BN: Array) -> Array:
-        a_KB, b_KB = mean_areas(a_RN, weight_BN), mean_areas(b_RN, weight_BN)
+        a_KB, b_KB = (np.mean([ranked.areas(weight_BN) for ranked in of_R], axis=0) for of_R in (a_R, b_R))
         return np.concatenate([a_KB, a_KB - b_KB])
 
     found = estimates(means, 2 * len(AREAS), subject_N, weight_N, widened(0.95, label_N, subject_N))
@@ -248,7 +242,7 @@ def resampled(
         at_once = max(1, ELEMENTS_AT_ONCE // len(patient_N))
         for start in range(0, num_samples, at_once):
             times_BP = rng.multinomial(len(subject_P), fraction_P, size=min(at_once, num_samples - start))
-            values.append(statistics(times_BP[:, patient_N] * weight_N))
+            values.append(statistics(np.take(times_BP, patient_N, axis=1) * weight_N))  # each sample in one piece
     return np.concatenate(values, axis=1)
 
 
@@ -304,34 +298,62 @@ def _median(value_N: Array, weight_N: Array) -> float:
     return float(value_N[order_N][np.searchsorted(below_N, below_N[-1] / 2)])
 
 
-def _areas(label_N: ArrayLike, score_N: ArrayLike, weight_BN: Array) -> Array:
-    """(2, B): AUROC and average precision under each row of label weights; NaN where a class has no weight."""
-    label_N, score_N = _checked(label_N, score_N, low=-np.inf, high=np.inf)
-    if not len(label_N):
-        return np.full((2, len(weight_BN)), np.nan)
-    positive_BG, negative_BG = _passing(label_N, score_N, weight_BN)
-    all_BG = positive_BG + negative_BG
-    gained_BG = np.diff(positive_BG, axis=1, prepend=0)
-    positives_B, negatives_B = positive_BG[:, -1], negative_BG[:, -1]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        below_BG = negatives_B[:, None] - negative_BG + np.diff(negative_BG, axis=1, prepend=0) / 2
-        roc_B = (gained_BG * below_BG).sum(1) / (positives_B * negatives_B)
-        # before the first sampled label precision is 0 / 0, where no recall is gained either
-        precision_BG = positive_BG / np.maximum(all_BG, np.finfo(float).tiny)
-        pr_B = (gained_BG * precision_BG).sum(1) / positives_B
-    pr_B[negatives_B == 0] = np.nan
-    return np.stack([roc_B, pr_B])
+class _Ranked(NamedTuple):
+    """Labels by falling score, sorted once for all samples of patients.
+
+    place_M: each one's place among all N labels. positive_M: bool. last_M: whether the next one's score is lower.
+    """
+
+    place_M: Array
+    positive_M: Array
+    last_M: Array
+
+    @classmethod
+    def of(cls, label_N: ArrayLike, score_N: ArrayLike, scored_N: ArrayLike | None = None) -> _Ranked:
+        """scored_N: bool, the labels that have a score; all where it is left out."""
+        label_N, score_N = np.asarray(label_N), np.asarray(score_N)
+        at_M = np.arange(len(label_N)) if scored_N is None else np.flatnonzero(scored_N)
+        label_M, score_M = _checked(label_N[at_M], score_N[at_M], low=-np.inf, high=np.inf)
+        order_M = np.argsort(-score_M, kind="stable")
+        last_M = np.append(np.diff(score_M[order_M]) != 0, True)[: len(order_M)]
+        return cls(at_M[order_M], label_M[order_M] > 0.5, last_M)
+
+    def areas(self, weight_BN: Array) -> Array:
+        """(2, B): AUROC and average precision under each row of label weights; NaN where a class has no weight."""
+        area_KB = np.full((len(AREAS), len(weight_BN)), np.nan)
+        _write_areas(self.place_M, self.positive_M, self.last_M, weight_BN, area_KB)
+        return area_KB
 
 
-def _passing(label_N: Array, score_N: Array, weight_BN: Array) -> tuple[Array, Array]:
-    """(B, G) each: weight of the positives, and of the negatives, scored at least as high as each distinct score."""
-    order_N = np.argsort(-score_N, kind="stable")
-    end_G = np.append(np.flatnonzero(np.diff(score_N[order_N])), len(score_N) - 1)
-    weight_BN = weight_BN[:, order_N]
-    # not one from the other's difference to all, where a heavy label would swallow the light ones
-    positive_BG = np.cumsum(weight_BN * label_N[order_N], axis=1)[:, end_G]
-    negative_BG = np.cumsum(weight_BN * (1 - label_N[order_N]), axis=1)[:, end_G]
-    return positive_BG, negative_BG
+@njit(cache=True)
+def _write_areas(place_M, positive_M, last_M, weight_BN, area_KB):  # type: ignore[no-untyped-def]
+    for b in range(len(weight_BN)):
+        weight_N = weight_BN[b]
+        positives, negatives = 0.0, 0.0
+        for m in range(len(place_M)):
+            if positive_M[m]:
+                positives += weight_N[place_M[m]]
+            else:
+                negatives += weight_N[place_M[m]]
+        if positives == 0.0 or negatives == 0.0:
+            continue
+        # passed: scored at least as high; gained, added: those of the scores that are equal to this one
+        positive_passed, negative_passed, gained, added, roc, pr = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
+        for m in range(len(place_M)):
+            weight = weight_N[place_M[m]]
+            if positive_M[m]:
+                positive_passed += weight
+                gained += weight
+            else:
+                negative_passed += weight
+                added += weight
+            if last_M[m]:
+                if gained > 0.0:
+                    roc += gained * (negatives - negative_passed + added / 2)
+                    pr += gained * positive_passed / (positive_passed + negative_passed)
+                gained, added = 0.0, 0.0
+        area_KB[0, b] = roc / (positives * negatives)
+        area_KB[1, b] = pr / positives
 
 
 def concordances(days_N: Array, predicted_N: Array, weight_BN: Array, ended_N: Array | None = None) -> Array:

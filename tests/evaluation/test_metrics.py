@@ -38,7 +38,7 @@ def test_metrics_equal_scikit_learn_with_ties(rows: list[tuple[bool, float]]) ->
 def test_a_sample_weighs_like_repeated_labels(rows: list[tuple[bool, float]], seed: int) -> None:
     label, score = map(np.array, zip(*rows, strict=True))
     times = np.random.default_rng(seed).integers(0, 3, len(label))
-    roc, pr = metrics._areas(label, score, times[None].astype(float))[:, 0]
+    roc, pr = metrics._Ranked.of(label, score).areas(times[None].astype(float))[:, 0]
     repeated = np.repeat(np.arange(len(label)), times)
     if len(set(label[repeated])) < 2:
         assert np.isnan(roc) and np.isnan(pr)
@@ -170,7 +170,7 @@ def test_samples_depend_on_the_seed_alone_and_not_on_the_chunks(monkeypatch: pyt
     label, prob, subject = cohort(30, 2)
 
     def samples(seed: int = 0) -> np.ndarray:
-        return metrics.resampled(lambda weight: metrics._areas(label, prob, weight), 2, subject, None, 50, seed)
+        return metrics.resampled(metrics._Ranked.of(label, prob).areas, 2, subject, None, 50, seed)
 
     whole = samples()
     assert not np.array_equal(samples(1), whole)
