@@ -12,20 +12,30 @@ from __future__ import annotations
 import functools
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
+from scipy.special import expit
 
 from hymate.data.examples import Examples
-from hymate.data.features import Column, FeatureConfig, FeatureSpec
+from hymate.data.features import Column, FeatureConfig, FeatureSpec, FeatureTable
 from hymate.data.histories import Histories
 from hymate.data.parts import load_arrays, run_parts, save_arrays
 from hymate.errors import UserError
 from hymate.evaluation import calibration, metrics
-from hymate.evaluation.baseline_models import BINS_FROM, LIBRARY, Kind, fit, importances, lightgbm, read_rows
+from hymate.evaluation.baseline_models import (
+    BINS_FROM,
+    LIBRARY,
+    Kind,
+    cross_entropy,
+    fit,
+    importances,
+    lightgbm,
+    read_rows,
+)
 from hymate.evaluation.stored import chosen_in_parts, store_tables, stored_tables
 from hymate.inference.boosting import Trees
 from hymate.machine import available_cpus
@@ -33,6 +43,7 @@ from hymate.storage.paths import Location, remove_tree
 from hymate.work import free_memory
 
 FOLDS = 5  # of cross-fitting
+LINEAR_FRACTIONS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # of logistic regression in a mean
 FEATURES = ".features"  # in a run's folder, while they are needed
 FEWEST_SAMPLED = 2_000  # labels that are worth fitting to, where there are more
 BYTES_A_CELL = 13  # of a feature table while a model is fitted: float32, scikit-learn's float64 copy, its bins
@@ -242,8 +253,9 @@ def boosted(
 def cross_fitted(
     histories: Histories, train: Examples, tuning: Examples, seed: int, folder: Location, here: bool = False
 ) -> np.ndarray:
-    """Gradient boosting's probability of each training example (E,), by a model that learned from no example of the
-    same subject: the folds are of subjects. The tuning split chooses each model's number of trees.
+    """The probability of each training example (E,) by plain models that learned from no example of the same subject:
+    the folds are of subjects. Gradient boosting, and where the table is small a mean of its logits and logistic
+    regression's (stacking; Wolpert 1992). The tuning split chooses each model's settings, and the mean's weights.
 
     folder: as in `fitted_to`. here: a task of a cluster does it, alone. Raises UserError where there are too few labels
     to do without a fold, and where the memory does not suffice.
@@ -260,9 +272,12 @@ def cross_fitted(
         needed = SPARE * _needed(kind, *shape)
         if most < len(train):
             raise UserError(f"it needs {needed >> 20} MiB of free memory, and {free >> 20} MiB are free")
+        kinds: list[Kind] = [kind]
+        if shape[0] * shape[1] <= CELLS_IN_MEMORY:
+            kinds.append("logistic_regression")
         made_of = store_tables(histories, {"train": train, "tuning": tuning}, spec, folder, here)
-        call = functools.partial(_fit_without, kind=kind, spec=spec, seed=seed, folder=folder)
-        made_of += f" {kind} {seed}"
+        call = functools.partial(_fit_without, kinds=kinds, spec=spec, seed=seed, folder=folder)
+        made_of += f" {kinds} {seed}"
         folds = [str(fold) for fold in range(FOLDS)]
         workers = 1 if here or shape[0] * shape[1] < WORTH_CELLS else min(available_cpus(), free // needed)
         run_parts("folds", call, folds, folder / "fit", made_of, workers, here=here, num_bytes=needed)
@@ -278,10 +293,18 @@ def _folds(train: Examples, seed: int) -> np.ndarray:
     return (np.random.default_rng(seed).permutation(len(subject_S)) % FOLDS)[subject_E]
 
 
-def _fit_without(fold: str, kind: Kind, spec: FeatureSpec, seed: int, folder: Location) -> None:
-    """Fit boosting to the other folds, and write its probabilities of this one."""
+def _fit_without(fold: str, kinds: Sequence[Kind], spec: FeatureSpec, seed: int, folder: Location) -> None:
+    """Fit one or two kinds to the other folds, and write the probabilities of this one by their mean."""
     with stored_tables(spec, folder) as tables:
-        train = tables["train"]
+        train, tuning = tables["train"], tables["tuning"]
         own_E, known_E = _folds(train.examples, seed) == int(fold), ~np.isnan(train.examples.label_E)
-        model = fit(kind, train.only(known_E & ~own_E), tables["tuning"], seed)
-        save_arrays(folder / "fit" / f"{fold}.npz", probability_N=model.probability(train.only(own_E).value_EX))
+        others, asked = train.only(known_E & ~own_E), train.only(own_E)
+        models = [fit(kind, others, tuning, seed) for kind in kinds]
+
+        def mean(table: FeatureTable) -> Callable[[float], np.ndarray]:
+            logits = [calibration.logit(model.probability(table.value_EX)) for model in models]
+            return lambda fraction: expit((1 - fraction) * logits[0] + fraction * logits[-1])
+
+        of_tuning = mean(tuning)
+        fraction = min(LINEAR_FRACTIONS, key=lambda of_last: cross_entropy(tuning.examples, of_tuning(of_last)))
+        save_arrays(folder / "fit" / f"{fold}.npz", probability_N=mean(asked)(fraction))

@@ -101,7 +101,7 @@ def fit(kind: Kind, train: FeatureTable, tuning: FeatureTable, seed: int) -> Bas
         value_EX, is_count_X = train.value_EX[:][:, known_X], train.spec.is_count_X[known_X]
         fitted = _fitted(kind, value_EX, positive_E, weight_E, is_count_X, seed)
     models = [Baseline(classifier, known_X, chosen) for chosen, classifier in fitted]
-    return min(models, key=lambda model: _cross_entropy(tuning.examples, model.probability(tuning.value_EX)))
+    return min(models, key=lambda model: cross_entropy(tuning.examples, model.probability(tuning.value_EX)))
 
 
 def _one_thread() -> threadpool_limits:
@@ -309,7 +309,7 @@ class _Linear:
         return self.model.predict_proba(self.design(x))
 
 
-def _cross_entropy(examples: Examples, probability_E: np.ndarray) -> float:
+def cross_entropy(examples: Examples, probability_E: np.ndarray) -> float:
     """What settings are chosen by: AUROC and AUPRC of few positives jump."""
     right_E = np.where(examples.label_E > 0.5, probability_E, 1 - probability_E)
     return float(np.average(-np.log(right_E.clip(1e-12)), weights=examples.weight_E))
