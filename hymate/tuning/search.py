@@ -206,12 +206,12 @@ def _teacher(tasks: Sequence[LabelledTask], histories: Histories, seed: int, run
     parts = []
     for task in tasks:
         name, examples = task.config.name, task.examples
-        print(f"fitting gradient boosting for {name} to distil; search.space.teacher_fraction=0 skips it", flush=True)
+        print(f"fitting a teacher for {name}; search.space.teacher_fraction=0 skips it", flush=True)
         try:
             teacher_E = cross_fitted(histories, examples["train"], examples["tuning"], seed, run_path / FEATURES)
         except (UserError, MemoryError) as error:
             raise UserError(
-                f"search.space.teacher_fraction: no gradient boosting for {name} ({error}); set it to 0"
+                f"search.space.teacher_fraction: no teacher for {name} ({error}); set it to 0"
             ) from error
         parts.append(distilled(examples["train"], teacher_E[:, None], 1.0))
     return united(parts).label_ET

@@ -65,7 +65,7 @@ class Study:
 
     training, tuning: the examples of all tasks, found once for all trials.
     metric: one of `tuning_scores`. device: where each trial computes.
-    teacher_ET: boosting's out-of-fold probability of each training example (`baseline_fits.cross_fitted`), NaN where
+    teacher_ET: the teacher's probability of each training example (`baseline_fits.cross_fitted`), NaN where
         a task has no label; None where no trial learns from it: knowledge distillation (Hinton et al. 2015).
     """
 

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 from meds_evaluation.schema import PredictionSchema
 from scipy.special import expit, logit
-from sklearn.metrics import average_precision_score, roc_auc_score
+from sklearn.metrics import average_precision_score, log_loss, roc_auc_score
 
 from hymate.baselines import BaselinesConfig, run
 from hymate.command import load
@@ -319,6 +319,27 @@ def test_a_cross_fitted_probability_knows_nothing_of_the_subjects_own_labels(
     single = replace(train, label_ET=np.where(own_E[:, None], 1.0, 0.0))
     with pytest.raises(UserError, match="too few labels for 5 folds"):
         cross_fitted(histories, single, tuning, 0, tmp_path)
+
+
+def test_a_teacher_is_the_mean_of_boosting_and_logistic_regression_that_the_tuning_split_chooses(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(baseline_fits, "FeatureConfig", lambda: FeatureConfig((48.0,), max_features=40))
+    histories, labels = Histories.open(data), readmissions(data)
+    train, tuning = (labelled_examples(histories, labels, split) for split in ("train", "tuning"))
+
+    def teacher(*fractions: float) -> np.ndarray:
+        monkeypatch.setattr(baseline_fits, "LINEAR_FRACTIONS", fractions)
+        return calibration.logit(cross_fitted(histories, train, tuning, 0, tmp_path))
+
+    boosting_E, linear_E = teacher(0.0), teacher(1.0)
+    np.testing.assert_allclose(teacher(0.3), 0.7 * boosting_E + 0.3 * linear_E, rtol=0, atol=1e-6)
+    # each fold's models choose by themselves, and what they choose has the smaller loss on others, too
+    chosen_E = teacher(1.0, 0.0)
+    assert np.all((chosen_E == boosting_E) | (chosen_E == linear_E))
+    losses = [log_loss(train.label_E, expit(logit_E)) for logit_E in (chosen_E, boosting_E, linear_E)]
+    print(losses, np.mean(chosen_E==boosting_E))
+    assert losses[0] < sum(losses[1:])/2
 
 
 def test_too_few_labels_for_features_are_refused(data: Path, tmp_path: Path) -> None:
