@@ -210,9 +210,7 @@ def _teacher(tasks: Sequence[LabelledTask], histories: Histories, seed: int, run
         try:
             teacher_E = cross_fitted(histories, examples["train"], examples["tuning"], seed, run_path / FEATURES)
         except (UserError, MemoryError) as error:
-            raise UserError(
-                f"search.space.teacher_fraction: no teacher for {name} ({error}); set it to 0"
-            ) from error
+            raise UserError(f"search.space.teacher_fraction: no teacher for {name} ({error}); set it to 0") from error
         parts.append(distilled(examples["train"], teacher_E[:, None], 1.0))
     return united(parts).label_ET
 

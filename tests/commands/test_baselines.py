@@ -338,8 +338,7 @@ def test_a_teacher_is_the_mean_of_boosting_and_logistic_regression_that_the_tuni
     chosen_E = teacher(1.0, 0.0)
     assert np.all((chosen_E == boosting_E) | (chosen_E == linear_E))
     losses = [log_loss(train.label_E, expit(logit_E)) for logit_E in (chosen_E, boosting_E, linear_E)]
-    print(losses, np.mean(chosen_E==boosting_E))
-    assert losses[0] < sum(losses[1:])/2
+    assert losses[0] < sum(losses[1:]) / 2
 
 
 def test_too_few_labels_for_features_are_refused(data: Path, tmp_path: Path) -> None:
