@@ -66,8 +66,12 @@ class FeatureConfig:
         """The ends of the windows for these training examples."""
         if self.windows_hours is not None:
             return self.windows_hours
-        is_often_asked = len(train) >= OFTEN * len(np.unique(train.position_E))
-        return ((OFTEN_ASKED,) if is_often_asked else ()) + WINDOWS
+        return ((OFTEN_ASKED,) if asked_often(train) else ()) + WINDOWS
+
+
+def asked_often(examples: Examples) -> bool:
+    """Whether a subject has OFTEN labels or more on average."""
+    return len(examples) >= OFTEN * len(np.unique(examples.position_E))
 
 
 class Column(NamedTuple):

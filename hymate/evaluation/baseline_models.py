@@ -15,7 +15,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from hymate.data.examples import Examples
-from hymate.data.features import Column, FeatureSpec, FeatureTable, Rows
+from hymate.data.features import Column, FeatureSpec, FeatureTable, Rows, asked_often
 from hymate.errors import UserError
 from hymate.evaluation import metrics
 from hymate.inference.boosting import Trees
@@ -34,6 +34,10 @@ LIBRARY: dict[Kind, str] = {
 # Of both kinds of boosting; chosen on the train and tuning splits of PhysioNet 2012, sets b + c.
 LEARNING_RATE, NUM_LEAVES, LEAF_LABELS, L2, FEATURE_FRACTION, ROW_FRACTION = 0.02, 15, 20, 1.0, 0.1, 0.8
 NUM_TREES = (150, 600)  # 600 where many variables matter; where few do they learn noise
+# Labels of one patient resemble each other: where each has several, a leaf of LEAF_LABELS may be one patient. Chosen by
+# cross-validation on the train and tuning splits of PhysioNet 2019, hour by hour; of 128 stays it is too much.
+ALIKE_FROM = 20_000  # labels
+ALIKE_SETTINGS = dict(min_data_in_leaf=200, lambda_l2=50.0, bagging_fraction=0.3, extra_trees=True)
 STRENGTHS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)  # of logistic regression: 1 / penalty
 MOST_ITERATIONS = 2000
 CLIP = (0.01, 0.99)  # quantiles of a feature in training: recording errors would otherwise set its scale
@@ -96,7 +100,8 @@ def fit(kind: Kind, train: FeatureTable, tuning: FeatureTable, seed: int) -> Bas
         known_X |= ~np.isnan(part_NX).all(axis=0)
     positive_E, weight_E = train.examples.label_E > 0.5, train.examples.weight_E
     if kind == "lightgbm":
-        fitted = _binned_boosting(train.value_EX, known_X, positive_E, weight_E, seed)
+        alike = len(positive_E) >= ALIKE_FROM and asked_often(train.examples)
+        fitted = _binned_boosting(train.value_EX, known_X, positive_E, weight_E, seed, ALIKE_SETTINGS if alike else {})
     else:
         value_EX, is_count_X = train.value_EX[:][:, known_X], train.spec.is_count_X[known_X]
         fitted = _fitted(kind, value_EX, positive_E, weight_E, is_count_X, seed)
@@ -146,9 +151,17 @@ def _fitted(
 
 
 def _binned_boosting(
-    value_EX: np.ndarray | Rows, known_X: np.ndarray, positive_E: np.ndarray, weight_E: np.ndarray, seed: int
+    value_EX: np.ndarray | Rows,
+    known_X: np.ndarray,
+    positive_E: np.ndarray,
+    weight_E: np.ndarray,
+    seed: int,
+    more: Mapping[str, Any],
 ) -> list[tuple[dict[str, float], Classifier]]:
-    """LightGBM's, which reads the rows twice, to choose bins and to bin them, and never holds more than their bins."""
+    """LightGBM's, which reads the rows twice, to choose bins and to bin them, and never holds more than their bins.
+
+    more: of its settings, those that differ.
+    """
     package = lightgbm()
 
     class Known(package.Sequence):  # type: ignore[name-defined]
@@ -177,7 +190,7 @@ def _binned_boosting(
         force_col_wise=True,  # by rows it holds the bins twice
         seed=seed,
         verbosity=-1,
-    )
+    ) | dict(more)
     data = package.Dataset(Known(), label=positive_E, weight=weight_E, params=settings)
     with _one_thread():
         booster = package.train(settings, data, num_boost_round=max(NUM_TREES))
