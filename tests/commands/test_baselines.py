@@ -422,6 +422,29 @@ def test_absence_is_information(kind: Any) -> None:
     assert 0.72 < auroc < 0.88  # 0.8 by the law
 
 
+def test_a_patients_labels_that_resemble_each_other_are_not_learned_by_heart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hundred patients with thirty labels each; nothing that is measured says anything of the outcome."""
+    pytest.importorskip("lightgbm")
+    number = 3_000
+
+    def patients(seed: int) -> FeatureTable:
+        rng, patient_E = np.random.default_rng(seed), np.arange(number) // 30
+        part = table(seed, number)
+        part.examples.label_ET[:, 0] = (rng.random(100) < 0.5)[patient_E]
+        part.value_EX[:] = (rng.normal(size=(100, 4))[patient_E] + 0.1 * rng.normal(size=(number, 4))).astype(
+            np.float32
+        )
+        return part
+
+    train, tuning, others = patients(0), patients(1), patients(2)
+    losses = []
+    for many in (number, number + 1):
+        monkeypatch.setattr(baseline_models, "ALIKE_FROM", many)
+        probability_E = fit("lightgbm", train, tuning, seed=0).probability(others.value_EX)
+        losses.append(log_loss(others.examples.label_E, probability_E))
+    assert np.log(2) - 0.01 < losses[0] < losses[1] - 0.05
+
+
 def test_few_trees_are_the_first_of_many(monkeypatch: pytest.MonkeyPatch) -> None:
     held_out, misleading = table(2), table(1)
     misleading.examples.label_ET[:] = 1 - misleading.examples.label_ET  # every tree makes it worse
