@@ -148,7 +148,7 @@ class Model:
         has none), attribution (integrated gradients; in units of the logit, positive where it raised the risk). The
         attributions of a prediction sum to its logit less that of the same history with nothing known of its events.
 
-        Raises UserError where the risk is the mean of a network and boosting (`report.ensemble`).
+        Raises UserError where the risk is the mean of a network and plain models (`report.ensemble`).
         """
         bundle = self._bundle.for_task(self.tasks[self._number(task)])
         histories, examples, _ = self._asked(self._events(events), at)
@@ -178,7 +178,7 @@ class Model:
         examples = united([labelled_examples(histories, times, "all", required=False)] * len(self.tasks))
         states = HeldStates(before._states)
         if len(examples):
-            network = replace(self._bundle, boosting={})  # only it has a state
+            network = replace(self._bundle, plain={})  # only it has a state
             predict_whole(self._model, network, histories, examples, self._device, states)
         return Patients(everything, states, self._bundle.fingerprint)
 

@@ -175,9 +175,9 @@ class Explainer:
 
 def check_explainable(bundle: Bundle) -> None:
     """Raises UserError where the risk is not the network's alone."""
-    if bundle.boosting:
+    if bundle.plain:
         raise UserError(
-            "the bundle's risk is the mean of a network and boosting, and only a network can be explained: tune "
+            "the bundle's risk is the mean of a network and plain models, and only a network can be explained: tune "
             "with report.ensemble=false, and explain that bundle"
         )
 

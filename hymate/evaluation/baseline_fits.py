@@ -1,4 +1,5 @@
-"""Baselines of more labels than a command's own machine may hold: features on disk, and each fit a task.
+"""Plain models, as baselines, in a mean with the network and as its teacher: of more labels than a command's own
+machine may hold, for features are on disk, and each fit is a task.
 
 Gradient boosting is scikit-learn's, which needs the whole table in memory, as long as that is there and the table is
 small; else LightGBM's, where it is installed, which is faster, reads the table from disk and holds a byte a cell; else
@@ -12,7 +13,7 @@ from __future__ import annotations
 import functools
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
@@ -21,7 +22,7 @@ import numpy as np
 from scipy.special import expit
 
 from hymate.data.examples import Examples
-from hymate.data.features import Column, FeatureConfig, FeatureSpec, FeatureTable
+from hymate.data.features import Column, FeatureConfig, FeatureSpec, FeatureTable, Rows
 from hymate.data.histories import Histories
 from hymate.data.parts import load_arrays, run_parts, save_arrays
 from hymate.errors import UserError
@@ -29,6 +30,7 @@ from hymate.evaluation import calibration, metrics
 from hymate.evaluation.baseline_models import (
     BINS_FROM,
     LIBRARY,
+    Baseline,
     Kind,
     cross_entropy,
     fit,
@@ -37,16 +39,19 @@ from hymate.evaluation.baseline_models import (
     read_rows,
 )
 from hymate.evaluation.stored import chosen_in_parts, store_tables, stored_tables
-from hymate.inference.boosting import Trees
+from hymate.inference.plain import Linear, Trees
 from hymate.machine import available_cpus
 from hymate.storage.paths import Location, remove_tree
 from hymate.work import free_memory
 
 FOLDS = 5  # of cross-fitting
-LINEAR_FRACTIONS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # of logistic regression in a mean
+LINEAR_FRACTIONS = np.linspace(0, 1, 11).tolist()  # of logistic regression in a mean with boosting
 FEATURES = ".features"  # in a run's folder, while they are needed
 FEWEST_SAMPLED = 2_000  # labels that are worth fitting to, where there are more
-BYTES_A_CELL = 13  # of a feature table while a model is fitted: float32, scikit-learn's float64 copy, its bins
+BYTES_A_CELL: dict[Kind, int] = {  # of a feature table while a model is fitted
+    "gradient_boosting": 13,  # float32, scikit-learn's float64 copy, its bins
+    "logistic_regression": 45,  # measured
+}
 CELLS_IN_MEMORY = 7_000_000  # of a table that scikit-learn fits in a minute; LightGBM takes a tenth of that
 WORTH_CELLS = 500_000  # take longer to fit to than another process takes to start
 BINNED_BYTES_A_CELL = 1  # LightGBM's bins
@@ -55,12 +60,19 @@ SPARE = 2  # times what a fit holds must be free: its task holds other things, t
 
 
 @dataclass(frozen=True)
-class PlainTrees:
-    """Boosting as a bundle holds it; logit: of the tuning and held-out examples, before recalibration."""
+class Plain:
+    """A task's plain models: boosting, and where the tuning split gives it a weight, logistic regression.
+
+    columns, trees, linear: as in `PlainModels`. linear_fraction, intercept: of logistic regression; 0 without it.
+    logit: of the tuning and held-out examples, the mean of both models', before recalibration.
+    """
 
     windows_hours: tuple[float, ...]
     columns: tuple[Column, ...]
     trees: Trees
+    linear: Linear | None
+    linear_fraction: float
+    intercept: float
     logit: Mapping[str, np.ndarray]
 
 
@@ -69,7 +81,7 @@ class Fitted:
     """What is known of a baseline once it was fitted.
 
     probability: of each example of all splits but the training one, float64 (E,). num_fitted: training labels. library:
-    whose it is. importance: `importances`, and plain, where they were asked for.
+    whose it is. importance: `importances`, and plain: where they were asked for.
     """
 
     probability: Mapping[str, np.ndarray]
@@ -78,7 +90,7 @@ class Fitted:
     num_fitted: int
     library: str
     importance: dict[str, dict[str, float]]
-    plain: PlainTrees | None
+    plain: Plain | None
 
     def summary(self) -> dict[str, Any]:
         """What was chosen, and how many features of how many training labels it was fitted to, as plain values."""
@@ -105,7 +117,8 @@ def fitted_to(
     split's; where there are more labels than memory for them, to a sample that stands for all.
 
     folder: holds the features of all `examples` until then, and what a kill leaves. All is done in processes, or on a
-    cluster; here: not there. important, plain: whether importances, and boosting as a bundle holds it, are wanted.
+    cluster; here: not there. important: whether importances are wanted. plain: whether what a bundle holds is, which
+    takes logistic regression along where the table is small.
 
     Raises UserError where the memory does not suffice for a sample either.
     """
@@ -118,19 +131,22 @@ def fitted_to(
                 f"{shape[1]} features of {FEWEST_SAMPLED} labels need more memory than is free ({free >> 20} MiB)"
             )
         train = examples["train"].sampled(most, seed)
-        needed = _needed(kind, len(train), shape[1])
+        kinds = _kinds(kind, len(train), shape[1]) if plain else [kind]
+        needed = max(_needed(each, len(train), shape[1]) for each in kinds)
         if kind == "lightgbm":
             print(f"LightGBM: {len(train):,} labels x {shape[1]:,} features, about {needed >> 20:,} MiB of memory")
         made_of = store_tables(histories, {**examples, "train": train}, spec, folder, here)
-        made_of += f" {kind} {seed} {important} {plain}"
-        call = functools.partial(_fit, kind=kind, spec=spec, seed=seed, folder=folder, important=important, plain=plain)
+        made_of += f" {kinds} {seed} {important} {plain}"
+        call = functools.partial(
+            _fit, kinds=kinds, spec=spec, seed=seed, folder=folder, important=important, plain=plain
+        )
         run_parts("fit", call, ["model"], folder / "fit", made_of, here=here, num_bytes=SPARE * needed)
         return _fitted(load_arrays(folder / "fit" / "model.npz"), spec, len(train), LIBRARY[kind])
 
 
 def _affordable(kind: Kind, num_labels: int, num_features: int, num_bytes: int) -> tuple[Kind, int]:
     """How the labels are fitted, in so much memory, and to how many of them."""
-    in_memory = num_bytes // (BYTES_A_CELL * num_features)
+    in_memory = num_bytes // _needed(kind, 1, num_features)
     soon = min(in_memory, CELLS_IN_MEMORY // num_features)
     if kind == "logistic_regression" or (kind == "gradient_boosting" and num_labels <= soon):
         return kind, in_memory
@@ -144,11 +160,17 @@ def _affordable(kind: Kind, num_labels: int, num_features: int, num_bytes: int) 
     return ("lightgbm", most) if kind == "lightgbm" or most > in_memory else (kind, in_memory)
 
 
+def _kinds(boosting: Kind, num_labels: int, num_features: int) -> list[Kind]:
+    """Boosting of a table, and logistic regression where it is fitted as fast."""
+    small = boosting == "gradient_boosting" and num_labels * num_features <= CELLS_IN_MEMORY
+    return [boosting, "logistic_regression"] if small else [boosting]
+
+
 def _needed(kind: Kind, num_labels: int, num_features: int) -> int:
     """Bytes that a fit holds, of LightGBM's besides the features, which are on disk."""
     if kind == "lightgbm":
         return (BINNED_BYTES_A_CELL * num_labels + BINS_BYTES_A_CELL * BINS_FROM) * num_features
-    return BYTES_A_CELL * num_labels * num_features
+    return BYTES_A_CELL[kind] * num_labels * num_features
 
 
 @contextmanager
@@ -162,32 +184,74 @@ def _features_in(folder: Location) -> Iterator[None]:
     remove_tree(folder)
 
 
-def _fit(part: str, kind: Kind, spec: FeatureSpec, seed: int, folder: Location, important: bool, plain: bool) -> None:
-    """Fit it to the tables in the folder, and write what `_fitted` reads."""
+def _fit(
+    part: str, kinds: Sequence[Kind], spec: FeatureSpec, seed: int, folder: Location, important: bool, plain: bool
+) -> None:
+    """Fit them to the tables in the folder, and write what `_fitted` reads."""
     with stored_tables(spec, folder) as tables:
-        model = fit(kind, tables["train"], tables["tuning"], seed)
+        models, fraction = _fit_all(kinds, tables["train"], tables["tuning"], seed)
         asked = {split: table.value_EX for split, table in tables.items() if split != "train"}
-        arrays = {f"probability {split}": model.probability(value_EX) for split, value_EX in asked.items()}
+        arrays = {f"probability {split}": models[0].probability(value_EX) for split, value_EX in asked.items()}
+        intercept = 0.0
         if plain:
-            columns, trees = model.plain(spec)
+            columns, trees = models[0].trees(spec)
             column_Y = np.array([spec.columns.index(column) for column in columns], np.int64)
             arrays |= {**vars(trees), "column_Y": column_Y}
-            for split, value_EX in asked.items():
-                logits = [trees.logit(part_NX[:, column_Y]) for part_NX in read_rows(value_EX)]
-                arrays[f"logit {split}"] = np.concatenate(logits)
-        found = {"chosen": model.chosen, "importance": importances(model, tables["tuning"], seed) if important else {}}
+            logits = {split: _logit(trees, value_EX, column_Y) for split, value_EX in asked.items()}
+            if fraction:
+                linear, intercept = models[1].linear()
+                linear_Y = np.flatnonzero(models[1].known_X)
+                arrays |= {name: of_X for name, of_X in vars(linear).items() if name != "columns"}
+                arrays["linear_Y"] = linear_Y
+                for split, value_EX in asked.items():
+                    linear_E = _logit(linear, value_EX, linear_Y) + intercept
+                    logits[split] = (1 - fraction) * logits[split] + fraction * linear_E
+            arrays |= {f"logit {split}": logit_E for split, logit_E in logits.items()}
+        found = {
+            "chosen": models[0].chosen,
+            "importance": importances(models[0], tables["tuning"], seed) if important else {},
+            "linear_fraction": fraction,
+            "intercept": intercept,
+        }
     save_arrays(folder / "fit" / f"{part}.npz", **arrays, found=np.array(json.dumps(found)))
+
+
+def _logit(model: Trees | Linear, value_EX: np.ndarray | Rows, column_Y: np.ndarray) -> np.ndarray:
+    return np.concatenate([model.logit(part_NX[:, column_Y]) for part_NX in read_rows(value_EX)])
+
+
+def _fit_all(
+    kinds: Sequence[Kind], train: FeatureTable, tuning: FeatureTable, seed: int
+) -> tuple[list[Baseline], float]:
+    """Each kind, and the weight of the second one in the mean of both logits that predicts the tuning examples best; 0
+    where there is one kind.
+    """
+    models = [fit(kind, train, tuning, seed) for kind in kinds]
+    if len(models) == 1:
+        return models, 0.0
+    boosting_E, linear_E = (calibration.logit(model.probability(tuning.value_EX)) for model in models)
+
+    def error(fraction: float) -> float:
+        return cross_entropy(tuning.examples, expit((1 - fraction) * boosting_E + fraction * linear_E))
+
+    return models, min(LINEAR_FRACTIONS, key=error)
 
 
 def _fitted(arrays: Mapping[str, np.ndarray], spec: FeatureSpec, num_fitted: int, library: str) -> Fitted:
     def by_split(name: str) -> dict[str, np.ndarray]:
         return {key.removeprefix(name): array for key, array in arrays.items() if key.startswith(name)}
 
+    def of_spec(name: str) -> tuple[Column, ...]:
+        return tuple(spec.columns[x] for x in arrays[name].tolist())
+
     found, plain = json.loads(str(arrays["found"])), None
     if "column_Y" in arrays:
-        columns = tuple(spec.columns[x] for x in arrays["column_Y"].tolist())
         trees = Trees(*(arrays[field.name] for field in fields(Trees)))
-        plain = PlainTrees(spec.windows_hours, columns, trees, by_split("logit "))
+        linear = None
+        if "linear_Y" in arrays:
+            linear = Linear(of_spec("linear_Y"), *(arrays[field.name] for field in fields(Linear)[1:]))
+        weights = found["linear_fraction"], found["intercept"]
+        plain = Plain(spec.windows_hours, of_spec("column_Y"), trees, linear, *weights, by_split("logit "))
     probability = by_split("probability ")
     return Fitted(probability, spec, found["chosen"], num_fitted, library, found["importance"], plain)
 
@@ -213,7 +277,7 @@ class Boosted:
     asked: Examples
     probability: Mapping[str, np.ndarray]
     found: Mapping[str, Any]
-    plain: PlainTrees | None
+    plain: Plain | None
 
     @property
     def recalibration(self) -> calibration.Recalibration:
@@ -262,19 +326,17 @@ def cross_fitted(
     """
     fold_E = _folds(train, seed)
     for fold in range(FOLDS):
-        if len(np.unique(train.label_E[~np.isnan(train.label_E) & (fold_E != fold)])) < 2:
+        if len(np.unique(train.label_E[fold_E != fold])) < 2:
             raise UserError(f"too few labels for {FOLDS} folds: without one of them there is only one class")
 
     with _features_in(folder):
         spec = chosen_in_parts(histories, train, FeatureConfig(), folder, here)
         shape, free = (len(train), len(spec.columns)), free_memory(here)
         kind, most = _affordable("gradient_boosting", *shape, free // SPARE)
-        needed = SPARE * _needed(kind, *shape)
+        kinds = _kinds(kind, *shape)
+        needed = SPARE * max(_needed(each, *shape) for each in kinds)
         if most < len(train):
             raise UserError(f"it needs {needed >> 20} MiB of free memory, and {free >> 20} MiB are free")
-        kinds: list[Kind] = [kind]
-        if shape[0] * shape[1] <= CELLS_IN_MEMORY:
-            kinds.append("logistic_regression")
         made_of = store_tables(histories, {"train": train, "tuning": tuning}, spec, folder, here)
         call = functools.partial(_fit_without, kinds=kinds, spec=spec, seed=seed, folder=folder)
         made_of += f" {kinds} {seed}"
@@ -297,14 +359,9 @@ def _fit_without(fold: str, kinds: Sequence[Kind], spec: FeatureSpec, seed: int,
     """Fit one or two kinds to the other folds, and write the probabilities of this one by their mean."""
     with stored_tables(spec, folder) as tables:
         train, tuning = tables["train"], tables["tuning"]
-        own_E, known_E = _folds(train.examples, seed) == int(fold), ~np.isnan(train.examples.label_E)
-        others, asked = train.only(known_E & ~own_E), train.only(own_E)
-        models = [fit(kind, others, tuning, seed) for kind in kinds]
-
-        def mean(table: FeatureTable) -> Callable[[float], np.ndarray]:
-            logits = [calibration.logit(model.probability(table.value_EX)) for model in models]
-            return lambda fraction: expit((1 - fraction) * logits[0] + fraction * logits[-1])
-
-        of_tuning = mean(tuning)
-        fraction = min(LINEAR_FRACTIONS, key=lambda of_last: cross_entropy(tuning.examples, of_tuning(of_last)))
-        save_arrays(folder / "fit" / f"{fold}.npz", probability_N=mean(asked)(fraction))
+        own_E = _folds(train.examples, seed) == int(fold)
+        others, asked = train.only(~own_E), train.only(own_E)
+        models, fraction = _fit_all(kinds, others, tuning, seed)
+        logits = [calibration.logit(model.probability(asked.value_EX)) for model in models]
+        probability_N = expit((1 - fraction) * logits[0] + fraction * logits[-1])
+        save_arrays(folder / "fit" / f"{fold}.npz", probability_N=probability_N)

@@ -1,25 +1,25 @@
 """Gradient boosting and other plain models of a table of aggregate features.
 
-Shape legend: E examples, X features (see `hymate.data.features`), M marks of what is missing.
+Shape legend: E examples, X features (see `hymate.data.features`), M marks of what is missing, Z both, N nodes of trees.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
+from scipy.special import expit
 from threadpoolctl import threadpool_limits
 
 from hymate.data.examples import Examples
 from hymate.data.features import Column, FeatureSpec, FeatureTable, Rows, asked_often
 from hymate.errors import UserError
 from hymate.evaluation import metrics
-from hymate.inference.boosting import Trees
+from hymate.inference.plain import Linear, Trees, logarithmic
 
 if TYPE_CHECKING:  # scikit-learn is imported where it is used: with pandas it takes more than a second
     from sklearn.ensemble import HistGradientBoostingClassifier
@@ -35,8 +35,9 @@ LIBRARY: dict[Kind, str] = {
 # Of both kinds of boosting; chosen on the train and tuning splits of PhysioNet 2012, sets b + c.
 LEARNING_RATE, NUM_LEAVES, LEAF_LABELS, L2, FEATURE_FRACTION, ROW_FRACTION = 0.02, 15, 20, 1.0, 0.1, 0.8
 NUM_TREES = (150, 600)  # 600 where many variables matter; where few do they learn noise
-# Labels of one patient resemble each other: where each has several, a leaf of LEAF_LABELS may be one patient. Chosen by
-# cross-validation on the train and tuning splits of PhysioNet 2019, hour by hour; of 128 stays it is too much.
+# Of LightGBM alone. Labels of one patient resemble each other: where each has several, a leaf of LEAF_LABELS may be one
+# patient. Chosen by cross-validation on the train and tuning splits of PhysioNet 2019, hour by hour; of 128 stays it is
+# too much.
 ALIKE_FROM = 20_000  # labels
 ALIKE_SETTINGS = dict(min_data_in_leaf=200, lambda_l2=50.0, bagging_fraction=0.3, extra_trees=True)
 STRENGTHS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)  # of logistic regression: 1 / penalty, rising
@@ -70,15 +71,20 @@ class Baseline:
             parts = [self.classifier.predict_proba(part_NX[:, self.known_X])[:, 1] for part_NX in read_rows(value_EX)]
         return np.concatenate(parts)
 
-    def plain(self, spec: FeatureSpec) -> tuple[tuple[Column, ...], Trees]:
+    def trees(self, spec: FeatureSpec) -> tuple[tuple[Column, ...], Trees]:
         """Of boosting that was fitted to features of `spec`: those that its trees ask about, and the trees."""
         assert isinstance(self.classifier, _FirstTrees | _Booster)
-        trees = self.classifier.plain()
+        trees = self.classifier.trees_as_table()
         asked_X, number_N = np.unique(trees.feature_N[trees.feature_N >= 0], return_inverse=True)
         feature_N = trees.feature_N.copy()
         feature_N[feature_N >= 0] = number_N
         columns = tuple(spec.columns[x] for x in np.flatnonzero(self.known_X)[asked_X].tolist())
         return columns, replace(trees, feature_N=feature_N)
+
+    def linear(self) -> tuple[Linear, float]:
+        """Of logistic regression: its slopes, and its intercept."""
+        assert isinstance(self.classifier, _Linear)
+        return self.classifier.linear, self.classifier.intercept
 
 
 def read_rows(value_EX: np.ndarray | Rows) -> Iterator[np.ndarray]:
@@ -99,13 +105,14 @@ def fit(kind: Kind, train: FeatureTable, tuning: FeatureTable, seed: int) -> Bas
     known_X = np.zeros(len(train.spec.columns), bool)
     for part_NX in read_rows(train.value_EX):
         known_X |= ~np.isnan(part_NX).all(axis=0)
-    positive_E, weight_E = train.examples.label_E > 0.5, train.examples.weight_E
+    positive_E = train.examples.label_E > 0.5
+    weight_E = train.examples.weight_E / train.examples.weight_E.mean()  # a penalty is one for so many labels
     if kind == "lightgbm":
         alike = len(positive_E) >= ALIKE_FROM and asked_often(train.examples)
-        fitted = _binned_boosting(train.value_EX, known_X, positive_E, weight_E, seed, ALIKE_SETTINGS if alike else {})
+        fitted = _binned_boosting(train.value_EX, known_X, positive_E, weight_E, seed, alike)
     else:
-        value_EX, is_count_X = train.value_EX[:][:, known_X], train.spec.is_count_X[known_X]
-        fitted = _fitted(kind, value_EX, positive_E, weight_E, is_count_X, seed)
+        columns = tuple(column for column, known in zip(train.spec.columns, known_X, strict=True) if known)
+        fitted = _fitted(kind, train.value_EX[:][:, known_X], positive_E, weight_E, columns, seed)
     models = [Baseline(classifier, known_X, chosen) for chosen, classifier in fitted]
     return min(models, key=lambda model: cross_entropy(tuning.examples, model.probability(tuning.value_EX)))
 
@@ -122,7 +129,7 @@ def _fitted(
     value_EX: np.ndarray,
     positive_E: np.ndarray,
     weight_E: np.ndarray,
-    is_count_X: np.ndarray,
+    columns: tuple[Column, ...],
     seed: int,
 ) -> list[tuple[dict[str, float], Classifier]]:
     """What is tried, and what it is called by in Baseline.chosen; nothing is random in logistic regression."""
@@ -145,10 +152,10 @@ def _fitted(
                 random_state=seed,
             ).fit(value_EX, positive_E, sample_weight=None if equal else weight_E)
             return [({"trees": n}, _FirstTrees(boosting, n)) for n in NUM_TREES]
-        design = _Design.of(value_EX, is_count_X)
+        design = _Design.of(value_EX, columns)
         given = design(value_EX), positive_E, weight_E
         model = LogisticRegression(max_iter=MOST_ITERATIONS, warm_start=True)  # each fit begins where the last ended
-        return [({"C": c}, _Linear(design, deepcopy(model.set_params(C=c).fit(*given)))) for c in STRENGTHS]
+        return [({"C": c}, design.linear(model.set_params(C=c).fit(*given))) for c in STRENGTHS]
 
 
 def _binned_boosting(
@@ -157,12 +164,9 @@ def _binned_boosting(
     positive_E: np.ndarray,
     weight_E: np.ndarray,
     seed: int,
-    more: Mapping[str, Any],
+    alike: bool,
 ) -> list[tuple[dict[str, float], Classifier]]:
-    """LightGBM's, which reads the rows twice, to choose bins and to bin them, and never holds more than their bins.
-
-    more: of its settings, those that differ.
-    """
+    """LightGBM's, which reads the rows twice, to choose bins and to bin them, and never holds more than their bins."""
     package = lightgbm()
 
     class Known(package.Sequence):  # type: ignore[name-defined]
@@ -191,7 +195,7 @@ def _binned_boosting(
         force_col_wise=True,  # by rows it holds the bins twice
         seed=seed,
         verbosity=-1,
-    ) | dict(more)
+    ) | (ALIKE_SETTINGS if alike else {})
     data = package.Dataset(Known(), label=positive_E, weight=weight_E, params=settings)
     with _one_thread():
         booster = package.train(settings, data, num_boost_round=max(NUM_TREES))
@@ -205,7 +209,7 @@ class _Booster:
     booster: Any
     trees: int
 
-    def plain(self) -> Trees:
+    def trees_as_table(self) -> Trees:
         """As a bundle has them; features are numbered as in fitting."""
         nodes: list[tuple[int, float, bool, int, int, float]] = []
 
@@ -235,7 +239,7 @@ class _FirstTrees:
     boosting: HistGradientBoostingClassifier
     trees: int
 
-    def plain(self) -> Trees:
+    def trees_as_table(self) -> Trees:
         """As a bundle has them; features are numbered as in fitting. The first tree is the logit before all others."""
         of_trees = [predictor.nodes for (predictor,) in self.boosting._predictors[: self.trees]]
         node_N = np.concatenate(of_trees)
@@ -277,12 +281,25 @@ def lightgbm() -> Any:
 
 
 @dataclass(frozen=True)
+class _Linear:
+    """Logistic regression."""
+
+    linear: Linear
+    intercept: float
+
+    def predict_proba(self, x: np.ndarray) -> np.ndarray:
+        positive_E = expit(self.linear.logit(x) + self.intercept)
+        return np.stack([1 - positive_E, positive_E], axis=1)
+
+
+@dataclass(frozen=True)
 class _Design:
-    """Features for a linear model: logarithms of counts, clipped, standardised, the mean where missing.
+    """Features for logistic regression: logarithms of counts, clipped, standardised, the mean where missing.
 
     Beside them one mark for each pattern of missing values: the features of a variable are missing together.
     """
 
+    columns: tuple[Column, ...]
     is_count_X: np.ndarray
     limits_2X: np.ndarray
     mean_X: np.ndarray
@@ -290,37 +307,32 @@ class _Design:
     marked_M: np.ndarray
 
     @classmethod
-    def of(cls, value_EX: np.ndarray, is_count_X: np.ndarray) -> _Design:
+    def of(cls, value_EX: np.ndarray, columns: tuple[Column, ...]) -> _Design:
         """From training values; every column has one."""
         missing_EX = np.isnan(value_EX)
         _, pattern_M = np.unique(np.packbits(missing_EX, axis=0), axis=1, return_index=True)
         marked_M = pattern_M[missing_EX[:, pattern_M].any(axis=0)]
-        value_EX = _logarithmic(value_EX, is_count_X)
-        limits_2X = np.nanquantile(value_EX, CLIP, axis=0)
-        clipped_EX = value_EX.clip(*limits_2X)
-        mean_X, deviation_X = np.nanmean(clipped_EX, axis=0), np.nanstd(clipped_EX, axis=0)
-        return cls(is_count_X, limits_2X, mean_X, np.where(deviation_X > 0, deviation_X, 1), marked_M)
+        is_count_X = FeatureSpec((), columns).is_count_X
+        value_EX = logarithmic(value_EX, is_count_X)
+        low_X, high_X = limits_2X = np.nanquantile(value_EX, CLIP, axis=0)
+        clipped_EX = value_EX.clip(low_X, high_X)
+        mean_X = np.nanmean(clipped_EX, axis=0)
+        scale_X = np.where(low_X < high_X, np.nanstd(clipped_EX, axis=0), 1)  # of a constant it is rounding errors
+        return cls(columns, is_count_X, limits_2X, mean_X, scale_X, marked_M)
 
     def __call__(self, value_EX: np.ndarray) -> np.ndarray:
-        z_EX = (_logarithmic(value_EX, self.is_count_X).clip(*self.limits_2X) - self.mean_X) / self.scale_X
+        z_EX = (logarithmic(value_EX, self.is_count_X).clip(*self.limits_2X) - self.mean_X) / self.scale_X
         return np.hstack([np.nan_to_num(z_EX), np.isnan(value_EX[:, self.marked_M])])
 
-
-def _logarithmic(value_EX: np.ndarray, is_count_X: np.ndarray) -> np.ndarray:
-    value_EX = value_EX.astype(np.float64)
-    value_EX[:, is_count_X] = np.log1p(value_EX[:, is_count_X])
-    return value_EX
-
-
-@dataclass(frozen=True)
-class _Linear:
-    """Logistic regression on a `_Design`."""
-
-    design: _Design
-    model: LogisticRegression
-
-    def predict_proba(self, x: np.ndarray) -> np.ndarray:
-        return self.model.predict_proba(self.design(x))
+    def linear(self, model: LogisticRegression) -> _Linear:
+        """A model of the design, as one of the features themselves: the same logits."""
+        coefficient_Z = model.coef_[0]
+        slope_X = coefficient_Z[: len(self.columns)] / self.scale_X
+        missing_X = slope_X * self.mean_X
+        intercept = float(model.intercept_[0] - missing_X.sum())
+        missing_X[self.marked_M] += coefficient_Z[len(self.columns) :]
+        low_X, high_X = self.limits_2X
+        return _Linear(Linear(self.columns, low_X, high_X, slope_X, missing_X), intercept)
 
 
 def cross_entropy(examples: Examples, probability_E: np.ndarray) -> float:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from hymate.evaluation.decisions import GRID, net_benefit
 from hymate.evaluation.metrics import curves
+from hymate.evaluation.results import OTHERS
 from hymate.storage.paths import Location, atomic_path
 
 if TYPE_CHECKING:
@@ -25,8 +26,7 @@ if TYPE_CHECKING:
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#6E6E6E"
 RAISES, LOWERS, DULL, FAINT = "#b2182b", "#2166ac", "#8a8a8a", "#e6e6e6"  # the first two end the colour map RdBu_r
 ORDERS = {"attribution": RAISES, "attention": "#e08214", "random": DULL}
-COLOURS = {"model": BLUE, "gradient boosting": GREEN, "network alone": PURPLE}
-OTHERS = {"gradient boosting": "boosting", "network alone": "network"}  # where a task's part has their scores
+COLOURS = {"model": BLUE, **dict(zip(OTHERS.values(), (PURPLE, GREY, GREEN), strict=True))}
 DPI, EXPLANATION_DPI = 110, 130
 REACHED = 0.01  # fraction of the probabilities that must reach a threshold for it to be plotted
 LABEL_WIDTH = 34
@@ -79,11 +79,11 @@ def plot_task(
     """A task's ROC, precision-recall, calibration and decision curves.
 
     found: `metrics.scores` and `decisions.assess` of the same labels, which have both classes. others: probabilities of
-    other models by their names, those of OTHERS.
+    other models, by the keys of `results.OTHERS`.
     """
     models = [("model", prob_N, found, {"color": COLOURS["model"]})]
-    for name, other_N in others.items():
-        models.append((name, other_N, found[OTHERS[name]], {"color": COLOURS[name], "linestyle": "--"}))
+    for key, other_N in others.items():
+        models.append((OTHERS[key], other_N, found[key], {"color": COLOURS[OTHERS[key]], "linestyle": "--"}))
     points = found["operating_points"]
     with _four_panels(path) as (roc, precision_recall, calibration, decision):
         roc.plot([0, 1], [0, 1], color=GREY, linestyle=":", label="chance")

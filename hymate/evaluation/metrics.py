@@ -52,7 +52,7 @@ def curves(label_N: ArrayLike, score_N: ArrayLike, weight_N: ArrayLike | None = 
     classes must be there. `auroc` and `auprc` are the areas under them.
     """
     ranked, weight_N = _Ranked.of(label_N, score_N), weights(weight_N, label_N)
-    # not one from the other's difference to all, where a heavy label would swallow the light ones
+    # each class is summed by itself: taken from the sum of all, a heavy label would swallow the light ones
     weight_M, positive_M = weight_N[ranked.place_M], ranked.positive_M
     positive_G, negative_G = (np.cumsum(weight_M * of_M)[ranked.last_M] for of_M in (positive_M, ~positive_M))
     return negative_G / negative_G[-1], positive_G / positive_G[-1], positive_G / (positive_G + negative_G)
@@ -312,10 +312,12 @@ class _Ranked(NamedTuple):
     def of(cls, label_N: ArrayLike, score_N: ArrayLike, scored_N: ArrayLike | None = None) -> _Ranked:
         """scored_N: bool, the labels that have a score; all where it is left out."""
         label_N, score_N = np.asarray(label_N), np.asarray(score_N)
+        assert label_N.ndim == 1 and label_N.shape == score_N.shape, f"{label_N.shape} labels, {score_N.shape} scores"
         at_M = np.arange(len(label_N)) if scored_N is None else np.flatnonzero(scored_N)
         label_M, score_M = _checked(label_N[at_M], score_N[at_M], low=-np.inf, high=np.inf)
         order_M = np.argsort(-score_M, kind="stable")
-        last_M = np.append(np.diff(score_M[order_M]) != 0, True)[: len(order_M)]
+        falling_M = score_M[order_M]
+        last_M = np.append(falling_M[1:] != falling_M[:-1], True)[: len(order_M)]
         return cls(at_M[order_M], label_M[order_M] > 0.5, last_M)
 
     def areas(self, weight_BN: Array) -> Array:

@@ -2,7 +2,8 @@
 
 `found` is the content of results.json, `part` what it holds of one task: `metrics.scores` and `decisions.assess` of the
 held-out split, and as "boosting" what `Boosted.compared` gives, or why it was left out. Where the model is the mean of
-a network and boosting, "network" has the network's own scores.
+a network and plain models, "network" has the network's own scores, and "plain" those of boosting and logistic
+regression, where both take part.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from hymate.data.details import Details
 from hymate.evaluation import in_time, tables
 from hymate.evaluation.decisions import ENOUGH_POSITIVES, ENOUGH_SUBJECTS, FEWEST_SUBJECTS
 from hymate.evaluation.metrics import AREAS, SHOWN
-from hymate.evaluation.results import RESULTS, parts_of
+from hymate.evaluation.results import OTHERS, RESULTS, parts_of
 from hymate.evaluation.tables import markdown, number, percent, percent_with_interval, with_interval
 from hymate.inference.provenance import SENTENCES
 from hymate.storage.paths import Location
@@ -223,7 +224,7 @@ def verdict(part: Mapping[str, Any]) -> str:
         return "The held-out labels are all of one class, so the model can't be judged."
     sentences = {
         "How good.": _ranking(part),
-        **({"A mean of two.": _mean(part)} if "network" in part else {}),
+        **({"A mean.": _mean(part)} if "network" in part else {}),
         **({"Would gradient boosting do?": _boosting(part)} if part.get("boosting") else {}),
         "Probabilities.": _probabilities(part),
         "Alerts.": _alerts(part),
@@ -245,11 +246,14 @@ def _ranking(part: Mapping[str, Any]) -> str:
 
 
 def _mean(part: Mapping[str, Any]) -> str:
-    difference = part["network"]["difference"]
+    difference, beside = part["network"]["difference"], "gradient boosting"
+    if "plain" in part:
+        fraction = percent(part["plain"]["linear_fraction"])
+        beside = f"two plain models, boosting and logistic regression ({fraction} of them)"
     return (
-        "The model is the mean of the network that the search found and of gradient boosting. The mean minus the "
-        f"network alone: AUROC {with_interval(difference['auroc'])}, AUPRC {with_interval(difference['auprc'])} (95 % "
-        "for both intervals together)."
+        f"The model is the mean of the network that the search found and of {beside}. The mean minus the network "
+        f"alone: AUROC {with_interval(difference['auroc'])}, AUPRC {with_interval(difference['auprc'])} (95 % for both "
+        "intervals together)."
     )
 
 
@@ -461,8 +465,8 @@ def _group_row(group: Mapping[str, Any]) -> list[str]:
 
 
 def score_rows(found: Mapping[str, Any]) -> list[list[str]]:
-    """Each task's held-out scores; below them those of the network alone, where the model is a mean, and boosting's,
-    where it was fitted, with the differences, and of a synthetic cohort the best possible ones.
+    """Each task's held-out scores; below them those of the parts, where the model is a mean, and boosting's, where it
+    was fitted, with the differences, and of a synthetic cohort the best possible ones.
     """
     header = ["split", "labels", "subjects", "prevalence", *SHOWN.values()]
     rows = [[*_task_column(found, "task"), *header]]
@@ -470,11 +474,11 @@ def score_rows(found: Mapping[str, Any]) -> list[list[str]]:
         if in_time.is_in_time(part):
             rows += [[*_task_column(found, part["task"]), *cells] for cells in in_time.score_cells(part)]
             continue
-        scored = part["split"] + (", mean of both" if "network" in part else "")
-        sizes = [scored, str(part["num_labels"]), str(part["num_subjects"]), number(part["prevalence"])]
+        parts = ", mean of three" if "plain" in part else ", mean of both" if "network" in part else ""
+        sizes = [part["split"] + parts, str(part["num_labels"]), str(part["num_subjects"]), number(part["prevalence"])]
         rows.append([*_task_column(found, part["task"]), *sizes, *score_cells(part)])
         below = [*_task_column(found, "")]
-        for name, key in (("network alone", "network"), ("gradient boosting", "boosting")):
+        for key, name in OTHERS.items():
             other = part.get(key) or {}
             if "difference" in other:
                 rows.append([*below, name, "", "", "", *score_cells(other)])
@@ -494,7 +498,7 @@ def _recalibration_rows(found: Mapping[str, Any]) -> list[list[str]]:
     """Each model's temperature and shift, its calibration error before and after."""
     rows = [[*_task_column(found, "task"), "logits of", "temperature", "shift", "ECE before", "after"]]
     for part in parts_of(found):
-        models = {"model": part, "network alone": part.get("network"), "gradient boosting": part["boosting"]}
+        models = {"model": part, **{name: part.get(key) for key, name in OTHERS.items()}}
         for name, model in models.items():
             if model and "recalibration" in model:
                 fitted = model["recalibration"]

@@ -84,6 +84,14 @@ def collect(parts: Sequence[dict[str, Any]], metric: str, ends: Sequence[TrialEn
     }
 
 
+# where a task's part has the scores of models beside its own, and what they are called
+OTHERS = {
+    "network": "network alone",
+    "plain": "plain models alone",
+    "boosting": "gradient boosting",
+}
+
+
 def parts_of(found: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """Each task's part, from `of_task`."""
     return list(found.get("tasks", [found]))

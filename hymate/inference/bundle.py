@@ -4,7 +4,8 @@ A bundle is a folder:
     model.safetensors   the weights in float32
     config.yaml         format version, kind, model and data settings, when events become known, tasks, checksums
     vocabulary.parquet  codes and their value statistics
-    boosting.parquet    only where the risk is the mean of the network's and boosting's: the trees (`boosting.py`)
+    boosting.parquet    only where the risk is the mean of the network's and of plain models: the trees (`plain.py`)
+    linear.parquet      logistic regression, where it is one of them
     README.md           the model card (free to edit: it has no checksum)
 
 Nothing in a bundle is ever unpickled, and YAML is read with the safe loader only.
@@ -34,13 +35,14 @@ from hymate.storage.paths import Location, UrlPath, local_copy, new_folder
 from hymate.trees import build, dump_yaml, parse_yaml, to_tree
 
 if TYPE_CHECKING:
-    from hymate.inference.boosting import Boosting
+    from hymate.inference.plain import PlainModels
     from hymate.model.encoder import RiskModel
 
-FORMAT_VERSION = 3  # 2 has no boosting, which few bundles have; 1 had no rules of when events become known
+# 4: plain models, which few bundles have; 3 had boosting alone, 2 neither, 1 no rules of when events become known
+FORMAT_VERSION, WITHOUT_PLAIN = 4, 2
 Kind = Literal["pretrained", "risk"]
 WEIGHTS, CONFIG, VOCABULARY, CARD = "model.safetensors", "config.yaml", "vocabulary.parquet", "README.md"
-BOOSTING = "boosting.parquet"
+BOOSTING, LINEAR = "boosting.parquet", "linear.parquet"
 CHECKED = (WEIGHTS, VOCABULARY)
 MAX_CONFIG_BYTES = 1 << 18  # ours have a few thousand
 
@@ -56,7 +58,7 @@ class Bundle:
     known: when events become known, in the histories that it was trained on.
     extra: plain values beside the settings (scores, thresholds, provenance).
     fingerprint: a digest of all that its predictions depend on; empty where it was not read from a folder.
-    boosting: by task, where the risk is the mean of the network's and boosting's.
+    plain: by task, where the risk is the mean of the network's and that of plain models.
     """
 
     kind: str
@@ -69,7 +71,7 @@ class Bundle:
     known: KnownConfig = field(default_factory=KnownConfig)
     extra: dict[str, Any] = field(default_factory=dict)
     fingerprint: str = ""
-    boosting: dict[str, Boosting] = field(default_factory=dict)
+    plain: dict[str, PlainModels] = field(default_factory=dict)
     in_time: dict[str, InTime] = field(default_factory=dict)
 
     def for_task(self, task: str) -> Bundle:
@@ -79,10 +81,10 @@ class Bundle:
         own = f"heads.{task}."
         state = {k: v for k, v in self.state.items() if k.startswith(own) or not k.startswith("heads.")}
         in_days = [name for name in self.in_days if name == task]
-        boosting = {name: of_task for name, of_task in self.boosting.items() if name == task}
+        plain = {name: of_task for name, of_task in self.plain.items() if name == task}
         in_time = {name: asked for name, asked in self.in_time.items() if name == task}
         alone = dataclasses.replace(self, tasks=[task], in_days=in_days, in_time=in_time)
-        return dataclasses.replace(alone, state=state, boosting=boosting)
+        return dataclasses.replace(alone, state=state, plain=plain)
 
     def require_whether(self, what: str) -> None:
         """Raises UserError where a task is in time, which `what` can't do."""
@@ -101,13 +103,13 @@ class Bundle:
             write_weights(state, new / WEIGHTS, {"format": "pt"})
             self.vocabulary.write(new / VOCABULARY)
             beside: dict[str, Any] = {}
-            if self.boosting:
-                from hymate.inference.boosting import write_boosting  # late: few bundles have it
+            if self.plain:
+                from hymate.inference.plain import write_plain  # late: few bundles have it
 
-                beside["boosting"] = write_boosting(self.boosting, new / BOOSTING)
+                beside["plain"] = write_plain(self.plain, new / BOOSTING, new / LINEAR)
             in_time = {task: to_tree(asked) for task, asked in self.in_time.items()}
             tree = {
-                "format_version": FORMAT_VERSION if self.boosting else 2,
+                "format_version": FORMAT_VERSION if self.plain else WITHOUT_PLAIN,
                 "kind": self.kind,
                 "model": to_tree(self.model),
                 "data": {key: value for key, value in to_tree(self.data).items() if key != "path"},
@@ -148,42 +150,44 @@ def read_bundle(path: Location, kind: Kind | None = None) -> Bundle:
         tasks, in_days = ([str.__str__(task) for task in tree[key]] for key in ("tasks", "in_days"))
         if len(set(tasks)) < len(tasks) or not set(in_days) <= set(tasks):
             raise ValueError("tasks are named twice, or in_days names others")
-        if not set(tree["boosting"]) <= set(tasks) or not all(isinstance(x, dict) for x in tree["boosting"].values()):
-            raise ValueError("boosting is not by task")
+        if not set(tree["plain"]) <= set(tasks):
+            raise ValueError("plain names others than tasks")
         in_time = {
             task: build(InTime, tree["in_time"][task], f"in_time.{task}.") for task in tasks if task in tree["in_time"]
         }
-        if in_time.keys() != tree["in_time"].keys() or in_time.keys() & {*in_days, *tree["boosting"]}:
-            raise ValueError("in_time names others than tasks, or some of in_days or boosting")
+        if in_time.keys() != tree["in_time"].keys() or in_time.keys() & {*in_days, *tree["plain"]}:
+            raise ValueError("in_time names others than tasks, or some of in_days or plain")
     except (UserError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
         raise UserError(f"{folder / CONFIG} is not usable: {first_line(error)}") from error
     state = read_weights(folder / WEIGHTS)
     vocabulary = Vocabulary.read(folder / VOCABULARY)
-    boosting = _read_boosting(folder, tree["boosting"])
+    plain = _read_plain(folder, tree["plain"])
     sha256 = {name: tree["sha256"][name] for name in checked}
-    more = ([to_tree(known)] if known.rules else []) + ([tree["boosting"]] if boosting else [])
+    more = ([to_tree(known)] if known.rules else []) + ([tree["plain"]] if plain else [])
     more += [tree["in_time"]] if in_time else []
     identity = json.dumps([to_tree(model), tasks, sha256, *more], sort_keys=True)
     fingerprint = hashlib.sha256(identity.encode()).hexdigest()
     settings = tree["kind"], model, data, vocabulary, state, tasks, in_days, known, tree["extra"], fingerprint
-    return Bundle(*settings, boosting, in_time)
+    return Bundle(*settings, plain, in_time)
 
 
 def _checked(tree: dict[str, Any]) -> tuple[str, ...]:
     """The files whose checksums a configuration names."""
-    return (*CHECKED, BOOSTING) if tree.get("boosting") else CHECKED
+    of_tasks = tree.get("plain", {}).values()
+    linear = any(of_task.get("linear_weight") for of_task in of_tasks)
+    return (*CHECKED, *((BOOSTING,) if of_tasks else ()), *((LINEAR,) if linear else ()))
 
 
-def _read_boosting(folder: Path, tree: dict[str, Any]) -> dict[str, Boosting]:
+def _read_plain(folder: Path, tree: dict[str, Any]) -> dict[str, PlainModels]:
     if not tree:
         return {}
-    from hymate.inference.boosting import BoostingConfig, read_boosting  # late: few bundles have it
+    from hymate.inference.plain import PlainConfig, read_plain  # late: few bundles have it
 
     try:
-        configs = {task: build(BoostingConfig, of_task, f"boosting.{task}.") for task, of_task in tree.items()}
+        configs = {task: build(PlainConfig, of_task, f"plain.{task}.") for task, of_task in tree.items()}
     except UserError as error:
         raise UserError(f"{folder / CONFIG} is not usable: {first_line(error)}") from error
-    return read_boosting(folder / BOOSTING, configs)
+    return read_plain(folder / BOOSTING, folder / LINEAR, configs)
 
 
 def write_weights(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
@@ -267,12 +271,16 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise UserError(
             f"{folder} has a newer bundle format than {FORMAT_VERSION}, the newest that is read here: update hymate"
         )
-    tree = {"in_days": [], "in_time": {}, "extra": {}, "known": {}, "boosting": {}, **tree}  # older bundles lack them
-    sections = dict.fromkeys(("model", "data", "known", "boosting", "extra", "in_time", "sha256"), dict)
+    if version == 3:
+        tree["plain"] = tree.pop("boosting", {})
+    tree = {"in_days": [], "in_time": {}, "extra": {}, "known": {}, "plain": {}, **tree}  # older bundles lack them
+    sections = dict.fromkeys(("model", "data", "known", "plain", "extra", "in_time", "sha256"), dict)
     kinds = {"kind": str, "tasks": list, "in_days": list, **sections}
     for key, of in kinds.items():
         if not isinstance(tree.get(key), of):
             raise UserError(f"{path} is damaged: {key} is missing or malformed")
+    if not all(isinstance(of_task, dict) for of_task in tree["plain"].values()):
+        raise UserError(f"{path} is damaged: plain is not by task")
     if tree["sha256"].keys() != set(checked := _checked(tree)):
         raise UserError(f"{path} is damaged: sha256 must name {' and '.join(checked)} and nothing else")
     if tree["kind"] not in ("pretrained", "risk"):

@@ -1,4 +1,4 @@
-"""Predictions of a risk bundle for examples: the network's, or its mean with boosting's.
+"""Predictions of a risk bundle for examples: the network's, or its mean with that of plain models.
 
 Shape legend: E examples, T tasks.
 """
@@ -141,11 +141,11 @@ def predict_last(
 
 
 def _averaged(outputs: Outputs, bundle: Bundle, histories: Histories, examples: Examples) -> Outputs:
-    """The network's outputs; the risks of the tasks that have boosting, too, averaged with its."""
+    """The network's outputs; where a task has plain models, too, its risks are the mean."""
     logit_ET = outputs.logit_ET.copy()
-    for task, boosting in bundle.boosting.items():
+    for task, plain in bundle.plain.items():
         number = bundle.tasks.index(task)
-        logit_ET[:, number] = boosting.mean(logit_ET[:, number], histories, examples)
+        logit_ET[:, number] = plain.mean(logit_ET[:, number], histories, examples)
     return replace(outputs, logit_ET=logit_ET)
 
 

@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -32,6 +33,7 @@ from hymate.data.histories import Histories
 from hymate.data.tasks import read_or_extract_labels
 from hymate.errors import ConfigError
 from hymate.evaluation import baseline_fits, calibration
+from hymate.evaluation.baseline_models import Kind
 from hymate.inference.bundle import Bundle, read_weights, write_weights
 from hymate.inference.initial import check_codes, initial_bundle, require_same_model
 from hymate.inference.scoring import predict
@@ -46,6 +48,8 @@ from hymate.tuning import comparison
 from hymate.tuning.protocol import (
     BASELINES,
     HELD_OUT,
+    PLAIN,
+    REFERENCE,
     Allotment,
     BenchmarkConfig,
     Contender,
@@ -57,7 +61,7 @@ from hymate.tuning.trial import TrialConfig, distilled, require_starts, starting
 
 CHOSEN_BY = "loss"  # cross-entropy, as in hymate.evaluation.baseline_models: AUROC and AUPRC of few positives jump
 PRETRAINED = "pretrained"  # folder in the benchmark's
-CHANGEABLE = ELSEWHERE | {"split", "seeds", "budgets", "with_few_labels", "with_boosting", "only", "max_concurrent"}
+CHANGEABLE = ELSEWHERE | {"split", "seeds", "budgets", "with_few_labels", "ensemble", "only", "max_concurrent"}
 
 
 def benchmark(config: BenchmarkConfig) -> Location:
@@ -149,10 +153,12 @@ def _baseline(
     config: BenchmarkConfig, run: ContenderRun, histories: Histories, own: Allotment
 ) -> tuple[np.ndarray, np.ndarray, None]:
     """Logits of the examples to choose by and of the test examples."""
-    kind = next(name for name in BASELINES if name == run.name)
+    kind = cast(Kind, REFERENCE if run.name == PLAIN else run.name)
     asked = {"train": own.fitting, "tuning": own.choosing, "test": own.test}
-    folder = _features_folder(config, run)
-    fitted = baseline_fits.fitted_to(kind, histories, asked, FeatureConfig(), run.seed, folder, here=True)
+    given = kind, histories, asked, FeatureConfig(), run.seed, _features_folder(config, run)
+    fitted = baseline_fits.fitted_to(*given, here=True, plain=run.name == PLAIN)
+    if fitted.plain is not None:
+        return fitted.plain.logit["tuning"], fitted.plain.logit["test"], None
     choosing_logit_E, test_logit_E = (calibration.logit(fitted.probability[part]) for part in ("tuning", "test"))
     return choosing_logit_E, test_logit_E, None
 

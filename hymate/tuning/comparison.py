@@ -25,10 +25,10 @@ from hymate.evaluation import figures, metrics, tables
 from hymate.evaluation.calibration import logit
 from hymate.runs import run_folder
 from hymate.storage.paths import Location, write_text
-from hymate.tuning.protocol import HELD_OUT, REFERENCE, BenchmarkConfig, ContenderRun
+from hymate.tuning.protocol import HELD_OUT, PLAIN, REFERENCE, BenchmarkConfig, ContenderRun
 
 LOOKS = "looks.json"
-AND_BOOSTING = " and boosting"  # behind the name of a contender: the mean of both
+AND_PLAIN = " and plain models"  # behind the name of a contender: the mean of both
 Array = NDArray[Any]
 
 
@@ -81,14 +81,14 @@ class Scored:
 
 
 def _names(config: BenchmarkConfig) -> list[str]:
-    """All that are compared, the means with boosting last."""
-    return [*config.names, *(f"{name}{AND_BOOSTING}" for name in config.with_boosting)]
+    """All that are compared, the means with the plain models last."""
+    return [*config.names, *(f"{name}{AND_PLAIN}" for name in config.ensemble)]
 
 
 def _read(config: BenchmarkConfig, name: str, budget: int) -> Scored | None:
     """The seeds that have all folds. Raises UserError where they were not scored on the same labels."""
-    if name.endswith(AND_BOOSTING):
-        return _averaged(_read(config, name.removesuffix(AND_BOOSTING), budget), _read(config, REFERENCE, budget))
+    if name.endswith(AND_PLAIN):
+        return _averaged(_read(config, name.removesuffix(AND_PLAIN), budget), _read(config, PLAIN, budget))
     folder = folder_of(config)
     seeds = [[ContenderRun(name, budget, seed, fold) for fold in config.folds_of_split] for seed in range(config.seeds)]
     seeds = [runs for runs in seeds if all(run.results_path(folder).is_file() for run in runs)]
@@ -105,21 +105,21 @@ def _read(config: BenchmarkConfig, name: str, budget: int) -> Scored | None:
     return Scored(known, len(seeds), subject_N, label_N, weight_N, np.concatenate(probability_RN))
 
 
-def _averaged(scored: Scored | None, boosting: Scored | None) -> Scored | None:
+def _averaged(scored: Scored | None, plain: Scored | None) -> Scored | None:
     """The mean of the logits of both, of the seeds that both have."""
-    if scored is None or boosting is None:
+    if scored is None or plain is None:
         return None
-    seeds = {run["seed"] for run in scored.known} & {run["seed"] for run in boosting.known}
+    seeds = {run["seed"] for run in scored.known} & {run["seed"] for run in plain.known}
     if not seeds:
         return None
     own, other = (
         [(run, prob_N) for run, prob_N in zip(of.known, of.probability_RN, strict=True) if run["seed"] in seeds]
-        for of in (scored, boosting)
+        for of in (scored, plain)
     )
     known, mean = [], []
-    for (run, prob_N), (of_boosting, boosting_N) in zip(own, other, strict=True):
-        known.append({**run, "seconds": run["seconds"] + of_boosting["seconds"]})
-        mean.append(expit((logit(prob_N) + logit(boosting_N)) / 2))
+    for (run, prob_N), (of_plain, plain_N) in zip(own, other, strict=True):
+        known.append({**run, "seconds": run["seconds"] + of_plain["seconds"]})
+        mean.append(expit((logit(prob_N) + logit(plain_N)) / 2))
     return dataclasses.replace(scored, known=known, seeds=len(seeds), probability_RN=np.stack(mean))
 
 
@@ -247,8 +247,8 @@ def _report(config: BenchmarkConfig, found: Mapping[str, Any]) -> str:
         "it is fitted to those of some; those of the others choose among its candidates (checkpoints, numbers of "
         "trees, penalties) by cross-entropy and recalibrate its probabilities.\n\n"
     )
-    if config.with_boosting:
-        text += '"And boosting" is the mean of both logits, which is not recalibrated once more.\n\n'
+    if config.ensemble:
+        text += '"And plain models" is the mean of both logits, which is not recalibrated once more.\n\n'
     if config.split == "cross_validation":
         patients = f"{config.folds} folds of the train and tuning patients"
         text += (

@@ -23,8 +23,9 @@ from hymate.storage.paths import Location
 from hymate.trees import build, to_tree
 from hymate.tuning import space
 
-BASELINES: tuple[Kind, ...] = ("gradient_boosting", "logistic_regression")
-REFERENCE = BASELINES[0]  # every contender is compared with it
+REFERENCE: Kind = "gradient_boosting"  # every contender is compared with it
+PLAIN = "plain_models"  # boosting and logistic regression averaged, as in a bundle
+BASELINES = (REFERENCE, "logistic_regression", PLAIN)
 DEVELOPMENT, HELD_OUT = "train and tuning", "held_out"
 Split = Literal["cross_validation", "held_out"]
 
@@ -54,7 +55,7 @@ class BenchmarkConfig:
     seeds: how often everything is done, each time with other random numbers.
     budgets: patients whose labels a run sees, those that choose and recalibrate included; 0 is all there are.
     with_few_labels: the contenders of all budgets but the largest.
-    with_boosting: contenders that are also compared as their mean with gradient boosting, seed by seed.
+    ensemble: contenders that are also compared as their mean with the plain models, seed by seed (`report.ensemble`).
     choosing_fraction: fraction of the patients whose labels choose the candidate (a network's evaluation, boosting's
         number of trees, logistic regression's penalty) by the least cross-entropy, and recalibrate it; the rest is
         fitted to.
@@ -84,7 +85,7 @@ class BenchmarkConfig:
     seeds: int = 3
     only: list[str] = field(default_factory=list)
     budgets: list[int] = field(default_factory=lambda: [0])
-    with_boosting: list[str] = field(default_factory=list)
+    ensemble: list[str] = field(default_factory=list)
     choosing_fraction: float = 0.2
     max_concurrent: int = 0
     init: Init | None = None
@@ -100,7 +101,7 @@ class BenchmarkConfig:
             seeds=(self.seeds >= 1, "must be at least 1"),
             folds=(self.folds >= 2, "must be at least 2"),
         )
-        for key in ("with_few_labels", "only", "with_boosting"):
+        for key in ("with_few_labels", "only", "ensemble"):
             if unknown := set(getattr(self, key)) - {*self.names}:
                 raise ConfigError(f"{key}: {', '.join(sorted(unknown))} is not a contender")
         if clash := set(BASELINES) & set(self.contenders):

@@ -17,9 +17,9 @@ from hymate.data.synthetic.source import ceiling
 from hymate.data.tasks import LabelSet
 from hymate.errors import UserError
 from hymate.evaluation import alarms, baseline_fits, calibration, decisions, figures, metrics, results, survival
-from hymate.inference.boosting import Boosting, BoostingConfig
 from hymate.inference.bundle import Bundle, build_model
 from hymate.inference.dataset import spread_outputs
+from hymate.inference.plain import PlainConfig, PlainModels
 from hymate.inference.scoring import Outputs, write_incidences, write_predictions
 from hymate.storage.paths import Location
 from hymate.training import checkpoint
@@ -76,7 +76,7 @@ def judge_task(
 ) -> tuple[Bundle, dict[str, Any]]:
     """The model with the task's head recalibrated, and the task's part of results.json.
 
-    With settings.ensemble the model is the mean of the network and boosting.
+    With settings.ensemble the model is the mean of the network and plain models.
     Its predictions and its picture are in the run's folder.
     """
     if task.config.in_time:
@@ -89,11 +89,13 @@ def judge_task(
     winner, recalibration, of_tuning = _recalibrated(winner, name, tuning, score(winner, tuning))
     scored = task.examples[split]
     network = model = _Outputs(of_tuning, score(winner, scored), recalibration)
-    boosting, of_boosting = None, None
+    boosting, of_boosting, parts = None, None, {}
     if split == "held_out" and len(np.unique(scored.label_E > 0.5)) == 2:
         boosting, of_boosting = _boosted(histories, task, run_path, settings, train.seed)
     if settings.ensemble and boosting is not None:
-        winner, model = _averaged(winner, task, network, boosting)
+        assert boosting.plain is not None
+        winner, model, plain = _averaged(winner, task, network, boosting.plain)
+        parts = {"network": network} | ({"plain": plain} if boosting.plain.linear else {})
     outputs, recalibration = model.scored, model.recalibration
     write_predictions(scored, outputs, run_path / results.predictions_file(name, winner.tasks))
     tuning_probability_E, probability_E = model.probabilities
@@ -122,18 +124,19 @@ def judge_task(
             weight_E,
         )
         if scores["auroc"]["value"] is not None:
-            others = {}
-            if model is not network:
-                others["network alone"] = network.probabilities
-                part["network"] = _of_network(network, scored, probability_E)
+            others = {key: of_part.probabilities for key, of_part in parts.items()}
+            part |= {key: _of_part(of_part, scored, probability_E) for key, of_part in parts.items()}
+            if "plain" in parts:
+                part["plain"]["linear_fraction"] = winner.plain[name].config.linear_fraction
             if boosting is not None:
-                others["gradient boosting"] = boosting.probability["tuning"], boosting.probability["held_out"]
+                others["boosting"] = boosting.probability["tuning"], boosting.probability["held_out"]
                 part["boosting"] = boosting.compared(probability_E)
             part["picture"] = f"{name}.png"
-            others_N = {other: probability for other, (_, probability) in others.items()}
+            others_N = {key: probability for key, (_, probability) in others.items()}
             figures.plot_task(run_path / part["picture"], label_E, probability_E, weight_E, part, others_N)
             if task.config.utility is not None:
-                models = {"model": (tuning_probability_E, probability_E), **others}
+                named = {results.OTHERS[key]: probabilities for key, probabilities in others.items()}
+                models = {"model": (tuning_probability_E, probability_E), **named}
                 part["alarms"] = alarms.assess(task.config.utility, tuning, scored, models)
                 part["alarms_picture"] = f"{name}-alarms.png"
                 figures.plot_alarms(run_path / part["alarms_picture"], part["alarms"])
@@ -197,32 +200,40 @@ def _boosted(
 
 
 def _averaged(
-    winner: Bundle, task: LabelledTask, network: _Outputs, boosting: baseline_fits.Boosted
-) -> tuple[Bundle, _Outputs]:
-    """The model with the task's boosting beside it, and the mean's outputs.
+    winner: Bundle, task: LabelledTask, network: _Outputs, plain: baseline_fits.Plain
+) -> tuple[Bundle, _Outputs, _Outputs]:
+    """The model with the task's plain models beside it, the mean's outputs, and those of the plain models alone.
 
     Both logits are recalibrated, weigh the same, and their mean is recalibrated: it is more timid than each of both.
     """
-    plain, tuning = boosting.plain, task.examples["tuning"]
-    assert plain is not None
-    own = boosting.recalibration
-    mean_E = (network.tuning.logit_ET[:, 0] + own(plain.logit["tuning"])) / 2
-    fitted = calibration.recalibrate(tuning.label_E, mean_E, tuning.weight_E)
-    half = 0.5 / fitted.temperature
-    shift = half * own.shift + fitted.shift
-    config = BoostingConfig(plain.windows_hours, half, half / own.temperature, shift)
-    beside = {**winner.boosting, task.config.name: Boosting(config, plain.columns, plain.trees)}
+    tuning = task.examples["tuning"]
 
-    def averaged(outputs: Outputs, split: str) -> Outputs:
-        return dataclasses.replace(outputs, logit_ET=config.mean(outputs.logit_ET[:, 0], plain.logit[split])[:, None])
+    def recalibrated(logits: Mapping[str, np.ndarray]) -> _Outputs:
+        fitted = calibration.recalibrate(tuning.label_E, logits["tuning"], tuning.weight_E)
+        tuned, scored = (
+            dataclasses.replace(outputs, logit_ET=fitted(logits[split]).astype(np.float32)[:, None])
+            for split, outputs in (("tuning", network.tuning), ("held_out", network.scored))
+        )
+        return _Outputs(tuned, scored, fitted)
 
-    mean = _Outputs(averaged(network.tuning, "tuning"), averaged(network.scored, "held_out"), fitted)
-    return dataclasses.replace(winner, boosting=beside), mean
+    alone = recalibrated(plain.logit)
+    means = {
+        split: (of_network.logit_ET[:, 0].astype(np.float64) + alone.recalibration(plain.logit[split])) / 2
+        for split, of_network in (("tuning", network.tuning), ("held_out", network.scored))
+    }
+    mean = recalibrated(means)
+    half = 0.5 / mean.recalibration.temperature
+    of_plain = half / alone.recalibration.temperature
+    of_linear = of_plain * plain.linear_fraction
+    shift = half * alone.recalibration.shift + mean.recalibration.shift + of_linear * plain.intercept
+    config = PlainConfig(plain.windows_hours, half, of_plain - of_linear, shift, of_linear)
+    beside = {**winner.plain, task.config.name: PlainModels(config, plain.columns, plain.trees, plain.linear)}
+    return dataclasses.replace(winner, plain=beside), mean, alone
 
 
-def _of_network(network: _Outputs, scored: Examples, mean_E: np.ndarray) -> dict[str, Any]:
-    """The held-out scores of the network alone, and as "difference" the mean's AUROC and AUPRC less its own."""
-    own_E, recalibration = network.probabilities[1], network.recalibration
+def _of_part(model: _Outputs, scored: Examples, mean_E: np.ndarray) -> dict[str, Any]:
+    """The held-out scores of a part of the mean, and as "difference" the mean's AUROC and AUPRC less its own."""
+    own_E, recalibration = model.probabilities[1], model.recalibration
     scores = metrics.scores(scored.label_E, own_E, scored.subject_id_E, scored.weight_E)
     return {name: scores[name] for name in metrics.SHOWN} | {
         "difference": baseline_fits.difference(scored, mean_E, own_E),

@@ -257,6 +257,16 @@ def test_impossible_weights_are_refused(weight: list[float]) -> None:
         metrics.auroc([0, 1], [0.1, 0.9], weight)
 
 
+@pytest.mark.parametrize("score", [[0.1], [0.1, 0.9, 0.5]])
+def test_another_number_of_scores_is_refused(score: list[float]) -> None:
+    with pytest.raises(AssertionError, match="labels, "):
+        metrics.auroc([0, 1], score)
+
+
+def test_scores_without_bounds_may_tie() -> None:
+    assert metrics.auroc([0, 1, 1], [np.inf, -np.inf, np.inf]) == 0.25
+
+
 # ---------------------------------------------------------------------------------------------------------- days
 
 # few distinct lengths and predictions, so that ties are common; the third is how often a label counts

@@ -30,8 +30,8 @@ class Bundles(Reader):
     def __init__(self, scratch: Path) -> None:
         import torch
 
-        from hymate.inference.boosting import Boosting, BoostingConfig, Trees
         from hymate.inference.bundle import Bundle
+        from hymate.inference.plain import Linear, PlainConfig, PlainModels, Trees
         from hymate.model.encoder import RiskModel
 
         torch.set_num_threads(1)
@@ -64,13 +64,15 @@ class Bundles(Reader):
             value_N=np.array([0, -0.1, 0.2, 0, -0.3, 0.4]),
         )
         columns = Column("LAB//0", "mean", 1), Column(AGE, "years")
-        bundle.boosting["stay"] = Boosting(BoostingConfig((24.0,), 0.5, 0.5, 0.1), columns, trees)
+        numbers = np.array([[-2.0, 0.0], [3.0, 90.0], [0.3, -0.1], [0.0, 0.2]])
+        config = PlainConfig((24.0,), 0.5, 0.3, 0.1, linear_weight=0.2)
+        bundle.plain["stay"] = PlainModels(config, columns, trees, Linear(columns, *numbers))
         bundle.write(scratch / "bundle")
         self.files = files_of(scratch / "bundle")
 
     def mutate(self, rng: random.Random) -> Files:
-        files = ["config.yaml", "model.safetensors", "vocabulary.parquet", "boosting.parquet"]
-        name = rng.choices(files, [40, 25, 20, 15])[0]
+        files = ["config.yaml", "model.safetensors", "vocabulary.parquet", "boosting.parquet", "linear.parquet"]
+        name = rng.choices(files, [40, 25, 15, 10, 10])[0]
         data = self.files[name]
         if name == "config.yaml":
             return {name: mutated_text(rng, data) if rng.random() < 0.5 else mutated_tree(rng, data)}
@@ -109,12 +111,20 @@ class Bundles(Reader):
             expected = np.frombuffer(body[start:stop], np.float32).reshape(entry["shape"])
             require(np.array_equal(bundle.state[name].numpy(), expected), "other numbers")
         check_vocabulary(bundle.vocabulary, frame_of(folder / "vocabulary.parquet", program))
-        for boosting in bundle.boosting.values():
-            trees, values = boosting.trees, frame_of(folder / "boosting.parquet", program)["value"]
-            require(set(trees.value_N.tolist()) <= set(values), "other leaves")
+        for plain in bundle.plain.values():
+            values = frame_of(folder / "boosting.parquet", program)["value"]
+            require(set(plain.trees.value_N.tolist()) <= set(values), "other leaves")
+            if plain.linear:
+                slopes = frame_of(folder / "linear.parquet", program)["slope"]
+                require(plain.linear.slope_X.tolist() == list(slopes), "other slopes")
             with np.errstate(over="ignore"):
-                logit_E = trees.logit(np.full((3, len(boosting.columns)), np.nan, np.float32))
-            require(len(logit_E) == 3, "another shape")
+                for model, columns in (
+                    (plain.trees, plain.columns),
+                    (plain.linear, plain.linear and plain.linear.columns),
+                ):
+                    if model:
+                        logit_E = model.logit(np.full((3, len(columns)), np.nan, np.float32))
+                        require(len(logit_E) == 3, "another shape")
         if bundle.kind != "risk":
             return
         model = build_model(bundle)

@@ -176,7 +176,7 @@ def test_a_command_refuses_before_it_computes(
     computing = Mock(side_effect=AssertionError("it computes"))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(f"hymate.{work}", computing)
-    bundle = Mock(in_time={}, boosting={})
+    bundle = Mock(in_time={}, plain={})
     monkeypatch.setattr("hymate.inference.dataset.read_bundle", lambda *_, **__: Mock(for_task=lambda _: bundle))
     monkeypatch.setattr(predict, "check_streamable", Mock())
     with pytest.raises(UserError, match=rf"^{key}=.*cannot be written to \({tmp_path}/file is a file, not a folder\)"):

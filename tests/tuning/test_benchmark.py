@@ -209,7 +209,7 @@ def test_a_budget_counts_every_patient_and_both_parts_have_the_same_prevalence(s
         assert seen[20] <= seen[21] <= seen[40]
 
 
-@pytest.mark.parametrize("name", ["logistic_regression", "distilled"])
+@pytest.mark.parametrize("name", ["plain_models", "distilled"])
 def test_a_run_learns_nothing_from_labels_beyond_its_budget(
     small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -357,28 +357,28 @@ def test_areas_are_means_over_the_folds_of_each_seed(tmp_path: Path) -> None:
     assert row["seeds"] == 1 and row["auroc"]["sd"] is None
 
 
-def test_a_contender_is_compared_as_its_mean_with_boosting(tmp_path: Path) -> None:
-    """Of each seed that both have, by the mean of the logits; boosting's part in it is that of the same fold."""
+def test_a_contender_is_compared_as_its_mean_with_the_plain_models(tmp_path: Path) -> None:
+    """Of each seed that both have, by the mean of the logits; the plain models' part in it is that of the same fold."""
     rng = np.random.default_rng(0)
     label, fold_SN = rng.integers(0, 2, 200).astype(float), rng.integers(0, 2, (2, 200))
-    own_SN, boosting_SN = rng.uniform(0.01, 0.99, (2, 2, 200))
+    own_SN, plain_SN = rng.uniform(0.01, 0.99, (2, 2, 200))
     for seed in range(2):
         written(tmp_path / "b/runs", "scratch", label, own_SN[seed], seed, fold_SN[seed])
-    given = configured("DATA", tmp_path, "seeds=2", "run.name=b", "with_boosting=[scratch]")
+    given = configured("DATA", tmp_path, "seeds=2", "run.name=b", "ensemble=[scratch]")
     assert [row["name"] for row in compare(given)["rows"]] == ["scratch"]
-    written(tmp_path / "b/runs", "gradient_boosting", label, boosting_SN[1], 1, fold_SN[1])
+    written(tmp_path / "b/runs", "plain_models", label, plain_SN[1], 1, fold_SN[1])
     *_, row = compare(given)["rows"]
-    assert (row["name"], row["seeds"], row["seconds"]) == ("scratch and boosting", 1, 2.0)
-    mean_N = expit((logit(own_SN[1]) + logit(boosting_SN[1])) / 2)
+    assert (row["name"], row["seeds"], row["seconds"]) == ("scratch and plain models", 1, 2.0)
+    mean_N = expit((logit(own_SN[1]) + logit(plain_SN[1])) / 2)
     for name, area in (("auroc", roc_auc_score), ("auprc", average_precision_score)):
         of_folds = [
             area(label[at], mean_N[at], sample_weight=weight_of(label)[at]) for at in (fold_SN[1] == 0, fold_SN[1] == 1)
         ]
         assert row[name]["mean"] == pytest.approx(np.mean(of_folds))
     comparison.write(given)
-    assert "And boosting" in (tmp_path / "b/cross_validation.md").read_text()
-    with pytest.raises(ConfigError, match="with_boosting: nobody is not a contender"):
-        configured("DATA", tmp_path, "with_boosting=[nobody]")
+    assert "And plain models" in (tmp_path / "b/cross_validation.md").read_text()
+    with pytest.raises(ConfigError, match="ensemble: nobody is not a contender"):
+        configured("DATA", tmp_path, "ensemble=[nobody]")
 
 
 def test_runs_of_other_labels_are_not_compared(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -138,21 +139,23 @@ def test_another_hospital_is_scored_with_the_policy_of_the_bundle(judged: tuple[
         assert text_ in written
 
 
-def test_the_mean_of_network_and_boosting_is_a_model_of_its_own(
+def test_the_mean_of_network_and_plain_models_is_a_model_of_its_own(
     judged: tuple[Path, dict], averaged: tuple[Path, dict], tmp_path: Path
 ) -> None:
-    """The bundle predicts what was scored; the network and boosting are what they are without the option."""
+    """The bundle predicts what was scored; the network and boosting are what they are without the option. On these
+    stays logistic regression helps boosting.
+    """
     (alone, of_network), (folder, part) = judged, averaged
     assert json.loads(json.dumps(part, allow_nan=False)) == part
     assert "network" not in of_network
     for score in metrics.SHOWN:
         assert part["network"][score] == of_network[score] and part["boosting"][score] == of_network["boosting"][score]
     assert part["network"]["recalibration"] == of_network["recalibration"]
-    for other in ("network", "boosting"):
+    for other in ("network", "plain", "boosting"):
         for area in metrics.AREAS:
             ahead = part[area]["value"] - part[other][area]["value"]
             assert part[other]["difference"][area]["value"] == pytest.approx(ahead)
-    assert set(part["alarms"]) == {"model", "network alone", "gradient boosting"}
+    assert set(part["alarms"]) == {"model", *results.OTHERS.values()}
     tables = [pq.read_table(at / "predictions.parquet") for at in (folder, alone)]
     mean_E, network_E = (table["predicted_boolean_probability"].to_numpy() for table in tables)
     assert np.abs(mean_E - network_E).max() > 0.01
@@ -163,21 +166,43 @@ def test_the_mean_of_network_and_boosting_is_a_model_of_its_own(
         run(load("predict", [*request, f"bundle={bundle / 'bundle'}", f"out={out}"], PredictConfig))
         found_E = pq.read_table(out)["predicted_boolean_probability"].to_numpy()
         np.testing.assert_allclose(found_E, expected_E, atol=1e-6)
-    boosting, plain = read_bundle(folder / "bundle").boosting["sepsis"].config, part["boosting"]["recalibration"]
-    assert boosting.network_weight == pytest.approx(boosting.boosting_weight * plain["temperature"])
-    assert boosting.network_weight == pytest.approx(0.5 / part["recalibration"]["temperature"])
+    plain, fraction = read_bundle(folder / "bundle").plain["sepsis"].config, part["plain"]["linear_fraction"]
+    assert plain.network_weight == pytest.approx(0.5 / part["recalibration"]["temperature"])
+    whole = plain.network_weight / part["plain"]["recalibration"]["temperature"]
+    assert 0 < fraction < 1 and plain.linear_weight == pytest.approx(fraction * whole)
+    assert plain.boosting_weight == pytest.approx((1 - fraction) * whole)
 
 
-def test_the_report_has_a_row_for_each_of_mean_network_and_boosting(averaged: tuple[Path, dict]) -> None:
-    folder, part = averaged
+def found_of(part: dict) -> dict[str, Any]:
     end = results.TrialEnd(0, {}, "finished", 2, {"mean": 0.5, "step": 2}, None, None)
-    found = results.collect([part], "mean", [end], end) | {"initial_weights": "new", "bundle": "b"}
-    rows = {row[0]: row for row in report.score_rows(found)[1:]}
-    assert list(rows) == ["held_out, mean of both", "network alone", "difference [97.5 % CI]", "gradient boosting"]
+    return results.collect([part], "mean", [end], end) | {"initial_weights": "new", "bundle": "b"}
+
+
+def test_the_report_has_a_row_for_each_of_mean_and_parts(averaged: tuple[Path, dict]) -> None:
+    folder, part = averaged
+    found = found_of(part)
+    rows = [row[0] for row in report.score_rows(found)[1:]]
+    difference = "difference [97.5 % CI]"
+    parts = [name for other in results.OTHERS.values() for name in (other, difference)]
+    assert rows == ["held_out, mean of three", *parts]
     for text_ in (report.report(found), report.card(found)):
-        assert "- **A mean of two.** The model is the mean of the network" in text_
-        assert "| network alone |" in text_ and "minus the network alone: AUROC" in text_
+        assert "- **A mean.** The model is the mean of the network" in text_
+        assert "| network alone |" in text_ and "| plain models alone |" in text_
+        assert "minus the network alone: AUROC" in text_ and "boosting and logistic regression (" in text_
     assert results.thresholds_of(found)["sepsis"] and (folder / part["picture"]).read_bytes().startswith(b"\x89PNG")
+
+
+def test_where_logistic_regression_adds_nothing_boosting_is_the_plain_model(
+    averaged: tuple[Path, dict], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(baseline_fits, "LINEAR_FRACTIONS", (0.0,))
+    folder, part = judge(tmp_path, ReportConfig(ensemble=True))
+    assert "plain" not in part and part["boosting"]["auroc"] == averaged[1]["boosting"]["auroc"]
+    assert report.score_rows(found_of(part))[1][0] == "held_out, mean of both"
+    plain = read_bundle(folder / "bundle").plain["sepsis"]
+    assert plain.linear is None and not (folder / "bundle" / "linear.parquet").exists()
+    temperature = part["boosting"]["recalibration"]["temperature"]
+    assert plain.config.network_weight == pytest.approx(plain.config.boosting_weight * temperature)
 
 
 def test_where_boosting_cannot_be_fitted_the_network_is_kept_alone(
@@ -191,7 +216,7 @@ def test_where_boosting_cannot_be_fitted_the_network_is_kept_alone(
     assert part["boosting"] == {
         "left_out": "too much; so the model is the network alone, in spite of report.ensemble=true"
     }
-    assert "network" not in part and not read_bundle(folder / "bundle").boosting
+    assert "network" not in part and not read_bundle(folder / "bundle").plain
 
 
 def test_a_task_without_utility_has_no_alarms() -> None:

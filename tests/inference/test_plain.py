@@ -1,4 +1,4 @@
-"""Boosting in a bundle: our trees are the library's, and every way to predict gives the mean of both."""
+"""Plain models in a bundle: they are the library's, and every way to predict gives the mean with the network."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ from hymate.evaluation import baseline_models
 from hymate.evaluation.baseline_models import fit
 from hymate.explain import ExplainConfig
 from hymate.explain import run as explain
-from hymate.inference import boosting as module
-from hymate.inference.boosting import Boosting, BoostingConfig
+from hymate.inference import plain as module
 from hymate.inference.bundle import read_bundle
+from hymate.inference.plain import PlainConfig, PlainModels
 from hymate.predict import PredictConfig
 from hymate.predict import run as predict
 
-CONFIG = BoostingConfig((), 0.4, 0.7, -0.2)
-RISK = "predicted_boolean_probability"
+CONFIG = PlainConfig((), 0.4, 0.7, -0.2)
+RISK, LINEAR = "predicted_boolean_probability", "linear.parquet"
 
 
 def table(seed: int, hole_fraction: float, num_examples: int = 600) -> FeatureTable:
@@ -81,16 +81,75 @@ def test_our_trees_give_the_librarys_probabilities(
         monkeypatch.setattr(baseline_models, "NUM_TREES", (num_trees,))
         train, tuning = table(seed, hole_fraction), table(100 + seed, hole_fraction)
         fitted = fit(kind, train, tuning, seed)
-        columns, trees = fitted.plain(train.spec)
+        columns, trees = fitted.trees(train.spec)
         value_EX = odd_rows(200 + seed)
         expected_E = fitted.probability(value_EX)
-        asked_EX = value_EX[:, [train.spec.columns.index(column) for column in columns]]
+        asked_EX = value_EX[:, places(columns)]
         assert np.ptp(expected_E) > 0 and np.abs(expit(trees.logit(asked_EX)) - expected_E).max() <= error
-        path = tmp_path / f"{seed}.parquet"
-        module.write_boosting({"a": Boosting(CONFIG, columns, trees), "b": Boosting(CONFIG, columns, trees)}, path)
-        for read in module.read_boosting(path, {"a": CONFIG, "b": CONFIG}).values():
-            asked_EX = value_EX[:, [train.spec.columns.index(column) for column in read.columns]]
-            assert np.abs(expit(read.trees.logit(asked_EX)) - expected_E).max() <= error
+        paths = tmp_path / f"{seed}.parquet", tmp_path / "none"
+        module.write_plain({task: PlainModels(CONFIG, columns, trees) for task in "ab"}, *paths)
+        for read in module.read_plain(*paths, {"a": CONFIG, "b": CONFIG}).values():
+            assert np.abs(expit(read.trees.logit(value_EX[:, places(read.columns)])) - expected_E).max() <= error
+            assert read.linear is None and not paths[1].exists()
+
+
+def places(columns: tuple[Column, ...]) -> list[int]:
+    return [table(0, 0.0).spec.columns.index(column) for column in columns]
+
+
+@pytest.mark.parametrize("hole_fraction", [0.0, 0.3])
+def test_our_slopes_give_scikit_learns_probabilities(hole_fraction: float, tmp_path: Path) -> None:
+    """Of the features as they are, where scikit-learn was fitted to a design of them; also after they were read."""
+    train, tuning = table(0, hole_fraction), table(1, hole_fraction)
+    is_count = train.spec.columns[1]._replace(statistic="count")
+    columns = (train.spec.columns[0], is_count, *train.spec.columns[2:])
+    train, tuning = (replace(of, spec=replace(of.spec, columns=columns)) for of in (train, tuning))
+    train.value_EX[:, 1], tuning.value_EX[:, 1] = (np.nan_to_num(of.value_EX[:, 1]) for of in (train, tuning))
+    fitted = fit("logistic_regression", train, tuning, 0)
+    linear, intercept = fitted.linear()
+    value_EX = np.where(np.isinf(odd := odd_rows(2)), 1e9, odd)
+    value_EX[:, 1] = np.nan_to_num(value_EX[:, 1]).clip(0)
+    expected_E = by_scikit_learn(train, float(fitted.chosen["C"]), value_EX)
+    assert np.ptp(expected_E) > 0.5
+    np.testing.assert_allclose(fitted.probability(value_EX), expected_E, atol=5e-3)  # as far as its solver goes
+    paths = tmp_path / "boosting.parquet", tmp_path / "linear.parquet"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(baseline_models, "NUM_TREES", (1,))
+        trees = fit("gradient_boosting", train, tuning, 0).trees(train.spec)
+    config = replace(CONFIG, linear_weight=0.1)
+    module.write_plain({"a": PlainModels(config, *trees, linear), "b": PlainModels(CONFIG, *trees)}, *paths)
+    read = module.read_plain(*paths, {"a": config, "b": CONFIG})
+    assert read["b"].linear is None and read["a"].linear is not None
+    place = [columns.index(column) for column in read["a"].linear.columns]
+    logit_E = read["a"].linear.logit(value_EX[:, place]) + intercept
+    np.testing.assert_allclose(expit(logit_E), fitted.probability(value_EX), atol=1e-12)
+
+
+def by_scikit_learn(train: FeatureTable, strength: float, value_EX: np.ndarray) -> np.ndarray:
+    """Probabilities of logistic regression on a design that scikit-learn makes."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.preprocessing import StandardScaler
+
+    def limited(of_EX: np.ndarray) -> np.ndarray:
+        of_EX = of_EX[:, known_X].astype(float)
+        of_EX[:, 1] = np.log1p(of_EX[:, 1])
+        return of_EX
+
+    known_X = ~np.isnan(train.value_EX[:]).all(axis=0)
+    own_EX, other_EX = limited(train.value_EX[:]), limited(value_EX)
+    low_X, high_X = np.nanquantile(own_EX, (0.01, 0.99), axis=0)
+    scaler = StandardScaler().fit(own_EX.clip(low_X, high_X))
+    _, first_X = np.unique(np.isnan(own_EX), axis=1, return_index=True)
+    marked_X = first_X[np.isnan(own_EX[:, first_X]).any(axis=0)]
+
+    def design(of_EX: np.ndarray) -> np.ndarray:
+        known_EX = np.nan_to_num(scaler.transform(of_EX.clip(low_X, high_X)))
+        return np.hstack([known_EX, np.isnan(of_EX[:, marked_X])])
+
+    model = LogisticRegression(C=strength, max_iter=5000, tol=1e-8)
+    weight_E = train.examples.weight_E / train.examples.weight_E.mean()
+    model.fit(design(own_EX), train.examples.label_E > 0.5, sample_weight=weight_E)
+    return model.predict_proba(design(other_EX))[:, 1]
 
 
 def test_rows_that_do_not_split_are_one_leaf(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,7 +157,7 @@ def test_rows_that_do_not_split_are_one_leaf(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(baseline_models, "LEAF_LABELS", 1000)
     train = table(0, 0.1)
     fitted = fit("gradient_boosting", train, train, 0)
-    columns, trees = fitted.plain(train.spec)
+    columns, trees = fitted.trees(train.spec)
     assert columns == () and len(trees.root_T) == len(trees.value_N) == 4
     np.testing.assert_array_equal(expit(trees.logit(train.value_EX[:, []])), fitted.probability(train.value_EX))
 
@@ -108,7 +167,9 @@ def test_rows_that_do_not_split_are_one_leaf(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.fixture(scope="module")
 def both(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two bundles of the same network, `network` and `mean`, and boosting's own probabilities of all labels."""
+    """Three bundles of the same network, alone, in a mean with boosting, and with logistic regression, too; and the
+    plain models' own probabilities of all labels.
+    """
     folder = tmp_path_factory.mktemp("both")
     histories, labels = Histories.open(small_data), read_labels(small_data / "labels" / "readmission")
     task = load("predict", ["task=readmission", "bundle=B", "data.path=D", "out=O"], PredictConfig).task
@@ -118,20 +179,25 @@ def both(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(baseline_models, "NUM_TREES", (40,))
         fitted = fit("gradient_boosting", train, tuning, 0)
-    columns, trees = fitted.plain(spec)
+    regression = fit("logistic_regression", train, tuning, 0)
+    columns, trees = fitted.trees(spec)
+    linear, intercept = regression.linear()
     assert 5 < len(columns) < len(spec.columns)
     config = replace(CONFIG, windows_hours=spec.windows_hours)
     write_risk_bundle(folder / "network", vocabulary_of(small_data), context=16)
     network = read_bundle(folder / "network")
-    replace(network, boosting={"readmission": Boosting(config, columns, trees)}).write(folder / "mean")
+    replace(network, plain={"readmission": PlainModels(config, columns, trees)}).write(folder / "mean")
+    of_three = replace(config, boosting_weight=0.4, linear_weight=0.3, shift=config.shift + 0.3 * intercept)
+    replace(network, plain={"readmission": PlainModels(of_three, columns, trees, linear)}).write(folder / "three")
     held_out = features(histories, examples["held_out"], spec)
     own = {
         "subject_id": held_out.examples.subject_id_E,
         "prediction_time": pa.array(held_out.examples.prediction_time_E, pa.timestamp("us")),
         "probability": fitted.probability(held_out.value_EX),
+        "linear": regression.probability(held_out.value_EX),
     }
     by = [("subject_id", "ascending"), ("prediction_time", "ascending")]
-    write_parquet(pa.table(own).sort_by(by), folder / "boosting.parquet")
+    write_parquet(pa.table(own).sort_by(by), folder / "plain.parquet")
     return folder
 
 
@@ -142,24 +208,26 @@ def predicted(folder: Path, bundle: str, data: Path, *more: str) -> pa.Table:
     return pq.read_table(out)
 
 
-def mean_of(folder: Path, network: pa.Table) -> np.ndarray:
+def mean_of(folder: Path, network: pa.Table, bundle: str = "mean") -> np.ndarray:
     """By hand, of the network's and the library's probabilities."""
-    trees_logit_E = logit(pq.read_table(folder / "boosting.parquet")["probability"].to_numpy())
-    return expit(0.4 * logit(network[RISK].to_numpy().astype(float)) + 0.7 * trees_logit_E - 0.2)
+    table = pq.read_table(folder / "plain.parquet")
+    trees_logit_E, linear_logit_E = (logit(table[name].to_numpy()) for name in ("probability", "linear"))
+    plain_E = 0.4 * trees_logit_E + 0.3 * linear_logit_E if bundle == "three" else 0.7 * trees_logit_E
+    return expit(0.4 * logit(network[RISK].to_numpy().astype(float)) + plain_E - 0.2)
 
 
-@pytest.mark.parametrize("context", ["bundle", "all"])
-def test_every_way_to_predict_gives_the_mean(both: Path, small_data: Path, context: str) -> None:
+@pytest.mark.parametrize(("bundle", "context"), [("mean", "bundle"), ("mean", "all"), ("three", "bundle")])
+def test_every_way_to_predict_gives_the_mean(both: Path, small_data: Path, bundle: str, context: str) -> None:
     """Of a prepared dataset, of the MEDS folder that it was made from, and of tables in memory."""
     asked = ["split=held_out", f"context={context}"]
     network = predicted(both, "network", small_data, *asked)
-    expected_E = mean_of(both, network)
+    expected_E = mean_of(both, network, bundle)
     assert np.abs(expected_E - network[RISK].to_numpy()).max() > 0.05
     raw = small_data.parent / "raw"
     for data in (small_data, raw):
-        table = predicted(both, "mean", data, *asked)
+        table = predicted(both, bundle, data, *asked)
         np.testing.assert_allclose(table[RISK].to_numpy(), expected_E, atol=1e-6)
-    model = hymate.load(both / "mean", device="cpu")
+    model = hymate.load(both / bundle, device="cpu")
     events = pl.read_parquet(raw / "data" / "held_out" / "*.parquet")
     at = network.select(["subject_id", "prediction_time"])
     patients = events if context == "bundle" else model.append(model.append(None, events[:300]), events[300:])
@@ -183,7 +251,7 @@ def test_many_features_are_computed_part_by_part(both: Path, small_data: Path, m
 
 def test_a_mean_is_not_explained(both: Path, small_data: Path, tmp_path: Path) -> None:
     given = ["task=readmission", f"bundle={both / 'mean'}", f"data.path={small_data}", f"out={tmp_path / 'out'}"]
-    with pytest.raises(UserError, match="mean of a network and boosting, and only a network can be explained"):
+    with pytest.raises(UserError, match="mean of a network and plain models, and only a network can be explained"):
         explain(load("explain", given, ExplainConfig))
     assert not (tmp_path / "out").exists()
     events = pl.read_parquet(small_data.parent / "raw" / "data" / "held_out" / "*.parquet")
@@ -191,22 +259,33 @@ def test_a_mean_is_not_explained(both: Path, small_data: Path, tmp_path: Path) -
         hymate.load(both / "mean", device="cpu").explain(events, at="2018-01-01")
 
 
-def test_a_bundle_without_boosting_is_as_it_was(both: Path, tmp_path: Path) -> None:
+def test_a_bundle_without_plain_models_is_as_it_was(both: Path, tmp_path: Path) -> None:
     files = {path.name: path.read_bytes() for path in (both / "network").iterdir()}
     assert sorted(files) == ["README.md", "config.yaml", "model.safetensors", "vocabulary.parquet"]
     tree = yaml.safe_load(files["config.yaml"])
-    assert tree["format_version"] == 2 and "boosting" not in tree
+    assert tree["format_version"] == 2 and "plain" not in tree
     network, mean = read_bundle(both / "network"), read_bundle(both / "mean")
     assert network.fingerprint != mean.fingerprint
-    replace(mean, boosting={}).write(tmp_path / "bundle")
+    replace(mean, plain={}).write(tmp_path / "bundle")
     assert {path.name: path.read_bytes() for path in (tmp_path / "bundle").iterdir()} == files
 
 
-def edited(change: Callable[[pa.Table], pa.Table]) -> Callable[[Path], None]:
-    """boosting.parquet with another table; whoever means harm writes a checksum that agrees."""
+def test_a_bundle_of_before_is_read(both: Path, tmp_path: Path) -> None:
+    """Of the version that had boosting alone; with its fingerprint, so that its states go on."""
+    mean = read_bundle(both / "mean")
+    mean.write(tmp_path / "bundle")
+    path = tmp_path / "bundle" / "config.yaml"
+    tree = yaml.safe_load(path.read_text())
+    del tree["plain"]["readmission"]["linear_weight"]
+    path.write_text(yaml.safe_dump(tree | {"format_version": 3, "boosting": tree.pop("plain")}))
+    assert read_bundle(tmp_path / "bundle").plain["readmission"].config == mean.plain["readmission"].config
+
+
+def edited(change: Callable[[pa.Table], pa.Table], name: str = "boosting.parquet") -> Callable[[Path], None]:
+    """The file with another table; whoever means harm writes a checksum that agrees."""
 
     def edit(folder: Path) -> None:
-        path = folder / "boosting.parquet"
+        path = folder / name
         write_parquet(change(pq.read_table(path)), path)
         tree = yaml.safe_load((folder / "config.yaml").read_text())
         tree["sha256"][path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -227,7 +306,7 @@ def with_column(name: str, of: Callable[[pa.ChunkedArray], Any]) -> Callable[[pa
 def configured(**changes: Any) -> Callable[[Path], None]:
     def edit(folder: Path) -> None:
         tree = yaml.safe_load((folder / "config.yaml").read_text())
-        tree["boosting"]["readmission"] |= changes
+        tree["plain"]["readmission"] |= changes
         (folder / "config.yaml").write_text(yaml.safe_dump(tree))
 
     return edit
@@ -257,12 +336,21 @@ DAMAGED = {
     "windows that fall": configured(windows_hours=[48.0, 12.0]),
     "no weight": configured(network_weight=None),
     "a key too many": configured(**{"pickle\a": "x"}),
+    "no slope": edited(with_column("slope", lambda x: [None] * len(x)), LINEAR),
+    "endless": edited(with_column("missing", lambda x: [float("inf")] * len(x)), LINEAR),
+    "no limit": edited(with_column("high", lambda x: [float("nan")] * len(x)), LINEAR),
+    "a feature twice": edited(lambda table: pa.concat_tables([table, table]), LINEAR),
+    "no feature": edited(with_column("variable", lambda x: [None] * len(x)), LINEAR),
+    "another task's slopes": edited(with_column("task", lambda x: ["mortality"] * len(x)), LINEAR),
+    "no slopes": lambda folder: (folder / LINEAR).unlink(),
+    "slopes without a weight": configured(linear_weight=0.0),
+    "a weight that is none": configured(linear_weight="much"),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGED.values(), ids=DAMAGED)
-def test_damaged_boosting_is_refused_in_a_line(both: Path, tmp_path: Path, damage: Callable[[Path], None]) -> None:
-    read_bundle(both / "mean").write(tmp_path / "bundle")
+def test_damaged_plain_models_are_refused_in_a_line(both: Path, tmp_path: Path, damage: Callable[[Path], None]) -> None:
+    read_bundle(both / "three").write(tmp_path / "bundle")
     damage(tmp_path / "bundle")
     with pytest.raises(UserError) as error:
         read_bundle(tmp_path / "bundle")
