@@ -489,8 +489,9 @@ class ReportConfig:
     """What report.md shows besides the model's scores.
 
     boosting: whether gradient boosting is fitted for comparison.
-    ensemble: whether the bundle's risk is the mean of the network's and that of plain models, boosting and, where the
-        table of features is small, logistic regression. The report then compares it with each.
+    ensemble: whether the bundle's risk is the mean of the network's and that of plain models: boosting and, where the
+        table of features is small, logistic regression. The report then compares it with the network, the plain models
+        and boosting.
     subgroups: regular expressions of static codes; each code that one matches is a group, besides the sexes.
     age_bands: where a new band of ages at the prediction time begins, in years.
     """

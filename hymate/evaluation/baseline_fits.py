@@ -39,7 +39,7 @@ from hymate.evaluation.baseline_models import (
     read_rows,
 )
 from hymate.evaluation.stored import chosen_in_parts, store_tables, stored_tables
-from hymate.inference.plain import Linear, Trees
+from hymate.inference.plain import Linear, PlainConfig, PlainModels, Trees
 from hymate.machine import available_cpus
 from hymate.storage.paths import Location, remove_tree
 from hymate.work import free_memory
@@ -61,18 +61,13 @@ SPARE = 2  # times what a fit holds must be free: its task holds other things, t
 
 @dataclass(frozen=True)
 class Plain:
-    """A task's plain models: boosting, and where the tuning split gives it a weight, logistic regression.
+    """Boosting as a bundle holds it, and where the tuning split gives it a weight, logistic regression.
 
-    columns, trees, linear: as in `PlainModels`. linear_fraction, intercept: of logistic regression; 0 without it.
-    logit: of the tuning and held-out examples, the mean of both models', before recalibration.
+    models: their weights sum to 1, and no network has any. logit: by split, the mean of both models', before
+    recalibration.
     """
 
-    windows_hours: tuple[float, ...]
-    columns: tuple[Column, ...]
-    trees: Trees
-    linear: Linear | None
-    linear_fraction: float
-    intercept: float
+    models: PlainModels
     logit: Mapping[str, np.ndarray]
 
 
@@ -131,7 +126,7 @@ def fitted_to(
                 f"{shape[1]} features of {FEWEST_SAMPLED} labels need more memory than is free ({free >> 20} MiB)"
             )
         train = examples["train"].sampled(most, seed)
-        kinds = _kinds(kind, len(train), shape[1]) if plain else [kind]
+        kinds = _kinds(kind, len(train), shape[1], free // SPARE) if plain else [kind]
         needed = max(_needed(each, len(train), shape[1]) for each in kinds)
         if kind == "lightgbm":
             print(f"LightGBM: {len(train):,} labels x {shape[1]:,} features, about {needed >> 20:,} MiB of memory")
@@ -160,10 +155,11 @@ def _affordable(kind: Kind, num_labels: int, num_features: int, num_bytes: int) 
     return ("lightgbm", most) if kind == "lightgbm" or most > in_memory else (kind, in_memory)
 
 
-def _kinds(boosting: Kind, num_labels: int, num_features: int) -> list[Kind]:
-    """Boosting of a table, and logistic regression where it is fitted as fast."""
+def _kinds(boosting: Kind, num_labels: int, num_features: int, num_bytes: int) -> list[Kind]:
+    """Boosting of a table, and logistic regression where it is fitted as fast, and in so much memory."""
     small = boosting == "gradient_boosting" and num_labels * num_features <= CELLS_IN_MEMORY
-    return [boosting, "logistic_regression"] if small else [boosting]
+    fits = _needed("logistic_regression", num_labels, num_features) <= num_bytes
+    return [boosting, "logistic_regression"] if small and fits else [boosting]
 
 
 def _needed(kind: Kind, num_labels: int, num_features: int) -> int:
@@ -192,7 +188,7 @@ def _fit(
         models, fraction = _fit_all(kinds, tables["train"], tables["tuning"], seed)
         asked = {split: table.value_EX for split, table in tables.items() if split != "train"}
         arrays = {f"probability {split}": models[0].probability(value_EX) for split, value_EX in asked.items()}
-        intercept = 0.0
+        shift = 0.0
         if plain:
             columns, trees = models[0].trees(spec)
             column_Y = np.array([spec.columns.index(column) for column in columns], np.int64)
@@ -200,6 +196,7 @@ def _fit(
             logits = {split: _logit(trees, value_EX, column_Y) for split, value_EX in asked.items()}
             if fraction:
                 linear, intercept = models[1].linear()
+                shift = fraction * intercept
                 linear_Y = np.flatnonzero(models[1].known_X)
                 arrays |= {name: of_X for name, of_X in vars(linear).items() if name != "columns"}
                 arrays["linear_Y"] = linear_Y
@@ -210,14 +207,13 @@ def _fit(
         found = {
             "chosen": models[0].chosen,
             "importance": importances(models[0], tables["tuning"], seed) if important else {},
-            "linear_fraction": fraction,
-            "intercept": intercept,
+            "weights": (0.0, 1 - fraction, shift, fraction),
         }
     save_arrays(folder / "fit" / f"{part}.npz", **arrays, found=np.array(json.dumps(found)))
 
 
 def _logit(model: Trees | Linear, value_EX: np.ndarray | Rows, column_Y: np.ndarray) -> np.ndarray:
-    return np.concatenate([model.logit(part_NX[:, column_Y]) for part_NX in read_rows(value_EX)])
+    return np.concatenate([model.logit(part_NX.take(column_Y, axis=1)) for part_NX in read_rows(value_EX)])
 
 
 def _fit_all(
@@ -250,8 +246,8 @@ def _fitted(arrays: Mapping[str, np.ndarray], spec: FeatureSpec, num_fitted: int
         linear = None
         if "linear_Y" in arrays:
             linear = Linear(of_spec("linear_Y"), *(arrays[field.name] for field in fields(Linear)[1:]))
-        weights = found["linear_fraction"], found["intercept"]
-        plain = Plain(spec.windows_hours, of_spec("column_Y"), trees, linear, *weights, by_split("logit "))
+        config = PlainConfig(spec.windows_hours, *found["weights"])
+        plain = Plain(PlainModels(config, of_spec("column_Y"), trees, linear), by_split("logit "))
     probability = by_split("probability ")
     return Fitted(probability, spec, found["chosen"], num_fitted, library, found["importance"], plain)
 
@@ -278,10 +274,6 @@ class Boosted:
     probability: Mapping[str, np.ndarray]
     found: Mapping[str, Any]
     plain: Plain | None
-
-    @property
-    def recalibration(self) -> calibration.Recalibration:
-        return calibration.Recalibration(*(self.found["recalibration"][key] for key in ("temperature", "shift")))
 
     def compared(self, probability_E: np.ndarray) -> dict[str, Any]:
         """`found`, and as "difference" another model's held-out AUROC and AUPRC less its own."""
@@ -333,7 +325,7 @@ def cross_fitted(
         spec = chosen_in_parts(histories, train, FeatureConfig(), folder, here)
         shape, free = (len(train), len(spec.columns)), free_memory(here)
         kind, most = _affordable("gradient_boosting", *shape, free // SPARE)
-        kinds = _kinds(kind, *shape)
+        kinds = _kinds(kind, *shape, free // SPARE)
         needed = SPARE * max(_needed(each, *shape) for each in kinds)
         if most < len(train):
             raise UserError(f"it needs {needed >> 20} MiB of free memory, and {free >> 20} MiB are free")

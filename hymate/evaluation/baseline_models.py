@@ -139,7 +139,7 @@ def _fitted(
     with _one_thread():
         if kind == "gradient_boosting":
             # with weights scikit-learn seeks each bin's edge by itself, which takes longer than all the rest
-            equal = bool(np.all(weight_E == 1.0))
+            equal = weight_E.min() == weight_E.max()
             boosting = HistGradientBoostingClassifier(
                 max_iter=max(NUM_TREES),
                 max_bins=min(255, max(2, len(positive_E))),  # no feature fills more; empty ones only take time

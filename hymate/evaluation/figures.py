@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Okabe & Ito 2008: distinct for all kinds of colour vision
-BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#6E6E6E"
+BLUE, ORANGE, GREEN, PURPLE, SKY, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#6E6E6E"
 RAISES, LOWERS, DULL, FAINT = "#b2182b", "#2166ac", "#8a8a8a", "#e6e6e6"  # the first two end the colour map RdBu_r
 ORDERS = {"attribution": RAISES, "attention": "#e08214", "random": DULL}
-COLOURS = {"model": BLUE, **dict(zip(OTHERS.values(), (PURPLE, GREY, GREEN), strict=True))}
+COLOURS = {"model": BLUE, **dict(zip(OTHERS.values(), (PURPLE, SKY, GREEN), strict=True))}
 DPI, EXPLANATION_DPI = 110, 130
 REACHED = 0.01  # fraction of the probabilities that must reach a threshold for it to be plotted
 LABEL_WIDTH = 34

@@ -248,8 +248,8 @@ def _ranking(part: Mapping[str, Any]) -> str:
 def _mean(part: Mapping[str, Any]) -> str:
     difference, beside = part["network"]["difference"], "gradient boosting"
     if "plain" in part:
-        fraction = percent(part["plain"]["linear_fraction"])
-        beside = f"two plain models, boosting and logistic regression ({fraction} of them)"
+        fraction = part["plain"]["linear_fraction"]
+        beside = f"plain models: boosting ({percent(1 - fraction)}) and logistic regression ({percent(fraction)})"
     return (
         f"The model is the mean of the network that the search found and of {beside}. The mean minus the network "
         f"alone: AUROC {with_interval(difference['auroc'])}, AUPRC {with_interval(difference['auprc'])} (95 % for both "

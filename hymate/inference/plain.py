@@ -29,7 +29,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numba import njit
 
-from hymate.config import check
+from hymate.config import check, not_negative
 from hymate.data.examples import Examples
 from hymate.data.features import AGE, VALUE_STATISTICS, Column, FeatureSpec, features
 from hymate.data.histories import Histories
@@ -39,6 +39,7 @@ from hymate.storage.paths import Location
 from hymate.trees import to_tree
 
 CELLS = 16_000_000  # of features at a time: 64 MB
+LINEAR_CELLS = 1_000_000  # of these, of which float64 copies are made: 25 MB
 OF_CODES = {"count", "hours_since", "static", "static_value", *VALUE_STATISTICS}  # statistics
 FEATURE = [("variable", pa.string()), ("statistic", pa.string()), ("window", pa.int32())]
 NODES = pa.schema(
@@ -115,8 +116,13 @@ class Linear:
 
     def logit(self, value_EX: np.ndarray) -> np.ndarray:
         """Of each row of a feature table (float32), without the intercept: float64 (E,)."""
-        limited_EX = logarithmic(value_EX, FeatureSpec((), self.columns).is_count_X).clip(self.low_X, self.high_X)
-        return np.where(np.isnan(value_EX), self.missing_X, limited_EX * self.slope_X).sum(axis=1)
+        is_count_X, logits = FeatureSpec((), self.columns).is_count_X, [np.zeros(0)]
+        rows = max(1, LINEAR_CELLS // max(1, len(self.columns)))
+        for start in range(0, len(value_EX), rows):
+            value_NX = value_EX[start : start + rows]
+            limited_NX = logarithmic(value_NX, is_count_X).clip(self.low_X, self.high_X)
+            logits.append(np.where(np.isnan(value_NX), self.missing_X, limited_NX * self.slope_X).sum(axis=1))
+        return np.concatenate(logits)
 
 
 def logarithmic(value_EX: np.ndarray, is_count_X: np.ndarray) -> np.ndarray:
@@ -147,11 +153,7 @@ class PlainConfig:
     def __post_init__(self) -> None:
         rise = all(low < high for low, high in pairwise((0.0, *self.windows_hours)))
         check(self, windows_hours=(rise, "must be positive and rise"))
-
-    @property
-    def linear_fraction(self) -> float:
-        """The weight of logistic regression in the mean of both plain models."""
-        return self.linear_weight / (self.boosting_weight + self.linear_weight)
+        not_negative(self, "network_weight", "boosting_weight", "linear_weight")
 
 
 @dataclass(frozen=True)
@@ -169,16 +171,16 @@ class PlainModels:
         """
         of_linear = self.linear.columns if self.linear else ()
         spec = FeatureSpec(self.config.windows_hours, tuple(sorted({*self.columns, *of_linear})))
-        asked_Y, linear_Y = ([spec.columns.index(column) for column in of] for of in (self.columns, of_linear))
-        logits = [self.config.network_weight * network_logit_E.astype(np.float64) + self.config.shift]
-        found = []
+        place = {column: x for x, column in enumerate(spec.columns)}
+        asked_Y, linear_Y = (np.array([place[column] for column in of], np.int64) for of in (self.columns, of_linear))
+        plain = [np.zeros(0)]
         for part in examples.in_parts(max(1, CELLS // max(1, len(spec.columns)))).values():
             value_EX = features(histories, part, spec).value_EX[:]
-            logit_E = self.config.boosting_weight * self.trees.logit(value_EX[:, asked_Y])
+            plain.append(self.config.boosting_weight * self.trees.logit(value_EX.take(asked_Y, axis=1)))
             if self.linear:
-                logit_E += self.config.linear_weight * self.linear.logit(value_EX[:, linear_Y])
-            found.append(logit_E)
-        return (sum(logits) + np.concatenate([np.zeros(0), *found])).astype(np.float32)
+                plain[-1] += self.config.linear_weight * self.linear.logit(value_EX.take(linear_Y, axis=1))
+        network_E = self.config.network_weight * network_logit_E.astype(np.float64)
+        return (network_E + np.concatenate(plain) + self.config.shift).astype(np.float32)
 
 
 # --------------------------------------------------------------------------------------------------------- as files

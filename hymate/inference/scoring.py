@@ -143,10 +143,13 @@ def predict_last(
 def _averaged(outputs: Outputs, bundle: Bundle, histories: Histories, examples: Examples) -> Outputs:
     """The network's outputs; where a task has plain models, too, its risks are the mean."""
     logit_ET = outputs.logit_ET.copy()
-    for task, plain in bundle.plain.items():
-        number = bundle.tasks.index(task)
-        logit_ET[:, number] = plain.mean(logit_ET[:, number], histories, examples)
-    return replace(outputs, logit_ET=logit_ET)
+    with np.errstate(over="ignore", invalid="ignore"):  # `check` raises
+        for task, plain in bundle.plain.items():
+            number = bundle.tasks.index(task)
+            logit_ET[:, number] = plain.mean(logit_ET[:, number], histories, examples)
+    averaged = replace(outputs, logit_ET=logit_ET)
+    averaged.check()
+    return averaged
 
 
 def last_rows(

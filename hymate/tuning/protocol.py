@@ -55,7 +55,8 @@ class BenchmarkConfig:
     seeds: how often everything is done, each time with other random numbers.
     budgets: patients whose labels a run sees, those that choose and recalibrate included; 0 is all there are.
     with_few_labels: the contenders of all budgets but the largest.
-    ensemble: contenders that are also compared as their mean with the plain models, seed by seed (`report.ensemble`).
+    ensemble: contenders that are also compared as their mean with the plain models (`report.ensemble`), seed by seed,
+        where the contender plain_models has run, too.
     choosing_fraction: fraction of the patients whose labels choose the candidate (a network's evaluation, boosting's
         number of trees, logistic regression's penalty) by the least cross-entropy, and recalibrate it; the rest is
         fitted to.

@@ -19,7 +19,6 @@ from hymate.errors import UserError
 from hymate.evaluation import alarms, baseline_fits, calibration, decisions, figures, metrics, results, survival
 from hymate.inference.bundle import Bundle, build_model
 from hymate.inference.dataset import spread_outputs
-from hymate.inference.plain import PlainConfig, PlainModels
 from hymate.inference.scoring import Outputs, write_incidences, write_predictions
 from hymate.storage.paths import Location
 from hymate.training import checkpoint
@@ -95,7 +94,7 @@ def judge_task(
     if settings.ensemble and boosting is not None:
         assert boosting.plain is not None
         winner, model, plain = _averaged(winner, task, network, boosting.plain)
-        parts = {"network": network} | ({"plain": plain} if boosting.plain.linear else {})
+        parts = {"network": network} | ({"plain": plain} if boosting.plain.models.linear else {})
     outputs, recalibration = model.scored, model.recalibration
     write_predictions(scored, outputs, run_path / results.predictions_file(name, winner.tasks))
     tuning_probability_E, probability_E = model.probabilities
@@ -126,8 +125,8 @@ def judge_task(
         if scores["auroc"]["value"] is not None:
             others = {key: of_part.probabilities for key, of_part in parts.items()}
             part |= {key: _of_part(of_part, scored, probability_E) for key, of_part in parts.items()}
-            if "plain" in parts:
-                part["plain"]["linear_fraction"] = winner.plain[name].config.linear_fraction
+            if boosting and boosting.plain and "plain" in parts:
+                part["plain"]["linear_fraction"] = boosting.plain.models.config.linear_weight
             if boosting is not None:
                 others["boosting"] = boosting.probability["tuning"], boosting.probability["held_out"]
                 part["boosting"] = boosting.compared(probability_E)
@@ -204,7 +203,7 @@ def _averaged(
 ) -> tuple[Bundle, _Outputs, _Outputs]:
     """The model with the task's plain models beside it, the mean's outputs, and those of the plain models alone.
 
-    Both logits are recalibrated, weigh the same, and their mean is recalibrated: it is more timid than each of both.
+    Both logits are recalibrated, weigh the same, and their mean is recalibrated: it is more timid than either.
     """
     tuning = task.examples["tuning"]
 
@@ -222,12 +221,16 @@ def _averaged(
         for split, of_network in (("tuning", network.tuning), ("held_out", network.scored))
     }
     mean = recalibrated(means)
-    half = 0.5 / mean.recalibration.temperature
-    of_plain = half / alone.recalibration.temperature
-    of_linear = of_plain * plain.linear_fraction
-    shift = half * alone.recalibration.shift + mean.recalibration.shift + of_linear * plain.intercept
-    config = PlainConfig(plain.windows_hours, half, of_plain - of_linear, shift, of_linear)
-    beside = {**winner.plain, task.config.name: PlainModels(config, plain.columns, plain.trees, plain.linear)}
+    half, own = 0.5 / mean.recalibration.temperature, plain.models.config
+    scale = half / alone.recalibration.temperature
+    config = dataclasses.replace(
+        own,
+        network_weight=half,
+        boosting_weight=scale * own.boosting_weight,
+        linear_weight=scale * own.linear_weight,
+        shift=scale * own.shift + half * alone.recalibration.shift + mean.recalibration.shift,
+    )
+    beside = {**winner.plain, task.config.name: dataclasses.replace(plain.models, config=config)}
     return dataclasses.replace(winner, plain=beside), mean, alone
 
 

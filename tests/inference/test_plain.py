@@ -271,7 +271,7 @@ def test_a_bundle_without_plain_models_is_as_it_was(both: Path, tmp_path: Path) 
 
 
 def test_a_bundle_of_before_is_read(both: Path, tmp_path: Path) -> None:
-    """Of the version that had boosting alone; with its fingerprint, so that its states go on."""
+    """Of the version that had boosting alone."""
     mean = read_bundle(both / "mean")
     mean.write(tmp_path / "bundle")
     path = tmp_path / "bundle" / "config.yaml"
@@ -345,7 +345,17 @@ DAMAGED = {
     "no slopes": lambda folder: (folder / LINEAR).unlink(),
     "slopes without a weight": configured(linear_weight=0.0),
     "a weight that is none": configured(linear_weight="much"),
+    "a weight below 0": configured(linear_weight=-0.1),
 }
+
+
+def test_risks_that_are_no_numbers_are_refused(both: Path, small_data: Path, tmp_path: Path) -> None:
+    """Each slope is a finite number, and their sum is none."""
+    read_bundle(both / "three").write(tmp_path / "bundle")
+    edited(with_column("missing", lambda x: [(-1) ** n * 1e308 for n in range(len(x))]), LINEAR)(tmp_path / "bundle")
+    edited(with_column("slope", lambda x: [(-1) ** n * 1e308 for n in range(len(x))]), LINEAR)(tmp_path / "bundle")
+    with pytest.raises(UserError, match="not finite numbers"):
+        predicted(tmp_path, "bundle", small_data, "split=held_out")
 
 
 @pytest.mark.parametrize("damage", DAMAGED.values(), ids=DAMAGED)
