@@ -19,7 +19,7 @@ from small_models import SMALL, risk_model, small_vocabulary, write_risk_bundle
 from hymate.config import DataConfig, ObjectiveConfig
 from hymate.data.vocabulary import Vocabulary
 from hymate.errors import UserError
-from hymate.inference.bundle import Bundle, build_model, read_bundle
+from hymate.inference.bundle import FORMAT_VERSION, Bundle, build_model, read_bundle
 from hymate.model.encoder import RiskModel
 from hymate.model.pretrain_model import PretrainModel
 
@@ -125,7 +125,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "flipped byte in the vocabulary": (lambda f: flip_a_byte(f, "vocabulary.parquet"), "damaged"),
     "truncated weights": (truncate_weights, "damaged"),
     "absurd header": (lie_about_the_header, "damaged"),
-    "newer format": (lambda folder: edit(folder, format_version=4), "update hymate"),
+    "newer format": (lambda folder: edit(folder, format_version=FORMAT_VERSION + 1), "update hymate"),
     "unknown kind": (lambda folder: edit(folder, kind="magic"), "unknown kind"),
     "not a bundle": (lambda folder: (folder / "config.yaml").write_text("a: 1"), "not a bundle"),
     "not YAML": (lambda folder: (folder / "config.yaml").write_text("a: [1"), "not a readable"),
