@@ -63,8 +63,8 @@ SPARE = 2  # times what a fit holds must be free: its task holds other things, t
 class Plain:
     """Boosting as a bundle holds it, and where the tuning split gives it a weight, logistic regression.
 
-    models: their weights sum to 1, and no network has any. logit: by split, the mean of both models', before
-    recalibration.
+    models: with weights that sum to 1, none of them a network's. logit: by split, the mean of both models' logits,
+    before recalibration.
     """
 
     models: PlainModels
@@ -112,8 +112,8 @@ def fitted_to(
     split's; where there are more labels than memory for them, to a sample that stands for all.
 
     folder: holds the features of all `examples` until then, and what a kill leaves. All is done in processes, or on a
-    cluster; here: not there. important: whether importances are wanted. plain: whether what a bundle holds is, which
-    takes logistic regression along where the table is small.
+    cluster; here: not there. important: importances, too. plain: what a bundle holds, too, in which logistic regression
+    takes part where the table is small.
 
     Raises UserError where the memory does not suffice for a sample either.
     """
