@@ -19,7 +19,6 @@ if __name__ == "__main__":  # before the imports, which take seconds
     scripts.command("baselines")
 
 import json
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -89,11 +88,9 @@ def _scored(
 ) -> dict[str, Any]:
     """The content of results.json; the predictions are in the folder."""
     root, out = locate(config.data.path), locate(config.out)
-    started = time.monotonic()
     scored = "held_out" if "held_out" in examples else "tuning"
     asked = config.baseline, histories, examples, config.features, config.seed, out / FEATURES
     fitted = fitted_to(*asked, important=True)
-    seconds = time.monotonic() - started
     probability, recalibration = recalibrated(fitted, examples, scored)
     scores = {
         split: metrics.scores(examples[split].label_E, p_E, examples[split].subject_id_E, examples[split].weight_E)
@@ -110,7 +107,6 @@ def _scored(
         "tuning": {"task": config.task.name, "split": "tuning", **scores["tuning"], "ece": None},
         "recalibration": recalibration,
         **fitted.summary(),
-        "seconds": seconds,
         "importance": fitted.importance,
         **label_set.summary(),
         "splits": {split: sizes(part) for split, part in examples.items()},

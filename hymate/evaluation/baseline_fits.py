@@ -44,7 +44,7 @@ from hymate.machine import available_cpus
 from hymate.storage.paths import Location, remove_tree
 from hymate.work import free_memory
 
-FOLDS = 5  # of cross-fitting
+WHOLE, FOLDS = "whole", [str(fold) for fold in range(5)]  # what is fitted to: all training labels; all but a fold's
 LINEAR_FRACTIONS = np.linspace(0, 1, 11).tolist()  # of logistic regression in a mean with boosting
 FEATURES = ".features"  # in a run's folder, while they are needed
 FEWEST_SAMPLED = 2_000  # labels that are worth fitting to, where there are more
@@ -76,7 +76,8 @@ class Fitted:
     """What is known of a baseline once it was fitted.
 
     probability: of each example of all splits but the training one, float64 (E,). num_fitted: training labels. library:
-    whose it is. importance: `importances`, and plain: where they were asked for.
+    whose it is. seconds: of making features and fitting. importance: `importances`, plain, and teacher_E: what
+    `cross_fitted` gives, where they were asked for.
     """
 
     probability: Mapping[str, np.ndarray]
@@ -84,8 +85,10 @@ class Fitted:
     chosen: dict[str, float]
     num_fitted: int
     library: str
+    seconds: float
     importance: dict[str, dict[str, float]]
     plain: Plain | None
+    teacher_E: np.ndarray | None
 
     def summary(self) -> dict[str, Any]:
         """What was chosen, and how many features of how many training labels it was fitted to, as plain values."""
@@ -94,6 +97,7 @@ class Fitted:
             "num_features": len(self.spec.columns),
             "num_fitted": self.num_fitted,
             "library": self.library,
+            "seconds": self.seconds,
         }
 
 
@@ -107,36 +111,69 @@ def fitted_to(
     here: bool = False,
     important: bool = False,
     plain: bool = False,
+    teacher: bool = False,
 ) -> Fitted:
     """A baseline that chose its features from the train split's examples, was fitted to them and chosen on the tuning
     split's; where there are more labels than memory for them, to a sample that stands for all.
 
     folder: holds the features of all `examples` until then, and what a kill leaves. All is done in processes, or on a
     cluster; here: not there. important: importances, too. plain: what a bundle holds, too, in which logistic regression
-    takes part where the table is small.
+    takes part where the table is small. teacher: what `cross_fitted` gives, too, of the same features and at the same
+    time.
 
-    Raises UserError where the memory does not suffice for a sample either.
+    Raises UserError where the memory does not suffice for a sample either; for a teacher as `cross_fitted`.
     """
+    parts = [WHOLE, *(FOLDS if teacher else [])]
+    given = parts, kind, histories, examples, config, seed, folder, here, important, plain
+    arrays, about = _fit_parts(*given)
+    return _fitted(arrays[WHOLE], _teacher(arrays, examples["train"], seed) if teacher else None, **about)
+
+
+def _fit_parts(
+    parts: Sequence[str],
+    kind: Kind,
+    histories: Histories,
+    examples: Mapping[str, Examples],
+    config: FeatureConfig,
+    seed: int,
+    folder: Location,
+    here: bool,
+    important: bool = False,
+    plain: bool = False,
+) -> tuple[Mapping[str, Mapping[str, np.ndarray]], dict[str, Any]]:
+    """What `_fit` left of each part; and for `_fitted` the specification, labels, library and the features' seconds."""
+    started, train, teaches = time.monotonic(), examples["train"], FOLDS[0] in parts
+    if teaches:
+        fold_E = _folds(train, seed)
+        if any(len(np.unique(train.label_E[fold_E != fold])) < 2 for fold in FOLDS):
+            raise UserError(f"too few labels for {len(FOLDS)} folds: without one of them there is only one class")
     with _features_in(folder):
-        spec = chosen_in_parts(histories, examples["train"], config, folder, here)
-        shape, free = (len(examples["train"]), len(spec.columns)), free_memory(here)
-        kind, most = _affordable(kind, *shape, free // SPARE)
-        if most < min(shape[0], FEWEST_SAMPLED):
+        spec = chosen_in_parts(histories, train, config, folder, here)
+        num_features, free = len(spec.columns), free_memory(here)
+        kind, most = _affordable(kind, len(train), num_features, free // SPARE)
+        if most < min(len(train), FEWEST_SAMPLED):
             raise UserError(
-                f"{shape[1]} features of {FEWEST_SAMPLED} labels need more memory than is free ({free >> 20} MiB)"
+                f"{num_features} features of {FEWEST_SAMPLED} labels need more memory than is free ({free >> 20} MiB)"
             )
-        train = examples["train"].sampled(most, seed)
-        kinds = _kinds(kind, len(train), shape[1], free // SPARE) if plain else [kind]
-        needed = max(_needed(each, len(train), shape[1]) for each in kinds)
+        if teaches and most < len(train):
+            raise UserError(f"{len(train):,} labels need more memory than is free ({free >> 20} MiB)")
+        train = train.sampled(most, seed)
+        kinds = _kinds(kind, len(train), num_features, free // SPARE) if plain or teaches else [kind]
+        needed = SPARE * max(_needed(each, len(train), num_features) for each in kinds)
         if kind == "lightgbm":
-            print(f"LightGBM: {len(train):,} labels x {shape[1]:,} features, about {needed >> 20:,} MiB of memory")
+            size = f"{len(train):,} labels x {num_features:,} features"
+            print(f"LightGBM: {size}, about {needed // SPARE >> 20:,} MiB of memory")
         made_of = store_tables(histories, {**examples, "train": train}, spec, folder, here)
         made_of += f" {kinds} {seed} {important} {plain}"
         call = functools.partial(
             _fit, kinds=kinds, spec=spec, seed=seed, folder=folder, important=important, plain=plain
         )
-        run_parts("fit", call, ["model"], folder / "fit", made_of, here=here, num_bytes=SPARE * needed)
-        return _fitted(load_arrays(folder / "fit" / "model.npz"), spec, len(train), LIBRARY[kind])
+        large = not here and len(train) * num_features >= WORTH_CELLS
+        workers = min(len(parts), available_cpus(), max(1, free // needed)) if large else 1
+        featured_s = time.monotonic() - started
+        run_parts("fit", call, parts, folder / "fit", made_of, workers, here=here, num_bytes=needed)
+        arrays = {part: load_arrays(folder / "fit" / f"{part}.npz") for part in parts}
+    return arrays, {"spec": spec, "num_fitted": len(train), "library": LIBRARY[kind], "featured_s": featured_s}
 
 
 def _affordable(kind: Kind, num_labels: int, num_features: int, num_bytes: int) -> tuple[Kind, int]:
@@ -183,33 +220,47 @@ def _features_in(folder: Location) -> Iterator[None]:
 def _fit(
     part: str, kinds: Sequence[Kind], spec: FeatureSpec, seed: int, folder: Location, important: bool, plain: bool
 ) -> None:
-    """Fit them to the tables in the folder, and write what `_fitted` reads."""
+    """Fit the kinds to the tables in the folder, and write what `_fitted` or `_teacher` reads."""
+    started = time.monotonic()
     with stored_tables(spec, folder) as tables:
-        models, fraction = _fit_all(kinds, tables["train"], tables["tuning"], seed)
-        asked = {split: table.value_EX for split, table in tables.items() if split != "train"}
-        arrays = {f"probability {split}": models[0].probability(value_EX) for split, value_EX in asked.items()}
-        shift = 0.0
-        if plain:
-            columns, trees = models[0].trees(spec)
-            column_Y = np.array([spec.columns.index(column) for column in columns], np.int64)
-            arrays |= {**vars(trees), "column_Y": column_Y}
-            logits = {split: _logit(trees, value_EX, column_Y) for split, value_EX in asked.items()}
-            if fraction:
-                linear, intercept = models[1].linear()
-                shift = fraction * intercept
-                linear_Y = np.flatnonzero(models[1].known_X)
-                arrays |= {name: of_X for name, of_X in vars(linear).items() if name != "columns"}
-                arrays["linear_Y"] = linear_Y
-                for split, value_EX in asked.items():
-                    linear_E = _logit(linear, value_EX, linear_Y) + intercept
-                    logits[split] = (1 - fraction) * logits[split] + fraction * linear_E
-            arrays |= {f"logit {split}": logit_E for split, logit_E in logits.items()}
-        found = {
-            "chosen": models[0].chosen,
-            "importance": importances(models[0], tables["tuning"], seed) if important else {},
-            "weights": (0.0, 1 - fraction, shift, fraction),
-        }
-    save_arrays(folder / "fit" / f"{part}.npz", **arrays, found=np.array(json.dumps(found)))
+        train, tuning = tables["train"], tables["tuning"]
+        if part in FOLDS:
+            own_E = _folds(train.examples, seed) == part
+            models, fraction = _fit_all(kinds, train.only(~own_E), tuning, seed)
+            logits_N = [calibration.logit(model.probability(train.only(own_E).value_EX)) for model in models]
+            arrays = {"probability_N": expit((1 - fraction) * logits_N[0] + fraction * logits_N[-1])}
+        else:
+            models, fraction = _fit_all(kinds if plain else kinds[:1], train, tuning, seed)
+            asked = {split: table.value_EX for split, table in tables.items() if split != "train"}
+            arrays = {f"probability {split}": models[0].probability(value_EX) for split, value_EX in asked.items()}
+            arrays |= _plain_arrays(models, fraction, spec, asked) if plain else {}
+            found = {"chosen": models[0].chosen, "importance": {}, "seconds": time.monotonic() - started}
+            if important:
+                found["importance"] = importances(models[0], tuning, seed)
+            arrays["found"] = np.array(json.dumps(found))
+    save_arrays(folder / "fit" / f"{part}.npz", **arrays)
+
+
+def _plain_arrays(
+    models: Sequence[Baseline], fraction: float, spec: FeatureSpec, asked: Mapping[str, np.ndarray | Rows]
+) -> dict[str, np.ndarray]:
+    """What `_plain` reads: the models as a bundle has them, and the mean of their logits of the rows of each split."""
+    columns, trees = models[0].trees(spec)
+    column_Y, shift = np.array([spec.columns.index(column) for column in columns], np.int64), 0.0
+    arrays = {**vars(trees), "column_Y": column_Y}
+    logits = {split: _logit(trees, value_EX, column_Y) for split, value_EX in asked.items()}
+    if fraction:
+        linear, intercept = models[1].linear()
+        linear_Y, shift = np.flatnonzero(models[1].known_X), fraction * intercept
+        arrays |= {name: of_X for name, of_X in vars(linear).items() if name != "columns"} | {"linear_Y": linear_Y}
+        for split, value_EX in asked.items():
+            linear_E = _logit(linear, value_EX, linear_Y) + intercept
+            logits[split] = (1 - fraction) * logits[split] + fraction * linear_E
+    return {
+        **arrays,
+        **{f"logit {split}": logit_E for split, logit_E in logits.items()},
+        "weights": np.array([0.0, 1 - fraction, shift, fraction]),
+    }
 
 
 def _logit(model: Trees | Linear, value_EX: np.ndarray | Rows, column_Y: np.ndarray) -> np.ndarray:
@@ -233,23 +284,29 @@ def _fit_all(
     return models, min(LINEAR_FRACTIONS, key=error)
 
 
-def _fitted(arrays: Mapping[str, np.ndarray], spec: FeatureSpec, num_fitted: int, library: str) -> Fitted:
-    def by_split(name: str) -> dict[str, np.ndarray]:
-        return {key.removeprefix(name): array for key, array in arrays.items() if key.startswith(name)}
+def _fitted(arrays: Mapping[str, np.ndarray], teacher_E: np.ndarray | None, featured_s: float, **about: Any) -> Fitted:
+    found = json.loads(str(arrays["found"]))
+    seconds = featured_s + found["seconds"]
+    plain = _plain(arrays, about["spec"]) if "column_Y" in arrays else None
+    probability, chosen, importance = _by_split(arrays, "probability "), found["chosen"], found["importance"]
+    return Fitted(
+        probability, chosen=chosen, seconds=seconds, importance=importance, plain=plain, teacher_E=teacher_E, **about
+    )
 
+
+def _plain(arrays: Mapping[str, np.ndarray], spec: FeatureSpec) -> Plain:
     def of_spec(name: str) -> tuple[Column, ...]:
         return tuple(spec.columns[x] for x in arrays[name].tolist())
 
-    found, plain = json.loads(str(arrays["found"])), None
-    if "column_Y" in arrays:
-        trees = Trees(*(arrays[field.name] for field in fields(Trees)))
-        linear = None
-        if "linear_Y" in arrays:
-            linear = Linear(of_spec("linear_Y"), *(arrays[field.name] for field in fields(Linear)[1:]))
-        config = PlainConfig(spec.windows_hours, *found["weights"])
-        plain = Plain(PlainModels(config, of_spec("column_Y"), trees, linear), by_split("logit "))
-    probability = by_split("probability ")
-    return Fitted(probability, spec, found["chosen"], num_fitted, library, found["importance"], plain)
+    trees, linear = Trees(*(arrays[field.name] for field in fields(Trees))), None
+    if "linear_Y" in arrays:
+        linear = Linear(of_spec("linear_Y"), *(arrays[field.name] for field in fields(Linear)[1:]))
+    config = PlainConfig(spec.windows_hours, *arrays["weights"].tolist())
+    return Plain(PlainModels(config, of_spec("column_Y"), trees, linear), _by_split(arrays, "logit "))
+
+
+def _by_split(arrays: Mapping[str, np.ndarray], name: str) -> dict[str, np.ndarray]:
+    return {key.removeprefix(name): array for key, array in arrays.items() if key.startswith(name)}
 
 
 def recalibrated(
@@ -267,13 +324,14 @@ class Boosted:
     """Gradient boosting of a task, recalibrated on its tuning split.
 
     asked: the held-out examples. probability: of the tuning and held-out ones. found: its held-out scores and how it
-    was fitted, as plain values. plain: where it was asked for.
+    was fitted, as plain values. plain, teacher_E: where they were asked for.
     """
 
     asked: Examples
     probability: Mapping[str, np.ndarray]
     found: Mapping[str, Any]
     plain: Plain | None
+    teacher_E: np.ndarray | None
 
     def compared(self, probability_E: np.ndarray) -> dict[str, Any]:
         """`found`, and as "difference" another model's held-out AUROC and AUPRC less its own."""
@@ -287,23 +345,27 @@ def difference(asked: Examples, probability_E: np.ndarray, other_E: np.ndarray) 
 
 
 def boosted(
-    histories: Histories, examples: Mapping[str, Examples], seed: int, folder: Location, plain: bool = False
+    histories: Histories,
+    examples: Mapping[str, Examples],
+    seed: int,
+    folder: Location,
+    plain: bool = False,
+    teacher: bool = False,
 ) -> Boosted:
     """Gradient boosting of the examples of each split; train and tuning have both classes.
 
-    folder, plain: as in `fitted_to`. Raises UserError and MemoryError where it could not be fitted.
+    folder, plain, teacher: as in `fitted_to`. Raises UserError and MemoryError where it could not be fitted.
     """
-    started = time.monotonic()
-    fitted = fitted_to("gradient_boosting", histories, examples, FeatureConfig(), seed, folder, plain=plain)
+    asked_for = {"plain": plain, "teacher": teacher}
+    fitted = fitted_to("gradient_boosting", histories, examples, FeatureConfig(), seed, folder, **asked_for)
     probability, recalibration = recalibrated(fitted, examples, "held_out")
-    seconds, asked = time.monotonic() - started, examples["held_out"]
+    asked = examples["held_out"]
     scores = metrics.scores(asked.label_E, probability["held_out"], asked.subject_id_E, asked.weight_E)
     found = {name: scores[name] for name in metrics.SHOWN} | {
         "recalibration": recalibration,
         **fitted.summary(),
-        "seconds": seconds,
     }
-    return Boosted(asked, probability, found, fitted.plain)
+    return Boosted(asked, probability, found, fitted.plain, fitted.teacher_E)
 
 
 def cross_fitted(
@@ -316,44 +378,19 @@ def cross_fitted(
     folder: as in `fitted_to`. here: a task of a cluster does it, alone. Raises UserError where there are too few labels
     to do without a fold, and where the memory does not suffice.
     """
-    fold_E = _folds(train, seed)
-    for fold in range(FOLDS):
-        if len(np.unique(train.label_E[fold_E != fold])) < 2:
-            raise UserError(f"too few labels for {FOLDS} folds: without one of them there is only one class")
+    examples = {"train": train, "tuning": tuning}
+    arrays, _ = _fit_parts(FOLDS, "gradient_boosting", histories, examples, FeatureConfig(), seed, folder, here)
+    return _teacher(arrays, train, seed)
 
-    with _features_in(folder):
-        spec = chosen_in_parts(histories, train, FeatureConfig(), folder, here)
-        shape, free = (len(train), len(spec.columns)), free_memory(here)
-        kind, most = _affordable("gradient_boosting", *shape, free // SPARE)
-        kinds = _kinds(kind, *shape, free // SPARE)
-        needed = SPARE * max(_needed(each, *shape) for each in kinds)
-        if most < len(train):
-            raise UserError(f"it needs {needed >> 20} MiB of free memory, and {free >> 20} MiB are free")
-        made_of = store_tables(histories, {"train": train, "tuning": tuning}, spec, folder, here)
-        call = functools.partial(_fit_without, kinds=kinds, spec=spec, seed=seed, folder=folder)
-        made_of += f" {kinds} {seed}"
-        folds = [str(fold) for fold in range(FOLDS)]
-        workers = 1 if here or shape[0] * shape[1] < WORTH_CELLS else min(available_cpus(), free // needed)
-        run_parts("folds", call, folds, folder / "fit", made_of, workers, here=here, num_bytes=needed)
-        probability_E = np.empty(len(train))
-        for fold in range(FOLDS):
-            probability_E[fold_E == fold] = load_arrays(folder / "fit" / f"{fold}.npz")["probability_N"]
+
+def _teacher(arrays: Mapping[str, Mapping[str, np.ndarray]], train: Examples, seed: int) -> np.ndarray:
+    fold_E, probability_E = _folds(train, seed), np.empty(len(train))
+    for fold in FOLDS:
+        probability_E[fold_E == fold] = arrays[fold]["probability_N"]
     return probability_E
 
 
 def _folds(train: Examples, seed: int) -> np.ndarray:
     """Each example's fold (E,), that of its subject."""
     subject_S, subject_E = np.unique(train.subject_id_E, return_inverse=True)
-    return (np.random.default_rng(seed).permutation(len(subject_S)) % FOLDS)[subject_E]
-
-
-def _fit_without(fold: str, kinds: Sequence[Kind], spec: FeatureSpec, seed: int, folder: Location) -> None:
-    """Fit one or two kinds to the other folds, and write the probabilities of this one by their mean."""
-    with stored_tables(spec, folder) as tables:
-        train, tuning = tables["train"], tables["tuning"]
-        own_E = _folds(train.examples, seed) == int(fold)
-        others, asked = train.only(~own_E), train.only(own_E)
-        models, fraction = _fit_all(kinds, others, tuning, seed)
-        logits = [calibration.logit(model.probability(asked.value_EX)) for model in models]
-        probability_N = expit((1 - fraction) * logits[0] + fraction * logits[-1])
-        save_arrays(folder / "fit" / f"{fold}.npz", probability_N=probability_N)
+    return np.array(FOLDS)[np.random.default_rng(seed).permutation(len(subject_S)) % len(FOLDS)][subject_E]

@@ -17,7 +17,7 @@ from hymate.data.tasks import read_or_extract_labels
 from hymate.device import Wanted, decide
 from hymate.errors import ConfigError, UserError
 from hymate.evaluation import report, results
-from hymate.evaluation.baseline_fits import FEATURES, cross_fitted
+from hymate.evaluation.baseline_fits import FEATURES, Boosted, boosted, cross_fitted
 from hymate.evaluation.subgroups import subgroups
 from hymate.inference.bundle import Bundle
 from hymate.inference.initial import check_codes
@@ -127,12 +127,13 @@ def _labelled(task: TaskConfig, config: TuneConfig, histories: Histories) -> Lab
         groups = subgroups(histories, examples["held_out"], config.report.subgroups, config.report.age_bands)
     else:
         print(f"{task.name} has no held-out labels: the tuning split will be scored instead", flush=True)
-    if config.report.ensemble and len(np.unique(examples["held_out"].label_E > 0.5)) < 2:
+    labelled = LabelledTask(task, label_set, examples, groups)
+    if config.report.ensemble and not labelled.is_compared:
         raise UserError(
             f"report.ensemble: task {task.name} has no held-out labels of both classes, so nothing would show whether "
             "the mean is better: set it to false"
         )
-    return LabelledTask(task, label_set, examples, groups)
+    return labelled
 
 
 def _other_rules(start: Bundle, histories: Histories) -> list[str]:
@@ -160,9 +161,10 @@ def _searched(
     if initial_weights not in ("new", "same split"):
         print(f"Note: {SENTENCES[initial_weights]}", flush=True)
     training, tuning = (united([task.examples[split] for task in tasks]) for split in ("train", "tuning"))
-    teacher_ET = None
+    teacher_ET: np.ndarray | None = None
+    boosting: dict[str, Boosted] = {}
     if any(trial.teacher_fraction for trial in trials):
-        teacher_ET = _teacher(tasks, histories, config.train.seed, run_path)
+        teacher_ET, boosting = _teacher(tasks, histories, config, run_path)
     study = Study(start, training, tuning, metric, trials, run_path, teacher_ET, config.device)
     read_apart = _read_apart(trials, training)
     if read_apart:
@@ -175,7 +177,8 @@ def _searched(
     best = winner.best_of(ends, metric, run_path)
     bundle, parts = winner.bundle_of(start, trials[best.index], best, histories.known), []
     for task in tasks:
-        bundle, part = winner.judge_task(bundle, histories, task, run_path, config.report, train, config.device)
+        given = histories, task, run_path, config.report, train, config.device
+        bundle, part = winner.judge_task(bundle, *given, boosting.get(task.config.name))
         parts.append(part)
     found = results.collect(parts, metric, ends, best)
     found |= {"bundle": str(run_path / "bundle"), "init": config.init, "initial_weights": initial_weights}
@@ -201,18 +204,27 @@ def _read_apart(trials: Sequence[TrialConfig], training: Examples) -> str | None
     )
 
 
-def _teacher(tasks: Sequence[LabelledTask], histories: Histories, seed: int, run_path: Location) -> np.ndarray:
-    """`Study.teacher_ET`."""
-    parts = []
+def _teacher(
+    tasks: Sequence[LabelledTask], histories: Histories, config: TuneConfig, run_path: Location
+) -> tuple[np.ndarray, dict[str, Boosted]]:
+    """`Study.teacher_ET`, and of each task that is compared with boosting what is fitted at the same time for it."""
+    parts, boosting, seed = [], {}, config.train.seed
     for task in tasks:
-        name, examples = task.config.name, task.examples
-        print(f"fitting a teacher for {name}; search.space.teacher_fraction=0 skips it", flush=True)
+        name, examples, compares = task.config.name, task.examples, config.report.boosting and task.is_compared
+        beside = ", and gradient boosting to compare" if compares else ""
+        print(f"fitting a teacher for {name}{beside}; search.space.teacher_fraction=0 skips it", flush=True)
         try:
-            teacher_E = cross_fitted(histories, examples["train"], examples["tuning"], seed, run_path / FEATURES)
+            if compares:
+                plain = config.report.ensemble
+                boosting[name] = boosted(histories, examples, seed, run_path / FEATURES, plain, teacher=True)
+                teacher_E = boosting[name].teacher_E
+            else:
+                teacher_E = cross_fitted(histories, examples["train"], examples["tuning"], seed, run_path / FEATURES)
         except (UserError, MemoryError) as error:
             raise UserError(f"search.space.teacher_fraction: no teacher for {name} ({error}); set it to 0") from error
+        assert teacher_E is not None
         parts.append(distilled(examples["train"], teacher_E[:, None], 1.0))
-    return united(parts).label_ET
+    return united(parts).label_ET, boosting
 
 
 def _export(bundle: Bundle, histories: Histories, found: dict[str, Any], run_path: Location) -> None:

@@ -43,6 +43,11 @@ class LabelledTask:
     def scored_split(self) -> str:
         return "held_out" if len(self.examples["held_out"]) else "tuning"
 
+    @property
+    def is_compared(self) -> bool:
+        """Whether boosting can be compared with a model: there are held-out labels of both classes."""
+        return not self.config.in_time and len(np.unique(self.examples["held_out"].label_E > 0.5)) == 2
+
 
 def best_of(ends: Sequence[results.TrialEnd], metric: str, run_path: Location) -> results.TrialEnd:
     """The trial with the best checkpoint. Raises UserError where every trial failed."""
@@ -72,10 +77,11 @@ def judge_task(
     settings: ReportConfig,
     train: TrainConfig,
     device: str,
+    boosting: baseline_fits.Boosted | None = None,
 ) -> tuple[Bundle, dict[str, Any]]:
     """The model with the task's head recalibrated, and the task's part of results.json.
 
-    With settings.ensemble the model is the mean of the network and plain models.
+    boosting: where it was fitted before. With settings.ensemble the model is the mean of the network and plain models.
     Its predictions and its picture are in the run's folder.
     """
     if task.config.in_time:
@@ -88,8 +94,8 @@ def judge_task(
     winner, recalibration, of_tuning = _recalibrated(winner, name, tuning, score(winner, tuning))
     scored = task.examples[split]
     network = model = _Outputs(of_tuning, score(winner, scored), recalibration)
-    boosting, of_boosting, parts = None, None, {}
-    if split == "held_out" and len(np.unique(scored.label_E > 0.5)) == 2:
+    of_boosting, parts = None, {}
+    if boosting is None and task.is_compared:
         boosting, of_boosting = _boosted(histories, task, run_path, settings, train.seed)
     if settings.ensemble and boosting is not None:
         assert boosting.plain is not None
