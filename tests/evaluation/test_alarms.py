@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.special import expit
 
 from hymate.config import UtilityConfig
 from hymate.data.examples import Examples
@@ -129,18 +130,41 @@ def test_an_alarm_is_held(stays: list[list[int]], seed: int, hold: int) -> None:
 
 
 @settings(max_examples=50)
-@given(STAYS.filter(lambda stays: any(1 in stay for stay in stays)), st.integers(0, 2**32))
-def test_the_chosen_threshold_is_worth_as_much_as_any(stays: list[list[int]], seed: int) -> None:
-    probability = np.random.default_rng(seed).choice(np.linspace(0.01, 0.99, 30), sum(map(len, stays)))
+@given(STAYS.filter(lambda stays: any(1 in stay for stay in stays)))
+def test_the_threshold_between_risks_that_differ_is_found(stays: list[list[int]]) -> None:
     courses = Courses.of(examples_of(stays), PLAIN)
+    worth = courses.gain_N > 0
+    chosen = choose(courses, np.where(worth, 0.7, 0.2), PLAIN)
+    assert chosen == Policy(pytest.approx(0.35 if worth.all() else 0.45), 0)
 
-    def utility(threshold: float) -> float:
-        return judge(courses, probability, Policy(threshold, 0))[0]["utility"]["value"]
 
-    chosen = choose(courses, probability, PLAIN)
-    assert chosen.hold_hours == 0
-    best = max(utility(threshold) for threshold in [0.0, *np.unique(probability)])
-    assert utility(chosen.threshold) == pytest.approx(best) and best >= 0
+def test_there_is_no_alarm_where_none_gains_anything() -> None:
+    courses = Courses.of(examples_of([[0] * 20, [0] * 9]), PLAIN)
+    probability = np.linspace(0.1, 0.9, 29)
+    assert not courses.alarms(probability, choose(courses, probability, PLAIN)).any()
+
+
+def test_a_threshold_that_few_patients_choose_suits_others() -> None:
+    """More than the one that is best for these few."""
+    rng = np.random.default_rng(0)
+
+    def drawn(patients: int) -> tuple[Courses, np.ndarray]:
+        onset = [rng.integers(5, 25) if rng.random() < 0.1 else 30 for _ in range(patients)]
+        stays = [[0] * hour + [1] * (30 - hour) for hour in onset]
+        courses = Courses.of(examples_of(stays), PLAIN)
+        logit_N = rng.normal(-4, 1, (patients, 1)) + rng.normal(0, 0.5, (patients, 30)) + 2 * np.array(stays)
+        return courses, expit(logit_N.ravel())
+
+    def worth(of: tuple[Courses, np.ndarray], policy: Policy) -> float:
+        return float(of[0].gain_N @ of[0].alarms(of[1], policy)) / float(np.maximum(of[0].gain_N, 0).sum())
+
+    others, ahead = drawn(4000), []
+    for _ in range(20):
+        few = drawn(150)
+        tried = [Policy(threshold, 0) for threshold in np.unique(few[1])[:-1]]
+        best = max(tried, key=lambda policy: worth(few, policy))
+        ahead.append(worth(others, choose(*few, PLAIN)) - worth(others, best))
+    assert np.mean(ahead) > 0.003
 
 
 def test_alarms_are_held_where_it_is_worth_it() -> None:
