@@ -131,7 +131,7 @@ def assert_equal(table: pa.Table, expected: pa.Table) -> None:
     assert table.column_names == expected.column_names
     assert table.drop_columns(numbers).equals(expected.drop_columns(numbers))
     for name in numbers:
-        np.testing.assert_allclose(table[name].to_numpy(), expected[name].to_numpy(), rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(table[name].to_numpy(), expected[name].to_numpy(), rtol=1e-5, atol=1e-6)
 
 
 def test_histories_are_those_that_are_prepared(data: Path, events: pa.Table) -> None:

@@ -135,7 +135,7 @@ def test_another_hospital_is_scored_with_the_policy_of_the_bundle(judged: tuple[
     assert models["whole"]["as it is"]["alarms"]["model"]["patients"] == 40
     assert models["part"]["recalibrated"]["alarms"]["model"]["utility"]["value"] > 0
     written = (tmp_path / "part" / "report.md").read_text()
-    for text_ in ("% (of the bundle, chosen in its training), the normalised utility", "](recalibrated-alarms.png)"):
+    for text_ in (" (of the bundle, chosen in its training), the normalised utility", "](recalibrated-alarms.png)"):
         assert text_ in written
 
 
