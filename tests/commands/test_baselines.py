@@ -251,7 +251,11 @@ def test_boosting_takes_a_sample_where_memory_is_short(
 
 
 @pytest.mark.parametrize(
-    ("shortage", "value"), [("BYTES_A_CELL", {"gradient_boosting": 1 << 20}), ("CELLS_IN_MEMORY", 1_000)]
+    ("shortage", "value"),
+    [
+        ("BYTES_A_CELL", {"gradient_boosting": 1 << 20, "logistic_regression": 1 << 20}),
+        ("CELLS_IN_MEMORY", 1_000),
+    ],
 )
 def test_boosting_is_fitted_from_disk_where_memory_or_time_is_short(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shortage: str, value: int
