@@ -162,7 +162,7 @@ def _fit_parts(
         needed = SPARE * max(_needed(each, len(train), num_features) for each in kinds)
         if kind == "lightgbm":
             size = f"{len(train):,} labels x {num_features:,} features"
-            print(f"LightGBM: {size}, about {needed // SPARE >> 20:,} MiB of memory")
+            print(f"LightGBM: {size}, about {needed // SPARE >> 20:,} MiB of memory a fit")
         made_of = store_tables(histories, {**examples, "train": train}, spec, folder, here)
         made_of += f" {kinds} {seed} {important} {plain}"
         call = functools.partial(
@@ -226,8 +226,9 @@ def _fit(
         train, tuning = tables["train"], tables["tuning"]
         if part in FOLDS:
             own_E = _folds(train.examples, seed) == part
-            models, fraction = _fit_all(kinds, train.only(~own_E), tuning, seed)
-            logits_N = [calibration.logit(model.probability(train.only(own_E).value_EX)) for model in models]
+            others, own = train.only(~own_E), train.only(own_E)
+            models, fraction = _fit_all(kinds, others, tuning, seed)
+            logits_N = [calibration.logit(model.probability(own.value_EX)) for model in models]
             arrays = {"probability_N": expit((1 - fraction) * logits_N[0] + fraction * logits_N[-1])}
         else:
             models, fraction = _fit_all(kinds if plain else kinds[:1], train, tuning, seed)

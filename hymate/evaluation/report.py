@@ -321,6 +321,8 @@ def _worth(part: Mapping[str, Any]) -> str:
 def _alarm(part: Mapping[str, Any]) -> str:
     alarms, found, policy = part["alarms"], part["alarms"]["model"], part["alarms"]["model"]["policy"]
     held = f" now or in the last {policy['hold_hours']:g} hours" if policy["hold_hours"] else ""
+    if policy["threshold"] == 1:
+        return f"No alarm would gain anything ({found.get('chosen', TUNED)}), so there is none."
     text = (
         f"With an alarm at risks above {_threshold(policy)}{held} ({found.get('chosen', TUNED)}), the normalised "
         f"utility is {with_interval(found['utility'])}: 1 is the best possible, 0 is never an alarm. There are "
@@ -330,11 +332,9 @@ def _alarm(part: Mapping[str, Any]) -> str:
         f"an onset {percent_with_interval(found['found'])} are found"
     )
     if found["lead_quartiles"]:
-        low, high = found["lead_quartiles"]
-        median = found["lead_hours"]["value"]
+        (low, high), median = found["lead_quartiles"], found["lead_hours"]["value"]
         text += f", half of them {median:.1f} hours before it or earlier (quartiles {low:.1f} and {high:.1f})"
-    if "gradient boosting" in alarms:
-        other = alarms["gradient boosting"]
+    if other := alarms.get("gradient boosting"):
         text += (
             f". Boosting's utility is {with_interval(other['utility'])}; this model minus boosting: "
             f"{with_interval(other['difference'])}"

@@ -212,7 +212,7 @@ def _teacher(
     for task in tasks:
         name, examples, compares = task.config.name, task.examples, config.report.boosting and task.is_compared
         beside = ", and gradient boosting to compare" if compares else ""
-        print(f"fitting a teacher for {name}{beside}; search.space.teacher_fraction=0 skips it", flush=True)
+        print(f"fitting a teacher for {name} (search.space.teacher_fraction=0 skips it){beside}", flush=True)
         try:
             if compares:
                 plain = config.report.ensemble
@@ -221,7 +221,10 @@ def _teacher(
             else:
                 teacher_E = cross_fitted(histories, examples["train"], examples["tuning"], seed, run_path / FEATURES)
         except (UserError, MemoryError) as error:
-            raise UserError(f"search.space.teacher_fraction: no teacher for {name} ({error}); set it to 0") from error
+            without = ", or report.boosting to false" if compares else ""
+            raise UserError(
+                f"search.space.teacher_fraction: no teacher for {name} ({error}); set it to 0{without}"
+            ) from error
         assert teacher_E is not None
         parts.append(distilled(examples["train"], teacher_E[:, None], 1.0))
     return united(parts).label_ET, boosting

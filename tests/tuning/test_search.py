@@ -347,6 +347,7 @@ def test_a_finished_search_leaves_everything_it_promises(run: Path, small_data: 
         assert f"{boosting[name]['value']:.3f}" in report.split("## Scores")[0]
     said = (run.parent / "said.txt").read_text()
     assert f"{found['auprc']['value']:.3f}" in said and str(run / "bundle") in said and "tensorboard --logdir" in said
+    assert ", and gradient boosting to compare" in said and "fitting gradient boosting" not in said  # once, not twice
 
 
 @pytest.mark.slow

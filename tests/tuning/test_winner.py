@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from pathlib import Path
@@ -96,6 +97,9 @@ def test_the_report_judges_alarms_of_the_model_and_of_boosting(judged: tuple[Pat
         assert text_ in written
     assert threshold in report.card(found)
     assert results.policies_of(found) == {"sepsis": model["policy"]}
+    quiet = copy.deepcopy(found)
+    quiet["alarms"]["model"]["policy"]["threshold"] = 1.0
+    assert "- **As an alarm.** No alarm would gain anything (chosen on the tuning split)" in report.report(quiet)
 
 
 def test_predictions_of_unseen_stays_raise_the_alarms_that_the_report_counts(
@@ -135,7 +139,10 @@ def test_another_hospital_is_scored_with_the_policy_of_the_bundle(judged: tuple[
     assert models["whole"]["as it is"]["alarms"]["model"]["patients"] == 40
     assert models["part"]["recalibrated"]["alarms"]["model"]["utility"]["value"] > 0
     written = (tmp_path / "part" / "report.md").read_text()
-    for text_ in (" (of the bundle, chosen in its training), the normalised utility", "](recalibrated-alarms.png)"):
+    policy = part["alarms"]["model"]["policy"]
+    held = f" now or in the last {policy['hold_hours']:g} hours" if policy["hold_hours"] else ""
+    alarm = f"{100 * policy['threshold']:.4g} %{held} (of the bundle, chosen in its training), the normalised utility"
+    for text_ in (alarm, "](recalibrated-alarms.png)"):
         assert text_ in written
 
 
