@@ -30,12 +30,20 @@ from hymate.config import UtilityConfig
 from hymate.data.examples import Examples
 from hymate.data.meds import US_PER_HOUR
 from hymate.evaluation import metrics
+from hymate.evaluation.tables import markdown, percent_with_interval, with_interval
 
 Array = NDArray[Any]
 CANDIDATES = 200  # thresholds that are tried
 SMOOTHED = 0.2  # a threshold's gain is averaged over those with about a fifth more or fewer labels above them
 FRACTIONS = np.geomspace(1e-3, 1, 40)  # of the labels with an alarm, where the curve is shown
-STATISTICS = ("utility", "alarms_per_day", "starts_per_day", "found", "false_per_true", "lead_hours")
+STATISTICS = ("utility", "alarms_per_day", "starts_per_day", "found", "disturbed", "false_per_true", "lead_hours")
+PICTURE_ALT = "utility by alarms per patient-day, patients found by hours from the onset"
+EXPLAINED = """\
+There is an alarm at a label where the risk is
+above the threshold, or was in the hours that an alarm is held. Each such label counts; "begin" counts those with none
+at the label before. A true alarm is one that is worth more than no alarm (by default from 12 hours before the onset to
+3 hours after it), a false one, such as an earlier one, is worth less. A patient is found by a true alarm; the lead is
+the time from the first true one to the onset, so it has an upper limit. `task.utility` says what alarms are worth."""
 
 
 @dataclass(frozen=True)
@@ -127,8 +135,8 @@ def choose(courses: Courses, prob_N: Array, utility: UtilityConfig) -> Policy:
 @dataclass(frozen=True)
 class Sums:
     """Of alarms, by patient. sum_P: the gain of the alarms, of the best possible alarms; alarms, those that begin (none
-    at the label before), false and true ones; days; 1 for an onset, 1 for an onset that is found. found_F: those found,
-    the longest lead last; lead_F: hours from their first true alarm to the onset.
+    at the label before), false and true ones; days; 1 for an onset, for an onset that is found, for none, and for none
+    with an alarm. found_F: those found, the longest lead last; lead_F: hours from their first true alarm to the onset.
 
     A true alarm gains something, a false one loses something.
     """
@@ -160,6 +168,8 @@ class Sums:
             "days": total(np.full(len(gain_N), courses.hours / 24)),
             "onset": onset_P.astype(float),
             "found": np.isin(np.arange(len(onset_P)), found_F).astype(float),
+            "none": (~onset_P).astype(float),
+            "disturbed": (~onset_P & (np.bincount(patient_N, alarm_N) > 0)).astype(float),
         }
         return cls(sum_P, found_F[order_F], lead_F[order_F])
 
@@ -171,8 +181,9 @@ class Sums:
         """(K, B): STATISTICS; NaN where one is undefined."""
         of = {name: times_BP @ value_P for name, value_P in self.sum_P.items()}
         alarms, starts = (_ratio(of[name], of["days"]) for name in ("alarms", "starts"))
-        found, false = _ratio(of["found"], of["onset"]), _ratio(of["false"], of["true"])
-        return np.stack([self.utility(times_BP), alarms, starts, found, false, self.lead(times_BP, 0.5)])
+        found, disturbed = _ratio(of["found"], of["onset"]), _ratio(of["disturbed"], of["none"])
+        false, lead = _ratio(of["false"], of["true"]), self.lead(times_BP, 0.5)
+        return np.stack([self.utility(times_BP), alarms, starts, found, disturbed, false, lead])
 
     def lead(self, times_BP: Array, fraction: float) -> Array:
         """(B,): a quantile of lead_F; NaN where nobody is found."""
@@ -194,9 +205,9 @@ def judge(courses: Courses, prob_N: Array, policy: Policy) -> tuple[dict[str, An
 
     "policy", and of STATISTICS each with its interval: utility, normalised; alarms_per_day, of a patient, every
     label with an alarm; starts_per_day, those without one at the label before; found, the fraction of the patients with
-    an onset who have a true alarm; false_per_true, alarms; lead_hours, the median of those found, with
-    "lead_quartiles". "curve": utility and alarms per day at other thresholds, nothing held.
-    "found_by": the fraction found by an hour from the onset.
+    an onset who have a true alarm; disturbed, of those without an onset who have any alarm; false_per_true, alarms;
+    lead_hours, the median of those found, with "lead_quartiles". "curve": utility and alarms per day at other
+    thresholds, nothing held. "found_by": the fraction found by an hour from the onset.
     """
     sums = Sums.of(courses, courses.alarms(prob_N, policy))
     number = len(sums.sum_P["gain"])
@@ -248,3 +259,55 @@ def assess(
 
         (found[name]["difference"],) = metrics.estimates(ahead, 1, np.arange(courses.patient_N[-1] + 1))
     return found
+
+
+# ------------------------------------------------------------------------------------------------------ what is said
+
+
+def verdict(found: Mapping[str, Mapping[str, Any]], chosen: str) -> str:
+    """What the first model of `assess` does, and boosting's utility; chosen: how the policy was, where it says nothing
+    of that itself.
+    """
+    model, policy = found["model"], found["model"]["policy"]
+    chosen = model.get("chosen", chosen)
+    if policy["threshold"] == 1:
+        return f"No alarm would gain anything ({chosen}), so there is none."
+    held = f" now or in the last {policy['hold_hours']:g} hours" if policy["hold_hours"] else ""
+    text = (
+        f"With an alarm at risks above {threshold(policy)}{held} ({chosen}), the normalised utility is "
+        f"{with_interval(model['utility'])}: 1 is the best possible, 0 is never an alarm. There are "
+        f"{with_interval(model['alarms_per_day'])} alarms per patient-day (hours with an alarm, which begins "
+        f"{with_interval(model['starts_per_day'])} times a day), and "
+        f"{with_interval(model['false_per_true'])} false ones for each true one. Of {model['onsets']:,} patients with "
+        f"an onset {percent_with_interval(model['found'])} are found"
+    )
+    if model["lead_quartiles"]:
+        (low, high), median = model["lead_quartiles"], model["lead_hours"]["value"]
+        text += f", half of them at least {median:.1f} hours before it (quartiles {low:.1f} and {high:.1f})"
+    if model["onsets"] < model["patients"]:
+        others = model["patients"] - model["onsets"]
+        text += f"; of {others:,} without one {percent_with_interval(model['disturbed'])} have an alarm"
+    if other := found.get("gradient boosting"):
+        text += (
+            f". Boosting's utility is {with_interval(other['utility'])}; this model minus boosting: "
+            f"{with_interval(other['difference'])}, with the thresholds as they were chosen"
+        )
+    return f"{text}."
+
+
+def threshold(policy: Mapping[str, float]) -> str:
+    """With more digits than other percentages: it is what an alarm is set to."""
+    return f"{100 * policy['threshold']:.4g} %"
+
+
+def section(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Markdown parts: a table of all models of `assess`."""
+    heads = ["utility", "alarms per patient-day", "begin", "patients found", "without onset, with an alarm"]
+    rows = [["alarms of", "risk above", "held, hours", *heads, "false per true one", "median lead, hours"]]
+    for name, of_model in found.items():
+        keys = ("utility", "alarms_per_day", "starts_per_day", "false_per_true", "lead_hours")
+        *worth, false, lead = (with_interval(of_model[key]) for key in keys)
+        policy = [threshold(of_model["policy"]), f"{of_model['policy']['hold_hours']:g}"]
+        patients = [percent_with_interval(of_model[key]) for key in ("found", "disturbed")]
+        rows.append([name, *policy, *worth, *patients, false, lead])
+    return ["## Alarms", EXPLAINED, markdown(rows)]

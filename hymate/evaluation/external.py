@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from hymate.evaluation import in_time, tables, transport
+from hymate.evaluation import alarms, in_time, tables, transport
 from hymate.evaluation.alarms import Policy
 from hymate.evaluation.decisions import ENOUGH_POSITIVES, ENOUGH_SUBJECTS
 from hymate.evaluation.metrics import SHOWN
-from hymate.evaluation.report import ALARMS_ALT, LIMITS, REPORT, score_cells, sections, verdict
+from hymate.evaluation.report import LIMITS, REPORT, score_cells, sections, verdict
 from hymate.evaluation.results import RESULTS, SCORES
 from hymate.evaluation.tables import markdown, number, percent, percent_with_interval, with_interval
 from hymate.inference.provenance import SENTENCES
@@ -72,7 +72,7 @@ def report(found: Mapping[str, Any]) -> str:
     for name, judged in found["models"].items():
         picture = f"![ROC, precision-recall, calibration, decision curve]({judged['picture']})"
         parts += [f"## The model {name}", verdict(judged), picture]
-        parts += [f"![{ALARMS_ALT}]({judged['alarms_picture']})"] if "alarms" in judged else []
+        parts += [f"![{alarms.PICTURE_ALT}]({judged['alarms_picture']})"] if "alarms" in judged else []
     for name, judged in found["models"].items():
         parts += [f"## Tables: the model {name}", *(part.replace("## ", "### ", 1) for part in sections(judged))]
     return "\n\n".join([*parts, "## Limits", LIMITS]) + "\n"

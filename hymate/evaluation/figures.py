@@ -208,14 +208,14 @@ def plot_alarms(path: Location, found: Mapping[str, Any]) -> None:
             if of_model["utility"]["value"] is not None:
                 low, high = of_model["utility"]["ci"] or [of_model["utility"]["value"]] * 2
                 at, value = of_model["alarms_per_day"]["value"], of_model["utility"]["value"]
-                worth.errorbar([at], [value], yerr=[[value - low], [high - value]], fmt="o", capsize=2, color=ORANGE)
+                worth.errorbar([at], [value], yerr=[[value - low], [high - value]], fmt="o", capsize=2, color=colour)
             hour, fraction = ([row[key] for row in of_model["found_by"]] for key in ("hour", "found"))
             early.step(
                 [-24, *hour, 24], [0, *fraction, *(fraction or [0])[-1:]], where="post", color=colour, label=name
             )
             seen += hour
         worth.axhline(0, color=GREY, linestyle=":")
-        worth.errorbar([], [], fmt="o", color=ORANGE, label="chosen on the tuning split, 95 % CI")
+        worth.errorbar([], [], fmt="o", color=GREY, label="as chosen, held if so; lines: not held")
         worth.set(title="Worth of alarms", xlabel="alarms per patient-day", ylabel="normalised utility")
         worth.set(xlim=(0, None), ylim=(-0.5, None))
         worth.legend(loc="best", frameon=False)

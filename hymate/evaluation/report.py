@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from hymate.data.details import Details
-from hymate.evaluation import in_time, tables
+from hymate.evaluation import alarms, in_time, tables
 from hymate.evaluation.decisions import ENOUGH_POSITIVES, ENOUGH_SUBJECTS, FEWEST_SUBJECTS
 from hymate.evaluation.metrics import AREAS, SHOWN
 from hymate.evaluation.results import OTHERS, RESULTS, parts_of
@@ -26,13 +26,6 @@ RECALIBRATED = ", after its logits were recalibrated on the tuning split. So wer
 VERDICT_AIM = 0.9  # the specificity of the operating point in the verdict
 GROUPS_A_KIND = 8  # shown, the largest; results.json has all
 NAMED = 3  # groups that the verdict names of each kind of trouble
-ALARMS = """\
-There is an alarm at a label where the risk is
-above the threshold, or was in the hours that an alarm is held. Each such label counts; "begin" counts those with none
-at the label before. A true alarm is one that is worth more than no alarm (by default from 12 hours before the onset to
-3 hours after it), a false one is worth less. A patient is found by a true alarm; the lead is the time from the first
-one to the onset. `task.utility` says what alarms are worth."""
-ALARMS_ALT = "utility by alarms per patient-day, patients found by hours from the onset"
 DAYS = """\
 How long it lasts, in days. "Of the median" is the error of the best constant, which a useful model must beat;
 concordance is the chance that of two durations the longer one is predicted to be longer."""
@@ -93,7 +86,7 @@ def report(found: Mapping[str, Any]) -> str:
     alt = "ROC, precision-recall, calibration, decision curve"
     alts = ((in_time.PICTURE_ALT if in_time.is_in_time(part) else alt, part) for part in parts_of(found))
     drawn = [f"![{alt}]({part['picture']})" for alt, part in alts if part["picture"]]
-    drawn += [f"![{ALARMS_ALT}]({part['alarms_picture']})" for part in parts_of(found) if "alarms" in part]
+    drawn += [f"![{alarms.PICTURE_ALT}]({part['alarms_picture']})" for part in parts_of(found) if "alarms" in part]
     return "\n\n".join([f"# {_title(found)}", *_verdicts(found), *drawn, *_details(found)]) + "\n"
 
 
@@ -114,7 +107,7 @@ def _verdicts(found: Mapping[str, Any]) -> list[str]:
 def _details(found: Mapping[str, Any]) -> list[str]:
     """Markdown parts; how the numbers came about, and tables."""
     days, held_out = _day_rows(found), any(part["split"] == "held_out" for part in parts_of(found))
-    scored = "The held-out split was scored once," if held_out else "The tuning split was scored"
+    scored = "The held-out split was scored once by this search," if held_out else "The tuning split was scored"
     recalibrated = _recalibration_rows(found)
     parts = [
         "## Scores",
@@ -229,7 +222,7 @@ def verdict(part: Mapping[str, Any]) -> str:
         "Probabilities.": _probabilities(part),
         "Alerts.": _alerts(part),
         "Worth.": _worth(part),
-        **({"As an alarm.": _alarm(part)} if "alarms" in part else {}),
+        **({"As an alarm.": alarms.verdict(part["alarms"], TUNED)} if "alarms" in part else {}),
         "For whom.": _groups(part),
     }
     return "\n".join(f"- **{name}** {text}" for name, text in sentences.items())
@@ -276,6 +269,9 @@ def _boosting(part: Mapping[str, Any]) -> str:
         answer = "Unclear: no difference can be shown, and with so few patients only a large one could be."
     else:
         answer = "Yes, as far as these patients show: no difference can be shown, and boosting is simpler."
+    ahead_by = part.get("alarms", {}).get("gradient boosting", {}).get("difference")
+    if ahead_by and ahead_by["ci"] and (ahead_by["ci"][0] > 0 or ahead_by["ci"][1] < 0):
+        answer = f"For ranking: {answer} For alarms: this model is {'ahead' if ahead_by['value'] > 0 else 'behind'}."
     of_all, fitted_to = part["splits"]["train"]["labels"], boosting["num_fitted"]
     sample = f" (a sample of {fitted_to:,} of {of_all:,}, for want of memory)" if fitted_to < of_all else ""
     library = f" ({boosting['library']})" if "library" in boosting else ""  # older results hold no name
@@ -318,35 +314,6 @@ def _worth(part: Mapping[str, Any]) -> str:
     return f"Net benefit exceeds treat-all and treat-none {thresholds}."
 
 
-def _alarm(part: Mapping[str, Any]) -> str:
-    alarms, found, policy = part["alarms"], part["alarms"]["model"], part["alarms"]["model"]["policy"]
-    held = f" now or in the last {policy['hold_hours']:g} hours" if policy["hold_hours"] else ""
-    if policy["threshold"] == 1:
-        return f"No alarm would gain anything ({found.get('chosen', TUNED)}), so there is none."
-    text = (
-        f"With an alarm at risks above {_threshold(policy)}{held} ({found.get('chosen', TUNED)}), the normalised "
-        f"utility is {with_interval(found['utility'])}: 1 is the best possible, 0 is never an alarm. There are "
-        f"{with_interval(found['alarms_per_day'])} alarms per patient-day (hours with an alarm, which begins "
-        f"{with_interval(found['starts_per_day'])} times a day), and "
-        f"{with_interval(found['false_per_true'])} false ones for each true one. Of {found['onsets']:,} patients with "
-        f"an onset {percent_with_interval(found['found'])} are found"
-    )
-    if found["lead_quartiles"]:
-        (low, high), median = found["lead_quartiles"], found["lead_hours"]["value"]
-        text += f", half of them {median:.1f} hours before it or earlier (quartiles {low:.1f} and {high:.1f})"
-    if other := alarms.get("gradient boosting"):
-        text += (
-            f". Boosting's utility is {with_interval(other['utility'])}; this model minus boosting: "
-            f"{with_interval(other['difference'])}"
-        )
-    return f"{text}."
-
-
-def _threshold(policy: Mapping[str, float]) -> str:
-    """With more digits than other percentages: it is what an alarm is set to."""
-    return f"{100 * policy['threshold']:.4g} %"
-
-
 def _groups(part: Mapping[str, Any]) -> str:
     groups = [group for group in part["subgroups"] if not group["hidden"]]
     if not groups:
@@ -364,11 +331,12 @@ def _groups(part: Mapping[str, Any]) -> str:
     if worse:
         names = "; ".join(f"{_name(group)} (AUROC {with_interval(group['auroc'])})" for group in worse)
         texts.append(f"Ranks worse for {names}.")
-    if not texts:
-        texts.append(
-            f"In none of {len(groups)} groups are risks detectably wrong on average, or ranked worse than overall."
-        )
     small = sum(not group["judged"] for group in groups)
+    if not texts and small == len(groups):
+        return f"All {small} groups are too small to judge."
+    if not texts:
+        judged = len(groups) - small
+        texts.append(f"In none of {judged} groups are risks detectably wrong on average, or ranked worse than overall.")
     if small:
         texts.append(f"{small} of {len(groups)} groups are too small to judge.")
     return " ".join(texts)
@@ -389,7 +357,7 @@ def sections(part: Mapping[str, Any]) -> list[str]:
         "## Operating points",
         f"Thresholds {part.get('thresholds', TUNED)}; everything else is measured on other patients.",
         markdown(_operating_rows(part)),
-        *_alarm_parts(part),
+        *(alarms.section(part["alarms"]) if "alarms" in part else []),
         "## Net benefit",
         "True positives per 100 predictions, less false positives weighed by the odds of the threshold; treat-none is "
         "0. Each interval holds for its threshold alone. The verdict first tests whether the ranking is chance, then "
@@ -405,20 +373,6 @@ def _operating_rows(part: Mapping[str, Any]) -> list[list[str]]:
         fractions = (percent_with_interval(point[name]) for name in ("specificity", "sensitivity", "ppv"))
         rows.append([percent(point["aim"]), percent(point["threshold"]), *fractions, f"{point['alerts_per_100']:.1f}"])
     return rows
-
-
-def _alarm_parts(part: Mapping[str, Any]) -> list[str]:
-    """Of a task with a utility."""
-    if "alarms" not in part:
-        return []
-    heads = ["utility", "alarms per patient-day", "begin", "patients found", "false per true one", "median lead, hours"]
-    rows = [["alarms of", "risk above", "held, hours", *heads]]
-    for name, found in part["alarms"].items():
-        keys = ("utility", "alarms_per_day", "starts_per_day", "false_per_true", "lead_hours")
-        *worth, false, lead = (with_interval(found[key]) for key in keys)
-        policy = [_threshold(found["policy"]), f"{found['policy']['hold_hours']:g}"]
-        rows.append([name, *policy, *worth, percent_with_interval(found["found"]), false, lead])
-    return ["## Alarms", ALARMS, markdown(rows)]
 
 
 def _benefit_rows(part: Mapping[str, Any]) -> list[list[str]]:

@@ -29,11 +29,11 @@ def percent(value: float | None) -> str:
 
 
 def percent_with_interval(score: Mapping[str, Any]) -> str:
-    """A fraction's `value` with its `ci`, both in percent."""
+    """A fraction's `value` with its `ci`, both in percent, with as many decimals."""
     if score["value"] is None or score["ci"] is None:
         return percent(score["value"])
-    low, high = score["ci"]
-    return f"{percent(score['value'])} [{100 * low:.0f}, {100 * high:.0f}]"
+    low, high = (f"{100 * bound:.{1 if score['value'] < 0.0995 else 0}f}" for bound in score["ci"])
+    return f"{percent(score['value'])} [{low}, {high}]"
 
 
 # The first row of each table is its header.

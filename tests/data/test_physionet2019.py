@@ -15,12 +15,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hourly import converted, hour, text, write
+from stays import task
 
 from hymate.data.histories import Histories, read_metadata
 from hymate.data.label_files import read_labels
 from hymate.data.meds import DataError, SplitsConfig, read_splits
 from hymate.data.sources import challenges
 from hymate.data.sources.physionet2019 import CODES, COLUMNS, ORIGIN, PhysioNet2019Source
+from hymate.data.tasks import read_or_extract_labels
 
 
 def events(out: Path, subject: int = 1) -> list[tuple]:
@@ -67,6 +69,28 @@ def test_every_measurement_is_an_event_at_the_end_of_its_hour(tmp_path: Path) ->
     assert labels(out) == {1: False, 2: False, 3: True}
     meds.LabelSchema.validate(pq.read_table(next((out / "labels" / "sepsis").rglob("*.parquet"))))
     assert counts(out) == {}
+
+
+def test_hours_before_an_onset_have_the_time_until_then(tmp_path: Path) -> None:
+    """Six hours after the first positive label; others until their end; where the first label is positive, none."""
+    files = {
+        1: text([hour(1), hour(2), hour(4, 1), hour(5, 1), hour(11, 1)]),
+        2: text([hour(1), hour(2), hour(3)]),
+        3: text([hour(1, 1), hour(2, 1)]),
+        4: text([hour(1, "NaN"), hour(2), hour(3, 1)]),
+    }
+    out = converted(write(tmp_path / "raw", files), tmp_path / "out")
+    table = read_labels(out / "labels" / "time_to_sepsis")
+    meds.LabelSchema.validate(pq.read_table(next((out / "labels" / "time_to_sepsis").rglob("*.parquet"))))
+    found: dict[int, list[tuple]] = {number: [] for number in files}
+    for row in table.to_pylist():
+        until = _hours(row["prediction_time"]), row["integer_value"], round(24 * row["float_value"], 3)
+        found[row["subject_id"]].append(until)
+    assert found[1] == [(1, 1, 9), (2, 1, 8), (4, 1, 6), (5, 1, 5)]
+    assert found[2] == [(1, 0, 2), (2, 0, 1)]
+    assert found[3] == []
+    assert found[4] == [(2, 1, 7), (3, 1, 6)]
+    assert read_or_extract_labels(out, task("time_to_sepsis")).table["cause"].to_pylist().count(1) == 6
 
 
 def test_sex_and_unit_are_codes(tmp_path: Path) -> None:

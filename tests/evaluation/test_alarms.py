@@ -201,6 +201,7 @@ def test_what_a_policy_does_is_counted() -> None:
     assert found["starts_per_day"]["value"] == pytest.approx(5 / (4 * 30 / 24))
     assert found["found"]["value"] == 0.5 and (found["patients"], found["onsets"]) == (4, 2)
     assert found["false_per_true"]["value"] == pytest.approx(4 / 3)
+    assert found["disturbed"]["value"] == 0.5
     assert found["lead_hours"]["value"] == 2 and found["lead_quartiles"] == [2, 2]
     assert found["found_by"] == [{"hour": -2, "found": 0.5}]
     nobody, _ = judge(Courses.of(examples_of(stays), DEFAULT), probability.ravel(), Policy(1, 0))

@@ -80,6 +80,19 @@ def test_the_verdict_on_boosting_where_measures_disagree_or_are_missing() -> Non
     assert "Not compared: report.boosting=false. `python -m hymate.baselines`" in left_out
 
 
+def test_groups_that_are_too_small_are_no_reassurance() -> None:
+    group = {"kind": "sex", "group": "GENDER//F", "hidden": False, "wrong": None, "ranked_worse": False}
+    small, large = (group | {"judged": enough} for enough in (False, True))
+
+    def said(*groups: dict[str, Any]) -> str:
+        lines = verdict(judged(1.0, 1.0) | {"subgroups": list(groups)}).splitlines()
+        return next(line for line in lines if "For whom" in line)
+
+    assert said(small, small).endswith("** All 2 groups are too small to judge.")
+    assert "In none of 1 groups are risks detectably wrong" in said(small, large)
+    assert said(small, large).endswith("1 of 2 groups are too small to judge.")
+
+
 def test_a_report_without_groups_has_no_table_of_them() -> None:
     found, group = judged(1.0, 1.0), {"kind": "sex", "group": "GENDER//F", "hidden": True}
     assert "## Groups" not in report.sections(found)

@@ -91,12 +91,18 @@ def test_the_report_judges_alarms_of_the_model_and_of_boosting(judged: tuple[Pat
         f"- **As an alarm.** With an alarm at risks above {threshold}",
         "Boosting's utility is",
         "## Alarms",
+        f"; of {model['patients'] - model['onsets']} without one ",
         "| alarms of | risk above | held, hours | utility |",
         "patients found by hours from the onset](sepsis-alarms.png)",
     ):
         assert text_ in written
     assert threshold in report.card(found)
     assert results.policies_of(found) == {"sepsis": model["policy"]}
+    for ci, said in (([0.01, 0.05], "ahead"), ([-0.05, -0.01], "behind"), ([-0.01, 0.05], None)):
+        other = copy.deepcopy(found)
+        other["alarms"]["gradient boosting"]["difference"] = {"value": sum(ci) / 2, "ci": ci}
+        line = next(line for line in report.report(other).splitlines() if "Would gradient boosting do" in line)
+        assert ("For alarms: " in line) == bool(said) and (said is None or f"this model is {said}. On" in line)
     quiet = copy.deepcopy(found)
     quiet["alarms"]["model"]["policy"]["threshold"] = 1.0
     assert "- **As an alarm.** No alarm would gain anything (chosen on the tuning split)" in report.report(quiet)

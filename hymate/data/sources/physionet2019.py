@@ -23,7 +23,7 @@ import hashlib
 import math
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,8 +35,9 @@ from hymate.data.sources.challenges import ChallengeSource, StayFiles, Stays, ev
 from hymate.storage.paths import Location
 
 ORIGIN = datetime.datetime(2019, 1, 1)  # ICU admission of every stay; only differences mean anything
-CONVERSION = 1  # what is made of the files; another number has them prepared again
+CONVERSION = 2  # what is made of the files; another number has them prepared again
 LAST_HOUR = 100_000  # an ICULOS above is none: eleven years
+EARLY_HOURS = 6  # before the onset the label turns to 1
 
 ADMISSION = "ICU_ADMISSION"
 HOUR, LABEL = "ICULOS", "SepsisLabel"
@@ -237,7 +238,8 @@ class PhysioNet2019Source(ChallengeSource):
     """The challenge's `*.psv` files below a folder, `training_setA/` or `training_setA.tar.xz` there, for instance.
 
     Splits are stratified on sepsis. Labels, at the end of each hour: `sepsis` (boolean), as the challenge
-    has them, so 1 from 6 hours before the onset on.
+    has them, so 1 from EARLY_HOURS before the onset on; and before the onset `time_to_sepsis`, until the onset or the
+    last hour. Where the onset isn't known there are none of the latter.
     """
 
     codes = CODES
@@ -260,7 +262,8 @@ class PhysioNet2019Source(ChallengeSource):
             raise DataError(f"{self.raw}: the files changed meanwhile: give the command again")
         stays = dict(sorted(stays.items()))
         write_parquet(_events(stays), out / "data" / f"{shard}.parquet")
-        write_parquet(_labels(stays), out / "labels" / "sepsis" / f"{shard}.parquet")
+        for task, table in _labels(stays).items():
+            write_parquet(table, out / "labels" / task / f"{shard}.parquet")
 
     def _texts(self, wanted: set[int] | None = None) -> Iterator[tuple[int, bytes]]:
         """(number, text) of the stays in `wanted`, or of all: of the folder, and of archives not unpacked there."""
@@ -309,15 +312,37 @@ def _events(stays: dict[int, _Stay]) -> pa.Table:
     return events_table(np.array(numbers), np.array(times), np.array(codes), np.array(values), CODES)
 
 
-def _labels(stays: dict[int, _Stay]) -> pa.Table:
-    """MEDS labels: one at each hour that has one."""
-    known = {number: ~np.isnan(stay.label_H) for number, stay in stays.items()}
-    hours = [stay.hour_H[known[number]] for number, stay in stays.items()]
-    labels = [stay.label_H[known[number]] > 0.5 for number, stay in stays.items()]
+def _labels(stays: dict[int, _Stay]) -> dict[str, pa.Table]:
+    """MEDS labels of each task: one at each hour that has one."""
+    now, later = [], []  # of each stay: hours, and what follows
+    for stay in stays.values():
+        known_H = ~np.isnan(stay.label_H)
+        hour_H, label_H = stay.hour_H[known_H], stay.label_H[known_H] > 0.5
+        now.append((hour_H, label_H))
+        onset = label_H.argmax() if label_H.any() else None
+        end = stay.hour_H[-1] if onset is None else hour_H[onset] + EARLY_HOURS
+        asked_H = hour_H[(hour_H < end) & (onset != 0)]
+        later.append((asked_H, np.full(len(asked_H), onset is not None), (end - asked_H) / 24))
+    boolean_L, (cause_L, days_L) = _joined(now)[0], _joined(later)
+    return {
+        "sepsis": _at_hours(stays, now).append_column("boolean_value", pa.array(boolean_L)),
+        "time_to_sepsis": _at_hours(stays, later)
+        .append_column("integer_value", pa.array(cause_L.astype(np.int64)))
+        .append_column("float_value", pa.array(days_L.astype(np.float32))),
+    }
+
+
+def _joined(columns: Sequence[tuple[np.ndarray, ...]]) -> list[np.ndarray]:
+    """The columns of all stays but the hours."""
+    return [np.concatenate(parts) for parts in list(zip(*columns, strict=True))[1:]]
+
+
+def _at_hours(stays: dict[int, _Stay], columns: Sequence[tuple[np.ndarray, ...]]) -> pa.Table:
+    """Subjects and prediction times."""
+    hours = [hour_H for hour_H, *_ in columns]
     return pa.table(
         {
             "subject_id": np.repeat(np.array(list(stays)), [len(hour_H) for hour_H in hours]),
             "prediction_time": pa.array(_ADMITTED_US + np.concatenate(hours) * US_PER_HOUR, pa.timestamp("us")),
-            "boolean_value": np.concatenate(labels),
         }
     )
