@@ -5,6 +5,7 @@ DEMO ?= demo
 SUBJECTS ?= 1500
 PRETRAIN_STEPS ?= 150
 TUNE_STEPS ?= 800
+WHEN_STEPS ?= 100
 TRIALS ?= 4
 ICU ?= build/icu
 QUICK ?=
@@ -40,16 +41,20 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(VENV)/.installed
-	@echo "1/3  a synthetic cohort whose readmissions follow a known law"
+	@echo "1/4  a synthetic cohort whose readmissions follow a known law"
 	@$(PY) -m hymate.data.prepare source=synthetic out=$(DEMO)/data synthetic.subjects=$(SUBJECTS) synthetic.mean_events=250
-	@echo "2/3  pretraining: 2 Ray workers, DeepSpeed ZeRO-2"
+	@echo "2/4  pretraining: 2 Ray workers, DeepSpeed ZeRO-2"
 	@$(PY) pretrain/run.py data.path=$(DEMO)/data model=debug train=zero2 train.num_workers=2 \
 		data.context=512 data.tokens_per_row=4096 train.learning_rate=3e-3 train.max_steps=$(PRETRAIN_STEPS) train.eval_every=50 \
 		train.eval_rows=8 run.dir=$(DEMO)/runs run.name=pretrain
-	@echo "3/3  fine-tuning for readmission: a search over $(TRIALS) trials that learn from gradient boosting, too"
+	@echo "3/4  whether: fine-tuning for readmission, a search over $(TRIALS) trials that learn from gradient boosting, too"
 	@$(PY) finetune/tune.py task=readmission data.path=$(DEMO)/data init=$(DEMO)/runs/pretrain search=quick \
 		search.num_trials=$(TRIALS) data.context=256 data.tokens_per_row=4096 train.rows_per_step=1 train.max_steps=$(TUNE_STEPS) train.eval_every=100 \
 		report.ensemble=true run.dir=$(DEMO)/runs run.name=readmission
+	@echo "4/4  when: the network of step 3 learns by when a patient is back, or has died"
+	@$(PY) finetune/tune.py task=time_to_readmission data.path=$(DEMO)/data init=$(DEMO)/runs/readmission search=quick \
+		search.num_trials=1 search.space.teacher_fraction=0 data.context=256 data.tokens_per_row=4096 train.rows_per_step=1 \
+		train.max_steps=$(WHEN_STEPS) train.eval_every=100 run.dir=$(DEMO)/runs run.name=time_to_readmission
 
 # the encoder that ships as init=icu, of the files of both challenges; hymate/bundles/icu/README.md is written by hand
 icu: $(VENV)/.installed

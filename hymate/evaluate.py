@@ -31,6 +31,7 @@ from hymate.data.prepare import PrepareConfig, prepare
 from hymate.data.tasks import read_or_extract_labels
 from hymate.errors import UserError
 from hymate.evaluation import alarms, calibration, decisions, external, figures, metrics, results, survival
+from hymate.evaluation.baseline_fits import difference
 from hymate.evaluation.explaining import work_beside
 from hymate.evaluation.subgroups import subgroups
 from hymate.evaluation.transport import transport
@@ -123,6 +124,8 @@ def _evaluate(config: EvaluateConfig, bundle: Bundle, out: Location, data: str) 
             judged["alarms_picture"] = f"{stem}-alarms.png"
             figures.plot_alarms(out / judged["alarms_picture"], judged["alarms"])
         found["models"][name] = judged
+    if config.task.name in bundle.plain:
+        found["parts"] = _parts(bundle, config.task.name, histories, examples, prob_E, fits_E)
     if days_E is not None:
         at_E = ~fits_E & ~np.isnan(examples.days_E)
         columns = examples.days_E, days_E, examples.subject_id_E, examples.weight_E
@@ -146,6 +149,23 @@ def _described(
         "initial_weights": initial_weights(bundle.extra),
         "before": external.scores_before(bundle.extra, config.task.name),
         "transport": transport(histories, examples, bundle.vocabulary, config.seed),
+    }
+
+
+def _parts(
+    bundle: Bundle, task: str, histories: Histories, examples: Examples, prob_E: np.ndarray, fits_E: np.ndarray
+) -> dict[str, dict[str, Any]]:
+    """Of a mean of a network and plain models, the AUROC and AUPRC of each alone and how much better the mean is.
+
+    The mean's logit is a weighted sum, so the network's follows from it and from that of the plain models.
+    """
+    scored, mean_N = examples.only(~fits_E), prob_E[~fits_E]
+    plain_N = bundle.plain[task].part(histories, scored)
+    logits = {"network": calibration.logit(mean_N) - plain_N, "plain": plain_N}
+    labels = scored.label_E, scored.subject_id_E, scored.weight_E
+    return {
+        key: metrics.areas(labels[0], logit_N, *labels[1:]) | {"difference": difference(scored, mean_N, logit_N)}
+        for key, logit_N in logits.items()
     }
 
 

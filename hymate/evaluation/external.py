@@ -11,9 +11,9 @@ from typing import Any
 from hymate.evaluation import alarms, in_time, tables, transport
 from hymate.evaluation.alarms import Policy
 from hymate.evaluation.decisions import ENOUGH_POSITIVES, ENOUGH_SUBJECTS
-from hymate.evaluation.metrics import SHOWN
+from hymate.evaluation.metrics import AREAS, SHOWN
 from hymate.evaluation.report import LIMITS, REPORT, score_cells, sections, verdict
-from hymate.evaluation.results import RESULTS, SCORES
+from hymate.evaluation.results import OTHERS, RESULTS, SCORES
 from hymate.evaluation.tables import markdown, number, percent, percent_with_interval, with_interval
 from hymate.inference.provenance import SENTENCES
 from hymate.storage.paths import Location
@@ -25,6 +25,10 @@ LEARNED_HERE = (
     "The model learned from patients of this dataset, or was chosen on them, and split={split} may hold them, so its "
     "scores may be too good. Give split=held_out of the split that it was trained on, or data that it has never seen."
 )
+
+WOULD_A_PART_DO = """\
+The model is the mean of a network and plain models, which learned from the same labels. Whether one of them would rank
+these patients as well:"""
 
 
 def thresholds_of(extra: Mapping[str, Any], task: str) -> dict[float, float]:
@@ -48,6 +52,8 @@ def scores_before(extra: Mapping[str, Any], task: str) -> dict[str, Any] | None:
 def show(found: Mapping[str, Any], out: Location) -> None:
     """Print the scores, and where everything is."""
     tables.show(_title(found), [row[:-3] for row in _score_rows(found)])  # the report has the rest
+    if "parts" in found:
+        tables.show("Parts of the mean", _part_rows(found))
     print(_changed(found))
     for note in _notes(found):
         print(f"Note: {note}")
@@ -63,6 +69,7 @@ def report(found: Mapping[str, Any]) -> str:
     """report.md."""
     parts = [f"# {_title(found)}", *(f"**Note:** {note}" for note in _notes(found))]
     parts += [f"**What changed.** {_changed(found)}", _recalibrated(found), markdown(_score_rows(found))]
+    parts += [WOULD_A_PART_DO, markdown(_part_rows(found))] if "parts" in found else []
     if "days" in found:
         days = found["days"]
         parts.append(
@@ -131,6 +138,15 @@ def _recalibrated(found: Mapping[str, Any]) -> str:
         f"labels, {on['positives']:,} of them positive. The other {num_subjects:,} patients are scored, by the model "
         "as it is and recalibrated. Recalibration does not change how patients are ranked."
     )
+
+
+def _part_rows(found: Mapping[str, Any]) -> list[list[str]]:
+    """Where the model is a mean, how its parts rank the same patients."""
+    rows = [["alone", "AUROC [95 % CI]", "AUPRC [95 % CI]", "mean minus this: AUROC [97.5 % CI]", "AUPRC [97.5 % CI]"]]
+    for key, part in found.get("parts", {}).items():
+        areas = (with_interval(scores[name]) for scores in (part, part["difference"]) for name in AREAS)
+        rows.append([OTHERS[key], *areas])
+    return rows
 
 
 def _score_rows(found: Mapping[str, Any]) -> list[list[str]]:

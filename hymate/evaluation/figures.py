@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from hymate.evaluation.decisions import GRID, net_benefit
 from hymate.evaluation.metrics import curves
 from hymate.evaluation.results import OTHERS
+from hymate.evaluation.tables import duration
 from hymate.storage.paths import Location, atomic_path
 
 if TYPE_CHECKING:
@@ -183,7 +184,7 @@ def plot_in_time(path: Location, found: Mapping[str, Any]) -> None:
             low, high = np.array([group["observed"]["ci"] for group in curve]).T
             arms = [points[:, 1] - low, high - points[:, 1]]
             calibration.errorbar(
-                *points.T, yerr=arms, color=BLUE, alpha=shade, fmt="o-", capsize=2, label=f"{row['days']:g} days"
+                *points.T, yerr=arms, color=BLUE, alpha=shade, fmt="o-", capsize=2, label=duration(row["days"])
             )
             end = max(end, float(points.max()), float(high.max()))
         calibration.plot([0, 1], [0, 1], color=GREY, linestyle=":")

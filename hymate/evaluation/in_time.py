@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from hymate.evaluation.metrics import AREAS
-from hymate.evaluation.tables import markdown, number, percent, percent_with_interval, with_interval
+from hymate.evaluation.tables import duration, markdown, number, percent, percent_with_interval, with_interval
 
 PICTURE_ALT = "predicted and observed incidence by risk group, calibration by each horizon"
 AS_LEARNED = "Risks in time are as they were learned: they are not recalibrated."
@@ -44,8 +44,8 @@ def verdict(part: Mapping[str, Any]) -> str:
     competing = ""
     if part["competing"] is not None:
         competing = f"; {part['competing']} comes first in {percent_with_interval(last['competing']['observed'])}"
-    areas = ", ".join(f"{with_interval(row['auroc'])} by {_days(row)}" for row in part["horizons"])
-    fits = ((row["calibration"], _days(row)) for row in part["horizons"])
+    areas = ", ".join(f"{with_interval(row['auroc'])} by {duration(row['days'])}" for row in part["horizons"])
+    fits = ((row["calibration"], duration(row["days"])) for row in part["horizons"])
     risks = ", ".join(
         f"{percent(fit['predicted'])} by {days} ({percent_with_interval(fit['observed'])} observed)"
         for fit, days in fits
@@ -53,7 +53,7 @@ def verdict(part: Mapping[str, Any]) -> str:
     sentences = {
         "How good.": (
             f"Of {part['num_labels']:,} {of_split}predictions for {part['num_subjects']:,} patients {last['lost']:,} "
-            f"were lost before {_days(last)}. By then the event comes in "
+            f"were lost before {duration(last['days'])}. By then the event comes in "
             f"{percent_with_interval(last['calibration']['observed'])}{competing}. AUROC is {areas}: the chance that "
             "who has had the event by then has a higher risk than who has not; guessing gives 0.5. Concordance is "
             f"{with_interval(part['concordance'])}."
@@ -73,7 +73,8 @@ def score_cells(part: Mapping[str, Any]) -> list[list[str]]:
     for row in part["horizons"]:
         sizes = [str(row["num_labels"]), str(row["num_subjects"]), number(row["prevalence"])]
         areas = (with_interval(row[name]) for name in AREAS)
-        rows.append([f"{part['split']}, {_days(row)}", *sizes, *areas, number(row["brier"]), number(row["ece"])])
+        split = f"{part['split']}, {duration(row['days'])}"
+        rows.append([split, *sizes, *areas, number(row["brier"]), number(row["ece"])])
     return rows
 
 
@@ -87,9 +88,9 @@ def sections(part: Mapping[str, Any]) -> list[str]:
         rows = [["by", f"{part['competing']} first, observed", "predicted"]]
         for row in part["horizons"]:
             fit = row["competing"]
-            rows.append([_days(row), percent_with_interval(fit["observed"]), percent(fit["predicted"])])
+            rows.append([duration(row["days"]), percent_with_interval(fit["observed"]), percent(fit["predicted"])])
         parts += ["## Competing event", markdown(rows)]
-    pairs_of = [f"{what} by {_days(row)}" for row in part["horizons"] for what in ("predicted", "observed")]
+    pairs_of = [f"{what} by {duration(row['days'])}" for row in part["horizons"] for what in ("predicted", "observed")]
     rows = [["group", "labels", *pairs_of]]
     for group in part["groups"]:
         pairs = zip(group["predicted"], group["observed"], strict=True)
@@ -105,9 +106,5 @@ def horizon_rows(part: Mapping[str, Any]) -> list[list[str]]:
         fit = row["calibration"]
         shown = percent_with_interval(fit["observed"]), percent(fit["predicted"]), with_interval(row["auroc"])
         errors = number(row["brier"]), number(fit["ece"]), number(fit["by_chance"]), with_interval(fit["slope"])
-        rows.append([_days(row), f"{row['lost']:,}", *shown, *errors])
+        rows.append([duration(row["days"]), f"{row['lost']:,}", *shown, *errors])
     return rows
-
-
-def _days(row: Mapping[str, Any]) -> str:
-    return f"{row['days']:g} day{'s' * (row['days'] != 1)}"

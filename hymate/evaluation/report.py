@@ -62,13 +62,11 @@ site's data validate it before any use: `python -m hymate.evaluate` reports how 
 
 def show(found: Mapping[str, Any], run_path: Location) -> None:
     """Print the trials and the scores, and where everything is."""
-    for title, rows in (
-        ("Trials (scores on the tuning split)", _trial_rows(found)),
-        (_title(found), score_rows(found)),
-        ("Predicted days", _day_rows(found)),
-    ):
-        if len(rows) > 1:
-            tables.show(title, rows)
+    tables.show("Trials (scores on the tuning split)", _trial_rows(found))
+    for part in parts_of(found):
+        tables.show(_title(part), in_time.horizon_rows(part) if in_time.is_in_time(part) else score_rows(part))
+    if len(days := _day_rows(found)) > 1:
+        tables.show("Predicted days", days)
     for note in _notes(found):
         print(f"Note: {note}")
     for name, place in (

@@ -36,6 +36,12 @@ def percent_with_interval(score: Mapping[str, Any]) -> str:
     return f"{percent(score['value'])} [{low}, {high}]"
 
 
+def duration(days: float) -> str:
+    """In days, or in hours where it is less than one."""
+    amount, unit = (days, "day") if days >= 1 else (24 * days, "hour")
+    return f"{amount:g} {unit}{'s' * (amount != 1)}"
+
+
 # The first row of each table is its header.
 
 

@@ -169,6 +169,11 @@ class PlainModels:
         """The mean's logits, float32 (E,), of the network's and of what the plain models find in each example's whole
         history.
         """
+        network_E = self.config.network_weight * network_logit_E.astype(np.float64)
+        return (network_E + self.part(histories, examples)).astype(np.float32)
+
+    def part(self, histories: Histories, examples: Examples) -> np.ndarray:
+        """The mean's logits less what the network adds to them, float64 (E,)."""
         of_linear = self.linear.columns if self.linear else ()
         spec = FeatureSpec(self.config.windows_hours, tuple(sorted({*self.columns, *of_linear})))
         place = {column: x for x, column in enumerate(spec.columns)}
@@ -179,8 +184,7 @@ class PlainModels:
             plain.append(self.config.boosting_weight * self.trees.logit(value_EX.take(asked_Y, axis=1)))
             if self.linear:
                 plain[-1] += self.config.linear_weight * self.linear.logit(value_EX.take(linear_Y, axis=1))
-        network_E = self.config.network_weight * network_logit_E.astype(np.float64)
-        return (network_E + np.concatenate(plain) + self.config.shift).astype(np.float32)
+        return np.concatenate(plain) + self.config.shift
 
 
 # --------------------------------------------------------------------------------------------------------- as files

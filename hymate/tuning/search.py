@@ -25,7 +25,7 @@ from hymate.inference.provenance import SENTENCES, Seen, provenance, seen
 from hymate.runs import ELSEWHERE, Run, check_same_run, claimed, run_folder
 from hymate.storage.paths import Location, filling, locate, remove_tree, require_folder, write_text
 from hymate.tuning import space, winner
-from hymate.tuning.trial import Study, TrialConfig, distilled, draw_trials, require_starts, starting_point
+from hymate.tuning.trial import Study, TrialConfig, draw_trials, require_starts, starting_point
 from hymate.tuning.winner import LabelledTask
 
 # keys that a search may change when it is continued: they move it to other machines or spare these what is too large
@@ -68,7 +68,7 @@ class TuneConfig:
         in_time = [task.name for task in self.tasks if task.in_time]
         if self.search.metric == "auprc" and in_time:
             raise ConfigError(f"search.metric=auprc: task {in_time[0]} is in time and has none: give mean or auroc")
-        if self.report.ensemble and in_time:
+        if self.report.ensemble and len(in_time) == len(self.tasks):
             raise ConfigError(
                 f"report.ensemble: task {in_time[0]} is in time, for which there is no boosting: set it to false"
             )
@@ -128,7 +128,7 @@ def _labelled(task: TaskConfig, config: TuneConfig, histories: Histories) -> Lab
     else:
         print(f"{task.name} has no held-out labels: the tuning split will be scored instead", flush=True)
     labelled = LabelledTask(task, label_set, examples, groups)
-    if config.report.ensemble and not labelled.is_compared:
+    if config.report.ensemble and not task.in_time and not labelled.is_compared:
         raise UserError(
             f"report.ensemble: task {task.name} has no held-out labels of both classes, so nothing would show whether "
             "the mean is better: set it to false"
@@ -211,6 +211,9 @@ def _teacher(
     parts, boosting, seed = [], {}, config.train.seed
     for task in tasks:
         name, examples, compares = task.config.name, task.examples, config.report.boosting and task.is_compared
+        if task.config.in_time:
+            parts.append(_taught(examples["train"], np.full(len(examples["train"]), np.nan)))
+            continue
         beside = ", and gradient boosting to compare" if compares else ""
         print(f"fitting a teacher for {name} (search.space.teacher_fraction=0 skips it){beside}", flush=True)
         try:
@@ -226,8 +229,12 @@ def _teacher(
                 f"search.space.teacher_fraction: no teacher for {name} ({error}); set it to 0{without}"
             ) from error
         assert teacher_E is not None
-        parts.append(distilled(examples["train"], teacher_E[:, None], 1.0))
+        parts.append(_taught(examples["train"], teacher_E))
     return united(parts).label_ET, boosting
+
+
+def _taught(examples: Examples, teacher_E: np.ndarray) -> Examples:
+    return replace(examples, label_ET=teacher_E[:, None].astype(np.float32))
 
 
 def _export(bundle: Bundle, histories: Histories, found: dict[str, Any], run_path: Location) -> None:

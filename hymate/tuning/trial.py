@@ -66,7 +66,8 @@ class Study:
     training, tuning: the examples of all tasks, found once for all trials.
     metric: one of `tuning_scores`. device: where each trial computes.
     teacher_ET: the teacher's probability of each training example (`baseline_fits.cross_fitted`), NaN where
-        a task has no label; None where no trial learns from it: knowledge distillation (Hinton et al. 2015).
+        a task has no label, or is in time; None where no trial learns from it: knowledge distillation (Hinton et al.
+        2015).
     """
 
     start: Bundle
@@ -139,8 +140,8 @@ def trial_config(
         return build(type(section), tree, f"{where}: ")
 
     in_time = {task.name: task.in_time for task in tasks if task.in_time is not None}
-    for name in ("early_fraction", "teacher_fraction"):
-        if in_time and settings[name]:
+    for name, refused in (("early_fraction", bool(in_time)), ("teacher_fraction", len(in_time) == len(tasks))):
+        if refused and settings[name]:
             raise ConfigError(
                 f"{where}.{name}: task {next(iter(in_time))} is in time, which this can't do: set it to 0"
             )
@@ -188,8 +189,9 @@ def parameter_groups(model: RiskModel, trial: TrialConfig) -> list[dict[str, Any
 
 
 def distilled(examples: Examples, teacher_ET: np.ndarray, fraction: float) -> Examples:
-    """With this fraction of each label replaced by the teacher's probability."""
-    label_ET = (1 - fraction) * examples.label_ET + fraction * teacher_ET
+    """With this fraction of each label replaced by the teacher's probability, where there is one."""
+    own_ET = examples.label_ET
+    label_ET = np.where(np.isnan(teacher_ET), own_ET, (1 - fraction) * own_ET + fraction * teacher_ET)
     return dataclasses.replace(examples, label_ET=label_ET.astype(np.float32))
 
 

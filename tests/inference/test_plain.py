@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -26,10 +27,13 @@ from hymate.data.histories import Histories
 from hymate.data.label_files import read_labels
 from hymate.data.meds import write_parquet
 from hymate.errors import UserError
-from hymate.evaluation import baseline_models
+from hymate.evaluate import EvaluateConfig
+from hymate.evaluate import run as evaluate
+from hymate.evaluation import baseline_models, metrics
 from hymate.evaluation.baseline_models import fit
 from hymate.explain import ExplainConfig
 from hymate.explain import run as explain
+from hymate.hashing import seeded_hash
 from hymate.inference import plain as module
 from hymate.inference.bundle import read_bundle
 from hymate.inference.plain import PlainConfig, PlainModels
@@ -240,6 +244,27 @@ def test_states_go_on_under_the_mean(both: Path, small_data: Path, tmp_path: Pat
     for _ in range(2):
         table = predicted(both, "mean", small_data, *asked, f"states={tmp_path}")
         np.testing.assert_allclose(table[RISK].to_numpy(), expected_E, atol=1e-6)
+
+
+@pytest.mark.parametrize("bundle", ["mean", "three"])
+def test_an_evaluation_says_whether_a_part_would_do(both: Path, small_data: Path, bundle: str, tmp_path: Path) -> None:
+    given = ["task=readmission", f"bundle={both / bundle}", f"data.path={small_data}", f"out={tmp_path}", "workers=1"]
+    evaluate(load("evaluate", [*given, "split=held_out", "recalibrate=0.3"], EvaluateConfig))
+    found = json.loads((tmp_path / "results.json").read_text())
+    network, own = predicted(both, "network", small_data, "split=held_out"), pq.read_table(both / "plain.parquet")
+    label_E, subject_E = network["boolean_value"].to_numpy(zero_copy_only=False), network["subject_id"].to_numpy()
+    at = seeded_hash(subject_E.view(np.uint64), 0) / 2.0**64 >= 0.3
+    plain_E = 0.4 * logit(own["probability"].to_numpy()) + 0.3 * logit(own["linear"].to_numpy())
+    plain_E = plain_E if bundle == "three" else own["probability"].to_numpy()
+    asked = label_E[at], subject_E[at]
+    for key, score_E in (("network", network[RISK].to_numpy()), ("plain", plain_E)):
+        expected = metrics.areas(asked[0], score_E[at], asked[1])
+        for name in metrics.AREAS:
+            less = found["models"]["as it is"][name]["value"] - expected[name]["value"]
+            assert found["parts"][key][name]["value"] == pytest.approx(expected[name]["value"], abs=1e-6)
+            assert found["parts"][key]["difference"][name]["value"] == pytest.approx(less, abs=1e-6)
+    report = (tmp_path / "report.md").read_text()
+    assert "| network alone | " in report and "| plain models alone | " in report
 
 
 def test_many_features_are_computed_part_by_part(both: Path, small_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -168,6 +168,12 @@ def test_what_cannot_do_a_task_in_time_says_so_before_any_work(judged: tuple[Pat
         start = starting_point(config.data, config.model, None)
         with pytest.raises(ConfigError, match=rf"search.space.{key}: task time_to_readmission is in time"):
             draw_trials(config.tasks, config.search, config.train, start)
+    both = [f"task=[readmission,{NAME}]", *tune[1:]]
+    beside = load("tune", [*both, "report.ensemble=true", "search.space.teacher_fraction=0.5"], TuneConfig)
+    assert [task.name for task in beside.tasks] == ["readmission", NAME]  # the other task has boosting and a teacher
+    config = load("tune", [*both, f"data.path={folder / 'data'}", "search.space.early_fraction=0.5"], TuneConfig)
+    with pytest.raises(ConfigError, match=rf"search.space.early_fraction: task {NAME} is in time"):
+        draw_trials(config.tasks, config.search, config.train, starting_point(config.data, config.model, None))
     assert not (tmp_path / "out").exists()
 
 
