@@ -39,11 +39,12 @@ FRACTIONS = np.geomspace(1e-3, 1, 40)  # of the labels with an alarm, where the 
 STATISTICS = ("utility", "alarms_per_day", "starts_per_day", "found", "disturbed", "false_per_true", "lead_hours")
 PICTURE_ALT = "utility by alarms per patient-day, patients found by hours from the onset"
 EXPLAINED = """\
-There is an alarm at a label where the risk is
-above the threshold, or was in the hours that an alarm is held. Each such label counts; "begin" counts those with none
-at the label before. A true alarm is one that is worth more than no alarm (by default from 12 hours before the onset to
-3 hours after it), a false one, such as an earlier one, is worth less. A patient is found by a true alarm; the lead is
-the time from the first true one to the onset, so it has an upper limit. `task.utility` says what alarms are worth."""
+There is an alarm at a label where the risk is above the threshold, or was in the hours that an alarm is held. Each such
+label counts; "begin" counts those with none at the label before. A true alarm is one that is worth more than no alarm
+(by default from 12 hours before the onset to 3 hours after it), a false one, such as an earlier one, is worth less. A
+patient is found by a true alarm; the lead is the time from the first true one to the onset, so it has an upper limit.
+`task.utility` says what alarms are worth."""
+DECIMALS = {"utility": 3, "alarms_per_day": 2, "starts_per_day": 2, "false_per_true": 1, "lead_hours": 1}
 
 
 @dataclass(frozen=True)
@@ -273,13 +274,13 @@ def verdict(found: Mapping[str, Mapping[str, Any]], chosen: str) -> str:
     if policy["threshold"] == 1:
         return f"No alarm would gain anything ({chosen}), so there is none."
     held = f" now or in the last {policy['hold_hours']:g} hours" if policy["hold_hours"] else ""
+    shown = _shown(model)
     text = (
         f"With an alarm at risks above {threshold(policy)}{held} ({chosen}), the normalised utility is "
-        f"{with_interval(model['utility'])}: 1 is the best possible, 0 is never an alarm. There are "
-        f"{with_interval(model['alarms_per_day'])} alarms per patient-day (hours with an alarm, which begins "
-        f"{with_interval(model['starts_per_day'])} times a day), and "
-        f"{with_interval(model['false_per_true'])} false ones for each true one. Of {model['onsets']:,} patients with "
-        f"an onset {percent_with_interval(model['found'])} are found"
+        f"{shown['utility']}: 1 is the best possible, 0 is never an alarm. There are "
+        f"{shown['alarms_per_day']} alarms per patient-day (hours with an alarm, which begins "
+        f"{shown['starts_per_day']} times a day), and {shown['false_per_true']} false ones for each true one. Of "
+        f"{model['onsets']:,} patients with an onset {percent_with_interval(model['found'])} are found"
     )
     if model["lead_quartiles"]:
         (low, high), median = model["lead_quartiles"], model["lead_hours"]["value"]
@@ -295,6 +296,10 @@ def verdict(found: Mapping[str, Mapping[str, Any]], chosen: str) -> str:
     return f"{text}."
 
 
+def _shown(of_model: Mapping[str, Any]) -> dict[str, str]:
+    return {key: with_interval(of_model[key], decimals) for key, decimals in DECIMALS.items()}
+
+
 def threshold(policy: Mapping[str, float]) -> str:
     """With more digits than other percentages: it is what an alarm is set to."""
     return f"{100 * policy['threshold']:.4g} %"
@@ -305,8 +310,7 @@ def section(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
     heads = ["utility", "alarms per patient-day", "begin", "patients found", "without onset, with an alarm"]
     rows = [["alarms of", "risk above", "held, hours", *heads, "false per true one", "median lead, hours"]]
     for name, of_model in found.items():
-        keys = ("utility", "alarms_per_day", "starts_per_day", "false_per_true", "lead_hours")
-        *worth, false, lead = (with_interval(of_model[key]) for key in keys)
+        *worth, false, lead = _shown(of_model).values()
         policy = [threshold(of_model["policy"]), f"{of_model['policy']['hold_hours']:g}"]
         patients = [percent_with_interval(of_model[key]) for key in ("found", "disturbed")]
         rows.append([name, *policy, *worth, *patients, false, lead])

@@ -10,17 +10,17 @@ from rich.console import Console
 from rich.table import Table
 
 
-def number(value: float | None) -> str:
-    """Three decimals, or a dash."""
-    return "-" if value is None else f"{value:.3f}"
+def number(value: float | None, decimals: int = 3) -> str:
+    """Or a dash."""
+    return "-" if value is None else f"{value:.{decimals}f}"
 
 
-def with_interval(score: Mapping[str, Any]) -> str:
+def with_interval(score: Mapping[str, Any], decimals: int = 3) -> str:
     """A `value` with its `ci`, where it has one."""
     if score["value"] is None or score["ci"] is None:
-        return number(score["value"])
-    low, high = score["ci"]
-    return f"{score['value']:.3f} [{low:.3f}, {high:.3f}]"
+        return number(score["value"], decimals)
+    low, high = (number(bound, decimals) for bound in score["ci"])
+    return f"{number(score['value'], decimals)} [{low}, {high}]"
 
 
 def percent(value: float | None) -> str:

@@ -212,10 +212,13 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 def build_model(bundle: Bundle) -> RiskModel:
     """The risk model of a bundle, with its weights, in evaluation mode."""
-    from hymate.model.encoder import RiskModel  # late: reading a bundle's settings needs no model code
+    from hymate.model.encoder import TIME_BINS, RiskModel  # late: reading a bundle's settings needs no model code
 
     if bundle.kind != "risk":
         raise UserError(f"a {bundle.kind} model has no risk heads: fine-tune it first (python finetune/tune.py)")
+    # heads in time of older bundles say each bin's hazard by itself
+    by_itself = {f"heads.{task}.basis_JJ": torch.eye(TIME_BINS) for task in bundle.in_time}
+    state = by_itself | bundle.state
     try:
         num_weights = sum(tensor.numel() for tensor in bundle.state.values())
         if len(bundle.model.layers) + len(bundle.tasks) > len(bundle.state) or bundle.model.num_queries > num_weights:
@@ -224,14 +227,14 @@ def build_model(bundle: Bundle) -> RiskModel:
         # without memory, of which a configuration could ask for any amount
         with torch.device("meta"), _WithoutValues():
             wanted = {name: tensor.shape for name, tensor in RiskModel(*settings).state_dict().items()}
-        differing = sorted(wanted.items() ^ {name: tensor.shape for name, tensor in bundle.state.items()}.items())
+        differing = sorted(wanted.items() ^ {name: tensor.shape for name, tensor in state.items()}.items())
         if differing:
             raise ValueError(f"{len(differing)} names or shapes differ, {differing[0][0]} for one")
     except (RuntimeError, ValueError, ArithmeticError, KeyError, TypeError) as error:
         detail = first_line(error)
         raise UserError(f"the bundle's weights do not fit its own config.yaml: {detail}") from error
     model = RiskModel(*settings)
-    model.load_state_dict(bundle.state)
+    model.load_state_dict(state)
     return model.eval()
 
 

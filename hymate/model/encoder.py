@@ -29,12 +29,13 @@ from hymate.config import InTime, ModelConfig
 from hymate.errors import UserError
 from hymate.model.batch import Batch
 from hymate.model.embedding import EMBEDDINGS
-from hymate.model.hazards import cumulative_incidence, edges_of, first_hazards, log_likelihood
+from hymate.model.hazards import cumulative_incidence, edges_of, first_hazards, log_likelihood, smooth_basis
 from hymate.model.mixers import BlockState, Mamba1Mixer, Mamba2Mixer
 from hymate.model.objectives import LossModel
 from hymate.model.pooling import MemberLinear, PatientPooling
 
 TIME_BINS = 8  # of the hazards of a task in time
+BASIS_JJ = smooth_basis(TIME_BINS)
 TYPICAL_DAYS = 5.0  # what a new head predicts, so that it need not learn the scale first
 
 
@@ -262,20 +263,24 @@ class IncidenceHead(PatientHead):
     """When which of the causes of a task in time comes first: each one's hazard a day, constant in bins of time.
 
     edges: days between the bins; learned, as the first hazards, by `start_from`.
+    basis_JJ: a cause's log hazards are the sum of these rows (`smooth_basis`), weighed by what the head says. One bin
+        has few events, so that what raises the risk in all of them would be learned slowly from each alone.
     """
 
     edges: Tensor
     horizons_H: Tensor
+    basis_JJ: Tensor
 
     def __init__(self, config: ModelConfig, width_in: int, asked: InTime) -> None:
         super().__init__(config, width_in, asked.num_causes * TIME_BINS)
         self.num_causes = asked.num_causes
         self.register_buffer("edges", torch.linspace(0, asked.horizons_days[-1], TIME_BINS + 1)[1:-1])
         self.register_buffer("horizons_H", torch.tensor(asked.horizons_days), persistent=False)
+        self.register_buffer("basis_JJ", BASIS_JJ.clone())
 
     def log_hazards(self, patient_AME: Tensor) -> Tensor:
         """Float32 (A, M, C, J)."""
-        return self(patient_AME).float().unflatten(2, (self.num_causes, TIME_BINS))
+        return self(patient_AME).float().unflatten(2, (self.num_causes, TIME_BINS)) @ self.basis_JJ
 
     def incidence(self, log_hazard_AMCJ: Tensor) -> Tensor:
         """By each horizon, the mean over members: (A, C, H)."""
@@ -296,7 +301,7 @@ class IncidenceHead(PatientHead):
         with torch.no_grad():
             self.edges.copy_(edges_of(days_N[cause_N > 0], TIME_BINS))
             hazard_CJ = first_hazards(days_N, cause_N, self.edges, self.num_causes)
-            self.out.bias.copy_(hazard_CJ.log().flatten())
+            self.out.bias.copy_((hazard_CJ.log() @ torch.linalg.inv(self.basis_JJ.double())).flatten())
 
 
 class RiskModel(LossModel):

@@ -7,6 +7,7 @@ Shape legend: N times, J bins, that is J - 1 edges; C causes, of which one comes
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -32,6 +33,17 @@ def edges_of(hours_N: Tensor, num_bins: int) -> Tensor:
     """Edges between which as many of the times lie in each bin, but for ties."""
     last_J = (torch.arange(1, num_bins) * len(hours_N) // num_bins - 1).clamp(min=0)
     return hours_N.sort().values[last_J]
+
+
+def smooth_basis(num_bins: int) -> Tensor:
+    """(J, J): 1 in every bin, and cosines over the bins, each quicker than the one before and smaller.
+
+    >>> (1000 * smooth_basis(2)).round().int().tolist()
+    [[1000, 1000], [177, -177]]
+    """
+    turns_J, middle_J = np.arange(num_bins), np.arange(num_bins) + 0.5
+    cosine_JJ = np.cos(np.pi * np.outer(turns_J, middle_J) / num_bins)
+    return torch.tensor(cosine_JJ / (1 + turns_J[:, None]) ** 2, dtype=torch.float32)
 
 
 def first_hazards(time_N: Tensor, cause_N: Tensor, edges: Tensor, num_causes: int) -> Tensor:

@@ -136,6 +136,17 @@ def test_a_binary_task_learns_the_same_beside_a_task_in_time() -> None:
     assert alone(own)["incidence_AX"].shape == (5, 0)
 
 
+def test_a_head_starts_from_the_hazards_of_all() -> None:
+    torch.manual_seed(0)
+    head, x_AME = IncidenceHead(KINDS["mamba2"], 5, ASKED), torch.randn(4, 1, 5)
+    days_N, cause_N = torch.rand(200) * 30, torch.randint(0, 3, (200,))
+    head.start_from(days_N, cause_N)
+    state = head.state_dict() | {"out.weight": torch.zeros_like(head.out.weight)}
+    head.load_state_dict(state)
+    expected_CJ = first_hazards(days_N, cause_N, head.edges, 2).float().log()
+    torch.testing.assert_close(head.log_hazards(x_AME), expected_CJ.expand(4, 1, -1, -1), rtol=1e-4, atol=1e-4)
+
+
 def test_incidence_of_a_known_law_is_found_although_many_are_lost() -> None:
     """Two kinds of patients; the event's hazard changes on day 10; three in ten are lost before either event."""
     rng, size = np.random.default_rng(0), 3000

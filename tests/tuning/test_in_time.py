@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from trained import synthetic_cohort, task_of, trained_bundle
 
 import hymate
@@ -22,7 +23,7 @@ from hymate.data.tasks import read_or_extract_labels
 from hymate.errors import ConfigError, UserError
 from hymate.evaluation import report, results
 from hymate.evaluation.survival import aalen_johansen
-from hymate.inference.bundle import read_bundle
+from hymate.inference.bundle import build_model, read_bundle
 from hymate.tuning.protocol import BenchmarkConfig
 from hymate.tuning.search import TuneConfig
 from hymate.tuning.trial import draw_trials, starting_point
@@ -186,3 +187,13 @@ def test_a_bundle_keeps_what_it_predicts_in_time(judged: tuple[Path, dict], tmp_
         tmp_path / "other"
     )
     assert read_bundle(tmp_path / "other").fingerprint != bundle.fingerprint
+
+
+def test_an_older_head_says_each_bins_hazard_by_itself(judged: tuple[Path, dict]) -> None:
+    bundle = read_bundle(judged[0] / "bundle")
+    state = {name: weight for name, weight in bundle.state.items() if not name.endswith("basis_JJ")}
+    assert len(state) == len(bundle.state) - 1
+    head, own = (build_model(dataclasses.replace(bundle, state=of)).heads[NAME] for of in (state, bundle.state))
+    patient_AME = torch.randn(3, bundle.model.members, head.hidden.weight.shape[1])
+    torch.testing.assert_close(head.log_hazards(patient_AME).flatten(2), head(patient_AME))
+    assert not torch.allclose(own.log_hazards(patient_AME), head.log_hazards(patient_AME))
