@@ -28,7 +28,8 @@ def main() -> None:
     FIGURES.mkdir(exist_ok=True)
     architecture(FIGURES / "architecture.svg")
     if demo := sys.argv[1:]:
-        shutil.copy(Path(demo[0]) / "runs" / "readmission" / "readmission.png", FIGURES / "report.png")
+        for task, name in ("readmission", "report"), ("time_to_readmission", "incidence"):
+            shutil.copy(Path(demo[0]) / "runs" / task / f"{task}.png", FIGURES / f"{name}.png")
 
 
 def architecture(path: Path) -> None:
