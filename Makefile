@@ -51,7 +51,7 @@ demo: $(VENV)/.installed
 	@$(PY) finetune/tune.py task=readmission data.path=$(DEMO)/data init=$(DEMO)/runs/pretrain search=quick \
 		search.num_trials=$(TRIALS) data.context=256 data.tokens_per_row=4096 train.rows_per_step=1 train.max_steps=$(TUNE_STEPS) train.eval_every=100 \
 		report.ensemble=true run.dir=$(DEMO)/runs run.name=readmission
-	@echo "4/4  when: the network of step 3 learns by when a patient is back, or has died"
+	@echo "4/4  when: the network of step 3 learns when a patient comes back or dies"
 	@$(PY) finetune/tune.py task=time_to_readmission data.path=$(DEMO)/data init=$(DEMO)/runs/readmission search=quick \
 		search.num_trials=1 search.space.teacher_fraction=0 data.context=256 data.tokens_per_row=4096 train.rows_per_step=1 \
 		train.max_steps=$(WHEN_STEPS) train.eval_every=100 run.dir=$(DEMO)/runs run.name=time_to_readmission

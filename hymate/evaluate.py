@@ -19,7 +19,7 @@ if __name__ == "__main__":  # before the imports, which take seconds
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -31,7 +31,6 @@ from hymate.data.prepare import PrepareConfig, prepare
 from hymate.data.tasks import read_or_extract_labels
 from hymate.errors import UserError
 from hymate.evaluation import alarms, calibration, decisions, external, figures, metrics, results, survival
-from hymate.evaluation.baseline_fits import difference
 from hymate.evaluation.explaining import work_beside
 from hymate.evaluation.subgroups import subgroups
 from hymate.evaluation.transport import transport
@@ -41,6 +40,9 @@ from hymate.inference.dataset import RequestConfig, is_prepared, most, open_for,
 from hymate.inference.predictions import RISK
 from hymate.inference.provenance import initial_weights, trained_on
 from hymate.storage.paths import Location, locate, readable, require_folder, write_text
+
+if TYPE_CHECKING:
+    from hymate.inference.plain import PlainModels
 
 OF_BUNDLE = "of the bundle, chosen in its training"  # thresholds and policies
 CHOSEN_HERE = "chosen on the patients that recalibrated it"
@@ -124,13 +126,14 @@ def _evaluate(config: EvaluateConfig, bundle: Bundle, out: Location, data: str) 
             judged["alarms_picture"] = f"{stem}-alarms.png"
             figures.plot_alarms(out / judged["alarms_picture"], judged["alarms"])
         found["models"][name] = judged
-    if config.task.name in bundle.plain:
-        found["parts"] = _parts(bundle, config.task.name, histories, examples, prob_E, fits_E)
     if days_E is not None:
         at_E = ~fits_E & ~np.isnan(examples.days_E)
         columns = examples.days_E, days_E, examples.subject_id_E, examples.weight_E
         found["days"] = metrics.day_scores(*(column_E[at_E] for column_E in columns))
     found |= _described(config, bundle, histories, examples, data)
+    # trees know the patients that they learned from by heart
+    if config.task.name in bundle.plain and not external.learned_here(found):
+        found["parts"] = _parts(bundle.plain[config.task.name], histories, scored, prob_E[~fits_E])
     write_text(external.report(found), out / external.REPORT)
     results.write(found, out)
     external.show(found, out)
@@ -153,20 +156,21 @@ def _described(
 
 
 def _parts(
-    bundle: Bundle, task: str, histories: Histories, examples: Examples, prob_E: np.ndarray, fits_E: np.ndarray
+    models: PlainModels, histories: Histories, scored: Examples, mean_N: np.ndarray
 ) -> dict[str, dict[str, Any]]:
     """Of a mean of a network and plain models, the AUROC and AUPRC of each alone and how much better the mean is.
 
-    The mean's logit is a weighted sum, so the network's follows from it and from that of the plain models.
+    mean_N: the mean's probabilities. Its logit is a weighted sum, so the network's follows from it and from that of the
+    plain models, but for rounding.
     """
-    scored, mean_N = examples.only(~fits_E), prob_E[~fits_E]
-    plain_N = bundle.plain[task].part(histories, scored)
+    plain_N = models.part(histories, scored)
     logits = {"network": calibration.logit(mean_N) - plain_N, "plain": plain_N}
-    labels = scored.label_E, scored.subject_id_E, scored.weight_E
-    return {
-        key: metrics.areas(labels[0], logit_N, *labels[1:]) | {"difference": difference(scored, mean_N, logit_N)}
-        for key, logit_N in logits.items()
-    }
+    of_patients = scored.subject_id_E, scored.weight_E
+    found = {}
+    for key, logit_N in logits.items():
+        less = metrics.paired_difference(scored.label_E, mean_N, logit_N, *of_patients, metrics.LEVEL_OF_BOTH)
+        found[key] = metrics.areas(scored.label_E, logit_N, *of_patients) | {"difference": less}
+    return found
 
 
 def _judged_in_time(

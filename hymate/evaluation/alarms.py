@@ -44,7 +44,7 @@ label counts; "begin" counts those with none at the label before. A true alarm i
 (by default from 12 hours before the onset to 3 hours after it), a false one, such as an earlier one, is worth less. A
 patient is found by a true alarm; the lead is the time from the first true one to the onset, so it has an upper limit.
 `task.utility` says what alarms are worth."""
-DECIMALS = {"utility": 3, "alarms_per_day": 2, "starts_per_day": 2, "false_per_true": 1, "lead_hours": 1}
+DECIMALS = {"utility": 3, "alarms_per_day": 2, "starts_per_day": 3, "false_per_true": 1, "lead_hours": 1}
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,17 @@ from hymate.evaluation.tables import markdown, number, percent, percent_with_int
 from hymate.inference.provenance import SENTENCES
 from hymate.storage.paths import Location
 
-__all__ = ["AS_IT_IS", "RECALIBRATED", "REPORT", "policy_of", "report", "scores_before", "show", "thresholds_of"]
+__all__ = [
+    "AS_IT_IS",
+    "RECALIBRATED",
+    "REPORT",
+    "learned_here",
+    "policy_of",
+    "report",
+    "scores_before",
+    "show",
+    "thresholds_of",
+]
 
 AS_IT_IS, RECALIBRATED = "as it is", "recalibrated"
 LEARNED_HERE = (
@@ -27,8 +37,8 @@ LEARNED_HERE = (
 )
 
 WOULD_A_PART_DO = """\
-The model is the mean of a network and plain models, which learned from the same labels. Whether one of them would rank
-these patients as well:"""
+The model is the mean of a network and plain models, which learned from the same labels. Would either alone rank these
+patients as well?"""
 
 
 def thresholds_of(extra: Mapping[str, Any], task: str) -> dict[float, float]:
@@ -115,9 +125,15 @@ def _notes(found: Mapping[str, Any]) -> list[str]:
     return notes
 
 
+def learned_here(found: Mapping[str, Any]) -> bool:
+    """Whether the model may have learned from the patients that are scored."""
+    own = found["trained_on"]
+    return own == "another split" or (own == "same split" and found["split"] != "held_out")
+
+
 def _seen_before(found: Mapping[str, Any]) -> list[str]:
     own, initial = found["trained_on"], found["initial_weights"]
-    if own == "another split" or (own == "same split" and found["split"] != "held_out"):
+    if learned_here(found):
         return [LEARNED_HERE.format(split=found["split"])]
     maybe = initial in ("other data", "not known") or (initial == "another split" and own == "same split")
     return [f"{SENTENCES[initial].capitalize()}."] if maybe else []
@@ -142,7 +158,7 @@ def _recalibrated(found: Mapping[str, Any]) -> str:
 
 def _part_rows(found: Mapping[str, Any]) -> list[list[str]]:
     """Where the model is a mean, how its parts rank the same patients."""
-    rows = [["alone", "AUROC [95 % CI]", "AUPRC [95 % CI]", "mean minus this: AUROC [97.5 % CI]", "AUPRC [97.5 % CI]"]]
+    rows = [["part", "AUROC [95 % CI]", "AUPRC [95 % CI]", "mean minus this: AUROC [97.5 % CI]", "AUPRC [97.5 % CI]"]]
     for key, part in found.get("parts", {}).items():
         areas = (with_interval(scores[name]) for scores in (part, part["difference"]) for name in AREAS)
         rows.append([OTHERS[key], *areas])

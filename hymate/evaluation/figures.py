@@ -176,6 +176,7 @@ def plot_in_time(path: Location, found: Mapping[str, Any]) -> None:
         incidence.plot([], [], color=GREY, label="observed (Aalen-Johansen, 95 % CI)")
         incidence.set(title="Incidence by risk group", xlabel="days from the prediction", ylabel="incidence")
         incidence.set(xlim=(0, days[-1] * 1.02), ylim=(0, 1.25 * incidence.get_ylim()[1]))  # with room for the legend
+        incidence.set_yticks([tick for tick in incidence.get_yticks() if tick <= 1])
         incidence.legend(loc="upper left", frameon=False, fontsize="small")
         end = 0.0
         for row, shade in zip(found["horizons"], np.linspace(0.35, 1, len(days)), strict=True):

@@ -263,8 +263,8 @@ class IncidenceHead(PatientHead):
     """When which of the causes of a task in time comes first: each one's hazard a day, constant in bins of time.
 
     edges: days between the bins; learned, as the first hazards, by `start_from`.
-    basis_JJ: a cause's log hazards are the sum of these rows (`smooth_basis`), weighed by what the head says. One bin
-        has few events, so that what raises the risk in all of them would be learned slowly from each alone.
+    basis_JJ: a cause's log hazards are the sum of these rows (`smooth_basis`), weighed by what the head says. Each bin
+        has few events, so a risk factor that acts in all of them would be learned slowly bin by bin.
     """
 
     edges: Tensor
@@ -280,7 +280,9 @@ class IncidenceHead(PatientHead):
 
     def log_hazards(self, patient_AME: Tensor) -> Tensor:
         """Float32 (A, M, C, J)."""
-        return self(patient_AME).float().unflatten(2, (self.num_causes, TIME_BINS)) @ self.basis_JJ
+        weight_AMCJ = self(patient_AME).float().unflatten(2, (self.num_causes, TIME_BINS))
+        with torch.autocast(weight_AMCJ.device.type, enabled=False):
+            return weight_AMCJ @ self.basis_JJ.float()
 
     def incidence(self, log_hazard_AMCJ: Tensor) -> Tensor:
         """By each horizon, the mean over members: (A, C, H)."""

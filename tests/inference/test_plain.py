@@ -37,6 +37,7 @@ from hymate.hashing import seeded_hash
 from hymate.inference import plain as module
 from hymate.inference.bundle import read_bundle
 from hymate.inference.plain import PlainConfig, PlainModels
+from hymate.inference.provenance import provenance
 from hymate.predict import PredictConfig
 from hymate.predict import run as predict
 
@@ -265,6 +266,12 @@ def test_an_evaluation_says_whether_a_part_would_do(both: Path, small_data: Path
             assert found["parts"][key]["difference"][name]["value"] == pytest.approx(less, abs=1e-6)
     report = (tmp_path / "report.md").read_text()
     assert "| network alone | " in report and "| plain models alone | " in report
+
+    learned = {"provenance": provenance(Histories.open(small_data), "new")}  # trees know these patients by heart
+    replace(read_bundle(both / bundle), extra=learned).write(tmp_path / "bundle")
+    given = ["task=readmission", f"bundle={tmp_path / 'bundle'}", f"data.path={small_data}", "workers=1"]
+    evaluate(load("evaluate", [*given, "split=all", f"out={tmp_path / 'all'}"], EvaluateConfig))
+    assert "parts" not in json.loads((tmp_path / "all" / "results.json").read_text())
 
 
 def test_many_features_are_computed_part_by_part(both: Path, small_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -145,6 +145,8 @@ def test_a_head_starts_from_the_hazards_of_all() -> None:
     head.load_state_dict(state)
     expected_CJ = first_hazards(days_N, cause_N, head.edges, 2).float().log()
     torch.testing.assert_close(head.log_hazards(x_AME), expected_CJ.expand(4, 1, -1, -1), rtol=1e-4, atol=1e-4)
+    with torch.autocast("cpu", torch.bfloat16):  # bf16 would leave few different risks
+        assert head.log_hazards(x_AME).dtype == torch.float32
 
 
 def test_incidence_of_a_known_law_is_found_although_many_are_lost() -> None:
