@@ -11,7 +11,7 @@ from rich.table import Table
 
 
 def number(value: float | None, decimals: int = 3) -> str:
-    """Or a dash."""
+    """With so many decimals; a dash for None."""
     return "-" if value is None else f"{value:.{decimals}f}"
 
 
