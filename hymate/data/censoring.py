@@ -5,6 +5,21 @@ from __future__ import annotations
 import numpy as np
 
 
+def lost_before(horizon_days: float, days_N: np.ndarray, cause_N: np.ndarray) -> np.ndarray:
+    """Which records of a task in time end before the horizon (N,), with neither event.
+
+    days_N: until what came first. cause_N: 0 where the record ends before an event.
+    """
+    horizon = days_N.dtype.type(horizon_days)  # an end at the horizon is of this precision, too
+    return (cause_N == 0) & (days_N < horizon)
+
+
+def is_followed(horizon_days: float, days_N: np.ndarray, cause_N: np.ndarray) -> bool:
+    """Whether what comes by the horizon is known: after the last one that was lost, somebody else was still seen."""
+    lost_N = lost_before(horizon_days, days_N, cause_N)
+    return bool(days_N[~lost_N].max(initial=0) > days_N[lost_N].max(initial=0)) or not lost_N.any()
+
+
 def censoring_weights(followed_N: np.ndarray, censored_N: np.ndarray, weight_N: np.ndarray | None = None) -> np.ndarray:
     """One over the Kaplan-Meier probability of being followed up to just before each time (Robins & Finkelstein 2000).
 

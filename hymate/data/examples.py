@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from hymate.config import TaskConfig
+from hymate.data.censoring import is_followed, lost_before
 from hymate.data.histories import Histories
 from hymate.data.label_files import EVENT
 from hymate.data.meds import LAST_TIME, SPLITS
@@ -282,10 +283,12 @@ def _require_seen(task: TaskConfig, split: str, cause_E: np.ndarray, days_E: np.
                 f"task {task.name}: nobody of the {split} split has the event within {horizon:g} days: leave this "
                 f"horizon out, or {remedy}"
             )
-        if not (((days_E >= horizon) | (cause_E > 0)) & ~came_E).any():  # a competing event settles it, too
+        others_E = ~came_E & ~lost_before(horizon, days_E, cause_E)  # a competing event settles it, too
+        if not others_E.any() or not is_followed(horizon, days_E, cause_E):
             raise UserError(
-                f"task {task.name}: nobody of the {split} split was seen for {horizon:g} days without the event, so "
-                "what comes by then is not known: give shorter task.horizons_days"
+                f"task {task.name}: nobody of the {split} split is followed for {horizon:g} days without the event, so "
+                "what comes by then is not known: give shorter task.horizons_days, or labels that look further ahead "
+                "(of a definition, a later end of the label's window)"
             )
 
 

@@ -144,6 +144,11 @@ def in_time(table: pa.Table, task: TaskConfig, where: str) -> pa.Table:
         raise UserError(f"{where} need an integer_value of 0 (nothing came), {EVENT} (the event){competing}: mend it")
     if not _are_days(table["float_value"]):
         raise UserError(f"{where} need a float_value of finite days, 0 or more: mend it")
+    if at_once := int(((cause_N > 0) & (days_N == 0)).sum()):
+        raise UserError(
+            f"{where}: {at_once} events come 0 days after their prediction, which nobody can predict: leave these "
+            "labels out or, where days are whole, add half a day to every float_value"
+        )
     last = np.float32(task.horizons_days[-1])
     cause_N = np.where(days_N > last, 0, cause_N)
     kept = table.drop_columns([name for name in ("boolean_value", "integer_value") if name in table.column_names])

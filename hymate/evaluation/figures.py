@@ -180,7 +180,8 @@ def plot_in_time(path: Location, found: Mapping[str, Any]) -> None:
         incidence.legend(loc="upper left", frameon=False, fontsize="small")
         end = 0.0
         for row, shade in zip(found["horizons"], np.linspace(0.35, 1, len(days)), strict=True):
-            curve = row["calibration"]["curve"]
+            if not (curve := row["calibration"]["curve"]):
+                continue
             points = np.array([[group["predicted"], group["observed"]["value"]] for group in curve])
             low, high = np.array([group["observed"]["ci"] for group in curve]).T
             arms = [points[:, 1] - low, high - points[:, 1]]

@@ -17,16 +17,17 @@ NO_BOOSTING = "there is no gradient boosting for tasks in time"
 HORIZONS = """\
 By each horizon: the observed incidence is the Aalen-Johansen estimate; "lost" are those whose record ends before, with
 neither event. They count for as long as they were seen: the others are weighed by one over their probability of being
-followed so far, in every score here, which is right where leaving does not depend on the risk. Who had the competing
-event is a negative. AUROC is the dynamic one. The integrated Brier score is the mean over time up to the last horizon;
-concordance is the chance that of two patients the one who has the event first has the higher risk."""
+followed so far, in every score but concordance, which is right where leaving does not depend on the risk. Who had the
+competing event is a negative. AUROC is the dynamic one. The integrated Brier score is the mean over time up to the last
+horizon; concordance is the chance that of two patients the one who has the event first has the higher risk, where it is
+known who. A dash is where nobody is followed so far."""
 GROUPS = "Thirds of the predictions by the risk at the last horizon: predicted and observed incidence."
 MEANING = {
     "triggers": "times at which the task's trigger occurs",
     "excluded": "a window's condition does not hold there, or nothing is left to predict",
     "died_before": "the competing event came at or before the prediction time: not at risk, no label",
     "competing_deaths": "the competing event came first",
-    "censored": "the record ends before either event and before the last horizon: labelled as seen so far",
+    "censored": "record or label window ends before either event and the last horizon: labelled as seen so far",
     "labels": "labels",
     "positives": "the event came first, by the last horizon",
     "subjects": "subjects with a label",
@@ -40,12 +41,20 @@ def is_in_time(part: Mapping[str, Any]) -> bool:
 
 def verdict(part: Mapping[str, Any]) -> str:
     """How good the model is and whether its risks are right, in a few sentences (Markdown)."""
-    last, of_split = part["horizons"][-1], "held-out " if part["split"] == "held_out" else ""
-    competing = ""
+    of_split = "held-out " if part["split"] == "held_out" else ""
+    followed = [row for row in part["horizons"] if row["num_labels"]]
+    if not followed:
+        return f"- **How good.** None of the {of_split}predictions is followed to any horizon: nothing can be judged."
+    last, competing = followed[-1], ""
     if part["competing"] is not None:
         competing = f"; {part['competing']} comes first in {percent_with_interval(last['competing']['observed'])}"
-    areas = ", ".join(f"{with_interval(row['auroc'])} by {duration(row['days'])}" for row in part["horizons"])
-    fits = ((row["calibration"], duration(row["days"])) for row in part["horizons"])
+    areas = ", ".join(f"{with_interval(row['auroc'])} by {duration(row['days'])}" for row in followed)
+    fits = ((row["calibration"], duration(row["days"])) for row in followed)
+    beyond = "".join(
+        f" Nobody is followed to {duration(row['days'])}, so what comes by then is not known."
+        for row in part["horizons"]
+        if row not in followed
+    )
     risks = ", ".join(
         f"{percent(fit['predicted'])} by {days} ({percent_with_interval(fit['observed'])} observed)"
         for fit, days in fits
@@ -56,7 +65,7 @@ def verdict(part: Mapping[str, Any]) -> str:
             f"were lost before {duration(last['days'])}. By then the event comes in "
             f"{percent_with_interval(last['calibration']['observed'])}{competing}. AUROC is {areas}: the chance that "
             "who has had the event by then has a higher risk than who has not; guessing gives 0.5. Concordance is "
-            f"{with_interval(part['concordance'])}."
+            f"{with_interval(part['concordance'])}.{beyond}"
         ),
         "Would gradient boosting do?": f"Not compared: {NO_BOOSTING}.",
         "Probabilities.": (

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from hymate.data.censoring import censoring_weights
+from hymate.data.censoring import censoring_weights, is_followed, lost_before
 from hymate.data.label_files import COMPETING, EVENT
 from hymate.evaluation import calibration, metrics
 
@@ -49,11 +49,13 @@ def known_at(
     horizon_days: float, days_N: Array, cause_N: Array, weight_N: ArrayLike | None = None, cause: int = EVENT
 ) -> tuple[Array, Array, Array]:
     """Of which labels it is known whether the cause has come by the horizon (places, n), whether it has (n), and their
-    weights (n), which make them stand for all.
+    weights (n), which make them stand for all. None are where nobody was followed so far: no weights would do.
     """
-    horizon = days_N.dtype.type(horizon_days)  # times of an end at the horizon are of this precision, too
+    if not is_followed(horizon_days, days_N, cause_N):
+        return np.empty(0, np.int64), np.empty(0), np.empty(0)
+    horizon = days_N.dtype.type(horizon_days)
     came_N = (cause_N > 0) & (days_N <= horizon)
-    lost_N = ~came_N & (days_N < horizon)
+    lost_N = lost_before(horizon_days, days_N, cause_N)
     own_N = metrics.weights(weight_N, days_N)
     all_N = own_N * censoring_weights(np.minimum(days_N, horizon), lost_N, own_N)
     at_n = np.flatnonzero(~lost_N)
@@ -63,7 +65,9 @@ def known_at(
 def dynamic_auroc(
     days_N: Array, cause_N: Array, risk_NH: Array, horizons_days: Sequence[float], weight_N: ArrayLike | None = None
 ) -> list[float | None]:
-    """The AUROC at each horizon: the chance that who has had the event by then has a higher risk than who has not."""
+    """The AUROC at each horizon: the chance that who has had the event by then has a higher risk than who has not; None
+    where that is not known of anybody.
+    """
     found = []
     for risk_N, horizon in zip(risk_NH.T, horizons_days, strict=True):
         at_n, label_n, weight_n = known_at(horizon, days_N, cause_N, weight_N)
@@ -73,19 +77,21 @@ def dynamic_auroc(
 
 def briers(
     days_N: Array, cause_N: Array, risk_NH: Array, horizons_days: Sequence[float], weight_N: ArrayLike | None = None
-) -> list[float]:
-    """The Brier score at each horizon."""
+) -> list[float | None]:
+    """The Brier score at each horizon; None where nobody was followed so far."""
     found = []
     for risk_N, horizon in zip(risk_NH.T, horizons_days, strict=True):
         at_n, label_n, weight_n = known_at(horizon, days_N, cause_N, weight_N)
-        found.append(float(np.average((risk_N[at_n] - label_n) ** 2, weights=weight_n)))
+        found.append(metrics.brier(label_n, risk_N[at_n], weight_n))
     return found
 
 
-def integrated_brier(brier_H: Sequence[float], horizons_days: Sequence[float]) -> float:
+def integrated_brier(brier_H: Sequence[float | None], horizons_days: Sequence[float]) -> float | None:
     """The mean over time of the Brier score up to the last horizon: straight from horizon to horizon, and from 0 at the
-    prediction, where nothing has come yet.
+    prediction, where nothing has come yet. None where one is missing.
     """
+    if None in brier_H:
+        return None
     at, brier = np.array([0.0, *horizons_days]), np.array([0.0, *brier_H])
     return float(np.sum(np.diff(at) * (brier[1:] + brier[:-1])) / (2 * at[-1]))
 
@@ -117,7 +123,8 @@ def scores(
     incidence_NCH: predicted, of the event and, where the task has one, of the competing event.
 
     "horizons": for each its "days", how many labels are "lost" before, `metrics.scores`, "calibration", and as
-    "competing" the predicted and observed incidence of the competing event. "groups": thirds of the labels by the risk
+    "competing" the predicted and observed incidence of the competing event; None for all that nobody was followed long
+    enough for. "groups": thirds of the labels by the risk
     at the last horizon, with predicted and observed incidence at each horizon and the observed curve, [days,
     incidence].
     """
@@ -125,7 +132,8 @@ def scores(
     for number, horizon in enumerate(horizons_days):
         at_n, label_n, weight_n = known_at(horizon, days_N, cause_N, own_N)
         every = label_n, incidence_NCH[at_n, 0, number], subject_N[at_n], weight_n
-        found = {"days": horizon, "lost": len(days_N) - len(at_n), **metrics.scores(*every)}
+        lost = int(lost_before(horizon, days_N, cause_N).sum())
+        found = {"days": horizon, "lost": lost, **metrics.scores(*every)}
         found["calibration"] = calibration.judged(*every)
         if incidence_NCH.shape[1] > 1:
             observed = _observed(horizon, days_N, cause_N, subject_N, own_N, COMPETING)
@@ -156,7 +164,8 @@ def _groups(
         days, cause, subject, weight = days_N[own], cause_N[own], subject_N[own], weight_N[own]
         predicted = [metrics.mean(risk_N, weight) for risk_N in risk_NH[own].T]
         observed = [_observed(horizon, days, cause, subject, weight) for horizon in horizons_days]
-        curve = np.column_stack([day_U, aalen_johansen(days, cause, day_U, weight)]).tolist()
+        seen_U = day_U[[is_followed(day, days, cause) for day in day_U]]
+        curve = np.column_stack([seen_U, aalen_johansen(days, cause, seen_U, weight)]).tolist()
         found.append({"group": name, "labels": len(own), "predicted": predicted, "observed": observed, "curve": curve})
     return found
 
@@ -164,8 +173,6 @@ def _groups(
 def _observed(
     horizon_days: float, days_N: Array, cause_N: Array, subject_N: Array, weight_N: Array, cause: int = EVENT
 ) -> dict[str, Any]:
-    """The Aalen-Johansen estimate and its interval; none where the last one in sight is lost before the horizon."""
+    """The Aalen-Johansen estimate and its interval; None where nobody was followed so far."""
     at_n, label_n, weight_n = known_at(horizon_days, days_N, cause_N, weight_N, cause)
-    if weight_n.sum() < (1 - 1e-9) * weight_N.sum():
-        return {"value": None, "ci": None}
     return metrics.proportion(label_n, subject_N[at_n], weight_n)

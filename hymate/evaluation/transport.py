@@ -100,8 +100,8 @@ def _moved(
     return [list(row[:3]) for row in sorted(found, key=lambda row: (-row[3], row[0]))]
 
 
-def paragraph(found: Mapping[str, Any], prevalence: float, prevalence_before: float | None) -> str:
-    """It in sentences; the codes that matter most are named."""
+def paragraph(found: Mapping[str, Any], prevalence: float | None, prevalence_before: float | None) -> str:
+    """It in sentences; the codes that matter most are named. prevalence: None where it is not known."""
     sample = f" (a sample of the {found['of']:,})" if found["patients"] < found["of"] else ""
     sentences = [
         f"The model knows the codes of {percent(1 - found['unknown'])} of the {found['events']:,} events that precede "
@@ -122,7 +122,8 @@ def paragraph(found: Mapping[str, Any], prevalence: float, prevalence_before: fl
     if not found["rarer"] and not found["values"] and found["unknown"] < 1:
         sentences.append("No code is far rarer than in training, and no median lies outside the usual values there.")
     before = "" if prevalence_before is None else f"; in its own held-out data {percent(prevalence_before)} were"
-    sentences.append(f"Here {percent(prevalence)} of the labels are positive{before}.")
+    if prevalence is not None:
+        sentences.append(f"Here {percent(prevalence)} of the labels are positive{before}.")
     return " ".join(sentences)
 
 

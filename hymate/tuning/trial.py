@@ -248,7 +248,8 @@ def _scores_in_time(examples: Examples, task: int, risk_EH: np.ndarray, asked: I
     areas = [area for area in survival.dynamic_auroc(*known) if area is not None]
     assert areas, "the tuning split has the event and who did not have it"
     brier = survival.integrated_brier(survival.briers(*known), asked.horizons_days)
-    return {"auroc": float(np.mean(areas)), "mean": float(np.mean(areas)), "brier": brier}
+    scores = {"auroc": float(np.mean(areas)), "mean": float(np.mean(areas))}
+    return scores if brier is None else {**scores, "brier": brier}
 
 
 def trial_job(

@@ -134,6 +134,7 @@ def test_given_labels_are_seen_up_to_the_last_horizon(tmp_path: Path) -> None:
         ([0, 1, None], [1, 2, 3], [], "need integer_value, what came first"),
         ([0, 1, 2], None, [], "need float_value, the days until then"),
         ([0, 1, 2], [1, 2, -3], [], "float_value of finite days"),
+        ([0, 1, 2], [0, 0, 0], [], "2 events come 0 days after .* add half a day"),
         ([0, 1, 3], [1, 2, 3], [], r"of 0 \(nothing came\), 1 \(the event\) or 2 \(died\)"),
         ([0, 1, 2], [1, 2, 3], ["task.competing=null"], "unless task.competing names another"),
     ],
@@ -173,6 +174,8 @@ def test_a_horizon_that_cannot_be_judged_is_refused() -> None:
     require_both_classes(config, {"train": examples([1, 0, 2], [7, 90, 1])})
     with pytest.raises(UserError, match="nobody of the train split has the event within 7 days"):
         require_both_classes(config, {"train": examples([1, 0], [8, 90])})
-    with pytest.raises(UserError, match="nobody of the tuning split was seen for 90 days"):
+    with pytest.raises(UserError, match="nobody of the tuning split is followed for 90 days"):
         require_both_classes(config, {"tuning": examples([1, 0], [7, 89])})
     require_both_classes(config, {"tuning": examples([1, 2], [7, 10])})  # who died cannot come back
+    with pytest.raises(UserError, match="labels that look further ahead"):  # as where the window ends on day 30
+        require_both_classes(config, {"tuning": examples([1, 2, 0], [7, 10, 30])})

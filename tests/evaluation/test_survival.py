@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -10,7 +12,7 @@ from lifelines import AalenJohansenFitter, KaplanMeierFitter
 from lifelines.utils import concordance_index
 
 from hymate.data.label_files import COMPETING, EVENT
-from hymate.evaluation import metrics, survival
+from hymate.evaluation import figures, in_time, metrics, survival
 
 HORIZONS = [2.0, 5.0, 9.0]
 # few distinct times, so that events, competing events and losses often come together
@@ -61,9 +63,10 @@ def test_the_weights_of_what_is_known_give_the_incidence(cases: list[tuple[int, 
     for horizon in np.arange(0.5, days_N.max() + 0.5, 0.5):
         at_n, label_n, weight_n = survival.known_at(horizon, days_N, cause_N, times_N, cause)
         lost_N = (cause_N == 0) & (days_N < horizon)
+        if lost_N.any() and days_N[~lost_N].max(initial=0) <= days_N[lost_N].max():
+            assert len(at_n) == len(label_n) == len(weight_n) == 0  # the last one in sight was lost
+            continue
         assert sorted(at_n) == np.flatnonzero(~lost_N).tolist()
-        if lost_N.any() and np.minimum(days_N, horizon)[~lost_N].max(initial=0) <= days_N[lost_N].max():
-            continue  # the last one in sight was lost
         assert weight_n.sum() == pytest.approx(times_N.sum())
         expected = survival.aalen_johansen(days_N, cause_N, [horizon], times_N, cause)[0]
         assert np.average(label_n, weights=weight_n) == pytest.approx(expected, abs=1e-9)
@@ -77,6 +80,27 @@ def test_incidence_by_hand() -> None:
     at_n, label_n, weight_n = survival.known_at(3.0, days_N, cause_N)
     assert (at_n.tolist(), label_n.tolist()) == ([0, 1, 3, 4], [1, 0, 1, 0])
     assert weight_n == pytest.approx([1, 1, 1.5, 1.5])
+
+
+def test_nothing_is_said_of_a_horizon_that_nobody_is_followed_to(tmp_path: Path) -> None:
+    """Labels that look 6 days ahead, say: by day 9 more events have come than they hold."""
+    days_N, cause_N, risk_NH = cohort(5)
+    seen_N, cut_N = np.minimum(days_N, 6), np.where(days_N < 6, cause_N, 0)
+    found = survival.scores(seen_N, cut_N, risk_NH[:, None], HORIZONS, np.arange(len(days_N)))
+    whole = survival.scores(days_N, cause_N, risk_NH[:, None], HORIZONS, np.arange(len(days_N)))
+    for own, same in zip(found["horizons"][:2], whole["horizons"], strict=False):
+        assert own["calibration"] == same["calibration"]
+    row = found["horizons"][2]
+    assert row["lost"] == (cut_N == 0).sum() and row["num_labels"] == 0 and row["calibration"]["curve"] == []
+    assert row["brier"] is row["auroc"]["value"] is row["calibration"]["observed"]["value"] is None
+    assert found["integrated_brier"] is None and found["concordance"]["value"] is not None
+    for group in found["groups"]:
+        assert group["observed"][2]["value"] is None and max(day for day, _ in group["curve"]) <= 6
+    said = in_time.verdict({**found, "split": "held_out", "competing": None})
+    assert "were lost before 5 days" in said and "Nobody is followed to 9 days" in said
+    assert in_time.horizon_rows(found)[3][2:4] == ["-", "-"]
+    figures.plot_in_time(tmp_path / "when.png", found)
+    assert (tmp_path / "when.png").exists()
 
 
 def test_dynamic_auroc_and_brier_weigh_by_the_censoring_that_lifelines_finds() -> None:
