@@ -32,6 +32,7 @@ from raw_meds import (
 
 from hymate import work
 from hymate.data import prepare as module
+from hymate.data.details import SUMMARY
 from hymate.data.histories import HISTORY_SCHEMA, Histories
 from hymate.data.label_files import read_labels
 from hymate.data.meds import SplitsConfig, read_splits
@@ -185,6 +186,19 @@ def test_subjects_without_splits_are_split_by_hash(tmp_path: Path) -> None:
     assert set(read_splits(tmp_path / "b")["split"].to_pylist()) == {"held_out"}
     prepare(config(raw, tmp_path / "c", splits=SplitsConfig(0.5, 0.3, 0.2), seed=1))
     assert read_splits(tmp_path / "c")["split"] != splits["split"]
+
+
+def test_labels_that_were_extracted_stay_where_they_are(tmp_path: Path) -> None:
+    """They would be taken for labels that came with the data: of some of its patients alone, or made after a split."""
+    raw = write_raw(tmp_path / "raw")
+    labels = pa.table(
+        {"subject_id": [1], "prediction_time": pa.array([10], pa.timestamp("us")), "boolean_value": [True]}
+    )
+    for task in ("given", "extracted"):
+        write_table(labels, raw / "labels" / task / "train" / "0.parquet")
+    (raw / "labels/extracted" / SUMMARY).write_text("{}")
+    prepare(config(raw, tmp_path / "out"))
+    assert [path.name for path in (tmp_path / "out/labels").iterdir()] == ["given"]
 
 
 def test_labels_come_along_without_null_columns(tmp_path: Path) -> None:

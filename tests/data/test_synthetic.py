@@ -22,12 +22,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
 
+from hymate.command import load
 from hymate.config import TaskConfig
 from hymate.data.meds import SplitsConfig
+from hymate.data.prepare import PrepareConfig, prepare
 from hymate.data.synthetic import law as law
 from hymate.data.synthetic.codes import DISTRACTORS, LACTATE
 from hymate.data.synthetic.course import SyntheticConfig
-from hymate.data.synthetic.source import SyntheticSource
+from hymate.data.synthetic.source import SyntheticSource, ceiling
 from hymate.errors import ConfigError
 from hymate.evaluation.metrics import auprc, auroc
 from hymate.trees import build
@@ -225,6 +227,14 @@ def test_splits_may_be_empty(tmp_path: Path) -> None:
     ceiling = oracle(out)[1]["ceiling"]
     assert ceiling["train"]["num_labels"] == 0 and ceiling["train"]["auroc"] is None
     assert ceiling["held_out"] == ceiling["all"]
+
+
+def test_of_patients_split_by_time_no_best_score_is_known(tmp_path: Path) -> None:
+    for by in ("subject", "time"):
+        sizes = ["synthetic.subjects=60", "synthetic.mean_events=150", "workers=1"]
+        prepare(load("prepare", ["source=synthetic", f"out={tmp_path / by}", f"splits.by={by}", *sizes], PrepareConfig))
+    assert ceiling(tmp_path / "subject", "readmission", "held_out") is not None
+    assert ceiling(tmp_path / "time", "readmission", "held_out") is None
 
 
 @pytest.mark.parametrize("wrong", [{"subjects": 0}, {"mean_events": 10}, {"seed": -1}])

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from flexible_schema.exceptions import SchemaValidationError, TableValidationError  # type: ignore[import-untyped]
 
+from hymate.data.details import SUMMARY
 from hymate.data.label_files import SUFFIX, read_file, write_labels
 from hymate.data.meds import (
     DATA_SCHEMA,
@@ -138,9 +139,12 @@ class MedsSource:
         return self.raw / meds.data_subdirectory / f"{shard}.parquet"
 
     def _label_files(self, suffix: str = ".parquet") -> dict[str, Location]:
-        """The files of all label folders, by their path in the dataset."""
+        """The files of all label folders, by their path in the dataset; but not what we extracted from it, which is
+        extracted again from whatever is made of it.
+        """
         folder = self.raw / "labels"
         tasks = [task for task in folder.iterdir() if task.is_dir()] if present(folder) else []
+        tasks = [task for task in tasks if not present(task / SUMMARY)]
         return {
             f"labels/{task.name}/{name}": path
             for task in sorted(tasks, key=str)
