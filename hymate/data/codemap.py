@@ -16,6 +16,7 @@ Shape legend: R rows of a batch, K codes that occur in it.
 from __future__ import annotations
 
 import csv
+import functools
 import hashlib
 import io
 import math
@@ -84,6 +85,12 @@ class CodeMap:
         """Of all that it does; notes and the order of its lines don't count."""
         all_of_it = sorted(self.lines.items()), sorted(self.descriptions.items())
         return hashlib.sha256(repr(all_of_it).encode()).hexdigest()
+
+    @functools.cached_property
+    def variables(self) -> dict[str, str]:
+        """The canonical code of each code, and of each canonical one that is no other's old name: itself."""
+        named = {code: line.canonical for code, line in self.lines.items()}
+        return {canonical: canonical for canonical in named.values()} | named
 
     def under(self, known: KnownConfig) -> CodeMap:
         """The same map, which refuses to take events from the rules of what becomes known when."""

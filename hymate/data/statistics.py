@@ -187,6 +187,13 @@ def contradictions(vocabularies: Sequence[pa.Table]) -> list[dict[str, Any]]:
     ]
 
 
+def units_differ(of_codes: Sequence[Sequence[float]]) -> bool:
+    """Whether the values of several codes seem to have different units, as `contradictions` judges datasets."""
+    known = [np.quantile(values, PROBABILITIES) for values in of_codes if len(values) >= LEAST_VALUES]
+    rows = [{"median": quantiles_Q[NUM_KNOTS // 2], "quantiles": quantiles_Q} for quantiles_Q in known]
+    return any(_contradict(one, other) for one, other in itertools.combinations(rows, 2))
+
+
 def _contradict(one: dict[str, Any], other: dict[str, Any]) -> bool:
     low, high = sorted((abs(one["median"]), abs(other["median"])))
     pairs = (one["quantiles"], other["median"]), (other["quantiles"], one["median"])

@@ -24,7 +24,7 @@ Z_LIMIT = 8.0  # recording errors (a pH of 735) would otherwise dominate
 class Vocabulary:
     """A model's codes: id UNKNOWN_ID, id MASK_ID, then the codes by (training count descending, code).
 
-    codes: the codes; size: V.
+    table: vocabulary.parquet's, in this order. codes: the codes; size: V.
     count_V: int64, training events; 0 for the special ids.
     median_V, scale_V: float32; robust centre and spread of the code's values (0 and 1 where it has none).
     quantiles_VQ: float32, values at probabilities linspace(0, 1, Q); NaN where the code has none.
@@ -32,20 +32,20 @@ class Vocabulary:
 
     def __init__(self, table: pa.Table) -> None:
         order = [("count", "descending"), ("code", "ascending")]
-        self._table = table.sort_by(order).combine_chunks()
-        self.codes: list[str] = self._table["code"].to_pylist()
+        self.table = table.sort_by(order).combine_chunks()
+        self.codes: list[str] = self.table["code"].to_pylist()
         self.size = len(self.codes) + FIRST_CODE_ID
         self.count_V = self._column("count", np.int64, 0)
         self.median_V = self._column("median", np.float32, 0)
         self.scale_V = self._column("scale", np.float32, 1)
         self.quantiles_VQ = np.full((self.size, NUM_KNOTS), np.nan, np.float32)
-        has_values = self._table["value_count"].to_numpy() > 0
-        knots = pc.list_flatten(self._table["quantiles"]).to_numpy()
+        has_values = self.table["value_count"].to_numpy() > 0
+        knots = pc.list_flatten(self.table["quantiles"]).to_numpy()
         self.quantiles_VQ[FIRST_CODE_ID:][has_values] = knots.reshape(-1, NUM_KNOTS)
         self._ids = {code: id for id, code in enumerate(self.codes, start=FIRST_CODE_ID)}
 
     def _column(self, name: str, dtype: type, special: float) -> np.ndarray:
-        return np.concatenate([np.full(FIRST_CODE_ID, special), self._table[name].to_numpy()]).astype(dtype)
+        return np.concatenate([np.full(FIRST_CODE_ID, special), self.table[name].to_numpy()]).astype(dtype)
 
     @classmethod
     def read(cls, path: Location, min_count: int = 1) -> Vocabulary:
@@ -69,7 +69,7 @@ class Vocabulary:
         """Write the codes and their statistics, atomically; `read` gives the same vocabulary back."""
         ids = pa.array(np.arange(len(self.codes), dtype=np.int32))
         position = VOCABULARY_SCHEMA.get_field_index("id")
-        write_parquet(self._table.set_column(position, VOCABULARY_SCHEMA.field("id"), ids), path)
+        write_parquet(self.table.set_column(position, VOCABULARY_SCHEMA.field("id"), ids), path)
 
     def ids_of(self, codes: Sequence[str]) -> np.ndarray:
         """The ids (int32) of codes, UNKNOWN_ID for those the model does not know."""

@@ -109,6 +109,22 @@ def test_codes_become_one_variable_in_one_unit(tmp_path: Path, capsys: pytest.Ca
         prepare(config(raw, out, codes=write_map(tmp_path / "other.csv", MAP.replace("0.5", "0.25"))))
 
 
+def test_codes_of_different_units_under_one_name_are_pointed_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows: dict[str, list[Row]] = {
+        "train/0": [
+            (1, n, code, value + n % 7) for n in range(30) for code, value in (("C", 36.0), ("F", 96.0), ("T", 36.5))
+        ]
+    }
+    raw, header = write_raw(tmp_path / "raw", rows), "code,canonical_code,factor,offset\n"
+    right = write_map(tmp_path / "right.csv", header + "C,T,,\nF,T,0.5556,-17.78\n")
+    prepare(config(raw, tmp_path / "right", codes=right))
+    assert "warning" not in capsys.readouterr().out
+    prepare(config(raw, tmp_path / "wrong", codes=write_map(tmp_path / "wrong.csv", header + "C,T,,\nF,T,,\n")))
+    assert "wrong.csv makes 'T' of codes with different medians ('C' 39, 'F' 99, 'T' 39.5)" in capsys.readouterr().out
+
+
 def test_a_map_in_small_pieces_gives_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     raw, codes = write_raw(tmp_path / "raw", ROWS), write_map(tmp_path / "map.csv")
     monkeypatch.setattr("hymate.data.meds.ROWS", 2)
@@ -281,7 +297,7 @@ def test_states_of_another_map_are_not_used(elsewhere: tuple[Path, Path], small_
     given += [f"states={tmp_path / 'states'}"]
     predict(load("predict", [*given, f"codes={codes}"], PredictConfig))
     other = write_map(tmp_path / "other.csv", codes.read_text().replace("0.25", "0.5"))
-    with pytest.raises(UserError, match="holds the states of another bundle or version"):
+    with pytest.raises(UserError, match="holds the states of another bundle, code map or version"):
         predict(load("predict", [*given, f"codes={other}"], PredictConfig))
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
-from collections.abc import Iterable
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import meds
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -24,10 +25,13 @@ from hymate.data.meds import (
     read_small,
     write_parquet,
 )
+from hymate.data.statistics import units_differ
 from hymate.storage.paths import Location, atomic_path, write_text
 
 CODE_MAP = "metadata/code_map.csv"  # the map, as it was given
 FOUND = f"{FOLDER}/{WORK}/code_map"  # of each shard which codes of the map it has, and how often
+VALUES = f"{FOLDER}/{WORK}/code_map_values"  # of each shard the first new values of each code
+MOST_VALUES = 200  # of a code in a shard
 SHOWN = 10  # codes that a line names at most
 
 
@@ -60,23 +64,37 @@ class Mapped(Rewritten):
 
     def write_shard(self, shard: str, out: Location) -> None:
         self.source.write_shard(shard, out)
-        found = Counter[str]()
+        found, values = Counter[str](), dict[str, list[float]]()
         first_row, path = 0, out / meds.data_subdirectory / f"{shard}.parquet"
 
         def mapped(batch: pa.RecordBatch) -> pa.Table:
             nonlocal first_row
             mapped = self.codes.apply(batch, f"{meds.data_subdirectory}/{shard}.parquet", first_row, found)
             first_row += len(batch)
+            self._sample(batch.column("code"), mapped.column("numeric_value"), values)
             return pa.Table.from_batches([mapped])
 
         rewrite((mapped(batch) for batch in read_batches(path, DATA_SCHEMA.names, path)), path)
         write_text(json.dumps(found), out / FOUND / f"{shard}.json")
+        write_text(json.dumps(values), out / VALUES / f"{shard}.json")
+
+    def _sample(self, code: pa.Array, value: pa.Array, values: dict[str, list[float]]) -> None:
+        """Add the first values of each code that is in the map or what the map makes of others."""
+        code = code.dictionary_encode() if not isinstance(code, pa.DictionaryArray) else code
+        place_R = code.indices.fill_null(-1).to_numpy(zero_copy_only=False)
+        value_R = value.to_numpy(zero_copy_only=False)
+        for place, name in enumerate(code.dictionary.to_pylist()):
+            if name in self.codes.variables and len(own := values.setdefault(name, [])) < MOST_VALUES:
+                own_R = value_R[place_R == place]
+                own += own_R[~np.isnan(own_R)][: MOST_VALUES - len(own)].tolist()
 
     def finish(self, out: Location) -> None:
         self.source.finish(out)
-        found = Counter[str]()
+        found, values = Counter[str](), defaultdict[str, list[float]](list)
         for shard in self.shards():
             found.update(json.loads((out / FOUND / f"{shard}.json").read_text()))
+            for code, own in json.loads((out / VALUES / f"{shard}.json").read_text()).items():
+                values[code] += own
         self._describe(out / meds.code_metadata_filepath, found)
         write_text(self.codes.text, out / CODE_MAP)
         absent = [code for code in self.codes.lines if not found[code]]
@@ -85,6 +103,22 @@ class Mapped(Rewritten):
             more = ", ..." if len(absent) > SHOWN else ""
             line += f"; codes of the map without an event ({len(absent)}): {', '.join(absent[:SHOWN])}{more}"
         print(line, flush=True)
+        self._compare(values)
+
+    def _compare(self, values: Mapping[str, list[float]]) -> None:
+        """Point out codes that become one variable and seem to have different units."""
+        of_variable = defaultdict[str, dict[str, list[float]]](dict)
+        for code in sorted(values):
+            if values[code]:
+                of_variable[self.codes.variables[code]][code] = values[code]
+        for variable, of_codes in sorted(of_variable.items()):
+            if units_differ(list(of_codes.values())):
+                medians = ", ".join(f"{code!r:.80} {np.median(own):g}" for code, own in list(of_codes.items())[:SHOWN])
+                print(
+                    f"warning: {self.codes.name} makes {variable!r:.80} of codes with different medians ({medians}): "
+                    "are the units the same? Their factors can mend it",
+                    flush=True,
+                )
 
     def _describe(self, path: Location, found: Counter[str]) -> None:
         """Have the canonical codes in metadata/codes.parquet, with their descriptions, and not those they replace."""
