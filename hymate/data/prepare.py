@@ -125,6 +125,8 @@ class PrepareConfig:
         check(self, workers=(self.workers >= 1, "must be at least 1"))
         if self.source != "synthetic" and self.raw is None:
             raise ConfigError(f"raw is required with source={self.source}: add raw=DIR to the command")
+        if self.source == "synthetic" and self.raw is not None:
+            raise ConfigError("raw is not for source=synthetic, which makes its own data: leave it out")
         self._check_several()
         if self.source != "meds" and self.known.rules and self.known != mimic():
             raise ConfigError(f"known is for source=meds, not for source={self.source}: leave it out")

@@ -10,6 +10,7 @@ import numpy as np
 from hymate.config import ModelConfig
 from hymate.data.codemap import FOLDER, CodeMap
 from hymate.data.histories import Histories
+from hymate.data.statistics import contradictions
 from hymate.data.vocabulary import Vocabulary
 from hymate.errors import ConfigError, UserError
 from hymate.inference.bundle import Bundle, read_bundle
@@ -39,10 +40,13 @@ def initial_bundle(init: str) -> Bundle:
 
 
 def require_same_model(bundle: Bundle, model: ModelConfig) -> None:
-    """Raises ConfigError where a model differs from the bundle's in more than OPEN_SETTINGS."""
+    """Raises ConfigError where a model differs from the bundle's in more than OPEN_SETTINGS. Its scan may become aware
+    of time: the weights for it begin at 0, which changes nothing.
+    """
     for field in dataclasses.fields(ModelConfig):
         own, given = getattr(bundle.model, field.name), getattr(model, field.name)
-        if given != own and field.name not in OPEN_SETTINGS:
+        is_open = field.name in OPEN_SETTINGS or (field.name == "time_aware_scan" and given)
+        if given != own and not is_open:
             raise ConfigError(
                 f"model.{field.name}={given} does not fit the bundle of init, which has {own}: give the bundle's "
                 "model, or init=null"
@@ -50,23 +54,34 @@ def require_same_model(bundle: Bundle, model: ModelConfig) -> None:
 
 
 def check_codes(bundle: Bundle, init: str, histories: Histories) -> None:
-    """Warn where the bundle knows the codes of less than half of the dataset's training events.
+    """Warn where the bundle knows the codes of less than half of the dataset's training events, and where values seem
+    to have another unit than those that it learned from.
 
     Raises UserError where it knows next to none. Both name the code map that would help, if it is one of ours.
     """
     own = Vocabulary.of(histories, min_count=1)
     known = _known(bundle, own.codes, own)
-    if known >= MANY:
-        return
+    if known < MANY:
+        line = f"init={init} knows the codes of {known:.1%} of this dataset's training events: "
+        line += _remedy(bundle, own, known)
+        if known < FEW:
+            raise UserError(line)
+        print(f"warning: {line}", flush=True)
+    for found in contradictions([bundle.vocabulary.table, own.table]):
+        learned, here = found["medians"]
+        print(
+            f"warning: {found['code']}: its median is {here:.4g} in this dataset and {learned:.4g} in init={init}: "
+            "are the units the same? A code map can mend it",
+            flush=True,
+        )
+
+
+def _remedy(bundle: Bundle, own: Vocabulary, known: float) -> str:
     by_map = {path.stem: _known(bundle, _renamed(path.stem, own), own) for path in sorted(FOLDER.glob("*.csv"))}
     best = max(by_map, key=lambda name: by_map[name])
-    remedy = "prepare it with a code map to the bundle's codes (docs/data.md)"
     if by_map[best] > known + FEW:
-        remedy = f"prepare it with codes={best}, by which these are {by_map[best]:.0%}"
-    line = f"init={init} knows the codes of {known:.1%} of this dataset's training events: {remedy}"
-    if known < FEW:
-        raise UserError(line)
-    print(f"warning: {line}", flush=True)
+        return f"prepare it with codes={best}, by which these are {by_map[best]:.0%}"
+    return "prepare it with a code map to the bundle's codes (docs/data.md)"
 
 
 def _known(bundle: Bundle, codes: list[str], own: Vocabulary) -> float:

@@ -80,7 +80,9 @@ class StateFolder:
                 raise UserError(f"{path} holds files that are not patient states: give states=DIR a folder of its own")
             write_text(json.dumps(self._owner) + "\n", marker)
         if _json(marker) != self._owner:
-            raise UserError(f"{path} holds the states of another bundle or version: give states=DIR another folder")
+            raise UserError(
+                f"{path} holds the states of another bundle, code map or version: give states=DIR another folder"
+            )
 
     def __enter__(self) -> StateFolder:
         taken = f"{self.path} is in use by another program: run again when it has ended"

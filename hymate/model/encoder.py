@@ -454,12 +454,13 @@ def _task_head(config: ModelConfig, width_in: int, in_days: bool) -> PatientHead
 def load_pretrained(model: nn.Module, state: Mapping[str, Tensor], others: Sequence[str] = ("pooling",)) -> None:
     """Copy the backbone's weights out of a pretrained model's state, and those of other parts where it has the same.
 
-    A pooling with fewer members takes the first ones, and `elapsed` may be in only one of both. Raises UserError when
-    the backbone's weights don't fit.
+    A scan that becomes aware of time begins as it was. A pooling with fewer members takes the first ones, and `elapsed`
+    may be in only one of both. Raises UserError when the backbone's weights don't fit.
     """
     assert isinstance(model.backbone, HyMaTE)
-    weights = {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}
     own = model.backbone.state_dict()
+    weights = {name: weight for name, weight in own.items() if name.endswith(".time_weight")}
+    weights |= {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}
     for name in own:
         if name not in weights or weights[name].shape != own[name].shape:
             raise UserError(

@@ -260,6 +260,8 @@ def test_settings_that_cannot_be(tmp_path: Path) -> None:
         SplitsConfig(train=1)
     with pytest.raises(ConfigError, match="workers must be at least 1"):
         config(tmp_path, tmp_path, workers=0)
+    with pytest.raises(ConfigError, match="raw is not for source=synthetic"):
+        PrepareConfig("synthetic", str(tmp_path / "out"), str(tmp_path))
     with pytest.raises(ConfigError, match="raw is required with source=meds"):
         PrepareConfig(source="meds", out="x")
     with pytest.raises(UserError, match="not a prepared dataset: run python -m hymate"):

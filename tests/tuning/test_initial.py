@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import shlex
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from hymate.data.tasks import read_or_extract_labels
 from hymate.data.vocabulary import Vocabulary
 from hymate.errors import ConfigError, UserError
 from hymate.inference.bundle import CARD, Bundle
-from hymate.inference.initial import SHIPPED, check_codes, initial_bundle
+from hymate.inference.initial import SHIPPED, check_codes, initial_bundle, require_same_model
 from hymate.inference.provenance import provenance
 from hymate.model.pretrain_model import PretrainModel
 from hymate.runs import absolute
@@ -87,6 +88,17 @@ def test_codes_that_the_bundle_does_not_know_are_pointed_out(
     check_codes(bundle, init, Histories.open(tmp_path / "b"))
     line = f"warning: init={init} knows the codes of 25.0% of this dataset's training events: prepare it with codes="
     assert capsys.readouterr().out.startswith(line)
+
+
+def test_values_in_another_unit_are_pointed_out(init: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "map.csv").write_text(
+        MAP.replace("\n", ",\n").replace("_code,", "_code,offset").replace("sodium,\n", "sodium,9\n")
+    )
+    prepare(config(write_meds(tmp_path / "raw"), tmp_path / "data", codes=str(tmp_path / "map.csv")))
+    capsys.readouterr()
+    check_codes(initial_bundle(init), init, Histories.open(tmp_path / "data"))
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("warning: sodium: its median is 8.9") and line.endswith("A code map can mend it")
 
 
 def test_a_search_without_common_codes_is_refused_before_it_begins(init: str, small_data: Path, tmp_path: Path) -> None:
@@ -230,6 +242,20 @@ def test_the_command_that_makes_it_makes_this_one(tmp_path: Path) -> None:
     for settings in (*prepared, several):
         load("prepare", settings, PrepareConfig)
     assert lines[-1].startswith("cp built/runs/icu/bundle/") and lines[-1].endswith(" hymate/bundles/icu/")
+
+
+def test_its_scan_may_become_aware_of_time_and_begins_as_it_was(canonical: Path) -> None:
+    settings = ["task=readmission", f"data.path={canonical}", "init=icu", "model=physionet", *STEP]
+    given = load("tune", [*settings, "model.time_aware_scan=true"], TuneConfig)
+    start = starting_point(given.data, given.model, given.init)
+    trial, *_ = draw_trials(given.tasks, given.search, given.train, start)
+    model, begun = risk_model(start, trial), initial_bundle("icu")
+    added = {name for name in model.state_dict() if name.startswith("backbone.")} - begun.state.keys()
+    assert added and all(name.endswith(".time_weight") for name in added)
+    assert not any(model.state_dict()[name].any() for name in added)
+    timed = replace(begun, model=start.model)
+    with pytest.raises(ConfigError, match="time_aware_scan=False does not fit the bundle of init, which has True"):
+        require_same_model(timed, begun.model)
 
 
 @pytest.mark.parametrize("model", ["physionet", "physionet2019"])
