@@ -29,9 +29,8 @@ from hymate.data.statistics import units_differ
 from hymate.storage.paths import Location, atomic_path, write_text
 
 CODE_MAP = "metadata/code_map.csv"  # the map, as it was given
-FOUND = f"{FOLDER}/{WORK}/code_map"  # of each shard which codes of the map it has, and how often
-VALUES = f"{FOLDER}/{WORK}/code_map_values"  # of each shard the first new values of each code
-MOST_VALUES = 200  # of a code in a shard
+FOUND = f"{FOLDER}/{WORK}/code_map"  # of each shard how often it has which codes of the map, and some of their values
+MOST_VALUES = 200  # of a code in a shard that becomes one variable with another
 SHOWN = 10  # codes that a line names at most
 
 
@@ -75,16 +74,15 @@ class Mapped(Rewritten):
             return pa.Table.from_batches([mapped])
 
         rewrite((mapped(batch) for batch in read_batches(path, DATA_SCHEMA.names, path)), path)
-        write_text(json.dumps(found), out / FOUND / f"{shard}.json")
-        write_text(json.dumps(values), out / VALUES / f"{shard}.json")
+        write_text(json.dumps([found, values]), out / FOUND / f"{shard}.json")
 
     def _sample(self, code: pa.Array, value: pa.Array, values: dict[str, list[float]]) -> None:
-        """Add the first values of each code that is in the map or what the map makes of others."""
+        """Add the first new values of each code that becomes one variable with another."""
         code = code.dictionary_encode() if not isinstance(code, pa.DictionaryArray) else code
         place_R = code.indices.fill_null(-1).to_numpy(zero_copy_only=False)
         value_R = value.to_numpy(zero_copy_only=False)
         for place, name in enumerate(code.dictionary.to_pylist()):
-            if name in self.codes.variables and len(own := values.setdefault(name, [])) < MOST_VALUES:
+            if name in self.codes.joined and len(own := values.setdefault(name, [])) < MOST_VALUES:
                 own_R = value_R[place_R == place]
                 own += own_R[~np.isnan(own_R)][: MOST_VALUES - len(own)].tolist()
 
@@ -92,8 +90,9 @@ class Mapped(Rewritten):
         self.source.finish(out)
         found, values = Counter[str](), defaultdict[str, list[float]](list)
         for shard in self.shards():
-            found.update(json.loads((out / FOUND / f"{shard}.json").read_text()))
-            for code, own in json.loads((out / VALUES / f"{shard}.json").read_text()).items():
+            of_shard, its_values = json.loads((out / FOUND / f"{shard}.json").read_text())
+            found.update(of_shard)
+            for code, own in its_values.items():
                 values[code] += own
         self._describe(out / meds.code_metadata_filepath, found)
         write_text(self.codes.text, out / CODE_MAP)
@@ -110,7 +109,7 @@ class Mapped(Rewritten):
         of_variable = defaultdict[str, dict[str, list[float]]](dict)
         for code in sorted(values):
             if values[code]:
-                of_variable[self.codes.variables[code]][code] = values[code]
+                of_variable[self.codes.joined[code]][code] = values[code]
         for variable, of_codes in sorted(of_variable.items()):
             if units_differ(list(of_codes.values())):
                 medians = ", ".join(f"{code!r:.80} {np.median(own):g}" for code, own in list(of_codes.items())[:SHOWN])
