@@ -213,7 +213,8 @@ def _labelled(config: EvaluateConfig, histories: Histories) -> Examples:
     if config.split == "all":
         histories = histories.with_splits(dict.fromkeys(histories.splits, config.split))
     examples = labelled_examples(histories, labels, config.split)
-    require_both_classes(config.task, {config.split: examples})
+    # labels of elsewhere may look less far ahead than the model does
+    require_both_classes(config.task, {config.split: examples}, config.task.horizons_days[:1])
     return examples
 
 

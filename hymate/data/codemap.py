@@ -87,10 +87,10 @@ class CodeMap:
         return hashlib.sha256(repr(all_of_it).encode()).hexdigest()
 
     @functools.cached_property
-    def joined(self) -> dict[str, str]:
-        """The canonical code of each code that shares it with another one."""
-        number = Counter(line.canonical for line in self.lines.values())
-        return {code: line.canonical for code, line in self.lines.items() if number[line.canonical] > 1}
+    def variables(self) -> dict[str, str]:
+        """The canonical code of each code, and of each canonical one that is no other's old name: itself."""
+        named = {code: line.canonical for code, line in self.lines.items()}
+        return {canonical: canonical for canonical in named.values()} | named
 
     def under(self, known: KnownConfig) -> CodeMap:
         """The same map, which refuses to take events from the rules of what becomes known when."""

@@ -249,14 +249,19 @@ def _no_example_error(
     )
 
 
-def require_both_classes(task: TaskConfig, examples: Mapping[str, Examples]) -> None:
-    """Raises UserError where a split's labels are all alike: nothing can be learned from it, or measured on it."""
+def require_both_classes(
+    task: TaskConfig, examples: Mapping[str, Examples], horizons_days: Sequence[float] | None = None
+) -> None:
+    """Raises UserError where a split's labels are all alike: nothing can be learned from it, or measured on it.
+
+    horizons_days: of a task in time, those that every split must be able to judge; None for all.
+    """
     for split, part in examples.items():
         label_E, days_E = part.label_E, part.days_E
         positives = int((label_E > 0.5).sum())
         remedy = "prepare the dataset with more subjects in this split, or choose another task"
         if task.in_time:
-            _require_seen(task, split, label_E, days_E, remedy)
+            _require_seen(task, split, label_E, days_E, horizons_days or task.horizons_days, remedy)
             continue
         if positives in (0, len(label_E)):
             lost = part.dropped.get("without_events", 0)
@@ -274,9 +279,16 @@ def require_both_classes(task: TaskConfig, examples: Mapping[str, Examples]) -> 
             raise UserError(f"task {task.name}: the {split} split needs two different float_values; {remedy}")
 
 
-def _require_seen(task: TaskConfig, split: str, cause_E: np.ndarray, days_E: np.ndarray, remedy: str) -> None:
+def _require_seen(
+    task: TaskConfig,
+    split: str,
+    cause_E: np.ndarray,
+    days_E: np.ndarray,
+    horizons_days: Sequence[float],
+    remedy: str,
+) -> None:
     """Raises UserError where a horizon of a task in time can't be judged."""
-    for horizon in np.asarray(task.horizons_days, np.float32):
+    for horizon in np.asarray(horizons_days, np.float32):
         came_E = (cause_E == EVENT) & (days_E <= horizon)
         if not came_E.any():
             raise UserError(
@@ -287,8 +299,8 @@ def _require_seen(task: TaskConfig, split: str, cause_E: np.ndarray, days_E: np.
         if not others_E.any() or not is_followed(horizon, days_E, cause_E):
             raise UserError(
                 f"task {task.name}: nobody of the {split} split is followed for {horizon:g} days without the event, so "
-                "what comes by then is not known: give shorter task.horizons_days, or labels that look further ahead "
-                "(of a definition, a later end of the label's window)"
+                "what comes by then is not known: give shorter task.horizons_days, labels that look further ahead (of "
+                "a definition, a later end of the label's window), or more subjects in this split"
             )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -187,11 +187,20 @@ def contradictions(vocabularies: Sequence[pa.Table]) -> list[dict[str, Any]]:
     ]
 
 
-def units_differ(of_codes: Sequence[Sequence[float]]) -> bool:
-    """Whether the values of several codes seem to have different units, as `contradictions` judges datasets."""
-    known = [np.quantile(values, PROBABILITIES) for values in of_codes if len(values) >= LEAST_VALUES]
-    rows = [{"median": quantiles_Q[NUM_KNOTS // 2], "quantiles": quantiles_Q} for quantiles_Q in known]
-    return any(_contradict(one, other) for one, other in itertools.combinations(rows, 2))
+def contradictions_within(vocabulary: pa.Table, variables: Mapping[str, str]) -> dict[str, dict[str, float]]:
+    """The variables of which several codes are made whose values, by the rule of `contradictions`, seem to have
+    different units; of each the medians by code.
+
+    vocabulary: of these codes. variables: the variable of each code.
+    """
+    rows_of: dict[str, list[dict[str, Any]]] = {}
+    for row in vocabulary.filter(pc.field("value_count") >= LEAST_VALUES).to_pylist():
+        rows_of.setdefault(variables[row["code"]], []).append(row)
+    return {
+        variable: {row["code"]: row["median"] for row in rows}
+        for variable, rows in sorted(rows_of.items())
+        if any(_contradict(one, other) for one, other in itertools.combinations(rows, 2))
+    }
 
 
 def _contradict(one: dict[str, Any], other: dict[str, Any]) -> bool:

@@ -146,8 +146,8 @@ def in_time(table: pa.Table, task: TaskConfig, where: str) -> pa.Table:
         raise UserError(f"{where} need a float_value of finite days, 0 or more: mend it")
     if at_once := int(((cause_N > 0) & (days_N == 0)).sum()):
         raise UserError(
-            f"{where}: {at_once} events come 0 days after their prediction, which nobody can predict: leave these "
-            "labels out or, where days are whole, add half a day to every float_value"
+            f"{where}: of {at_once} labels the event comes 0 days after the prediction, which nobody can predict: "
+            "leave them out or, where days are whole, add half a day to every float_value and to task.horizons_days"
         )
     last = np.float32(task.horizons_days[-1])
     cause_N = np.where(days_N > last, 0, cause_N)

@@ -15,12 +15,12 @@ PICTURE_ALT = "predicted and observed incidence by risk group, calibration by ea
 AS_LEARNED = "Risks in time are as they were learned: they are not recalibrated."
 NO_BOOSTING = "there is no gradient boosting for tasks in time"
 HORIZONS = """\
-By each horizon: the observed incidence is the Aalen-Johansen estimate; "lost" are those whose record ends before, with
-neither event. They count for as long as they were seen: the others are weighed by one over their probability of being
-followed so far, in every score but concordance, which is right where leaving does not depend on the risk. Who had the
-competing event is a negative. AUROC is the dynamic one. The integrated Brier score is the mean over time up to the last
-horizon; concordance is the chance that of two patients the one who has the event first has the higher risk, where it is
-known who. A dash is where nobody is followed so far."""
+By each horizon: the observed incidence is the Aalen-Johansen estimate; "lost" are those whose record or label window
+ends before, with neither event. They count for as long as they were seen: the others are weighed by one over their
+probability of being followed so far (but not in concordance). That is right where leaving does not depend on the risk.
+Who had the competing event is a negative. AUROC is the dynamic one. The integrated Brier score is the mean over time up
+to the last horizon; concordance is the chance that of two patients the one who has the event first has the higher risk,
+where it is known who. A dash: the last ones in sight were lost before, or there is one outcome only."""
 GROUPS = "Thirds of the predictions by the risk at the last horizon: predicted and observed incidence."
 MEANING = {
     "triggers": "times at which the task's trigger occurs",
@@ -43,8 +43,6 @@ def verdict(part: Mapping[str, Any]) -> str:
     """How good the model is and whether its risks are right, in a few sentences (Markdown)."""
     of_split = "held-out " if part["split"] == "held_out" else ""
     followed = [row for row in part["horizons"] if row["num_labels"]]
-    if not followed:
-        return f"- **How good.** None of the {of_split}predictions is followed to any horizon: nothing can be judged."
     last, competing = followed[-1], ""
     if part["competing"] is not None:
         competing = f"; {part['competing']} comes first in {percent_with_interval(last['competing']['observed'])}"
@@ -59,6 +57,7 @@ def verdict(part: Mapping[str, Any]) -> str:
         f"{percent(fit['predicted'])} by {days} ({percent_with_interval(fit['observed'])} observed)"
         for fit, days in fits
     )
+    brier = f" The integrated Brier score is {number(part['integrated_brier'])}; 0 is best." if not beyond else ""
     sentences = {
         "How good.": (
             f"Of {part['num_labels']:,} {of_split}predictions for {part['num_subjects']:,} patients {last['lost']:,} "
@@ -68,10 +67,7 @@ def verdict(part: Mapping[str, Any]) -> str:
             f"{with_interval(part['concordance'])}.{beyond}"
         ),
         "Would gradient boosting do?": f"Not compared: {NO_BOOSTING}.",
-        "Probabilities.": (
-            f"The mean predicted incidence is {risks}. The integrated Brier score is "
-            f"{number(part['integrated_brier'])}; 0 is best."
-        ),
+        "Probabilities.": f"The mean predicted incidence is {risks}.{brier}",
     }
     return "\n".join(f"- **{name}** {text}" for name, text in sentences.items())
 

@@ -138,7 +138,7 @@ def scores(
         if incidence_NCH.shape[1] > 1:
             observed = _observed(horizon, days_N, cause_N, subject_N, own_N, COMPETING)
             found["competing"] = {
-                "predicted": metrics.mean(incidence_NCH[:, 1, number], own_N),
+                "predicted": metrics.mean(incidence_NCH[:, 1, number], own_N) if len(at_n) else None,
                 "observed": observed,
             }
         horizons.append(found)

@@ -134,6 +134,12 @@ def trial_config(
     if not start.state:
         settings["frozen"] = False  # nothing pretrained to keep
     space.check_point(settings, where)
+    of_time = any(name.endswith(".time_weight") for name in start.state)
+    if start.model.time_aware_scan and settings["frozen"] and not of_time:
+        raise ConfigError(
+            f"{where}.frozen: model.time_aware_scan is new to the pretrained encoder, which learns nothing of time "
+            f"where it is frozen: give {where}.frozen=false"
+        )
 
     def replaced(section: Any, *names: str) -> Any:
         tree = {**to_tree(section), **{name: settings[name] for name in names if name in settings}}

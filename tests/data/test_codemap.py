@@ -114,7 +114,7 @@ def test_codes_of_different_units_under_one_name_are_pointed_out(
 ) -> None:
     rows: dict[str, list[Row]] = {
         "train/0": [
-            (1, n, code, value + n % 7) for n in range(30) for code, value in (("C", 36.0), ("F", 96.0), ("K", 4.0))
+            (1, n, code, value + n % 7) for n in range(30) for code, value in (("C", 36.0), ("F", 96.0), ("T", 36.5))
         ]
     }
     raw, header = write_raw(tmp_path / "raw", rows), "code,canonical_code,factor,offset\n"
@@ -122,7 +122,10 @@ def test_codes_of_different_units_under_one_name_are_pointed_out(
     prepare(config(raw, tmp_path / "right", codes=right))
     assert "warning" not in capsys.readouterr().out
     prepare(config(raw, tmp_path / "wrong", codes=write_map(tmp_path / "wrong.csv", header + "C,T,,\nF,T,,\n")))
-    assert "wrong.csv makes 'T' of codes with different medians ('C' 39, 'F' 99): are the" in capsys.readouterr().out
+    assert (
+        "makes 'T' of codes with different medians after its factors ('C' 39, 'F' 99, 'T' 39.5)"
+        in capsys.readouterr().out
+    )
 
 
 def test_a_map_in_small_pieces_gives_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

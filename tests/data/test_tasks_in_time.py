@@ -134,7 +134,7 @@ def test_given_labels_are_seen_up_to_the_last_horizon(tmp_path: Path) -> None:
         ([0, 1, None], [1, 2, 3], [], "need integer_value, what came first"),
         ([0, 1, 2], None, [], "need float_value, the days until then"),
         ([0, 1, 2], [1, 2, -3], [], "float_value of finite days"),
-        ([0, 1, 2], [0, 0, 0], [], "2 events come 0 days after .* add half a day"),
+        ([0, 1, 2], [0, 0, 0], [], "of 2 labels the event comes 0 days after .* add half a day"),
         ([0, 1, 3], [1, 2, 3], [], r"of 0 \(nothing came\), 1 \(the event\) or 2 \(died\)"),
         ([0, 1, 2], [1, 2, 3], ["task.competing=null"], "unless task.competing names another"),
     ],

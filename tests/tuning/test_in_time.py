@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -93,6 +94,29 @@ def test_incidence_rises_with_the_horizon_and_leaves_room_for_the_competing_even
         rising = np.stack([incidence[f"predicted_{kind}_{days}d"] for days in (7, 30, 90)])
         assert (np.diff(rising, axis=0) >= 0).all() and (rising >= 0).all()
     assert (incidence["predicted_incidence_90d"] + incidence["predicted_competing_90d"] <= 1).all()
+
+
+def test_it_is_evaluated_on_labels_that_look_less_far_ahead(judged: tuple[Path, dict], tmp_path: Path) -> None:
+    folder, part = judged
+    labels = read_or_extract_labels(folder / "data", task_of(folder / "data", NAME)).table
+    days_N, cause_N = labels["float_value"].to_numpy(), labels["cause"].to_numpy()
+    seen = {
+        "integer_value": np.where(days_N > 40, 0, cause_N),
+        "float_value": np.minimum(days_N, 40).astype(np.float32),
+    }
+    cut = pa.table({name: labels[name] for name in ("subject_id", "prediction_time")} | seen)
+    (tmp_path / "labels").mkdir()
+    pq.write_table(cut, tmp_path / "labels" / "0.parquet")
+    task = dataclasses.replace(task_of(folder / "data", NAME), labels=str(tmp_path / "labels"))
+    given = request(folder, tmp_path / "out", split="held_out", recalibrate=0.0) | {"task": task}
+    evaluate.run(evaluate.EvaluateConfig(**given))
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    for row, whole in zip(found["horizons"][:2], part["horizons"], strict=False):
+        assert row["auroc"]["value"] == pytest.approx(whole["auroc"]["value"], abs=1e-6)
+    assert found["horizons"][2]["auroc"]["value"] is found["integrated_brier"] is None
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "Nobody is followed to 90 days, so what comes by then is not known." in text
+    assert "Integrated Brier score -, concordance 0." in text and "None" not in text and "nan" not in text
 
 
 def test_predicted_incidence_follows_the_law(judged: tuple[Path, dict]) -> None:

@@ -246,9 +246,12 @@ def test_the_command_that_makes_it_makes_this_one(tmp_path: Path) -> None:
 
 def test_its_scan_may_become_aware_of_time_and_begins_as_it_was(canonical: Path) -> None:
     settings = ["task=readmission", f"data.path={canonical}", "init=icu", "model=physionet", *STEP]
-    given = load("tune", [*settings, "model.time_aware_scan=true"], TuneConfig)
+    given = load("tune", [*settings, "model.time_aware_scan=true", "search.space.frozen=true"], TuneConfig)
     start = starting_point(given.data, given.model, given.init)
-    trial, *_ = draw_trials(given.tasks, given.search, given.train, start)
+    with pytest.raises(ConfigError, match=r"search\.space\.frozen: .* nothing of time .*frozen=false$"):
+        draw_trials(given.tasks, given.search, given.train, start)
+    space = {**given.search.space, "frozen": False}
+    trial, *_ = draw_trials(given.tasks, replace(given.search, space=space), given.train, start)
     model, begun = risk_model(start, trial), initial_bundle("icu")
     added = {name for name in model.state_dict() if name.startswith("backbone.")} - begun.state.keys()
     assert added and all(name.endswith(".time_weight") for name in added)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 import meds
 import numpy as np
@@ -21,16 +21,17 @@ from hymate.data.meds import (
     Source,
     aligned_events,
     codes_table,
+    decode,
     read_batches,
     read_small,
     write_parquet,
 )
-from hymate.data.statistics import units_differ
-from hymate.storage.paths import Location, atomic_path, write_text
+from hymate.data.statistics import CodeStatistics, contradictions_within
+from hymate.storage.paths import Location, atomic_path, files_below, readable, write_text
 
 CODE_MAP = "metadata/code_map.csv"  # the map, as it was given
-FOUND = f"{FOLDER}/{WORK}/code_map"  # of each shard how often it has which codes of the map, and some of their values
-MOST_VALUES = 200  # of a code in a shard that becomes one variable with another
+FOUND = f"{FOLDER}/{WORK}/code_map"  # of each shard which codes of the map it has, and how often
+VALUES = f"{FOLDER}/{WORK}/code_map_values"  # of each shard the statistics of the new values, by the codes of before
 SHOWN = 10  # codes that a line names at most
 
 
@@ -63,37 +64,30 @@ class Mapped(Rewritten):
 
     def write_shard(self, shard: str, out: Location) -> None:
         self.source.write_shard(shard, out)
-        found, values = Counter[str](), dict[str, list[float]]()
+        found, statistics = Counter[str](), CodeStatistics()
         first_row, path = 0, out / meds.data_subdirectory / f"{shard}.parquet"
 
         def mapped(batch: pa.RecordBatch) -> pa.Table:
             nonlocal first_row
+            events = decode(batch, statistics.code_ids, first_row, path)
             mapped = self.codes.apply(batch, f"{meds.data_subdirectory}/{shard}.parquet", first_row, found)
             first_row += len(batch)
-            self._sample(batch.column("code"), mapped.column("numeric_value"), values)
+            value_R = mapped.column("numeric_value").fill_null(np.nan).to_numpy()
+            counts_C = np.array([code in self.codes.variables for code in statistics.code_ids], bool)
+            statistics.add(replace(events, value_R=value_R), counts_C[events.code_R], shard)
             return pa.Table.from_batches([mapped])
 
         rewrite((mapped(batch) for batch in read_batches(path, DATA_SCHEMA.names, path)), path)
-        write_text(json.dumps([found, values]), out / FOUND / f"{shard}.json")
-
-    def _sample(self, code: pa.Array, value: pa.Array, values: dict[str, list[float]]) -> None:
-        """Add the first new values of each code that becomes one variable with another."""
-        code = code.dictionary_encode() if not isinstance(code, pa.DictionaryArray) else code
-        place_R = code.indices.fill_null(-1).to_numpy(zero_copy_only=False)
-        value_R = value.to_numpy(zero_copy_only=False)
-        for place, name in enumerate(code.dictionary.to_pylist()):
-            if name in self.codes.joined and len(own := values.setdefault(name, [])) < MOST_VALUES:
-                own_R = value_R[place_R == place]
-                own += own_R[~np.isnan(own_R)][: MOST_VALUES - len(own)].tolist()
+        write_parquet(statistics.table().filter(pc.field("count") > 0), out / VALUES / f"{shard}.parquet")
+        write_text(json.dumps(found), out / FOUND / f"{shard}.json")
 
     def finish(self, out: Location) -> None:
         self.source.finish(out)
-        found, values = Counter[str](), defaultdict[str, list[float]](list)
+        found, statistics = Counter[str](), CodeStatistics()
         for shard in self.shards():
-            of_shard, its_values = json.loads((out / FOUND / f"{shard}.json").read_text())
-            found.update(of_shard)
-            for code, own in its_values.items():
-                values[code] += own
+            found.update(json.loads((out / FOUND / f"{shard}.json").read_text()))
+        for values in files_below(out / VALUES, ".parquet").values():
+            statistics.merge(pq.read_table(readable(values)))
         self._describe(out / meds.code_metadata_filepath, found)
         write_text(self.codes.text, out / CODE_MAP)
         absent = [code for code in self.codes.lines if not found[code]]
@@ -102,22 +96,13 @@ class Mapped(Rewritten):
             more = ", ..." if len(absent) > SHOWN else ""
             line += f"; codes of the map without an event ({len(absent)}): {', '.join(absent[:SHOWN])}{more}"
         print(line, flush=True)
-        self._compare(values)
-
-    def _compare(self, values: Mapping[str, list[float]]) -> None:
-        """Point out codes that become one variable and seem to have different units."""
-        of_variable = defaultdict[str, dict[str, list[float]]](dict)
-        for code in sorted(values):
-            if values[code]:
-                of_variable[self.codes.joined[code]][code] = values[code]
-        for variable, of_codes in sorted(of_variable.items()):
-            if units_differ(list(of_codes.values())):
-                medians = ", ".join(f"{code!r:.80} {np.median(own):g}" for code, own in list(of_codes.items())[:SHOWN])
-                print(
-                    f"warning: {self.codes.name} makes {variable!r:.80} of codes with different medians ({medians}): "
-                    "are the units the same? Their factors can mend it",
-                    flush=True,
-                )
+        for variable, medians in contradictions_within(statistics.vocabulary(), self.codes.variables).items():
+            named = ", ".join(f"{code!r:.80} {median:.4g}" for code, median in list(medians.items())[:SHOWN])
+            print(
+                f"warning: {self.codes.name} makes {variable!r:.80} of codes with different medians after its factors "
+                f"({named}): are the units the same? Correct the factors",
+                flush=True,
+            )
 
     def _describe(self, path: Location, found: Counter[str]) -> None:
         """Have the canonical codes in metadata/codes.parquet, with their descriptions, and not those they replace."""

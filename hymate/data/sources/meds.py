@@ -134,6 +134,8 @@ class MedsSource:
         write_metadata(out, dataset, splits, codes)
         for name, path in self._label_files().items():
             write_labels(read_file(path), out / name)
+        if extracted := [task.name for task in self._label_folders() if present(task / SUMMARY)]:
+            print(f"{self.raw}: labels that were extracted there don't come along: {', '.join(extracted)}", flush=True)
 
     def _raw_shard(self, shard: str) -> Location:
         return self.raw / meds.data_subdirectory / f"{shard}.parquet"
@@ -142,14 +144,16 @@ class MedsSource:
         """The files of all label folders, by their path in the dataset; but not what we extracted from it, which is
         extracted again from whatever is made of it.
         """
-        folder = self.raw / "labels"
-        tasks = [task for task in folder.iterdir() if task.is_dir()] if present(folder) else []
-        tasks = [task for task in tasks if not present(task / SUMMARY)]
         return {
             f"labels/{task.name}/{name}": path
-            for task in sorted(tasks, key=str)
+            for task in self._label_folders()
+            if not present(task / SUMMARY)
             for name, path in files_below(task, suffix).items()
         }
+
+    def _label_folders(self) -> list[Location]:
+        folder = self.raw / "labels"
+        return sorted((task for task in folder.iterdir() if task.is_dir()), key=str) if present(folder) else []
 
     def _subjects(self) -> np.ndarray:
         """All subjects, sorted; raises DataError where one is in two shards."""
