@@ -13,7 +13,7 @@ Shape legend: R rows of whole subjects, K of them those of one rule and subject,
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -129,12 +129,14 @@ def _done(rule: KnownRule, moved: int, left_out: int) -> list[str]:
 class KnownTimes:
     """Gives events the times at which they become known.
 
+    limit: of subject ids (R,) the times at which their records are cut (R,); what would become known from then on does
+        not. None where none is.
     counts: by rule, how many events were "moved" and how many "left_out" so far.
     """
 
-    def __init__(self, known: KnownConfig) -> None:
+    def __init__(self, known: KnownConfig, limit: Callable[[np.ndarray], np.ndarray] | None = None) -> None:
         self.counts = {name: Counter(moved=0, left_out=0) for name in known.rules}
-        self._known = known
+        self._known, self._limit = known, limit
         patterns = [*(rule.codes for rule in known.rules.values()), known.admission, known.discharge]
         self._matches_C: dict[str, np.ndarray] = {pattern: np.zeros(0, bool) for pattern in patterns}
         self._num_codes = 0
@@ -162,7 +164,7 @@ class KnownTimes:
                 lasts_R = np.isnan(value_R[rows]) & (base_R > stamp_R) & (base_R < LAST_TIME)
                 value_R[rows[lasts_R]] = (base_R[lasts_R] - stamp_R[lasts_R]) / US_PER_DAY
             known_R = np.minimum(base_R, LAST_TIME) + round(rule.delay_hours * US_PER_HOUR)
-            left_out_R = known_R >= LAST_TIME
+            left_out_R = known_R >= (self._limit(events.subject_id_R[rows]) if self._limit else LAST_TIME)
             time_R[rows] = np.where(left_out_R, NEVER, known_R)
             self.counts[name]["moved"] += int((~left_out_R & (known_R != stamp_R)).sum())
             self.counts[name]["left_out"] += int(left_out_R.sum())

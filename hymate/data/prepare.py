@@ -51,7 +51,14 @@ from hymate.data.meds import (
     open_parquet,
     write_parquet,
 )
-from hymate.data.sources.by_time import ByTime, counts_left_out, leave_out_later, leave_out_later_labels, split_dates
+from hymate.data.sources.by_time import (
+    ByTime,
+    counts_left_out,
+    leave_out_later,
+    leave_out_later_labels,
+    limit,
+    split_dates,
+)
 from hymate.data.sources.mapped import Mapped
 from hymate.data.sources.meds import MedsSource
 from hymate.data.sources.physionet2012 import PhysioNet2012Source
@@ -272,7 +279,8 @@ def _summarise(out: Location, console: Console) -> None:
 def count_shard(shard: str, out: Location, known: KnownConfig) -> None:
     """Gather the code statistics of one written shard."""
     statistics = CodeStatistics()
-    splits, times = _splits(out), KnownTimes(known)
+    splits = _splits(out)
+    times = KnownTimes(known, limit(out, splits))
     for stamped in iter_events(out / meds.data_subdirectory / f"{shard}.parquet", statistics.code_ids):
         events = times.apply(stamped, statistics.code_ids)
         starts = events.starts
@@ -287,8 +295,9 @@ def encode_shard(shard: str, out: Location, known: KnownConfig) -> None:
     codes = pq.read_table(readable(out / FOLDER / "vocabulary.parquet"), columns=["code"])["code"].to_pylist()
     data = out / meds.data_subdirectory / f"{shard}.parquet"
     code_ids = {code: id for id, code in enumerate(codes)}
-    times = KnownTimes(known)
-    index = write_histories(data, out / FOLDER / f"{shard}.parquet", shard, code_ids, _splits(out), times)
+    splits = _splits(out)
+    times = KnownTimes(known, limit(out, splits))
+    index = write_histories(data, out / FOLDER / f"{shard}.parquet", shard, code_ids, splits, times)
     write_parquet(index, out / FOLDER / WORK / "index" / f"{shard}.parquet")
     write_text(json.dumps(times.counts), out / FOLDER / WORK / "known" / f"{shard}.json")
 

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from raw_meds import BIRTH, Row, config, read_back, write_raw, write_table
 
 from hymate.data.histories import Histories
+from hymate.data.known import KnownConfig, KnownRule
 from hymate.data.label_files import read_labels
 from hymate.data.meds import US_PER_DAY, DataError, SplitsConfig
 from hymate.data.prepare import PrepareConfig, prepare
@@ -74,6 +76,31 @@ def test_the_past_trains_and_what_came_later_is_held_out(
     assert list(metadata["left_out"].values()) == [16, 4]
     assert "train: before 2015-04-30" in said.err and "16 events after their split's dates: left out" in said.err
     assert "at random" not in said.out
+
+
+def test_what_becomes_known_after_a_split_is_left_out_of_histories(tmp_path: Path) -> None:
+    """Training ends on day 60, and what is stamped before is known ten days later: of subject 5, on days 60 and 61."""
+    rows = {
+        shard: sorted(
+            [*own, *((k, day(10 * k + n), "DX", None) for k in {row[0] for row in own} for n in (0, 1))], key=_by_time
+        )
+        for shard, own in ten_subjects().items()
+    }
+    rules = KnownConfig(rules={"late": KnownRule("^DX$", delay_hours=240.0)})
+    raw, out = write_raw(tmp_path / "raw", rows), tmp_path / "out"
+    prepare(config(raw, out, splits=BY_TIME, known=rules))
+    histories, known = Histories.open(out), {}
+    dx = histories.codes.index("DX")
+    for history in histories.read(range(len(histories))):
+        known[history.subject_id] = int((history.code == dx).sum())
+    assert known == {0: 2, 1: 2, 2: 2, 3: 2, 4: 2, 5: 0, 6: 2, 7: 0, 8: 2, 9: 2}
+    vocabulary = pq.read_table(out / "histories/vocabulary.parquet").to_pylist()
+    assert {row["code"]: row["count"] for row in vocabulary}["DX"] == 10
+    assert _metadata(out)["known_events"]["late"] == {"moved": 16, "left_out": 4}
+
+
+def _by_time(row: Row) -> tuple[int, int]:
+    return row[0], START - US_PER_DAY * 99_999 if row[1] is None else row[1]
 
 
 def _split(splits: dict[str, set[int]], subject: int) -> str:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import meds
@@ -49,6 +49,7 @@ ENTRIES, DATES, LEFT_OUT = (f"{FOLDER}/{WORK}/by_time/{name}" for name in ("entr
 EVENTS, LABELS = f"{LEFT_OUT}/events", f"{LEFT_OUT}/labels"  # how many, of each file
 CENTURY_US = 36525 * US_PER_DAY
 FEW = 0.01  # of the subjects may have odd dates
+Limit = Callable[[np.ndarray], np.ndarray]  # of subject ids (R,) the times (R,), in microseconds since 1970
 
 
 @dataclass(frozen=True)
@@ -95,15 +96,24 @@ def split_dates(out: Location) -> dict[str, str]:
     return {split: str(np.datetime64(us // US_PER_DAY, "D")) for split, us in _dates(out).items() if us < LAST_TIME}
 
 
+def limit(out: Location, splits: Splits) -> Limit | None:
+    """From when on nothing of subjects is known; None where the dataset is not split by time."""
+    if not (out / DATES).is_file():
+        return None
+    dates = {**_dates(out), SPLITS[-1]: LAST_TIME}
+    names, date_S = sorted(SPLITS), np.array([dates[name] for name in sorted(SPLITS)])
+    return lambda subject_id_R: date_S[np.searchsorted(names, splits.of(subject_id_R).astype(str))]
+
+
 def leave_out_later(shard: str, out: Location) -> None:
     """Leave out of a shard what is after its subjects' split."""
     path, left_out = out / meds.data_subdirectory / f"{shard}.parquet", 0
-    splits, dates = Splits(out, beside=out / FOLDER / WORK / "splits"), _dates(out)
+    limit_of = limit(out, Splits(out, beside=out / FOLDER / WORK / "splits"))
 
     def kept() -> Iterator[pa.Table]:
         nonlocal left_out
         for batch in read_batches(path, DATA_SCHEMA.names, path):
-            later = _later(batch, "time", splits, dates)
+            later = _later(batch, "time", limit_of)
             left_out += int(later.sum())
             yield pa.Table.from_batches([batch]).filter(pa.array(~later))
         _count(left_out, out / EVENTS / f"{shard}.json")
@@ -114,12 +124,12 @@ def leave_out_later(shard: str, out: Location) -> None:
 def leave_out_later_labels(out: Location) -> None:
     """Leave out the labels whose prediction time is after their subjects' split."""
     folder = out / "labels"
-    splits, dates = Splits(out, beside=out / FOLDER / WORK / "splits"), _dates(out)
+    limit_of = limit(out, Splits(out, beside=out / FOLDER / WORK / "splits"))
     subjects = read_splits(out)["subject_id"]
     for name, path in (files_below(folder, ".parquet") if present(folder) else {}).items():
         labels = read_file(path)
         labels = labels.filter(pc.is_in(labels["subject_id"], subjects))
-        later = _later(labels, "prediction_time", splits, dates)
+        later = _later(labels, "prediction_time", limit_of)
         _count(int(later.sum()), out / LABELS / f"{name}.json")
         if later.all():
             beside(path).unlink(missing_ok=True)
@@ -141,12 +151,11 @@ def counts_left_out(out: Location) -> dict[str, int]:
     return {name: sum(json.loads(file.read_text()) for file in files) for name, files in found.items()}
 
 
-def _later(rows: pa.Table | pa.RecordBatch, name: str, splits: Splits, dates: dict[str, int]) -> np.ndarray:
+def _later(rows: pa.Table | pa.RecordBatch, name: str, limit_of: Limit | None) -> np.ndarray:
+    assert limit_of is not None
     rows = rows if isinstance(rows, pa.Table) else pa.Table.from_batches([rows])
     time_R = rows[name].cast(pa.int64()).fill_null(STATIC_TIME).to_numpy()
-    limits = {**dates, SPLITS[-1]: LAST_TIME}
-    names, split_R = sorted(SPLITS), splits.of(rows["subject_id"].to_numpy()).astype(str)
-    return time_R >= np.array([limits[name] for name in names])[np.searchsorted(names, split_R)]
+    return time_R >= limit_of(rows["subject_id"].to_numpy())
 
 
 def _dates(out: Location) -> dict[str, int]:
