@@ -214,7 +214,7 @@ def _labelled(config: EvaluateConfig, histories: Histories) -> Examples:
         histories = histories.with_splits(dict.fromkeys(histories.splits, config.split))
     examples = labelled_examples(histories, labels, config.split)
     # labels of elsewhere may look less far ahead than the model does
-    require_both_classes(config.task, {config.split: examples}, config.task.horizons_days[:1])
+    require_both_classes(config.task, {config.split: examples}, any_horizon=True)
     return examples
 
 

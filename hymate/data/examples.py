@@ -249,19 +249,17 @@ def _no_example_error(
     )
 
 
-def require_both_classes(
-    task: TaskConfig, examples: Mapping[str, Examples], horizons_days: Sequence[float] | None = None
-) -> None:
+def require_both_classes(task: TaskConfig, examples: Mapping[str, Examples], any_horizon: bool = False) -> None:
     """Raises UserError where a split's labels are all alike: nothing can be learned from it, or measured on it.
 
-    horizons_days: of a task in time, those that every split must be able to judge; None for all.
+    any_horizon: of a task in time one horizon that can be judged is enough; otherwise all must be.
     """
     for split, part in examples.items():
         label_E, days_E = part.label_E, part.days_E
         positives = int((label_E > 0.5).sum())
         remedy = "prepare the dataset with more subjects in this split, or choose another task"
         if task.in_time:
-            _require_seen(task, split, label_E, days_E, horizons_days or task.horizons_days, remedy)
+            _require_seen(task, split, label_E, days_E, any_horizon)
             continue
         if positives in (0, len(label_E)):
             lost = part.dropped.get("without_events", 0)
@@ -279,29 +277,28 @@ def require_both_classes(
             raise UserError(f"task {task.name}: the {split} split needs two different float_values; {remedy}")
 
 
-def _require_seen(
-    task: TaskConfig,
-    split: str,
-    cause_E: np.ndarray,
-    days_E: np.ndarray,
-    horizons_days: Sequence[float],
-    remedy: str,
-) -> None:
-    """Raises UserError where a horizon of a task in time can't be judged."""
-    for horizon in np.asarray(horizons_days, np.float32):
-        came_E = (cause_E == EVENT) & (days_E <= horizon)
-        if not came_E.any():
-            raise UserError(
-                f"task {task.name}: nobody of the {split} split has the event within {horizon:g} days: leave this "
-                f"horizon out, or {remedy}"
-            )
-        others_E = ~came_E & ~lost_before(horizon, days_E, cause_E)  # a competing event settles it, too
-        if not others_E.any() or not is_followed(horizon, days_E, cause_E):
-            raise UserError(
-                f"task {task.name}: nobody of the {split} split is followed for {horizon:g} days without the event, so "
-                "what comes by then is not known: give shorter task.horizons_days, labels that look further ahead (of "
-                "a definition, a later end of the label's window), or more subjects in this split"
-            )
+def _require_seen(task: TaskConfig, split: str, cause_E: np.ndarray, days_E: np.ndarray, any_horizon: bool) -> None:
+    """Raises UserError where a horizon of a task in time can't be judged; any_horizon: where none can."""
+    horizons = np.asarray(task.horizons_days, np.float32).tolist()
+    unjudged = {horizon: why for horizon in horizons if (why := _why_unjudged(horizon, cause_E, days_E))}
+    if unjudged and (len(unjudged) == len(horizons) or not any_horizon):
+        horizon, why = next(iter(unjudged.items()))
+        leave_out = "" if any_horizon else "leave this horizon out of task.horizons_days, or "
+        raise UserError(
+            f"task {task.name}: nobody of the {split} split {why} {horizon:g} days: {leave_out}give labels that look "
+            "further ahead (of a definition, a later end of its label window) or more subjects in this split"
+        )
+
+
+def _why_unjudged(horizon_days: float, cause_E: np.ndarray, days_E: np.ndarray) -> str:
+    """What nobody is or does, where a horizon can't be judged; else nothing."""
+    came_E = (cause_E == EVENT) & (days_E <= days_E.dtype.type(horizon_days))
+    others_E = ~came_E & ~lost_before(horizon_days, days_E, cause_E)  # a competing event settles it, too
+    if not came_E.any():
+        return "has the event within"
+    if not others_E.any() or not is_followed(horizon_days, days_E, cause_E):
+        return "is followed, without the event, for"
+    return ""
 
 
 def examples_by_split(

@@ -20,7 +20,7 @@ ends before, with neither event. They count for as long as they were seen: the o
 probability of being followed so far (but not in concordance). That is right where leaving does not depend on the risk.
 Who had the competing event is a negative. AUROC is the dynamic one. The integrated Brier score is the mean over time up
 to the last horizon; concordance is the chance that of two patients the one who has the event first has the higher risk,
-where it is known who. A dash: the last ones in sight were lost before, or there is one outcome only."""
+where it is known who. A dash: nobody is followed so far, or there is one outcome only."""
 GROUPS = "Thirds of the predictions by the risk at the last horizon: predicted and observed incidence."
 MEANING = {
     "triggers": "times at which the task's trigger occurs",

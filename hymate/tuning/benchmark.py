@@ -57,7 +57,15 @@ from hymate.tuning.protocol import (
     Labelled,
     runs_of,
 )
-from hymate.tuning.trial import TrialConfig, distilled, require_starts, starting_point, trial_config, trial_job
+from hymate.tuning.trial import (
+    TrialConfig,
+    distilled,
+    require_starts,
+    require_time_is_learned,
+    starting_point,
+    trial_config,
+    trial_job,
+)
 
 CHOSEN_BY = "loss"  # cross-entropy, as in hymate.evaluation.baseline_models: AUROC and AUPRC of few positives jump
 PRETRAINED = "pretrained"  # folder in the benchmark's
@@ -102,8 +110,11 @@ def _check_init(config: BenchmarkConfig, init: str, histories: Histories) -> str
     """The digest of the bundle that the pretrained contenders start from. Raises UserError where one can't."""
     bundle = initial_bundle(init)
     for name, contender in config.contenders.items():
-        if contender.pretrained:
-            require_same_model(bundle, config.model_of(name))
+        if contender.pretrained and name in (config.only or config.names):
+            model = config.model_of(name)
+            require_same_model(bundle, model)
+            frozen = config.point_of(contender).get("frozen", False)
+            require_time_is_learned(dataclasses.replace(bundle, model=model), frozen, f"contenders.{name}.point")
     check_codes(bundle, init, histories)
     return bundle.fingerprint
 

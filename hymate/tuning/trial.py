@@ -134,12 +134,7 @@ def trial_config(
     if not start.state:
         settings["frozen"] = False  # nothing pretrained to keep
     space.check_point(settings, where)
-    of_time = any(name.endswith(".time_weight") for name in start.state)
-    if start.model.time_aware_scan and settings["frozen"] and not of_time:
-        raise ConfigError(
-            f"{where}.frozen: model.time_aware_scan is new to the pretrained encoder, which learns nothing of time "
-            f"where it is frozen: give {where}.frozen=false"
-        )
+    require_time_is_learned(start, settings["frozen"], where)
 
     def replaced(section: Any, *names: str) -> Any:
         tree = {**to_tree(section), **{name: settings[name] for name in names if name in settings}}
@@ -184,6 +179,18 @@ def risk_model(start: Bundle, trial: TrialConfig) -> RiskModel:
         load_pretrained(model, start.state)
     model.backbone.requires_grad_(not trial.frozen)
     return model
+
+
+def require_time_is_learned(start: Bundle, frozen: bool, where: str) -> None:
+    """Raises ConfigError where the scan is newly aware of time and part of a frozen encoder: its weights for time would
+    stay at 0. where: the key of `frozen`'s section.
+    """
+    learned = not start.state or any(name.endswith(".time_weight") for name in start.state)
+    if frozen and start.model.time_aware_scan and "M" in start.model.layers and not learned:
+        raise ConfigError(
+            f"{where}.frozen: model.time_aware_scan is new to the pretrained encoder, which learns nothing of time "
+            f"where it is frozen: give {where}.frozen=false"
+        )
 
 
 def parameter_groups(model: RiskModel, trial: TrialConfig) -> list[dict[str, Any]]:

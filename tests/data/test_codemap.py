@@ -123,7 +123,7 @@ def test_codes_of_different_units_under_one_name_are_pointed_out(
     assert "warning" not in capsys.readouterr().out
     prepare(config(raw, tmp_path / "wrong", codes=write_map(tmp_path / "wrong.csv", header + "C,T,,\nF,T,,\n")))
     assert (
-        "makes 'T' of codes with different medians after its factors ('C' 39, 'F' 99, 'T' 39.5)"
+        "makes 'T' of codes whose medians, after its factors, go from 39 ('C') to 99 ('F'): are"
         in capsys.readouterr().out
     )
 

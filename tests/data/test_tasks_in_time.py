@@ -174,8 +174,11 @@ def test_a_horizon_that_cannot_be_judged_is_refused() -> None:
     require_both_classes(config, {"train": examples([1, 0, 2], [7, 90, 1])})
     with pytest.raises(UserError, match="nobody of the train split has the event within 7 days"):
         require_both_classes(config, {"train": examples([1, 0], [8, 90])})
-    with pytest.raises(UserError, match="nobody of the tuning split is followed for 90 days"):
+    with pytest.raises(UserError, match="nobody of the tuning split is followed, without the event, for 90 days"):
         require_both_classes(config, {"tuning": examples([1, 0], [7, 89])})
     require_both_classes(config, {"tuning": examples([1, 2], [7, 10])})  # who died cannot come back
     with pytest.raises(UserError, match="labels that look further ahead"):  # as where the window ends on day 30
         require_both_classes(config, {"tuning": examples([1, 2, 0], [7, 10, 30])})
+    require_both_classes(config, {"held_out": examples([1, 2, 0], [20, 10, 50])}, any_horizon=True)  # by 30 days
+    with pytest.raises(UserError, match="held_out split has the event within 7 days: give labels"):
+        require_both_classes(config, {"held_out": examples([2, 0], [10, 50])}, any_horizon=True)

@@ -256,6 +256,9 @@ def test_its_scan_may_become_aware_of_time_and_begins_as_it_was(canonical: Path)
     added = {name for name in model.state_dict() if name.startswith("backbone.")} - begun.state.keys()
     assert added and all(name.endswith(".time_weight") for name in added)
     assert not any(model.state_dict()[name].any() for name in added)
+    compared = [*settings, "model.time_aware_scan=true", f"run.dir={canonical.parent}/compared", "seeds=1"]
+    with pytest.raises(ConfigError, match=r"^contenders\.pretrained\.point\.frozen: .*frozen=false$"):
+        benchmark(load("benchmark", compared, BenchmarkConfig))
     timed = replace(begun, model=start.model)
     with pytest.raises(ConfigError, match="time_aware_scan=False does not fit the bundle of init, which has True"):
         require_same_model(timed, begun.model)

@@ -97,10 +97,10 @@ class Mapped(Rewritten):
             line += f"; codes of the map without an event ({len(absent)}): {', '.join(absent[:SHOWN])}{more}"
         print(line, flush=True)
         for variable, medians in contradictions_within(statistics.vocabulary(), self.codes.variables).items():
-            named = ", ".join(f"{code!r:.80} {median:.4g}" for code, median in list(medians.items())[:SHOWN])
+            (low, first), *_, (high, last) = sorted((median, code) for code, median in medians.items())
             print(
-                f"warning: {self.codes.name} makes {variable!r:.80} of codes with different medians after its factors "
-                f"({named}): are the units the same? Correct the factors",
+                f"warning: {self.codes.name} makes {variable!r:.80} of codes whose medians, after its factors, go from "
+                f"{low:.4g} ({first!r:.80}) to {high:.4g} ({last!r:.80}): are the units the same? Correct the factors",
                 flush=True,
             )
 
