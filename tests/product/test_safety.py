@@ -169,7 +169,7 @@ def test_a_pickle_among_states_is_not_unpickled(tmp_path: Path, trace: Path, nam
     (tmp_path / "states" / "7.safetensors").write_bytes(pickles(trace)[name])
     assert folder.load(7, np.zeros(3)) is None and folder.counts == {"damaged": 1}
     (tmp_path / "states" / "states.json").write_bytes(pickles(trace)[name])
-    with refused("another bundle or version"):
+    with refused("another bundle, code map or version"):
         StateFolder(tmp_path / "states", "fingerprint")
 
 
